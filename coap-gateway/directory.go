@@ -1,0 +1,77 @@
+package coapgateway
+
+import (
+	"context"
+	"iter"
+
+	"github.com/coaphub/coaphub/hub"
+)
+
+// Directory is what the gateway needs from the resource directory. Errors have hub's kinds; hub.Unavailable and
+// hub.Internal become 5.03, never 4.01.
+type Directory interface {
+	// SignIn records that the device is online on conn (its Online, ID, ConnectedAt, Protocol, Service and LocalEndpoints)
+	// and gives the session's number. to is how the directory reaches the session; a former session of the device is closed
+	// through its own Deliverer after the commit. Signing in again on a live session keeps its number: the gateway does not
+	// call SignIn for that. Kinds: Denied if own's owner or generation is not the device's current one.
+	SignIn(ctx context.Context, own hub.Ownership, conn hub.Connection, user string, to Deliverer) (hub.Session, error)
+	// SignOut ends the session and records OFFLINE. A session that is not the current one is Precondition.
+	SignOut(ctx context.Context, from hub.Stamp) error
+	// Offline records that the session's connection ended. It does not end the session number: an older session's Offline is
+	// ignored without error.
+	Offline(ctx context.Context, from hub.Stamp) error
+	// Publish merges links by href and returns what is now stored for each given one, in the given order.
+	Publish(ctx context.Context, from hub.Stamp, links []hub.Link) ([]hub.Link, error)
+	// Unpublish removes links by href and, for each removed one, sets its twin to NOT_FOUND. Empty hrefs means all. It
+	// returns what was removed.
+	Unpublish(ctx context.Context, from hub.Stamp, hrefs []hub.Href) ([]hub.Href, error)
+	// Notify stores changes of the session's device in one go, durably on return. Changes that change nothing (same status,
+	// content, types and ETag) make no event.
+	Notify(ctx context.Context, from hub.Stamp, changes []hub.Change) error
+	// SetTwin records the state of the twin's synchronisation.
+	SetTwin(ctx context.Context, from hub.Stamp, state hub.TwinState) error
+	// Device returns the current picture of a device if owner's stamp is on it, else NotFound.
+	Device(ctx context.Context, owner hub.Owner, dev hub.DeviceID) (*hub.Device, error)
+	// Devices yields pictures of those of the given devices that carry owner's stamp, in ID order.
+	Devices(ctx context.Context, owner hub.Owner, ids []hub.DeviceID) iter.Seq2[*hub.Device, error]
+	// ETags returns the newest ETags of the device's resources, newest first, at most limit.
+	ETags(ctx context.Context, dev hub.DeviceID, limit int) ([][]byte, error)
+}
+
+// Deliverer is how the directory reaches a session.
+type Deliverer interface {
+	// Close ends the session's connection soon and does not block; reason is for the log ("second-session", "deleted").
+	Close(reason string)
+}
+
+// Identities is what the gateway needs from the identity store.
+type Identities interface {
+	// SignUp claims the device for the owner and registers it with the directory. A device of another owner is Denied with
+	// code "device-owned-by-other". Repeating it for the same owner succeeds and finishes what a crash left half done.
+	// Pin names the credential set and is fixed at the first sign-up; another later one is Denied ("device-pinned").
+	SignUp(ctx context.Context, dev hub.DeviceID, owner hub.Owner, pin, user string) (hub.Ownership, error)
+	// Owner returns who owns the device; NotFound if nobody does (any more), also while it is being released.
+	Owner(ctx context.Context, dev hub.DeviceID) (hub.Ownership, error)
+	// SignOff deletes the device: releasing mark, unregister with the directory, release. NotFound if owner does not own it.
+	SignOff(ctx context.Context, dev hub.DeviceID, owner hub.Owner, user string) error
+	// Devices lists the owner's devices in ID order.
+	Devices(ctx context.Context, owner hub.Owner) ([]hub.DeviceID, error)
+}
+
+// Verifier checks access tokens. Kinds: Unauthenticated for a bad token, Unavailable while the provider's keys cannot be
+// had.
+type Verifier interface {
+	Verify(ctx context.Context, token string) (hub.Claims, error)
+}
+
+// Provider exchanges codes and refresh tokens, of the embedded provider in process or of an external one over HTTP.
+// Kinds: Unauthenticated when the provider refused the code or refresh token, Unavailable when it could not be asked.
+type Provider interface {
+	// Exchange redeems an authorization code for the device. credential fingerprints the device's credential (empty: none);
+	// the same code for the same device and credential may be repeated for 60 s and gives the same tokens.
+	Exchange(ctx context.Context, dev hub.DeviceID, credential, code string) (hub.Tokens, error)
+	// Refresh gives new tokens for a refresh token of the device.
+	Refresh(ctx context.Context, dev hub.DeviceID, refresh string) (hub.Tokens, error)
+	// Revoke makes the tokens useless; for codes whose outcome was refused by the gateway.
+	Revoke(ctx context.Context, t hub.Tokens) error
+}

@@ -1,0 +1,39 @@
+package grpcgateway
+
+import (
+	"context"
+	"iter"
+	"time"
+
+	"github.com/coaphub/coaphub/hub"
+)
+
+// Directory is what the door needs from the resource directory. Reads never wait for writers and do not warm devices.
+type Directory interface {
+	// Devices yields pictures of those of the given devices that carry owner's stamp, in ID order. An error is the last
+	// element.
+	Devices(ctx context.Context, owner hub.Owner, ids []hub.DeviceID) iter.Seq2[*hub.Device, error]
+	// DeviceAt returns the device as it was at t (time-travel read): NotFound if it had no owner's stamp then, or t is before
+	// what retention kept.
+	DeviceAt(ctx context.Context, owner hub.Owner, dev hub.DeviceID, t time.Time) (*hub.Device, error)
+	// History yields the commits of the device that carry owner's stamp and are newer than after (zero: from the start), in
+	// order.
+	History(ctx context.Context, owner hub.Owner, dev hub.DeviceID, after time.Time) iter.Seq2[hub.Commit, error]
+}
+
+// Identities is what the door needs from the identity store.
+type Identities interface {
+	// Devices lists the owner's devices in ID order.
+	Devices(ctx context.Context, owner hub.Owner) ([]hub.DeviceID, error)
+	// SignOff deletes the device and closes its session. NotFound if owner does not own it.
+	SignOff(ctx context.Context, dev hub.DeviceID, owner hub.Owner, user string) error
+	// EventsOwned lists devices whose log may hold events with the owner's stamp, in ID order: those owned now and those
+	// released within retention.
+	EventsOwned(ctx context.Context, owner hub.Owner) ([]hub.DeviceID, error)
+}
+
+// Verifier checks access tokens. Kinds: Unauthenticated for a bad token, Unavailable while the provider's keys cannot be
+// had.
+type Verifier interface {
+	Verify(ctx context.Context, token string) (hub.Claims, error)
+}

@@ -1,0 +1,93 @@
+package hub
+
+// Protocol is how a device is attached, with the numbers of the client API.
+type Protocol uint8
+
+// The protocols.
+const (
+	ProtocolUnknown  Protocol = 0
+	ProtocolCoAP     Protocol = 1
+	ProtocolCoAPS    Protocol = 2
+	ProtocolCoAPTCP  Protocol = 3
+	ProtocolCoAPSTCP Protocol = 4
+	ProtocolC2C      Protocol = 5
+)
+
+// TwinState says how fresh a device's twin is, with the numbers of the client API.
+type TwinState uint8
+
+// The twin's states.
+const (
+	TwinOutOfSync TwinState = 0
+	TwinDisabled  TwinState = 1
+	TwinSyncing   TwinState = 2
+	TwinInSync    TwinState = 3
+)
+
+// Connection is how and since when a device is attached.
+type Connection struct {
+	Online         bool
+	ID             string // random, of the session's connection; kept when the device goes offline
+	ConnectedAt    int64  // Unix nanoseconds
+	Protocol       Protocol
+	Service        string // the gateway instance that holds it; empty when offline
+	LocalEndpoints []string
+}
+
+// Twin is the state of the twin's synchronisation.
+type Twin struct {
+	Enabled   bool
+	State     TwinState
+	SyncingAt int64 // Unix nanoseconds
+	InSyncAt  int64
+	ForcedAt  int64
+}
+
+// Metadata is everything about a device that is neither link nor resource.
+type Metadata struct {
+	Connection Connection
+	Twin       Twin
+}
+
+// Session is what a sign-in gave the device: its number is the seq of the sign-in's commit, so later sessions are higher.
+type Session struct {
+	Device      DeviceID
+	Owner       Owner
+	Number      uint64
+	TwinEnabled bool
+}
+
+// Stamp says which message of which session asks for a write. Writes of lower sessions than the device's current one are
+// refused with Precondition; a message number not above the highest stored of the session is answered as done. Message 0
+// never happens. A sender goes in order.
+type Stamp struct {
+	Device  DeviceID
+	Session uint64
+	Message uint64
+	User    string
+}
+
+// Change is one new representation of one resource, as a notification or an answer brought it.
+type Change struct {
+	Href    Href
+	Status  Status
+	Content Content
+	ETag    []byte
+	Types   []string // rt from the body; empty: those of the published link
+}
+
+// Resource is the twin of one resource: the last representation received, nobody changes it.
+type Resource struct {
+	Href    Href
+	Owner   Owner // stamp of the last change
+	Types   []string
+	Status  Status
+	Content Content
+	ETag    []byte
+	Version uint64 // of the resource's aggregate
+	Seq     uint64 // of the commit that brought it
+	Time    int64  // Unix nanoseconds
+	// The cause of the last change, for the API's event_metadata and audit_context.
+	Session, Message              uint64
+	Connection, User, Correlation string
+}

@@ -1,0 +1,65 @@
+package coap
+
+import (
+	"context"
+	"crypto/tls"
+	"net"
+
+	"github.com/plgd-dev/go-coap/v3/message"
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+)
+
+// Message is a CoAP message without its transport's framing.
+type Message struct {
+	Code    codes.Code
+	Token   []byte          // 0 to 8 bytes; empty is a valid token
+	Options message.Options // sorted by number
+	Payload []byte          // nil when there is none
+}
+
+// Response is what a handler answers. The engine adds the token and cuts it into blocks where needed.
+type Response struct {
+	Code    codes.Code
+	Options message.Options
+	Payload []byte
+	// Close ends the connection once the response has been written (OCF devices rely on it after a refused account request).
+	Close bool
+}
+
+// Notification is one message that arrived for an observation of this connection (RFC 7641, Section 4.2), whole even if it
+// came in blocks.
+type Notification struct {
+	Observation *Observation
+	Message     *Message
+	// Ended reports that the observation is over: the message is an error response, or has no Observe option.
+	Ended bool
+}
+
+// Handler makes a ConnHandler for each connection that is complete (after the TLS handshake, before its first message).
+type Handler interface {
+	// Open may refuse a connection by an error; its text goes to the log, not to the peer.
+	Open(c *Conn) (ConnHandler, error)
+}
+
+// ConnHandler is the hub's side of one connection. The engine calls Request and Notifications from one goroutine at a time,
+// in the order of arrival; that goroutine exists only while there is work. Responses to Conn.Do are delivered beside it, so
+// handlers may wait for the peer's answers.
+type ConnHandler interface {
+	// Request answers one request, whole even if it came in blocks. A panic ends this request with 5.00 (logged, counted).
+	Request(ctx context.Context, req *Message) Response
+	// Notifications brings everything that arrived for observations since the last call, in order, at least one. While it
+	// runs, the next ones collect (bounded; then the engine stops reading).
+	Notifications(ctx context.Context, ns []Notification)
+	// Closed is called once, last, after the connection is gone; err says why (io.EOF: the peer closed it).
+	Closed(err error)
+}
+
+// ConnInfo is what is known of a connection from its transport.
+type ConnInfo struct {
+	ID     string // random, never reused
+	Secure bool
+	Stream bool                 // TCP or TLS
+	TLS    *tls.ConnectionState // nil when not secure
+	Local  net.Addr
+	Remote net.Addr // for people; never an identity
+}
