@@ -39,10 +39,7 @@ type Directory interface {
 }
 
 // Deliverer is how the directory reaches a session.
-type Deliverer interface {
-	// Close ends the session's connection soon and does not block; reason is for the log ("second-session", "deleted").
-	Close(reason string)
-}
+type Deliverer = hub.Deliverer
 
 // Identities is what the gateway needs from the identity store.
 type Identities interface {

@@ -91,3 +91,9 @@ type Resource struct {
 	Session, Message              uint64
 	Connection, User, Correlation string
 }
+
+// Deliverer is how the directory reaches a session. The gateway implements it, one for each session.
+type Deliverer interface {
+	// Close ends the session's connection soon and does not block; reason is for the log ("second-session", "deleted").
+	Close(reason string)
+}
