@@ -1,0 +1,182 @@
+package certificateauthority
+
+import (
+	"crypto/ecdsa"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/asn1"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/coaphub/coaphub/hub"
+)
+
+// Root names one of the three certification authorities. They share nothing, so that trust in one is never trust in
+// another: a device that is told to believe the device root must not come to believe the console's certificate.
+type Root string
+
+// The roots.
+const (
+	Device   Root = "device"   // devices' identities and the hub's certificate towards them
+	HTTPS    Root = "https"    // the applications' and people's side
+	Internal Root = "internal" // between parts of a hub
+)
+
+// Roots returns all roots in order.
+func Roots() []Root { return []Root{Device, HTTPS, Internal} }
+
+// OCFIdentity is the extended key usage of identity certificates (OCF Security, 9.4.2.2: 1.3.6.1.4.1.44924.1.6).
+var OCFIdentity = asn1.ObjectIdentifier{1, 3, 6, 1, 4, 1, 44924, 1, 6}
+
+const (
+	rootYears    = 30
+	issuingYears = 10
+	// serverValidity keeps below the 398 days that browsers accept for a server.
+	serverValidity = 397 * 24 * time.Hour
+	// backdate is for peers whose clock is a little behind ours.
+	backdate = time.Hour
+)
+
+// Authority signs with the issuing keys of one data folder. It never changes after Open, so any goroutine may use it.
+type Authority struct {
+	hubID   hub.DeviceID
+	signers map[Root]signer
+}
+
+// signer is a root's certificate and what issues under it. The root's own key is used once, when the issuing certificate
+// is made, and not kept in memory.
+type signer struct {
+	root    *x509.Certificate
+	issuing *x509.Certificate
+	key     *ecdsa.PrivateKey
+}
+
+// Open loads the authorities kept in dir (created with 0700 when missing) for the hub whose ID is hubID, a UUID. What is
+// missing on a first start, or after a first start that was cut short, is made; what is there is never replaced. Files that
+// are damaged, do not belong together, or can be read by others are an error that names the file.
+func Open(dir string, hubID string) (*Authority, error) {
+	id, err := hub.ParseDeviceID(hubID)
+	if err != nil {
+		return nil, fmt.Errorf("hub ID %q of the certification authority: %w", hubID, err)
+	}
+	if err := makeDir(dir); err != nil {
+		return nil, err
+	}
+	a := &Authority{hubID: id, signers: make(map[Root]signer)}
+	for _, r := range Roots() {
+		s, err := openSigner(dir, r, id)
+		if err != nil {
+			return nil, err
+		}
+		a.signers[r] = s
+	}
+	return a, nil
+}
+
+// RootPEM returns the root's certificate, which is public. An unknown root is NotFound.
+func (a *Authority) RootPEM(r Root) ([]byte, error) {
+	s, ok := a.signers[r]
+	if !ok {
+		return nil, hub.NewError(hub.NotFound, "root-unknown", "the roots are device, https and internal")
+	}
+	return certPEM(s.root), nil
+}
+
+// DevicePool returns a new pool with the device root only.
+func (a *Authority) DevicePool() *x509.CertPool { return a.Pool(Device) }
+
+// Pool returns a new pool with the given root only; an unknown root gives an empty pool, which trusts nobody.
+func (a *Authority) Pool(r Root) *x509.CertPool {
+	pool := x509.NewCertPool()
+	if s, ok := a.signers[r]; ok {
+		pool.AddCert(s.root)
+	}
+	return pool
+}
+
+// HubCertificate makes the certificate that the hub shows to devices, with a new key: common name uuid:<hub ID>, because
+// that is what devices compare with the sid they were given, the OCF identity usage, and hosts (names or addresses without
+// port) as subject alternative names. It lasts 397 days.
+func (a *Authority) HubCertificate(hosts []string) (tls.Certificate, error) {
+	return a.serverCertificate(Device, "uuid:"+string(a.hubID), hosts, hubUsage)
+}
+
+// HTTPSCertificate makes a server certificate for hosts (names or addresses without port, at least one) under the HTTPS
+// root, with a new key. It lasts 397 days.
+func (a *Authority) HTTPSCertificate(hosts []string) (tls.Certificate, error) {
+	if len(hosts) == 0 {
+		return tls.Certificate{}, hub.NewError(hub.Invalid, "hosts-missing", "a server certificate needs at least one host")
+	}
+	return a.serverCertificate(HTTPS, "coaphub", hosts, serverUsage)
+}
+
+// Identity is what a device needs to prove who it is. All are PEM.
+type Identity struct {
+	Chain []byte // the device's certificate, then the issuing one
+	Key   []byte // PKCS #8; it is not kept here
+	CA    []byte // the device root, which also signs the hub's certificate
+}
+
+// IssueDevice makes a key and an identity certificate for dev: common name uuid:<dev>, clientAuth, serverAuth and the OCF
+// identity usage. It begins an hour ago, for clocks that are behind, and ends after validity, but neither before nor after
+// the issuing certificate. The hub's own ID is Denied: its holder would be the hub to every device. A validity that is not
+// positive, or an ID that ParseDeviceID did not make, is Invalid.
+func (a *Authority) IssueDevice(dev hub.DeviceID, validity time.Duration) (Identity, error) {
+	const op = "certificateauthority.IssueDevice"
+	id, err := hub.ParseDeviceID(string(dev))
+	switch {
+	case err != nil:
+		return Identity{}, fmt.Errorf("%s: %w", op, err)
+	case id == a.hubID:
+		return Identity{}, hub.NewError(hub.Denied, "device-id-of-hub", "the ID is the hub's own").With(op, nil)
+	case validity <= 0:
+		return Identity{}, hub.NewError(hub.Invalid, "validity-invalid", "the validity is not positive").With(op, nil)
+	}
+	s := a.signers[Device]
+	leaf, key, err := s.sign("uuid:"+string(id), validity, deviceUsage, nil)
+	if err != nil {
+		return Identity{}, fmt.Errorf("%s: %w", op, err)
+	}
+	keyText, err := keyPEM(key)
+	if err != nil {
+		return Identity{}, fmt.Errorf("%s: %w", op, err)
+	}
+	return Identity{
+		Chain: slices.Concat(certPEM(leaf), certPEM(s.issuing)),
+		Key:   keyText,
+		CA:    certPEM(s.root),
+	}, nil
+}
+
+func (a *Authority) serverCertificate(r Root, name string, hosts []string, use usage) (tls.Certificate, error) {
+	for _, h := range hosts {
+		if !validHost(h) {
+			return tls.Certificate{}, hub.NewError(hub.Invalid, "host-invalid", fmt.Sprintf("%q is neither a host name nor an address", h))
+		}
+	}
+	s := a.signers[r]
+	leaf, key, err := s.sign(name, serverValidity, use, hosts)
+	if err != nil {
+		return tls.Certificate{}, fmt.Errorf("certificate for %s under the %s root: %w", name, r, err)
+	}
+	return tls.Certificate{Certificate: [][]byte{leaf.Raw, s.issuing.Raw}, PrivateKey: key, Leaf: leaf}, nil
+}
+
+// validHost accepts what can stand in a subject alternative name: an address, or a name of letters, digits, dots and
+// dashes. A port or a scheme in it is a mistake that would otherwise show as a failing handshake much later.
+func validHost(h string) bool {
+	if _, err := netip.ParseAddr(h); err == nil {
+		return true
+	}
+	if h == "" || len(h) > 253 {
+		return false
+	}
+	for _, c := range []byte(h) {
+		if c != '-' && c != '.' && c != '*' && c != '_' && (c < '0' || c > '9') && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') {
+			return false
+		}
+	}
+	return true
+}

@@ -1,0 +1,189 @@
+package certificateauthority
+
+import (
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/coaphub/coaphub/hub"
+)
+
+// A root and its issuing certificate are two files, each a certificate and its key. So an operator can take the key out of
+// the root's file, or write it over a copy in a safe, and the hub goes on.
+
+// openSigner loads or makes the root r. The root's file is written first and the issuing one after it, each atomically, so
+// a start that is cut short leaves a root without issuing certificate, which the next start completes.
+func openSigner(dir string, r Root, hubID hub.DeviceID) (signer, error) {
+	rootFile := filepath.Join(dir, string(r)+"-root.pem")
+	issuingFile := filepath.Join(dir, string(r)+"-issuing.pem")
+	root, rootKey, err := readPair(rootFile)
+	haveRoot := !errors.Is(err, fs.ErrNotExist)
+	if haveRoot && err != nil {
+		return signer{}, err
+	}
+	issuing, key, err := readPair(issuingFile)
+	haveIssuing := !errors.Is(err, fs.ErrNotExist)
+	if haveIssuing && err != nil {
+		return signer{}, err
+	}
+	switch {
+	case !haveRoot && haveIssuing:
+		// A new root would make every certificate that is already out there worthless.
+		return signer{}, fmt.Errorf("%s is missing while %s is there: restore it from a backup", rootFile, issuingFile)
+	case !haveRoot:
+		if root, rootKey, err = newRoot(r, hubID); err != nil {
+			return signer{}, fmt.Errorf("make the %s root: %w", r, err)
+		}
+		if err := writePair(rootFile, root, rootKey); err != nil {
+			return signer{}, err
+		}
+	}
+	if !root.IsCA || root.CheckSignature(root.SignatureAlgorithm, root.RawTBSCertificate, root.Signature) != nil {
+		return signer{}, fmt.Errorf("%s: the certificate is not a self-signed authority", rootFile)
+	}
+	if !haveIssuing {
+		if rootKey == nil {
+			return signer{}, fmt.Errorf("%s is missing and %s has no key to make it: restore one of them from a backup", issuingFile, rootFile)
+		}
+		if issuing, key, err = newIssuing(r, hubID, root, rootKey); err != nil {
+			return signer{}, fmt.Errorf("make the %s issuing certificate: %w", r, err)
+		}
+		if err := writePair(issuingFile, issuing, key); err != nil {
+			return signer{}, err
+		}
+	}
+	if key == nil {
+		return signer{}, fmt.Errorf("%s has no private key", issuingFile)
+	}
+	if !issuing.IsCA || issuing.CheckSignatureFrom(root) != nil {
+		return signer{}, fmt.Errorf("%s: the certificate was not signed by the root in %s", issuingFile, rootFile)
+	}
+	return signer{root: root, issuing: issuing, key: key}, nil
+}
+
+func makeDir(dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("make the folder of the certification authority: %w", err)
+	}
+	info, err := os.Stat(dir)
+	if err != nil {
+		return fmt.Errorf("look at the folder of the certification authority: %w", err)
+	}
+	if info.Mode().Perm()&0o077 != 0 {
+		return fmt.Errorf("%s can be read by others (mode %o): chmod 700 it", dir, info.Mode().Perm())
+	}
+	return nil
+}
+
+// readPair reads a certificate and its key; the key is nil when the file has none. A file that does not exist is
+// fs.ErrNotExist.
+func readPair(file string) (*x509.Certificate, *ecdsa.PrivateKey, error) {
+	info, err := os.Stat(file)
+	if err != nil {
+		return nil, nil, fmt.Errorf("look at %s: %w", file, err)
+	}
+	if info.Mode().Perm()&0o077 != 0 {
+		return nil, nil, fmt.Errorf("%s holds a private key and can be read by others (mode %o): chmod 600 it", file, info.Mode().Perm())
+	}
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return nil, nil, fmt.Errorf("read %s: %w", file, err)
+	}
+	cert, key, err := parsePair(text)
+	if err != nil {
+		// Not wrapped in a way that looks like "does not exist": a damaged file must never be replaced by a new one.
+		return nil, nil, fmt.Errorf("%s is damaged, restore it from a backup: %w", file, err)
+	}
+	return cert, key, nil
+}
+
+func parsePair(text []byte) (*x509.Certificate, *ecdsa.PrivateKey, error) {
+	var cert *x509.Certificate
+	var key *ecdsa.PrivateKey
+	for rest := bytes.TrimSpace(text); len(rest) > 0; {
+		block, tail := pem.Decode(rest)
+		if block == nil {
+			return nil, nil, errors.New("there is text that is not PEM")
+		}
+		rest = bytes.TrimSpace(tail)
+		switch {
+		case block.Type == "CERTIFICATE" && cert == nil:
+			c, err := x509.ParseCertificate(block.Bytes)
+			if err != nil {
+				return nil, nil, fmt.Errorf("read the certificate: %w", err)
+			}
+			cert = c
+		case block.Type == "PRIVATE KEY" && key == nil:
+			k, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+			if err != nil {
+				return nil, nil, fmt.Errorf("read the private key: %w", err)
+			}
+			ec, ok := k.(*ecdsa.PrivateKey)
+			if !ok {
+				return nil, nil, fmt.Errorf("the private key is %T, not ECDSA", k)
+			}
+			key = ec
+		default:
+			return nil, nil, fmt.Errorf("there is an unexpected or second %s", block.Type)
+		}
+	}
+	if cert == nil {
+		return nil, nil, errors.New("there is no certificate")
+	}
+	if key != nil && !key.PublicKey.Equal(cert.PublicKey) {
+		return nil, nil, errors.New("certificate and private key do not belong together")
+	}
+	return cert, key, nil
+}
+
+// writePair writes the file whole or not at all, and it is on the disk on return: a root that was given to devices must
+// not be lost with the machine's next crash.
+func writePair(file string, cert *x509.Certificate, key *ecdsa.PrivateKey) (err error) {
+	keyText, err := keyPEM(key)
+	if err != nil {
+		return err
+	}
+	dir := filepath.Dir(file)
+	f, err := os.CreateTemp(dir, ".new-*") // CreateTemp makes it 0600
+	if err != nil {
+		return fmt.Errorf("write %s: %w", file, err)
+	}
+	defer func() {
+		if err != nil {
+			_ = os.Remove(f.Name())
+		}
+	}()
+	_, err = f.Write(append(certPEM(cert), keyText...))
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return fmt.Errorf("write %s: %w", file, err)
+	}
+	if err = os.Rename(f.Name(), file); err != nil {
+		return fmt.Errorf("write %s: %w", file, err)
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return fmt.Errorf("sync %s: %w", dir, err)
+	}
+	if err = errors.Join(d.Sync(), d.Close()); err != nil {
+		return fmt.Errorf("sync %s: %w", dir, err)
+	}
+	return nil
+}
+
+func certPEM(c *x509.Certificate) []byte {
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Raw})
+}
+
+func keyPEM(key *ecdsa.PrivateKey) ([]byte, error) {
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return nil, fmt.Errorf("encode a private key: %w", err)
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), nil
+}

@@ -1,0 +1,158 @@
+package certificateauthority
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
+	"fmt"
+	"math/big"
+	"net"
+	"net/netip"
+	"time"
+
+	"github.com/coaphub/coaphub/hub"
+)
+
+// usage is what a profile lets a leaf's key do.
+type usage struct {
+	key x509.KeyUsage
+	ext []x509.ExtKeyUsage
+	oid []asn1.ObjectIdentifier
+}
+
+var (
+	// OCF Security, 9.4.2.2: identity certificates carry digitalSignature and keyAgreement, and peers play both roles.
+	deviceUsage = usage{
+		key: x509.KeyUsageDigitalSignature | x509.KeyUsageKeyAgreement,
+		ext: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth},
+		oid: []asn1.ObjectIdentifier{OCFIdentity},
+	}
+	hubUsage    = deviceUsage
+	serverUsage = usage{key: x509.KeyUsageDigitalSignature, ext: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}
+)
+
+// sign makes a key and a certificate for it. Hosts were checked by the caller.
+func (s signer) sign(name string, validity time.Duration, use usage, hosts []string) (*x509.Certificate, *ecdsa.PrivateKey, error) {
+	now := time.Now()
+	if !now.Before(s.issuing.NotAfter) || now.Before(s.issuing.NotBefore) {
+		return nil, nil, hub.NewError(hub.Unavailable, "issuing-certificate-expired", "the hub's issuing certificate is not valid now")
+	}
+	serial, err := newSerial()
+	if err != nil {
+		return nil, nil, err
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, nil, fmt.Errorf("make a key: %w", err)
+	}
+	t := &x509.Certificate{
+		SerialNumber:          serial,
+		Subject:               pkix.Name{CommonName: name},
+		NotBefore:             later(now.Add(-backdate), s.issuing.NotBefore),
+		NotAfter:              earlier(now.Add(validity), s.issuing.NotAfter),
+		KeyUsage:              use.key,
+		ExtKeyUsage:           use.ext,
+		UnknownExtKeyUsage:    use.oid,
+		BasicConstraintsValid: true,
+	}
+	for _, h := range hosts {
+		if ip, err := netip.ParseAddr(h); err == nil {
+			t.IPAddresses = append(t.IPAddresses, net.IP(ip.WithZone("").AsSlice()))
+		} else {
+			t.DNSNames = append(t.DNSNames, h)
+		}
+	}
+	cert, err := create(t, s.issuing, key, s.key)
+	return cert, key, err
+}
+
+// newRoot makes a root's key and self-signed certificate. Path length 1: it signs issuing certificates, they sign leaves.
+func newRoot(r Root, hubID hub.DeviceID) (*x509.Certificate, *ecdsa.PrivateKey, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, nil, fmt.Errorf("make a key: %w", err)
+	}
+	t, err := authorityTemplate(fmt.Sprintf("coaphub %s root %s", r, hubID), rootYears)
+	if err != nil {
+		return nil, nil, err
+	}
+	t.MaxPathLen = 1
+	cert, err := create(t, t, key, key)
+	return cert, key, err
+}
+
+// newIssuing makes the key and certificate that sign leaves under root.
+func newIssuing(r Root, hubID hub.DeviceID, root *x509.Certificate, rootKey *ecdsa.PrivateKey) (*x509.Certificate, *ecdsa.PrivateKey, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, nil, fmt.Errorf("make a key: %w", err)
+	}
+	t, err := authorityTemplate(fmt.Sprintf("coaphub %s issuing %s", r, hubID), issuingYears)
+	if err != nil {
+		return nil, nil, err
+	}
+	t.NotBefore, t.NotAfter = later(t.NotBefore, root.NotBefore), earlier(t.NotAfter, root.NotAfter)
+	t.MaxPathLenZero = true
+	cert, err := create(t, root, key, rootKey)
+	return cert, key, err
+}
+
+func authorityTemplate(name string, years int) (*x509.Certificate, error) {
+	serial, err := newSerial()
+	if err != nil {
+		return nil, err
+	}
+	now := time.Now()
+	return &x509.Certificate{
+		SerialNumber:          serial,
+		Subject:               pkix.Name{CommonName: name},
+		NotBefore:             now.Add(-24 * time.Hour),
+		NotAfter:              now.AddDate(years, 0, 0),
+		IsCA:                  true,
+		BasicConstraintsValid: true,
+		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
+	}, nil
+}
+
+func create(t, parent *x509.Certificate, key, parentKey *ecdsa.PrivateKey) (*x509.Certificate, error) {
+	der, err := x509.CreateCertificate(rand.Reader, t, parent, &key.PublicKey, parentKey)
+	if err != nil {
+		return nil, fmt.Errorf("sign the certificate of %s: %w", t.Subject.CommonName, err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		return nil, fmt.Errorf("read back the certificate of %s: %w", t.Subject.CommonName, err)
+	}
+	return cert, nil
+}
+
+// newSerial returns 128 random bits, positive and never zero (RFC 5280, 4.1.2.2): nothing has to be counted, and a serial
+// says nothing about how many there are.
+func newSerial() (*big.Int, error) {
+	for {
+		b := make([]byte, 16)
+		if _, err := rand.Read(b); err != nil {
+			return nil, fmt.Errorf("make a serial number: %w", err)
+		}
+		if n := new(big.Int).SetBytes(b); n.Sign() > 0 {
+			return n, nil
+		}
+	}
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
+func earlier(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return a
+	}
+	return b
+}
