@@ -1,0 +1,49 @@
+# What this project can do. Everything a target needs, it installs: Go modules by go itself, Debian packages through
+# tools/need where that is possible.
+.DEFAULT_GOAL := help
+TOOL := go tool -modfile=tools/go.mod
+FUZZTIME ?= 60s
+
+.PHONY: help
+help: ## print this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 16
+
+.PHONY: run
+run: build ## build and start the hub with nothing to configure (stop it with Ctrl-C)
+	@exec bin/coaphub serve
+
+.PHONY: build
+build: ## build bin/coaphub
+	go build -trimpath -ldflags "-s -w -X main.version=$$(git describe --tags --always --dirty 2>/dev/null || echo unknown)" -o bin/coaphub ./cmd/coaphub
+
+.PHONY: test
+test: ## run all tests of all modules with the race detector, and say what was left out
+	@tools/need coap-client-openssl libcoap3-bin
+	@tools/need coap-client-gnutls libcoap3-bin
+	@tools/need curl curl
+	@go run -C tools ./testrun
+
+.PHONY: nightly
+nightly: ## the long doses: 200 rounds of kill -9, the ten-minute fleet, each fuzzer for FUZZTIME
+	@tools/need coap-client-openssl libcoap3-bin
+	@COAPHUB_NIGHTLY=1 go run -C tools ./testrun -timeout 60m
+	@$(MAKE) --no-print-directory fuzz
+
+.PHONY: lint
+lint: ## bug finders, import arrows, and whether generated files are up to date
+	$(TOOL) golangci-lint run ./...
+	@before=$$(git status --porcelain; git diff | cksum); $(MAKE) --no-print-directory gen; \
+	after=$$(git status --porcelain; git diff | cksum); \
+	if [ "$$before" != "$$after" ]; then git status --short; echo "make gen changed files: commit what it made"; exit 1; fi
+
+.PHONY: gen
+gen: ## make the generated files: api/gen, docs/config.md
+	go generate ./...
+
+.PHONY: bench
+bench: ## all benchmarks, five runs each
+	go test -run '^$$' -bench . -benchmem -count 5 ./...
+
+.PHONY: fuzz
+fuzz: ## each fuzzer for FUZZTIME (60s)
+	@go run -C tools ./testrun -fuzz $(FUZZTIME)

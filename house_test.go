@@ -1,0 +1,209 @@
+// Package coaphub_test holds the tests of the house itself: which way imports point, that packages say what they are for,
+// and that documents name tests that exist.
+package coaphub_test
+
+import (
+	"encoding/json"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/coaphub/coaphub"
+
+type goPackage struct {
+	ImportPath string
+	Dir        string
+	Doc        string
+	Imports    []string
+	Standard   bool
+}
+
+func ours(t *testing.T) []goPackage {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "go", "list", "-json=ImportPath,Dir,Doc,Imports", "./...")
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("go list: %v", err)
+	}
+	var pkgs []goPackage
+	for dec := json.NewDecoder(strings.NewReader(string(out))); dec.More(); {
+		var p goPackage
+		if err := dec.Decode(&p); err != nil {
+			t.Fatal(err)
+		}
+		p.ImportPath = strings.TrimPrefix(strings.TrimPrefix(p.ImportPath, module), "/")
+		pkgs = append(pkgs, p)
+	}
+	if len(pkgs) < 10 {
+		t.Fatalf("only %d packages found", len(pkgs))
+	}
+	return pkgs
+}
+
+// arrows lists what must not be imported by whom. Both sides are path prefixes within the module; a target with a dot in
+// its first element is another module.
+var arrows = []struct{ from, to, why string }{
+	{"hub", "", "the vocabulary imports nothing of ours"},
+	{"internal", "coap-gateway", "ground does not know services"},
+	{"internal", "resource-directory", "ground does not know services"},
+	{"internal", "identity-store", "ground does not know services"},
+	{"internal", "grpc-gateway", "ground does not know services"},
+	{"internal", "oauth-server", "ground does not know services"},
+	{"internal", "certificate-authority", "ground does not know services"},
+	{"internal", "bundle", "only cmd and test/hubtest know the whole"},
+	{"coap-gateway", "resource-directory", "services do not import each other: directory.go says what is needed"},
+	{"coap-gateway", "identity-store", "services do not import each other"},
+	{"coap-gateway", "oauth-server", "services do not import each other"},
+	{"coap-gateway", "grpc-gateway", "services do not import each other"},
+	{"coap-gateway", "certificate-authority", "services do not import each other"},
+	{"coap-gateway", "internal/store", "the devices' door knows no stores"},
+	{"coap-gateway", "net/http", "the devices' door knows no HTTP"},
+	{"coap-gateway", "google.golang.org", "protobuf ends in grpc-gateway"},
+	{"resource-directory", "coap-gateway", "services do not import each other"},
+	{"resource-directory", "identity-store", "services do not import each other"},
+	{"resource-directory", "grpc-gateway", "services do not import each other"},
+	{"resource-directory", "internal/coap", "the directory does not know CoAP"},
+	{"resource-directory", "net/http", "the directory does not know HTTP"},
+	{"resource-directory", "google.golang.org", "protobuf ends in grpc-gateway"},
+	{"identity-store", "coap-gateway", "services do not import each other"},
+	{"identity-store", "resource-directory", "services do not import each other"},
+	{"identity-store", "internal/coap", "the identity store does not know CoAP"},
+	{"identity-store", "net/http", "the identity store does not know HTTP"},
+	{"grpc-gateway", "coap-gateway", "services do not import each other"},
+	{"grpc-gateway", "resource-directory", "services do not import each other"},
+	{"grpc-gateway", "identity-store", "services do not import each other"},
+	{"grpc-gateway", "internal/coap", "the applications' door does not know CoAP"},
+	{"grpc-gateway", "internal/store", "the applications' door knows no stores"},
+	{"oauth-server", "coap-gateway", "the provider does not know devices' door"},
+	{"oauth-server", "resource-directory", "services do not import each other"},
+	{"certificate-authority", "internal/coap", "the authority does not know CoAP"},
+	{"certificate-authority", "net/http", "the authority does not know HTTP"},
+	{"test/device", "internal/coap", "simulated devices are built on another engine: we must not only agree with ourselves"},
+	{"test/device", "bundle", "simulated devices see the hub from outside only"},
+	{"test/device", "coap-gateway", "simulated devices see the hub from outside only"},
+}
+
+func TestArrows(t *testing.T) {
+	for _, p := range ours(t) {
+		for _, imp := range p.Imports {
+			own, isOurs := strings.CutPrefix(imp, module+"/")
+			for _, a := range arrows {
+				if !within(p.ImportPath, a.from) || within(own, a.from) {
+					continue
+				}
+				if isOurs && (a.to == "" || within(own, a.to)) || !isOurs && a.to != "" && within(imp, a.to) {
+					t.Errorf("%s imports %s: %s", p.ImportPath, imp, a.why)
+				}
+			}
+		}
+	}
+}
+
+func within(path, prefix string) bool {
+	return path == prefix || strings.HasPrefix(path, prefix+"/")
+}
+
+func TestPackagesSayWhatTheyAreFor(t *testing.T) {
+	for _, p := range ours(t) {
+		if p.ImportPath == "" || strings.HasPrefix(p.ImportPath, "api/gen") {
+			continue
+		}
+		if p.Doc == "" {
+			t.Errorf("%s has no package comment: say what it is for and what it must not know", p.ImportPath)
+		}
+		n := 0
+		files, err := filepath.Glob(filepath.Join(p.Dir, "*.go"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range files {
+			if strings.HasSuffix(f, "_test.go") {
+				continue
+			}
+			parsed, err := parser.ParseFile(token.NewFileSet(), f, nil, parser.ParseComments|parser.PackageClauseOnly)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if parsed.Doc != nil {
+				n++
+			}
+		}
+		if n > 1 {
+			t.Errorf("%s has %d package comments: one is enough", p.ImportPath, n)
+		}
+	}
+}
+
+var namedTest = regexp.MustCompile("`((?:Test|Fuzz|Example)[A-Za-z0-9_]*)(?:/[^`|]+)?`")
+
+// TestDocsNameRealTests finds each test that the documents name among the test functions; that it ran and passed is what
+// tools/testrun checks.
+func TestDocsNameRealTests(t *testing.T) {
+	have := map[string]bool{}
+	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		f, err := parser.ParseFile(token.NewFileSet(), path, nil, 0)
+		if err != nil {
+			return err
+		}
+		for _, decl := range f.Decls {
+			if fn, ok := decl.(*ast.FuncDecl); ok && fn.Recv == nil {
+				have[fn.Name.Name] = true
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, doc := range []string{"docs/capabilities.md", "docs/protocol.md", "docs/divergences.md"} {
+		b, err := os.ReadFile(doc)
+		if err != nil {
+			t.Fatal(err)
+		}
+		names := namedTest.FindAllStringSubmatch(string(b), -1)
+		if len(names) == 0 {
+			t.Errorf("%s names no test", doc)
+		}
+		for _, m := range names {
+			if !have[m[1]] {
+				t.Errorf("%s names %s, which does not exist", doc, m[1])
+			}
+		}
+	}
+}
+
+func TestNothingPointsOutside(t *testing.T) {
+	cmd := exec.CommandContext(t.Context(), "git", "ls-files")
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("git ls-files: %v", err)
+	}
+	outside := []string{"../" + "shared", "/work" + "/main", "proxy.golang" + ".org"}
+	for f := range strings.Lines(string(out)) {
+		f = strings.TrimSpace(f)
+		if slices.Contains([]string{".png", ".ico", ".pem"}, filepath.Ext(f)) {
+			continue
+		}
+		b, err := os.ReadFile(f)
+		if err != nil {
+			continue // deleted in the work tree
+		}
+		for _, s := range outside {
+			if strings.Contains(string(b), s) {
+				t.Errorf("%s mentions %s", f, s)
+			}
+		}
+	}
+}

@@ -1,0 +1,331 @@
+// Command testrun runs the tests of every module of the repository with the race detector, reads go test's JSON, and ends
+// with what ran and what did not. A skipped test, a package whose tests did not run, or a test that docs/ name and that did
+// not pass is a left-out: it is named on one line, and fails the run when CI is set.
+//
+// With -fuzz D it runs each fuzzer of the repository for D instead.
+//
+// It must not know what the tests are about.
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+)
+
+func main() {
+	root := flag.String("root", "..", "the repository, relative to tools/")
+	timeout := flag.String("timeout", "10m", "limit of one package")
+	fuzz := flag.String("fuzz", "", "run each fuzzer for this long instead of the tests")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	var err error
+	if *fuzz != "" {
+		err = fuzzAll(ctx, *root, *fuzz)
+	} else {
+		err = testAll(ctx, *root, *timeout)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "testrun:", err)
+		os.Exit(1)
+	}
+}
+
+// modules returns the folders with a go.mod, the root first.
+func modules(root string) ([]string, error) {
+	var out []string
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case d.IsDir() && (d.Name() == "testdata" || d.Name() == "node_modules" || d.Name() == "data" ||
+			strings.HasPrefix(d.Name(), ".") && d.Name() != "." && d.Name() != ".."):
+			return fs.SkipDir
+		case d.Name() == "go.mod":
+			out = append(out, filepath.Dir(path))
+		}
+		return nil
+	})
+	slices.SortFunc(out, func(a, b string) int { return len(a) - len(b) })
+	return out, err
+}
+
+// event is one line of go test -json (go doc test2json).
+type event struct {
+	Action, Package, Test, Output string
+	Elapsed                       float64
+}
+
+// tally is what a whole run came to.
+type tally struct {
+	passed, failed, skipped map[string]bool // "package Test"
+	broken                  []string        // packages that failed without a failing test: build errors, timeouts, panics
+	ran                     map[string]bool // packages with a result
+	output                  map[string][]string
+}
+
+func testAll(ctx context.Context, root, timeout string) error {
+	mods, err := modules(root)
+	if err != nil {
+		return err
+	}
+	sum := tally{
+		passed: map[string]bool{}, failed: map[string]bool{}, skipped: map[string]bool{}, ran: map[string]bool{},
+		output: map[string][]string{},
+	}
+	var leftOut []string
+	for _, dir := range mods {
+		want, err := packagesWithTests(ctx, dir)
+		if err != nil {
+			return err
+		}
+		if len(want) == 0 {
+			continue
+		}
+		if err := sum.run(ctx, dir, timeout); err != nil {
+			return err
+		}
+		for _, p := range want {
+			if !sum.ran[p] {
+				leftOut = append(leftOut, p+" (did not run)")
+			}
+		}
+	}
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	for t := range sum.skipped {
+		leftOut = append(leftOut, t+" (skipped)")
+	}
+	named, err := namedInDocs(root)
+	if err != nil {
+		return err
+	}
+	for _, n := range named {
+		if !sum.passedNamed(n) {
+			leftOut = append(leftOut, n+" (named in docs/, did not pass)")
+		}
+	}
+	slices.Sort(leftOut)
+	fmt.Printf("\n%d passed, %d failed, %d skipped\n", len(sum.passed), len(sum.failed)+len(sum.broken), len(sum.skipped))
+	if len(leftOut) > 0 {
+		fmt.Println("left out:", strings.Join(leftOut, "; "))
+	} else {
+		fmt.Println("left out: nothing")
+	}
+	switch {
+	case len(sum.failed)+len(sum.broken) > 0:
+		return errors.New("tests failed")
+	case len(leftOut) > 0 && os.Getenv("CI") != "":
+		return errors.New("something was left out")
+	}
+	return nil
+}
+
+func packagesWithTests(ctx context.Context, dir string) ([]string, error) {
+	cmd := exec.CommandContext(ctx, "go", "list", "-f", "{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}", "./...")
+	cmd.Dir, cmd.Stderr = dir, os.Stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return nil, fmt.Errorf("list packages of %s: %w", dir, err)
+	}
+	return strings.Fields(string(out)), nil
+}
+
+// run runs one module's tests, prints a line per package as it ends and the output of what failed.
+func (s *tally) run(ctx context.Context, dir, timeout string) error {
+	cmd := exec.CommandContext(ctx, "go", "test", "-race", "-json", "-timeout", timeout, "./...")
+	cmd.Dir = dir
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	cmd.WaitDelay = 20 * time.Second
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	lines := bufio.NewScanner(out)
+	lines.Buffer(nil, 64<<20)
+	for lines.Scan() {
+		var e event
+		if json.Unmarshal(lines.Bytes(), &e) != nil {
+			fmt.Println(lines.Text()) // not JSON: the go command's own words
+			continue
+		}
+		s.take(e)
+	}
+	if err := cmd.Wait(); err != nil {
+		var exit *exec.ExitError
+		if !errors.As(err, &exit) {
+			return err
+		}
+		os.Stderr.Write(stderr.Bytes())
+		if len(s.failed)+len(s.broken) == 0 {
+			s.broken = append(s.broken, dir)
+		}
+	}
+	return lines.Err()
+}
+
+func (s *tally) take(e event) {
+	key := e.Package
+	if e.Test != "" {
+		key += " " + e.Test
+	}
+	switch e.Action {
+	case "output", "build-output":
+		s.output[key] = append(s.output[key], e.Output)
+		return
+	case "build-fail":
+		fmt.Print(strings.Join(s.output[key], ""))
+		return
+	case "pass", "fail", "skip":
+	default:
+		return
+	}
+	switch {
+	case e.Test == "": // the package's own result; "skip" means it has no tests
+		if e.Action != "skip" {
+			s.ran[e.Package] = true
+			fmt.Printf("%s\t%s\t%.1fs\n", map[string]string{"pass": "ok", "fail": "FAIL"}[e.Action], e.Package, e.Elapsed)
+		}
+		if e.Action == "fail" {
+			fmt.Print(strings.Join(s.output[key], ""))
+			if !s.failedIn(e.Package) {
+				s.broken = append(s.broken, e.Package)
+			}
+		}
+	case e.Action == "pass":
+		s.passed[key] = true
+	case e.Action == "skip":
+		s.skipped[key] = true
+	default:
+		s.failed[key] = true
+		fmt.Print(strings.Join(s.output[key], ""))
+	}
+	delete(s.output, key)
+}
+
+func (s *tally) failedIn(pkg string) bool {
+	for k := range s.failed {
+		if strings.HasPrefix(k, pkg+" ") {
+			return true
+		}
+	}
+	return false
+}
+
+// passedNamed reports whether a test of that name (TestX or TestX/sub) passed in some package.
+func (s *tally) passedNamed(name string) bool {
+	for k := range s.passed {
+		if strings.HasSuffix(k, " "+name) {
+			return true
+		}
+	}
+	return false
+}
+
+var testName = regexp.MustCompile("`((?:Test|Fuzz|Example)[A-Za-z0-9_]*(?:/[^`|]+)?)`")
+
+// namedInDocs returns the tests that the tables of docs/ name in backquotes.
+func namedInDocs(root string) ([]string, error) {
+	seen := map[string]bool{}
+	for _, f := range []string{"capabilities.md", "protocol.md", "divergences.md"} {
+		b, err := os.ReadFile(filepath.Join(root, "docs", f))
+		if err != nil {
+			return nil, err
+		}
+		for _, m := range testName.FindAllStringSubmatch(string(b), -1) {
+			seen[m[1]] = true
+		}
+	}
+	var out []string
+	for n := range seen {
+		out = append(out, n)
+	}
+	slices.Sort(out)
+	return out, nil
+}
+
+var fuzzFunc = regexp.MustCompile(`(?m)^func (Fuzz\w+)\(`)
+
+func fuzzAll(ctx context.Context, root, d string) error {
+	mods, err := modules(root)
+	if err != nil {
+		return err
+	}
+	var failed []string
+	n := 0
+	for _, dir := range mods {
+		pkgs, err := fuzzers(dir, mods)
+		if err != nil {
+			return err
+		}
+		for pkg, names := range pkgs {
+			for _, name := range names {
+				n++
+				fmt.Printf("fuzz %s %s for %s\n", pkg, name, d)
+				cmd := exec.CommandContext(ctx, "go", "test", "-run", "^$", "-fuzz", "^"+name+"$", "-fuzztime", d, "./"+pkg)
+				cmd.Dir, cmd.Stdout, cmd.Stderr = dir, os.Stdout, os.Stderr
+				if err := cmd.Run(); err != nil {
+					failed = append(failed, pkg+" "+name)
+				}
+				if ctx.Err() != nil {
+					return ctx.Err()
+				}
+			}
+		}
+	}
+	fmt.Printf("%d fuzzers ran, %d failed\n", n, len(failed))
+	if len(failed) > 0 {
+		return errors.New("failed: " + strings.Join(failed, "; "))
+	}
+	return nil
+}
+
+// fuzzers maps the packages of the module in dir, but not of nested ones, to their fuzz functions.
+func fuzzers(dir string, mods []string) (map[string][]string, error) {
+	out := map[string][]string{}
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if d.IsDir() && path != dir && (slices.Contains(mods, path) || strings.HasPrefix(d.Name(), ".")) {
+			return fs.SkipDir
+		}
+		if !strings.HasSuffix(path, "_test.go") {
+			return nil
+		}
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		for _, m := range fuzzFunc.FindAllStringSubmatch(string(b), -1) {
+			rel, err := filepath.Rel(dir, filepath.Dir(path))
+			if err != nil {
+				return err
+			}
+			out[rel] = append(out[rel], m[1])
+		}
+		return nil
+	})
+	return out, err
+}
