@@ -28,8 +28,9 @@ const (
 	Exhausted                    // a limit, quota or queue is full; later it may work
 	Unavailable                  // a part of ours or a provider is away; later it will work
 	Deadline                     // time ran out before an answer was there
-	numKinds
 )
+
+const numKinds = int(Deadline) + 1
 
 var kindNames = [numKinds]string{
 	"internal", "invalid", "unauthenticated", "denied", "not-found", "method-not-allowed", "not-acceptable", "unsupported",

@@ -1,0 +1,124 @@
+package hub_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/coaphub/coaphub/hub"
+)
+
+func TestParseDeviceID(t *testing.T) {
+	for in, want := range map[string]hub.DeviceID{
+		"d0000000-0000-4000-8000-000000000001":  "d0000000-0000-4000-8000-000000000001",
+		"D0000000-0000-4000-8000-00000000000A":  "d0000000-0000-4000-8000-00000000000a",
+		"":                                      "",
+		"not-a-uuid":                            "",
+		"00000000-0000-0000-0000-000000000000":  "",
+		"d0000000-0000-4000-8000-00000000000g":  "",
+		"d0000000-0000-4000-8000-0000000000012": "",
+		"d0000000+0000-4000-8000-000000000001":  "",
+		"{0000000-0000-4000-8000-000000000001}": "",
+	} {
+		got, err := hub.ParseDeviceID(in)
+		if got != want || (err == nil) != (want != "") {
+			t.Errorf("ParseDeviceID(%q) = %q, %v; want %q", in, got, err, want)
+		}
+		if err != nil && !hub.IsKind(err, hub.Invalid) {
+			t.Errorf("ParseDeviceID(%q): kind %v", in, hub.KindOf(err))
+		}
+	}
+}
+
+func TestParseHref(t *testing.T) {
+	for in, want := range map[string]hub.Href{
+		"/light/1":                               "/light/1",
+		"light/1":                                "/light/1",
+		"//light///1/":                           "/light/1",
+		"/a%2Fb":                                 "/a%2Fb",
+		"/ünï/ç":                                 "/ünï/ç",
+		"":                                       "",
+		"/":                                      "",
+		"///":                                    "",
+		"/a/../b":                                "",
+		"/./a":                                   "",
+		"/..a":                                   "/..a",
+		"/a\x00b":                                "",
+		"/\xff\xfe":                              "",
+		"/" + strings.Repeat("a", 4096):          "",
+		"/" + strings.Repeat("a", hub.MaxHref-1): hub.Href("/" + strings.Repeat("a", hub.MaxHref-1)),
+	} {
+		got, err := hub.ParseHref(in)
+		if got != want || (err == nil) != (want != "") {
+			t.Errorf("ParseHref(%.40q) = %.40q, %v; want %.40q", in, got, err, want)
+		}
+	}
+}
+
+func FuzzParseHref(f *testing.F) {
+	for _, s := range []string{"/light/1", "//a/../b", "", "\xff", "/a/./b/"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		h, err := hub.ParseHref(s)
+		if err != nil {
+			return
+		}
+		again, err := hub.ParseHref(string(h))
+		if err != nil || again != h {
+			t.Fatalf("ParseHref(%q) = %q, which parses to %q, %v", s, h, again, err)
+		}
+	})
+}
+
+func TestErrorsShowOnlyWhatIsPublic(t *testing.T) {
+	cause := errors.New("pebble: sector 7 is bad")
+	err := fmt.Errorf("sign up: %w", (&hub.Error{Kind: hub.Unavailable, Err: cause}).With("store.Append", cause))
+	if !hub.IsKind(err, hub.Unavailable) {
+		t.Fatalf("kind %v", hub.KindOf(err))
+	}
+	code, text := hub.Public(err)
+	if code != "unavailable" || strings.Contains(text, "sector") {
+		t.Errorf("public is %q, %q", code, text)
+	}
+	if !strings.Contains(err.Error(), "sector 7") {
+		t.Errorf("the log must have the cause: %v", err)
+	}
+	if k := hub.KindOf(fmt.Errorf("x: %w", context.DeadlineExceeded)); k != hub.Deadline {
+		t.Errorf("a deadline is %v", k)
+	}
+	if k := hub.KindOf(cause); k != hub.Internal {
+		t.Errorf("an unknown error is %v", k)
+	}
+}
+
+func TestEachKindHasNameAndSentence(t *testing.T) {
+	seen := map[string]bool{}
+	for _, k := range hub.Kinds() {
+		if strings.HasPrefix(k.String(), "kind-") || k.Sentence() == "unknown error" || seen[k.String()] {
+			t.Errorf("kind %d: %q, %q", k, k, k.Sentence())
+		}
+		seen[k.String()] = true
+	}
+}
+
+func TestInstanceIDIsOfTheHref(t *testing.T) {
+	// CRC-32 (IEEE) of "/light/1", from an independent implementation.
+	if got := hub.Href("/light/1").InstanceID(); got != 3810745338 {
+		t.Errorf("instance ID %d", got)
+	}
+}
+
+func TestPositionsAreOrderedByDayThenNumber(t *testing.T) {
+	order := []hub.Position{{}, {Day: 0, N: 1}, {Day: 1, N: 0}, {Day: 1, N: 7}, {Day: 2, N: 1}}
+	for i, p := range order {
+		for j, q := range order {
+			want := min(max(i-j, -1), 1)
+			if got := p.Compare(q); got != want {
+				t.Errorf("%v to %v: %d, want %d", p, q, got, want)
+			}
+		}
+	}
+}
