@@ -1,0 +1,33 @@
+package identitystore
+
+import (
+	"fmt"
+	"time"
+)
+
+// Config is the section `identityStore` of the configuration.
+type Config struct {
+	// Retention is how long a former owner may still look for events of a released device. Keep it at least as long as the
+	// history of the resource directory. Default 168h; must be positive.
+	Retention time.Duration `yaml:"retention"`
+	// CachedDevices bounds how many device IDs the lists of owners may hold in memory, over all owners. When it is full other
+	// owners' lists are dropped; a list longer than this is read from the store each time. Default 1000000; must be positive.
+	CachedDevices int `yaml:"cachedDevices"`
+}
+
+// Default returns the configuration of a hub without a configuration file.
+func Default() Config {
+	return Config{Retention: 7 * 24 * time.Hour, CachedDevices: 1_000_000}
+}
+
+// Validate reports all mistakes, each with the key's path below the section.
+func (c Config) Validate() []error {
+	var errs []error
+	if c.Retention <= 0 {
+		errs = append(errs, fmt.Errorf("retention: %s is not positive", c.Retention))
+	}
+	if c.CachedDevices <= 0 {
+		errs = append(errs, fmt.Errorf("cachedDevices: %d is not positive", c.CachedDevices))
+	}
+	return errs
+}

@@ -1,0 +1,322 @@
+package identitystore
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/store"
+)
+
+// maxTries bounds how often a step is decided again after somebody else was faster. Contention on one device is between a few
+// sign-ups of the same device; who loses this often is told to come back later.
+const maxTries = 32
+
+// How often half-done steps are tried again, and outlived notes of former owners are removed.
+const (
+	finishEvery = 30 * time.Second
+	sweepEvery  = time.Hour
+)
+
+var (
+	errOther = hub.NewError(hub.Denied, "device-owned-by-other", "the device belongs to another owner")
+	errPin   = hub.NewError(hub.Denied, "device-pinned", "the device signed up with another set of credentials before")
+	errNone  = hub.NewError(hub.NotFound, "device-not-owned", "the device has no owner, or another one")
+)
+
+// Store is who owns which device. All methods are safe for concurrent use; several processes may work on the same documents.
+// Only the lists of Devices are cached, and dropped at once when this process changes them.
+type Store struct {
+	cfg     Config
+	docs    store.Documents
+	dir     Directory
+	log     *slog.Logger
+	lists   *lists
+	metrics *metrics
+}
+
+// New makes a Store on docs that tells dir about every claim and release. Run must run for half-done steps to be finished
+// without anybody asking.
+func New(cfg Config, docs store.Documents, dir Directory, log *slog.Logger, reg prometheus.Registerer) (*Store, error) {
+	if errs := cfg.Validate(); len(errs) > 0 {
+		return nil, &hub.Error{Kind: hub.Invalid, Op: "identityStore", Code: "config-invalid", Err: errors.Join(errs...)}
+	}
+	return &Store{
+		cfg: cfg, docs: docs, dir: dir, log: log, lists: newLists(cfg.CachedDevices), metrics: newMetrics(reg),
+	}, nil
+}
+
+// Run finishes what a crash left half done, calls ready, and goes on doing so until ctx ends. The error is always nil.
+func (s *Store) Run(ctx context.Context, ready func()) error {
+	s.finishAll(ctx)
+	ready()
+	finish, sweep := time.NewTicker(finishEvery), time.NewTicker(sweepEvery)
+	defer finish.Stop()
+	defer sweep.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-finish.C:
+			s.finishAll(ctx)
+		case <-sweep.C:
+			s.sweep(ctx)
+		}
+	}
+}
+
+// SignUp claims the device for the owner and registers it with the directory. A device of another owner is Denied
+// ("device-owned-by-other"). Repeating it for the same owner succeeds and finishes what a crash left half done. Pin names the
+// credential set, is fixed at the claim and kept until the release; another one is Denied ("device-pinned"). Trouble of store
+// or directory is Unavailable (or Exhausted, Deadline).
+func (s *Store) SignUp(ctx context.Context, dev hub.DeviceID, owner hub.Owner, pin, user string) (hub.Ownership, error) {
+	const op = "identity.SignUp"
+	if dev == "" || owner == "" {
+		return hub.Ownership{}, &hub.Error{Kind: hub.Invalid, Op: op}
+	}
+	for range maxTries {
+		rec, rev, err := s.get(ctx, dev)
+		if err != nil {
+			return hub.Ownership{}, err
+		}
+		switch {
+		case rec.State == releasing: // whoever released it is not there any more, or not done: the new owner waits for neither
+			err = s.release(ctx, dev, rec, rev)
+		case rec.State == free:
+			rec = record{State: claimed, Owner: owner, Generation: rec.Generation + 1, Pin: pin, User: user}
+			if rev, err = s.put(ctx, dev, rec, rev); err == nil {
+				err = s.register(ctx, dev, rec, rev)
+			}
+		case rec.Owner != owner:
+			s.metrics.signUps.WithLabelValues("owned-by-other").Inc()
+			return hub.Ownership{}, errOther.With(op, nil)
+		case rec.Pin != pin:
+			s.metrics.signUps.WithLabelValues("pinned").Inc()
+			return hub.Ownership{}, errPin.With(op, nil)
+		case rec.State == claimed:
+			err = s.register(ctx, dev, rec, rev)
+		default:
+			s.metrics.signUps.WithLabelValues("ok").Inc()
+			return rec.ownership(dev), nil
+		}
+		if err != nil && !hub.IsKind(err, hub.Conflict) {
+			s.metrics.signUps.WithLabelValues("failed").Inc()
+			return hub.Ownership{}, err
+		}
+	}
+	s.metrics.signUps.WithLabelValues("failed").Inc()
+	return hub.Ownership{}, trouble(op, errors.New("too much contention"))
+}
+
+// Owner returns who owns the device; NotFound if nobody does, also while it is being released. A claim that was not registered
+// yet is registered first; if that fails the error is Unavailable.
+func (s *Store) Owner(ctx context.Context, dev hub.DeviceID) (hub.Ownership, error) {
+	const op = "identity.Owner"
+	for range maxTries {
+		rec, rev, err := s.get(ctx, dev)
+		if err != nil {
+			return hub.Ownership{}, err
+		}
+		switch rec.State {
+		case free:
+			return hub.Ownership{}, errNone.With(op, nil)
+		case registered:
+			return rec.ownership(dev), nil
+		case releasing:
+			// The answer does not depend on whether this succeeds; Run tries again.
+			if err := s.release(ctx, dev, rec, rev); err != nil && !hub.IsKind(err, hub.Conflict) {
+				s.log.WarnContext(ctx, "release not finished", "device", dev, "error", err)
+			}
+			return hub.Ownership{}, errNone.With(op, nil)
+		}
+		if err := s.register(ctx, dev, rec, rev); err != nil && !hub.IsKind(err, hub.Conflict) {
+			return hub.Ownership{}, err
+		}
+	}
+	return hub.Ownership{}, trouble(op, errors.New("too much contention"))
+}
+
+// SignOff deletes the device: releasing mark, unregister with the directory, release. NotFound if owner does not own it.
+// After an error it may be repeated and goes on where it stopped. The generation outlives the release.
+func (s *Store) SignOff(ctx context.Context, dev hub.DeviceID, owner hub.Owner, user string) error {
+	const op = "identity.SignOff"
+	begun := false
+	for range maxTries {
+		rec, rev, err := s.get(ctx, dev)
+		if err != nil {
+			return err
+		}
+		switch {
+		case rec.State == free && begun: // another process finished what we began
+			return nil
+		case rec.State == free, rec.Owner != owner:
+			if begun {
+				return nil
+			}
+			return errNone.With(op, nil)
+		case rec.State == claimed: // see state: a release starts from registered
+			err = s.register(ctx, dev, rec, rev)
+		case rec.State == registered && begun: // released and claimed again meanwhile: not ours to release
+			return nil
+		default:
+			if rec.State == registered {
+				rec.State, rec.User = releasing, user
+				rev, err = s.put(ctx, dev, rec, rev)
+			}
+			if err == nil {
+				begun = true
+				err = s.release(ctx, dev, rec, rev)
+			}
+			if err == nil {
+				return nil
+			}
+		}
+		if err != nil && !hub.IsKind(err, hub.Conflict) {
+			return err
+		}
+	}
+	return trouble(op, errors.New("too much contention"))
+}
+
+// Devices lists the owner's devices in ID order. Nobody changes the returned slice.
+func (s *Store) Devices(ctx context.Context, owner hub.Owner) ([]hub.DeviceID, error) {
+	ids, epoch, ok := s.lists.get(owner)
+	if ok {
+		return ids, nil
+	}
+	ids = []hub.DeviceID{}
+	for doc, err := range s.docs.Find(ctx, collDevices, indexOwner+string(owner)) {
+		if err != nil {
+			return nil, trouble("list devices", err)
+		}
+		ids = append(ids, hub.DeviceID(doc.Key))
+	}
+	s.lists.put(owner, ids, epoch)
+	return ids, nil
+}
+
+// EventsOwned lists devices whose log may hold events with the owner's stamp, in ID order: those owned now and those released
+// within Config.Retention.
+func (s *Store) EventsOwned(ctx context.Context, owner hub.Owner) ([]hub.DeviceID, error) {
+	now, err := s.Devices(ctx, owner)
+	if err != nil {
+		return nil, err
+	}
+	ids := slices.Clone(now)
+	prefix := pastPrefix(owner)
+	for doc, err := range s.docs.Range(ctx, collPast, prefix, prefix+"\x7f") {
+		if err != nil {
+			return nil, trouble("list former devices", err)
+		}
+		var p past
+		if err := json.Unmarshal(doc.Value, &p); err != nil {
+			return nil, &hub.Error{Kind: hub.Internal, Op: "decode former owner", Err: err}
+		}
+		if p.Until.After(time.Now()) {
+			ids = append(ids, hub.DeviceID(strings.TrimPrefix(doc.Key, prefix)))
+		}
+	}
+	slices.Sort(ids)
+	return slices.Compact(ids), nil
+}
+
+// register does the second step of a claim. Conflict means: read again.
+func (s *Store) register(ctx context.Context, dev hub.DeviceID, rec record, rev uint64) error {
+	if err := s.dir.Register(ctx, rec.ownership(dev), rec.User); err != nil {
+		return trouble("register with the directory", err)
+	}
+	rec.State = registered
+	_, err := s.put(ctx, dev, rec, rev)
+	return err
+}
+
+// release does the rest of a release. Conflict means: read again.
+func (s *Store) release(ctx context.Context, dev hub.DeviceID, rec record, rev uint64) error {
+	if err := s.dir.Unregister(ctx, rec.ownership(dev), rec.User); err != nil {
+		return trouble("unregister with the directory", err)
+	}
+	// Before the record forgets the owner, so that a crash between the two loses nothing.
+	if err := s.remember(ctx, dev, rec.Owner); err != nil {
+		return err
+	}
+	_, err := s.put(ctx, dev, record{State: free, Generation: rec.Generation}, rev)
+	return err
+}
+
+// finishAll tries to finish every half-done step once.
+func (s *Store) finishAll(ctx context.Context) {
+	left := 0
+	for doc, err := range s.docs.Find(ctx, collDevices, indexPending) {
+		if err == nil {
+			err = s.finish(ctx, doc)
+		}
+		if err != nil && !hub.IsKind(err, hub.Conflict) {
+			left++
+			if ctx.Err() == nil {
+				s.log.WarnContext(ctx, "half-done sign-up or sign-off not finished", "device", doc.Key, "error", err)
+			}
+		}
+	}
+	s.metrics.pending.Set(float64(left))
+}
+
+func (s *Store) finish(ctx context.Context, doc store.Doc) error {
+	rec, err := decode(doc)
+	if err != nil {
+		return err
+	}
+	dev := hub.DeviceID(doc.Key)
+	switch rec.State {
+	case claimed:
+		return s.register(ctx, dev, rec, doc.Rev)
+	case releasing:
+		return s.release(ctx, dev, rec, doc.Rev)
+	case free, registered:
+	}
+	return nil
+}
+
+// sweep removes notes of former owners whose events are gone.
+func (s *Store) sweep(ctx context.Context) {
+	for doc, err := range s.docs.Range(ctx, collPast, "", "") {
+		if err != nil {
+			s.log.WarnContext(ctx, "sweep of former owners stopped", "error", err)
+			return
+		}
+		var p past
+		if json.Unmarshal(doc.Value, &p) == nil && p.Until.After(time.Now()) {
+			continue
+		}
+		if err := s.docs.Delete(ctx, collPast, doc.Key, doc.Rev); err != nil && !hub.IsKind(err, hub.Conflict) {
+			s.log.WarnContext(ctx, "sweep of former owners stopped", "error", err)
+			return
+		}
+	}
+}
+
+// OwnerUUID is the owner's label in places that want a UUID (client API 15): the owner itself if it is one, else its UUIDv5 in
+// the URL namespace. Labels are never keys of a decision.
+func OwnerUUID(owner hub.Owner) string {
+	if id, err := uuid.Parse(string(owner)); err == nil && len(owner) == 36 {
+		return id.String()
+	}
+	return uuid.NewSHA1(uuid.NameSpaceURL, []byte(owner)).String()
+}
+
+// trouble makes store's and directory's failures of a kind that no door takes for a bad credential: a device drops its
+// credentials when it is told that they are bad.
+func trouble(op string, err error) error {
+	kind := hub.Unavailable
+	if k := hub.KindOf(err); err != nil && (k == hub.Exhausted || k == hub.Deadline) {
+		kind = k
+	}
+	return &hub.Error{Kind: kind, Op: op, Err: err}
+}
