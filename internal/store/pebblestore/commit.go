@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"runtime"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
@@ -99,6 +100,7 @@ func (s *Store) commitLoop() {
 	poll := time.NewTicker(spaceInterval)
 	defer poll.Stop()
 	for {
+		s.gather()
 		s.mu.Lock()
 		work, closing := s.pending, s.closing
 		s.pending = nil
@@ -130,6 +132,21 @@ func (s *Store) commitLoop() {
 			}
 			work = work[n:]
 		}
+	}
+}
+
+// gather lets other goroutines run as long as they bring more work. Those who were just answered come back with their next
+// write at once; taking the first of them alone would make the others wait for a sync of its own.
+func (s *Store) gather() {
+	for before := -1; ; {
+		s.mu.Lock()
+		n := len(s.pending)
+		s.mu.Unlock()
+		if n == 0 || n == before {
+			return
+		}
+		before = n
+		runtime.Gosched()
 	}
 }
 
