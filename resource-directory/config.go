@@ -1,0 +1,74 @@
+package resourcedirectory
+
+import (
+	"errors"
+	"fmt"
+	"time"
+)
+
+// Config says how the directory behaves. Default has the values of an installation that configures nothing.
+type Config struct {
+	// Workers is how many goroutines decide; each device belongs to one of them. Default 4.
+	Workers int `json:"workers" yaml:"workers"`
+	// Queue is how many requests may wait for one worker; callers beyond it wait up to QueueWait and are then refused with
+	// Exhausted. Default 4096.
+	Queue int `json:"queue" yaml:"queue"`
+	// QueueWait bounds the wait for a place in a full queue. Default 2s.
+	QueueWait time.Duration `json:"queueWait" yaml:"queueWait"`
+	// ColdAfter is how long after its last write a device's state leaves memory; it is loaded again when it is written next.
+	// Default 10m.
+	ColdAfter time.Duration `json:"coldAfter" yaml:"coldAfter"`
+	// History is what the log keeps.
+	History History `json:"history" yaml:"history"`
+	// Limits bound what one device may store; beyond them a request is refused with TooLarge.
+	Limits Limits `json:"limits" yaml:"limits"`
+}
+
+// History is how long events are kept.
+type History struct {
+	// Retention is how long events are kept; the last value of each resource before it is kept for ever. Default 168h
+	// (7 days), at least 10m.
+	Retention time.Duration `json:"retention" yaml:"retention"`
+	// MaxBytes bounds what the store takes on disk; when it is exceeded, history gets shorter than Retention, with an alarm.
+	// 0 = no bound. Default 0; the bundle sets a tenth of the disk.
+	MaxBytes int64 `json:"maxBytes" yaml:"maxBytes"`
+}
+
+// Limits bound one device.
+type Limits struct {
+	Links     int `json:"links" yaml:"links"`         // published links; default 20000
+	LinkBytes int `json:"linkBytes" yaml:"linkBytes"` // of all links together; default 8 MiB, at most 12 MiB
+	Resources int `json:"resources" yaml:"resources"` // twins, published or not; default 20000
+	TwinBytes int `json:"twinBytes" yaml:"twinBytes"` // of all twins together; default 64 MiB
+}
+
+// Default is the configuration of an installation that configures nothing.
+func Default() Config {
+	return Config{
+		Workers: 4, Queue: 4096, QueueWait: 2 * time.Second, ColdAfter: 10 * time.Minute,
+		History: History{Retention: 7 * 24 * time.Hour},
+		Limits:  Limits{Links: 20000, LinkBytes: 8 << 20, Resources: 20000, TwinBytes: 64 << 20},
+	}
+}
+
+// Check reports everything that is wrong, each with the field's path.
+func (c Config) Check() error {
+	var errs []error
+	bad := func(ok bool, path, want string) {
+		if !ok {
+			errs = append(errs, fmt.Errorf("%s: must be %s", path, want))
+		}
+	}
+	bad(c.Workers >= 1 && c.Workers <= 256, "workers", "between 1 and 256")
+	bad(c.Queue >= 1 && c.Queue <= 1<<20, "queue", "between 1 and 1048576")
+	bad(c.QueueWait >= 0 && c.QueueWait <= time.Minute, "queueWait", "between 0 and 1m")
+	bad(c.ColdAfter >= time.Second, "coldAfter", "at least 1s")
+	bad(c.History.Retention >= neverYounger, "history.retention", "at least 10m")
+	bad(c.History.MaxBytes >= 0, "history.maxBytes", "0 or more")
+	bad(c.Limits.Links >= 1, "limits.links", "at least 1")
+	// One commit may touch every page of links, and the store takes 16 MiB of documents with a commit.
+	bad(c.Limits.LinkBytes >= 1<<10 && c.Limits.LinkBytes <= 12<<20, "limits.linkBytes", "between 1 KiB and 12 MiB")
+	bad(c.Limits.Resources >= 1, "limits.resources", "at least 1")
+	bad(c.Limits.TwinBytes >= 1<<10, "limits.twinBytes", "at least 1 KiB")
+	return errors.Join(errs...)
+}

@@ -1,0 +1,57 @@
+package resourcedirectory
+
+import (
+	"context"
+
+	"github.com/coaphub/coaphub/hub"
+)
+
+// Register appends a registered event with owner and generation to the device's log, unless that generation is already
+// there. What a former ownership left is deleted and its session closed. Precondition for a generation that is older than the
+// device's, or the same one of another owner.
+func (d *Directory) Register(ctx context.Context, own hub.Ownership, user string) error {
+	r := &request{dev: own.Device, op: "directory.Register", fresh: true, owner: own}
+	r.decide = func(s *state, _ int64) ([]hub.Event, error) {
+		switch {
+		case own.Owner == "" || own.Generation == 0:
+			return nil, hub.NewError(hub.Invalid, "ownership-invalid", "an ownership needs an owner and a generation")
+		case own.Generation < s.generation, own.Generation == s.generation && s.owner != "" && s.owner != own.Owner:
+			return nil, hub.NewError(hub.Precondition, "generation-stale", "the device was claimed again since")
+		case own.Generation == s.generation:
+			return nil, nil
+		}
+		return []hub.Event{{Kind: hub.Registered, User: user}}, nil
+	}
+	r.stored = func(w *worker) { w.closeOther(own.Device, "deleted") }
+	return d.do(ctx, r)
+}
+
+// Unregister appends an unregistered event, deletes links and twin, and closes the live session. The log stays until
+// retention. Repeating it, or asking it of a device that has a newer generation, does nothing.
+func (d *Directory) Unregister(ctx context.Context, own hub.Ownership, user string) error {
+	r := &request{dev: own.Device, op: "directory.Unregister", fresh: true}
+	r.decide = func(s *state, _ int64) ([]hub.Event, error) {
+		if s.owner == "" || s.owner != own.Owner || s.generation != own.Generation {
+			return nil, nil
+		}
+		return []hub.Event{{Kind: hub.Unregistered, Connection: s.meta.Connection.ID, User: user}}, nil
+	}
+	r.stored = func(w *worker) { w.closeOther(own.Device, "deleted") }
+	return d.do(ctx, r)
+}
+
+// closeOther closes the device's session in this process if the device's state knows it no more.
+func (w *worker) closeOther(dev hub.DeviceID, reason string) {
+	l := w.live[dev]
+	if l == nil {
+		return
+	}
+	if e := w.devices[dev]; e != nil && e.state != nil && e.state.session <= l.session {
+		return // nothing was changed: the session is the current one
+	}
+	delete(w.live, dev)
+	delete(w.gone, dev)
+	if l.to != nil {
+		l.to.Close(reason)
+	}
+}

@@ -1,0 +1,202 @@
+package resourcedirectory
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/store"
+)
+
+const (
+	// neverYounger is longer than any request may take: a commit that is younger still fences a paused writer.
+	neverYounger = 10 * time.Minute
+	// trimEvery is how often the trimmer works, at most trimDevices devices or trimBudget each time, so that it never competes
+	// with the fleet for long.
+	trimEvery   = 5 * time.Second
+	trimDevices = 256
+	trimBudget  = 250 * time.Millisecond
+	// trimDocs bounds the base documents of one step; the store takes 16 MiB.
+	trimDocs = 6 << 20
+	// trimSteps divides retention: a device is trimmed once a sixteenth of it can go, since each time reads its bases.
+	trimSteps = 16
+)
+
+// trim removes what is older than retention, device by device, until ctx ends.
+func (d *Directory) trim(ctx context.Context) {
+	t := &trimmer{d: d, keep: d.cfg.History.Retention}
+	d.metrics.kept.Set(t.keep.Seconds())
+	tick := time.NewTicker(trimEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case now := <-tick.C:
+			if err := t.step(ctx, now); err != nil && ctx.Err() == nil {
+				d.log.Warn("history cannot be trimmed, trying again", "device", t.next, "error", err)
+			}
+		}
+	}
+}
+
+// trimmer walks through all devices in ID order, over and over.
+type trimmer struct {
+	d    *Directory
+	keep time.Duration // at most retention; less while the store is over maxBytes
+	next hub.DeviceID  // the pass goes on after it
+	day  uint32        // the feed was trimmed before this day
+}
+
+func (t *trimmer) step(ctx context.Context, now time.Time) error {
+	if t.next == "" {
+		if err := t.adapt(ctx); err != nil {
+			return err
+		}
+		if err := t.feed(ctx, now); err != nil {
+			return err
+		}
+	}
+	begin, n := time.Now(), 0
+	for dev, err := range t.d.store.Devices(ctx, t.next) {
+		if err != nil {
+			return fmt.Errorf("list devices: %w", err)
+		}
+		if n++; n > trimDevices || time.Since(begin) > trimBudget {
+			return nil
+		}
+		t.next = dev // also when it fails: one damaged device must not stop the others
+		if _, err := t.d.trimDevice(ctx, dev, now.Add(-t.keep)); err != nil {
+			return err
+		}
+	}
+	t.next = ""
+	return nil
+}
+
+// adapt shortens what is kept while the store is over its limit, and lengthens it again when there is room. It runs once a
+// pass, so that what one pass freed is seen before the next step.
+func (t *trimmer) adapt(ctx context.Context) error {
+	limit, whole := t.d.cfg.History.MaxBytes, t.d.cfg.History.Retention
+	sizer, ok := t.d.store.(store.Sizer)
+	if limit == 0 || !ok {
+		return nil
+	}
+	size, err := sizer.Size(ctx)
+	if err != nil {
+		return fmt.Errorf("measure the store: %w", err)
+	}
+	before := t.keep
+	switch {
+	case size > limit:
+		t.keep = max(t.keep/4*3, neverYounger)
+	case size < limit/10*9:
+		t.keep = min(t.keep/4*5, whole)
+	}
+	switch {
+	case before == whole && t.keep < whole:
+		t.d.log.Error("history is shorter than configured: the store is over history.maxBytes",
+			"bytes", size, "maxBytes", limit, "retention", whole, "kept", t.keep)
+	case before < whole && t.keep == whole:
+		t.d.log.Info("history is as long as configured again", "bytes", size, "retention", whole)
+	}
+	shortened := 0.0
+	if t.keep < whole {
+		shortened = 1
+	}
+	t.d.metrics.shortened.Set(shortened)
+	t.d.metrics.kept.Set(t.keep.Seconds())
+	return nil
+}
+
+// feed removes the days of the feed that are wholly older than what is kept.
+func (t *trimmer) feed(ctx context.Context, now time.Time) error {
+	day := uint32(max(0, now.Add(-t.keep).Unix()/(24*60*60)))
+	if day <= t.day {
+		return nil
+	}
+	if err := t.d.store.TrimFeed(ctx, day); err != nil {
+		return fmt.Errorf("trim the feed: %w", err)
+	}
+	t.day = day
+	return nil
+}
+
+// trimDevice removes the device's commits up to edge and returns how many. It keeps the newest one, and moves the values
+// that the removed ones brought into the bases first, in the same batch.
+func (d *Directory) trimDevice(ctx context.Context, dev hub.DeviceID, edge time.Time) (int, error) {
+	if youngest := time.Now().Add(-neverYounger); edge.After(youngest) {
+		edge = youngest
+	}
+	upTo, err := d.store.SeqAt(ctx, dev, edge)
+	if err != nil || upTo == 0 {
+		return 0, err
+	}
+	var first hub.Commit
+	for first, err = range d.store.Commits(ctx, dev, 0) {
+		break
+	}
+	if err != nil {
+		return 0, err
+	}
+	// first is the newest commit, or one that leaves soon enough: reading all bases for a few commits does not pay.
+	if first.Seq == 0 || first.Seq > upTo || edge.Sub(time.Unix(0, first.Time)) < d.cfg.History.Retention/trimSteps {
+		return 0, nil
+	}
+	st, err := d.store.Load(ctx, dev)
+	if err != nil {
+		return 0, err
+	}
+	upTo = min(upTo, st.LastSeq-1)
+	s, err := d.codec.read(dev, st.Docs, basePrefix)
+	if err != nil {
+		return 0, err
+	}
+	var (
+		changed []string
+		size    int
+		total   int
+		flushed = s.seq
+	)
+	flush := func() error {
+		if s.seq == flushed {
+			return nil
+		}
+		docs, err := d.codec.docs(s, changed, basePrefix)
+		if err != nil {
+			return err
+		}
+		if err := d.store.Trim(ctx, dev, s.seq+1, docs); err != nil {
+			return fmt.Errorf("trim device: %w", err)
+		}
+		d.metrics.trimmed.Add(float64(s.seq - flushed))
+		total += int(s.seq - flushed)
+		changed, size, flushed = nil, 0, s.seq
+		return nil
+	}
+	for c, err := range d.store.Commits(ctx, dev, s.seq+1) {
+		if err != nil {
+			return total, err
+		}
+		if c.Seq > upTo {
+			break
+		}
+		if c.Seq != s.seq+1 {
+			return total, &hub.Error{Kind: hub.Internal, Op: "directory.trimDevice", Err: errors.New("the log has a hole")}
+		}
+		var keys []string
+		s, keys = s.fold(&c)
+		changed = append(changed, keys...)
+		for i := range c.Events {
+			size += eventSize(&c.Events[i]) + s.linkBytes/linkPages*len(c.Events[i].Links)
+		}
+		if size > trimDocs {
+			if err := flush(); err != nil {
+				return total, err
+			}
+		}
+	}
+	return total, flush()
+}
