@@ -52,9 +52,7 @@ type trimmer struct {
 
 func (t *trimmer) step(ctx context.Context, now time.Time) error {
 	if t.next == "" {
-		if err := t.adapt(ctx); err != nil {
-			return err
-		}
+		t.adapt()
 		if err := t.feed(ctx, now); err != nil {
 			return err
 		}
@@ -78,16 +76,13 @@ func (t *trimmer) step(ctx context.Context, now time.Time) error {
 
 // adapt shortens what is kept while the store is over its limit, and lengthens it again when there is room. It runs once a
 // pass, so that what one pass freed is seen before the next step.
-func (t *trimmer) adapt(ctx context.Context) error {
+func (t *trimmer) adapt() {
 	limit, whole := t.d.cfg.History.MaxBytes, t.d.cfg.History.Retention
 	sizer, ok := t.d.store.(store.Sizer)
 	if limit == 0 || !ok {
-		return nil
+		return
 	}
-	size, err := sizer.Size(ctx)
-	if err != nil {
-		return fmt.Errorf("measure the store: %w", err)
-	}
+	size := int64(sizer.DiskBytes())
 	before := t.keep
 	switch {
 	case size > limit:
@@ -108,7 +103,6 @@ func (t *trimmer) adapt(ctx context.Context) error {
 	}
 	t.d.metrics.shortened.Set(shortened)
 	t.d.metrics.kept.Set(t.keep.Seconds())
-	return nil
 }
 
 // feed removes the days of the feed that are wholly older than what is kept.

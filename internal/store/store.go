@@ -64,10 +64,10 @@ type Log interface {
 	Trim(ctx context.Context, dev hub.DeviceID, below uint64, docs []StateDoc) error
 }
 
-// Sizer is implemented by stores that know what they take on disk. Without it history.maxBytes has no effect.
+// Sizer is implemented by back ends that know what they take on disk. Without it history.maxBytes has no effect.
 type Sizer interface {
-	// Size returns about how many bytes log, feed and documents take on disk.
-	Size(ctx context.Context) (int64, error)
+	// DiskBytes returns about how many bytes log, feed and documents take on disk.
+	DiskBytes() uint64
 }
 
 // FeedEntry is a commit with its place in the feed.
