@@ -1,0 +1,166 @@
+package bundle
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"strings"
+
+	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/conf"
+	"github.com/coaphub/coaphub/internal/obs"
+)
+
+// EnvPrefix is what the environment variables of keys begin with; EnvData is the data folder's and no key.
+const (
+	EnvPrefix = "COAPHUB_"
+	EnvData   = EnvPrefix + "DATA"
+)
+
+// Config is the whole configuration: one section a part, and what is said once for all.
+type Config struct {
+	// Data is the data folder. It comes from --data or COAPHUB_DATA, not from the file, which may lie in it.
+	Data string `yaml:"-"`
+	// ExternalAddress is the host name or IP address, without port, under which devices and people reach this machine. It goes
+	// into endpoints, discovery, certificates and the list of allowed Host headers. Default: the machine's first address that
+	// is not loopback.
+	ExternalAddress string        `yaml:"externalAddress"`
+	Log             obs.LogConfig `yaml:"log"`
+	Admin           AdminConfig   `yaml:"admin"`
+	Store           StoreConfig   `yaml:"store"`
+}
+
+// AdminConfig is the listener for probes and metrics.
+type AdminConfig struct {
+	API AdminAPIConfig `yaml:"api"`
+}
+
+// AdminAPIConfig is everything below admin.api.
+type AdminAPIConfig struct {
+	HTTP AdminHTTPConfig `yaml:"http"`
+}
+
+// AdminHTTPConfig is everything below admin.api.http.
+type AdminHTTPConfig struct {
+	// Address to listen on for /live, /ready and /metrics. Plain on loopback, TLS anywhere else. Empty: no such listener.
+	Address string `yaml:"address"`
+}
+
+// StoreConfig is the event log's and the documents' place on the disk.
+type StoreConfig struct {
+	// MinFree is the free space on the disk below which writes are refused while reads go on.
+	MinFree conf.Size `yaml:"minFree"`
+	// Cache is the size of the cache of blocks read from the disk.
+	Cache conf.Size `yaml:"cache"`
+}
+
+// Default is the configuration of a hub that nobody configured.
+func Default() Config {
+	return Config{
+		Data:  "data",
+		Log:   obs.DefaultLog(),
+		Admin: AdminConfig{API: AdminAPIConfig{HTTP: AdminHTTPConfig{Address: "127.0.0.1:8081"}}},
+		Store: StoreConfig{MinFree: 128 << 20, Cache: 8 << 20},
+	}
+}
+
+// Validate returns every mistake, each with its full path. Nil means that the configuration can be used, as far as that can
+// be known before files are read and addresses bound.
+func (c Config) Validate() error {
+	var ps conf.Problems
+	ps = append(ps, c.Log.Validate("log")...)
+	if a := c.Admin.API.HTTP.Address; a != "" {
+		if _, _, err := net.SplitHostPort(a); err != nil {
+			ps = append(ps, conf.Problem{Path: "admin.api.http.address", Text: fmt.Sprintf("%q is not host:port", a)})
+		}
+	}
+	if h := c.ExternalAddress; h != "" && net.ParseIP(h) == nil && (strings.ContainsAny(h, ":/ []") || len(h) > 253) {
+		ps = append(ps, conf.Problem{Path: "externalAddress", Text: fmt.Sprintf("%q is neither a host name nor an IP address; write it without scheme and port", h)})
+	}
+	return ps.Err()
+}
+
+// gather turns the mistakes a section found into problems with full paths: some say their own path, some theirs below the
+// section.
+func gather(section string, errs ...error) (ps conf.Problems) {
+	for _, err := range errs {
+		if err == nil {
+			continue
+		}
+		if many, ok := err.(interface{ Unwrap() []error }); ok {
+			ps = append(ps, gather(section, many.Unwrap()...)...)
+			continue
+		}
+		path, text, ok := strings.Cut(err.Error(), ": ")
+		if !ok || strings.Contains(path, " ") {
+			path, text = section, err.Error()
+		}
+		if path != section && !strings.HasPrefix(path, section+".") {
+			path = section + "." + path
+		}
+		ps = append(ps, conf.Problem{Path: path, Text: text})
+	}
+	return ps
+}
+
+// foreign are keys of plgd's services, and what is written here instead.
+var foreign = map[string]string{
+	"apis":                       `listeners are coapGateway.api, grpcGateway.api and admin.api here`,
+	"clients":                    `the parts know each other, there is nothing to connect`,
+	"hubID":                      `the hub makes its ID at the first start and keeps it (coaphub status shows it)`,
+	"hubId":                      `the hub makes its ID at the first start and keeps it (coaphub status shows it)`,
+	"eventStore":                 `the event log is in the data folder; see store and resourceDirectory`,
+	"eventBus":                   `one process needs no bus`,
+	"storage":                    `everything is in the data folder; see store`,
+	"mongoDB":                    `everything is in the data folder; see store`,
+	"cqlDB":                      `everything is in the data folder; see store`,
+	"nats":                       `one process needs no bus`,
+	"requireBatchObserveEnabled": `batch observation is used when a device offers it, and never required`,
+	"inactivityMonitor":          `write coapGateway.api.coap.keepAlive.timeout`,
+	"ownerCacheExpiration":       `caches are invalidated when ownership changes, there is nothing to set`,
+	"subscriptionBufferSize":     `slow readers go on from the event log, there is no buffer to size`,
+	"messagePoolSize":            `messages are not pooled by number, there is nothing to set`,
+	"messageQueueSize":           `queues are bounded by the engine, there is nothing to set`,
+	"blockwiseTransfer":          `block-wise transfer is always on, in the sizes the device asks for`,
+	"protocols":                  `write the addresses that are wanted: coapGateway.api.coap.address`,
+	"taskQueue":                  `there is no task queue to size`,
+	"serviceHeartbeat":           `one process needs no heartbeat`,
+	"tokenTrustVerification":     `validated tokens are remembered until they end or are revoked`,
+	"publicConfiguration":        `write externalAddress and authorization; the rest is derived`,
+	"webConfiguration":           `write externalAddress and authorization; the rest is derived`,
+	"ui":                         `there is no console to configure yet`,
+	"openTelemetryCollector":     `traces cannot be exported yet`,
+	"signer":                     `the hub keeps its own authorities in the data folder (coaphub ca root)`,
+	"oauthSigner":                `the embedded provider keeps its own keys; see oauthServer`,
+	"encoding":                   `write log.format: json or text`,
+	"encoderConfig":              `times are RFC 3339 with nanoseconds, there is nothing to set`,
+	"stacktrace":                 `stacks are logged for panics only, there is nothing to set`,
+	"dumpBody":                   `bodies are never logged`,
+	"endpoints":                  `write authorization.issuers`,
+	"snapshotThreshold":          `there are no snapshots; see resourceDirectory`,
+	"messageSize":                `write coapGateway.api.coap.maxMessageSize`,
+}
+
+// LoadConfig reads a configuration: defaults, then the file (none when file is empty), then the environment. What flags say
+// is put over it by the caller, who then calls Validate. Warnings are for the log.
+func LoadConfig(file string, env []string) (c Config, warnings []string, err error) {
+	c = Default()
+	src := conf.Source{Name: file, Env: env, Prefix: EnvPrefix, Except: []string{EnvData}, Foreign: foreign}
+	if file != "" {
+		if src.YAML, err = os.ReadFile(file); err != nil {
+			return c, nil, &hub.Error{Kind: hub.Invalid, Code: "config-unreadable", Text: "the configuration file cannot be read: " + cause(err), Err: err}
+		}
+	}
+	warnings, err = conf.Read(&c, src)
+	return c, warnings, err
+}
+
+// cause is the innermost text of an error of the file system, with its path.
+func cause(err error) string {
+	var p *os.PathError
+	if errors.As(err, &p) {
+		return p.Path + ": " + p.Err.Error()
+	}
+	return err.Error()
+}

@@ -1,0 +1,285 @@
+package bundle
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"path/filepath"
+	"time"
+
+	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/obs"
+)
+
+// Endpoints is where a hub listens, as URIs that others can use. Empty: no such listener.
+type Endpoints struct {
+	CoAPSTCP string `json:"coaps+tcp,omitempty"`
+	CoAPTCP  string `json:"coap+tcp,omitempty"`
+	HTTP     string `json:"http,omitempty"`
+	GRPC     string `json:"grpc,omitempty"` // host:port
+	Admin    string `json:"admin,omitempty"`
+	OAuth    string `json:"oauth,omitempty"` // the issuer
+}
+
+// Status is what `coaphub status` shows.
+type Status struct {
+	HubID     string    `json:"hubId"`
+	Version   string    `json:"version"`
+	Build     obs.Build `json:"build"`
+	Started   time.Time `json:"started"`
+	PID       int       `json:"pid"`
+	Data      string    `json:"data"`
+	Endpoints Endpoints `json:"endpoints"`
+	Devices   int       `json:"devices"`
+	Online    int       `json:"online"`
+	Feed      Feed      `json:"feed"`
+	// NotReady says what keeps the hub from serving; empty when it serves.
+	NotReady map[string]string `json:"notReady,omitempty"`
+	// FirstLogin is where the first account's one-time password waits; empty when it was shown on a terminal or used.
+	FirstLogin string `json:"firstLogin,omitempty"`
+}
+
+// Feed is the newest place in the feed of all devices.
+type Feed struct {
+	LogID string `json:"logId"`
+	Day   uint32 `json:"day"`
+	N     uint64 `json:"n"`
+}
+
+// Refusal is a connection, sign-up or sign-in that was refused.
+type Refusal struct {
+	Time   time.Time `json:"time"`
+	Remote string    `json:"remote"`
+	Device string    `json:"device,omitempty"`
+	What   string    `json:"what"`
+	Reason string    `json:"reason"`
+}
+
+// OnboardRequest asks for what a device needs to sign up. One of DeviceID and AnyDevice must be set.
+type OnboardRequest struct {
+	DeviceID  string `json:"deviceId,omitempty"`
+	AnyDevice bool   `json:"anyDevice,omitempty"`
+	Owner     string `json:"owner,omitempty"` // empty: the first administrator
+	// Certificate asks for an identity certificate too; needs DeviceID.
+	Certificate bool `json:"certificate,omitempty"`
+}
+
+// Onboarding is what a device needs to sign up.
+type Onboarding struct {
+	HubID                 string    `json:"hubId"`
+	DeviceID              string    `json:"deviceId,omitempty"`
+	Owner                 string    `json:"owner"`
+	Endpoints             Endpoints `json:"endpoints"`
+	AuthorizationProvider string    `json:"authorizationProvider"`
+	AuthorizationCode     string    `json:"authorizationCode,omitempty"`
+	// AuthorizeURL replaces the code where an external provider gives codes: open it in a browser.
+	AuthorizeURL string    `json:"authorizeUrl,omitempty"`
+	CA           string    `json:"ca"` // PEM
+	ExpiresAt    time.Time `json:"expiresAt"`
+	Identity     *Identity `json:"identity,omitempty"`
+}
+
+// Identity is a device's certificate and key, PEM.
+type Identity struct {
+	Chain string `json:"chain"`
+	Key   string `json:"key"`
+	CA    string `json:"ca"`
+}
+
+// TokenRequest asks for an access token for the API.
+type TokenRequest struct {
+	Owner  string        `json:"owner,omitempty"` // empty: the first administrator
+	Scopes []string      `json:"scopes,omitempty"`
+	TTL    time.Duration `json:"ttl,omitempty"` // nanoseconds; 0: the provider's default
+}
+
+// Token is an access token.
+type Token struct {
+	AccessToken string    `json:"accessToken"`
+	ExpiresAt   time.Time `json:"expiresAt"`
+}
+
+// User is an account of the embedded provider.
+type User struct {
+	Name     string   `json:"name"`
+	Roles    []string `json:"roles"`
+	Disabled bool     `json:"disabled,omitempty"`
+	// MustChange reports that the password works once, to set another one.
+	MustChange bool `json:"mustChange,omitempty"`
+}
+
+// UserRequest adds or changes an account. Which fields are read depends on the call.
+type UserRequest struct {
+	Name     string   `json:"name"`
+	Password string   `json:"password,omitempty"` // empty: the hub makes a one-time password
+	Roles    []string `json:"roles,omitempty"`
+}
+
+// UserAnswer is the account and, if the hub made it, its one-time password.
+type UserAnswer struct {
+	User     User   `json:"user"`
+	Password string `json:"password,omitempty"`
+}
+
+// Control is a connection to the hub that runs on a data folder.
+type Control struct {
+	http *http.Client
+}
+
+// ErrNoHub is the code of the error when no hub runs on the data folder.
+const ErrNoHub = "hub-not-running"
+
+// Dial returns a Control for the data folder. It does not connect yet: the first call says whether a hub runs there.
+func Dial(data string) (*Control, error) {
+	data, err := filepath.Abs(data)
+	if err != nil {
+		return nil, fmt.Errorf("data folder: %w", err)
+	}
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		path, release, err := socketPath(data)
+		if err == nil {
+			defer release()
+			var c net.Conn
+			if c, err = new(net.Dialer).DialContext(ctx, "unix", path); err == nil {
+				return c, nil
+			}
+		}
+		return nil, &hub.Error{
+			Kind: hub.Unavailable, Code: ErrNoHub, Err: err,
+			Text: "no hub runs on the data folder " + data + "; start one with coaphub serve, or name another folder with --data",
+		}
+	}
+	return &Control{&http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}}}, nil
+}
+
+// maxAnswer bounds an answer: lists of accounts and refusals are well below.
+const maxAnswer = 16 << 20
+
+func (c *Control) call(ctx context.Context, method, path string, q, a any) error {
+	var body io.Reader
+	if q != nil {
+		b, err := json.Marshal(q)
+		if err != nil {
+			return fmt.Errorf("write the call: %w", err)
+		}
+		body = bytes.NewReader(b)
+	}
+	r, err := http.NewRequestWithContext(ctx, method, "http://hub"+path, body)
+	if err != nil {
+		return fmt.Errorf("write the call: %w", err)
+	}
+	resp, err := c.http.Do(r)
+	if err != nil {
+		var e *hub.Error
+		if errors.As(err, &e) {
+			return e
+		}
+		return &hub.Error{Kind: hub.Unavailable, Code: "hub-gone", Text: "the hub did not answer; it may be stopping", Err: err}
+	}
+	defer func() { _ = resp.Body.Close() }()
+	dec := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer))
+	if resp.StatusCode != http.StatusOK {
+		var e wireError
+		if err := dec.Decode(&e); err != nil || e.Code == "" {
+			return &hub.Error{Kind: hub.Internal, Code: "answer-malformed", Text: "the hub answered " + resp.Status, Err: err}
+		}
+		return &hub.Error{Kind: e.Kind, Code: e.Code, Text: e.Message}
+	}
+	if a == nil {
+		return nil
+	}
+	if err := dec.Decode(a); err != nil {
+		return &hub.Error{Kind: hub.Internal, Code: "answer-malformed", Text: "the hub's answer was not understood; are hub and command of the same version?", Err: err}
+	}
+	return nil
+}
+
+// Status asks how the hub is.
+func (c *Control) Status(ctx context.Context) (s Status, err error) {
+	err = c.call(ctx, http.MethodGet, "/status", nil, &s)
+	return s, err
+}
+
+// Refused lists the newest refusals, newest first.
+func (c *Control) Refused(ctx context.Context) (rs []Refusal, err error) {
+	err = c.call(ctx, http.MethodGet, "/refused", nil, &rs)
+	return rs, err
+}
+
+// Onboard makes what a device needs to sign up.
+func (c *Control) Onboard(ctx context.Context, q OnboardRequest) (o Onboarding, err error) {
+	err = c.call(ctx, http.MethodPost, "/onboard", q, &o)
+	return o, err
+}
+
+// Token makes an access token for the API.
+func (c *Control) Token(ctx context.Context, q TokenRequest) (t Token, err error) {
+	err = c.call(ctx, http.MethodPost, "/token", q, &t)
+	return t, err
+}
+
+// Users lists the accounts.
+func (c *Control) Users(ctx context.Context) (us []User, err error) {
+	err = c.call(ctx, http.MethodGet, "/users", nil, &us)
+	return us, err
+}
+
+// AddUser makes an account.
+func (c *Control) AddUser(ctx context.Context, q UserRequest) (a UserAnswer, err error) {
+	err = c.call(ctx, http.MethodPost, "/users/add", q, &a)
+	return a, err
+}
+
+// SetPassword gives an account another password.
+func (c *Control) SetPassword(ctx context.Context, q UserRequest) (a UserAnswer, err error) {
+	err = c.call(ctx, http.MethodPost, "/users/password", q, &a)
+	return a, err
+}
+
+// SetRoles gives an account other roles.
+func (c *Control) SetRoles(ctx context.Context, q UserRequest) (a UserAnswer, err error) {
+	err = c.call(ctx, http.MethodPost, "/users/roles", q, &a)
+	return a, err
+}
+
+// Root returns a root's certificate, PEM: device, https or internal.
+func (c *Control) Root(ctx context.Context, which string) (pem string, err error) {
+	err = c.call(ctx, http.MethodPost, "/ca/root", rootRequest{which}, &pem)
+	return pem, err
+}
+
+// Issue makes an identity certificate for a device.
+func (c *Control) Issue(ctx context.Context, deviceID string, validity time.Duration) (id Identity, err error) {
+	err = c.call(ctx, http.MethodPost, "/ca/issue", issueRequest{deviceID, validity}, &id)
+	return id, err
+}
+
+// Checkpoint makes a consistent copy of the store below the data folder and returns its path relative to it. Release removes
+// it.
+func (c *Control) Checkpoint(ctx context.Context) (path string, err error) {
+	err = c.call(ctx, http.MethodPost, "/checkpoint", nil, &path)
+	return path, err
+}
+
+// Release removes a checkpoint.
+func (c *Control) Release(ctx context.Context, path string) error {
+	return c.call(ctx, http.MethodPost, "/checkpoint/release", releaseRequest{path}, nil)
+}
+
+type rootRequest struct {
+	Which string `json:"which"`
+}
+
+type issueRequest struct {
+	DeviceID string        `json:"deviceId"`
+	Validity time.Duration `json:"validity"` // nanoseconds; 0: a year
+}
+
+type releaseRequest struct {
+	Path string `json:"path"`
+}

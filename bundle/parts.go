@@ -1,0 +1,28 @@
+package bundle
+
+import (
+	"context"
+	"time"
+
+	"github.com/coaphub/coaphub/internal/obs"
+	"github.com/coaphub/coaphub/internal/run"
+)
+
+// parts lists what runs, in the order of starting: probes are answered first and last, doors open once what is behind them
+// serves, and the socket comes last, so that whoever is answered on it finds a hub that works.
+func (a *assembly) parts() []run.Part {
+	var ps []run.Part
+	if a.admin != nil {
+		ps = append(ps, run.Part{Name: "admin", Run: func(ctx context.Context, ready func()) error {
+			ln, err := a.secure(a.admin)
+			if err != nil {
+				return err
+			}
+			return obs.ServeHTTP(ctx, ln, obs.AdminHandler(a.health, a.registry, a.log), time.Second, a.log, ready)
+		}})
+	}
+	ps = append(ps, run.Part{Name: "socket", Run: func(ctx context.Context, ready func()) error {
+		return serveSocket(ctx, a.folder, a.calls(), a.log.With("part", "socket"), ready)
+	}})
+	return ps
+}

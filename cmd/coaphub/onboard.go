@@ -1,0 +1,132 @@
+package main
+
+import (
+	"fmt"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/coaphub/coaphub/bundle"
+)
+
+func newOnboard(p process) *cobra.Command {
+	var q bundle.OnboardRequest
+	var out string
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "onboard (--device-id ID | --any-device)",
+		Short: "Make what a device needs to sign up",
+		Long: "onboard makes what a device needs to sign up: where the hub is, whom to trust, and a code that lives 15 minutes and\n" +
+			"works once. With --out it also writes an identity certificate and prints command lines that use it.",
+		Args: none,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			switch {
+			case (q.DeviceID == "") == !q.AnyDevice:
+				return usage("exactly one of --device-id and --any-device is needed")
+			case out != "" && q.AnyDevice:
+				return usage("--out needs --device-id: a certificate names its device")
+			}
+			q.Certificate = out != ""
+			c, err := control(cmd)
+			if err != nil {
+				return err
+			}
+			o, err := c.Onboard(cmd.Context(), q)
+			if err != nil {
+				return err
+			}
+			if o.Identity != nil {
+				if err := writeIdentity(out, *o.Identity); err != nil {
+					return err
+				}
+				o.Identity.Key = "" // it is in the folder; nobody wants it in a log
+			}
+			if asJSON {
+				return printJSON(p.out, struct {
+					bundle.Onboarding
+					Identity any    `json:"identity,omitempty"`
+					Out      string `json:"out,omitempty"`
+				}{Onboarding: o, Out: out})
+			}
+			return printOnboarding(p, o, out)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&q.DeviceID, "device-id", "", "the device's ID, a UUID")
+	f.BoolVar(&q.AnyDevice, "any-device", false, "the code is good for any device")
+	f.StringVar(&q.Owner, "owner", "", "account that will own the device (default the first administrator)")
+	f.StringVar(&out, "out", "", "folder for cert.pem, key.pem and ca.pem")
+	f.BoolVar(&asJSON, "json", false, "print JSON")
+	return cmd
+}
+
+func printOnboarding(p process, o bundle.Onboarding, out string) error {
+	t := newTable(p.out, "hub", o.HubID)
+	t.row("endpoint", o.Endpoints.CoAPSTCP)
+	if o.Endpoints.CoAPTCP != "" {
+		t.row("endpoint", o.Endpoints.CoAPTCP)
+	}
+	if o.DeviceID != "" {
+		t.row("device", o.DeviceID)
+	}
+	t.row("owner", o.Owner)
+	t.row("provider", o.AuthorizationProvider)
+	if o.AuthorizeURL != "" {
+		t.row("authorize", o.AuthorizeURL)
+	} else {
+		t.row("code", o.AuthorizationCode)
+		t.row("good until", o.ExpiresAt.Local().Format(time.DateTime))
+	}
+	if err := t.end(); err != nil {
+		return err
+	}
+	if out == "" {
+		_, err := fmt.Fprint(p.out, "\n", o.CA)
+		return err
+	}
+	return printRecipes(p, o, out)
+}
+
+// printRecipes writes command lines that work as they stand, and the body of a sign-up for the first of them.
+func printRecipes(p process, o bundle.Onboarding, out string) error {
+	u, err := url.Parse(o.Endpoints.CoAPSTCP)
+	if err != nil {
+		return fmt.Errorf("the hub's endpoint: %w", err)
+	}
+	// libcoap's client reads bodies from a file. The code is a secret for 15 minutes.
+	body := filepath.Join(out, "signup.json")
+	text := fmt.Sprintf(`{"di":%q,"accesstoken":%q,"authprovider":%q}`, o.DeviceID, o.AuthorizationCode, o.AuthorizationProvider)
+	if err := os.WriteFile(body, []byte(text), 0o600); err != nil {
+		return err
+	}
+	at := func(name string) string { return quote(filepath.Join(out, name)) }
+	_, err = fmt.Fprintf(p.out, `
+wrote cert.pem, key.pem, ca.pem and signup.json to %s
+
+libcoap, ask for the hub's time:
+  coap-client-openssl -m get -c %s -j %s -R %s 'coaps+tcp://%s/x.plgd.dev/time'
+
+the simulator, sign up, publish and notify:
+  coaphub simulate --devices 1 --device-id %s --cert %s --code %s --server '%s'
+
+iotivity-lite's cloud_server (name, code, hub's address, hub's ID, provider):
+  cloud_server lamp '%s' '%s' %s %s
+`, out, at("cert.pem"), at("key.pem"), at("ca.pem"), u.Host,
+		o.DeviceID, quote(out), o.AuthorizationCode, o.Endpoints.CoAPSTCP,
+		o.AuthorizationCode, o.Endpoints.CoAPSTCP, o.HubID, o.AuthorizationProvider)
+	return err
+}
+
+// quote makes one word of a text for a POSIX shell.
+func quote(s string) string {
+	if s != "" && !strings.ContainsFunc(s, func(r rune) bool {
+		return !strings.ContainsRune("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_./:@%+=,", r)
+	}) {
+		return s
+	}
+	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
+}

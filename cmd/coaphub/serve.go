@@ -1,0 +1,59 @@
+package main
+
+import (
+	"github.com/spf13/cobra"
+
+	"github.com/coaphub/coaphub/bundle"
+)
+
+func newServe(p process) *cobra.Command {
+	var file, target string
+	cmd := &cobra.Command{
+		Use:   "serve",
+		Short: "Run the hub",
+		Long: "serve runs the whole hub in one process. It needs no configuration; everything it keeps is in the data\n" +
+			"folder. When it serves it prints one line that begins with \"ready\" and names every endpoint.",
+		Args: none,
+	}
+	f := cmd.Flags()
+	f.StringVar(&file, "config", "", "configuration file (YAML)")
+	f.StringVar(&target, "target", "all", "which part to run; this version knows all only")
+	overrides := addressFlags(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if target != "all" {
+			return usage("--target=%s: parts cannot run apart yet, only --target=all", target)
+		}
+		cfg, warnings, err := bundle.LoadConfig(file, p.env)
+		if err != nil {
+			return err
+		}
+		cfg.Data = dataFlag(cmd)
+		overrides(&cfg)
+		return bundle.Run(cmd.Context(), cfg, bundle.Options{
+			Out: p.out, Log: p.err, Terminal: terminal(p.out), Version: version, Warnings: warnings,
+		})
+	}
+	return cmd
+}
+
+// addressFlags adds the flags that stand for keys of the configuration, and returns what puts those that were given into
+// one.
+func addressFlags(cmd *cobra.Command) func(*bundle.Config) {
+	def := bundle.Default()
+	var apply []func(*bundle.Config)
+	add := func(name, usage string, key func(*bundle.Config) *string) {
+		v := cmd.Flags().String(name, *key(&def), usage)
+		apply = append(apply, func(c *bundle.Config) {
+			if cmd.Flags().Changed(name) {
+				*key(c) = *v
+			}
+		})
+	}
+	add("admin-address", "address for probes and metrics; empty: none", func(c *bundle.Config) *string { return &c.Admin.API.HTTP.Address })
+	add("external-address", "host name or IP address under which others reach this machine (default its first address)", func(c *bundle.Config) *string { return &c.ExternalAddress })
+	return func(c *bundle.Config) {
+		for _, f := range apply {
+			f(c)
+		}
+	}
+}

@@ -1,0 +1,71 @@
+package main
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/spf13/cobra"
+)
+
+func newStatus(p process) *cobra.Command {
+	var asJSON, refused bool
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "Show how the hub of this data folder is; exit code 1 if none runs",
+		Args:  none,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := control(cmd)
+			if err != nil {
+				return err
+			}
+			if refused {
+				rs, err := c.Refused(cmd.Context())
+				if err != nil || asJSON {
+					if err == nil {
+						err = printJSON(p.out, rs)
+					}
+					return err
+				}
+				t := newTable(p.out, "TIME", "FROM", "WHAT", "DEVICE", "REASON")
+				for _, r := range rs {
+					t.row(r.Time.Local().Format(time.DateTime), r.Remote, r.What, r.Device, r.Reason)
+				}
+				return t.end()
+			}
+			s, err := c.Status(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				return printJSON(p.out, s)
+			}
+			t := newTable(p.out, "hub", s.HubID)
+			t.row("version", s.Version)
+			t.row("running", fmt.Sprintf("for %s, process %d", time.Since(s.Started).Round(time.Second), s.PID))
+			t.row("data", s.Data)
+			for _, e := range []struct{ name, uri string }{
+				{"coaps+tcp", s.Endpoints.CoAPSTCP}, {"coap+tcp", s.Endpoints.CoAPTCP}, {"http", s.Endpoints.HTTP},
+				{"grpc", s.Endpoints.GRPC}, {"admin", s.Endpoints.Admin}, {"oauth", s.Endpoints.OAuth},
+			} {
+				if e.uri != "" {
+					t.row(e.name, e.uri)
+				}
+			}
+			t.row("devices", fmt.Sprintf("%d, %d of them online", s.Devices, s.Online))
+			t.row("feed", "day "+strconv.FormatUint(uint64(s.Feed.Day), 10)+", commit "+strconv.FormatUint(s.Feed.N, 10))
+			for _, name := range slices.Sorted(maps.Keys(s.NotReady)) {
+				t.row("not ready", name+": "+s.NotReady[name])
+			}
+			if s.FirstLogin != "" {
+				t.row("first login", "name and one-time password are in "+s.FirstLogin)
+			}
+			return t.end()
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	cmd.Flags().BoolVar(&refused, "refused", false, "list the newest refused connections and sign-ups with their reason")
+	return cmd
+}
