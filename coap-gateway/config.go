@@ -1,0 +1,228 @@
+package coapgateway
+
+import (
+	"crypto/x509"
+	"encoding/pem"
+	"fmt"
+	"net"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Config is everything below coapGateway. An address of "" switches a listener off.
+type Config struct {
+	API        APIConfig  `yaml:"api"`
+	DeviceTwin TwinConfig `yaml:"deviceTwin"`
+}
+
+// APIConfig is everything below coapGateway.api.
+type APIConfig struct {
+	CoAP CoAPConfig `yaml:"coap"`
+}
+
+// CoAPConfig is everything below coapGateway.api.coap.
+type CoAPConfig struct {
+	// Address to listen on for CoAP over TLS (RFC 8323).
+	Address string `yaml:"address"`
+	// PlainAddress to listen on for CoAP over TCP without TLS; off by default. Anybody who can reach it may claim to be any
+	// device that has a good token.
+	PlainAddress string `yaml:"plainAddress"`
+	// ExternalAddress is host and port as devices reach the hub; it goes into the endpoints of discovery. Empty: the
+	// listener's own address.
+	ExternalAddress string `yaml:"externalAddress"`
+	// MaxMessageSize in bytes, everything counted. Larger messages end the connection.
+	MaxMessageSize int `yaml:"maxMessageSize"`
+	// MaxConnections in all; further ones are closed at once.
+	MaxConnections int `yaml:"maxConnections"`
+	// MaxLinks is how many links one publish may have, and how many resources of a session are observed.
+	MaxLinks  int             `yaml:"maxLinks"`
+	KeepAlive KeepAliveConfig `yaml:"keepAlive"`
+	TLS       TLSConfig       `yaml:"tls"`
+	// Authorization says how devices prove who they are.
+	Authorization AuthorizationConfig `yaml:"authorization"`
+}
+
+// KeepAliveConfig is everything below coapGateway.api.coap.keepAlive.
+type KeepAliveConfig struct {
+	// Timeout after which a silent connection is over; half of it without a message brings a Ping. It is also how long the
+	// hub waits for a device's answer to one request.
+	Timeout time.Duration `yaml:"timeout"`
+}
+
+// TLSConfig is everything below coapGateway.api.coap.tls.
+type TLSConfig struct {
+	// ClientCertificateRequired makes devices show an identity certificate. False: no certificate is asked for.
+	ClientCertificateRequired bool `yaml:"clientCertificateRequired"`
+	// IdentityPropertiesRequired refuses certificates without common name uuid:<id> and the OCF identity usage in the
+	// handshake. False: such a connection has no device ID of its own and can only ask for the time.
+	IdentityPropertiesRequired bool `yaml:"identityPropertiesRequired"`
+	// CAPool is files or PEM texts of the CAs of device certificates. Empty: the hub's own device CA.
+	CAPool []string `yaml:"caPool"`
+	// CertFile and KeyFile are the hub's certificate. Both empty: one by the hub's own CA.
+	CertFile string `yaml:"certFile"`
+	KeyFile  string `yaml:"keyFile"`
+	// DisconnectOnExpiredCertificate ends a session when the device's certificate expires, if that is before its token does.
+	DisconnectOnExpiredCertificate bool `yaml:"disconnectOnExpiredCertificate"`
+}
+
+// AuthorizationConfig is everything below coapGateway.api.coap.authorization.
+type AuthorizationConfig struct {
+	// DeviceIDClaim is the literal name of the top-level claim that has the device's ID; URIs are usual. Empty: none.
+	DeviceIDClaim string `yaml:"deviceIDClaim"`
+	// StrictDeviceID refuses requests whose di names another device than the certificate or claim. False: di is ignored then.
+	StrictDeviceID bool `yaml:"strictDeviceID"`
+	// Providers that devices may name in authprovider. The first is the one of devices that name none. Empty: the embedded
+	// provider.
+	Providers []ProviderConfig `yaml:"providers"`
+}
+
+// Grant types of a provider.
+const (
+	GrantAuthorizationCode = "authorizationCode"
+	GrantClientCredentials = "clientCredentials"
+)
+
+// ProviderConfig is a provider of authorization codes. Whoever makes the Provider reads all but Name and GrantType.
+type ProviderConfig struct {
+	// Name is what devices send as authprovider; unique.
+	Name string `yaml:"name"`
+	// GrantType authorizationCode (default): devices sign up with a code. clientCredentials: with a JWT for this hub of scope
+	// device:signup.
+	GrantType string `yaml:"grantType"`
+	// Authority is the provider's issuer URL, for discovery.
+	Authority string `yaml:"authority"`
+	// ClientID and ClientSecretFile are the hub's account at the provider.
+	ClientID         string `yaml:"clientID"`
+	ClientSecretFile string `yaml:"clientSecretFile"`
+	// Scopes, Audience and RedirectURL go into the token request.
+	Scopes      []string `yaml:"scopes"`
+	Audience    string   `yaml:"audience"`
+	RedirectURL string   `yaml:"redirectURL"`
+}
+
+// TwinConfig is everything below coapGateway.deviceTwin.
+type TwinConfig struct {
+	// UseETags lets a device that comes back send only what changed since.
+	UseETags bool `yaml:"useETags"`
+	// MaxETagsCountInRequest is how many of the newest ETags it is told.
+	MaxETagsCountInRequest int `yaml:"maxETagsCountInRequest"`
+}
+
+// Default returns the configuration of a hub that nobody configured.
+func Default() Config {
+	return Config{
+		API: APIConfig{CoAP: CoAPConfig{
+			Address:        "[::]:5684",
+			MaxMessageSize: (256 + 64) << 10,
+			MaxConnections: 100_000,
+			MaxLinks:       10_000,
+			KeepAlive:      KeepAliveConfig{Timeout: 20 * time.Second},
+			TLS: TLSConfig{
+				ClientCertificateRequired: true, IdentityPropertiesRequired: true, DisconnectOnExpiredCertificate: true,
+			},
+		}},
+		DeviceTwin: TwinConfig{UseETags: true, MaxETagsCountInRequest: 8},
+	}
+}
+
+// Validate returns everything that is wrong, each with the full path of its key.
+func (c Config) Validate() []error {
+	var errs []error
+	const api = "coapGateway.api.coap."
+	bad := func(path, format string, args ...any) {
+		errs = append(errs, fmt.Errorf("%s: %s", path, fmt.Sprintf(format, args...)))
+	}
+	co := c.API.CoAP
+	if co.Address == "" && co.PlainAddress == "" {
+		bad(api+"address", "at least one of address and plainAddress must be set")
+	}
+	for _, a := range []struct{ path, value string }{
+		{"address", co.Address}, {"plainAddress", co.PlainAddress}, {"externalAddress", co.ExternalAddress},
+	} {
+		if a.value == "" {
+			continue
+		}
+		_, port, err := net.SplitHostPort(a.value)
+		if err != nil {
+			bad(api+a.path, "%q is not host:port", a.value)
+		} else if n, err := strconv.ParseUint(port, 10, 16); err != nil || a.path == "externalAddress" && n == 0 {
+			bad(api+a.path, "%q has no usable port", a.value)
+		}
+	}
+	if co.MaxMessageSize < 2048 || co.MaxMessageSize > 16<<20 {
+		bad(api+"maxMessageSize", "%d is not between 2048 and %d", co.MaxMessageSize, 16<<20)
+	}
+	if co.MaxConnections < 1 {
+		bad(api+"maxConnections", "%d must be at least 1", co.MaxConnections)
+	}
+	if co.MaxLinks < 1 || co.MaxLinks > 1_000_000 {
+		bad(api+"maxLinks", "%d is not between 1 and 1000000", co.MaxLinks)
+	}
+	if co.KeepAlive.Timeout < time.Second {
+		bad(api+"keepAlive.timeout", "%v is less than 1s", co.KeepAlive.Timeout)
+	}
+	if (co.TLS.CertFile == "") != (co.TLS.KeyFile == "") {
+		bad(api+"tls.certFile", "certFile and keyFile must be given together")
+	}
+	if _, err := parseCAPool(co.TLS.CAPool); err != nil {
+		bad(api+"tls.caPool", "%v", err)
+	}
+	if co.TLS.ClientCertificateRequired && !co.TLS.IdentityPropertiesRequired && co.Authorization.DeviceIDClaim != "" {
+		// There would be nothing to compare the claim with, and leaving the comparison out would let any device's token be used
+		// from any device's connection.
+		bad(api+"authorization.deviceIDClaim", "cannot be used with tls.identityPropertiesRequired: false")
+	}
+	var names []string
+	for i, p := range co.Authorization.Providers {
+		path := fmt.Sprintf("%sauthorization.providers[%d].", api, i)
+		if p.Name == "" {
+			bad(path+"name", "must be set")
+		} else if slices.Contains(names, p.Name) {
+			bad(path+"name", "%q is used twice", p.Name)
+		}
+		names = append(names, p.Name)
+		if g := p.GrantType; g != "" && g != GrantAuthorizationCode && g != GrantClientCredentials {
+			bad(path+"grantType", "%q is neither %s nor %s", g, GrantAuthorizationCode, GrantClientCredentials)
+		}
+	}
+	if n := c.DeviceTwin.MaxETagsCountInRequest; n < 0 || n > 64 {
+		bad("coapGateway.deviceTwin.maxETagsCountInRequest", "%d is not between 0 and 64", n)
+	}
+	return errs
+}
+
+// parseCAPool reads CA certificates from files or PEM texts.
+func parseCAPool(sources []string) ([]*x509.Certificate, error) {
+	var out []*x509.Certificate
+	for _, s := range sources {
+		data := []byte(s)
+		if !strings.Contains(s, "-----BEGIN ") {
+			var err error
+			if data, err = os.ReadFile(s); err != nil {
+				return nil, fmt.Errorf("read CA file: %w", err)
+			}
+		}
+		before := len(out)
+		for len(data) > 0 {
+			var block *pem.Block
+			if block, data = pem.Decode(data); block == nil {
+				break
+			}
+			if block.Type != "CERTIFICATE" {
+				continue
+			}
+			cert, err := x509.ParseCertificate(block.Bytes)
+			if err != nil {
+				return nil, fmt.Errorf("parse CA certificate: %w", err)
+			}
+			out = append(out, cert)
+		}
+		if len(out) == before {
+			return nil, fmt.Errorf("a CA file or text has no certificate")
+		}
+	}
+	return out, nil
+}

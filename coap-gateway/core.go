@@ -1,0 +1,57 @@
+package coapgateway
+
+import (
+	"context"
+	"strings"
+
+	"github.com/plgd-dev/go-coap/v3/message"
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
+	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/coap"
+)
+
+// ownResource is one of the hub's own resources as RFC 6690 lists it.
+type ownResource struct{ href, rt, ct string }
+
+var ownResources = []ownResource{
+	{"/oic/sec/account", "oic.r.account", "10000 60 50"},
+	{"/oic/sec/session", "oic.r.session", "10000 60 50"},
+	{"/oic/sec/tokenrefresh", "oic.r.tokenrefresh", "10000 60 50"},
+	{"/oic/rd", "oic.wk.rd", "10000 60 50"},
+	{"/oic/res", "oic.wk.res", "10000 60 50"},
+	{"/x.plgd.dev/time", "x.plgd.dev.time", "10000 60 50"},
+}
+
+// core lists the hub's own resources in the CoRE link format (RFC 6690, Section 4). Devices' resources are behind a session.
+func (p *peer) core(_ context.Context, req *coap.Message, _ int32) (coap.Response, error) {
+	if v, err := req.Options.GetUint32(message.Accept); err == nil && int32(v) != hub.FormatLink {
+		return coap.Response{}, &hub.Error{Kind: hub.NotAcceptable}
+	}
+	q, err := parseQueries(req, hub.Invalid)
+	if err != nil {
+		return coap.Response{}, err
+	}
+	var b strings.Builder
+	for _, r := range ownResources {
+		if !coreMatches(q["href"], r.href) || !coreMatches(q["rt"], r.rt) {
+			continue
+		}
+		if b.Len() > 0 {
+			b.WriteByte(',')
+		}
+		b.WriteString("<" + r.href + `>;rt="` + r.rt + `";ct="` + r.ct + `"`)
+	}
+	return withFormat(codes.Content, hub.FormatLink, []byte(b.String())), nil
+}
+
+// coreMatches filters as RFC 6690, Section 4.1 says: equal, or with the same beginning if the value ends in a star.
+func coreMatches(want []string, value string) bool {
+	for _, w := range want {
+		if prefix, ok := strings.CutSuffix(w, "*"); ok && strings.HasPrefix(value, prefix) || w == value {
+			continue
+		}
+		return false
+	}
+	return true
+}

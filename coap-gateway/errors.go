@@ -1,0 +1,92 @@
+package coapgateway
+
+import (
+	"encoding/binary"
+	"errors"
+	"time"
+
+	"github.com/plgd-dev/go-coap/v3/message"
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
+	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/coap"
+)
+
+// codeOf is the one table from hub's kinds to CoAP codes (RFC 7252, Section 12.1.2). All paths of this door are OCF paths:
+// iotivity-lite takes 4.08, 4.12 and 4.29 for success and drops its credentials on 4.01, so trouble of ours is always 5.03
+// with Max-Age as the time to retry (RFC 7252, Section 5.9.3.4).
+var codeOf = map[hub.Kind]codes.Code{
+	hub.Internal:         codes.ServiceUnavailable,
+	hub.Invalid:          codes.BadRequest,
+	hub.Unauthenticated:  codes.Unauthorized,
+	hub.Denied:           codes.Forbidden,
+	hub.NotFound:         codes.NotFound,
+	hub.MethodNotAllowed: codes.MethodNotAllowed,
+	hub.NotAcceptable:    codes.NotAcceptable,
+	hub.Unsupported:      codes.UnsupportedMediaType,
+	hub.BadOption:        codes.BadOption,
+	hub.Precondition:     codes.BadRequest,
+	hub.TooLarge:         codes.RequestEntityTooLarge,
+	hub.Conflict:         codes.ServiceUnavailable,
+	hub.Exhausted:        codes.ServiceUnavailable,
+	hub.Unavailable:      codes.ServiceUnavailable,
+	hub.Deadline:         codes.ServiceUnavailable,
+}
+
+// retryAfter is the Max-Age of a 5.03 whose error does not say how long to wait.
+const retryAfter = 5 * time.Second
+
+// failure makes the response for err: the kind's code and a diagnostic payload of stable code and sentence. A diagnostic
+// payload has no Content-Format (RFC 7252, Section 5.5.2).
+func failure(err error) coap.Response {
+	code, text := hub.Public(err)
+	r := coap.Response{Code: codeOf[hub.KindOf(err)], Payload: []byte(code + ": " + text)}
+	if r.Code == codes.ServiceUnavailable {
+		wait := retryAfter
+		var e *hub.Error
+		if errors.As(err, &e) && e.RetryAfter > 0 {
+			wait = e.RetryAfter
+		}
+		r.Options = message.Options{{ID: message.MaxAge, Value: uintOption(uint32(max(1, wait/time.Second)))}}
+	}
+	return r
+}
+
+// uintOption is the shortest form of an unsigned option value (RFC 7252, Section 3.2).
+func uintOption(v uint32) []byte {
+	var b [4]byte
+	binary.BigEndian.PutUint32(b[:], v)
+	i := 0
+	for i < 4 && b[i] == 0 {
+		i++
+	}
+	return append([]byte(nil), b[i:]...)
+}
+
+// ours reports trouble of the hub, as opposed to a fault of the request or its credential.
+func ours(err error) bool { return codeOf[hub.KindOf(err)] == codes.ServiceUnavailable }
+
+// transient reports errors after which the same write may be tried again with the same message number: it may or may not
+// have been stored.
+func transient(err error) bool {
+	switch hub.KindOf(err) {
+	case hub.Unavailable, hub.Exhausted, hub.Deadline, hub.Conflict:
+		return true
+	default:
+		return false
+	}
+}
+
+// accountError is err as the three account paths show it. There a refusal of the device (owned by somebody else, pinned to
+// another credential) is 4.01: the device holds a credential that is no good for this device, and has to sign up anew.
+func accountError(err error) error {
+	if hub.KindOf(err) != hub.Denied {
+		return err
+	}
+	code, text := hub.Public(err)
+	return &hub.Error{Kind: hub.Unauthenticated, Code: code, Text: text, Err: err}
+}
+
+func invalid(code, text string) error { return hub.NewError(hub.Invalid, code, text) }
+
+func unauthenticated(code, text string) error { return hub.NewError(hub.Unauthenticated, code, text) }

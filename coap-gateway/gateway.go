@@ -1,0 +1,184 @@
+package coapgateway
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/coap"
+)
+
+// NamedProvider is a provider as devices name it.
+type NamedProvider struct {
+	Name string // authprovider
+	// ClientCredentials: devices sign up with a JWT for this hub of scope device:signup in place of a code.
+	ClientCredentials bool
+	Provider          Provider
+}
+
+// Deps is what a gateway needs of others.
+type Deps struct {
+	Directory  Directory
+	Identities Identities
+	Verifier   Verifier
+	// Providers has at least one; the first is that of devices that name none.
+	Providers []NamedProvider
+	// Certificate is the hub's certificate, unless the configuration names files. It is asked at each handshake.
+	Certificate func() (*tls.Certificate, error)
+	// ClientCAs are the CAs of device certificates, unless the configuration names some.
+	ClientCAs *x509.CertPool
+	HubID     hub.DeviceID
+	// Service names this gateway in the connections it records.
+	Service string
+}
+
+// Gateway is the devices' door.
+type Gateway struct {
+	cfg      Config
+	deps     Deps
+	log      *slog.Logger
+	metrics  *metrics
+	engine   *coap.Server
+	tls      *tls.Config // nil when there is no secure listener
+	refused  refusals
+	devices  *diagnostics
+	patience time.Duration // how long a write is tried again before a session is given up
+
+	mu        sync.Mutex // guards addresses
+	addresses Addresses
+}
+
+// Addresses are where a gateway listens; "" for a listener that is off.
+type Addresses struct {
+	Secure string // coaps+tcp
+	Plain  string // coap+tcp
+}
+
+// New makes a gateway of a valid configuration. It fails if a file cannot be read or something is missing in deps.
+func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*Gateway, error) {
+	if errs := cfg.Validate(); len(errs) > 0 {
+		return nil, errors.Join(errs...)
+	}
+	if len(deps.Providers) == 0 {
+		return nil, errors.New("coap-gateway needs at least one provider")
+	}
+	g := &Gateway{
+		cfg: cfg, deps: deps, log: log, metrics: newMetrics(reg), devices: newDiagnostics(),
+		// Devices wait 4 s for a Pong and reconnect then (iotivity-lite); whatever is not stored by 3 s is better sent again.
+		patience: 3 * time.Second,
+	}
+	if cfg.API.CoAP.Address != "" {
+		var err error
+		if g.tls, err = g.tlsConfig(); err != nil {
+			return nil, err
+		}
+	}
+	ec := coap.DefaultConfig()
+	ec.MaxMessageSize = cfg.API.CoAP.MaxMessageSize
+	ec.MaxConnections = cfg.API.CoAP.MaxConnections
+	ec.KeepAlive = cfg.API.CoAP.KeepAlive.Timeout
+	ec.MaxObservations = cfg.API.CoAP.MaxLinks + 1 // and /oic/res itself
+	ec.Refused = func(remote net.Addr, reason, detail string) {
+		if detail != "" {
+			reason += ": " + detail
+		}
+		g.refuse(Refusal{Remote: remote.String(), What: "connection", Reason: reason})
+	}
+	g.engine = coap.NewServer(ec, g, log, coap.NewMetrics(reg))
+	return g, nil
+}
+
+// Run listens, calls ready once, and serves until ctx ends; then every connection is released, every device recorded
+// offline, and everything it started has ended. A listener that cannot be opened is an error.
+func (g *Gateway) Run(ctx context.Context, ready func()) error {
+	var lc net.ListenConfig
+	group, ctx := errgroup.WithContext(ctx)
+	var listeners []func() error
+	open := func(address string) (net.Listener, error) {
+		ln, err := lc.Listen(ctx, "tcp", address)
+		if err != nil {
+			return nil, fmt.Errorf("listen for CoAP: %w", err)
+		}
+		return ln, nil
+	}
+	var at Addresses
+	if a := g.cfg.API.CoAP.Address; a != "" {
+		ln, err := open(a)
+		if err != nil {
+			return err
+		}
+		at.Secure = ln.Addr().String()
+		listeners = append(listeners, func() error { return g.engine.ServeTCP(ctx, ln, g.tls) })
+	}
+	if a := g.cfg.API.CoAP.PlainAddress; a != "" {
+		ln, err := open(a)
+		if err != nil {
+			return err
+		}
+		at.Plain = ln.Addr().String()
+		listeners = append(listeners, func() error { return g.engine.ServeTCP(ctx, ln, nil) })
+	}
+	g.mu.Lock()
+	g.addresses = at
+	g.mu.Unlock()
+	for _, serve := range listeners {
+		group.Go(serve)
+	}
+	ready()
+	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
+		return fmt.Errorf("serve CoAP: %w", err)
+	}
+	return nil
+}
+
+// Addresses returns where the gateway listens, once Run called ready.
+func (g *Gateway) Addresses() Addresses {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.addresses
+}
+
+// Refused returns the last refusals, newest first, at most 1000.
+func (g *Gateway) Refused() []Refusal { return g.refused.list() }
+
+// Diagnostics returns what is known of a device's attachment; false if it has not been here lately.
+func (g *Gateway) Diagnostics(dev hub.DeviceID) (Diagnostics, bool) { return g.devices.get(dev) }
+
+func (g *Gateway) refuse(r Refusal) {
+	r.Time = time.Now()
+	g.metrics.refused.WithLabelValues(r.What).Inc()
+	g.refused.add(r)
+}
+
+// provider returns the provider a device named.
+func (g *Gateway) provider(name string) (NamedProvider, error) {
+	if name == "" {
+		return g.deps.Providers[0], nil
+	}
+	for _, p := range g.deps.Providers {
+		if p.Name == name {
+			return p, nil
+		}
+	}
+	return NamedProvider{}, unauthenticated("provider-unknown", "the authorization provider is not known here")
+}
+
+// rules are those of a connection: on a plain one nobody can show a certificate.
+func (g *Gateway) rules(secure bool) rules {
+	co := g.cfg.API.CoAP
+	return rules{
+		certificate: secure && co.TLS.ClientCertificateRequired,
+		claim:       co.Authorization.DeviceIDClaim != "",
+		strict:      co.Authorization.StrictDeviceID,
+	}
+}

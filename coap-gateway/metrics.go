@@ -1,0 +1,55 @@
+package coapgateway
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+type metrics struct {
+	sessions      prometheus.Gauge
+	requests      *prometheus.CounterVec
+	refused       *prometheus.CounterVec
+	changes       prometheus.Counter
+	batchSkipped  prometheus.Counter
+	tooLarge      prometheus.Counter
+	notStored     prometheus.Counter
+	syncs         *prometheus.CounterVec
+	sessionsEnded *prometheus.CounterVec
+}
+
+func newMetrics(reg prometheus.Registerer) *metrics {
+	opts := func(name, help string) prometheus.CounterOpts {
+		return prometheus.CounterOpts{Namespace: "coaphub", Subsystem: "coap_gateway", Name: name, Help: help}
+	}
+	m := &metrics{
+		sessions: prometheus.NewGauge(prometheus.GaugeOpts{
+			Namespace: "coaphub", Subsystem: "coap_gateway", Name: "sessions",
+			Help: "Devices that are signed in here. A sudden fall: look at the reasons in coap_gateway_sessions_ended_total.",
+		}),
+		requests: prometheus.NewCounterVec(opts("requests_total",
+			"Requests of devices by route and answer code. Rising 4.01: devices with bad credentials, see `coaphub status --refused`; "+
+				"rising 5.03: a part of the hub or a provider is in trouble, see its metrics."), []string{"route", "code"}),
+		refused: prometheus.NewCounterVec(opts("refused_total",
+			"Connections and account requests that were refused. When it rises see `coaphub status --refused` for the reasons."),
+			[]string{"what"}),
+		changes: prometheus.NewCounter(opts("changes_total",
+			"Representations that devices reported. When it rises without new devices, look for one that reports too often.")),
+		batchSkipped: prometheus.NewCounter(opts("batch_elements_skipped_total",
+			"Elements of batches that could not be used. When it rises, a device's firmware sends broken batches.")),
+		tooLarge: prometheus.NewCounter(opts("content_too_large_total",
+			"Representations over 256 KiB, stored as an error status. When it rises, a device has a resource the hub cannot show.")),
+		notStored: prometheus.NewCounter(opts("changes_not_stored_total",
+			"Changes that could not be stored; the connection was closed so that the device reports again. When it rises, look at "+
+				"the resource directory and the store.")),
+		syncs: prometheus.NewCounterVec(opts("twin_syncs_total",
+			"Synchronisations of twins by mode and outcome. Rising failures: devices do not answer, see the debug log."),
+			[]string{"mode", "outcome"}),
+		sessionsEnded: prometheus.NewCounterVec(opts("sessions_ended_total",
+			"Sessions by why they ended. Rising second-session: devices reconnect without closing, or two share an identity; rising "+
+				"expired: devices do not refresh their tokens."), []string{"reason"}),
+	}
+	if reg != nil {
+		reg.MustRegister(m.sessions, m.requests, m.refused, m.changes, m.batchSkipped, m.tooLarge, m.notStored, m.syncs,
+			m.sessionsEnded)
+	}
+	return m
+}

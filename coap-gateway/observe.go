@@ -1,0 +1,498 @@
+package coapgateway
+
+import (
+	"context"
+	"encoding/base64"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/plgd-dev/go-coap/v3/message"
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
+	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/coap"
+)
+
+// resHref is where a device lists its resources and, if it can, reports all of them at once.
+const resHref hub.Href = "/oic/res"
+
+// twin keeps the directory's picture of a session's device up to date: it observes /oic/res in batch, or one resource after
+// the other. Its work is done by one goroutine beside the connection's, which exists only while there is work, so that no
+// answer to the device ever waits for the device.
+type twin struct {
+	s    *session
+	done sync.WaitGroup // the goroutine, while it runs
+
+	mu      sync.Mutex // guards all below
+	running bool
+	full    bool // a synchronisation of everything is asked for
+	each    bool // resources are observed one by one
+	// wait has the links that are to be observed, by href, and order their order; at most MaxLinks, then further ones are
+	// left to the next synchronisation.
+	wait  map[hub.Href]hub.Link
+	order []hub.Href
+	// seen has what was observed or read on this session; bounded as wait is.
+	seen map[hub.Href]watched
+	// over are observations of resources that are not published any more.
+	over []*coap.Observation
+}
+
+// watched is a resource that was observed or read.
+type watched struct {
+	link hub.Link
+	obs  *coap.Observation // nil if it was only read
+}
+
+func newTwin(s *session) *twin {
+	return &twin{s: s, wait: map[hub.Href]hub.Link{}, seen: map[hub.Href]watched{}}
+}
+
+// resync asks for a synchronisation of everything.
+func (t *twin) resync() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.full = true
+	t.start()
+}
+
+// published has new resources observed, unless they come with the batch.
+func (t *twin) published(links []hub.Link) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !t.each {
+		return // the batch brings them, or the synchronisation that has not got so far yet
+	}
+	for _, l := range links {
+		if _, ok := t.seen[l.Href]; !ok {
+			t.enqueue(l)
+		}
+	}
+	t.start()
+}
+
+// ended says that the device ended an observation. After a representation without Observe option (RFC 7641, Section 3.2) the
+// resource is there but no longer reported, so it is observed anew; after an error it is not.
+func (t *twin) ended(o *coap.Observation, href hub.Href, batch bool, code codes.Code) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	w := t.seen[href]
+	if w.obs != o {
+		return
+	}
+	delete(t.seen, href)
+	if batch {
+		t.full = true // whatever the reason: without the batch nothing would be reported any more
+	} else if code == codes.Content {
+		t.enqueue(w.link)
+	}
+	t.start()
+}
+
+// restart gives up the batch observation and synchronises anew.
+func (t *twin) restart() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if w := t.seen[resHref]; w.obs != nil {
+		t.over = append(t.over, w.obs)
+	}
+	delete(t.seen, resHref)
+	t.full = true
+	t.start()
+}
+
+// isBatch reports whether an observation is that of the batch, which has the path of a resource that may also be observed
+// for itself.
+func (t *twin) isBatch(href hub.Href) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return href == resHref && !t.each
+}
+
+func (t *twin) enqueue(l hub.Link) {
+	if _, ok := t.wait[l.Href]; !ok {
+		if len(t.wait)+len(t.seen) >= t.s.gw.cfg.API.CoAP.MaxLinks {
+			t.s.log.Debug("resource is not observed: the session has too many", "href", l.Href)
+			return
+		}
+		t.order = append(t.order, l.Href)
+	}
+	t.wait[l.Href] = l
+}
+
+// unpublished forgets resources.
+func (t *twin) unpublished(hrefs []hub.Href) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, h := range hrefs {
+		delete(t.wait, h) // its place in order is skipped
+		if w := t.seen[h]; w.obs != nil {
+			t.over = append(t.over, w.obs)
+		}
+		delete(t.seen, h)
+	}
+	if len(t.over) > 0 {
+		t.start()
+	}
+}
+
+// start runs the goroutine unless it runs. t.mu is held.
+func (t *twin) start() {
+	if t.running || t.s.ctx.Err() != nil {
+		return
+	}
+	t.running = true
+	t.done.Go(t.run)
+}
+
+func (t *twin) run() {
+	for {
+		t.mu.Lock()
+		var link hub.Link
+		var over *coap.Observation
+		full, some := t.full, false
+		switch {
+		case t.s.ctx.Err() != nil:
+			t.running = false
+			t.mu.Unlock()
+			return
+		case full:
+			t.full = false
+		case len(t.over) > 0:
+			over = t.over[0]
+			t.over = t.over[1:]
+		default:
+			for len(t.order) > 0 && !some {
+				link, some = t.wait[t.order[0]]
+				delete(t.wait, t.order[0])
+				t.order = t.order[1:]
+			}
+			if !some {
+				t.order, t.over = nil, nil // an idle session keeps no room for them
+				t.running = false
+				t.mu.Unlock()
+				return
+			}
+		}
+		t.mu.Unlock()
+		var err error
+		switch {
+		case full:
+			err = t.sync()
+		case over != nil:
+			t.cancel(t.s.ctx, over)
+		case some:
+			_, err = t.observe(link)
+		}
+		if err != nil && t.s.ctx.Err() == nil {
+			t.s.notStored(err)
+			return // the connection is over; running stays true, so nothing starts again
+		}
+	}
+}
+
+// sync brings the whole twin up to date. Errors are the directory's; what the device does not answer is only left out.
+func (t *twin) sync() error {
+	s := t.s
+	dir := s.gw.deps.Directory
+	state := func(state hub.TwinState) error {
+		return s.write(s.ctx, func(ctx context.Context, from hub.Stamp) error { return dir.SetTwin(ctx, from, state) })
+	}
+	if err := state(hub.TwinSyncing); err != nil {
+		return err
+	}
+	offered, listed := t.list()
+	if listed {
+		if err := t.prune(offered); err != nil {
+			return err
+		}
+	}
+	mode, complete := "batch", false
+	if wantsBatch(offered, listed) {
+		var err error
+		if complete, err = t.observeBatch(); err != nil {
+			return err
+		}
+	}
+	if !complete {
+		mode = "resource"
+		t.mu.Lock()
+		t.each = true
+		t.mu.Unlock()
+		complete = true
+		// Read only now: what was published before is in the directory, what comes later is told to published.
+		links, err := t.links()
+		if err != nil {
+			return err
+		}
+		for _, l := range links {
+			ok, err := t.observe(l)
+			if err != nil {
+				return err
+			}
+			complete = complete && ok
+		}
+	}
+	if !complete {
+		// A resource did not answer, so the twin is not in sync; it stays SYNCING, which is true.
+		s.gw.metrics.syncs.WithLabelValues(mode, "incomplete").Inc()
+		return nil
+	}
+	s.gw.metrics.syncs.WithLabelValues(mode, "in-sync").Inc()
+	return state(hub.TwinInSync)
+}
+
+// list asks the device for its own links; false if it does not say.
+func (t *twin) list() ([]link, bool) {
+	m, err := t.ask(&coap.Message{Code: codes.GET, Options: requestTo(resHref, "if=oic.if.ll")})
+	if err != nil || m.Code != codes.Content {
+		t.s.log.Debug("the device did not list its links", "error", err)
+		return nil, false
+	}
+	var links []link
+	if err := decoding.Unmarshal(m.Payload, &links); err != nil {
+		t.s.log.Debug("the device's links do not decode", "error", err)
+		return nil, false
+	}
+	return links, true
+}
+
+// prune unpublishes what the device does not have any more.
+func (t *twin) prune(offered []link) error {
+	s := t.s
+	published, err := t.links()
+	if err != nil {
+		return err
+	}
+	has := make(map[hub.Href]bool, len(offered))
+	for _, l := range offered {
+		if h, ok := batchHref(l.Href); ok {
+			has[h] = true
+		}
+	}
+	var gone []hub.Href
+	for _, l := range published {
+		if !has[l.Href] {
+			gone = append(gone, l.Href)
+		}
+	}
+	if len(gone) == 0 {
+		return nil // and an empty list would mean all
+	}
+	return s.write(s.ctx, func(ctx context.Context, from hub.Stamp) error {
+		_, err := s.gw.deps.Directory.Unpublish(ctx, from, gone)
+		return err
+	})
+}
+
+// links reads the published links from the directory.
+func (t *twin) links() ([]hub.Link, error) {
+	s := t.s
+	var dev *hub.Device
+	err := retry(s.ctx, s.gw.patience, func() (err error) {
+		dev, err = s.gw.deps.Directory.Device(s.ctx, s.own.Owner, s.own.Device)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return slices.Collect(dev.Links.All()), nil
+}
+
+// wantsBatch tells whether to try the batch: the device says so, or does not say what it has.
+func wantsBatch(offered []link, listed bool) bool {
+	if !listed {
+		return true
+	}
+	for _, l := range offered {
+		if h, ok := batchHref(l.Href); ok && h == resHref {
+			return l.Policy != nil && int32(l.Policy.Bits)&hub.Observable != 0 && slices.Contains(l.Ifs, "oic.if.b")
+		}
+	}
+	return true
+}
+
+// observeBatch observes /oic/res in batch; false if the device does not do it properly after all.
+func (t *twin) observeBatch() (bool, error) {
+	s := t.s
+	options := requestTo(resHref, "if=oic.if.b")
+	if c := s.gw.cfg.DeviceTwin; c.UseETags && c.MaxETagsCountInRequest > 0 {
+		var etags [][]byte
+		err := retry(s.ctx, s.gw.patience, func() (err error) {
+			etags, err = s.gw.deps.Directory.ETags(s.ctx, s.own.Device, c.MaxETagsCountInRequest)
+			return err
+		})
+		if err != nil {
+			return false, err
+		}
+		options = addETags(options, etags)
+	}
+	ctx, cancel := t.timeout(s.ctx)
+	defer cancel()
+	o, m, err := s.conn.Observe(ctx, &coap.Message{Code: codes.GET, Options: options})
+	if err != nil {
+		s.log.Debug("the device did not answer the batch observation", "error", err)
+		return false, nil
+	}
+	if o == nil {
+		s.log.Debug("the device does not observe in batch", "code", dotted(m.Code))
+		return false, nil
+	}
+	var changes []hub.Change
+	switch m.Code {
+	case codes.Valid: // nothing changed since the ETags
+	case codes.Content:
+		var skipped int
+		c := contentOf(m)
+		changes, skipped, err = parseBatch(c.Format, c.Data, coap.ETag(m))
+		s.gw.metrics.batchSkipped.Add(float64(skipped))
+		if err != nil {
+			s.log.Debug("the device's batch does not decode", "error", err)
+			t.cancel(s.ctx, o)
+			return false, nil
+		}
+	default:
+		t.cancel(s.ctx, o)
+		return false, nil
+	}
+	t.mu.Lock()
+	t.each = false
+	t.seen[resHref] = watched{obs: o}
+	t.mu.Unlock()
+	return true, s.storeFirst(o, changes)
+}
+
+// observe brings the twin of one resource up to date and, if the device can, keeps it so. False means that the device did
+// not answer.
+func (t *twin) observe(l hub.Link) (bool, error) {
+	s := t.s
+	t.mu.Lock()
+	_, ok := t.seen[l.Href]
+	t.mu.Unlock()
+	if ok {
+		return true, nil
+	}
+	req := &coap.Message{Code: codes.GET, Options: requestTo(l.Href)}
+	var o *coap.Observation
+	var m *coap.Message
+	var err error
+	ctx, cancel := t.timeout(s.ctx)
+	defer cancel()
+	if l.Policy&hub.Observable != 0 {
+		o, m, err = s.conn.Observe(ctx, req)
+	} else {
+		m, err = s.conn.Do(ctx, req)
+	}
+	switch {
+	case hub.IsKind(err, hub.TooLarge):
+		// The device has more to say than we take: a status the application can see. The session lives.
+		s.gw.metrics.tooLarge.Inc()
+		m = &coap.Message{Code: codes.RequestEntityTooLarge}
+	case err != nil:
+		s.log.Debug("the device did not answer for a resource", "href", l.Href, "error", err)
+		return false, nil
+	}
+	t.mu.Lock()
+	t.seen[l.Href] = watched{l, o}
+	t.mu.Unlock()
+	switch m.Code {
+	case codes.Valid:
+		return true, s.storeFirst(o, nil)
+	case codes.NotFound:
+		t.mu.Lock()
+		delete(t.seen, l.Href)
+		t.mu.Unlock()
+		return true, s.gone(s.ctx, l.Href)
+	}
+	return true, s.storeFirst(o, []hub.Change{s.changeOf(l.Href, m)})
+}
+
+// forget cancels all observations without anybody waiting for it.
+func (t *twin) forget(p *peer) {
+	t.mu.Lock()
+	all := t.over
+	for _, w := range t.seen {
+		if w.obs != nil {
+			all = append(all, w.obs)
+		}
+	}
+	t.over, t.seen = nil, map[hub.Href]watched{}
+	t.mu.Unlock()
+	ctx := p.conn.Context()
+	if len(all) == 0 || ctx.Err() != nil {
+		return
+	}
+	p.helpers.Go(func() {
+		for _, o := range all {
+			t.cancel(ctx, o)
+		}
+	})
+}
+
+// cancel ends an observation, at best also at the device.
+func (t *twin) cancel(ctx context.Context, o *coap.Observation) {
+	ctx, stop := t.timeout(ctx)
+	defer stop()
+	if err := o.Cancel(ctx); err != nil {
+		t.s.log.Debug("the device did not answer a deregistration", "path", o.Path(), "error", err)
+	}
+}
+
+// ask is one request to the device.
+func (t *twin) ask(req *coap.Message) (*coap.Message, error) {
+	ctx, cancel := t.timeout(t.s.ctx)
+	defer cancel()
+	return t.s.conn.Do(ctx, req)
+}
+
+// timeout is how long the device has to answer one request.
+func (t *twin) timeout(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(ctx, t.s.gw.cfg.API.CoAP.KeepAlive.Timeout)
+}
+
+// requestTo makes the options of a request to a resource of the device.
+func requestTo(h hub.Href, query ...string) message.Options {
+	o := coap.AddPath(nil, string(h))
+	for _, q := range query {
+		o = coap.AddOption(o, message.URIQuery, []byte(q))
+	}
+	return o
+}
+
+// maxIncChanges is the length from which on a further incChanges query is started; Uri-Query ends at 255 bytes.
+const maxIncChanges = 239
+
+// addETags asks for what changed since the ETags, newest first: the first is an ETag option, so that a device without changes
+// can say 2.03; the others go into incChanges, which lets the device tell how far back we are.
+func addETags(o message.Options, etags [][]byte) message.Options {
+	var usable [][]byte
+	for _, e := range etags {
+		if len(e) > 0 && len(e) <= 8 { // RFC 7252, Section 5.10
+			usable = append(usable, e)
+		}
+	}
+	if len(usable) == 0 {
+		return o
+	}
+	o = coap.AddOption(o, message.ETag, usable[0])
+	var b strings.Builder
+	flush := func() {
+		if b.Len() > 0 {
+			o = coap.AddOption(o, message.URIQuery, []byte(b.String()))
+			b.Reset()
+		}
+	}
+	for _, e := range usable[1:] {
+		if b.Len() >= maxIncChanges {
+			flush()
+		}
+		if b.Len() == 0 {
+			b.WriteString("incChanges=")
+		} else {
+			b.WriteByte(',')
+		}
+		b.WriteString(base64.RawURLEncoding.EncodeToString(e))
+	}
+	flush()
+	return o
+}

@@ -1,0 +1,163 @@
+package coapgateway
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"sync/atomic"
+	"time"
+
+	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/coap"
+)
+
+// offlineTimeout bounds how long the end of a session is recorded; beyond that the directory notices by itself that the
+// gateway no longer announces it.
+const offlineTimeout = 3 * time.Second
+
+// session is a device that is signed in on a connection. Its fields belong to the connection's goroutine, except where noted.
+type session struct {
+	gw     *Gateway
+	conn   *coap.Conn
+	log    *slog.Logger
+	own    hub.Ownership
+	number uint64
+	user   string // sub, for audit
+	uid    string // the owner as the device names it
+	claims hub.Claims
+	timer  *time.Timer // closes the connection when the credential expires
+
+	ctx    context.Context // ends with the session
+	cancel context.CancelFunc
+	to     *deliverer
+	twin   *twin // nil when the device's twin is disabled
+
+	// turn holds one token; whoever has it may write. It orders the session's writes and guards the fields below.
+	turn    chan struct{}
+	message uint64 // number of the last write
+	// early has, for observations whose first answer is not stored yet, what notifications have stored already: the first
+	// answer is older and must not overwrite it.
+	early map[*coap.Observation]map[hub.Href]bool
+}
+
+// closing is why the gateway itself ends a connection; the word is for logs, metrics and diagnostics.
+type closing struct{ word string }
+
+func (c closing) Error() string { return "closed by the gateway: " + c.word }
+
+// closeReason names the end of a connection from a small set of words.
+func closeReason(err error) string {
+	if c := (closing{}); errors.As(err, &c) {
+		return c.word
+	}
+	return coap.Reason(err)
+}
+
+// deliverer is how the directory reaches a session.
+type deliverer struct {
+	conn *coap.Conn
+	// detached is set while the session itself asks for its device's deletion: the answer must still go out, and the
+	// connection stays open after it.
+	detached atomic.Bool
+}
+
+// Close implements hub.Deliverer.
+func (d *deliverer) Close(reason string) {
+	if d.detached.Load() {
+		return
+	}
+	if reason != "second-session" && reason != "deleted" { // the metric's label is bounded
+		reason = "directory"
+	}
+	d.conn.Close(closing{reason})
+}
+
+// write runs do with the next message number, after all earlier writes of the session and before all later ones. An outcome
+// that is unknown, or an overload that may pass, is tried again with the same number until the gateway's patience ends: the
+// directory takes a number once, so repeating is harmless. After giving up the number is not used again; a late arrival of
+// it is fenced by the next one.
+func (s *session) write(ctx context.Context, do func(context.Context, hub.Stamp) error) error {
+	select {
+	case s.turn <- struct{}{}:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	defer func() { <-s.turn }()
+	return s.writeInTurn(ctx, do)
+}
+
+func (s *session) writeInTurn(ctx context.Context, do func(context.Context, hub.Stamp) error) error {
+	s.message++
+	stamp := hub.Stamp{Device: s.own.Device, Session: s.number, Message: s.message, User: s.user}
+	return retry(ctx, s.gw.patience, func() error { return do(ctx, stamp) })
+}
+
+// retry repeats do while its error is transient, for at most patience.
+func retry(ctx context.Context, patience time.Duration, do func() error) error {
+	end := time.Now().Add(patience)
+	for wait := 20 * time.Millisecond; ; wait = min(2*wait, 500*time.Millisecond) {
+		err := do()
+		if err == nil || !transient(err) || time.Now().Add(wait).After(end) {
+			return err
+		}
+		t := time.NewTimer(wait)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return err
+		}
+	}
+}
+
+// deadline returns when the credentials of the session end: the token, or the certificate if that is earlier.
+func (p *peer) deadline(c hub.Claims) time.Time {
+	end := c.Expiry
+	if p.gw.cfg.API.CoAP.TLS.DisconnectOnExpiredCertificate && p.cred.cert != nil && p.cred.cert.NotAfter.Before(end) {
+		end = p.cred.cert.NotAfter
+	}
+	return end
+}
+
+// renew makes c the session's claims and moves its deadline. The time left is taken once from the wall clock and then runs on
+// the monotonic one, so that a step of the clock ends no session.
+func (p *peer) renew(s *session, c hub.Claims) {
+	s.claims, s.user = c, c.Subject
+	left := time.Until(p.deadline(c))
+	if s.timer == nil {
+		s.timer = time.AfterFunc(left, func() { s.conn.Close(closing{"expired"}) })
+	} else {
+		s.timer.Reset(left)
+	}
+}
+
+// endSession forgets who is signed in; offline records it. The device is not waited for.
+func (p *peer) endSession(reason string, offline bool) {
+	s := p.sess
+	p.sess = nil
+	s.stop()
+	if offline {
+		// Neither the request's nor the connection's context: this must be recorded although both are over.
+		ctx, cancel := context.WithTimeout(context.Background(), offlineTimeout)
+		defer cancel()
+		if err := s.write(ctx, p.gw.deps.Directory.Offline); err != nil {
+			s.log.Warn("could not record that the device is offline", "error", err)
+		}
+	}
+	if s.twin != nil {
+		s.twin.forget(p)
+	}
+	p.gw.metrics.sessions.Dec()
+	p.gw.metrics.sessionsEnded.WithLabelValues(reason).Inc()
+	p.gw.devices.end(s.own.Device, s.number, reason, time.Now())
+	s.log.Info("device went", "reason", reason)
+}
+
+// stop ends everything that runs for the session and waits for it. It may be called twice.
+func (s *session) stop() {
+	s.timer.Stop()
+	s.cancel()
+	if s.twin != nil {
+		s.twin.done.Wait()
+	}
+}

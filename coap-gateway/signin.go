@@ -1,0 +1,223 @@
+package coapgateway
+
+import (
+	"context"
+	"crypto/tls"
+	"time"
+
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
+	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/coap"
+)
+
+// sessionRequest is the body of POST /oic/sec/session (OCF Cloud Security, oic.r.session): sign-in with login true, else
+// sign-out.
+type sessionRequest struct {
+	Device string `cbor:"di"`
+	UID    string `cbor:"uid"`
+	Token  string `cbor:"accesstoken"`
+	Login  bool   `cbor:"login"`
+}
+
+type signInResponse struct {
+	ExpiresIn int64 `cbor:"expiresin" json:"expiresin"`
+}
+
+// signOutResponse is an empty map: devices expect a body.
+type signOutResponse struct{}
+
+// expiryMargin is how much earlier than the end of its session a device is told to refresh its token.
+const expiryMargin = 10 * time.Second
+
+func (p *peer) signInOrOut(ctx context.Context, req *coap.Message, format int32) (coap.Response, error) {
+	var body sessionRequest
+	if err := decodeBody(req.Payload, &body); err != nil {
+		p.refuse("sign-in", "", "", err)
+		return coap.Response{}, err
+	}
+	if !body.Login {
+		return p.signOut(ctx, &body, format)
+	}
+	claims, dev, err := p.signIn(ctx, &body)
+	if err != nil {
+		p.refuse("sign-in", dev, body.Device, err)
+		return coap.Response{}, err
+	}
+	return success(codes.Changed, format, signInResponse{ExpiresIn: sessionSeconds(p.deadline(claims))})
+}
+
+// signIn makes the connection a session of the device. It never waits for the device: the twin's requests go out beside the
+// answer.
+func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hub.DeviceID, error) {
+	if body.UID == "" || body.Token == "" {
+		return hub.Claims{}, "", invalid("body-incomplete", "uid and accesstoken are needed")
+	}
+	claims, dev, err := p.authenticate(ctx, body.Device, body.UID, body.Token)
+	if err != nil {
+		return claims, dev, err
+	}
+	if time.Until(p.deadline(claims)) <= 0 {
+		return claims, dev, unauthenticated("token-expired", "the credential has expired")
+	}
+	own, err := p.ownership(ctx, dev, claims.Owner)
+	if err != nil {
+		return claims, dev, err
+	}
+	if s := p.sess; s != nil {
+		if s.own == own {
+			p.renew(s, claims) // repeated: it keeps its number, its observations and its ONLINE
+			return claims, dev, nil
+		}
+		p.endSession("other-sign-in", true) // the device or its ownership is another one
+	}
+	s := &session{
+		gw: p.gw, conn: p.conn, uid: body.UID, user: claims.Subject, to: &deliverer{conn: p.conn},
+		turn: make(chan struct{}, 1), early: map[*coap.Observation]map[hub.Href]bool{},
+	}
+	info := p.conn.Info()
+	conn := hub.Connection{
+		Online: true, ID: info.ID, ConnectedAt: time.Now().UnixNano(), Protocol: p.protocol(), Service: p.gw.deps.Service,
+	}
+	got, own, err := p.announce(ctx, own, conn, claims, s.to)
+	if err != nil {
+		return claims, dev, err
+	}
+	s.own, s.number = own, got.Number
+	s.log = p.log.With("device", dev, "owner", own.Owner, "session", got.Number)
+	s.ctx, s.cancel = context.WithCancel(p.conn.Context())
+	p.renew(s, claims)
+	p.sess = s
+	p.gw.metrics.sessions.Inc()
+	d := Diagnostics{
+		Device: dev, ConnectedSince: time.Unix(0, conn.ConnectedAt), Protocol: conn.Protocol, Remote: info.Remote.String(),
+		Session: got.Number,
+	}
+	if info.TLS != nil {
+		d.TLSVersion = tls.VersionName(info.TLS.Version)
+	}
+	p.gw.devices.begin(d)
+	s.log.Info("device came", "protocol", conn.Protocol)
+	if got.TwinEnabled {
+		s.twin = newTwin(s)
+		s.twin.resync()
+	}
+	return claims, dev, nil
+}
+
+// authenticate verifies a token and says which device it is used for. uid must be the token's owner.
+func (p *peer) authenticate(ctx context.Context, di, uid, token string) (hub.Claims, hub.DeviceID, error) {
+	rules := p.gw.rules(p.conn.Info().Secure)
+	dev, err := rules.before(p.cred, di)
+	if err != nil {
+		return hub.Claims{}, dev, err
+	}
+	claims, err := p.gw.deps.Verifier.Verify(ctx, token)
+	if err != nil {
+		return claims, dev, err
+	}
+	if uid != string(claims.Owner) {
+		return claims, dev, unauthenticated("uid-mismatch", "uid is not the token's owner")
+	}
+	named, err := rules.device(p.cred, dev, di, claims)
+	if err != nil {
+		return claims, dev, err
+	}
+	return claims, named, nil
+}
+
+// ownership asks who owns the device; it must be the token's owner.
+func (p *peer) ownership(ctx context.Context, dev hub.DeviceID, owner hub.Owner) (hub.Ownership, error) {
+	own, err := p.gw.deps.Identities.Owner(ctx, dev)
+	switch {
+	case hub.IsKind(err, hub.NotFound):
+		// 4.01: the device's credentials are good for nothing until it signs up again, and that is what it does on 4.01.
+		return own, unauthenticated("device-not-registered", "the device is not registered").(*hub.Error).With("look up owner", err)
+	case err != nil:
+		return own, err
+	case own.Releasing:
+		return own, unauthenticated("device-not-registered", "the device is being deleted")
+	case own.Owner != owner:
+		return own, unauthenticated("device-owned-by-other", "the device belongs to another owner")
+	}
+	return own, nil
+}
+
+// announce signs in at the directory. If the directory knows another ownership than we were told, somebody was faster: it is
+// asked for once more, and if both still disagree that is trouble of ours and no fault of the credential.
+func (p *peer) announce(
+	ctx context.Context, own hub.Ownership, conn hub.Connection, claims hub.Claims, to Deliverer,
+) (hub.Session, hub.Ownership, error) {
+	// The connection may go while the directory is asked; its answer is needed all the same, to record OFFLINE then.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), p.gw.cfg.API.CoAP.KeepAlive.Timeout)
+	defer cancel()
+	got, err := p.gw.deps.Directory.SignIn(ctx, own, conn, claims.Subject, to)
+	if !hub.IsKind(err, hub.Denied) {
+		return got, own, err
+	}
+	if own, err = p.ownership(ctx, own.Device, claims.Owner); err != nil {
+		return got, own, err
+	}
+	if got, err = p.gw.deps.Directory.SignIn(ctx, own, conn, claims.Subject, to); hub.IsKind(err, hub.Denied) {
+		err = hub.NewError(hub.Unavailable, "ownership-unsettled", "the device's ownership is being settled, try again").With("sign in", err)
+	}
+	return got, own, err
+}
+
+// sessionSeconds is expiresin of sign-in: whole seconds until the device should have refreshed its token, which is a margin
+// before its session ends.
+func sessionSeconds(end time.Time) int64 {
+	left := time.Until(end)
+	return max(1, int64(max(left-expiryMargin, left/2)/time.Second))
+}
+
+// signOut ends the session. Values that the body lacks are those of the session; without a session all are needed, and there
+// is nothing to end.
+func (p *peer) signOut(ctx context.Context, body *sessionRequest, format int32) (coap.Response, error) {
+	s := p.sess
+	if s == nil && (body.UID == "" || body.Token == "") {
+		return coap.Response{}, invalid("body-incomplete", "uid and accesstoken are needed without a session")
+	}
+	_, dev, err := p.whose(ctx, body.Device, body.UID, body.Token)
+	if err != nil {
+		return coap.Response{}, err
+	}
+	if s != nil {
+		if dev != s.own.Device {
+			return coap.Response{}, invalid("device-id-mismatch", "another device is signed in on this connection")
+		}
+		s.stop()
+		// A session that is not the current one any more has nothing to sign out of.
+		if err := s.write(ctx, p.gw.deps.Directory.SignOut); err != nil && !hub.IsKind(err, hub.Precondition) {
+			return coap.Response{}, err // the connection closes and records OFFLINE
+		}
+		p.endSession("sign-out", false)
+	}
+	return success(codes.Changed, format, signOutResponse{})
+}
+
+// whose authenticates a sign-out or sign-off and returns the device it is about. What is missing comes from the session.
+func (p *peer) whose(ctx context.Context, di, uid, token string) (hub.Claims, hub.DeviceID, error) {
+	s := p.sess
+	if s != nil {
+		if uid == "" {
+			uid = s.uid
+		}
+		if di == "" {
+			di = string(s.own.Device)
+		}
+	}
+	if token != "" {
+		return p.authenticate(ctx, di, uid, token)
+	}
+	// The token is the one that the session was signed in with, and it is still good: the session would have ended.
+	if uid != string(s.claims.Owner) {
+		return s.claims, "", unauthenticated("uid-mismatch", "uid is not the session's owner")
+	}
+	rules := p.gw.rules(p.conn.Info().Secure)
+	dev, err := rules.before(p.cred, di)
+	if err == nil {
+		dev, err = rules.device(p.cred, dev, di, s.claims)
+	}
+	return s.claims, dev, err
+}
