@@ -20,14 +20,14 @@ func Default() Config {
 	return Config{Retention: 7 * 24 * time.Hour, CachedDevices: 1_000_000}
 }
 
-// Validate reports all mistakes, each with the key's path below the section.
+// Validate reports all mistakes, each with the full path of its key.
 func (c Config) Validate() []error {
 	var errs []error
 	if c.Retention <= 0 {
-		errs = append(errs, fmt.Errorf("retention: %s is not positive", c.Retention))
+		errs = append(errs, fmt.Errorf("identityStore.retention: %s is not positive", c.Retention))
 	}
 	if c.CachedDevices <= 0 {
-		errs = append(errs, fmt.Errorf("cachedDevices: %d is not positive", c.CachedDevices))
+		errs = append(errs, fmt.Errorf("identityStore.cachedDevices: %d is not positive", c.CachedDevices))
 	}
 	return errs
 }
