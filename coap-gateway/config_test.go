@@ -1,0 +1,58 @@
+package coapgateway
+
+import (
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestDefaultIsValid(t *testing.T) {
+	if errs := Default().Validate(); len(errs) > 0 {
+		t.Error(errs)
+	}
+	c := Default().API.CoAP
+	if !c.TLS.ClientCertificateRequired || !c.TLS.IdentityPropertiesRequired || c.PlainAddress != "" || c.Authorization.StrictDeviceID {
+		t.Errorf("the defaults are not the safe ones: %+v", c)
+	}
+}
+
+func TestValidateNamesThePath(t *testing.T) {
+	for path, spoil := range map[string]func(*Config){
+		"coapGateway.api.coap.address":           func(c *Config) { c.API.CoAP.Address = "" },
+		"coapGateway.api.coap.plainAddress":      func(c *Config) { c.API.CoAP.PlainAddress = "nonsense" },
+		"coapGateway.api.coap.externalAddress":   func(c *Config) { c.API.CoAP.ExternalAddress = "hub:0" },
+		"coapGateway.api.coap.maxMessageSize":    func(c *Config) { c.API.CoAP.MaxMessageSize = 12 },
+		"coapGateway.api.coap.maxConnections":    func(c *Config) { c.API.CoAP.MaxConnections = 0 },
+		"coapGateway.api.coap.maxLinks":          func(c *Config) { c.API.CoAP.MaxLinks = 0 },
+		"coapGateway.api.coap.keepAlive.timeout": func(c *Config) { c.API.CoAP.KeepAlive.Timeout = time.Millisecond },
+		"coapGateway.api.coap.tls.certFile":      func(c *Config) { c.API.CoAP.TLS.KeyFile = "key.pem" },
+		"coapGateway.api.coap.tls.caPool":        func(c *Config) { c.API.CoAP.TLS.CAPool = []string{"/does/not/exist"} },
+		"coapGateway.api.coap.authorization.deviceIDClaim": func(c *Config) {
+			c.API.CoAP.Authorization.DeviceIDClaim, c.API.CoAP.TLS.IdentityPropertiesRequired = "x", false
+		},
+		"coapGateway.api.coap.authorization.providers[0].name": func(c *Config) {
+			c.API.CoAP.Authorization.Providers = []ProviderConfig{{}}
+		},
+		"coapGateway.api.coap.authorization.providers[1].name": func(c *Config) {
+			c.API.CoAP.Authorization.Providers = []ProviderConfig{{Name: "a"}, {Name: "a"}}
+		},
+		"coapGateway.api.coap.authorization.providers[0].grantType": func(c *Config) {
+			c.API.CoAP.Authorization.Providers = []ProviderConfig{{Name: "a", GrantType: "implicit"}}
+		},
+		"coapGateway.deviceTwin.maxETagsCountInRequest": func(c *Config) { c.DeviceTwin.MaxETagsCountInRequest = -1 },
+	} {
+		t.Run(path, func(t *testing.T) {
+			c := Default()
+			spoil(&c)
+			errs := c.Validate()
+			if len(errs) != 1 || !strings.HasPrefix(errs[0].Error(), path+": ") {
+				t.Errorf("got %v, want one error at %s", errs, path)
+			}
+		})
+	}
+	all := Default()
+	all.API.CoAP.MaxLinks, all.API.CoAP.MaxConnections = 0, 0
+	if errs := all.Validate(); len(errs) != 2 {
+		t.Errorf("mistakes are not reported together: %v", errs)
+	}
+}
