@@ -75,7 +75,7 @@ const maxSkew = 5 * time.Minute
 
 // Validate returns all mistakes together, each with its path below "authorization". It accepts a Config without issuers:
 // the embedded provider is added by whoever runs it.
-func (c Config) Validate() error {
+func (c Config) Validate() []error {
 	var errs []error
 	if c.OwnerClaim == "" {
 		errs = append(errs, errors.New("authorization.ownerClaim: is empty; the default is sub"))
@@ -84,9 +84,9 @@ func (c Config) Validate() error {
 		errs = append(errs, fmt.Errorf("authorization.clockSkew: %v is not between 0 and %v", c.ClockSkew, maxSkew))
 	}
 	if len(c.Issuers) > 0 {
-		errs = append(errs, validate(c.Resolve(c.Issuers...)))
+		errs = append(errs, validate(c.Resolve(c.Issuers...))...)
 	}
-	return errors.Join(errs...)
+	return errs
 }
 
 // Resolve fills what the given issuers leave empty with what c says for all.
@@ -113,7 +113,7 @@ func (c Config) Resolve(issuers ...IssuerConfig) []IssuerConfig {
 	return out
 }
 
-func validate(issuers []IssuerConfig) error {
+func validate(issuers []IssuerConfig) []error {
 	var errs []error
 	bad := func(i int, key, format string, args ...any) {
 		errs = append(errs, fmt.Errorf("authorization.issuers[%d].%s: %s", i, key, fmt.Sprintf(format, args...)))
@@ -154,7 +154,7 @@ func validate(issuers []IssuerConfig) error {
 			}
 		}
 	}
-	return errors.Join(errs...)
+	return errs
 }
 
 // checkURL wants https, or http to this machine: keys and secrets that come in the clear are no keys and no secrets.

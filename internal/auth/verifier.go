@@ -64,8 +64,8 @@ func New(issuers []IssuerConfig, opts Options) (*Verifier, error) {
 			issuers[i].OwnerClaim = "sub"
 		}
 	}
-	if err := validate(issuers); err != nil {
-		return nil, err
+	if errs := validate(issuers); len(errs) > 0 {
+		return nil, errors.Join(errs...)
 	}
 	if opts.ClockSkew < 0 || opts.ClockSkew > maxSkew {
 		return nil, fmt.Errorf("authorization.clockSkew: %v is not between 0 and %v", opts.ClockSkew, maxSkew)
