@@ -20,8 +20,10 @@ const (
 	trimBudget  = 250 * time.Millisecond
 	// trimDocs bounds the base documents of one step; the store takes 16 MiB.
 	trimDocs = 6 << 20
-	// trimSteps divides retention: a device is trimmed once a sixteenth of it can go, since each time reads its bases.
+	// trimSteps divides what is kept: a device is trimmed once a sixteenth of it can go, since each time reads its bases.
 	trimSteps = 16
+	// adaptEvery is how long the back end gets to give back the space of what was removed.
+	adaptEvery = 5 * time.Minute
 )
 
 // trim removes what is older than retention, device by device, until ctx ends.
@@ -48,11 +50,13 @@ type trimmer struct {
 	keep time.Duration // at most retention; less while the store is over maxBytes
 	next hub.DeviceID  // the pass goes on after it
 	day  uint32        // the feed was trimmed before this day
+	// adapted is when keep was last looked at.
+	adapted time.Time
 }
 
 func (t *trimmer) step(ctx context.Context, now time.Time) error {
 	if t.next == "" {
-		t.adapt()
+		t.adapt(now)
 		if err := t.feed(ctx, now); err != nil {
 			return err
 		}
@@ -66,7 +70,7 @@ func (t *trimmer) step(ctx context.Context, now time.Time) error {
 			return nil
 		}
 		t.next = dev // also when it fails: one damaged device must not stop the others
-		if _, err := t.d.trimDevice(ctx, dev, now.Add(-t.keep)); err != nil {
+		if _, err := t.d.trimDevice(ctx, dev, now, t.keep); err != nil {
 			return err
 		}
 	}
@@ -74,9 +78,13 @@ func (t *trimmer) step(ctx context.Context, now time.Time) error {
 	return nil
 }
 
-// adapt shortens what is kept while the store is over its limit, and lengthens it again when there is room. It runs once a
-// pass, so that what one pass freed is seen before the next step.
-func (t *trimmer) adapt() {
+// adapt shortens what is kept while the store is over its limit, and lengthens it again when there is room. It runs between
+// passes, so that what one pass freed is seen before the next step.
+func (t *trimmer) adapt(now time.Time) {
+	if now.Sub(t.adapted) < adaptEvery {
+		return
+	}
+	t.adapted = now
 	limit, whole := t.d.cfg.History.MaxBytes, t.d.cfg.History.Retention
 	sizer, ok := t.d.store.(store.Sizer)
 	if limit == 0 || !ok {
@@ -118,26 +126,26 @@ func (t *trimmer) feed(ctx context.Context, now time.Time) error {
 	return nil
 }
 
-// trimDevice removes the device's commits up to edge and returns how many. It keeps the newest one, and moves the values
-// that the removed ones brought into the bases first, in the same batch.
-func (d *Directory) trimDevice(ctx context.Context, dev hub.DeviceID, edge time.Time) (int, error) {
-	if youngest := time.Now().Add(-neverYounger); edge.After(youngest) {
-		edge = youngest
-	}
-	upTo, err := d.store.SeqAt(ctx, dev, edge)
-	if err != nil || upTo == 0 {
+// trimDevice removes the device's commits that are older than keep and returns how many. It keeps the newest one, and moves
+// the values that the removed ones brought into the bases first, in the same batch.
+func (d *Directory) trimDevice(ctx context.Context, dev hub.DeviceID, now time.Time, keep time.Duration) (int, error) {
+	edge := now.Add(-max(keep, neverYounger))
+	enough, err := d.store.SeqAt(ctx, dev, edge.Add(-keep/trimSteps))
+	if err != nil || enough == 0 {
 		return 0, err
 	}
-	var first hub.Commit
-	for first, err = range d.store.Commits(ctx, dev, 0) {
+	for first, err := range d.store.Commits(ctx, dev, 0) {
+		if err != nil {
+			return 0, err
+		}
+		if first.Seq >= enough {
+			return 0, nil // the newest commit alone is left: an idle device costs no more than this
+		}
 		break
 	}
+	upTo, err := d.store.SeqAt(ctx, dev, edge)
 	if err != nil {
 		return 0, err
-	}
-	// first is the newest commit, or one that leaves soon enough: reading all bases for a few commits does not pay.
-	if first.Seq == 0 || first.Seq > upTo || edge.Sub(time.Unix(0, first.Time)) < d.cfg.History.Retention/trimSteps {
-		return 0, nil
 	}
 	st, err := d.store.Load(ctx, dev)
 	if err != nil {
