@@ -1,37 +1,365 @@
 package coap
 
-import "context"
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"sync/atomic"
 
-// Do sends a request to the peer and returns its answer, whole even if one or the other went in blocks (RFC 7959). The
-// token of req is ignored; the engine makes its own. req is not changed and may be shared. Error responses are answers, not
-// errors. At most Config.MaxOutstanding requests are under way, further ones wait for ctx. Errors are of kind Deadline or
-// Unavailable (ctx ended, connection gone), TooLarge (the peer or our limit), Invalid or BadOption (an answer that breaks
-// the protocol).
-func (c *Conn) Do(ctx context.Context, req *Message) (*Message, error) { return nil, errGone }
+	"github.com/coaphub/coaphub/hub"
 
-// Observe registers for a resource (RFC 7641, Section 3.1): it sends req, a GET or FETCH, with Observe 0 and returns the
-// first answer, an error code included. The observation is nil if the answer has no Observe option. Notifications may reach
-// ConnHandler.Notifications before Observe returns; Observation.Path tells them apart even then. A notification whose blocks
-// come to more than Config.MaxBody arrives as 4.13 without payload, not ended; one with a critical option that is not
-// understood as 4.02, ended.
-func (c *Conn) Observe(ctx context.Context, req *Message) (*Observation, *Message, error) {
-	return nil, nil, errGone
+	"github.com/plgd-dev/go-coap/v3/message"
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+)
+
+// exchange is a request of ours that has no answer yet.
+type exchange struct {
+	answer      chan answer  // capacity 1
+	observation *Observation // to be registered when the answer has an Observe option
+	cancel      bool         // notifications with the same token may still come first
+}
+
+type answer struct {
+	msg   *Message
+	fault fault
 }
 
 // Observation is an entry in the peer's list of observers. It ends by Cancel, by a notification with Ended, or with its
 // connection.
-type Observation struct{ path string }
+type Observation struct {
+	c         *Conn
+	path      string
+	req       *Message // with Observe 0
+	tag       atomic.Value
+	cancelled atomic.Bool
+
+	fetch  *fetch // the newest notification that came in blocks; guarded by Conn.mu
+	listed bool   // is in Conn.fetches
+}
+
+// tagged lets atomic.Value hold tags of different types.
+type tagged struct{ v any }
 
 // Path returns the path that is observed, with a leading slash.
 func (o *Observation) Path() string { return o.path }
 
 // SetTag attaches a value of the handler's own.
-func (o *Observation) SetTag(v any) {}
+func (o *Observation) SetTag(v any) { o.tag.Store(tagged{v}) }
 
 // Tag returns what SetTag attached, nil before.
-func (o *Observation) Tag() any { return nil }
+func (o *Observation) Tag() any {
+	t, _ := o.tag.Load().(tagged)
+	return t.v
+}
 
-// Cancel ends the observation: no notifications are delivered from now on, and the peer is told by a GET with Observe 1 and
-// the token of the observation (RFC 7641, Section 3.6). Errors are those of Do; the observation is over in any case.
-// Cancelling one that is over does nothing.
-func (o *Observation) Cancel(ctx context.Context) error { return nil }
+// Do sends a request to the peer and returns its answer, whole even if one or the other went in blocks (RFC 7959). The
+// token of req is ignored; the engine makes its own. req is not changed and may be shared. Error responses are answers, not
+// errors. At most Config.MaxOutstanding requests are under way, further ones wait for ctx. Errors are of kind Deadline or
+// Unavailable (ctx ended, connection gone), TooLarge (the peer's limit or ours), Invalid or BadOption (an answer that breaks
+// the protocol).
+//
+// A handler may call it. If the peer fills its queue meanwhile, the answer is not read before the handler returns, and the
+// connection may end with ErrOverload: handlers that wait long for their peer do that in a goroutine of their own.
+func (c *Conn) Do(ctx context.Context, req *Message) (*Message, error) {
+	const op = "coap.Do"
+	if err := c.slot(ctx, op); err != nil {
+		return nil, err
+	}
+	defer c.release()
+	m := clone(req)
+	first, err := c.upload(ctx, op, m)
+	if err != nil {
+		return nil, err
+	}
+	return c.rest(ctx, op, m, first)
+}
+
+// Observe registers for a resource (RFC 7641, Section 3.1): it sends req, a GET or FETCH, with Observe 0 and returns the
+// first answer, an error code included. The observation is nil if the answer has no Observe option. Notifications may reach
+// ConnHandler.Notifications before Observe returns; Observation.Path tells them apart even then. A notification whose blocks
+// come to more than Config.MaxBody arrives as 4.13 without payload, one whose blocks cannot be fetched as 5.04, both not
+// ended; one with a critical option that is not understood as 4.02, ended. Errors are those of Do, and Exhausted when the
+// connection has Config.MaxObservations.
+func (c *Conn) Observe(ctx context.Context, req *Message) (*Observation, *Message, error) {
+	const op = "coap.Observe"
+	if err := c.slot(ctx, op); err != nil {
+		return nil, nil, err
+	}
+	defer c.release()
+	c.mu.Lock()
+	full := len(c.observations) >= c.srv.cfg.MaxObservations
+	c.mu.Unlock()
+	if full {
+		return nil, nil, errObservation.With(op, nil)
+	}
+	m := clone(req)
+	m.Options = AddOption(without(m.Options, ObserveOption), ObserveOption, nil) // 0 is the empty value
+	m.Token = c.token()
+	o := &Observation{c: c, path: Path(m), req: m}
+	first, err := c.roundTrip(ctx, op, m, &exchange{answer: make(chan answer, 1), observation: o})
+	if err != nil {
+		// The peer may have registered us all the same. Whatever it answers to this is dropped.
+		c.sendNow(deregister(m))
+		return nil, nil, err
+	}
+	whole, err := c.rest(ctx, op, m, first)
+	c.mu.Lock()
+	registered := c.observations[string(m.Token)] == o || o.cancelled.Load()
+	_, observed := first.Option(ObserveOption)
+	c.mu.Unlock()
+	switch {
+	case err != nil:
+		if registered {
+			c.forget(o)
+			c.sendNow(deregister(m))
+		}
+		return nil, nil, err
+	case observed && first.Code>>5 == 2:
+		return o, whole, nil // also if its last notification has come already: the handler saw Ended
+	}
+	return nil, whole, nil
+}
+
+// Cancel ends the observation: no notifications are delivered from now on (one call of Notifications may be under way), and
+// the peer is told by the request with Observe 1 and the token of the observation (RFC 7641, Section 3.6). Errors are those
+// of Do; the observation is over in any case. Cancelling one that is over does nothing.
+func (o *Observation) Cancel(ctx context.Context) error {
+	const op = "coap.Cancel"
+	c := o.c
+	if !c.forget(o) {
+		return nil
+	}
+	if err := c.slot(ctx, op); err != nil {
+		c.sendNow(deregister(o.req)) // it is worth a try without an answer
+		return err
+	}
+	defer c.release()
+	_, err := c.roundTrip(ctx, op, deregister(o.req), &exchange{answer: make(chan answer, 1), cancel: true})
+	return err
+}
+
+// deregister makes the request that ends the observation that req began.
+func deregister(req *Message) *Message {
+	m := clone(req)
+	m.Token = req.Token
+	m.Options = AddUint(without(m.Options, ObserveOption), ObserveOption, 1)
+	return m
+}
+
+// forget takes an observation out of the books and reports whether it was there.
+func (c *Conn) forget(o *Observation) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	o.cancelled.Store(true)
+	o.fetch = nil
+	if c.observations[string(o.req.Token)] != o {
+		return false
+	}
+	delete(c.observations, string(o.req.Token))
+	return true
+}
+
+// clone copies a request so far that its options can be changed.
+func clone(m *Message) *Message {
+	return &Message{Code: m.Code, Options: append(make(message.Options, 0, len(m.Options)+4), sortOptions(m.Options)...), Payload: m.Payload}
+}
+
+// without removes options in place.
+func without(opts message.Options, ids ...message.OptionID) message.Options {
+	out := opts[:0]
+next:
+	for _, o := range opts {
+		for _, id := range ids {
+			if o.ID == id {
+				continue next
+			}
+		}
+		out = append(out, o)
+	}
+	return out
+}
+
+// slot waits for its turn among the outstanding requests.
+func (c *Conn) slot(ctx context.Context, op string) error {
+	c.mu.Lock()
+	if c.reason != nil {
+		c.mu.Unlock()
+		return errGone.With(op, nil)
+	}
+	if c.slots == nil {
+		c.slots = make(chan struct{}, max(1, c.srv.cfg.MaxOutstanding))
+	}
+	slots := c.slots
+	c.mu.Unlock()
+	select {
+	case slots <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return contextError(ctx, op)
+	case <-c.ctx.Done():
+		return errGone.With(op, nil)
+	}
+}
+
+func (c *Conn) release() { <-c.slots }
+
+// token makes a token that none of our exchanges and observations has: a number that starts anywhere and is never repeated.
+func (c *Conn) token() []byte {
+	return binary.BigEndian.AppendUint64(nil, c.nextToken.Add(1))
+}
+
+// roundTrip sends one request and waits for its answer. The token must be set.
+func (c *Conn) roundTrip(ctx context.Context, op string, m *Message, x *exchange) (*Message, error) {
+	if largest, _ := c.tr.limits(); c.tr.size(m) > largest {
+		return nil, errPeerLimit.With(op, nil)
+	}
+	key := string(m.Token)
+	c.mu.Lock()
+	if c.reason != nil {
+		c.mu.Unlock()
+		return nil, errGone.With(op, nil)
+	}
+	if c.exchanges == nil {
+		c.exchanges = make(map[string]*exchange)
+	}
+	c.exchanges[key] = x
+	c.mu.Unlock()
+	defer func() {
+		c.mu.Lock()
+		if c.exchanges[key] == x {
+			delete(c.exchanges, key)
+		}
+		c.mu.Unlock()
+	}()
+	if err := c.tr.send(ctx, m, true); err != nil {
+		if ctx.Err() != nil {
+			return nil, contextError(ctx, op)
+		}
+		return nil, errGone.With(op, err)
+	}
+	select {
+	case a := <-x.answer:
+		if a.fault.bad() { // RFC 7252, Section 5.4.1: a response with an unrecognised critical option is rejected
+			return nil, errAnswerOpt.With(op, errors.New(a.fault.String()))
+		}
+		return a.msg, nil
+	case <-ctx.Done():
+		return nil, contextError(ctx, op)
+	case <-c.ctx.Done():
+		return nil, errGone.With(op, nil)
+	}
+}
+
+// response brings a response to whoever waits for it. A notification that is to be handled comes back as an item.
+func (c *Conn) response(m *Message, f fault) (item, bool) {
+	_, observed := m.Option(ObserveOption)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if x := c.exchanges[string(m.Token)]; x != nil && !(x.cancel && observed) {
+		delete(c.exchanges, string(m.Token))
+		if x.observation != nil && observed && m.Code>>5 == 2 && !f.bad() {
+			// Here and not in Observe: the next notification may be right behind.
+			if c.observations == nil {
+				c.observations = make(map[string]*Observation)
+			}
+			c.observations[string(m.Token)] = x.observation
+		}
+		x.answer <- answer{m, f}
+		return item{}, false
+	}
+	o := c.observations[string(m.Token)]
+	if o == nil || c.reason != nil {
+		// RFC 8323 has no Reset: an answer that nobody waits for is dropped.
+		c.srv.metrics.dropped.WithLabelValues("late").Inc()
+		return item{}, false
+	}
+	// RFC 8323, Section 7.1: the stream keeps the order, so the value of the Observe option says nothing.
+	it := item{msg: m, observation: o, ended: !observed || m.Code>>5 != 2}
+	if f.bad() {
+		it.msg, it.ended = &Message{Code: codes.BadOption, Token: m.Token, Payload: []byte(f.String())}, true
+	}
+	if it.ended {
+		delete(c.observations, string(m.Token)) // RFC 7641, Section 4.2
+	}
+	if b, ok, _ := blockOf(it.msg, Block2); ok && b.more {
+		// The rest of it must be fetched, beside the worker. Of one observation only the newest representation counts.
+		o.fetch = &fetch{first: m, ended: it.ended}
+		if !o.listed {
+			o.listed = true
+			c.fetches = append(c.fetches, o)
+		}
+		if !c.fetching {
+			c.fetching = true
+			c.wg.Add(1)
+			go c.fetchAll()
+		}
+		return item{}, false
+	}
+	o.fetch = nil // this one is newer than what is being fetched
+	return it, true
+}
+
+// fetch is a notification whose further blocks are to be fetched.
+type fetch struct {
+	first *Message
+	ended bool
+}
+
+// fetchAll fetches what notifications in blocks left out, one after the other; it exists while there is some. What is held
+// is bounded: one first block for each observation, and one body.
+func (c *Conn) fetchAll() {
+	defer c.wg.Done()
+	for {
+		c.mu.Lock()
+		if len(c.fetches) == 0 || c.reason != nil {
+			c.fetching, c.fetches = false, nil
+			c.mu.Unlock()
+			return
+		}
+		o := c.fetches[0]
+		c.fetches = c.fetches[1:]
+		o.listed = false
+		job := o.fetch
+		c.mu.Unlock()
+		if job == nil {
+			continue
+		}
+		msg := c.fetchOne(o, job)
+		if msg == nil {
+			continue // the connection is gone
+		}
+		c.mu.Lock()
+		current := o.fetch == job
+		if current {
+			o.fetch = nil
+		}
+		c.mu.Unlock()
+		if !current {
+			continue // a newer one came; if it has blocks, it is listed
+		}
+		if err := c.enqueue(item{msg: msg, observation: o, ended: job.ended, size: len(msg.Payload) + 256}, false); err != nil {
+			c.tr.abort(err)
+		}
+	}
+}
+
+func (c *Conn) fetchOne(o *Observation, job *fetch) *Message {
+	const op = "coap.fetch"
+	ctx, cancel := context.WithTimeout(c.ctx, c.srv.cfg.TransferTimeout)
+	defer cancel()
+	whole, err := (*Message)(nil), c.slot(ctx, op)
+	if err == nil {
+		whole, err = c.rest(ctx, op, o.req, job.first)
+		c.release()
+	}
+	switch {
+	case err == nil:
+		return whole
+	case c.ctx.Err() != nil:
+		return nil
+	case hub.IsKind(err, hub.TooLarge):
+		return &Message{Code: codes.RequestEntityTooLarge, Token: o.req.Token}
+	}
+	c.srv.log.Debug("cannot fetch the rest of a notification", "connection", c.id, "path", o.path, "error", err)
+	return &Message{Code: codes.GatewayTimeout, Token: o.req.Token}
+}

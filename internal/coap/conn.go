@@ -2,17 +2,112 @@ package coap
 
 import (
 	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	mathrand "math/rand/v2"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
 	"time"
+
+	"github.com/plgd-dev/go-coap/v3/message"
+	"github.com/plgd-dev/go-coap/v3/message/codes"
 )
+
+// transport is what a connection needs of the bytes below it: a stream today, datagrams beside it later. Its reader calls
+// Conn.receive for each message and Conn.run's steps at the end.
+type transport interface {
+	// send queues m to be written. With wait it waits for room until ctx or the connection ends; else a full queue is
+	// errQueueFull.
+	send(ctx context.Context, m *Message, wait bool) error
+	// limits returns the largest whole message the peer takes, and whether it takes several blocks in one (BERT).
+	limits() (largest int, bert bool)
+	// size returns what m will count against the peer's limit.
+	size(m *Message) int
+	// ping asks the peer for a sign of life; it does not block.
+	ping()
+	// finish lets what is queued be written, then ends our direction. Later sends fail. It does not block.
+	finish()
+	// abort tells the peer, as far as there is room to say it, why its connection ends, and shuts the connection.
+	abort(err error)
+	// cut ends both directions at once. It does not block.
+	cut()
+	// expired reports a reason to close that only the transport sees, such as a message that never becomes whole.
+	expired(now time.Duration) error
+	info() ConnInfo
+}
 
 // Conn is one connection with a peer, for both roles. All methods may be called from any goroutine, also from handlers.
 type Conn struct {
-	info ConnInfo
-	ctx  context.Context
+	srv     *Server
+	tr      transport
+	id      string
+	handler ConnHandler // set before the reader starts
+	ctx     context.Context
+	cancel  context.CancelFunc
+	since   time.Time
+	born    time.Duration
+	timer   timer
+	wg      sync.WaitGroup // worker and fetcher
+
+	lastIn       atomic.Int64 // of the last bytes; a time of the server's clock
+	lastPing     atomic.Int64
+	pingTime     atomic.Int64
+	bytesIn      atomic.Uint64
+	bytesOut     atomic.Uint64
+	messagesIn   atomic.Uint64
+	messagesOut  atomic.Uint64
+	nextToken    atomic.Uint64
+	pingUnsettle bool // a Ping was sent and nothing came since; the wheel's alone
+
+	// mu guards what follows. Order of locks: mu before the wheel's, the budget's and the transport's.
+	mu           sync.Mutex
+	queue        []item        // not yet taken by the worker
+	queued       int           // waiting or being handled
+	queuedBytes  int           //
+	space        chan struct{} // not nil while the reader waits for queue space
+	working      bool
+	reason       error // not nil: the connection is closing
+	drain        bool  // closing, but what is queued is still handled
+	slots        chan struct{}
+	exchanges    map[string]*exchange
+	observations map[string]*Observation
+	fetches      []*Observation // observations with a fetch to do; at most one entry each
+	fetching     bool
+
+	blocks blocks
+}
+
+// item is a request or a notification on its way to the handler.
+type item struct {
+	msg         *Message
+	observation *Observation // nil: a request
+	ended       bool
+	size        int // taken from the budget
+}
+
+// inbound is a received message with room for the usual number of options, in one piece of memory.
+type inbound struct {
+	Message
+	room [6]message.Option
+}
+
+func (s *Server) newConn() *Conn {
+	c := &Conn{srv: s, id: rand.Text(), since: time.Now(), born: s.now()}
+	c.ctx, c.cancel = context.WithCancel(context.Background()) // ended by the owner alone, so that answers under way can finish
+	c.timer.fire = c.tick
+	c.nextToken.Store(mathrand.Uint64()) // no secret: tokens are only matched within the connection
+	c.lastIn.Store(int64(c.born))
+	return c
 }
 
 // Info returns what is known of the connection from its transport.
-func (c *Conn) Info() ConnInfo { return c.info }
+func (c *Conn) Info() ConnInfo {
+	info := c.tr.info()
+	info.ID = c.id
+	return info
+}
 
 // Context returns a context that ends when the connection is gone.
 func (c *Conn) Context() context.Context { return c.ctx }
@@ -20,7 +115,7 @@ func (c *Conn) Context() context.Context { return c.ctx }
 // Stats are the counters of one connection, for diagnostics.
 type Stats struct {
 	Since        time.Time // when the connection was complete
-	LastActivity time.Time // when the last bytes of a message came in
+	LastActivity time.Time // when the last bytes came in
 	BytesIn      uint64    // CoAP, without TLS
 	BytesOut     uint64
 	MessagesIn   uint64
@@ -29,8 +124,352 @@ type Stats struct {
 }
 
 // Stats returns the connection's counters.
-func (c *Conn) Stats() Stats { return Stats{} }
+func (c *Conn) Stats() Stats {
+	return Stats{
+		Since:        c.since,
+		LastActivity: c.since.Add(time.Duration(c.lastIn.Load()) - c.born),
+		BytesIn:      c.bytesIn.Load(),
+		BytesOut:     c.bytesOut.Load(),
+		MessagesIn:   c.messagesIn.Load(),
+		MessagesOut:  c.messagesOut.Load(),
+		RoundTrip:    time.Duration(c.pingTime.Load()),
+	}
+}
 
 // Close ends the connection soon and does not block: what waits to be written is written first, bounded by
-// Config.CloseTimeout. err is what Closed will be told; nil means ErrClosed. Only the first call counts.
-func (c *Conn) Close(err error) {}
+// Config.CloseTimeout; what was received but not yet handled is dropped. err is what Closed will be told; nil means
+// ErrClosed. Only the first call counts.
+func (c *Conn) Close(err error) {
+	if err == nil {
+		err = ErrClosed
+	}
+	c.shut(err, false)
+}
+
+// shut begins the end: nothing new is handled; with drain, what is queued still is. The worker (or this call, when it is
+// idle) lets the transport finish; the wheel cuts the connection when that takes too long.
+func (c *Conn) shut(err error, drain bool) {
+	c.mu.Lock()
+	if c.reason != nil {
+		c.mu.Unlock()
+		return
+	}
+	c.reason, c.drain = err, drain
+	c.srv.wheel.set(&c.timer, c.srv.cfg.CloseTimeout)
+	idle := !c.working
+	c.wakeReader()
+	c.mu.Unlock()
+	if idle {
+		c.tr.finish()
+	}
+}
+
+// end is the last thing a connection's owner does, after reader and writer have ended.
+func (c *Conn) end(err error) {
+	c.shut(err, false)
+	c.cancel() // now handlers and callers that wait for the peer give up
+	c.wg.Wait()
+	c.srv.wheel.stop(&c.timer)
+	c.mu.Lock()
+	reason := c.reason
+	left := c.queuedBytes
+	c.queue, c.queuedBytes, c.exchanges, c.observations = nil, 0, nil, nil
+	c.mu.Unlock()
+	c.srv.budget.give(left)
+	c.blocks.clear(c.srv.budget)
+	c.srv.metrics.closed.WithLabelValues(Reason(reason)).Inc()
+	c.guard("Closed", func() { c.handler.Closed(reason) })
+}
+
+// wakeReader lets a reader that waits for queue space look again; mu is held.
+func (c *Conn) wakeReader() {
+	if c.space != nil {
+		close(c.space)
+		c.space = nil
+	}
+}
+
+// tick is the connection's timer: it cuts a connection that closes too slowly, forgets old transfers and watches for
+// silence. It never blocks; the wheel calls it.
+func (c *Conn) tick() {
+	cfg := &c.srv.cfg
+	c.mu.Lock()
+	closing := c.reason != nil
+	c.mu.Unlock()
+	if closing {
+		c.cancel()
+		c.tr.cut()
+		return
+	}
+	now := c.srv.now()
+	c.blocks.expire(now-cfg.TransferTimeout, c.srv.budget)
+	if err := c.tr.expired(now); err != nil {
+		c.tr.abort(err)
+		return
+	}
+	next := min(cfg.MessageTimeout, cfg.TransferTimeout) / 2
+	if c.messagesIn.Load() == 0 {
+		silent := now - c.born
+		if silent >= cfg.FirstMessageTimeout {
+			c.shut(ErrIdle, false)
+			return
+		}
+		next = min(next, cfg.FirstMessageTimeout-silent)
+	}
+	if half := cfg.KeepAlive / 2; half > 0 {
+		last, pinged := time.Duration(c.lastIn.Load()), time.Duration(c.lastPing.Load())
+		switch {
+		case c.pingUnsettle && last < pinged && now-pinged >= half:
+			c.shut(ErrKeepAlive, false)
+			return
+		case c.pingUnsettle && last < pinged:
+			next = min(next, half-(now-pinged))
+		case now-last >= half:
+			c.pingUnsettle = true
+			c.lastPing.Store(int64(now))
+			c.tr.ping()
+			next = min(next, half)
+		default:
+			c.pingUnsettle = false
+			next = min(next, half-(now-last))
+		}
+	}
+	c.mu.Lock()
+	if c.reason == nil { // else shut has set it
+		c.srv.wheel.set(&c.timer, next)
+	}
+	c.mu.Unlock()
+}
+
+// receive handles one whole message of the peer. b is token and body, given away; held bytes of the budget are given away
+// too. An error ends the connection with Abort. It blocks while the queue is full.
+func (c *Conn) receive(code codes.Code, token, body []byte, held int) error {
+	m := c.srv.metrics
+	c.messagesIn.Add(1)
+	size := held
+	defer func() { c.srv.budget.give(held) }()
+
+	if code == codes.Empty {
+		m.in[kindEmpty].Inc()
+		return nil // RFC 8323, Section 3.4: to be ignored, whatever is in it
+	}
+	in := &inbound{Message: Message{Code: code, Token: token}}
+	class := code >> 5
+	var f fault
+	var err error
+	in.Options, in.Payload, f, err = decodeBody(body, in.room[:0], false)
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrMalformed, err)
+	}
+	msg := &in.Message
+	if size == 0 {
+		size = len(body) + 256 // what the message costs besides its bytes, roughly
+	}
+	switch class {
+	case 0:
+		m.in[kindRequest].Inc()
+		if refusal, bad := refuse(f); bad {
+			refusal.Token = token
+			c.sendNow(refusal)
+			return nil
+		}
+		if held == 0 {
+			return c.enqueue(item{msg: msg, size: size}, false)
+		}
+		held = 0
+		return c.enqueue(item{msg: msg, size: size}, true)
+	case 2, 4, 5:
+		m.in[kindResponse].Inc()
+		it, ok := c.response(msg, f)
+		if !ok {
+			return nil
+		}
+		it.size = size
+		taken := held != 0
+		held = 0
+		return c.enqueue(it, taken)
+	}
+	// Classes 1, 3 and 6 are reserved (RFC 7252, Section 3), 7 is the stream's own: nothing to answer.
+	m.in[kindOther].Inc()
+	m.dropped.WithLabelValues("reserved").Inc()
+	return nil
+}
+
+// refuse answers a request that must not reach a handler.
+func refuse(f fault) (*Message, bool) {
+	switch {
+	case f.bad(): // RFC 7252, Section 5.4.1
+		return &Message{Code: codes.BadOption, Payload: []byte(f.String())}, true
+	case f.proxy: // RFC 7252, Section 5.10.2
+		return &Message{Code: codes.ProxyingNotSupported, Payload: []byte(f.String())}, true
+	}
+	return nil, false
+}
+
+// sendNow sends an answer that is worth no waiting.
+func (c *Conn) sendNow(m *Message) {
+	if err := c.tr.send(c.ctx, m, false); errors.Is(err, errQueueFull) {
+		c.srv.metrics.dropped.WithLabelValues("unread").Inc()
+	}
+}
+
+// enqueue hands an item to the worker. While the queue of the connection or the common buffer is full it waits: the peer is
+// not read, which is how a stream is slowed down. After OverloadTimeout the connection ends. taken says that the budget
+// already has the item's size.
+func (c *Conn) enqueue(it item, taken bool) error {
+	cfg := &c.srv.cfg
+	var timeout *time.Timer
+	for {
+		c.mu.Lock()
+		if c.reason != nil {
+			c.mu.Unlock()
+			if taken {
+				c.srv.budget.give(it.size)
+			}
+			c.srv.metrics.dropped.WithLabelValues("closing").Inc()
+			return nil
+		}
+		var space, freed <-chan struct{}
+		if c.queued < cfg.QueueLength && c.queuedBytes < cfg.QueueBytes {
+			if !taken {
+				if taken = c.srv.budget.take(it.size); !taken {
+					freed = c.srv.budget.wait()
+					taken = c.srv.budget.take(it.size)
+				}
+			}
+			if taken {
+				c.queue = append(c.queue, it)
+				c.queued++
+				c.queuedBytes += it.size
+				if !c.working {
+					c.working = true
+					c.wg.Add(1)
+					go c.work()
+				}
+				c.mu.Unlock()
+				if timeout != nil {
+					timeout.Stop()
+				}
+				return nil
+			}
+		} else {
+			if c.space == nil {
+				c.space = make(chan struct{})
+			}
+			space = c.space
+		}
+		c.mu.Unlock()
+		if timeout == nil {
+			c.srv.metrics.queueFull.Inc()
+			timeout = time.NewTimer(cfg.OverloadTimeout)
+		}
+		select {
+		case <-space:
+		case <-freed:
+		case <-timeout.C:
+			if taken {
+				c.srv.budget.give(it.size)
+			}
+			return ErrOverload
+		case <-c.ctx.Done():
+		}
+	}
+}
+
+// work is the worker: it exists while there is something to handle, and hands it over in the order of arrival.
+func (c *Conn) work() {
+	defer c.wg.Done()
+	for {
+		c.mu.Lock()
+		closing := c.reason != nil
+		if len(c.queue) == 0 || closing && !c.drain {
+			c.working = false
+			c.queue = nil
+			c.mu.Unlock()
+			if closing {
+				c.tr.finish()
+			}
+			return
+		}
+		items := c.queue
+		c.queue = nil
+		c.mu.Unlock()
+
+		for len(items) > 0 && !c.stopped() {
+			n := 1
+			if items[0].observation == nil {
+				c.serve(items[0].msg)
+			} else {
+				for n < len(items) && items[n].observation != nil {
+					n++
+				}
+				c.notify(items[:n])
+			}
+			c.handled(items[:n])
+			items = items[n:]
+		}
+		c.handled(items) // dropped: the connection is closing
+	}
+}
+
+// stopped reports that the rest of the queue is not to be handled.
+func (c *Conn) stopped() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.reason != nil && !c.drain
+}
+
+// handled makes room for what was handled.
+func (c *Conn) handled(items []item) {
+	if len(items) == 0 {
+		return
+	}
+	n := 0
+	for i := range items {
+		n += items[i].size
+	}
+	c.mu.Lock()
+	c.queued -= len(items)
+	c.queuedBytes -= n
+	c.wakeReader()
+	c.mu.Unlock()
+	c.srv.budget.give(n)
+}
+
+// notify brings a run of notifications to the handler.
+func (c *Conn) notify(items []item) {
+	ns := make([]Notification, 0, len(items))
+	for i := range items {
+		if o := items[i].observation; !o.cancelled.Load() {
+			ns = append(ns, Notification{Observation: o, Message: items[i].msg, Ended: items[i].ended})
+		}
+	}
+	if len(ns) == 0 {
+		return
+	}
+	if !c.guard("Notifications", func() { c.handler.Notifications(c.ctx, ns) }) {
+		// Nobody knows how much of it was stored. A new connection makes the device report again.
+		c.Close(ErrPanic)
+	}
+}
+
+// request asks the handler. A panic ends this request only.
+func (c *Conn) request(m *Message) (r Response) {
+	if !c.guard("Request", func() { r = c.handler.Request(c.ctx, m) }) {
+		return Response{Code: codes.InternalServerError, Payload: []byte("internal: something went wrong in the hub")}
+	}
+	return r
+}
+
+// guard calls f and reports whether it returned without a panic.
+func (c *Conn) guard(what string, f func()) (ok bool) {
+	defer func() {
+		if v := recover(); v != nil {
+			ok = false
+			c.srv.metrics.panics.Inc()
+			c.srv.log.Error("handler panicked", "call", what, "connection", c.id, "panic", fmt.Sprint(v), "stack", string(debug.Stack()))
+		}
+	}()
+	f()
+	return true
+}

@@ -65,7 +65,7 @@ var (
 )
 
 // contextError gives a context's end the kind it has in the hub.
-func contextError(op string, ctx context.Context) error {
+func contextError(ctx context.Context, op string) error {
 	kind := hub.Unavailable
 	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		kind = hub.Deadline

@@ -1,10 +1,19 @@
 package coap
 
 import (
+	"container/list"
 	"context"
 	"crypto/tls"
+	"errors"
+	"fmt"
 	"log/slog"
 	"net"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/plgd-dev/go-coap/v3/message/codes"
 )
 
 // Server is an engine: it serves any number of listeners with one handler, one timer wheel and common bounds.
@@ -13,17 +22,315 @@ type Server struct {
 	handler Handler
 	log     *slog.Logger
 	metrics *Metrics
+	start   time.Time
+	wheel   *wheel
+	budget  *budget
+
+	mu       sync.Mutex // guards what follows
+	serving  int        // calls of ServeTCP; the wheel turns while there is one
+	stop     chan struct{}
+	stopped  chan struct{}
+	count    int        // connections, complete or not
+	shaking  *list.List // of *handshake, oldest first
+	shakeEnd chan struct{}
+}
+
+// handshake is a connection that is not complete yet.
+type handshake struct {
+	raw     net.Conn
+	evicted bool
+	at      *list.Element
 }
 
 // NewServer makes an engine that has no listener yet. log and m must not be nil.
 func NewServer(cfg Config, h Handler, log *slog.Logger, m *Metrics) *Server {
-	return &Server{cfg: cfg, handler: h, log: log, metrics: m}
+	return &Server{
+		cfg: cfg, handler: h, log: log, metrics: m, start: time.Now(), wheel: newWheel(), shaking: list.New(),
+		budget: &budget{left: cfg.MaxBuffered, gauge: m.buffered},
+	}
+}
+
+// now is the engine's clock: monotonic, so that nobody is silent because the wall clock was set.
+func (s *Server) now() time.Duration { return time.Since(s.start) }
+
+// listener is one call of ServeTCP.
+type listener struct {
+	srv *Server
+	tls *tls.Config
+	wg  sync.WaitGroup
+
+	mu      sync.Mutex
+	closing bool
+	open    map[*Conn]struct{}
+	shaking map[net.Conn]struct{}
 }
 
 // ServeTCP accepts CoAP over TCP (RFC 8323), inside TLS unless tlsConf is nil, until ctx ends; then it releases its
 // connections (7.04), closes them and the listener, waits for all their goroutines and returns nil. Another end of the
 // listener is an error.
 func (s *Server) ServeTCP(ctx context.Context, ln net.Listener, tlsConf *tls.Config) error {
-	<-ctx.Done()
-	return ln.Close()
+	s.enter()
+	defer s.leave()
+	l := &listener{srv: s, tls: tlsConf, open: make(map[*Conn]struct{}), shaking: make(map[net.Conn]struct{})}
+	defer context.AfterFunc(ctx, func() { _ = ln.Close() })()
+
+	err := l.accept(ctx, ln)
+	_ = ln.Close()
+	l.release()
+	l.wg.Wait()
+	if ctx.Err() != nil {
+		return nil
+	}
+	return fmt.Errorf("accept coap connections: %w", err)
+}
+
+func (s *Server) enter() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.serving++; s.serving == 1 {
+		s.stop, s.stopped = make(chan struct{}), make(chan struct{})
+		go func(stop, stopped chan struct{}) {
+			defer close(stopped)
+			s.wheel.run(stop)
+		}(s.stop, s.stopped)
+	}
+}
+
+func (s *Server) leave() {
+	s.mu.Lock()
+	s.serving--
+	last, stop, stopped := s.serving == 0, s.stop, s.stopped
+	s.mu.Unlock()
+	if last {
+		close(stop)
+		<-stopped
+	}
+}
+
+// accept accepts until the listener ends.
+func (l *listener) accept(ctx context.Context, ln net.Listener) error {
+	s := l.srv
+	var pause time.Duration
+	for {
+		raw, err := ln.Accept()
+		if err != nil {
+			if ctx.Err() != nil || !passing(err) {
+				return err
+			}
+			s.metrics.acceptErrors.Inc()
+			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
+			s.log.Warn("cannot accept connections for now", "error", err, "pause", pause)
+			t := time.NewTimer(pause)
+			select {
+			case <-t.C:
+			case <-ctx.Done():
+				t.Stop()
+			}
+			continue
+		}
+		pause = 0
+		if !s.admit() {
+			_ = raw.Close()
+			s.refuse(raw.RemoteAddr(), "max-connections", fmt.Sprintf("%d connections are open", s.cfg.MaxConnections))
+			continue
+		}
+		if l.tls == nil {
+			l.wg.Add(1)
+			go l.serve(raw, raw)
+			continue
+		}
+		h := l.begin(ctx, raw)
+		l.wg.Add(1)
+		go l.handshake(h)
+	}
+}
+
+// passing reports that a failed accept says nothing about the next one.
+func passing(err error) bool {
+	for _, e := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.ECONNABORTED, syscall.EPROTO} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+// admit counts one more connection, unless there are too many.
+func (s *Server) admit() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.count >= s.cfg.MaxConnections {
+		return false
+	}
+	s.count++
+	return true
+}
+
+func (s *Server) gone() {
+	s.mu.Lock()
+	s.count--
+	s.mu.Unlock()
+}
+
+// refuse records a connection that did not become one.
+func (s *Server) refuse(remote net.Addr, reason, detail string) {
+	s.metrics.refused.WithLabelValues(reason).Inc()
+	s.log.Debug("connection refused", "remote", remote, "reason", reason, "detail", detail)
+	if s.cfg.Refused != nil {
+		s.cfg.Refused(remote, reason, detail)
+	}
+}
+
+// begin makes room for one more handshake: it waits a moment for one to end, then gives up the oldest, so that peers that
+// never finish cannot keep others out.
+func (l *listener) begin(ctx context.Context, raw net.Conn) *handshake {
+	s := l.srv
+	s.mu.Lock()
+	if s.shaking.Len() >= s.cfg.MaxHandshakes {
+		ended := make(chan struct{})
+		s.shakeEnd = ended
+		s.mu.Unlock()
+		t := time.NewTimer(time.Second)
+		select {
+		case <-ended:
+		case <-t.C:
+		case <-ctx.Done():
+		}
+		t.Stop()
+		s.mu.Lock()
+		if s.shaking.Len() >= s.cfg.MaxHandshakes {
+			oldest := s.shaking.Front().Value.(*handshake)
+			oldest.evicted = true
+			s.shaking.Remove(oldest.at)
+			_ = oldest.raw.Close()
+		}
+	}
+	h := &handshake{raw: raw}
+	h.at = s.shaking.PushBack(h)
+	s.mu.Unlock()
+
+	l.mu.Lock()
+	l.shaking[raw] = struct{}{}
+	l.mu.Unlock()
+	return h
+}
+
+// handshake completes a TLS connection. It has a goroutine of its own: the handshake's deep stack goes away with it, and the
+// reader starts with a small one.
+func (l *listener) handshake(h *handshake) {
+	s := l.srv
+	tc := tls.Server(h.raw, l.tls)
+	_ = h.raw.SetDeadline(time.Now().Add(s.cfg.HandshakeTimeout))
+	err := tc.Handshake()
+	_ = h.raw.SetDeadline(time.Time{})
+
+	s.mu.Lock()
+	evicted := h.evicted
+	if !evicted {
+		s.shaking.Remove(h.at)
+	}
+	if s.shakeEnd != nil {
+		close(s.shakeEnd)
+		s.shakeEnd = nil
+	}
+	s.mu.Unlock()
+	l.mu.Lock()
+	delete(l.shaking, h.raw)
+	l.mu.Unlock()
+
+	if err != nil || evicted {
+		outcome := "failed"
+		switch {
+		case evicted:
+			outcome, err = "evicted", errors.New("too many handshakes under way")
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			outcome = "timeout"
+		}
+		s.metrics.handshakes.WithLabelValues(outcome).Inc()
+		_ = h.raw.Close()
+		s.refuse(h.raw.RemoteAddr(), "handshake-"+outcome, err.Error())
+		s.gone()
+		l.wg.Done()
+		return
+	}
+	s.metrics.handshakes.WithLabelValues("ok").Inc()
+	go l.serve(tc, h.raw) // takes over this goroutine's place in l.wg
+}
+
+// serve owns a complete connection from Open to Closed.
+func (l *listener) serve(nc, raw net.Conn) {
+	s := l.srv
+	defer l.wg.Done()
+	defer s.gone()
+	c := s.newConn()
+	st := newStream(c, nc, raw)
+
+	l.mu.Lock()
+	closing := l.closing
+	if !closing {
+		l.open[c] = struct{}{}
+	}
+	l.mu.Unlock()
+	if closing {
+		c.cancel()
+		_ = raw.Close()
+		return
+	}
+	defer func() {
+		l.mu.Lock()
+		delete(l.open, c)
+		l.mu.Unlock()
+	}()
+
+	// RFC 8323, Section 5.3: our first message; we do not wait for the peer's, some never send one.
+	_ = st.send(c.ctx, s.csm(), false)
+	var err error
+	if !c.guard("Open", func() { c.handler, err = s.handler.Open(c) }) {
+		err = errors.New("handler panicked")
+	}
+	if err != nil {
+		s.refuse(raw.RemoteAddr(), "handler", err.Error())
+		c.handler = noHandler{}
+		c.shut(err, false)
+	} else {
+		s.metrics.opened.Inc()
+		s.metrics.connections.Inc()
+		defer s.metrics.connections.Dec()
+		c.mu.Lock()
+		if c.reason == nil {
+			s.wheel.set(&c.timer, min(s.cfg.FirstMessageTimeout, s.cfg.MessageTimeout/2, keepAliveHalf(s.cfg.KeepAlive)))
+		}
+		c.mu.Unlock()
+	}
+	st.run()
+}
+
+func keepAliveHalf(d time.Duration) time.Duration {
+	if d <= 0 {
+		return time.Hour
+	}
+	return d / 2
+}
+
+// noHandler stands in for the one that Open refused to make.
+type noHandler struct{}
+
+func (noHandler) Request(context.Context, *Message) Response {
+	return Response{Code: codes.ServiceUnavailable}
+}
+func (noHandler) Notifications(context.Context, []Notification) {}
+func (noHandler) Closed(error)                                  {}
+
+// release ends all connections of the listener in order (RFC 8323, Section 5.5).
+func (l *listener) release() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.closing = true
+	for raw := range l.shaking {
+		_ = raw.Close()
+	}
+	for c := range l.open {
+		_ = c.tr.send(c.ctx, &Message{Code: codes.Release}, false) // no room: the peer does not read anyway
+		c.shut(ErrShutdown, true)
+	}
 }

@@ -1,0 +1,524 @@
+package coap
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/plgd-dev/go-coap/v3/message"
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+)
+
+// block is the value of Block1 or Block2 (RFC 7959, Section 2.2).
+type block struct {
+	num  uint32
+	more bool
+	szx  uint8 // 7 is BERT (RFC 8323, Section 6)
+}
+
+const (
+	szxBERT     = 7
+	maxBlockNum = 1<<20 - 1
+)
+
+// size is the unit the block number counts.
+func (b block) size() int {
+	if b.szx == szxBERT {
+		return 1024
+	}
+	return 1 << (b.szx + 4)
+}
+
+func (b block) offset() int { return int(b.num) * b.size() }
+
+func (b block) value() []byte {
+	v := b.num<<4 | uint32(b.szx)
+	if b.more {
+		v |= 8
+	}
+	return appendUint(nil, v)
+}
+
+// fits reports that a payload of n bytes is what b announces: with more to come a whole block, or with BERT several.
+func (b block) fits(n int) bool {
+	switch {
+	case b.szx == szxBERT && b.more:
+		return n > 0 && n%1024 == 0
+	case b.szx == szxBERT:
+		return true
+	case b.more:
+		return n == b.size()
+	}
+	return n <= b.size()
+}
+
+// blockOf returns the block option of m. The decoder has checked its length.
+func blockOf(m *Message, id message.OptionID) (block, bool, uint32) {
+	v, ok := m.Uint(id)
+	return block{num: v >> 4, more: v&8 != 0, szx: uint8(v & 7)}, ok, v
+}
+
+// chunk chooses how much of a body goes into one message of at most room bytes for it, not above the wanted block size.
+func chunk(room int, bert bool, want uint8) (szx uint8, n int, ok bool) {
+	if want == szxBERT {
+		if bert && room >= 1024 {
+			return szxBERT, room / 1024 * 1024, true
+		}
+		want = 6
+	}
+	for szx = want; ; szx-- {
+		if n = 1 << (szx + 4); n <= room {
+			return szx, n, true
+		}
+		if szx == 0 {
+			return 0, 0, false
+		}
+	}
+}
+
+// blockRoom is what block options, sizes, ETag, marker and a longer length field may add to a message.
+const blockRoom = 32
+
+// blocks are the block-wise transfers in which the peer is the client. The worker uses them, the wheel expires them.
+type blocks struct {
+	mu      sync.Mutex
+	uploads []*transfer // bodies of requests that are coming in
+	bodies  []*transfer // answers that are being taken block by block
+}
+
+// transfer is a body on its way. It is known by what is asked, not by token: some clients use a new token for each block
+// (RFC 7959, Section 2.4 and RFC 9175, Section 3).
+type transfer struct {
+	key  string
+	used time.Duration
+	body []byte
+	resp Response // of an answer: code and options of each block
+}
+
+// take removes and returns the transfer with that key.
+func take(list *[]*transfer, key string) *transfer {
+	for i, t := range *list {
+		if t.key == key {
+			*list = slices.Delete(*list, i, i+1)
+			return t
+		}
+	}
+	return nil
+}
+
+// put adds t as the newest; the oldest gives way when there are too many. It returns the bytes that became free.
+func put(list *[]*transfer, t *transfer, most int) (freed int) {
+	if len(*list) >= most {
+		freed = len((*list)[0].body)
+		*list = slices.Delete(*list, 0, 1)
+	}
+	*list = append(*list, t)
+	return freed
+}
+
+func (b *blocks) expire(before time.Duration, from *budget) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, list := range []*[]*transfer{&b.uploads, &b.bodies} {
+		*list = slices.DeleteFunc(*list, func(t *transfer) bool {
+			if t.used > before {
+				return false
+			}
+			from.give(len(t.body))
+			return true
+		})
+	}
+}
+
+func (b *blocks) clear(from *budget) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, list := range []*[]*transfer{&b.uploads, &b.bodies} {
+		for _, t := range *list {
+			from.give(len(t.body))
+		}
+		*list = nil
+	}
+}
+
+// cacheKey is what makes two requests parts of one transfer: method and all options but those of the transfer itself (RFC
+// 7959, Section 2.4). Request-Tag stays in (RFC 9175, Section 3.2).
+func cacheKey(m *Message) string {
+	b := []byte{byte(m.Code)}
+	for _, o := range m.Options {
+		switch o.ID {
+		case Block1, Block2, Size1, Size2, ObserveOption, NoResponse:
+			continue
+		}
+		b = binary.BigEndian.AppendUint16(b, uint16(o.ID))
+		b = binary.BigEndian.AppendUint32(b, uint32(len(o.Value))) //nolint:gosec // bounded by the message
+		b = append(b, o.Value...)
+	}
+	sum := sha256.Sum256(b) // the options may be large, what is kept of them must not
+	return string(sum[:])
+}
+
+// errText makes an error answer of the engine's own.
+func errText(code codes.Code, text string) Response {
+	return Response{Code: code, Payload: []byte(text)}
+}
+
+// serve answers one request, which may be one block of something larger. The worker calls it.
+func (c *Conn) serve(m *Message) {
+	cfg := &c.srv.cfg
+	whole := m
+	held := 0 // the upload's bytes, until the handler has returned
+	b1, has1, _ := blockOf(m, Block1)
+	switch {
+	case has1:
+		var done bool
+		var r Response
+		if whole, r, done = c.assemble(m, b1); !done {
+			c.respond(m, r)
+			return
+		}
+		held = len(whole.Payload)
+	case len(m.Payload) > cfg.MaxBody:
+		c.respond(m, c.tooLarge())
+		return
+	}
+	b2, has2, _ := blockOf(m, Block2)
+	var r Response
+	if has2 && b2.num > 0 {
+		var ok bool
+		if r, ok = c.kept(m); !ok {
+			if m.Code != codes.GET && m.Code != codeFetch {
+				// Doing it again would be another act (RFC 7959, Section 2.9.2).
+				c.respond(m, errText(codes.RequestEntityIncomplete, "the answer is no longer kept"))
+				return
+			}
+			r = c.request(whole)
+		}
+	} else {
+		r = c.request(whole)
+	}
+	c.srv.budget.give(held)
+	if has1 {
+		r.Options = AddOption(slices.Clone(r.Options), Block1, block{num: b1.num, szx: b1.szx}.value())
+	}
+	c.respond(m, r)
+	if r.Close {
+		c.shut(ErrAnswered, false)
+	}
+}
+
+const codeFetch codes.Code = 5 // RFC 8132
+
+// tooLarge is 4.13 with the size that would do (RFC 7959, Section 2.9.3).
+func (c *Conn) tooLarge() Response {
+	r := errText(codes.RequestEntityTooLarge, "too-large: the body is larger than the limit")
+	r.Options = AddUint(nil, Size1, uint32(c.srv.cfg.MaxBody)) //nolint:gosec // a few hundred KiB
+	return r
+}
+
+// assemble adds one block of a request body (RFC 7959, Section 2.5). With the last one it returns the whole request, whose
+// bytes are still taken from the budget; before that, what to answer.
+func (c *Conn) assemble(m *Message, b block) (whole *Message, r Response, done bool) {
+	cfg, t := &c.srv.cfg, c.srv.budget
+	echo := AddOption(nil, Block1, b.value())
+	c.blocks.mu.Lock()
+	defer c.blocks.mu.Unlock()
+	key := cacheKey(m)
+	up := take(&c.blocks.uploads, key) // a refusal below forgets it; the client begins again
+	drop := func(r Response) (*Message, Response, bool) {
+		if up != nil {
+			t.give(len(up.body))
+		}
+		return nil, r, false
+	}
+	if !b.fits(len(m.Payload)) {
+		return drop(errText(codes.BadRequest, "the payload is not as long as the block option says"))
+	}
+	if b.num == 0 {
+		if up != nil {
+			t.give(len(up.body)) // RFC 7959, Section 2.5: block 0 begins anew
+		}
+		up = &transfer{key: key}
+		if size, ok := m.Uint(Size1); ok && int64(size) > int64(cfg.MaxBody) {
+			return drop(c.tooLarge())
+		}
+	}
+	if up == nil || b.offset() != len(up.body) {
+		return drop(errText(codes.RequestEntityIncomplete, "blocks are missing")) // RFC 7959, Section 2.9.2
+	}
+	if len(up.body)+len(m.Payload) > cfg.MaxBody {
+		return drop(c.tooLarge())
+	}
+	if !t.take(len(m.Payload)) {
+		return drop(busy())
+	}
+	up.body = append(up.body, m.Payload...)
+	if b.more {
+		up.used = c.srv.now()
+		t.give(put(&c.blocks.uploads, up, cfg.MaxTransfers))
+		return nil, Response{Code: codes.Continue, Options: echo}, false
+	}
+	return &Message{Code: m.Code, Token: m.Token, Options: without(slices.Clone(m.Options), Block1, Size1), Payload: up.body}, Response{}, true
+}
+
+// busy is 5.03 with a time to retry (RFC 7252, Section 5.9.3.4).
+func busy() Response {
+	r := errText(codes.ServiceUnavailable, "unavailable: the hub is busy, try again later")
+	r.Options = AddUint(nil, MaxAge, 5)
+	return r
+}
+
+// kept returns the answer whose further blocks m asks for.
+func (c *Conn) kept(m *Message) (Response, bool) {
+	c.blocks.mu.Lock()
+	defer c.blocks.mu.Unlock()
+	key := cacheKey(m)
+	for _, t := range c.blocks.bodies {
+		if t.key == key {
+			t.used = c.srv.now()
+			r := t.resp
+			r.Payload = t.body
+			return r, true
+		}
+	}
+	return Response{}, false
+}
+
+// keep keeps an answer for the requests of its further blocks. When the budget is used up it is not kept: a GET is then
+// simply asked again.
+func (c *Conn) keep(m *Message, r Response) {
+	c.blocks.mu.Lock()
+	defer c.blocks.mu.Unlock()
+	key := cacheKey(m)
+	if old := take(&c.blocks.bodies, key); old != nil {
+		c.srv.budget.give(len(old.body))
+	}
+	if !c.srv.budget.take(len(r.Payload)) {
+		return
+	}
+	t := &transfer{key: key, used: c.srv.now(), body: r.Payload, resp: Response{Code: r.Code, Options: r.Options}}
+	c.srv.budget.give(put(&c.blocks.bodies, t, c.srv.cfg.MaxTransfers))
+}
+
+// forgetAnswer drops a kept answer whose last block is out.
+func (c *Conn) forgetAnswer(m *Message) {
+	c.blocks.mu.Lock()
+	defer c.blocks.mu.Unlock()
+	if old := take(&c.blocks.bodies, cacheKey(m)); old != nil {
+		c.srv.budget.give(len(old.body))
+	}
+}
+
+// respond sends the answer to m, or the block of it that m asks for or that the peer can take.
+func (c *Conn) respond(m *Message, r Response) {
+	if r.Code == codes.Empty {
+		r = errText(codes.InternalServerError, "internal: something went wrong in the hub") // a handler must say something
+	}
+	if v, ok := m.Uint(NoResponse); ok && v&(1<<(r.Code>>5-1)) != 0 {
+		return // RFC 7967, Section 2.1
+	}
+	out := &Message{Code: r.Code, Token: m.Token, Options: sortOptions(r.Options), Payload: r.Payload}
+	largest, bert := c.tr.limits()
+	b, asked, _ := blockOf(m, Block2)
+	if asked && len(r.Payload) > 0 || c.tr.size(out) > largest {
+		if !c.slice(m, out, b, asked, largest, bert) {
+			return
+		}
+	}
+	if err := c.tr.send(c.ctx, out, true); err != nil {
+		c.srv.metrics.dropped.WithLabelValues("unsent").Inc()
+	}
+}
+
+// slice turns out, a whole answer, into its block b (RFC 7959, Section 2.4).
+func (c *Conn) slice(m *Message, out *Message, b block, asked bool, largest int, bert bool) bool {
+	body := out.Payload
+	want := uint8(szxBERT)
+	if asked {
+		want = b.szx
+	}
+	bare := *out
+	bare.Payload = nil
+	szx, n, ok := chunk(largest-c.tr.size(&bare)-blockRoom, bert, want)
+	offset := 0
+	if asked {
+		offset = b.offset()
+	}
+	// A peer that asked for larger blocks than it can take gets the same place in smaller ones.
+	unit := block{szx: szx}.size()
+	switch {
+	case !ok:
+		*out = Message{Code: codes.InternalServerError, Token: m.Token}
+		return true
+	case offset > 0 && offset >= len(body):
+		*out = Message{Code: codes.BadRequest, Token: m.Token, Payload: []byte("there is no such block")}
+		return true
+	case (len(body)-1)/unit > maxBlockNum:
+		*out = *c.message(m, c.tooLarge())
+		return true
+	}
+	end := min(offset+n, len(body))
+	piece := block{num: uint32(offset / unit), more: end < len(body), szx: szx} //nolint:gosec // checked above
+	opts := slices.Clone(out.Options)
+	if _, has := out.Option(ETagOption); !has && out.Code == codes.Content && len(body) > n {
+		// RFC 7959, Section 2.4: the client must be able to tell that its blocks are of one representation.
+		h := fnv.New64a()
+		_, _ = h.Write(body)
+		opts = AddOption(opts, ETagOption, h.Sum(nil))
+	}
+	if offset == 0 {
+		if piece.more {
+			c.keep(m, Response{Code: out.Code, Options: without(slices.Clone(out.Options), Block1), Payload: body})
+		}
+		opts = AddUint(opts, Size2, uint32(len(body))) //nolint:gosec // bounded by what handlers make
+	} else if !piece.more {
+		c.forgetAnswer(m)
+	}
+	out.Options = AddOption(opts, Block2, piece.value())
+	out.Payload = body[offset:end]
+	return true
+}
+
+func (c *Conn) message(m *Message, r Response) *Message {
+	return &Message{Code: r.Code, Token: m.Token, Options: r.Options, Payload: r.Payload}
+}
+
+// upload sends m, in blocks if the peer takes no message as large (RFC 7959, Section 2.5), and returns the answer to the
+// whole.
+func (c *Conn) upload(ctx context.Context, op string, m *Message) (*Message, error) {
+	send := func(m *Message) (*Message, error) {
+		m.Token = c.token() // a new one for each block: a late answer to the last cannot be taken for this one's
+		return c.roundTrip(ctx, op, m, &exchange{answer: make(chan answer, 1)})
+	}
+	largest, bert := c.tr.limits()
+	m.Token = make([]byte, maxToken)
+	if c.tr.size(m) <= largest {
+		return send(m)
+	}
+	part := clone(m)
+	part.Token, part.Payload = m.Token, nil
+	tag := binary.BigEndian.AppendUint32(nil, uint32(c.nextToken.Add(1))) //nolint:gosec // any four bytes will do
+	base := AddOption(part.Options, RequestTag, tag)
+	part.Options = base
+	room := largest - c.tr.size(part) - blockRoom
+	szx, n, ok := chunk(room, bert, szxBERT)
+	if !ok {
+		return nil, errPeerLimit.With(op, nil)
+	}
+	for offset := 0; ; {
+		unit := block{szx: szx}.size()
+		if offset/unit > maxBlockNum {
+			return nil, errPeerLimit.With(op, nil)
+		}
+		end := min(offset+n, len(m.Payload))
+		b := block{num: uint32(offset / unit), more: end < len(m.Payload), szx: szx} //nolint:gosec // checked above
+		part.Options = AddOption(slices.Clone(base), Block1, b.value())
+		if offset == 0 {
+			part.Options = AddUint(part.Options, Size1, uint32(len(m.Payload))) //nolint:gosec // bounded by memory of ours
+		}
+		part.Payload = m.Payload[offset:end]
+		answer, err := send(part)
+		if err != nil {
+			return nil, err
+		}
+		got, has, _ := blockOf(answer, Block1)
+		smaller := has && got.szx < szx
+		switch {
+		case answer.Code == codes.RequestEntityTooLarge && smaller && offset == 0:
+			// RFC 7959, Section 2.9.3: the peer wants smaller blocks; begin again with those.
+			szx, n, _ = chunk(room, bert, got.szx)
+			continue
+		case !b.more || answer.Code != codes.Continue:
+			answer.Options = without(answer.Options, Block1)
+			return answer, nil // the last block's answer, or one that ends the transfer early
+		}
+		offset = end
+		if smaller { // RFC 7959, Section 2.3
+			szx, n, _ = chunk(room, bert, got.szx)
+		}
+	}
+}
+
+var errBlocks = errors.New("blocks do not fit together")
+
+// rest fetches the blocks behind first, which answers m or is a notification for it, and returns the whole (RFC 7959,
+// Section 2.4). Blocks of different representations are never mixed: when the ETag changes it begins again, twice at most.
+func (c *Conn) rest(ctx context.Context, op string, m, first *Message) (*Message, error) {
+	b, has, _ := blockOf(first, Block2)
+	if !has {
+		return first, nil
+	}
+	cfg := &c.srv.cfg
+	req := clone(m)
+	// RFC 7959, Section 3.4: further blocks are asked for without Observe; the body was sent already.
+	req.Options, req.Payload = without(req.Options, ObserveOption, Block1, Size1, Block2), nil
+	for try := 0; ; try++ {
+		if size, ok := first.Uint(Size2); ok && int64(size) > int64(cfg.MaxBody) {
+			return nil, errBody.With(op, fmt.Errorf("%d bytes announced", size))
+		}
+		whole := *first
+		whole.Payload = slices.Clip(first.Payload)
+		b, _, _ = blockOf(first, Block2)
+		if b.num != 0 || !b.fits(len(first.Payload)) {
+			return nil, errAnswer.With(op, errBlocks)
+		}
+		changed := false
+		for b.more {
+			if len(whole.Payload) > cfg.MaxBody {
+				return nil, errBody.With(op, nil)
+			}
+			next := block{num: uint32(len(whole.Payload) / b.size()), szx: b.szx} //nolint:gosec // bounded by MaxBody
+			part := *req
+			part.Options = AddOption(slices.Clone(req.Options), Block2, next.value())
+			part.Token = c.token()
+			answer, err := c.roundTrip(ctx, op, &part, &exchange{answer: make(chan answer, 1)})
+			if err != nil {
+				return nil, err
+			}
+			if answer.Code != first.Code {
+				if answer.Code>>5 == 2 {
+					changed = true
+					break
+				}
+				return answer, nil // an error code: the resource went away meanwhile
+			}
+			if !bytes.Equal(ETag(answer), ETag(first)) {
+				changed = true
+				break
+			}
+			got, ok, _ := blockOf(answer, Block2)
+			if !ok || got.offset() != len(whole.Payload) || !got.fits(len(answer.Payload)) || len(answer.Payload) == 0 {
+				return nil, errAnswer.With(op, errBlocks)
+			}
+			whole.Payload = append(whole.Payload, answer.Payload...)
+			b = got
+		}
+		if !changed {
+			if len(whole.Payload) > cfg.MaxBody {
+				return nil, errBody.With(op, nil)
+			}
+			whole.Options = without(slices.Clone(whole.Options), Block2, Size2)
+			return &whole, nil
+		}
+		if try == 2 || m.Code != codes.GET && m.Code != codeFetch {
+			return nil, errAnswer.With(op, errors.New("the representation keeps changing"))
+		}
+		again := *req
+		again.Payload = m.Payload // FETCH: asked anew, with its body
+		again.Token = c.token()
+		var err error
+		if first, err = c.roundTrip(ctx, op, &again, &exchange{answer: make(chan answer, 1)}); err != nil {
+			return nil, err
+		}
+		if _, has, _ = blockOf(first, Block2); !has {
+			return first, nil
+		}
+	}
+}
