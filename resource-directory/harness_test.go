@@ -286,3 +286,20 @@ func twinOf(t testing.TB, d *hub.Device, href hub.Href) string {
 	}
 	return string(r.Content.Data)
 }
+
+// eventually polls what a goroutine of the directory will make true.
+func (h *house) eventually(what string, ok func() bool) {
+	h.t.Helper()
+	poll := time.NewTicker(5 * time.Millisecond)
+	defer poll.Stop()
+	deadline := time.After(20 * time.Second)
+	for !ok() {
+		select {
+		case <-poll.C:
+		case <-deadline:
+			h.t.Fatalf("it never happened: %s", what)
+		}
+	}
+}
+
+func testID(i int) hub.DeviceID { return hub.DeviceID(fmt.Sprintf("d0000000-0000-4000-8000-%012x", i+1)) }
