@@ -7,6 +7,8 @@ package storetest
 import (
 	"context"
 	"encoding/binary"
+	"fmt"
+	"iter"
 	"reflect"
 	"testing"
 	"time"
@@ -15,7 +17,27 @@ import (
 	"github.com/coaphub/coaphub/internal/store"
 )
 
-// Commit makes a small commit of one event, different for each device and seq.
+// Run runs the suite. open gives an empty store of its own each time it is called, and sees to its end.
+func Run(t *testing.T, open func(t *testing.T) store.Store) {
+	for _, group := range []map[string]func(*testing.T, store.Store){logTests, feedTests, documentTests} {
+		for name, test := range group {
+			t.Run(name, func(t *testing.T) { test(t, open(t)) })
+		}
+	}
+	t.Run("LogIDNamesTheLog", func(t *testing.T) {
+		a, b := open(t), open(t)
+		if a.LogID() == "" || a.LogID() == b.LogID() || a.LogID() != a.LogID() {
+			t.Errorf("log IDs are %q and %q", a.LogID(), b.LogID())
+		}
+	})
+}
+
+// Device returns the n-th device's ID; they sort as their numbers do.
+func Device(n int) hub.DeviceID {
+	return hub.DeviceID(fmt.Sprintf("00000000-0000-4000-8000-%012x", n))
+}
+
+// Commit makes a small commit of one event, different for each device and seq. Its time is seq seconds after 1970.
 func Commit(dev hub.DeviceID, seq uint64) hub.Commit {
 	c := hub.Commit{
 		Device: dev, Seq: seq, Writer: "storetest", Number: seq, Time: int64(seq) * int64(time.Second), Owner: "alice", Generation: 1,
@@ -26,7 +48,30 @@ func Commit(dev hub.DeviceID, seq uint64) hub.Commit {
 		}},
 	}
 	binary.BigEndian.PutUint64(c.ID[8:], seq)
-	copy(c.ID[:8], dev)
+	copy(c.ID[:8], dev[len(dev)-8:])
+	return c
+}
+
+// FullCommit makes a commit in which every field of every type is set.
+func FullCommit(dev hub.DeviceID, seq uint64) hub.Commit {
+	c := Commit(dev, seq)
+	c.Events[0].Correlation = "corr"
+	c.Events = append(c.Events,
+		hub.Event{Kind: hub.Registered, User: "bob"},
+		hub.Event{Kind: hub.LinksPublished, Version: 1 << 40, Links: []hub.Link{{
+			Href: "/ä/1", Types: []string{"a", "b"}, Interfaces: []string{"oic.if.a"}, Anchor: "ocf://x", Title: "Lamp",
+			ContentTypes: []string{"application/cbor"}, Policy: 3, Endpoints: []hub.Endpoint{{URI: "coaps://[::1]:5684", Priority: 7}},
+			ValidUntil: 1 << 60,
+		}, {Href: "/b"}}},
+		hub.Event{Kind: hub.LinksUnpublished, Hrefs: []hub.Href{"/a", "/b"}},
+		hub.Event{Kind: hub.MetadataUpdated, Metadata: &hub.Metadata{
+			Connection: hub.Connection{
+				Online: true, ID: "c2", ConnectedAt: 5, Protocol: hub.ProtocolCoAPSTCP, Service: "gw", LocalEndpoints: []string{"coap://x"},
+			},
+			Twin: hub.Twin{Enabled: true, State: hub.TwinSyncing, SyncingAt: 1, InSyncAt: 2, ForcedAt: -3},
+		}},
+		hub.Event{Kind: hub.ResourceChanged, Href: "/none", Content: hub.Content{Format: hub.FormatNone}},
+	)
 	return c
 }
 
@@ -38,33 +83,66 @@ func SameCommit(tb testing.TB, got, want hub.Commit) {
 	}
 }
 
-// Run runs the suite. open gives an empty store and closes it at the test's end.
-func Run(t *testing.T, open func(t *testing.T) store.Store) {
-	t.Run("AppendThenLoad", func(t *testing.T) {
-		s := open(t)
-		ctx := context.Background()
-		dev := hub.DeviceID("00000000-0000-0000-0000-000000000001")
-		for seq := uint64(1); seq <= 3; seq++ {
-			if errs := s.Append(ctx, []store.Entry{{Commit: Commit(dev, seq), Docs: []store.StateDoc{{Key: "dev", Value: []byte{byte(seq)}}}}}); errs[0] != nil {
-				t.Fatal(errs[0])
-			}
+// deadline ends a test's context before go test would end the test: waits that never end say where they hang.
+func deadline(t *testing.T) context.Context {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// add appends commits first to last of a device, one call each, and fails the test when one is refused.
+func add(t *testing.T, s store.Store, dev hub.DeviceID, first, last uint64) {
+	t.Helper()
+	for seq := first; seq <= last; seq++ {
+		if err := appendOne(t.Context(), s, Commit(dev, seq)); err != nil {
+			t.Fatalf("append %s/%d: %v", dev, seq, err)
 		}
-		st, err := s.Load(ctx, dev)
-		if err != nil || st.LastSeq != 3 || len(st.Docs) != 1 || st.Docs[0].Value[0] != 3 {
-			t.Errorf("loaded %+v, %v", st, err)
+	}
+}
+
+func appendOne(ctx context.Context, s store.Store, c hub.Commit, docs ...store.StateDoc) error {
+	return s.Append(ctx, []store.Entry{{Commit: c, Docs: docs}})[0]
+}
+
+// collect reads an iteration to its end; an error must be its last element.
+func collect[T any](t *testing.T, it iter.Seq2[T, error]) ([]T, error) {
+	t.Helper()
+	var out []T
+	var failed error
+	for v, err := range it {
+		if failed != nil {
+			t.Fatal("an error was not the last element")
 		}
-		entries, _, lagged, err := s.ReadFeed(ctx, hub.Position{}, 10)
-		if err != nil || lagged || len(entries) != 3 {
-			t.Errorf("feed: %d entries, lagged %v, %v", len(entries), lagged, err)
-		}
-		rev, err := s.Put(ctx, "c", store.Doc{Key: "k", Value: []byte("v"), Index: []string{"owner=a"}})
 		if err != nil {
-			t.Fatal(err)
+			failed = err
+			continue
 		}
-		for d, err := range s.Find(ctx, "c", "owner=a") {
-			if err != nil || d.Rev != rev || d.Key != "k" {
-				t.Errorf("found %+v, %v", d, err)
-			}
-		}
-	})
+		out = append(out, v)
+	}
+	return out, failed
+}
+
+// must is collect without an error.
+func must[T any](t *testing.T, it iter.Seq2[T, error]) []T {
+	t.Helper()
+	out, err := collect(t, it)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+func seqs(commits []hub.Commit) []uint64 {
+	out := make([]uint64, len(commits))
+	for i, c := range commits {
+		out[i] = c.Seq
+	}
+	return out
+}
+
+func wantKind(t *testing.T, what string, err error, kind hub.Kind) {
+	t.Helper()
+	if !hub.IsKind(err, kind) {
+		t.Errorf("%s: got %v, want an error of kind %s", what, err, kind)
+	}
 }
