@@ -342,9 +342,11 @@ func (r *reader) event(e *hub.Event) {
 		e.Content.Data = r.bytes()
 	}
 	if set&hasLinks != 0 {
-		e.Links = make([]hub.Link, r.count(9))
-		for i := range e.Links {
-			r.link(&e.Links[i])
+		if n := r.count(9); n > 0 {
+			e.Links = make([]hub.Link, n)
+			for i := range e.Links {
+				r.link(&e.Links[i])
+			}
 		}
 	}
 	if set&hasHrefs != 0 {
