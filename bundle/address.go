@@ -18,6 +18,14 @@ func listen(ctx context.Context, address, flag, key string) (net.Listener, error
 	if err == nil {
 		return ln, nil
 	}
+	return nil, listenError(err, address, flag, key)
+}
+
+func listenError(err error, address, flag, key string) error {
+	var network *net.OpError
+	if !errors.As(err, &network) || network.Op != "listen" {
+		return err // something else
+	}
 	e := &hub.Error{Kind: hub.Unavailable, Code: "address-unusable", Err: err}
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE):
@@ -27,7 +35,7 @@ func listen(ctx context.Context, address, flag, key string) (net.Listener, error
 	default:
 		e.Text = fmt.Sprintf("cannot listen on %s; choose another address with %s (%s)", address, flag, key)
 	}
-	return nil, e
+	return e
 }
 
 // loopback reports whether only this machine can reach the address.

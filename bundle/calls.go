@@ -14,6 +14,15 @@ import (
 func (a *assembly) calls() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /status", call(func(ctx context.Context, _ struct{}) (Status, error) { return a.status(ctx), nil }, a.log))
+	mux.HandleFunc("GET /refused", call(a.refused, a.log))
+	mux.HandleFunc("POST /onboard", call(a.onboard, a.log))
+	mux.HandleFunc("POST /token", call(a.token, a.log))
+	mux.HandleFunc("GET /users", call(a.users, a.log))
+	mux.HandleFunc("POST /users/add", call(a.addUser, a.log))
+	mux.HandleFunc("POST /users/password", call(a.setPassword, a.log))
+	mux.HandleFunc("POST /users/roles", call(a.setRoles, a.log))
+	mux.HandleFunc("POST /checkpoint", call(a.checkpoint, a.log))
+	mux.HandleFunc("POST /checkpoint/release", call(a.releaseCheckpoint, a.log))
 	mux.HandleFunc("POST /ca/root", call(a.root, a.log))
 	mux.HandleFunc("POST /ca/issue", call(a.issue, a.log))
 	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
@@ -30,13 +39,62 @@ func (a *assembly) status(ctx context.Context) Status {
 	if head, err := a.store.Head(ctx); err == nil {
 		s.Feed = Feed{LogID: a.store.LogID(), Day: head.Day, N: head.N}
 	}
-	if _, err := os.Stat(a.folder.sub(firstLoginFile)); err == nil {
-		s.FirstLogin = a.folder.sub(firstLoginFile)
-	}
+	s.Devices, s.Online = a.count(ctx)
+	s.FirstLogin = a.firstLoginFile(ctx)
 	return s
 }
 
+// owned is how many devices there are: those of all accounts, or, where the accounts are elsewhere, all the store knows.
+func (a *assembly) owned(ctx context.Context) (n int, err error) {
+	if a.provider == nil {
+		for _, err := range a.store.Devices(ctx, "") {
+			if err != nil {
+				return n, err
+			}
+			n++
+		}
+		return n, nil
+	}
+	accounts, err := a.provider.ListUsers(ctx)
+	for _, acc := range accounts {
+		ids, err := a.identities.Devices(ctx, hub.Owner(acc.Name)) // from memory, mostly
+		if err != nil {
+			return n, err
+		}
+		n += len(ids)
+	}
+	return n, err
+}
+
+// count is how many devices have an owner, and how many are signed in now.
+func (a *assembly) count(ctx context.Context) (devices, online int) {
+	var err error
+	if devices, err = a.owned(ctx); err != nil {
+		a.log.WarnContext(ctx, "devices could not be counted", "error", err)
+	}
+	families, err := a.registry.Gather()
+	if err != nil {
+		a.log.WarnContext(ctx, "metrics could not be gathered", "error", err)
+	}
+	for _, f := range families {
+		if f.GetName() == "coaphub_coap_gateway_sessions" && len(f.GetMetric()) == 1 {
+			online = int(f.GetMetric()[0].GetGauge().GetValue())
+		}
+	}
+	return devices, online
+}
+
 func (a *assembly) endpoints() (e Endpoints) {
+	at := a.devices.Addresses()
+	if at.Secure != "" {
+		e.CoAPSTCP = "coaps+tcp://" + a.reachDevices(at.Secure)
+	}
+	if at.Plain != "" {
+		e.CoAPTCP = "coap+tcp://" + reach(at.Plain, a.external)
+	}
+	if a.provider != nil {
+		e.OAuth = a.provider.Issuer()
+	}
 	if a.admin != nil {
 		e.Admin = a.url(a.admin.Addr().String())
 	}
@@ -69,4 +127,20 @@ func (a *assembly) issue(_ context.Context, q issueRequest) (Identity, error) {
 	}
 	id, err := a.authority.IssueDevice(dev, q.Validity)
 	return Identity{Chain: string(id.Chain), Key: string(id.Key), CA: string(id.CA)}, err
+}
+
+// reachDevices is how devices reach the secure listener.
+func (a *assembly) reachDevices(address string) string {
+	if e := a.cfg.CoAPGateway.API.CoAP.ExternalAddress; e != "" {
+		return e
+	}
+	return reach(address, a.external)
+}
+
+func (a *assembly) refused(context.Context, struct{}) ([]Refusal, error) {
+	out := []Refusal{} // an empty list for scripts, not null
+	for _, r := range a.devices.Refused() {
+		out = append(out, Refusal{Time: r.Time.UTC(), Remote: r.Remote, Device: string(r.Device), What: r.What, Reason: r.Reason})
+	}
+	return out, nil
 }

@@ -7,9 +7,14 @@ import (
 	"os"
 	"strings"
 
+	coapgateway "github.com/coaphub/coaphub/coap-gateway"
 	"github.com/coaphub/coaphub/hub"
+	identitystore "github.com/coaphub/coaphub/identity-store"
+	"github.com/coaphub/coaphub/internal/auth"
 	"github.com/coaphub/coaphub/internal/conf"
 	"github.com/coaphub/coaphub/internal/obs"
+	oauthserver "github.com/coaphub/coaphub/oauth-server"
+	resourcedirectory "github.com/coaphub/coaphub/resource-directory"
 )
 
 // EnvPrefix is what the environment variables of keys begin with; EnvData is the data folder's and no key.
@@ -29,7 +34,17 @@ type Config struct {
 	Log             obs.LogConfig `yaml:"log"`
 	Admin           AdminConfig   `yaml:"admin"`
 	Store           StoreConfig   `yaml:"store"`
+
+	CoAPGateway       coapgateway.Config       `yaml:"coapGateway"`
+	ResourceDirectory resourcedirectory.Config `yaml:"resourceDirectory"`
+	IdentityStore     identitystore.Config     `yaml:"identityStore"`
+	OAuthServer       oauthserver.Config       `yaml:"oauthServer"`
+	// Authorization says whose tokens are accepted. With issuers the embedded provider is off; without, it is the only one.
+	Authorization auth.Config `yaml:"authorization"`
 }
+
+// Embedded reports whether the hub is its own OpenID provider.
+func (c Config) Embedded() bool { return len(c.Authorization.Issuers) == 0 }
 
 // AdminConfig is the listener for probes and metrics.
 type AdminConfig struct {
@@ -62,6 +77,12 @@ func Default() Config {
 		Log:   obs.DefaultLog(),
 		Admin: AdminConfig{API: AdminAPIConfig{HTTP: AdminHTTPConfig{Address: "127.0.0.1:8081"}}},
 		Store: StoreConfig{MinFree: 128 << 20, Cache: 8 << 20},
+
+		CoAPGateway:       coapgateway.Default(),
+		ResourceDirectory: resourcedirectory.Default(),
+		IdentityStore:     identitystore.Default(),
+		OAuthServer:       oauthserver.Default(),
+		Authorization:     auth.Default(),
 	}
 }
 
@@ -78,7 +99,49 @@ func (c Config) Validate() error {
 	if h := c.ExternalAddress; h != "" && net.ParseIP(h) == nil && (strings.ContainsAny(h, ":/ []") || len(h) > 253) {
 		ps = append(ps, conf.Problem{Path: "externalAddress", Text: fmt.Sprintf("%q is neither a host name nor an IP address; write it without scheme and port", h)})
 	}
+	ps = append(ps, gather("coapGateway", c.CoAPGateway.Validate()...)...)
+	ps = append(ps, gather("resourceDirectory", c.ResourceDirectory.Check())...)
+	ps = append(ps, gather("identityStore", c.IdentityStore.Validate()...)...)
+	ps = append(ps, gather("oauthServer", c.OAuthServer.Validate()...)...)
+	ps = append(ps, gather("authorization", c.Authorization.Validate()...)...)
+	ps = append(ps, c.together()...)
 	return ps.Err()
+}
+
+// together checks what no section can see by itself.
+func (c Config) together() (ps conf.Problems) {
+	bad := func(path, format string, args ...any) {
+		ps = append(ps, conf.Problem{Path: path, Text: fmt.Sprintf(format, args...)})
+	}
+	const coap = "coapGateway.api.coap.authorization."
+	authorization := c.CoAPGateway.API.CoAP.Authorization
+	switch claim := authorization.DeviceIDClaim; {
+	case claim == "":
+	case c.Embedded() && claim != c.OAuthServer.DeviceIDClaim:
+		// Every sign-in would fail, since the claim the gateway asks for is in no token.
+		bad(coap+"deviceIDClaim", "%q is not the claim of the embedded provider's tokens; write %q, or change oauthServer.deviceIDClaim", claim, c.OAuthServer.DeviceIDClaim)
+	case !c.Embedded() && c.Authorization.DeviceIDClaim != "" && c.Authorization.DeviceIDClaim != claim:
+		bad(coap+"deviceIDClaim", "%q is not authorization.deviceIDClaim, which is %q", claim, c.Authorization.DeviceIDClaim)
+	}
+	switch {
+	case c.Embedded() && len(authorization.Providers) > 0:
+		bad(coap+"providers", "external providers need authorization.issuers, so that their tokens can be checked")
+	case !c.Embedded() && len(authorization.Providers) == 0:
+		bad(coap+"providers", "with authorization.issuers devices need a provider to sign up with; name at least one")
+	}
+	for i, p := range authorization.Providers {
+		at := fmt.Sprintf("%sproviders[%d].", coap, i)
+		if p.GrantType == coapgateway.GrantClientCredentials {
+			continue // nothing is asked of it
+		}
+		if p.Authority == "" {
+			bad(at+"authority", "must be set")
+		}
+		if p.ClientID == "" {
+			bad(at+"clientID", "must be set")
+		}
+	}
+	return ps
 }
 
 // gather turns the mistakes a section found into problems with full paths: some say their own path, some theirs below the

@@ -111,7 +111,7 @@ func takeLock(path string) (*os.File, error) {
 		}
 		return nil, &hub.Error{
 			Kind: hub.Conflict, Code: "data-folder-in-use",
-			Text: "another coaphub" + holder + " uses the data folder " + path + "; stop it, or name another folder with --data",
+			Text: "the data folder " + path + " is in use by another coaphub" + holder + "; stop it, or name another folder with --data",
 		}
 	}
 	if err := f.Truncate(0); err != nil {

@@ -21,8 +21,25 @@ func (a *assembly) parts() []run.Part {
 			return obs.ServeHTTP(ctx, ln, obs.AdminHandler(a.health, a.registry, a.log), time.Second, a.log, ready)
 		}})
 	}
+	ps = append(ps,
+		run.Part{Name: "resource-directory", Run: a.directory.Run},
+		run.Part{Name: "identity-store", Run: a.identities.Run},
+	)
+	if a.provider != nil {
+		ps = append(ps, run.Part{Name: "oauth-server", Run: a.provider.Run})
+	}
+	ps = append(ps, run.Part{Name: "coap-gateway", Run: a.runDevices})
 	ps = append(ps, run.Part{Name: "socket", Run: func(ctx context.Context, ready func()) error {
 		return serveSocket(ctx, a.folder, a.calls(), a.log.With("part", "socket"), ready)
 	}})
 	return ps
+}
+
+// runDevices names the flag when the gateway cannot listen: it opens its listeners itself.
+func (a *assembly) runDevices(ctx context.Context, ready func()) error {
+	err := a.devices.Run(ctx, ready)
+	if err == nil || ctx.Err() != nil {
+		return err
+	}
+	return listenError(err, a.cfg.CoAPGateway.API.CoAP.Address, "--coap-address or --coap-plain-address", "coapGateway.api.coap")
 }

@@ -90,6 +90,7 @@ func (a *assembly) readyLine(s Status) string {
 			fmt.Fprintf(&b, " %s=%s", key, strings.ReplaceAll(value, " ", "%20"))
 		}
 	}
+	add("hub", s.HubID)
 	add("coaps+tcp", s.Endpoints.CoAPSTCP)
 	add("coap+tcp", s.Endpoints.CoAPTCP)
 	add("http", s.Endpoints.HTTP)

@@ -13,10 +13,15 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	certificateauthority "github.com/coaphub/coaphub/certificate-authority"
+	coapgateway "github.com/coaphub/coaphub/coap-gateway"
 	"github.com/coaphub/coaphub/hub"
+	identitystore "github.com/coaphub/coaphub/identity-store"
+	"github.com/coaphub/coaphub/internal/auth"
 	"github.com/coaphub/coaphub/internal/obs"
 	"github.com/coaphub/coaphub/internal/store"
 	"github.com/coaphub/coaphub/internal/store/pebblestore"
+	oauthserver "github.com/coaphub/coaphub/oauth-server"
+	resourcedirectory "github.com/coaphub/coaphub/resource-directory"
 )
 
 // assembly is the parts of one process, put together and not started yet.
@@ -31,10 +36,17 @@ type assembly struct {
 	terminal bool
 	hubID    string
 	external string // host
+	httpURL  string // base address of the HTTP door
 	first    firstLogin
 
-	store     *pebblestore.Store
-	authority *certificateauthority.Authority
+	store      *pebblestore.Store
+	authority  *certificateauthority.Authority
+	directory  *resourcedirectory.Directory
+	identities *identitystore.Store
+	provider   *oauthserver.Server // nil with external providers
+	clients    []*auth.Client      // of external providers
+	verifier   *auth.Verifier
+	devices    *coapgateway.Gateway
 
 	listeners []net.Listener // closed when wiring fails; afterwards by whoever serves them
 	admin     net.Listener   // nil: none
@@ -67,6 +79,8 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 		}
 	}
 
+	a.httpURL = "http://127.0.0.1:8080"
+
 	if err := os.RemoveAll(folder.sub(scratchFolder)); err != nil {
 		return nil, fmt.Errorf("empty the scratch folder: %w", err)
 	}
@@ -78,6 +92,39 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	}
 	if a.authority, err = certificateauthority.Open(folder.sub(keysFolder), a.hubID); err != nil {
 		return nil, fmt.Errorf("certification authorities: %w", err)
+	}
+
+	// The same writer all along, another one after each start.
+	writer := uuid.NewString()
+	if a.directory, err = resourcedirectory.New(a.directoryConfig(), a.store, log.With("part", "resource-directory"), a.registry, writer); err != nil {
+		return nil, err
+	}
+	// Former owners look for their events as long as there are any.
+	cfg.IdentityStore.Retention = max(cfg.IdentityStore.Retention, cfg.ResourceDirectory.History.Retention)
+	if a.identities, err = identitystore.New(cfg.IdentityStore, a.store, a.directory, log.With("part", "identity-store"), a.registry); err != nil {
+		return nil, err
+	}
+	providers, err := a.authorization(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := a.keepFirstLogin(); err != nil {
+		return nil, err
+	}
+	certificate, err := a.hubCertificate()
+	if err != nil {
+		return nil, err
+	}
+	gatewayConfig := cfg.CoAPGateway
+	if gatewayConfig.API.CoAP.Authorization.DeviceIDClaim == "" && !a.cfg.Embedded() {
+		gatewayConfig.API.CoAP.Authorization.DeviceIDClaim = cfg.Authorization.DeviceIDClaim
+	}
+	a.devices, err = coapgateway.New(gatewayConfig, coapgateway.Deps{
+		Directory: a.directory, Identities: a.identities, Verifier: a.verifier, Providers: providers,
+		Certificate: certificate, ClientCAs: a.authority.DevicePool(), HubID: hub.DeviceID(a.hubID), Service: writer,
+	}, log.With("part", "coap-gateway"), a.registry)
+	if err != nil {
+		return nil, err
 	}
 	return a, nil
 }
@@ -92,6 +139,12 @@ func (a *assembly) listen(ctx context.Context, address, flag, key string) (net.L
 
 // close closes what outlives the parts.
 func (a *assembly) close() error {
+	if a.verifier != nil {
+		a.verifier.Close()
+	}
+	for _, c := range a.clients {
+		c.Close()
+	}
 	if a.store == nil {
 		return nil
 	}

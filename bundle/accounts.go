@@ -1,0 +1,172 @@
+package bundle
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/coaphub/coaphub/hub"
+	oauthserver "github.com/coaphub/coaphub/oauth-server"
+)
+
+// errNoProvider answers what only the embedded provider can do.
+var errNoProvider = hub.NewError(hub.Precondition, "no-embedded-provider",
+	"this hub uses an external OpenID provider (authorization.issuers); accounts and tokens come from there")
+
+// owner is the account somebody acts for on the hub's own machine: the one that was named, else the first administrator.
+func (a *assembly) owner(ctx context.Context, named string) (hub.Owner, error) {
+	if a.provider == nil {
+		return "", errNoProvider.With("owner", nil)
+	}
+	if named != "" {
+		return hub.Owner(named), nil
+	}
+	return a.provider.Administrator(ctx)
+}
+
+func (a *assembly) token(ctx context.Context, q TokenRequest) (Token, error) {
+	owner, err := a.owner(ctx, q.Owner)
+	if err != nil {
+		return Token{}, err
+	}
+	text, err := a.provider.IssueToken(ctx, owner, q.Scopes, q.TTL)
+	if err != nil {
+		return Token{}, err
+	}
+	claims, err := a.verifier.Verify(ctx, text)
+	if err != nil {
+		return Token{}, fmt.Errorf("the hub refuses its own token: %w", err)
+	}
+	return Token{text, claims.Expiry.UTC()}, nil
+}
+
+func (a *assembly) onboard(ctx context.Context, q OnboardRequest) (Onboarding, error) {
+	var dev hub.DeviceID
+	var err error
+	switch {
+	case (q.DeviceID == "") == !q.AnyDevice:
+		return Onboarding{}, hub.NewError(hub.Invalid, "device-id-missing", "name a device or ask for any, not both")
+	case q.Certificate && q.AnyDevice:
+		return Onboarding{}, hub.NewError(hub.Invalid, "device-id-missing", "a certificate needs a device ID")
+	case q.DeviceID != "":
+		if dev, err = hub.ParseDeviceID(q.DeviceID); err != nil {
+			return Onboarding{}, err
+		}
+	}
+	ca, err := a.root(ctx, rootRequest{"device"})
+	if err != nil {
+		return Onboarding{}, err
+	}
+	o := Onboarding{HubID: a.hubID, DeviceID: string(dev), Endpoints: a.endpoints(), CA: ca}
+	if a.provider == nil {
+		p := a.cfg.CoAPGateway.API.CoAP.Authorization.Providers[0]
+		o.AuthorizationProvider, o.Owner = p.Name, q.Owner
+		var err error
+		if o.AuthorizeURL, err = authorizeURL(ctx, p); err != nil {
+			return Onboarding{}, err
+		}
+	} else {
+		owner, err := a.owner(ctx, q.Owner)
+		if err != nil {
+			return Onboarding{}, err
+		}
+		o.AuthorizationProvider, o.Owner = providerName, string(owner)
+		if o.AuthorizationCode, o.ExpiresAt, err = a.provider.OnboardCode(ctx, owner, dev, 0); err != nil {
+			return Onboarding{}, err
+		}
+	}
+	if q.Certificate {
+		id, err := a.issue(ctx, issueRequest{DeviceID: string(dev)})
+		if err != nil {
+			return Onboarding{}, err
+		}
+		o.Identity = &id
+	}
+	return o, nil
+}
+
+func (a *assembly) users(ctx context.Context, _ struct{}) ([]User, error) {
+	if a.provider == nil {
+		return nil, errNoProvider.With("users", nil)
+	}
+	accounts, err := a.provider.ListUsers(ctx)
+	if err != nil {
+		return nil, err
+	}
+	out := []User{}
+	for _, acc := range accounts {
+		out = append(out, userFrom(acc))
+	}
+	return out, nil
+}
+
+func (a *assembly) addUser(ctx context.Context, q UserRequest) (UserAnswer, error) {
+	if a.provider == nil {
+		return UserAnswer{}, errNoProvider.With("add user", nil)
+	}
+	oneTime, err := a.provider.AddUser(ctx, q.Name, q.Password, q.Roles)
+	return a.userAnswer(ctx, q.Name, oneTime, err)
+}
+
+func (a *assembly) setPassword(ctx context.Context, q UserRequest) (UserAnswer, error) {
+	if a.provider == nil {
+		return UserAnswer{}, errNoProvider.With("set password", nil)
+	}
+	oneTime, err := a.provider.SetPassword(ctx, q.Name, q.Password)
+	return a.userAnswer(ctx, q.Name, oneTime, err)
+}
+
+func (a *assembly) setRoles(ctx context.Context, q UserRequest) (UserAnswer, error) {
+	if a.provider == nil {
+		return UserAnswer{}, errNoProvider.With("set roles", nil)
+	}
+	return a.userAnswer(ctx, q.Name, "", a.provider.SetRoles(ctx, q.Name, q.Roles))
+}
+
+func (a *assembly) userAnswer(ctx context.Context, name, oneTime string, err error) (UserAnswer, error) {
+	if err != nil {
+		return UserAnswer{}, err
+	}
+	us, err := a.users(ctx, struct{}{})
+	if err != nil {
+		return UserAnswer{}, err
+	}
+	for _, u := range us {
+		if strings.EqualFold(u.Name, name) {
+			return UserAnswer{u, oneTime}, nil
+		}
+	}
+	return UserAnswer{User: User{Name: name}, Password: oneTime}, nil // it is gone again
+}
+
+func userFrom(acc oauthserver.Account) User {
+	return User{Name: acc.Name, Roles: acc.Roles, MustChange: acc.MustChange}
+}
+
+// checkpoint makes a consistent copy of the store below the scratch folder, which is on the same disk, so that it costs
+// little; whoever asked copies it elsewhere and releases it. What nobody releases is removed at the next start.
+func (a *assembly) checkpoint(ctx context.Context, _ struct{}) (string, error) {
+	if err := os.MkdirAll(a.folder.sub(scratchFolder), 0o700); err != nil {
+		return "", fmt.Errorf("make the scratch folder: %w", err)
+	}
+	var name [8]byte
+	_, _ = rand.Read(name[:]) // never fails
+	path := filepath.Join(scratchFolder, time.Now().UTC().Format("20060102T150405")+"-"+hex.EncodeToString(name[:]))
+	if err := a.store.Checkpoint(ctx, a.folder.sub(path)); err != nil {
+		return "", err
+	}
+	return path, nil
+}
+
+func (a *assembly) releaseCheckpoint(_ context.Context, q releaseRequest) (struct{}, error) {
+	// Only what checkpoint made: one level below the scratch folder.
+	if filepath.Dir(q.Path) != scratchFolder || filepath.Base(q.Path) == ".." || filepath.Clean(q.Path) != q.Path {
+		return struct{}{}, hub.NewError(hub.Invalid, "checkpoint-unknown", "this is no checkpoint")
+	}
+	return struct{}{}, os.RemoveAll(a.folder.sub(q.Path))
+}

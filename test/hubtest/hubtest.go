@@ -1,0 +1,233 @@
+// Package hubtest is a whole hub in one line, for tests: in process, on loopback ports of its own, with a data folder of its
+// own, gone at the end of the test.
+//
+// It must not know the hub's insides: what it gives is addresses, codes, certificates and tokens, as an operator gets them.
+package hubtest
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/coaphub/coaphub/bundle"
+	"github.com/coaphub/coaphub/internal/conf"
+)
+
+// Hub is a running hub. Its fields change at Restart.
+type Hub struct {
+	ID        string
+	Data      string // the data folder
+	CoAPS     string // host:port of CoAP over TLS
+	CoAPPlain string // host:port of CoAP over TCP; empty unless configured
+	HTTP      string // base URL of the API
+	GRPC      string // host:port
+	Admin     string // base URL of probes and metrics
+	Issuer    string // of the embedded provider
+	Endpoints bundle.Endpoints
+	Control   *bundle.Control
+
+	env  []string
+	log  *log
+	stop func() error
+}
+
+// Option changes a hub before it starts.
+type Option func(*Hub)
+
+// WithConfig sets keys of the configuration, each as KEY=VALUE with the key's full path, as an environment variable would:
+// coapGateway.api.coap.plainAddress=127.0.0.1:0.
+func WithConfig(settings ...string) Option {
+	return func(h *Hub) {
+		for _, s := range settings {
+			key, value, _ := strings.Cut(s, "=")
+			h.env = append(h.env, conf.Variable(bundle.EnvPrefix, key)+"="+value)
+		}
+	}
+}
+
+// WithData starts the hub on a data folder that is there already.
+func WithData(path string) Option { return func(h *Hub) { h.Data = path } }
+
+// Start starts a hub and stops it when the test ends. A hub that does not start or stop fails the test; the hub's log is
+// shown when the test failed.
+func Start(t testing.TB, options ...Option) *Hub {
+	t.Helper()
+	h := &Hub{Data: filepath.Join(t.TempDir(), "data"), log: &log{}}
+	WithConfig(
+		"externalAddress=127.0.0.1", "coapGateway.api.coap.address=127.0.0.1:0", "grpcGateway.api.http.address=127.0.0.1:0",
+		"grpcGateway.api.grpc.address=127.0.0.1:0", "admin.api.http.address=127.0.0.1:0", "log.level=debug", "store.minFree=0",
+	)(h)
+	for _, o := range options {
+		o(h)
+	}
+	t.Cleanup(func() {
+		h.Stop(t)
+		if t.Failed() {
+			t.Logf("the hub's log:\n%s", h.log)
+		}
+	})
+	h.start(t)
+	return h
+}
+
+// Restart stops the hub and starts it again on the same data folder.
+func (h *Hub) Restart(t testing.TB) {
+	t.Helper()
+	h.Stop(t)
+	h.start(t)
+}
+
+// Stop stops the hub in order; a stopped hub stays so.
+func (h *Hub) Stop(t testing.TB) {
+	t.Helper()
+	if h.stop == nil {
+		return
+	}
+	stop := h.stop
+	h.stop = nil
+	if err := stop(); err != nil {
+		t.Errorf("the hub did not stop well: %v", err)
+	}
+}
+
+func (h *Hub) start(t testing.TB) {
+	t.Helper()
+	cfg, warnings, err := bundle.LoadConfig("", h.env)
+	if err != nil {
+		t.Fatalf("the hub's configuration: %v", err)
+	}
+	for _, w := range warnings { // a slip in a test's key must not pass
+		t.Fatalf("the hub's configuration: %s", w)
+	}
+	cfg.Data = h.Data
+	ctx, cancel := context.WithCancel(context.Background())
+	started, ended := make(chan bundle.Status, 1), make(chan error, 1)
+	go func() { // ends with cancel; stop waits for it
+		ended <- bundle.Run(ctx, cfg, bundle.Options{Log: h.log, Version: "test", Started: func(s bundle.Status) { started <- s }})
+	}()
+	h.stop = func() error { cancel(); return <-ended }
+	select {
+	case s := <-started:
+		h.at(t, s)
+	case err := <-ended:
+		cancel()
+		h.stop = nil
+		t.Fatalf("the hub did not start: %v", err)
+	case <-time.After(30 * time.Second):
+		t.Fatal("the hub is not ready after 30 s")
+	}
+}
+
+func (h *Hub) at(t testing.TB, s bundle.Status) {
+	t.Helper()
+	h.ID, h.Endpoints = s.HubID, s.Endpoints
+	h.CoAPS = strings.TrimPrefix(s.Endpoints.CoAPSTCP, "coaps+tcp://")
+	h.CoAPPlain = strings.TrimPrefix(s.Endpoints.CoAPTCP, "coap+tcp://")
+	h.HTTP, h.GRPC, h.Admin, h.Issuer = s.Endpoints.HTTP, s.Endpoints.GRPC, s.Endpoints.Admin, s.Endpoints.OAuth
+	c, err := bundle.Dial(h.Data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.Control = c
+}
+
+// Onboarding is what a device needs to sign up.
+type Onboarding struct {
+	bundle.Onboarding
+	Code string      // the authorization code
+	TLS  *tls.Config // the device's certificate and the hub's CA, for the hub's host
+}
+
+// Onboard makes a code and an identity certificate for the device, for the first administrator or the owner that is named.
+func (h *Hub) Onboard(t testing.TB, deviceID string, owner ...string) Onboarding {
+	t.Helper()
+	q := bundle.OnboardRequest{DeviceID: deviceID, Certificate: true}
+	if len(owner) > 0 {
+		q.Owner = owner[0]
+	}
+	o, err := h.Control.Onboard(t.Context(), q)
+	if err != nil {
+		t.Fatalf("onboard %s: %v", deviceID, err)
+	}
+	cert, err := tls.X509KeyPair([]byte(o.Identity.Chain), []byte(o.Identity.Key))
+	if err != nil {
+		t.Fatalf("onboard %s: %v", deviceID, err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM([]byte(o.CA)) {
+		t.Fatalf("onboard %s: no CA", deviceID)
+	}
+	return Onboarding{o, o.AuthorizationCode, &tls.Config{
+		Certificates: []tls.Certificate{cert}, RootCAs: pool, ServerName: "127.0.0.1", MinVersion: tls.VersionTLS12,
+	}}
+}
+
+// Code makes another authorization code for the device, for the first administrator or the owner that is named.
+func (h *Hub) Code(t testing.TB, deviceID string, owner ...string) string {
+	t.Helper()
+	q := bundle.OnboardRequest{DeviceID: deviceID}
+	if len(owner) > 0 {
+		q.Owner = owner[0]
+	}
+	o, err := h.Control.Onboard(t.Context(), q)
+	if err != nil {
+		t.Fatalf("onboard %s: %v", deviceID, err)
+	}
+	return o.AuthorizationCode
+}
+
+// Token makes an access token of the first administrator; no scopes means all of them.
+func (h *Hub) Token(t testing.TB, scopes ...string) string { return h.TokenOf(t, "", scopes...) }
+
+// TokenOf makes an access token of an account.
+func (h *Hub) TokenOf(t testing.TB, owner string, scopes ...string) string {
+	t.Helper()
+	tok, err := h.Control.Token(t.Context(), bundle.TokenRequest{Owner: owner, Scopes: scopes})
+	if err != nil {
+		t.Fatalf("token: %v", err)
+	}
+	return tok.AccessToken
+}
+
+// User makes an account with a password that need not be changed.
+func (h *Hub) User(t testing.TB, name, password string, roles ...string) {
+	t.Helper()
+	if _, err := h.Control.AddUser(t.Context(), bundle.UserRequest{Name: name, Password: password, Roles: roles}); err != nil {
+		t.Fatalf("account %s: %v", name, err)
+	}
+}
+
+// Log is what the hub logged so far.
+func (h *Hub) Log() string { return h.log.String() }
+
+// log keeps the newest part of a hub's log.
+type log struct {
+	mu sync.Mutex // guards b
+	b  []byte
+}
+
+// maxLog bounds what a failed test shows; older lines go.
+const maxLog = 256 << 10
+
+func (l *log) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.b = append(l.b, p...)
+	if over := len(l.b) - maxLog; over > maxLog/4 { // now and then, not at each line
+		_, rest, _ := bytes.Cut(l.b[over:], []byte("\n"))
+		l.b = append(l.b[:0], rest...)
+	}
+	return len(p), nil
+}
+
+func (l *log) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return string(l.b)
+}
