@@ -3,6 +3,7 @@ package resourcedirectory
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"log/slog"
@@ -118,7 +119,7 @@ func (d *Directory) do(ctx context.Context, r *request) error {
 		return err
 	case <-ctx.Done():
 		if r.settled.CompareAndSwap(false, true) {
-			return &hub.Error{Kind: hub.KindOf(ctx.Err()), Op: r.op, Err: ctx.Err()}
+			return wrap(r.op, ctx.Err())
 		}
 		return <-r.answer
 	case <-d.stopped:
@@ -149,7 +150,7 @@ func (d *Directory) enqueue(ctx context.Context, w *worker, r *request) error {
 	case w.in <- r:
 		return nil
 	case <-ctx.Done():
-		return &hub.Error{Kind: hub.KindOf(ctx.Err()), Op: r.op, Err: ctx.Err()}
+		return wrap(r.op, ctx.Err())
 	case <-d.closing:
 		return errStopping.With(r.op, nil)
 	case <-full.C:
@@ -170,6 +171,11 @@ func (d *Directory) worker(dev hub.DeviceID) *worker {
 	return d.workers[int(crc32.ChecksumIEEE([]byte(dev))%uint32(len(d.workers)))]
 }
 
+// wrap says what was being done; kind, code and sentence of the cause stay.
 func wrap(op string, err error) error {
+	var e *hub.Error
+	if errors.As(err, &e) {
+		return e.With(op, err)
+	}
 	return &hub.Error{Kind: hub.KindOf(err), Op: op, Err: err}
 }

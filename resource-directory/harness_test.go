@@ -302,4 +302,6 @@ func (h *house) eventually(what string, ok func() bool) {
 	}
 }
 
-func testID(i int) hub.DeviceID { return hub.DeviceID(fmt.Sprintf("d0000000-0000-4000-8000-%012x", i+1)) }
+func testID(i int) hub.DeviceID {
+	return hub.DeviceID(fmt.Sprintf("d0000000-0000-4000-8000-%012x", i+1))
+}

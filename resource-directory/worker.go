@@ -196,7 +196,7 @@ func (w *worker) round(ctx context.Context, start func(func())) {
 	for ; n < len(w.ready) && n < maxRound && bytes < maxRoundBytes; n++ {
 		r := w.ready[n]
 		if err := r.ctx.Err(); err != nil { // nobody waits any more, and nothing was done
-			w.reply(r, &hub.Error{Kind: hub.KindOf(err), Op: r.op, Err: err})
+			w.reply(r, wrap(r.op, err))
 			continue
 		}
 		e := w.entry(r.dev)
@@ -226,7 +226,7 @@ func (w *worker) round(ctx context.Context, start func(func())) {
 		made, err := w.entries(b)
 		if err != nil {
 			for _, q := range b.reqs {
-				w.reply(q.r, &hub.Error{Kind: hub.Internal, Op: q.r.op, Err: err})
+				w.reply(q.r, wrap(q.r.op, err))
 			}
 			continue
 		}
@@ -366,7 +366,7 @@ func (w *worker) settle(errs []error) {
 			case hub.IsKind(failed, hub.Conflict):
 				w.reply(q.r, errContended.With(q.r.op, failed))
 			default:
-				w.reply(q.r, &hub.Error{Kind: hub.KindOf(failed), Op: q.r.op, Err: failed})
+				w.reply(q.r, wrap(q.r.op, failed))
 			}
 		}
 		if hub.IsKind(failed, hub.Conflict) {
@@ -404,7 +404,7 @@ func (w *worker) wake(l loading) {
 	e.parked = nil
 	if l.err != nil {
 		for _, r := range parked {
-			w.reply(r, &hub.Error{Kind: hub.KindOf(l.err), Op: r.op, Err: l.err})
+			w.reply(r, wrap(r.op, l.err))
 		}
 		return
 	}
