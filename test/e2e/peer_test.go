@@ -1,0 +1,318 @@
+package e2e_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/fxamacker/cbor/v2"
+	"github.com/plgd-dev/go-coap/v3/message"
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+	"github.com/plgd-dev/go-coap/v3/tcp/coder"
+)
+
+// peer is a device as bytes on a connection: it sends what a test tells it to, malformed frames included, answers the
+// hub's requests from a table of resources, and sees when the hub closes. It uses go-coap's coder and no engine at all.
+type peer struct {
+	conn   net.Conn
+	closed chan struct{} // the connection is gone
+
+	mu        sync.Mutex
+	wait      map[string]chan message.Message // answers by token
+	next      uint32
+	resources map[string]*served
+	requests  []string // what the hub asked, "GET /oic/res?if=oic.if.ll"
+}
+
+// served is one resource of a peer.
+type served struct {
+	value   any
+	etag    []byte
+	format  message.MediaType
+	raw     []byte // sent in place of value when not nil
+	token   []byte // of the hub's observation
+	observe uint32
+	code    codes.Code // answered instead of 2.05 when not zero
+}
+
+func dialPeer(ctx context.Context, addr string, conf *tls.Config) (*peer, error) {
+	d := net.Dialer{Timeout: 5 * time.Second}
+	conn, err := d.DialContext(ctx, "tcp", addr)
+	if err != nil {
+		return nil, err
+	}
+	if conf != nil {
+		tc := tls.Client(conn, conf)
+		if err := tc.HandshakeContext(ctx); err != nil {
+			conn.Close()
+			return nil, err
+		}
+		conn = tc
+	}
+	p := &peer{
+		conn: conn, closed: make(chan struct{}), wait: map[string]chan message.Message{},
+		resources: map[string]*served{},
+	}
+	go p.read()
+	csm := message.Message{Code: codes.CSM, Options: message.Options{{ID: message.OptionID(2), Value: []byte{0x10, 0, 0}}}}
+	if err := p.send(csm); err != nil {
+		conn.Close()
+		<-p.closed
+		return nil, err
+	}
+	return p, nil
+}
+
+func (p *peer) close() {
+	p.conn.Close()
+	<-p.closed
+}
+
+func (p *peer) send(m message.Message) error {
+	n, err := coder.DefaultCoder.Size(m)
+	if err != nil {
+		return err
+	}
+	buf := make([]byte, n)
+	if _, err := coder.DefaultCoder.Encode(m, buf); err != nil {
+		return err
+	}
+	_, err = p.conn.Write(buf)
+	return err
+}
+
+// read owns the connection's reading side; it ends with the connection.
+func (p *peer) read() {
+	defer close(p.closed)
+	defer p.conn.Close()
+	var buf []byte
+	chunk := make([]byte, 64<<10)
+	for {
+		for {
+			m, n, err := decode(buf)
+			if err != nil {
+				break
+			}
+			buf = buf[n:]
+			p.take(m)
+		}
+		n, err := p.conn.Read(chunk)
+		if err != nil {
+			return
+		}
+		buf = append(buf, chunk[:n]...)
+	}
+}
+
+func decode(buf []byte) (message.Message, int, error) {
+	m := message.Message{Options: make(message.Options, 0, 32)}
+	if len(buf) < 2 {
+		return m, 0, message.ErrShortRead
+	}
+	n, err := coder.DefaultCoder.Decode(buf, &m)
+	if err != nil {
+		return m, 0, err
+	}
+	m.Token = bytes.Clone(m.Token)
+	m.Payload = bytes.Clone(m.Payload)
+	for i := range m.Options {
+		m.Options[i].Value = bytes.Clone(m.Options[i].Value)
+	}
+	return m, n, nil
+}
+
+func (p *peer) take(m message.Message) {
+	switch {
+	case m.Code == codes.Ping:
+		_ = p.send(message.Message{Code: codes.Pong, Token: m.Token})
+	case m.Code >= codes.GET && m.Code < 0x20:
+		_ = p.send(p.answer(m))
+	case m.Code >= 0xe0 || m.Code == 0:
+	default:
+		p.mu.Lock()
+		ch := p.wait[string(m.Token)]
+		delete(p.wait, string(m.Token))
+		p.mu.Unlock()
+		if ch != nil {
+			ch <- m
+		}
+	}
+}
+
+// answer serves the hub's request from the table.
+func (p *peer) answer(req message.Message) message.Message {
+	path, _ := req.Options.Path()
+	queries, _ := req.Options.Queries()
+	observe, observeErr := req.Options.Observe()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	said := fmt.Sprintf("%v %s", req.Code, path)
+	if len(queries) > 0 {
+		said += "?" + strings.Join(queries, "&")
+	}
+	if observeErr == nil {
+		said += fmt.Sprintf(" observe=%d", observe)
+	}
+	p.requests = append(p.requests, said)
+	res := message.Message{Code: codes.Content, Token: req.Token}
+	if path == "/oic/res" {
+		var links []map[string]any
+		for href := range p.resources {
+			links = append(links, map[string]any{"href": href, "p": map[string]any{"bm": 3}})
+		}
+		res.Payload, _ = cbor.Marshal(links)
+		res.Options = withFormat(nil, message.AppOcfCbor)
+		return res
+	}
+	r := p.resources[path]
+	if r == nil {
+		res.Code = codes.NotFound
+		return res
+	}
+	if observeErr == nil && observe == 0 {
+		r.token = req.Token
+	} else if observeErr == nil {
+		r.token = nil
+	}
+	return p.represent(r, req.Token)
+}
+
+// represent makes a response of the resource; p.mu is held.
+func (p *peer) represent(r *served, token []byte) message.Message {
+	m := message.Message{Code: codes.Content, Token: token}
+	if r.code != 0 {
+		m.Code = r.code
+		return m
+	}
+	if r.token != nil {
+		r.observe++
+		m.Options = addUint(m.Options, message.Observe, r.observe)
+	}
+	if r.etag != nil {
+		m.Options = m.Options.Add(message.Option{ID: message.ETag, Value: r.etag})
+	}
+	m.Options = withFormat(m.Options, r.format)
+	m.Payload = r.raw
+	if m.Payload == nil {
+		m.Payload, _ = cbor.Marshal(r.value)
+	}
+	return m
+}
+
+// serve sets a resource; notify also tells the hub if it observes it.
+func (p *peer) serve(href string, value any) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	r := p.resources[href]
+	if r == nil {
+		r = &served{format: message.AppOcfCbor}
+		p.resources[href] = r
+	}
+	r.value = value
+}
+
+func (p *peer) notify(href string, value any) error {
+	p.serve(href, value)
+	p.mu.Lock()
+	r := p.resources[href]
+	if r.token == nil {
+		p.mu.Unlock()
+		return errors.New("the hub does not observe " + href)
+	}
+	m := p.represent(r, r.token)
+	p.mu.Unlock()
+	return p.send(m)
+}
+
+func (p *peer) observed(href string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	r := p.resources[href]
+	return r != nil && r.token != nil
+}
+
+// do sends a request and waits for its answer. closed reports that the connection ended before one came.
+func (p *peer) do(ctx context.Context, m message.Message) (res message.Message, closed bool, err error) {
+	ch := make(chan message.Message, 1)
+	p.mu.Lock()
+	p.next++
+	m.Token = binary.BigEndian.AppendUint32([]byte{0xd0}, p.next)
+	p.wait[string(m.Token)] = ch
+	p.mu.Unlock()
+	if err := p.send(m); err != nil {
+		return res, true, nil //nolint:nilerr // a write to a closed connection is the answer
+	}
+	select {
+	case res := <-ch:
+		return res, false, nil
+	case <-p.closed:
+		select {
+		case res := <-ch:
+			return res, false, nil
+		default:
+			return res, true, nil
+		}
+	case <-ctx.Done():
+		return res, false, ctx.Err()
+	}
+}
+
+// waitClosed reports whether the hub closed the connection within d.
+func (p *peer) waitClosed(d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-p.closed:
+		return true
+	case <-t.C:
+		return false
+	}
+}
+
+func request(code codes.Code, target string, payload []byte) message.Message {
+	m := message.Message{Code: code, Payload: payload}
+	path, query, _ := strings.Cut(target, "?")
+	for seg := range strings.SplitSeq(strings.Trim(path, "/"), "/") {
+		if seg != "" {
+			m.Options = m.Options.Add(message.Option{ID: message.URIPath, Value: []byte(seg)})
+		}
+	}
+	if payload != nil {
+		m.Options = withFormat(m.Options, message.AppOcfCbor)
+	}
+	if query != "" {
+		for q := range strings.SplitSeq(query, "&") {
+			m.Options = m.Options.Add(message.Option{ID: message.URIQuery, Value: []byte(q)})
+		}
+	}
+	return m
+}
+
+func withFormat(o message.Options, f message.MediaType) message.Options {
+	return addUint(o, message.ContentFormat, uint32(f))
+}
+
+func addUint(o message.Options, id message.OptionID, v uint32) message.Options {
+	b := binary.BigEndian.AppendUint32(nil, v)
+	b = bytes.TrimLeft(b, "\x00")
+	return o.Add(message.Option{ID: id, Value: b})
+}
+
+// codeText is "2.04" for codes.Changed.
+func codeText(c codes.Code) string { return fmt.Sprintf("%d.%02d", c>>5, c&0x1f) }
+
+func parseMethod(s string) (codes.Code, error) {
+	i := slices.Index([]string{"", "GET", "POST", "PUT", "DELETE", "FETCH", "PATCH", "iPATCH"}, s)
+	if i < 1 {
+		return 0, fmt.Errorf("no method %q", s)
+	}
+	return codes.Code(i), nil
+}

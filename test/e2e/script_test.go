@@ -1,0 +1,497 @@
+package e2e_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/fxamacker/cbor/v2"
+	"github.com/plgd-dev/go-coap/v3/message"
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+	"go.yaml.in/yaml/v3"
+
+	"github.com/coaphub/coaphub/test/hubtest"
+)
+
+var update = flag.Bool("update", false, "write what came into the scripts")
+
+// TestScripts plays the conversations in testdata/scripts against a hub. A line is what somebody does, then an arrow, then
+// what came: "->" compares at once, "~>" asks again until it is so or 10 s are over. Lines of a script:
+//
+//	hub config KEY=VALUE …                        before anything else
+//	hub restarts
+//	device NAME connects [without certificate|with certificate of other CA|...] -> connected
+//	device NAME METHOD /path?query {body} [format N] [accept N]     -> 2.04 {body}
+//	device NAME sends HEX                         raw bytes
+//	device NAME serves /href {value}              what it answers when the hub asks
+//	device NAME notifies /href {value}
+//	device NAME disconnects
+//	device NAME is closed by the hub              -> yes
+//	app OWNER METHOD /path {body}                 -> 200 {body}
+//
+// NAME in a path or body stands for that device's ID, CODE for a fresh authorization code, TOKEN-OF-NAME and
+// REFRESH-OF-NAME for what its last sign-up or refresh brought. In what came, IDs become names and values that change from
+// run to run become words in capitals.
+func TestScripts(t *testing.T) {
+	files, err := filepath.Glob("testdata/scripts/*.txt")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no scripts: %v", err)
+	}
+	for _, f := range files {
+		t.Run(strings.TrimSuffix(filepath.Base(f), ".txt"), func(t *testing.T) { play(t, f) })
+	}
+}
+
+func play(t *testing.T, file string) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := &world{t: t, devices: map[string]*actor{}}
+	var out []string
+	for i, line := range strings.Split(strings.TrimRight(string(b), "\n"), "\n") {
+		act, want, arrow := split(line)
+		if act == "" || strings.HasPrefix(act, "#") {
+			out = append(out, line)
+			continue
+		}
+		var got string
+		deadline := time.Now().Add(10 * time.Second)
+		for {
+			got = w.line(act)
+			if arrow != "~>" || got == want || time.Now().After(deadline) || *update && want == "" {
+				break
+			}
+			wait := time.NewTimer(20 * time.Millisecond)
+			<-wait.C
+		}
+		if arrow == "" {
+			arrow = "->"
+		}
+		if got == "" && want == "" {
+			out = append(out, act)
+			continue
+		}
+		if got != want && !*update {
+			t.Errorf("%s:%d: %s\n  got  %s\n  want %s", file, i+1, act, got, want)
+		}
+		out = append(out, act+"  "+arrow+" "+got)
+	}
+	if *update {
+		if err := os.WriteFile(file, []byte(strings.Join(out, "\n")+"\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func split(line string) (act, want, arrow string) {
+	line = strings.TrimSpace(line)
+	for _, arrow := range []string{" -> ", " ~> "} {
+		if act, want, ok := strings.Cut(line, arrow); ok {
+			return strings.TrimSpace(act), strings.TrimSpace(want), strings.TrimSpace(arrow)
+		}
+	}
+	for _, arrow := range []string{" ->", " ~>"} {
+		if act, ok := strings.CutSuffix(line, arrow); ok {
+			return strings.TrimSpace(act), "", strings.TrimSpace(arrow)
+		}
+	}
+	return line, "", ""
+}
+
+// world is one script's hub and everybody who talks to it.
+type world struct {
+	t       *testing.T
+	hub     *hubtest.Hub
+	config  []string
+	devices map[string]*actor
+	tokens  map[string]string
+}
+
+// actor is one device of a script.
+type actor struct {
+	id      string
+	onboard hubtest.Onboarding
+	peer    *peer
+	access  string
+	refresh string
+}
+
+func (w *world) start() *hubtest.Hub {
+	if w.hub == nil {
+		w.hub = hubtest.Start(w.t, hubtest.WithConfig(w.config...))
+		w.tokens = map[string]string{}
+	}
+	return w.hub
+}
+
+func (w *world) device(name string) *actor {
+	d := w.devices[name]
+	if d == nil {
+		n := len(w.devices) + 1
+		d = &actor{id: fmt.Sprintf("d0000000-0000-4000-8000-%012d", n)}
+		d.onboard = w.start().Onboard(w.t, d.id)
+		w.devices[name] = d
+		w.t.Cleanup(func() {
+			if d.peer != nil {
+				d.peer.close()
+			}
+		})
+	}
+	return d
+}
+
+// line does one thing and says what came of it.
+func (w *world) line(act string) string {
+	ctx, cancel := context.WithTimeout(w.t.Context(), 15*time.Second)
+	defer cancel()
+	who, rest, _ := strings.Cut(act, " ")
+	name, rest, _ := strings.Cut(strings.TrimSpace(rest), " ")
+	rest = strings.TrimSpace(rest)
+	got, err := func() (string, error) {
+		switch who {
+		case "hub":
+			return w.hubLine(name, rest)
+		case "device":
+			return w.deviceLine(ctx, w.device(name), rest)
+		case "app":
+			return w.appLine(ctx, name, rest)
+		}
+		return "", fmt.Errorf("nobody is called %q", who)
+	}()
+	if err != nil {
+		w.t.Fatalf("%s: %v", act, err)
+	}
+	return got
+}
+
+func (w *world) hubLine(what, rest string) (string, error) {
+	switch what {
+	case "config":
+		w.config = append(w.config, strings.Fields(rest)...)
+		return "", nil
+	case "restarts":
+		w.start().Restart(w.t)
+		return "", nil
+	}
+	return "", fmt.Errorf("a hub does not %q", what)
+}
+
+func (w *world) deviceLine(ctx context.Context, d *actor, what string) (string, error) {
+	verb, rest, _ := strings.Cut(what, " ")
+	switch verb {
+	case "connects":
+		return w.connect(ctx, d, rest)
+	case "disconnects":
+		d.peer.close()
+		return "", nil
+	case "is":
+		if d.peer.waitClosed(5 * time.Second) {
+			return "yes", nil
+		}
+		return "no", nil
+	case "serves", "notifies":
+		href, body, _ := strings.Cut(rest, " ")
+		v, err := w.value(body)
+		if err != nil {
+			return "", err
+		}
+		if verb == "serves" {
+			d.peer.serve(href, v)
+			return "", nil
+		}
+		deadline := time.Now().Add(5 * time.Second)
+		for !d.peer.observed(href) && time.Now().Before(deadline) {
+			wait := time.NewTimer(5 * time.Millisecond)
+			<-wait.C
+		}
+		return "", d.peer.notify(href, v)
+	case "sends":
+		b, err := hexBytes(rest)
+		if err != nil {
+			return "", err
+		}
+		_, err = d.peer.conn.Write(b)
+		return "", err
+	}
+	return w.coap(ctx, d, verb, rest)
+}
+
+func (w *world) connect(ctx context.Context, d *actor, how string) (string, error) {
+	conf := d.onboard.TLS.Clone()
+	addr := w.hub.CoAPS
+	switch how {
+	case "":
+	case "without certificate":
+		conf.Certificates = nil
+	case "without TLS":
+		conf, addr = nil, w.hub.CoAPPlain
+	default:
+		other := w.devices[strings.TrimPrefix(how, "as ")]
+		if other == nil {
+			return "", fmt.Errorf("nobody connects %q", how)
+		}
+		conf = other.onboard.TLS.Clone()
+	}
+	if d.peer != nil {
+		d.peer.close()
+	}
+	p, err := dialPeer(ctx, addr, conf)
+	if err != nil {
+		return refusal(err), nil
+	}
+	d.peer = p
+	// With TLS 1.3 a refused certificate is known only after the handshake: the hub's CSM or its end tells.
+	if conf != nil && conf.Certificates == nil && p.waitClosed(3*time.Second) {
+		return "refused", nil
+	}
+	return "connected", nil
+}
+
+func refusal(err error) string {
+	var alert tls.AlertError
+	if errors.As(err, &alert) {
+		return "refused: " + alert.Error()
+	}
+	return "refused"
+}
+
+func (w *world) coap(ctx context.Context, d *actor, method, rest string) (string, error) {
+	code, err := parseMethod(method)
+	if err != nil {
+		return "", err
+	}
+	target, rest, _ := strings.Cut(rest, " ")
+	var accept, format *uint32
+	rest = optionWord.ReplaceAllStringFunc(rest, func(s string) string {
+		f := strings.Fields(s)
+		n, _ := strconv.ParseUint(f[1], 10, 32)
+		v := uint32(n)
+		if f[0] == "accept" {
+			accept = &v
+		} else {
+			format = &v
+		}
+		return ""
+	})
+	var payload []byte
+	switch rest = strings.TrimSpace(rest); {
+	case strings.HasPrefix(rest, "hex:"):
+		payload, err = hexBytes(rest[4:])
+	case rest != "":
+		var v any
+		if v, err = w.value(rest); err == nil {
+			payload, err = cbor.Marshal(v)
+		}
+	}
+	if err != nil {
+		return "", err
+	}
+	m := request(code, w.ids(target), payload)
+	if format != nil {
+		m.Options = addUint(m.Options.Remove(message.ContentFormat), message.ContentFormat, *format)
+	}
+	if accept != nil {
+		m.Options = addUint(m.Options, message.Accept, *accept)
+	}
+	res, closed, err := d.peer.do(ctx, m)
+	switch {
+	case err != nil:
+		return "", err
+	case closed:
+		return "closed", nil
+	}
+	if res.Code == codes.Changed {
+		var body struct {
+			Access  string `cbor:"accesstoken"`
+			Refresh string `cbor:"refreshtoken"`
+		}
+		if cbor.Unmarshal(res.Payload, &body) == nil && body.Access != "" {
+			d.access, d.refresh = body.Access, body.Refresh
+		}
+	}
+	return strings.TrimSpace(codeText(res.Code) + " " + w.body(res)), nil
+}
+
+var optionWord = regexp.MustCompile(`\b(accept|format) \d+$|\b(accept|format) \d+ `)
+
+func (w *world) body(m message.Message) string {
+	if len(m.Payload) == 0 {
+		return ""
+	}
+	format, err := m.Options.ContentFormat()
+	switch {
+	case err != nil:
+		return "(" + w.names(string(m.Payload)) + ")"
+	case format == message.AppJSON:
+		return w.renderJSON(m.Payload) + " (JSON)"
+	case format == message.AppOcfCbor, format == message.AppCBOR:
+		var v any
+		if err := decodeCBOR(m.Payload, &v); err != nil {
+			return "(not CBOR)"
+		}
+		s := w.render("", v)
+		if format == message.AppCBOR {
+			s += " (CBOR)"
+		}
+		return s
+	}
+	return fmt.Sprintf("(%d) %s", format, w.names(string(m.Payload)))
+}
+
+func decodeCBOR(b []byte, v any) error { return cbor.Unmarshal(b, v) }
+
+func (w *world) appLine(ctx context.Context, owner, rest string) (string, error) {
+	method, rest, _ := strings.Cut(rest, " ")
+	target, body, _ := strings.Cut(strings.TrimSpace(rest), " ")
+	h := w.start()
+	token := w.tokens[owner]
+	if token == "" && owner != "nobody" {
+		token = h.Token(w.t, owner)
+		w.tokens[owner] = token
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://"+h.HTTP+w.ids(target), strings.NewReader(body))
+	if err != nil {
+		return "", err
+	}
+	if token != "" {
+		req.Header.Set("Authorization", "Bearer "+token)
+	}
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return "", err
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(res.Body, 1<<20))
+	if err != nil {
+		return "", err
+	}
+	var parts []string
+	for line := range bytes.Lines(b) {
+		if line = bytes.TrimSpace(line); len(line) > 0 {
+			parts = append(parts, w.renderJSON(line))
+		}
+	}
+	return strings.TrimSpace(fmt.Sprintf("%d %s", res.StatusCode, strings.Join(parts, " "))), nil
+}
+
+func (w *world) renderJSON(b []byte) string {
+	var v any
+	dec := json.NewDecoder(bytes.NewReader(b))
+	dec.UseNumber()
+	if err := dec.Decode(&v); err != nil {
+		return "(" + string(b) + ")"
+	}
+	return w.render("", v)
+}
+
+// value reads a body as a YAML flow mapping, with names and words replaced.
+func (w *world) value(s string) (any, error) {
+	var v any
+	if err := yaml.Unmarshal([]byte(w.ids(s)), &v); err != nil {
+		return nil, fmt.Errorf("read %q: %w", s, err)
+	}
+	return v, nil
+}
+
+// ids replaces words that stand for values of this run.
+func (w *world) ids(s string) string {
+	for name, d := range w.devices {
+		if strings.Contains(s, "CODE-OF-"+name) {
+			s = strings.ReplaceAll(s, "CODE-OF-"+name, d.onboard.Code)
+		}
+		s = strings.ReplaceAll(s, "TOKEN-OF-"+name, d.access)
+		s = strings.ReplaceAll(s, "REFRESH-OF-"+name, d.refresh)
+		s = regexp.MustCompile(`\b`+name+`\b`).ReplaceAllString(s, d.id)
+	}
+	return s
+}
+
+func (w *world) names(s string) string {
+	for name, d := range w.devices {
+		s = strings.ReplaceAll(s, d.id, name)
+	}
+	if w.hub != nil {
+		s = strings.ReplaceAll(s, w.hub.ID, "HUB")
+		s = strings.ReplaceAll(s, w.hub.CoAPS, "HUB-ADDRESS")
+	}
+	return uuidWord.ReplaceAllString(s, "UUID")
+}
+
+var (
+	uuidWord = regexp.MustCompile(`[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}`)
+	timeWord = regexp.MustCompile(`^\d{4}-\d\d-\d\dT`)
+	plain    = regexp.MustCompile(`^[A-Za-z_/.][-A-Za-z0-9_./:+]*$`)
+)
+
+// changing are members whose values differ from run to run.
+var changing = map[string]string{
+	"accesstoken": "TOKEN", "refreshtoken": "TOKEN", "expiresin": "SECONDS", "connectionId": "CONNECTION",
+	"timestamp": "TIME", "connectedAt": "TIME", "syncingAt": "TIME", "inSyncAt": "TIME", "forceSynchronizationAt": "TIME",
+	"serviceId": "GATEWAY", "sequence": "N", "currentTime": "TIME", "etag": "ETAG",
+}
+
+// render writes a decoded body as a YAML flow value with sorted members.
+func (w *world) render(key string, v any) string {
+	if word := changing[key]; word != "" && v != nil && v != "" && v != json.Number("0") {
+		return word
+	}
+	switch v := v.(type) {
+	case map[string]any:
+		var parts []string
+		for _, k := range slices.Sorted(maps.Keys(v)) {
+			parts = append(parts, k+": "+w.render(k, v[k]))
+		}
+		return "{" + strings.Join(parts, ", ") + "}"
+	case map[any]any:
+		m := map[string]any{}
+		for k, e := range v {
+			m[fmt.Sprint(k)] = e
+		}
+		return w.render(key, m)
+	case []any:
+		var parts []string
+		for _, e := range v {
+			parts = append(parts, w.render("", e))
+		}
+		if key == "" || key == "links" {
+			slices.Sort(parts)
+		}
+		return "[" + strings.Join(parts, ", ") + "]"
+	case []byte:
+		return fmt.Sprintf("h'%x'", v)
+	case string:
+		s := w.names(v)
+		switch {
+		case timeWord.MatchString(s):
+			return "TIME"
+		case plain.MatchString(s):
+			return s
+		}
+		return strconv.Quote(s)
+	case nil:
+		return "null"
+	}
+	return fmt.Sprint(v)
+}
+
+func hexBytes(s string) ([]byte, error) {
+	var out []byte
+	_, err := fmt.Sscanf(strings.ReplaceAll(s, " ", ""), "%x", &out)
+	return out, err
+}
