@@ -1,0 +1,24 @@
+// Package api holds the description of the HTTP API. The protobuf contract is in proto, the Go code made from it in gen.
+//
+// It must not know who serves the API.
+package api
+
+import (
+	_ "embed" // of the description
+	"encoding/json"
+	"fmt"
+
+	"go.yaml.in/yaml/v3"
+)
+
+//go:embed openapi.yaml
+var openapi []byte
+
+// JSON returns the OpenAPI 3.1 description of the HTTP API.
+func JSON() ([]byte, error) {
+	var doc any
+	if err := yaml.Unmarshal(openapi, &doc); err != nil {
+		return nil, fmt.Errorf("openapi.yaml: %w", err)
+	}
+	return json.Marshal(doc)
+}

@@ -1,0 +1,119 @@
+package grpcgateway
+
+import (
+	"encoding/json"
+
+	"google.golang.org/protobuf/proto"
+
+	pb "github.com/coaphub/coaphub/api/gen/grpcgatewaypb"
+	"github.com/coaphub/coaphub/hub"
+)
+
+// deviceHref is the resource that tells what a device is (OCF Core, 11.3.4: oic.wk.d). A device without it is not listed.
+const deviceHref hub.Href = "/oic/d"
+
+// localized is a text in one language.
+type localized struct {
+	Language string `json:"language"`
+	Value    string `json:"value"`
+}
+
+// deviceElement is a device in a list.
+type deviceElement struct {
+	id           hub.DeviceID
+	meta         hub.Metadata
+	metaCause    hub.Cause
+	link         hub.Link
+	data         changed // of /oic/d
+	name         string
+	model        string
+	manufacturer []localized
+	piid         string
+}
+
+// newDevice makes the element of a device, or reports false for one that is not listed: never attached, /oic/d not
+// published, not reported, or not a decodable object.
+func newDevice(d *hub.Device, hubID string) (deviceElement, bool) {
+	link, ok := d.Links.Get(deviceHref)
+	if !ok || !d.MetaCause.Known {
+		return deviceElement{}, false
+	}
+	res, ok := d.Resources.Get(deviceHref)
+	if !ok {
+		return deviceElement{}, false
+	}
+	doc, ok := appendDecoded(nil, res.Content)
+	var members map[string]json.RawMessage
+	if !ok || json.Unmarshal(doc, &members) != nil || members == nil {
+		return deviceElement{}, false
+	}
+	e := deviceElement{id: d.ID, meta: d.Metadata, metaCause: d.MetaCause, link: link, data: twinOf(d.ID, res, hubID)}
+	// A member of a wrong type stays empty: it must not hide the device.
+	_ = json.Unmarshal(members["n"], &e.name)
+	_ = json.Unmarshal(members["dmno"], &e.model)
+	_ = json.Unmarshal(members["piid"], &e.piid)
+	if json.Unmarshal(members["dmn"], &e.manufacturer) != nil {
+		e.manufacturer = nil
+		var plain string // as devices of OCF 1.0 have it
+		if json.Unmarshal(members["dmn"], &plain) == nil && plain != "" {
+			e.manufacturer = []localized{{Value: plain}}
+		}
+	}
+	return e, true
+}
+
+func (e deviceElement) endpoints() []string {
+	var uris []string
+	for _, ep := range e.link.Endpoints {
+		uris = append(uris, ep.URI)
+	}
+	return uris
+}
+
+func (e deviceElement) message(cursor string) proto.Message {
+	m := &pb.Device{
+		Id: string(e.id), Types: e.link.Types, Name: e.name,
+		Metadata: &pb.Device_Metadata{
+			Connection: connectionMessage(e.meta.Connection), TwinSynchronization: twinMessage(e.meta.Twin, e.metaCause),
+			TwinEnabled: e.meta.Twin.Enabled,
+		},
+		ModelNumber: e.model, Interfaces: e.link.Interfaces, ProtocolIndependentId: e.piid, Data: e.data.message(),
+		OwnershipStatus: pb.Device_OWNED, Endpoints: e.endpoints(), Cursor: optional(cursor),
+	}
+	for _, t := range e.manufacturer {
+		m.ManufacturerName = append(m.ManufacturerName, &pb.LocalizedString{Language: t.Language, Value: t.Value})
+	}
+	return m
+}
+
+func (e deviceElement) appendJSON(b []byte, cursor string) []byte {
+	b = appendText(append(b, '{'), "id", string(e.id))
+	b = appendTexts(b, "types", e.link.Types)
+	b = appendText(b, "name", e.name)
+	b = append(appendName(b, "metadata"), '{')
+	b = appendConnection(b, e.meta.Connection)
+	b = append(appendTwin(b, e.meta.Twin, e.metaCause), '}')
+	if len(e.manufacturer) > 0 {
+		b = append(appendName(b, "manufacturerName"), '[')
+		first := true
+		for _, t := range e.manufacturer {
+			if t == (localized{}) { // an empty object is left out, like all empty ones
+				continue
+			}
+			if !first {
+				b = append(b, ',')
+			}
+			first = false
+			b = appendText(append(b, '{'), "language", t.Language)
+			b = append(appendText(b, "value", t.Value), '}')
+		}
+		b = append(b, ']')
+	}
+	b = appendText(b, "modelNumber", e.model)
+	b = appendTexts(b, "interfaces", e.link.Interfaces)
+	b = appendText(b, "protocolIndependentId", e.piid)
+	b = e.data.appendJSON(appendName(b, "data"))
+	b = appendEnum(b, "ownershipStatus", pb.Device_OwnershipStatus_name, int32(pb.Device_OWNED))
+	b = appendTexts(b, "endpoints", e.endpoints())
+	return append(appendText(b, "cursor", cursor), '}')
+}

@@ -1,0 +1,161 @@
+package grpcgateway
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+
+	"github.com/coaphub/coaphub/api"
+)
+
+// Deps is what the door needs of the rest of the hub. All fields without a remark must be set.
+type Deps struct {
+	Directory  Directory
+	Identities Identities
+	Verifier   Verifier
+	// HubID goes into the metadata of events.
+	HubID string
+	// HubInfo is asked for each GetHubConfiguration; it must be cheap.
+	HubInfo func() HubConfiguration
+	// Hosts are names under which the hub is reachable, besides loopback and Config.API.HTTP.Hosts. May be nil.
+	Hosts []string
+	// Pages answers HTTP requests that are none of the API's, for example the login page. nil: they are 404.
+	Pages http.Handler
+	// CursorKey signs cursors. All instances of a hub need the same; nil makes a random one, and a restart makes clients with
+	// a cursor begin again.
+	CursorKey []byte
+	// TLS is used by listeners that are not on loopback. nil: such an address is an error.
+	TLS *tls.Config
+}
+
+// Gateway is the door. Make one with New.
+type Gateway struct {
+	cfg     Config
+	deps    Deps
+	log     *slog.Logger
+	metrics *metrics
+	openapi []byte // the description as JSON
+	hosts   map[string]bool
+	handler http.Handler
+	grpc    *grpc.Server
+	health  *health.Server
+	addrs   atomic.Pointer[[2]net.Addr]
+}
+
+// New makes a door that does not listen yet. The configuration must be valid.
+func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*Gateway, error) {
+	doc, err := api.JSON()
+	if err != nil {
+		return nil, fmt.Errorf("read the OpenAPI description: %w", err)
+	}
+	if deps.CursorKey == nil {
+		deps.CursorKey = make([]byte, 32)
+		_, _ = rand.Read(deps.CursorKey) // never fails
+	}
+	g := &Gateway{cfg: cfg, deps: deps, log: log, metrics: newMetrics(reg), openapi: doc, hosts: map[string]bool{}}
+	for _, h := range append(append([]string{"localhost", "127.0.0.1", "::1"}, cfg.API.HTTP.Hosts...), deps.Hosts...) {
+		g.hosts[canonicalHost(h)] = true
+	}
+	g.handler = g.newHandler()
+	g.grpc, g.health = g.newGRPC()
+	return g, nil
+}
+
+// HTTPHandler answers the API over HTTP, with all its checks, and everything else through Deps.Pages.
+func (g *Gateway) HTTPHandler() http.Handler { return g.handler }
+
+// GRPCServer is the server with the service, health and reflection registered.
+func (g *Gateway) GRPCServer() *grpc.Server { return g.grpc }
+
+// Addresses returns where the doors listen; nil before Run is ready.
+func (g *Gateway) Addresses() (http, grpc net.Addr) {
+	if a := g.addrs.Load(); a != nil {
+		return a[0], a[1]
+	}
+	return nil, nil
+}
+
+// stopTime is how long requests under way may take to end when the door closes; a list that is still being read is cut off
+// then, and its reader sees that it is not complete.
+const stopTime = 3 * time.Second
+
+// Run listens on both addresses, calls ready, and serves until ctx ends. It returns nil then, after all requests ended.
+func (g *Gateway) Run(ctx context.Context, ready func()) error {
+	hl, err := g.listen(ctx, "grpcGateway.api.http.address (--http-address)", g.cfg.API.HTTP.Address, []string{"h2", "http/1.1"})
+	if err != nil {
+		return err
+	}
+	gl, err := g.listen(ctx, "grpcGateway.api.grpc.address (--grpc-address)", g.cfg.API.GRPC.Address, []string{"h2"})
+	if err != nil {
+		_ = hl.Close()
+		return err
+	}
+	g.addrs.Store(&[2]net.Addr{hl.Addr(), gl.Addr()})
+	srv := &http.Server{
+		Handler:           g.handler,
+		ReadHeaderTimeout: g.cfg.Limits.HeaderTimeout,
+		IdleTimeout:       g.cfg.Limits.IdleTimeout,
+		MaxHeaderBytes:    g.cfg.Limits.MaxHeaderBytes,
+		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: g.cfg.Limits.MaxStreams},
+		ErrorLog:          slog.NewLogLogger(g.log.Handler(), slog.LevelDebug), // handshakes of strangers and the like
+		BaseContext:       func(net.Listener) context.Context { return context.WithoutCancel(ctx) },
+		// No WriteTimeout: it would end long answers. Each write has a deadline of its own instead.
+	}
+	failed := make(chan error, 2) // both servers, so that neither blocks
+	go func() { failed <- srv.Serve(hl) }()
+	go func() { failed <- g.grpc.Serve(gl) }()
+	ready()
+	running := 2
+	select {
+	case <-ctx.Done():
+		err = nil
+	case err = <-failed:
+		running--
+	}
+	g.health.Shutdown() // watchers are told, before their streams end
+	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTime)
+	defer cancel()
+	hard := context.AfterFunc(stop, g.grpc.Stop)
+	if srv.Shutdown(stop) != nil {
+		_ = srv.Close()
+	}
+	g.grpc.GracefulStop()
+	hard()
+	for range running {
+		if e := <-failed; err == nil && e != nil && !errors.Is(e, http.ErrServerClosed) && !errors.Is(e, grpc.ErrServerStopped) {
+			err = e
+		}
+	}
+	return err
+}
+
+// listen opens a door: plain on loopback, TLS anywhere else.
+func (g *Gateway) listen(ctx context.Context, what, address string, protocols []string) (net.Listener, error) {
+	var lc net.ListenConfig
+	l, err := lc.Listen(ctx, "tcp", address)
+	if err != nil {
+		return nil, fmt.Errorf("listen for %s: %w", what, err)
+	}
+	l = &limitListener{Listener: l, slots: make(chan struct{}, g.cfg.Limits.MaxConnections), done: make(chan struct{})}
+	if a, ok := l.Addr().(*net.TCPAddr); ok && a.IP.IsLoopback() {
+		return l, nil
+	}
+	if g.deps.TLS == nil {
+		_ = l.Close()
+		return nil, fmt.Errorf("listen for %s: %s is not loopback and there is no certificate for TLS", what, address)
+	}
+	cfg := g.deps.TLS.Clone()
+	cfg.NextProtos = protocols
+	return tls.NewListener(l, cfg), nil
+}

@@ -1,0 +1,248 @@
+package grpcgateway
+
+import (
+	"context"
+	"log/slog"
+	"path"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	_ "google.golang.org/grpc/encoding/gzip" // clients may ask for it
+	"google.golang.org/grpc/health"
+	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/reflection"
+	"google.golang.org/grpc/status"
+
+	pb "github.com/coaphub/coaphub/api/gen/grpcgatewaypb"
+	rapb "github.com/coaphub/coaphub/api/gen/resourceaggregatepb"
+	"github.com/coaphub/coaphub/hub"
+)
+
+// public are the calls that need no token: what the hub is, whether it lives, and how to talk to it.
+var public = map[string]bool{
+	pb.GrpcGateway_GetHubConfiguration_FullMethodName:                true,
+	grpc_health_v1.Health_Check_FullMethodName:                       true,
+	grpc_health_v1.Health_List_FullMethodName:                        true,
+	grpc_health_v1.Health_Watch_FullMethodName:                       true,
+	"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo":      true,
+	"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": true,
+}
+
+// reads are the calls for which a token that may read is enough; all others change something.
+var reads = map[string]bool{
+	pb.GrpcGateway_GetDevices_FullMethodName:            true,
+	pb.GrpcGateway_GetResourceLinks_FullMethodName:      true,
+	pb.GrpcGateway_GetResources_FullMethodName:          true,
+	pb.GrpcGateway_GetResourceFromDevice_FullMethodName: true,
+	pb.GrpcGateway_GetDevicesMetadata_FullMethodName:    true,
+	pb.GrpcGateway_GetEvents_FullMethodName:             true,
+	pb.GrpcGateway_GetPendingCommands_FullMethodName:    true,
+	pb.GrpcGateway_SubscribeToEvents_FullMethodName:     true,
+}
+
+func (g *Gateway) newGRPC() (*grpc.Server, *health.Server) {
+	s := grpc.NewServer(
+		grpc.ChainUnaryInterceptor(g.unary), grpc.ChainStreamInterceptor(g.stream),
+		grpc.MaxConcurrentStreams(uint32(g.cfg.Limits.MaxStreams)),
+		grpc.MaxRecvMsgSize(g.cfg.Limits.MaxBodyBytes),
+		grpc.MaxHeaderListSize(uint32(g.cfg.Limits.MaxHeaderBytes)),
+		grpc.ConnectionTimeout(g.cfg.Limits.HeaderTimeout),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
+		// A peer that is gone without a word is noticed, and its streams end.
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: g.cfg.Limits.StallTimeout}),
+		grpc.WaitForHandlers(true),
+	)
+	pb.RegisterGrpcGatewayServer(s, &server{g: g})
+	h := health.NewServer()
+	h.SetServingStatus(pb.GrpcGateway_ServiceDesc.ServiceName, grpc_health_v1.HealthCheckResponse_SERVING)
+	grpc_health_v1.RegisterHealthServer(s, h)
+	reflection.Register(s)
+	return s, h
+}
+
+type claimsKey struct{}
+
+// claimsOf returns whose call this is. Only the interceptor puts it there; every call that is not public has it.
+func claimsOf(ctx context.Context) hub.Claims { return ctx.Value(claimsKey{}).(hub.Claims) }
+
+// begin is what applies to every call before it runs.
+func (g *Gateway) begin(ctx context.Context, method string) (context.Context, error) {
+	if public[method] {
+		return ctx, nil
+	}
+	scope := hub.ScopeWrite
+	if reads[method] {
+		scope = hub.ScopeRead
+	}
+	var authorization string
+	if v := metadata.ValueFromIncomingContext(ctx, "authorization"); len(v) > 0 {
+		authorization = v[0]
+	}
+	claims, err := g.authorize(ctx, authorization, scope)
+	return context.WithValue(ctx, claimsKey{}, claims), err
+}
+
+// end is what applies to every call after it ran. It must be deferred: it turns a panic into an error of this call alone.
+func (g *Gateway) end(ctx context.Context, method string, begun time.Time, err *error) {
+	if p := recover(); p != nil {
+		g.metrics.panics.WithLabelValues("grpc").Inc()
+		g.log.Error("a call ended in a panic", "method", method, "panic", p, "stack", string(debug.Stack()))
+		*err = &hub.Error{Kind: hub.Internal, Op: method}
+	}
+	outcome := "ok"
+	if *err != nil {
+		kind := hub.KindOf(*err)
+		outcome = kind.String()
+		if _, is := status.FromError(*err); is || gone(ctx) { // is: from the transport, which lost the peer
+			outcome = "gone"
+		} else if kind == hub.Internal {
+			g.log.Error("a call failed", "method", method, "error", *err)
+		}
+		if _, is := status.FromError(*err); !is {
+			*err = toStatus(*err).Err()
+		}
+	}
+	call := path.Base(method)
+	if !strings.HasPrefix(method, "/"+pb.GrpcGateway_ServiceDesc.ServiceName+"/") {
+		call = "other" // health and reflection
+	}
+	took := time.Since(begun)
+	g.metrics.requests.WithLabelValues("grpc", call, outcome).Inc()
+	g.metrics.seconds.WithLabelValues("grpc", call).Observe(took.Seconds())
+	g.log.LogAttrs(ctx, slog.LevelDebug, "call", slog.String("method", method), slog.String("outcome", outcome), slog.Duration("took", took))
+}
+
+func (g *Gateway) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (resp any, err error) {
+	defer g.end(ctx, info.FullMethod, time.Now(), &err)
+	ctx, cancel := context.WithTimeout(ctx, g.cfg.Limits.RequestTimeout)
+	defer cancel()
+	if ctx, err = g.begin(ctx, info.FullMethod); err != nil {
+		return nil, err
+	}
+	return handle(ctx, req)
+}
+
+func (g *Gateway) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) (err error) {
+	defer g.end(ss.Context(), info.FullMethod, time.Now(), &err)
+	ctx, err := g.begin(ss.Context(), info.FullMethod)
+	if err != nil {
+		return err
+	}
+	if !info.IsClientStream { // lists end by themselves; subscriptions, health and reflection go on
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, g.cfg.Limits.RequestTimeout)
+		defer cancel()
+	}
+	return handle(srv, &contextStream{ss, ctx})
+}
+
+type contextStream struct {
+	grpc.ServerStream
+	ctx context.Context //nolint:containedctx // this is how a stream interceptor hands on a context
+}
+
+func (s *contextStream) Context() context.Context { return s.ctx }
+
+// server is the service over gRPC. Commands and subscriptions are answered with errors of the catalogue.
+type server struct {
+	pb.UnimplementedGrpcGatewayServer
+	g *Gateway
+}
+
+func (s *server) GetDevices(r *pb.GetDevicesRequest, out grpc.ServerStreamingServer[pb.Device]) error {
+	f, err := newFilter(r.GetDeviceIdFilter(), nil, nil)
+	if err != nil {
+		return err
+	}
+	f.types = r.GetTypeFilter()
+	f.setStatus(r.GetStatusFilter())
+	return sendList(s.g, listDevices, out, f, r, s.g.devices)
+}
+
+func (s *server) GetResourceLinks(r *pb.GetResourceLinksRequest, out grpc.ServerStreamingServer[rapb.ResourceLinksPublished]) error {
+	f, err := newFilter(r.GetDeviceIdFilter(), nil, nil)
+	if err != nil {
+		return err
+	}
+	f.types = r.GetTypeFilter()
+	return sendList(s.g, listLinks, out, f, r, s.g.links)
+}
+
+func (s *server) GetResources(r *pb.GetResourcesRequest, out grpc.ServerStreamingServer[pb.Resource]) error {
+	f, err := newFilter(r.GetDeviceIdFilter(), r.GetResourceIdFilter(), r.GetHttpResourceIdFilter()) //nolint:staticcheck // old clients use it
+	if err != nil {
+		return err
+	}
+	f.types = r.GetTypeFilter()
+	return sendList(s.g, listResources, out, f, r, s.g.resources)
+}
+
+func (s *server) GetDevicesMetadata(r *pb.GetDevicesMetadataRequest, out grpc.ServerStreamingServer[rapb.DeviceMetadataUpdated]) error {
+	f, err := newFilter(r.GetDeviceIdFilter(), nil, nil)
+	if err != nil {
+		return err
+	}
+	f.types = r.GetTypeFilter()
+	return sendList(s.g, listMetadata, out, f, r, s.g.metadata)
+}
+
+func (s *server) GetEvents(r *pb.GetEventsRequest, out grpc.ServerStreamingServer[pb.GetEventsResponse]) error {
+	f, err := newFilter(r.GetDeviceIdFilter(), r.GetResourceIdFilter(), r.GetHttpResourceIdFilter()) //nolint:staticcheck // old clients use it
+	if err != nil {
+		return err
+	}
+	f.after = sinceNanos(r.GetTimestampFilter())
+	return sendList(s.g, listEvents, out, f, r, s.g.events)
+}
+
+func (s *server) DeleteDevices(ctx context.Context, r *pb.DeleteDevicesRequest) (*pb.DeleteDevicesResponse, error) {
+	d, err := s.g.deleteDevices(ctx, claimsOf(ctx), r.GetDeviceIdFilter(), r.GetAll())
+	if err != nil {
+		return nil, err
+	}
+	return d.response(), nil
+}
+
+func (s *server) GetHubConfiguration(context.Context, *pb.HubConfigurationRequest) (*pb.HubConfigurationResponse, error) {
+	return s.g.configuration().response(), nil
+}
+
+func (s *server) GetResourceFromDevice(context.Context, *pb.GetResourceFromDeviceRequest) (*pb.GetResourceFromDeviceResponse, error) {
+	return nil, errCommands
+}
+
+func (s *server) UpdateResource(context.Context, *pb.UpdateResourceRequest) (*pb.UpdateResourceResponse, error) {
+	return nil, errCommands
+}
+
+func (s *server) CreateResource(context.Context, *pb.CreateResourceRequest) (*pb.CreateResourceResponse, error) {
+	return nil, errCommands
+}
+
+func (s *server) DeleteResource(context.Context, *pb.DeleteResourceRequest) (*pb.DeleteResourceResponse, error) {
+	return nil, errCommands
+}
+
+func (s *server) UpdateDeviceMetadata(context.Context, *pb.UpdateDeviceMetadataRequest) (*pb.UpdateDeviceMetadataResponse, error) {
+	return nil, errCommands
+}
+
+func (s *server) GetPendingCommands(*pb.GetPendingCommandsRequest, grpc.ServerStreamingServer[pb.PendingCommand]) error {
+	return errCommands
+}
+
+func (s *server) CancelPendingCommands(context.Context, *pb.CancelPendingCommandsRequest) (*pb.CancelPendingCommandsResponse, error) {
+	return nil, errCommands
+}
+
+func (s *server) CancelPendingMetadataUpdates(context.Context, *pb.CancelPendingMetadataUpdatesRequest) (*pb.CancelPendingCommandsResponse, error) {
+	return nil, errCommands
+}
+
+func (s *server) SubscribeToEvents(grpc.BidiStreamingServer[pb.SubscribeToEvents, pb.Event]) error {
+	return errSubscribe
+}

@@ -1,0 +1,356 @@
+package grpcgateway
+
+import (
+	"context"
+	"errors"
+	"io"
+	"iter"
+	"net"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/encoding/gzip"
+	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/metadata"
+	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
+	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/test/bufconn"
+
+	pb "github.com/coaphub/coaphub/api/gen/grpcgatewaypb"
+	rapb "github.com/coaphub/coaphub/api/gen/resourceaggregatepb"
+	"github.com/coaphub/coaphub/hub"
+)
+
+// dial serves the world's gRPC server over memory.
+func (w *world) dial(t testing.TB) *grpc.ClientConn {
+	t.Helper()
+	l := bufconn.Listen(1 << 20)
+	done := make(chan struct{})
+	go func() { defer close(done); _ = w.GRPCServer().Serve(l) }()
+	c, err := grpc.NewClient("passthrough:///hub", grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return l.DialContext(ctx) }))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close(); w.GRPCServer().Stop(); <-done })
+	return c
+}
+
+func as(t testing.TB, token string) context.Context {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	t.Cleanup(cancel)
+	if token == "" {
+		return ctx
+	}
+	return metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+token)
+}
+
+func all[M any](s grpc.ServerStreamingClient[M], err error) ([]*M, error) {
+	if err != nil {
+		return nil, err
+	}
+	var out []*M
+	for {
+		m, err := s.Recv()
+		if errors.Is(err, io.EOF) {
+			return out, nil
+		}
+		if err != nil {
+			return out, err
+		}
+		out = append(out, m)
+	}
+}
+
+func must[M any](t testing.TB) func(ms []M, err error) []M {
+	return func(ms []M, err error) []M {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return ms
+	}
+}
+
+// reasonOf returns code and stable code of a gRPC error.
+func reasonOf(t testing.TB, err error) (codes.Code, string) {
+	t.Helper()
+	s := status.Convert(err)
+	for _, d := range s.Details() {
+		if i, ok := d.(*errdetails.ErrorInfo); ok {
+			want(t, "domain", i.GetDomain(), "coaphub")
+			return s.Code(), i.GetReason()
+		}
+	}
+	t.Errorf("no ErrorInfo: %v", err)
+	return s.Code(), ""
+}
+
+func TestGRPCReads(t *testing.T) {
+	w := newWorld(t)
+	history(w)
+	c := pb.NewGrpcGatewayClient(w.dial(t))
+	ctx := as(t, "alice")
+
+	devices := must[*pb.Device](t)(all(c.GetDevices(ctx, &pb.GetDevicesRequest{})))
+	want(t, "devices", len(devices), 2)
+	want(t, "name", devices[0].GetName(), "lamp A")
+	want(t, "status", devices[1].GetMetadata().GetConnection().GetStatus(), rapb.Connection_OFFLINE)
+	want(t, "manufacturer", devices[0].GetManufacturerName()[0].GetValue(), "Example Maker")
+	want(t, "owned", devices[0].GetOwnershipStatus(), pb.Device_OWNED)
+	want(t, "no cursor unless asked", devices[0].Cursor == nil && devices[1].Cursor == nil, true)
+	for _, r := range []struct {
+		req  *pb.GetDevicesRequest
+		want int
+	}{
+		{&pb.GetDevicesRequest{StatusFilter: []pb.GetDevicesRequest_Status{pb.GetDevicesRequest_OFFLINE}}, 1},
+		{&pb.GetDevicesRequest{StatusFilter: []pb.GetDevicesRequest_Status{7}}, 0},
+		{&pb.GetDevicesRequest{StatusFilter: []pb.GetDevicesRequest_Status{0, 1}}, 2},
+		{&pb.GetDevicesRequest{TypeFilter: []string{"x.none"}}, 0},
+		{&pb.GetDevicesRequest{DeviceIdFilter: []string{string(lampB)}}, 1},
+		{&pb.GetDevicesRequest{DeviceIdFilter: []string{"abc"}}, 0},
+		{&pb.GetDevicesRequest{DeviceIdFilter: []string{string(bobs)}}, 0},
+	} {
+		want(t, r.req.String(), len(must[*pb.Device](t)(all(c.GetDevices(ctx, r.req)))), r.want)
+	}
+
+	id := func(d hub.DeviceID, href string) *rapb.ResourceId {
+		return &rapb.ResourceId{DeviceId: string(d), Href: href}
+	}
+	for _, r := range []struct {
+		what string
+		req  *pb.GetResourcesRequest
+		want int
+	}{
+		{"all", &pb.GetResourcesRequest{}, 19},
+		{"device", &pb.GetResourcesRequest{DeviceIdFilter: []string{string(lampA)}}, 9},
+		{"device and type", &pb.GetResourcesRequest{DeviceIdFilter: []string{string(lampA)}, TypeFilter: []string{"x.text", "x.json"}}, 2},
+		{"resource", &pb.GetResourcesRequest{ResourceIdFilter: []*pb.ResourceIdFilter{{ResourceId: id(lampA, "/light/1")}}}, 1},
+		{"resource without slash", &pb.GetResourcesRequest{ResourceIdFilter: []*pb.ResourceIdFilter{{ResourceId: id(lampA, "light/1")}}}, 1},
+		{"empty href", &pb.GetResourcesRequest{ResourceIdFilter: []*pb.ResourceIdFilter{{ResourceId: id(lampA, "")}}}, 9},
+		{"empty device", &pb.GetResourcesRequest{ResourceIdFilter: []*pb.ResourceIdFilter{{ResourceId: id("", "/light/1")}}}, 0},
+		{"nothing in it", &pb.GetResourcesRequest{ResourceIdFilter: []*pb.ResourceIdFilter{{}}}, 0},
+		{"of bob", &pb.GetResourcesRequest{DeviceIdFilter: []string{string(bobs)}}, 0},
+	} {
+		want(t, r.what, len(must[*pb.Resource](t)(all(c.GetResources(ctx, r.req)))), r.want)
+	}
+	for _, r := range []*pb.GetResourcesRequest{
+		{ResourceIdFilter: []*pb.ResourceIdFilter{{ResourceId: id(lampA, "/light/1"), Etag: [][]byte{[]byte("\xb1\xb2")}}}},
+		{HttpResourceIdFilter: []string{string(lampA) + "/light/1?etag=sbI="}},
+	} {
+		rs := must[*pb.Resource](t)(all(c.GetResources(ctx, r)))
+		want(t, "etag matches", rs[0].GetData().GetStatus(), rapb.Status_NOT_MODIFIED)
+		want(t, "format", rs[0].GetData().GetContent().GetCoapContentFormat(), -1)
+		want(t, "content", len(rs[0].GetData().GetContent().GetData()), 0)
+	}
+
+	links := must[*rapb.ResourceLinksPublished](t)(all(c.GetResourceLinks(ctx, &pb.GetResourceLinksRequest{TypeFilter: []string{"core.light"}})))
+	want(t, "links", len(links), 2)
+	meta := must[*rapb.DeviceMetadataUpdated](t)(all(c.GetDevicesMetadata(ctx, &pb.GetDevicesMetadataRequest{DeviceIdFilter: []string{string(lampB)}})))
+	want(t, "metadata", len(meta), 1)
+
+	events := must[*pb.GetEventsResponse](t)(all(c.GetEvents(ctx, &pb.GetEventsRequest{})))
+	want(t, "events", len(events), 5)
+	want(t, "event", events[2].GetResourceChanged().GetAuditContext().GetCorrelationId(), "corr")
+	events = must[*pb.GetEventsResponse](t)(all(c.GetEvents(ctx, &pb.GetEventsRequest{TimestampFilter: t0 + 3})))
+	want(t, "newer events", len(events), 2)
+	events = must[*pb.GetEventsResponse](t)(all(c.GetEvents(ctx, &pb.GetEventsRequest{ResourceIdFilter: []*pb.ResourceIdFilter{{ResourceId: id(lampA, "/other")}}})))
+	want(t, "of a resource", len(events), 1)
+
+	conf, err := c.GetHubConfiguration(as(t, ""), &pb.HubConfigurationRequest{}, grpc.UseCompressor(gzip.Name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want(t, "id", conf.GetId(), hubID)
+	want(t, "ttl", conf.GetDefaultCommandTimeToLive(), int64(10*time.Second))
+}
+
+func TestGRPCPages(t *testing.T) {
+	w := newWorld(t)
+	c := pb.NewGrpcGatewayClient(w.dial(t))
+	ctx := as(t, "alice")
+	var got []string
+	cursor := ""
+	for range 20 {
+		page := must[*pb.Resource](t)(all(c.GetResources(ctx, &pb.GetResourcesRequest{DeviceIdFilter: []string{string(lampA)}, Limit: 4, Cursor: cursor})))
+		for _, r := range page {
+			got = append(got, r.GetTypes()[0])
+		}
+		if cursor = page[len(page)-1].GetCursor(); cursor == "" {
+			break
+		}
+	}
+	wantList(t, "pages", got, "x.odd", "x.cbor", "x.json", "x.late", "core.light", "x.octets", "oic.wk.d", "x.text", "x.types")
+	_, err := all(c.GetResources(ctx, &pb.GetResourcesRequest{Cursor: "x"}))
+	code, reason := reasonOf(t, err)
+	want(t, "bad cursor", code, codes.InvalidArgument)
+	want(t, "bad cursor", reason, "cursor-invalid")
+	at := must[*pb.Device](t)(all(c.GetDevices(ctx, &pb.GetDevicesRequest{At: t0})))
+	want(t, "looking back", len(at), 2)
+}
+
+func TestGRPCDeleteDevices(t *testing.T) { // C1
+	w := newWorld(t)
+	c := pb.NewGrpcGatewayClient(w.dial(t))
+	for _, req := range []*pb.DeleteDevicesRequest{{}, {DeviceIdFilter: []string{""}}, {DeviceIdFilter: []string{string(lampA), ""}}, {All: true, DeviceIdFilter: []string{string(lampA)}}} {
+		_, err := c.DeleteDevices(as(t, "alice"), req)
+		code, _ := reasonOf(t, err)
+		want(t, req.String(), code, codes.InvalidArgument)
+	}
+	want(t, "deleted", len(w.signOffs), 0)
+	_, err := c.DeleteDevices(as(t, "reader"), &pb.DeleteDevicesRequest{All: true})
+	code, reason := reasonOf(t, err)
+	want(t, "a reader", code, codes.PermissionDenied)
+	want(t, "a reader", reason, "scope-missing")
+	r, err := c.DeleteDevices(as(t, "alice"), &pb.DeleteDevicesRequest{DeviceIdFilter: []string{string(lampA), string(unknown), string(bobs), "abc"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantList(t, "deleted", r.GetDeviceIds(), string(lampA))
+	if r, err = c.DeleteDevices(as(t, "alice"), &pb.DeleteDevicesRequest{All: true}); err != nil {
+		t.Fatal(err)
+	}
+	want(t, "the rest", len(r.GetDeviceIds()), 3)
+}
+
+func TestGRPCAuthorization(t *testing.T) {
+	w := newWorld(t)
+	c := pb.NewGrpcGatewayClient(w.dial(t))
+	for _, r := range []struct {
+		token  string
+		code   codes.Code
+		reason string
+	}{
+		{"", codes.Unauthenticated, "token-missing"},
+		{"nonsense", codes.Unauthenticated, "token-invalid"},
+		{"lamp", codes.PermissionDenied, "device-token"},
+		{"scopeless", codes.PermissionDenied, "scope-missing"},
+	} {
+		_, err := all(c.GetDevices(as(t, r.token), &pb.GetDevicesRequest{}))
+		code, reason := reasonOf(t, err)
+		want(t, r.token, code, r.code)
+		want(t, r.token, reason, r.reason)
+	}
+	_, err := all(c.GetDevices(metadata.AppendToOutgoingContext(as(t, ""), "authorization", "alice"), &pb.GetDevicesRequest{}))
+	code, _ := reasonOf(t, err)
+	want(t, "no scheme", code, codes.Unauthenticated)
+	w.verifier.verify = func(context.Context, string) (hub.Claims, error) {
+		return hub.Claims{}, &hub.Error{Kind: hub.Unavailable, RetryAfter: time.Second}
+	}
+	_, err = all(c.GetDevices(as(t, "alice"), &pb.GetDevicesRequest{}))
+	want(t, "provider away", status.Code(err), codes.Unavailable)
+	var retry *errdetails.RetryInfo
+	for _, d := range status.Convert(err).Details() {
+		if r, ok := d.(*errdetails.RetryInfo); ok {
+			retry = r
+		}
+	}
+	want(t, "when to try again", retry.GetRetryDelay().AsDuration(), time.Second)
+}
+
+func TestGRPCCommandsAreNotThereYet(t *testing.T) {
+	w := newWorld(t)
+	c := pb.NewGrpcGatewayClient(w.dial(t))
+	ctx := as(t, "alice")
+	errs := map[string]error{}
+	_, errs["retrieve"] = c.GetResourceFromDevice(ctx, &pb.GetResourceFromDeviceRequest{})
+	_, errs["update"] = c.UpdateResource(ctx, &pb.UpdateResourceRequest{})
+	_, errs["create"] = c.CreateResource(ctx, &pb.CreateResourceRequest{})
+	_, errs["delete"] = c.DeleteResource(ctx, &pb.DeleteResourceRequest{})
+	_, errs["metadata"] = c.UpdateDeviceMetadata(ctx, &pb.UpdateDeviceMetadataRequest{})
+	_, errs["cancel"] = c.CancelPendingCommands(ctx, &pb.CancelPendingCommandsRequest{})
+	_, errs["cancel metadata"] = c.CancelPendingMetadataUpdates(ctx, &pb.CancelPendingMetadataUpdatesRequest{})
+	_, errs["pending"] = all(c.GetPendingCommands(ctx, &pb.GetPendingCommandsRequest{}))
+	for what, err := range errs {
+		code, reason := reasonOf(t, err)
+		want(t, what, code, codes.Unimplemented)
+		want(t, what, reason, "commands-not-available")
+	}
+	s, err := c.SubscribeToEvents(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = s.Recv()
+	code, reason := reasonOf(t, err)
+	want(t, "subscribe", code, codes.Unimplemented)
+	want(t, "subscribe", reason, "subscriptions-not-available")
+	_, err = c.UpdateResource(as(t, "reader"), &pb.UpdateResourceRequest{})
+	want(t, "a reader may not command", status.Code(err), codes.PermissionDenied)
+}
+
+func TestGRPCEveryKindHasItsCode(t *testing.T) {
+	for _, k := range hub.Kinds() {
+		w := newWorld(t)
+		c := pb.NewGrpcGatewayClient(w.dial(t))
+		w.directory.devices = failing(1, w, &hub.Error{Kind: k, Op: "test", Err: errors.New("the cause")})
+		got, err := all(c.GetDevices(as(t, "alice"), &pb.GetDevicesRequest{}))
+		want(t, "what came before", len(got), 1)
+		code, reason := reasonOf(t, err)
+		want(t, k.String(), code, codeOf[k])
+		want(t, k.String(), reason, k.String())
+		want(t, k.String(), status.Convert(err).Message(), k.Sentence())
+	}
+}
+
+func TestGRPCPanicEndsOneCall(t *testing.T) {
+	w := newWorld(t)
+	c := pb.NewGrpcGatewayClient(w.dial(t))
+	good := w.directory.devices
+	w.directory.devices = func(context.Context, hub.Owner, []hub.DeviceID) iter.Seq2[*hub.Device, error] { panic("boom") }
+	_, err := all(c.GetDevices(as(t, "alice"), &pb.GetDevicesRequest{}))
+	want(t, "code", status.Code(err), codes.Internal)
+	w.identities.devices = func(context.Context, hub.Owner) ([]hub.DeviceID, error) { panic("boom too") }
+	_, err = c.DeleteDevices(as(t, "alice"), &pb.DeleteDevicesRequest{All: true})
+	want(t, "unary", status.Code(err), codes.Internal)
+	want(t, "counted", w.counter(t, "coaphub_api_panics_total", "grpc"), 2)
+	if !strings.Contains(w.log.String(), "grpc_test.go") {
+		t.Error("no stack in the log")
+	}
+	w.directory.devices = good
+	got, err := all(c.GetDevices(as(t, "alice"), &pb.GetDevicesRequest{DeviceIdFilter: []string{string(lampA)}}))
+	want(t, "the next", len(got), 1)
+	want(t, "the next", status.Code(err), codes.OK)
+}
+
+func TestHealthAndReflectionNeedNoToken(t *testing.T) {
+	w := newWorld(t)
+	conn := w.dial(t)
+	for _, service := range []string{"", "grpcgateway.pb.GrpcGateway"} {
+		h, err := grpc_health_v1.NewHealthClient(conn).Check(as(t, ""), &grpc_health_v1.HealthCheckRequest{Service: service})
+		if err != nil {
+			t.Fatal(err)
+		}
+		want(t, "health", h.GetStatus(), grpc_health_v1.HealthCheckResponse_SERVING)
+	}
+	s, err := reflectionpb.NewServerReflectionClient(conn).ServerReflectionInfo(as(t, ""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ask := func(r *reflectionpb.ServerReflectionRequest) *reflectionpb.ServerReflectionResponse {
+		if err := s.Send(r); err != nil {
+			t.Fatal(err)
+		}
+		a, err := s.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return a
+	}
+	var names []string
+	for _, s := range ask(&reflectionpb.ServerReflectionRequest{MessageRequest: &reflectionpb.ServerReflectionRequest_ListServices{}}).GetListServicesResponse().GetService() {
+		names = append(names, s.GetName())
+	}
+	if !slices.Contains(names, "grpcgateway.pb.GrpcGateway") || !slices.Contains(names, "grpc.health.v1.Health") {
+		t.Errorf("services: %v", names)
+	}
+	files := ask(&reflectionpb.ServerReflectionRequest{MessageRequest: &reflectionpb.ServerReflectionRequest_FileContainingSymbol{FileContainingSymbol: "grpcgateway.pb.GrpcGateway.GetDevices"}}).GetFileDescriptorResponse()
+	if len(files.GetFileDescriptorProto()) == 0 {
+		t.Error("no descriptor of the service")
+	}
+}

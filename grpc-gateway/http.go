@@ -1,0 +1,220 @@
+package grpcgateway
+
+import (
+	"context"
+	"log/slog"
+	"net"
+	"net/http"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/coaphub/coaphub/hub"
+)
+
+// request is an HTTP request of the API that may be carried out.
+type request struct {
+	*http.Request
+	claims hub.Claims // zero for public operations
+	vars   vars
+	query  query
+	proto  bool // protobuf's JSON instead of the simple form
+}
+
+// newHandler is everything that applies to every request, from the outside in.
+func (g *Gateway) newHandler() http.Handler {
+	cross := http.NewCrossOriginProtection()
+	cross.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		g.metrics.refused.WithLabelValues("origin").Inc()
+		writeError(w, errCrossOrigin)
+	}))
+	inner := cross.Handler(http.HandlerFunc(g.route))
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !g.hosts[canonicalHost(r.Host)] { // DNS rebinding
+			g.metrics.refused.WithLabelValues("host").Inc()
+			writeError(w, errHost)
+			return
+		}
+		inner.ServeHTTP(w, r)
+	})
+}
+
+// canonicalHost takes the port and the brackets of an IPv6 address away.
+func canonicalHost(h string) string {
+	if host, _, err := net.SplitHostPort(h); err == nil {
+		h = host
+	}
+	h = strings.TrimSuffix(strings.ToLower(strings.Trim(h, "[]")), ".")
+	if ip := net.ParseIP(h); ip != nil {
+		return ip.String()
+	}
+	return h
+}
+
+// route finds the operation and runs it. What it does not know goes to Deps.Pages, except below /api/.
+func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
+	template, v, err := split(r.URL.EscapedPath())
+	api := strings.HasPrefix(r.URL.Path, "/api/")
+	if g.deps.Pages != nil && (template == "" && !api || template == "/") {
+		g.deps.Pages.ServeHTTP(rw, r)
+		return
+	}
+	method := r.Method
+	if method == http.MethodHead { // net/http leaves the body away
+		method = http.MethodGet
+	}
+	op, found := routes[template][method]
+	call := op.id
+	if !found {
+		call = "unknown"
+	}
+	w := &writer{ResponseWriter: rw, control: http.NewResponseController(rw), stall: g.cfg.Limits.StallTimeout}
+	begun := time.Now()
+	defer func() {
+		if p := recover(); p != nil {
+			if p == http.ErrAbortHandler { //nolint:errorlint // net/http compares it like this too
+				panic(p)
+			}
+			g.metrics.panics.WithLabelValues("http").Inc()
+			g.log.Error("a request ended in a panic", "method", r.Method, "call", call, "panic", p, "stack", string(debug.Stack()))
+			err = &hub.Error{Kind: hub.Internal, Op: "http." + call}
+			if w.status == 0 {
+				writeError(w, err)
+			}
+		}
+		outcome := "ok"
+		switch {
+		case err != nil && gone(r.Context()):
+			outcome = "gone"
+		case err != nil:
+			outcome = hub.KindOf(err).String()
+		}
+		took := time.Since(begun)
+		g.metrics.requests.WithLabelValues("http", call, outcome).Inc()
+		g.metrics.seconds.WithLabelValues("http", call).Observe(took.Seconds())
+		g.log.LogAttrs(r.Context(), slog.LevelDebug, "request", slog.String("method", r.Method), slog.String("call", call),
+			slog.Int("status", w.status), slog.String("outcome", outcome), slog.Duration("took", took))
+		if w.cut { // the last line says so; breaking off the connection says it to everybody
+			panic(http.ErrAbortHandler)
+		}
+	}()
+	ctx, cancel := context.WithTimeout(r.Context(), g.cfg.Limits.RequestTimeout)
+	defer cancel()
+	if err = g.serve(ctx, w, r, template, v, op, found, err); err == nil {
+		return
+	}
+	if hub.KindOf(err) == hub.Internal {
+		g.log.Error("a request failed", "call", call, "error", err)
+	}
+	if w.status == 0 {
+		writeError(w, err)
+	}
+}
+
+func (g *Gateway) serve(ctx context.Context, w *writer, r *http.Request, template string, v vars, op operation, found bool, bad error) error {
+	authorization := r.Header.Get("Authorization")
+	switch {
+	case template == "":
+		if strings.HasPrefix(r.URL.Path, "/api/") { // strangers do not learn which paths there are
+			if _, err := g.authorize(ctx, authorization, hub.ScopeRead); err != nil {
+				return err
+			}
+		}
+		return errNoRoute
+	case !found:
+		w.Header().Set("Allow", allow(template))
+		return errNoMethod
+	}
+	req := &request{Request: r.WithContext(ctx), vars: v, proto: r.Header.Get("Accept") == "application/protojson"}
+	var err error
+	if op.scope != "" {
+		if req.claims, err = g.authorize(ctx, authorization, op.scope); err != nil {
+			return err
+		}
+		w.Header().Set("Cache-Control", "private, no-cache") // what it says belongs to one owner
+		w.Header().Add("Vary", "Accept, Authorization")
+	}
+	switch {
+	case bad != nil:
+		return bad
+	case r.ContentLength > int64(g.cfg.Limits.MaxBodyBytes):
+		return errBody
+	case op.later != nil:
+		return op.later
+	}
+	r.Body = http.MaxBytesReader(w, r.Body, int64(g.cfg.Limits.MaxBodyBytes))
+	if req.query, err = parseQuery(r.URL.RawQuery); err != nil {
+		return err
+	}
+	return op.serve(g, w, req)
+}
+
+func allow(template string) string {
+	var m []string
+	for method, op := range routes[template] {
+		m = append(m, method)
+		if method == http.MethodGet && op.later == nil {
+			m = append(m, http.MethodHead)
+		}
+	}
+	slices.Sort(m)
+	return strings.Join(m, ", ")
+}
+
+// writer remembers what was answered, and gives each write a deadline of its own: a reader that takes nothing for so long
+// is cut off, one that is slow is not.
+type writer struct {
+	http.ResponseWriter
+	control *http.ResponseController
+	stall   time.Duration
+	status  int
+	cut     bool // the answer ended with an error after it had begun
+}
+
+func (w *writer) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+func (w *writer) WriteHeader(status int) {
+	if w.status == 0 {
+		w.status = status
+	}
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *writer) Write(b []byte) (int, error) {
+	if w.status == 0 {
+		w.status = http.StatusOK
+	}
+	_ = w.control.SetWriteDeadline(time.Now().Add(w.stall)) // tests' recorders have none
+	return w.ResponseWriter.Write(b)
+}
+
+// contentType of an answer in one of the two forms. protobuf's JSON has the name that other hubs give it.
+func (r *request) contentType() string {
+	if r.proto {
+		return "application/jsonpb"
+	}
+	return "application/json"
+}
+
+// writeOne answers with one message that has no wrapper.
+func writeOne(w http.ResponseWriter, r *request, e element) error {
+	b, err := appendElement(make([]byte, 0, 1024), r, e, "")
+	if err != nil {
+		return err
+	}
+	return writeBody(w, r, r.contentType(), append(b, '\n'))
+}
+
+func writeBody(w http.ResponseWriter, r *request, contentType string, b []byte) error {
+	w.Header().Set("Content-Type", contentType)
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	out, done := compress(w, r.Request, len(b))
+	if out == w {
+		w.Header().Set("Content-Length", strconv.Itoa(len(b)))
+	}
+	_, _ = out.Write(b) // a client that is gone needs no answer
+	done()
+	return nil
+}

@@ -1,0 +1,148 @@
+package grpcgateway
+
+import (
+	"net/http"
+	"net/url"
+	"strings"
+
+	"github.com/coaphub/coaphub/hub"
+)
+
+// vars are what a path names.
+type vars struct {
+	device string // as it stands, perhaps no UUID: such a device is not found, as on other hubs
+	href   hub.Href
+}
+
+// split finds the template of an escaped path, "" if there is none. It is our own, since hrefs stand in the middle of paths
+// and may hold slashes, dots and whatever else: net/http's mux neither matches nor leaves them alone.
+//
+// Everything behind resources/ or resource-links/ is the href, except for a last segment "events" or "pending-commands"
+// (also the last but one): a resource of such a name is reached by escaping the slash before it (%2F), which makes it one
+// segment here.
+func split(path string) (template string, v vars, err error) {
+	path = strings.TrimRight(path, "/")
+	const devices = "/api/v1/devices"
+	rest, ok := strings.CutPrefix(path, devices+"/")
+	if !ok {
+		if path == "" {
+			path = "/"
+		}
+		if routes[path] == nil || strings.Contains(path, "{") {
+			return "", v, nil
+		}
+		return path, v, nil
+	}
+	device, rest, more := strings.Cut(rest, "/")
+	if v.device, err = url.PathUnescape(device); err != nil || device == "" {
+		return "", v, nil
+	}
+	template = devices + "/{deviceId}"
+	if !more {
+		return template, v, nil
+	}
+	kind, rest, more := strings.Cut(rest, "/")
+	template += "/" + kind
+	switch kind {
+	case "metadata", "pending-commands", "pending-metadata-updates", "events":
+		if more && kind == "pending-metadata-updates" && !strings.Contains(rest, "/") {
+			return template + "/{correlationId}", v, nil
+		}
+		if more {
+			return "", v, nil
+		}
+		return template, v, nil
+	case "resources", "resource-links":
+	default:
+		return "", v, nil
+	}
+	if !more {
+		return template, v, nil
+	}
+	template += "/{href}"
+	if kind == "resources" {
+		if href, last, ok := cutLast(rest); ok {
+			switch before, middle, _ := cutLast(href); {
+			case last == "events", last == "pending-commands":
+				template, rest = template+"/"+last, href
+			case middle == "pending-commands" && before != "":
+				template, rest = template+"/pending-commands/{correlationId}", before
+			}
+		}
+	}
+	// The path was cut in its escaped form; from here on an encoded slash is a slash. Runs of slashes, encoded or not, are
+	// one: other hubs redirect to that path, we answer at once.
+	raw, err := url.PathUnescape(rest)
+	if err == nil {
+		v.href, err = hub.ParseHref(raw)
+	}
+	if err != nil {
+		return template, v, hub.NewError(hub.Invalid, "href-invalid", "the path names no resource").With("http.split", err)
+	}
+	return template, v, nil
+}
+
+func cutLast(s string) (before, last string, ok bool) {
+	i := strings.LastIndexByte(s, '/')
+	if i <= 0 {
+		return "", s, false
+	}
+	return s[:i], s[i+1:], true
+}
+
+// operation is what a route does for one method.
+type operation struct {
+	id    string // operationId of the OpenAPI description and label of metrics
+	scope string // "" = public
+	serve func(*Gateway, http.ResponseWriter, *request) error
+	later *hub.Error // answered instead, for what is not there yet; such operations are not described
+}
+
+// routes are all paths of the API.
+var routes map[string]map[string]operation
+
+func init() { // not a literal: split reads what it leads to
+	read := func(id string, serve func(*Gateway, http.ResponseWriter, *request) error) operation {
+		return operation{id: id, scope: hub.ScopeRead, serve: serve}
+	}
+	write := func(id string, serve func(*Gateway, http.ResponseWriter, *request) error) operation {
+		return operation{id: id, scope: hub.ScopeWrite, serve: serve}
+	}
+	open := func(id string, serve func(*Gateway, http.ResponseWriter, *request) error) operation {
+		return operation{id: id, serve: serve}
+	}
+	command := func(scope string) operation { return operation{id: "command", scope: scope, later: errCommands} }
+	readCommand, writeCommand := command(hub.ScopeRead), command(hub.ScopeWrite)
+	const device = "/api/v1/devices/{deviceId}"
+	type methods = map[string]operation
+	routes = map[string]methods{
+		"/":                              {"GET": open("root", (*Gateway).getRoot)},
+		"/.well-known/configuration":     {"GET": open("getConfiguration", (*Gateway).getConfiguration)},
+		"/.well-known/hub-configuration": {"GET": open("getHubConfiguration", (*Gateway).getConfiguration)},
+		"/api/v1/openapi.json":           {"GET": open("getOpenAPI", (*Gateway).getOpenAPI)},
+
+		"/api/v1/devices":                   {"GET": read("getDevices", (*Gateway).getDevices), "DELETE": write("deleteDevices", (*Gateway).deleteAll)},
+		device:                              {"GET": read("getDevice", (*Gateway).getDevice), "DELETE": write("deleteDevice", (*Gateway).deleteOne)},
+		"/api/v1/resource-links":            {"GET": read("getResourceLinks", (*Gateway).getLinks)},
+		device + "/resource-links":          {"GET": read("getResourceLinksOfDevice", (*Gateway).getLinksOfDevice)},
+		"/api/v1/resources":                 {"GET": read("getResources", (*Gateway).getResources)},
+		device + "/resources":               {"GET": read("getResourcesOfDevice", (*Gateway).getResourcesOfDevice)},
+		"/api/v1/devices-metadata":          {"GET": read("getDevicesMetadata", (*Gateway).getMetadata)},
+		"/api/v1/events":                    {"GET": read("getEvents", (*Gateway).getEvents)},
+		device + "/events":                  {"GET": read("getEventsOfDevice", (*Gateway).getEventsOfDevice)},
+		device + "/resources/{href}/events": {"GET": read("getEventsOfResource", (*Gateway).getEventsOfResource)},
+		device + "/resources/{href}": {
+			"GET": read("getResource", (*Gateway).getResource), "PUT": writeCommand,
+		},
+
+		device + "/resource-links/{href}":                             {"POST": writeCommand, "DELETE": writeCommand},
+		device + "/metadata":                                          {"PUT": writeCommand},
+		"/api/v1/pending-commands":                                    {"GET": readCommand, "DELETE": writeCommand},
+		device + "/pending-commands":                                  {"GET": readCommand},
+		device + "/pending-metadata-updates":                          {"GET": readCommand, "DELETE": writeCommand},
+		device + "/pending-metadata-updates/{correlationId}":          {"DELETE": writeCommand},
+		device + "/resources/{href}/pending-commands":                 {"GET": readCommand, "DELETE": writeCommand},
+		device + "/resources/{href}/pending-commands/{correlationId}": {"GET": readCommand, "DELETE": writeCommand},
+		"/api/v1/ws/events":                                           {"GET": {id: "subscribe", later: errSubscribe}},
+	}
+}

@@ -1,0 +1,468 @@
+package grpcgateway
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"iter"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/fxamacker/cbor/v2"
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/goleak"
+
+	"github.com/coaphub/coaphub/hub"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// The devices of the tests: of alice lamp A (online, batch), lamp B (offline), one that only signed up, one without /oic/d;
+// one of bob.
+const (
+	lampA    hub.DeviceID = "d0000000-0000-4000-8000-0000000000a1"
+	lampB    hub.DeviceID = "d0000000-0000-4000-8000-0000000000b2"
+	fresh    hub.DeviceID = "d0000000-0000-4000-8000-0000000000c3"
+	nameless hub.DeviceID = "d0000000-0000-4000-8000-0000000000d4"
+	bobs     hub.DeviceID = "d0000000-0000-4000-8000-0000000000e5"
+	unknown  hub.DeviceID = "d0000000-0000-4000-8000-0000000000ff"
+	hubID                 = "b0000000-0000-4000-8000-000000000001"
+	alice    hub.Owner    = "alice"
+	bob      hub.Owner    = "bob"
+)
+
+type fakeDirectory struct {
+	devices  func(context.Context, hub.Owner, []hub.DeviceID) iter.Seq2[*hub.Device, error]
+	deviceAt func(context.Context, hub.Owner, hub.DeviceID, time.Time) (*hub.Device, error)
+	history  func(context.Context, hub.Owner, hub.DeviceID, time.Time) iter.Seq2[hub.Commit, error]
+}
+
+func (f *fakeDirectory) Devices(ctx context.Context, o hub.Owner, ids []hub.DeviceID) iter.Seq2[*hub.Device, error] {
+	return f.devices(ctx, o, ids)
+}
+
+func (f *fakeDirectory) DeviceAt(ctx context.Context, o hub.Owner, d hub.DeviceID, t time.Time) (*hub.Device, error) {
+	return f.deviceAt(ctx, o, d, t)
+}
+
+func (f *fakeDirectory) History(ctx context.Context, o hub.Owner, d hub.DeviceID, after time.Time) iter.Seq2[hub.Commit, error] {
+	return f.history(ctx, o, d, after)
+}
+
+type fakeIdentities struct {
+	devices     func(context.Context, hub.Owner) ([]hub.DeviceID, error)
+	signOff     func(context.Context, hub.DeviceID, hub.Owner, string) error
+	eventsOwned func(context.Context, hub.Owner) ([]hub.DeviceID, error)
+}
+
+func (f *fakeIdentities) Devices(ctx context.Context, o hub.Owner) ([]hub.DeviceID, error) {
+	return f.devices(ctx, o)
+}
+
+func (f *fakeIdentities) SignOff(ctx context.Context, d hub.DeviceID, o hub.Owner, user string) error {
+	return f.signOff(ctx, d, o, user)
+}
+
+func (f *fakeIdentities) EventsOwned(ctx context.Context, o hub.Owner) ([]hub.DeviceID, error) {
+	return f.eventsOwned(ctx, o)
+}
+
+type fakeVerifier struct {
+	verify func(context.Context, string) (hub.Claims, error)
+}
+
+func (f *fakeVerifier) Verify(ctx context.Context, token string) (hub.Claims, error) {
+	return f.verify(ctx, token)
+}
+
+// sets of a picture: sorted slices are enough for tests.
+type linkSet []hub.Link
+
+func (s linkSet) Len() int { return len(s) }
+func (s linkSet) Get(h hub.Href) (hub.Link, bool) {
+	i, ok := slices.BinarySearchFunc(s, h, func(l hub.Link, h hub.Href) int { return cmp.Compare(l.Href, h) })
+	if !ok {
+		return hub.Link{}, false
+	}
+	return s[i], true
+}
+func (s linkSet) All() iter.Seq[hub.Link] { return slices.Values(s) }
+
+type resourceSet []*hub.Resource
+
+func (s resourceSet) Len() int { return len(s) }
+func (s resourceSet) Get(h hub.Href) (*hub.Resource, bool) {
+	i, ok := slices.BinarySearchFunc(s, h, func(r *hub.Resource, h hub.Href) int { return cmp.Compare(r.Href, h) })
+	if !ok {
+		return nil, false
+	}
+	return s[i], true
+}
+func (s resourceSet) All() iter.Seq[*hub.Resource] { return slices.Values(s) }
+
+// world is a hub around the door: what the fakes answer from. Tests change its functions and maps before they ask.
+type world struct {
+	*Gateway
+	pictures map[hub.DeviceID]*hub.Device
+	commits  map[hub.DeviceID][]hub.Commit
+	tokens   map[string]hub.Claims
+	signOffs []hub.DeviceID
+
+	directory  *fakeDirectory
+	identities *fakeIdentities
+	verifier   *fakeVerifier
+	registry   *prometheus.Registry
+	log        *logBuffer
+}
+
+func newWorld(t testing.TB, change ...func(*Config, *Deps)) *world {
+	t.Helper()
+	w := &world{
+		pictures: map[hub.DeviceID]*hub.Device{}, commits: map[hub.DeviceID][]hub.Commit{}, registry: prometheus.NewRegistry(),
+		log: &logBuffer{},
+		tokens: map[string]hub.Claims{
+			"alice":     {Subject: "alice-sub", Owner: alice, Scopes: []string{hub.ScopeRead, hub.ScopeWrite}, Expiry: time.Now().Add(time.Hour)},
+			"bob":       {Subject: "bob-sub", Owner: bob, Scopes: []string{hub.ScopeRead, hub.ScopeWrite}, Expiry: time.Now().Add(time.Hour)},
+			"reader":    {Subject: "alice-sub", Owner: alice, Scopes: []string{hub.ScopeRead}, Expiry: time.Now().Add(time.Hour)},
+			"scopeless": {Subject: "alice-sub", Owner: alice, Expiry: time.Now().Add(time.Hour)},
+			"lamp":      {Subject: "alice-sub", Owner: alice, Device: true, DeviceID: string(lampA), Scopes: []string{hub.ScopeDevice, hub.ScopeRead}, Expiry: time.Now().Add(time.Hour)},
+		},
+	}
+	for _, d := range []*hub.Device{lamp(lampA, "lamp A", true), lamp(lampB, "lamp B", false), signedUp(fresh), published1(nameless), lamp(bobs, "bob's lamp", true)} {
+		w.pictures[d.ID] = d
+	}
+	w.pictures[bobs].Owner = bob
+	w.directory = &fakeDirectory{
+		devices: func(_ context.Context, o hub.Owner, ids []hub.DeviceID) iter.Seq2[*hub.Device, error] {
+			return func(yield func(*hub.Device, error) bool) {
+				for _, id := range ids {
+					if d := w.pictures[id]; d != nil && d.Owner == o && !yield(d, nil) {
+						return
+					}
+				}
+			}
+		},
+		deviceAt: func(_ context.Context, o hub.Owner, id hub.DeviceID, _ time.Time) (*hub.Device, error) {
+			if d := w.pictures[id]; d != nil && d.Owner == o {
+				return d, nil
+			}
+			return nil, hub.NewError(hub.NotFound, "", "")
+		},
+		history: func(_ context.Context, o hub.Owner, id hub.DeviceID, after time.Time) iter.Seq2[hub.Commit, error] {
+			return func(yield func(hub.Commit, error) bool) {
+				for _, c := range w.commits[id] {
+					if c.Owner == o && time.Unix(0, c.Time).After(after) && !yield(c, nil) {
+						return
+					}
+				}
+			}
+		},
+	}
+	owned := func(_ context.Context, o hub.Owner) ([]hub.DeviceID, error) {
+		var ids []hub.DeviceID
+		for id, d := range w.pictures {
+			if d.Owner == o {
+				ids = append(ids, id)
+			}
+		}
+		slices.Sort(ids)
+		return ids, nil
+	}
+	w.identities = &fakeIdentities{
+		devices: owned, eventsOwned: owned,
+		signOff: func(_ context.Context, id hub.DeviceID, o hub.Owner, user string) error {
+			if d := w.pictures[id]; d == nil || d.Owner != o {
+				return hub.NewError(hub.NotFound, "", "")
+			}
+			if user == "" {
+				t.Error("sign-off without a user")
+			}
+			delete(w.pictures, id)
+			w.signOffs = append(w.signOffs, id)
+			return nil
+		},
+	}
+	w.verifier = &fakeVerifier{verify: func(_ context.Context, token string) (hub.Claims, error) {
+		if c, ok := w.tokens[token]; ok {
+			return c, nil
+		}
+		return hub.Claims{}, hub.NewError(hub.Unauthenticated, "token-invalid", "the access token is not valid")
+	}}
+	cfg := Default()
+	cfg.API.HTTP.Address, cfg.API.GRPC.Address = "127.0.0.1:0", "127.0.0.1:0"
+	deps := Deps{
+		Directory: w.directory, Identities: w.identities, Verifier: w.verifier, HubID: hubID, Hosts: []string{"example.com"},
+		CursorKey: []byte("0123456789abcdef0123456789abcdef"),
+		HubInfo: func() HubConfiguration {
+			return HubConfiguration{
+				OwnerClaim: "sub", CoAPGateway: "coaps+tcp://localhost:5684", Authority: "https://localhost:8080",
+				CertificateAuthorities: "-----BEGIN CERTIFICATE-----\n", DefaultCommandTTL: 10 * time.Second,
+				WebClient: &OAuthClient{ID: "web", Scopes: []string{"openid"}}, DeviceClient: &OAuthClient{ID: "device"},
+				Build: Build{Version: "v0"},
+			}
+		},
+	}
+	for _, c := range change {
+		c(&cfg, &deps)
+	}
+	g, err := New(cfg, deps, slog.New(slog.NewTextHandler(w.log, &slog.HandlerOptions{Level: slog.LevelDebug})), w.registry)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.Gateway = g
+	return w
+}
+
+func cborOf(t any) []byte {
+	mode, err := cbor.CanonicalEncOptions().EncMode() // maps in one order
+	if err != nil {
+		panic(err)
+	}
+	b, err := mode.Marshal(t)
+	if err != nil {
+		panic(err)
+	}
+	return b
+}
+
+func ocf(v any) hub.Content {
+	return hub.Content{Type: "application/vnd.ocf+cbor", Format: hub.FormatOCFCBOR, Data: cborOf(v)}
+}
+
+const t0 = int64(1_700_000_000_000_000_000)
+
+func cause(version uint64) hub.Cause {
+	return hub.Cause{Known: true, Version: version, Time: t0 + int64(version), Session: 3, Message: 9, Connection: "conn-1", User: "alice-sub", Owner: alice}
+}
+
+func twin(h hub.Href, c hub.Content, etag string, types ...string) *hub.Resource {
+	return &hub.Resource{
+		Href: h, Owner: alice, Types: types, Status: hub.StatusOK, Content: c, ETag: []byte(etag), Version: 4, Seq: 17, Time: t0,
+		Session: 3, Message: 9, Connection: "conn-1", User: "alice-sub",
+	}
+}
+
+// lamp is a device with contents of all kinds. /late is published and never reported; /hidden reported, not published.
+func lamp(id hub.DeviceID, name string, online bool) *hub.Device {
+	link := func(h hub.Href, types ...string) hub.Link {
+		return hub.Link{Href: h, Types: types, Interfaces: []string{"oic.if.rw", "oic.if.baseline"}, Anchor: "ocf://" + string(id), Policy: 3}
+	}
+	d := &hub.Device{
+		ID: id, Owner: alice, Generation: 1, Seq: 20, MetaCause: cause(2), LinksCause: cause(1),
+		Metadata: hub.Metadata{
+			Connection: hub.Connection{Online: online, ID: "conn-1", ConnectedAt: t0, Protocol: hub.ProtocolCoAPSTCP, Service: "gw-1", LocalEndpoints: []string{"coaps://127.0.0.1:40001"}},
+			Twin:       hub.Twin{Enabled: true, State: hub.TwinInSync, SyncingAt: t0, InSyncAt: t0 + 1},
+		},
+		Links: linkSet{
+			link("/a/events", "x.odd"), link("/cbor", "x.cbor"), link("/json", "x.json"), link("/late", "x.late"), link("/light/1", "core.light"),
+			link("/octets", "x.octets"),
+			{Href: "/oic/d", Types: []string{"oic.wk.d", "oic.d.light"}, Interfaces: []string{"oic.if.r"}, Policy: 3, Title: "what it is", ContentTypes: []string{"application/vnd.ocf+cbor"}, Endpoints: []hub.Endpoint{{URI: "coaps://[fe80::1]:5684", Priority: 1}}, ValidUntil: t0},
+			link("/text", "x.text"), link("/types", "x.types"),
+		},
+		Resources: resourceSet{
+			twin("/a/events", ocf(map[string]any{"odd": true}), ""),
+			twin("/cbor", hub.Content{Type: "application/cbor", Format: 60, Data: cborOf(map[string]any{"c": 60})}, "", "x.cbor"),
+			twin("/hidden", ocf(map[string]any{"h": 1}), "h"),
+			twin("/json", hub.Content{Type: "application/json", Format: 50, Data: []byte("{\"a\":1,\n \"b\":[1.5,null]}")}, "", "x.json"),
+			twin("/light/1", ocf(map[string]any{"name": "Light", "power": 0, "state": false}), "\xb1\xb2", "core.light"),
+			twin("/octets", hub.Content{Type: "application/octet-stream", Format: 42, Data: []byte{1, 2, 3, 255}}, "", "x.octets"),
+			twin("/oic/d", ocf(map[string]any{
+				"n": name, "di": id, "dmno": "L-1", "piid": "a0000000-0000-4000-8000-000000000021",
+				"dmn": []map[string]any{{"language": "en", "value": "Example Maker"}}, "rt": []string{"oic.wk.d", "oic.d.light"},
+			}), "\xe7\x00", "oic.wk.d", "oic.d.light"),
+			twin("/text", hub.Content{Type: "text/plain; charset=utf-8", Format: 0, Data: []byte("plain words")}, "", "x.text"),
+			twin("/types", ocf(map[string]any{
+				"big": uint64(9007199254740993), "neg": -3, "html": "<a>&b", "null": nil, "bytes": []byte{1, 2, 3}, "empty": "",
+				"float": 1.5, "nested": map[string]any{"x": map[string]any{"y": []any{}}}, "emptyObj": map[string]any{}, "arr": []any{1, "a", true, []any{}},
+			}), "t", "x.types"),
+		},
+	}
+	return d
+}
+
+func signedUp(id hub.DeviceID) *hub.Device {
+	return &hub.Device{ID: id, Owner: alice, Generation: 1, Seq: 1, Links: linkSet{}, Resources: resourceSet{}}
+}
+
+func published1(id hub.DeviceID) *hub.Device {
+	d := lamp(id, "", true)
+	d.Links = linkSet{{Href: "/x", Types: []string{"x.x"}}}
+	d.Resources = resourceSet{}
+	return d
+}
+
+// answer is an HTTP answer with its lines decoded.
+type answer struct {
+	*httptest.ResponseRecorder
+	t testing.TB
+}
+
+func (a answer) json() map[string]any {
+	a.t.Helper()
+	var v map[string]any
+	d := json.NewDecoder(strings.NewReader(a.Body.String()))
+	d.UseNumber()
+	if err := d.Decode(&v); err != nil {
+		a.t.Fatalf("status %d, body %q: %v", a.Code, a.Body, err)
+	}
+	return v
+}
+
+// results decodes a list: one {"result":…} a line.
+func (a answer) results() []map[string]any {
+	a.t.Helper()
+	if a.Code != http.StatusOK {
+		a.t.Fatalf("status %d: %s", a.Code, a.Body)
+	}
+	var out []map[string]any
+	body := a.Body.String()
+	if body != "" && !strings.HasSuffix(body, "\n") {
+		a.t.Fatalf("the last line has no end: %q", body)
+	}
+	for line := range strings.Lines(body) {
+		var v struct{ Result map[string]any }
+		d := json.NewDecoder(strings.NewReader(line))
+		d.UseNumber()
+		if err := d.Decode(&v); err != nil || v.Result == nil {
+			a.t.Fatalf("line %q: %v", line, err)
+		}
+		out = append(out, v.Result)
+	}
+	return out
+}
+
+// reason returns the stable code of an error answer.
+func (a answer) reason() string {
+	a.t.Helper()
+	details, _ := a.json()["details"].([]any)
+	if len(details) == 0 {
+		a.t.Fatalf("no details: %s", a.Body)
+	}
+	info := details[0].(map[string]any)
+	if info["domain"] != "coaphub" || info["@type"] != "type.googleapis.com/google.rpc.ErrorInfo" {
+		a.t.Fatalf("no ErrorInfo: %v", info)
+	}
+	return info["reason"].(string)
+}
+
+// do asks over HTTP; headers are "Name: value". Every answer is checked against the OpenAPI description.
+func (w *world) do(t testing.TB, token, method, target string, headers ...string) answer {
+	t.Helper()
+	r := httptest.NewRequest(method, target, nil)
+	if token != "" {
+		r.Header.Set("Authorization", "Bearer "+token)
+	}
+	for _, h := range headers {
+		name, value, _ := strings.Cut(h, ": ")
+		if name == "Host" {
+			r.Host = value
+			continue
+		}
+		r.Header.Add(name, value)
+	}
+	rec := httptest.NewRecorder()
+	w.HTTPHandler().ServeHTTP(rec, r)
+	checkAnswer(t, r, rec)
+	return answer{rec, t}
+}
+
+func (w *world) get(t testing.TB, target string, headers ...string) answer {
+	t.Helper()
+	return w.do(t, "alice", "GET", target, headers...)
+}
+
+func ids(rs []map[string]any, field string) []string {
+	var out []string
+	for _, r := range rs {
+		s, _ := r[field].(string)
+		out = append(out, s)
+	}
+	return out
+}
+
+func newRecorder() *httptest.ResponseRecorder { return httptest.NewRecorder() }
+
+// abort asks for an answer that must be broken off after it began.
+func (w *world) abort(t testing.TB, target string) answer {
+	t.Helper()
+	r := httptest.NewRequest("GET", target, nil)
+	r.Header.Set("Authorization", "Bearer alice")
+	rec := httptest.NewRecorder()
+	func() {
+		defer func() {
+			if p := recover(); p != http.ErrAbortHandler {
+				t.Errorf("the answer was not broken off: %v", p)
+			}
+		}()
+		w.HTTPHandler().ServeHTTP(rec, r)
+	}()
+	return answer{rec, t}
+}
+
+func b64(b []byte) string { return base64.StdEncoding.EncodeToString(b) }
+
+// sameJSON brings JSON into one form, with members in order and digits as they are.
+func sameJSON(t testing.TB, b []byte) string {
+	t.Helper()
+	var v any
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.UseNumber()
+	if err := d.Decode(&v); err != nil {
+		t.Fatalf("%q: %v", b, err)
+	}
+	out, err := json.Marshal(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(out)
+}
+
+// counter returns a counter's value; its labels' values are given in the order of the labels' names.
+func (w *world) counter(t testing.TB, name string, labels ...string) float64 {
+	t.Helper()
+	families, err := w.registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		if f.GetName() != name {
+			continue
+		}
+		for _, m := range f.GetMetric() {
+			var values []string
+			for _, l := range m.GetLabel() {
+				values = append(values, l.GetValue())
+			}
+			if slices.Equal(values, labels) {
+				return m.GetCounter().GetValue()
+			}
+		}
+	}
+	return 0
+}
+
+// logBuffer is what the gateway logged.
+type logBuffer struct {
+	mu sync.Mutex
+	b  strings.Builder
+}
+
+func (l *logBuffer) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(b)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
