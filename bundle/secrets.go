@@ -1,0 +1,134 @@
+package bundle
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"iter"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/store"
+)
+
+// secretCollection is where the embedded provider keeps its signing keys and the secret that everything else is derived
+// from.
+const secretCollection = "oauth-secrets"
+
+// withSecrets is the store's documents, except that the provider's secrets are files in the keys folder: what is in the store
+// goes into every backup, and private keys must not.
+type withSecrets struct {
+	store.Documents
+	dir string
+
+	mu sync.Mutex // one writer at a time; the folder is this process's alone
+}
+
+// secretFile is such a file.
+type secretFile struct {
+	Rev   uint64 `json:"rev"`
+	Value []byte `json:"value"`
+}
+
+func (s *withSecrets) path(key string) (string, error) {
+	if key == "" || filepath.Base(key) != key || key[0] == '.' {
+		return "", &hub.Error{Kind: hub.Internal, Op: "secrets", Err: fmt.Errorf("%q is no name of a secret", key)}
+	}
+	return filepath.Join(s.dir, "oauth-"+key+".json"), nil
+}
+
+func (s *withSecrets) read(key string) (f secretFile, path string, err error) {
+	if path, err = s.path(key); err != nil {
+		return f, "", err
+	}
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return f, path, nil
+	}
+	if err == nil {
+		err = json.Unmarshal(b, &f)
+	}
+	if err != nil {
+		return f, path, &hub.Error{Kind: hub.Internal, Op: "secrets", Code: "data-damaged", Text: path + " cannot be read", Err: err}
+	}
+	return f, path, nil
+}
+
+// Get is of store.Documents.
+func (s *withSecrets) Get(ctx context.Context, collection, key string) (store.Doc, error) {
+	if collection != secretCollection {
+		return s.Documents.Get(ctx, collection, key)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f, _, err := s.read(key)
+	return store.Doc{Key: key, Value: f.Value, Rev: f.Rev}, err
+}
+
+// Put is of store.Documents.
+func (s *withSecrets) Put(ctx context.Context, collection string, doc store.Doc) (uint64, error) {
+	if collection != secretCollection {
+		return s.Documents.Put(ctx, collection, doc)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f, path, err := s.read(doc.Key)
+	if err != nil {
+		return 0, err
+	}
+	if f.Rev != doc.Rev {
+		return 0, &hub.Error{Kind: hub.Conflict, Op: "secrets"}
+	}
+	b, err := json.Marshal(secretFile{f.Rev + 1, doc.Value})
+	if err == nil {
+		err = writeFile(path, b)
+	}
+	if err != nil {
+		return 0, &hub.Error{Kind: hub.Unavailable, Op: "secrets", Err: err}
+	}
+	return f.Rev + 1, nil
+}
+
+// Delete is of store.Documents.
+func (s *withSecrets) Delete(ctx context.Context, collection, key string, rev uint64) error {
+	if collection != secretCollection {
+		return s.Documents.Delete(ctx, collection, key, rev)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f, path, err := s.read(key)
+	if err != nil {
+		return err
+	}
+	if f.Rev == 0 || f.Rev != rev {
+		return &hub.Error{Kind: hub.Conflict, Op: "secrets"}
+	}
+	if err := errors.Join(os.Remove(path), syncFolder(s.dir)); err != nil {
+		return &hub.Error{Kind: hub.Unavailable, Op: "secrets", Err: err}
+	}
+	return nil
+}
+
+// Range is of store.Documents; secrets are asked for by name only.
+func (s *withSecrets) Range(ctx context.Context, collection, from, to string) iter.Seq2[store.Doc, error] {
+	if collection != secretCollection {
+		return s.Documents.Range(ctx, collection, from, to)
+	}
+	return noList
+}
+
+// Find is of store.Documents; secrets have no other keys.
+func (s *withSecrets) Find(ctx context.Context, collection, index string) iter.Seq2[store.Doc, error] {
+	if collection != secretCollection {
+		return s.Documents.Find(ctx, collection, index)
+	}
+	return noList
+}
+
+func noList(yield func(store.Doc, error) bool) {
+	yield(store.Doc{}, &hub.Error{Kind: hub.Internal, Op: "secrets", Err: errors.New("secrets are not listed")})
+}
