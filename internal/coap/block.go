@@ -394,11 +394,10 @@ func (c *Conn) message(m *Message, r Response) *Message {
 // whole.
 func (c *Conn) upload(ctx context.Context, op string, m *Message) (*Message, error) {
 	send := func(m *Message) (*Message, error) {
-		m.Token = c.token() // a new one for each block: a late answer to the last cannot be taken for this one's
 		return c.roundTrip(ctx, op, m, &exchange{answer: make(chan answer, 1)})
 	}
 	largest, bert := c.tr.limits()
-	m.Token = make([]byte, maxToken)
+	m.Token = c.token() // for all blocks: go-coap's servers know a transfer by its token
 	if c.tr.size(m) <= largest {
 		return send(m)
 	}
@@ -457,8 +456,12 @@ func (c *Conn) rest(ctx context.Context, op string, m, first *Message) (*Message
 	}
 	cfg := &c.srv.cfg
 	req := clone(m)
+	_, has = m.Option(ObserveOption)
 	// RFC 7959, Section 3.4: further blocks are asked for without Observe; the body was sent already.
 	req.Options, req.Payload = without(req.Options, ObserveOption, Block1, Size1, Block2), nil
+	if req.Token = m.Token; has {
+		req.Token = c.token() // that of the observation is for notifications
+	}
 	for try := 0; ; try++ {
 		if size, ok := first.Uint(Size2); ok && int64(size) > int64(cfg.MaxBody) {
 			return nil, errBody.With(op, fmt.Errorf("%d bytes announced", size))
@@ -477,7 +480,6 @@ func (c *Conn) rest(ctx context.Context, op string, m, first *Message) (*Message
 			next := block{num: uint32(len(whole.Payload) / b.size()), szx: b.szx} //nolint:gosec // bounded by MaxBody
 			part := *req
 			part.Options = AddOption(slices.Clone(req.Options), Block2, next.value())
-			part.Token = c.token()
 			answer, err := c.roundTrip(ctx, op, &part, &exchange{answer: make(chan answer, 1)})
 			if err != nil {
 				return nil, err
@@ -512,7 +514,6 @@ func (c *Conn) rest(ctx context.Context, op string, m, first *Message) (*Message
 		}
 		again := *req
 		again.Payload = m.Payload // FETCH: asked anew, with its body
-		again.Token = c.token()
 		var err error
 		if first, err = c.roundTrip(ctx, op, &again, &exchange{answer: make(chan answer, 1)}); err != nil {
 			return nil, err

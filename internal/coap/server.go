@@ -50,8 +50,9 @@ func NewServer(cfg Config, h Handler, log *slog.Logger, m *Metrics) *Server {
 	}
 }
 
-// now is the engine's clock: monotonic, so that nobody is silent because the wall clock was set.
-func (s *Server) now() time.Duration { return time.Since(s.start) }
+// now is the engine's clock: monotonic, so that nobody is silent because the wall clock was set, and never zero, which means
+// never.
+func (s *Server) now() time.Duration { return time.Since(s.start) + 1 }
 
 // listener is one call of ServeTCP.
 type listener struct {
