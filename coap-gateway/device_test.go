@@ -35,8 +35,8 @@ type device struct {
 	batch    func(etags int) *answerOf // answer to GET /oic/res?if=oic.if.b; nil: 4.00
 	asked    []string                  // what the hub asked, in order
 	watching map[string]message.Token
-	number   uint32        // of notifications
-	hold     chan struct{} // what the hub asks waits for it, if not nil
+	number   uint32 // of notifications
+	mute     bool   // nothing that the hub asks is answered
 }
 
 type resource struct {
@@ -102,7 +102,7 @@ func (d *device) serve(w mux.ResponseWriter, r *mux.Message) {
 	close(d.bump)
 	d.bump = make(chan struct{})
 	res, known := d.res[path]
-	hold, list, batch := d.hold, d.list, d.batch
+	mute, list, batch := d.mute, d.list, d.batch
 	if list == nil {
 		list = d.links()
 	}
@@ -112,11 +112,8 @@ func (d *device) serve(w mux.ResponseWriter, r *mux.Message) {
 		delete(d.watching, path)
 	}
 	d.mu.Unlock()
-	if hold != nil {
-		select {
-		case <-hold:
-		case <-d.conn.Done():
-		}
+	if mute || res.silent {
+		return // nothing is answered, and go-coap goes on
 	}
 	set := func(code codes.Code, format int32, body, etag []byte, observe bool) {
 		var opts message.Options
@@ -160,9 +157,6 @@ func (d *device) serve(w mux.ResponseWriter, r *mux.Message) {
 		set(a.code, 10000, body, a.etag, observing && !a.once)
 	case !known:
 		set(codes.NotFound, 0, nil, nil, false)
-	case res.silent:
-		w.Message().SetModified(false)
-		<-d.conn.Done()
 	case res.code != 0 && res.code != codes.Content:
 		set(res.code, res.format, res.body, nil, false)
 	default:

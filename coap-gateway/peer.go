@@ -20,6 +20,7 @@ type peer struct {
 	log  *slog.Logger
 
 	sess    *session // nil when nobody is signed in
+	closing bool     // an answer was given after which the connection ends
 	request uint64   // counts requests, for the log
 	helpers sync.WaitGroup
 }
@@ -31,6 +32,10 @@ func (g *Gateway) Open(c *coap.Conn) (coap.ConnHandler, error) {
 	p.log = g.log.With("connection", info.ID, "remote", info.Remote.String())
 	return p, nil
 }
+
+// closeDelay is between an answer that ends the connection and its end. Devices rely on both; go-coap's clients drop an
+// answer that they have not handled when the connection ends.
+const closeDelay = 100 * time.Millisecond
 
 // route is one row of the table of paths: what answers each method.
 type route struct {
@@ -59,6 +64,10 @@ var routes = map[string]route{
 // Request implements coap.ConnHandler. The order of refusals is path, method, session, format, body: a 4.01 costs a device
 // its token, so nothing is 4.01 that would not work with a session either.
 func (p *peer) Request(ctx context.Context, req *coap.Message) coap.Response {
+	if p.closing {
+		<-ctx.Done() // for closeDelay; what came behind the refused request is not carried out
+		return failure(ctx.Err())
+	}
 	start := time.Now()
 	p.request++
 	path := pathOf(req)
@@ -66,7 +75,10 @@ func (p *peer) Request(ctx context.Context, req *coap.Message) coap.Response {
 	resp, err := p.answer(ctx, r, known, path, req)
 	if err != nil {
 		resp = failure(err)
-		resp.Close = r.account || resp.Code == codes.Unauthorized
+		if r.account || resp.Code == codes.Unauthorized {
+			p.closing = true
+			time.AfterFunc(closeDelay, func() { p.conn.Close(coap.ErrAnswered) })
+		}
 		if p.sess != nil {
 			code, _ := hub.Public(err)
 			p.gw.devices.failed(p.sess.own.Device, p.sess.number, code)

@@ -1,0 +1,316 @@
+package coapgateway
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
+	"github.com/coaphub/coaphub/hub"
+)
+
+// rowSetup configures one row of the table of design: who the device is.
+func rowSetup(certificate bool, claim string) func(*Config, *Deps) {
+	return func(c *Config, _ *Deps) {
+		c.API.CoAP.TLS.ClientCertificateRequired = certificate
+		c.API.CoAP.Authorization.DeviceIDClaim = claim
+	}
+}
+
+// one case of a row: what the device shows, and which device it is taken for.
+type ruleCase struct {
+	di    string // of the request
+	claim string // in the token
+	want  hub.DeviceID
+	code  string // of a refusal, with text
+	text  string
+}
+
+// runRule asks on all four account paths (B04): sign-up, sign-in, sign-out and sign-off, and on refresh.
+func runRule(t *testing.T, setup func(*Config, *Deps), cert hub.DeviceID, c ruleCase) {
+	t.Helper()
+	for _, path := range []string{"sign-up", "sign-in", "sign-out", "sign-off", "refresh"} {
+		t.Run(path, func(t *testing.T) {
+			t.Parallel()
+			h := start(t, setup)
+			claims := hub.Claims{DeviceID: c.claim}
+			h.issue("code", "token", claims)
+			h.w.refresh["r"] = hub.Tokens{Access: "token", Refresh: "r", Expiry: time.Now().Add(time.Hour)}
+			if path != "sign-up" {
+				h.w.own(lampID, "alice")
+				h.w.own(fanID, "alice")
+			}
+			var certs []tls.Certificate
+			if cert != "" {
+				certs = append(certs, h.ca.identity(t, cert, nil))
+			}
+			d := h.connect(h.device(lampID), h.gw.Addresses().Secure, h.tlsFor(certs...))
+			b := body{"di": c.di, "uid": "alice"}
+			if c.di == "" {
+				delete(b, "di")
+			}
+			ok := "2.04"
+			var r reply
+			switch path {
+			case "sign-up":
+				b["accesstoken"] = "code"
+				r = d.post("/oic/sec/account", b)
+			case "sign-in", "sign-out":
+				b["accesstoken"], b["login"] = "token", path == "sign-in"
+				r = d.post("/oic/sec/session", b)
+			case "refresh":
+				b["refreshtoken"] = "r"
+				r = d.post("/oic/sec/tokenrefresh", b)
+			case "sign-off":
+				ok = "2.02"
+				opts := []option{query("uid=alice"), query("accesstoken=token")}
+				if c.di != "" {
+					opts = append(opts, query("di="+c.di))
+				}
+				r = d.do(codes.DELETE, "/oic/sec/account", nil, opts...)
+			}
+			if c.code != "" {
+				d.want(r, c.code, c.text)
+				d.awaitClosed()
+				return
+			}
+			d.want(r, ok, "")
+			switch path {
+			case "sign-up":
+				h.w.awaitLog(t, "signed-up "+string(c.want)+" alice")
+			case "sign-in":
+				h.w.awaitLog(t, "online "+string(c.want))
+			case "sign-off":
+				h.w.awaitLog(t, "signed-off "+string(c.want))
+			}
+		})
+	}
+}
+
+const namespaced = "https://example.com/deviceId" // URI-style claims are literal names; the verifier reads them
+
+func TestDeviceIDFromRequest(t *testing.T) { // certificate false, claim empty
+	for name, c := range map[string]ruleCase{
+		"di":             {string(lampID), "", lampID, "", ""},
+		"di in capitals": {strings.ToUpper(string(lampID)), "", lampID, "", ""},
+		"missing":        {"", "", "", "4.00", "device-id-missing: "},
+		"no UUID":        {"lamp", "", "", "4.00", "device-id-invalid: "},
+		"nil UUID":       {"00000000-0000-0000-0000-000000000000", "", "", "4.00", "device-id-invalid: "},
+	} {
+		t.Run(name, func(t *testing.T) { runRule(t, rowSetup(false, ""), "", c) })
+	}
+}
+
+func TestDeviceIDFromClaim(t *testing.T) { // certificate false, claim set
+	for name, c := range map[string]ruleCase{
+		"claim":             {string(lampID), string(lampID), lampID, "", ""},
+		"di is ignored":     {string(fanID), string(lampID), lampID, "", ""},
+		"di is not needed":  {"", string(lampID), lampID, "", ""},
+		"claim missing":     {string(lampID), "", "", "4.01", "device-claim-missing: "},
+		"claim is no UUID":  {string(lampID), "lamp", "", "4.01", "device-claim-invalid: "},
+		"claim in capitals": {"", strings.ToUpper(string(lampID)), lampID, "", ""},
+	} {
+		t.Run(name, func(t *testing.T) { runRule(t, rowSetup(false, namespaced), "", c) })
+	}
+}
+
+func TestDeviceIDFromCertificate(t *testing.T) { // certificate true, claim empty
+	for name, c := range map[string]ruleCase{
+		"certificate":      {string(lampID), "", lampID, "", ""},
+		"di is ignored":    {string(fanID), "", lampID, "", ""},
+		"di is not needed": {"", "", lampID, "", ""},
+	} {
+		t.Run(name, func(t *testing.T) { runRule(t, rowSetup(true, ""), lampID, c) })
+	}
+}
+
+func TestDeviceIDFromCertificateAndClaim(t *testing.T) { // certificate true, claim set
+	for name, c := range map[string]ruleCase{
+		"equal":            {string(lampID), string(lampID), lampID, "", ""},
+		"equal as UUIDs":   {"", strings.ToUpper(string(lampID)), lampID, "", ""},
+		"di is ignored":    {string(fanID), string(lampID), lampID, "", ""},
+		"claim missing":    {string(lampID), "", "", "4.01", "device-claim-missing: "},
+		"claim of another": {string(lampID), string(fanID), "", "4.01", "device-claim-mismatch: "},
+		"claim is no UUID": {string(lampID), "x", "", "4.01", "device-claim-invalid: "},
+	} {
+		t.Run(name, func(t *testing.T) { runRule(t, rowSetup(true, namespaced), lampID, c) })
+	}
+}
+
+func TestStrictDeviceID(t *testing.T) {
+	strict := func(setup func(*Config, *Deps)) func(*Config, *Deps) {
+		return func(c *Config, d *Deps) {
+			setup(c, d)
+			c.API.CoAP.Authorization.StrictDeviceID = true
+		}
+	}
+	other := ruleCase{string(fanID), string(lampID), "", "4.01", "device-id-mismatch: "}
+	same := ruleCase{string(lampID), string(lampID), lampID, "", ""}
+	for name, row := range map[string]struct {
+		setup func(*Config, *Deps)
+		cert  hub.DeviceID
+	}{
+		"claim":                 {rowSetup(false, namespaced), ""},
+		"certificate":           {rowSetup(true, ""), lampID},
+		"certificate and claim": {rowSetup(true, namespaced), lampID},
+	} {
+		t.Run(name+", other di", func(t *testing.T) { runRule(t, strict(row.setup), row.cert, other) })
+		t.Run(name+", same di", func(t *testing.T) { runRule(t, strict(row.setup), row.cert, same) })
+	}
+}
+
+// A plain listener knows no certificates: the rows without them hold there, whatever TLS asks for.
+func TestPlainListenerHasNoCertificates(t *testing.T) {
+	h := start(t, rowSetup(true, ""))
+	h.issue("code", "token", hub.Claims{})
+	d := h.plain(fanID)
+	d.want(d.signUp("code"), "2.04", "")
+	h.w.awaitLog(t, "signed-up "+string(fanID)+" alice")
+}
+
+func TestCertificatesThatAreRefusedInTheHandshake(t *testing.T) {
+	t.Parallel()
+	two := func(c *x509.Certificate) {
+		c.Subject = pkix.Name{ExtraNames: []pkix.AttributeTypeAndValue{
+			{Type: commonName, Value: "uuid:" + string(lampID)}, {Type: commonName, Value: "uuid:" + string(fanID)},
+		}}
+	}
+	for name, c := range map[string]struct {
+		id     hub.DeviceID
+		spoil  func(*x509.Certificate)
+		other  bool // of another CA
+		none   bool
+		reason string
+	}{
+		"none":          {lampID, nil, false, true, "certificate"},
+		"another CA":    {lampID, nil, true, false, "unknown authority"},
+		"no clientAuth": {lampID, func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth} }, false, false, "usage"},
+		"no OCF usage":  {lampID, func(c *x509.Certificate) { c.UnknownExtKeyUsage = nil }, false, false, "OCF identity"},
+		"another OCF usage": {lampID, func(c *x509.Certificate) {
+			c.UnknownExtKeyUsage = []asn1.ObjectIdentifier{{1, 3, 6, 1, 4, 1, 44924, 1, 7}}
+		}, false, false, "OCF identity"},
+		"two common names":   {lampID, two, false, false, "exactly one common name"},
+		"no common name":     {lampID, func(c *x509.Certificate) { c.Subject = pkix.Name{Organization: []string{"x"}} }, false, false, "exactly one common name"},
+		"name without uuid:": {lampID, func(c *x509.Certificate) { c.Subject.CommonName = string(lampID) }, false, false, "uuid:<device ID>"},
+		"name is no UUID":    {lampID, func(c *x509.Certificate) { c.Subject.CommonName = "uuid:lamp" }, false, false, "uuid:<device ID>"},
+		"the hub's own ID":   {hubID, nil, false, false, "the hub's own"},
+		"expired":            {lampID, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }, false, false, "expired"},
+		"not valid yet":      {lampID, func(c *x509.Certificate) { c.NotBefore = time.Now().Add(10 * time.Minute) }, false, false, "not yet valid"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			h := start(t, nil)
+			issuer := h.ca
+			if c.other {
+				issuer = newCA(t)
+			}
+			conf := h.tlsFor()
+			if !c.none {
+				cert := issuer.identity(t, c.id, c.spoil)
+				// Shown although the hub did not ask for this CA: a client must not be the one that notices.
+				conf.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &cert, nil }
+			}
+			conn, err := tls.Dial("tcp", h.gw.Addresses().Secure, conf)
+			if err == nil {
+				// TLS 1.3: the client is done before the server has looked at its certificate; the alert comes with the first read.
+				_ = conn.SetReadDeadline(time.Now().Add(5 * time.Second))
+				for err == nil {
+					_, err = conn.Read(make([]byte, 64))
+				}
+				_ = conn.Close()
+			}
+			if err == nil || !strings.Contains(err.Error(), "remote error: tls:") {
+				t.Errorf("the handshake ended with %v, want an alert", err)
+			}
+			deadline := time.Now().Add(5 * time.Second)
+			for !slices.ContainsFunc(h.gw.Refused(), func(r Refusal) bool { return r.What == "connection" && strings.Contains(r.Reason, c.reason) }) {
+				if time.Now().After(deadline) {
+					t.Fatalf("the refusal is not recorded with %q: %+v", c.reason, h.gw.Refused())
+				}
+			}
+		})
+	}
+}
+
+// The name may have its prefix and hex digits in capitals.
+func TestCertificateNameInCapitals(t *testing.T) {
+	h := start(t, nil)
+	cert := h.ca.identity(t, lampID, func(c *x509.Certificate) { c.Subject.CommonName = "UUID:" + strings.ToUpper(string(lampID)) })
+	h.issue("code", "token", hub.Claims{})
+	d := h.connect(h.device(fanID), h.gw.Addresses().Secure, h.tlsFor(cert))
+	d.want(d.signUp("code"), "2.04", "")
+	h.w.awaitLog(t, "signed-up "+string(lampID)+" alice")
+}
+
+// identityPropertiesRequired: false lets any certificate of the CA shake hands, but it names no device.
+func TestCertificateWithoutIdentityProperties(t *testing.T) {
+	h := start(t, func(c *Config, _ *Deps) { c.API.CoAP.TLS.IdentityPropertiesRequired = false })
+	cert := h.ca.identity(t, lampID, func(c *x509.Certificate) { c.UnknownExtKeyUsage = nil })
+	h.issue("code", "token", hub.Claims{})
+	d := h.connect(h.device(lampID), h.gw.Addresses().Secure, h.tlsFor(cert))
+	d.want(d.do(codes.GET, "/x.plgd.dev/time", nil), "2.05", "")
+	d.want(d.signUp("code"), "4.01", "device-id-missing: ")
+	d.awaitClosed()
+	// One with the properties is identified all the same.
+	e := h.secure(fanID)
+	e.want(e.signUp("code"), "2.04", "")
+	h.w.awaitLog(t, "signed-up "+string(fanID)+" alice")
+}
+
+// caPool replaces the hub's own device CA: PEM texts and files.
+func TestConfiguredCAPool(t *testing.T) {
+	foreign := newCA(t)
+	h := start(t, func(c *Config, _ *Deps) { c.API.CoAP.TLS.CAPool = []string{foreign.pem()} })
+	d := h.connect(h.device(lampID), h.gw.Addresses().Secure, h.tlsFor(foreign.identity(t, lampID, nil)))
+	d.alive()
+}
+
+func TestSessionEndsWithItsCertificate(t *testing.T) {
+	h := start(t, nil)
+	h.w.own(lampID, "alice")
+	h.w.grant("token", hub.Claims{})
+	cert := h.ca.identity(t, lampID, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(2 * time.Second).Truncate(time.Second) })
+	d := h.connect(h.device(lampID), h.gw.Addresses().Secure, h.tlsFor(cert))
+	r := d.want(d.signIn("token"), "2.04", "")
+	if n := r.members(t)["expiresin"].(uint64); n > 2 {
+		t.Errorf("expiresin is %d, want the certificate's", n)
+	}
+	d.awaitClosed()
+	h.w.awaitLog(t, "offline "+string(lampID))
+}
+
+// A session is never resumed from a ticket: identity is proved anew on each connection.
+func TestNoTLSResumption(t *testing.T) {
+	h := start(t, nil)
+	for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
+		conf := h.tlsFor(h.ca.identity(t, lampID, nil))
+		conf.MaxVersion = version
+		conf.ClientSessionCache = tls.NewLRUClientSessionCache(4)
+		for range 2 {
+			conn, err := tls.Dial("tcp", h.gw.Addresses().Secure, conf)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = conn.SetReadDeadline(time.Now().Add(5 * time.Second))
+			if _, err := conn.Read(make([]byte, 1)); err != nil { // the hub's CSM, and any ticket before it
+				t.Fatal(err)
+			}
+			if s := conn.ConnectionState(); s.DidResume || s.Version != version {
+				t.Errorf("resumed %v with %s", s.DidResume, tls.VersionName(s.Version))
+			}
+			_ = conn.Close()
+		}
+	}
+	old := h.tlsFor(h.ca.identity(t, lampID, nil))
+	old.MinVersion, old.MaxVersion = tls.VersionTLS11, tls.VersionTLS11
+	if conn, err := tls.Dial("tcp", h.gw.Addresses().Secure, old); err == nil {
+		_ = conn.Close()
+		t.Error("TLS 1.1 is accepted")
+	}
+}
