@@ -108,12 +108,12 @@ type request struct {
 // caller repeats with the same message number.
 func (d *Directory) do(ctx context.Context, r *request) error {
 	r.ctx, r.answer = ctx, make(chan error, 1)
-	d.metrics.waiting.Inc()
-	defer d.metrics.waiting.Dec()
 	w := d.worker(r.dev)
 	if err := d.enqueue(ctx, w, r); err != nil {
 		return err
 	}
+	d.metrics.waiting.Inc()
+	defer d.metrics.waiting.Dec()
 	select {
 	case err := <-r.answer:
 		return err

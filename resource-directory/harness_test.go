@@ -38,11 +38,11 @@ type house struct {
 	wrap func(store.Store) store.Store
 	d    *Directory
 	stop func()
-	log  *bytes.Buffer
+	log  *logBuffer
 }
 
 func open(t testing.TB, change ...func(*house)) *house {
-	h := &house{t: t, fs: vfs.NewMem(), cfg: Default(), log: &bytes.Buffer{}}
+	h := &house{t: t, fs: vfs.NewMem(), cfg: Default(), log: &logBuffer{}}
 	for _, f := range change {
 		f(h)
 	}
@@ -64,9 +64,9 @@ func (h *house) start() {
 	h.d, h.stop = run(h.t, h.cfg, h.st, h.log)
 }
 
-func run(t testing.TB, cfg Config, st store.Store, log *bytes.Buffer) (d *Directory, stop func()) {
+func run(t testing.TB, cfg Config, st store.Store, log *logBuffer) (d *Directory, stop func()) {
 	t.Helper()
-	d, err := New(cfg, st, slog.New(slog.NewTextHandler(&locked{b: log}, nil)), prometheus.NewRegistry(), "test")
+	d, err := New(cfg, st, slog.New(slog.NewTextHandler(log, nil)), prometheus.NewRegistry(), "test")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -82,15 +82,22 @@ func run(t testing.TB, cfg Config, st store.Store, log *bytes.Buffer) (d *Direct
 	})
 }
 
-type locked struct {
+// logBuffer keeps what was logged.
+type logBuffer struct {
 	mu sync.Mutex
-	b  *bytes.Buffer
+	b  bytes.Buffer
 }
 
-func (l *locked) Write(p []byte) (int, error) {
+func (l *logBuffer) Write(p []byte) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.b.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
 }
 
 func (h *house) close() {

@@ -20,6 +20,8 @@ const (
 	trimBudget  = 250 * time.Millisecond
 	// trimDocs bounds the base documents of one step; the store takes 16 MiB.
 	trimDocs = 6 << 20
+	// passEvery is the least time from one pass over all devices to the next.
+	passEvery = time.Minute
 	// trimSteps divides what is kept: a device is trimmed once a sixteenth of it can go, since each time reads its bases.
 	trimSteps = 16
 	// adaptEvery is how long the back end gets to give back the space of what was removed.
@@ -46,16 +48,20 @@ func (d *Directory) trim(ctx context.Context) {
 
 // trimmer walks through all devices in ID order, over and over.
 type trimmer struct {
-	d    *Directory
-	keep time.Duration // at most retention; less while the store is over maxBytes
-	next hub.DeviceID  // the pass goes on after it
-	day  uint32        // the feed was trimmed before this day
-	// adapted is when keep was last looked at.
-	adapted time.Time
+	d       *Directory
+	keep    time.Duration // at most retention; less while the store is over maxBytes
+	next    hub.DeviceID  // the pass goes on after it
+	day     uint32        // the feed was trimmed before this day
+	adapted time.Time     // when keep was last looked at
+	began   time.Time     // the pass
 }
 
 func (t *trimmer) step(ctx context.Context, now time.Time) error {
 	if t.next == "" {
+		if now.Sub(t.began) < passEvery {
+			return nil
+		}
+		t.began = now
 		t.adapt(now)
 		if err := t.feed(ctx, now); err != nil {
 			return err
