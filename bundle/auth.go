@@ -19,9 +19,8 @@ func (a *assembly) authorization(ctx context.Context) ([]coapgateway.NamedProvid
 	if a.cfg.Embedded() {
 		cfg := a.cfg.OAuthServer
 		cfg.BaseURL = a.httpURL
-		docs := &withSecrets{Documents: a.store, dir: a.folder.sub(keysFolder)}
 		var err error
-		if a.provider, err = oauthserver.Open(ctx, cfg, docs, a.identities, a.log.With("part", "oauth-server"), a.registry); err != nil {
+		if a.provider, err = oauthserver.Open(ctx, cfg, a.documents, a.identities, a.log.With("part", "oauth-server"), a.registry); err != nil {
 			return nil, err
 		}
 		if name, password, ok := a.provider.FirstLogin(); ok {

@@ -92,6 +92,7 @@ func (a *assembly) endpoints() (e Endpoints) {
 	if at.Plain != "" {
 		e.CoAPTCP = "coap+tcp://" + reach(at.Plain, a.external)
 	}
+	e.HTTP, e.GRPC = a.httpURL, a.grpcAddress
 	if a.provider != nil {
 		e.OAuth = a.provider.Issuer()
 	}

@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	coapgateway "github.com/coaphub/coaphub/coap-gateway"
+	grpcgateway "github.com/coaphub/coaphub/grpc-gateway"
 	"github.com/coaphub/coaphub/hub"
 	identitystore "github.com/coaphub/coaphub/identity-store"
 	"github.com/coaphub/coaphub/internal/auth"
@@ -36,6 +37,7 @@ type Config struct {
 	Store           StoreConfig   `yaml:"store"`
 
 	CoAPGateway       coapgateway.Config       `yaml:"coapGateway"`
+	GRPCGateway       grpcgateway.Config       `yaml:"grpcGateway"`
 	ResourceDirectory resourcedirectory.Config `yaml:"resourceDirectory"`
 	IdentityStore     identitystore.Config     `yaml:"identityStore"`
 	OAuthServer       oauthserver.Config       `yaml:"oauthServer"`
@@ -79,6 +81,7 @@ func Default() Config {
 		Store: StoreConfig{MinFree: 128 << 20, Cache: 8 << 20},
 
 		CoAPGateway:       coapgateway.Default(),
+		GRPCGateway:       grpcgateway.Default(),
 		ResourceDirectory: resourcedirectory.Default(),
 		IdentityStore:     identitystore.Default(),
 		OAuthServer:       oauthserver.Default(),
@@ -100,6 +103,7 @@ func (c Config) Validate() error {
 		ps = append(ps, conf.Problem{Path: "externalAddress", Text: fmt.Sprintf("%q is neither a host name nor an IP address; write it without scheme and port", h)})
 	}
 	ps = append(ps, gather("coapGateway", c.CoAPGateway.Validate()...)...)
+	ps = append(ps, gather("grpcGateway", c.GRPCGateway.Validate()...)...)
 	ps = append(ps, gather("resourceDirectory", c.ResourceDirectory.Check())...)
 	ps = append(ps, gather("identityStore", c.IdentityStore.Validate()...)...)
 	ps = append(ps, gather("oauthServer", c.OAuthServer.Validate()...)...)

@@ -28,7 +28,10 @@ func (a *assembly) parts() []run.Part {
 	if a.provider != nil {
 		ps = append(ps, run.Part{Name: "oauth-server", Run: a.provider.Run})
 	}
-	ps = append(ps, run.Part{Name: "coap-gateway", Run: a.runDevices})
+	ps = append(ps,
+		run.Part{Name: "grpc-gateway", Run: a.apps.Run},
+		run.Part{Name: "coap-gateway", Run: a.runDevices},
+	)
 	ps = append(ps, run.Part{Name: "socket", Run: func(ctx context.Context, ready func()) error {
 		return serveSocket(ctx, a.folder, a.calls(), a.log.With("part", "socket"), ready)
 	}})

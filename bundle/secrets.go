@@ -16,7 +16,7 @@ import (
 )
 
 // secretCollection is where the embedded provider keeps its signing keys and the secret that everything else is derived
-// from.
+// from, and the hub the key of its cursors.
 const secretCollection = "oauth-secrets"
 
 // withSecrets is the store's documents, except that the provider's secrets are files in the keys folder: what is in the store

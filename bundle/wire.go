@@ -14,6 +14,7 @@ import (
 
 	certificateauthority "github.com/coaphub/coaphub/certificate-authority"
 	coapgateway "github.com/coaphub/coaphub/coap-gateway"
+	grpcgateway "github.com/coaphub/coaphub/grpc-gateway"
 	"github.com/coaphub/coaphub/hub"
 	identitystore "github.com/coaphub/coaphub/identity-store"
 	"github.com/coaphub/coaphub/internal/auth"
@@ -37,9 +38,12 @@ type assembly struct {
 	hubID    string
 	external string // host
 	httpURL  string // base address of the HTTP door
-	first    firstLogin
+	// Where gRPC is reached, and the PEM of the root that devices trust.
+	grpcAddress, deviceRoot string
+	first                   firstLogin
 
 	store      *pebblestore.Store
+	documents  store.Documents // of the store, but secrets are files
 	authority  *certificateauthority.Authority
 	directory  *resourcedirectory.Directory
 	identities *identitystore.Store
@@ -47,9 +51,11 @@ type assembly struct {
 	clients    []*auth.Client      // of external providers
 	verifier   *auth.Verifier
 	devices    *coapgateway.Gateway
+	apps       *grpcgateway.Gateway
 
-	listeners []net.Listener // closed when wiring fails; afterwards by whoever serves them
-	admin     net.Listener   // nil: none
+	listeners  []net.Listener // all of them
+	admin      net.Listener   // nil: none
+	http, grpc net.Listener
 }
 
 // firstLogin is the first account, on the hub's first start only.
@@ -64,9 +70,6 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	}
 	defer func() {
 		if err != nil {
-			for _, ln := range a.listeners {
-				_ = ln.Close()
-			}
 			err = errors.Join(err, a.close())
 		}
 	}()
@@ -79,7 +82,13 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 		}
 	}
 
-	a.httpURL = "http://127.0.0.1:8080"
+	if a.http, err = a.listen(ctx, cfg.GRPCGateway.API.HTTP.Address, "--http-address", "grpcGateway.api.http.address"); err != nil {
+		return nil, err
+	}
+	if a.grpc, err = a.listen(ctx, cfg.GRPCGateway.API.GRPC.Address, "--grpc-address", "grpcGateway.api.grpc.address"); err != nil {
+		return nil, err
+	}
+	a.httpURL, a.grpcAddress = a.url(a.http.Addr().String()), reach(a.grpc.Addr().String(), a.external)
 
 	if err := os.RemoveAll(folder.sub(scratchFolder)); err != nil {
 		return nil, fmt.Errorf("empty the scratch folder: %w", err)
@@ -93,6 +102,11 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	if a.authority, err = certificateauthority.Open(folder.sub(keysFolder), a.hubID); err != nil {
 		return nil, fmt.Errorf("certification authorities: %w", err)
 	}
+
+	if a.deviceRoot, err = a.root(ctx, rootRequest{string(certificateauthority.Device)}); err != nil {
+		return nil, err
+	}
+	a.documents = &withSecrets{Documents: a.store, dir: folder.sub(keysFolder)}
 
 	// The same writer all along, another one after each start.
 	writer := uuid.NewString()
@@ -126,6 +140,21 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	if err != nil {
 		return nil, err
 	}
+	https, err := a.httpsConfig()
+	if err != nil {
+		return nil, err
+	}
+	cursors, err := cursorKey(ctx, a.documents)
+	if err != nil {
+		return nil, err
+	}
+	a.apps, err = grpcgateway.New(cfg.GRPCGateway, grpcgateway.Deps{
+		Directory: a.directory, Identities: a.identities, Verifier: a.verifier, HubID: a.hubID, HubInfo: a.hubInfo,
+		Hosts: []string{a.external}, Pages: a.pages(), TLS: https, Listen: a.opened, CursorKey: cursors,
+	}, log.With("part", "grpc-gateway"), a.registry)
+	if err != nil {
+		return nil, err
+	}
 	return a, nil
 }
 
@@ -137,8 +166,23 @@ func (a *assembly) listen(ctx context.Context, address, flag, key string) (net.L
 	return ln, err
 }
 
+// opened hands out the listeners of the applications' door, which were opened first; HTTP is asked for first.
+func (a *assembly) opened(_ context.Context, address string) (net.Listener, error) {
+	for _, ln := range []*net.Listener{&a.http, &a.grpc} {
+		if *ln != nil {
+			out := *ln
+			*ln = nil
+			return out, nil
+		}
+	}
+	return nil, fmt.Errorf("no listener was opened for %s", address)
+}
+
 // close closes what outlives the parts.
 func (a *assembly) close() error {
+	for _, ln := range a.listeners {
+		_ = ln.Close() // most are closed already; a part that never ran left its own
+	}
 	if a.verifier != nil {
 		a.verifier.Close()
 	}

@@ -51,6 +51,8 @@ func addressFlags(cmd *cobra.Command) func(*bundle.Config) {
 	}
 	add("coap-address", "address for CoAP over TLS; empty: none", func(c *bundle.Config) *string { return &c.CoAPGateway.API.CoAP.Address })
 	add("coap-plain-address", "address for CoAP over TCP without TLS (default none)", func(c *bundle.Config) *string { return &c.CoAPGateway.API.CoAP.PlainAddress })
+	add("http-address", "address for HTTP/JSON", func(c *bundle.Config) *string { return &c.GRPCGateway.API.HTTP.Address })
+	add("grpc-address", "address for gRPC", func(c *bundle.Config) *string { return &c.GRPCGateway.API.GRPC.Address })
 	add("admin-address", "address for probes and metrics; empty: none", func(c *bundle.Config) *string { return &c.Admin.API.HTTP.Address })
 	add("external-address", "host name or IP address under which others reach this machine (default its first address)", func(c *bundle.Config) *string { return &c.ExternalAddress })
 	return func(c *bundle.Config) {

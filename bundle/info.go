@@ -1,0 +1,64 @@
+package bundle
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"net/http"
+	"time"
+
+	grpcgateway "github.com/coaphub/coaphub/grpc-gateway"
+	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/store"
+)
+
+// commandTTL is how long a command lives that says nothing about it.
+const commandTTL = 10 * time.Second
+
+// hubInfo is what everybody may know: GetHubConfiguration. It is asked often, so it only puts together what is known.
+func (a *assembly) hubInfo() grpcgateway.HubConfiguration {
+	e := a.endpoints()
+	c := grpcgateway.HubConfiguration{
+		OwnerClaim: a.cfg.Authorization.OwnerClaim, DeviceIDClaim: a.cfg.CoAPGateway.API.CoAP.Authorization.DeviceIDClaim,
+		CoAPGateway: e.CoAPSTCP, CertificateAuthorities: a.deviceRoot, HTTPGatewayAddress: a.httpURL, DefaultCommandTTL: commandTTL,
+		Build: grpcgateway.Build{Version: a.build.Version, Commit: a.build.Commit, CommitDate: a.build.Date},
+	}
+	if a.provider == nil {
+		c.Authority = a.cfg.Authorization.Issuers[0].Authority
+		p := a.cfg.CoAPGateway.API.CoAP.Authorization.Providers[0]
+		c.DeviceClient = &grpcgateway.OAuthClient{
+			ID: p.ClientID, Audience: p.Audience, Scopes: p.Scopes, ProviderName: p.Name, Authority: p.Authority, GrantType: p.GrantType,
+		}
+		return c
+	}
+	o := a.cfg.OAuthServer
+	c.Authority = a.provider.Issuer()
+	c.WebClient = &grpcgateway.OAuthClient{
+		ID: o.Clients.Web.ID, Audience: o.Audience, Authority: c.Authority,
+		Scopes: []string{"openid", "offline_access", hub.ScopeRead, hub.ScopeWrite, hub.ScopeAdmin},
+	}
+	c.DeviceClient = &grpcgateway.OAuthClient{
+		ID: o.Clients.Device.ID, Audience: o.Audience, Authority: c.Authority, ProviderName: providerName,
+		Scopes: []string{"offline_access", hub.ScopeDevice},
+	}
+	return c
+}
+
+// pages are what the HTTP door serves besides the API: the embedded provider, at its issuer's path.
+func (a *assembly) pages() http.Handler {
+	return nil
+}
+
+// cursorKey signs the cursors of lists. It outlives restarts, so that a client goes on where it was.
+func cursorKey(ctx context.Context, docs store.Documents) ([]byte, error) {
+	doc, err := docs.Get(ctx, secretCollection, "cursor")
+	if err == nil && doc.Rev == 0 {
+		doc = store.Doc{Key: "cursor", Value: make([]byte, 32)}
+		_, _ = rand.Read(doc.Value) // never fails
+		_, err = docs.Put(ctx, secretCollection, doc)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("the key of cursors: %w", err)
+	}
+	return doc.Value, nil
+}
