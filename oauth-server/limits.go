@@ -51,6 +51,16 @@ func (l *limits) allow(key string) (wait time.Duration, ok bool) {
 	return 0, true
 }
 
+// refund gives back what allow took, for what turned out not to be worth counting.
+func (l *limits) refund(key string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if b, ok := l.buckets[key]; ok {
+		b.left = min(l.burst, b.left+1)
+		l.buckets[key] = b
+	}
+}
+
 // makeRoom drops all full buckets, or the quietest one if none is full.
 func (l *limits) makeRoom(now time.Time) {
 	var quietest string
@@ -66,6 +76,32 @@ func (l *limits) makeRoom(now time.Time) {
 	}
 	if len(l.buckets) >= l.max {
 		delete(l.buckets, quietest)
+	}
+}
+
+// serverLimits are all limits of a server, each with its own reason.
+type serverLimits struct {
+	accounts       *limits // wrong passwords of one account: ten, then two a minute
+	sources        *limits // wrong passwords from one source: thirty, then one every two seconds
+	pages          *limits // authorize requests from one source
+	tokens         *limits // requests with client credentials, codes and tokens from one source
+	deviceCodes    *limits // device grants from one source: each is a document
+	allDeviceCodes *limits // device grants from all sources
+	polls          *limits // polls of one device grant (RFC 8628, Section 3.5)
+}
+
+// limitedKeys bounds the memory of each limit: about 1 MiB.
+const limitedKeys = 10_000
+
+func newServerLimits() serverLimits {
+	return serverLimits{
+		accounts:       newLimits(10, 30*time.Second, limitedKeys),
+		sources:        newLimits(30, 2*time.Second, limitedKeys),
+		pages:          newLimits(100, 100*time.Millisecond, limitedKeys),
+		tokens:         newLimits(200, 50*time.Millisecond, limitedKeys),
+		deviceCodes:    newLimits(10, 6*time.Second, limitedKeys),
+		allDeviceCodes: newLimits(200, time.Second, 1),
+		polls:          newLimits(2, pollInterval*4/5, limitedKeys),
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"net/http"
 	"net/url"
 	"strings"
 	"time"
@@ -39,6 +40,9 @@ type Server struct {
 	keys    *keys
 	hasher  *hasher
 	clients map[string]*client
+	limits  serverLimits
+
+	provider http.Handler // the library's
 }
 
 // Open reads or makes what the provider needs in the store: its issuer, keys and first account. It returns an error of kind
@@ -68,7 +72,10 @@ func openWith(ctx context.Context, cfg Config, docs store.Documents, ownership O
 	if err = s.firstLogin(ctx); err != nil {
 		return nil, err
 	}
-	s.clients = clients(cfg, strings.TrimSuffix(cfg.BaseURL, "/"), s.path()+"/login")
+	s.clients, s.limits = clients(cfg, strings.TrimSuffix(cfg.BaseURL, "/"), s.path()+"/login"), newServerLimits()
+	if s.provider, err = s.newProvider(); err != nil {
+		return nil, &hub.Error{Kind: hub.Invalid, Op: "oauthServer.issuer", Code: "config-invalid", Err: err}
+	}
 	return s, nil
 }
 
