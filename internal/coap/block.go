@@ -327,6 +327,7 @@ func (c *Conn) respond(m *Message, r Response) {
 	out := &Message{Code: r.Code, Token: m.Token, Options: sortOptions(r.Options), Payload: r.Payload}
 	largest, bert := c.tr.limits()
 	b, asked, _ := blockOf(m, Block2)
+	asked = asked && r.Code>>5 == 2 // the diagnostic of an error is not the representation that was asked for
 	if asked && len(r.Payload) > 0 || c.tr.size(out) > largest {
 		if !c.slice(m, out, b, asked, largest, bert) {
 			return

@@ -1,0 +1,323 @@
+package coap
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// refusals collects what Config.Refused is told.
+type refusals struct {
+	mu  sync.Mutex
+	got []string
+}
+
+func (r *refusals) refused(_ net.Addr, reason, detail string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.got = append(r.got, reason+": "+detail)
+}
+
+func (r *refusals) want(t *testing.T, reasons ...string) {
+	t.Helper()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.got) != len(reasons) {
+		t.Fatalf("refused %q, want %q", r.got, reasons)
+	}
+	for i := range reasons {
+		if !strings.HasPrefix(r.got[i], reasons[i]+": ") {
+			t.Fatalf("refused %q, want %q", r.got, reasons)
+		}
+	}
+}
+
+func TestMaxConnections(t *testing.T) {
+	var r refusals
+	bubble(t, handlerFuncs{}, func(c *Config) { c.MaxConnections, c.Refused = 2, r.refused }, func(t *testing.T, s *sim) {
+		a, _ := s.dial(t), s.dial(t)
+		c := s.dialWith(t, 0, 1000)
+		c.ended()
+		r.want(t, "max-connections")
+		_ = a.Close()
+		_ = s.reason(t)
+		synctest.Wait()
+		s.dial(t) // there is room again
+	})
+}
+
+func TestOpenRefuses(t *testing.T) {
+	var r refusals
+	h := handlerFuncs{open: func(*Conn) error { return errors.New("not today") }}
+	bubble(t, h, func(c *Config) { c.Refused = r.refused }, func(t *testing.T, s *sim) {
+		p := s.dial(t)
+		if _, _, err := p.next(); !errors.Is(err, io.EOF) {
+			t.Fatalf("got %v, want the end and no reason", err)
+		}
+		_ = p.Close()
+		synctest.Wait()
+		r.want(t, "handler")
+		if len(s.closed) != 0 {
+			t.Error("Closed was called for a connection that was never opened")
+		}
+	})
+}
+
+// The end: Release (RFC 8323, Section 5.5) and an orderly close; answers under way still go out.
+func TestShutdown(t *testing.T) {
+	h := handlerFuncs{request: func(context.Context, *Message) Response {
+		<-time.After(time.Second)
+		return Response{Code: codes.Changed}
+	}}
+	bubble(t, h, nil, func(t *testing.T, s *sim) {
+		busy, idle, deaf := s.dial(t), s.dial(t), s.dialWith(t, 0, 20)
+		busy.send(post("/slow", nil))
+		synctest.Wait()
+		start := time.Now()
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			wantCode(t, busy.read(), codes.Release)
+			wantCode(t, busy.read(), codes.Changed)
+			busy.ended()
+			_ = busy.Close()
+		})
+		wg.Go(func() {
+			wantCode(t, idle.read(), codes.Release)
+			idle.ended()
+			_ = idle.Close()
+		})
+		s.stop() // deaf never reads and never closes
+		wg.Wait()
+		_ = deaf.Close()
+		if d := time.Since(start); d > s.srv.cfg.CloseTimeout+wheelTick {
+			t.Errorf("took %v", d)
+		}
+		for range 3 {
+			wantReason(t, s.reason(t), ErrShutdown)
+		}
+	})
+}
+
+// A handler that waits for its context does not hold up the end for more than CloseTimeout.
+func TestShutdownEndsHandlers(t *testing.T) {
+	h := handlerFuncs{request: func(ctx context.Context, _ *Message) Response {
+		<-ctx.Done()
+		return Response{Code: codes.ServiceUnavailable}
+	}}
+	bubble(t, h, nil, func(t *testing.T, s *sim) {
+		p := s.dial(t)
+		p.send(get("/forever"))
+		synctest.Wait()
+		start := time.Now()
+		s.stop()
+		if d := time.Since(start); d > s.srv.cfg.CloseTimeout+wheelTick {
+			t.Errorf("took %v", d)
+		}
+	})
+}
+
+// failingListener fails for a while.
+type failingListener struct {
+	*simListener
+	errs chan error
+}
+
+func (l *failingListener) Accept() (net.Conn, error) {
+	select {
+	case err := <-l.errs:
+		return nil, err
+	default:
+		return l.simListener.Accept()
+	}
+}
+
+func TestAcceptBacksOff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ln := &failingListener{newSimListener(), make(chan error, 100)}
+		for range 10 {
+			ln.errs <- &net.OpError{Op: "accept", Err: syscall.EMFILE}
+		}
+		srv := NewServer(DefaultConfig(), handlerFuncs{}, slog.New(slog.DiscardHandler), NewMetrics(prometheus.NewRegistry()))
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		start := time.Now()
+		go func() { done <- srv.ServeTCP(ctx, ln, nil) }()
+		c := ln.dial(0, 1000)
+		if d := time.Since(start); d < 2*time.Second || d > 10*time.Second {
+			t.Errorf("accepted after %v", d)
+		}
+		_ = c.Close()
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+
+		ln = &failingListener{newSimListener(), make(chan error, 1)}
+		ln.errs <- errors.New("the network card is on fire")
+		if err := srv.ServeTCP(t.Context(), ln, nil); err == nil || !strings.Contains(err.Error(), "on fire") {
+			t.Errorf("got %v", err)
+		}
+	})
+}
+
+// startSimTLS serves TLS on the simulated network.
+func startSimTLS(t *testing.T, conf *tls.Config, change func(*Config)) (*simListener, *prometheus.Registry) {
+	cfg := DefaultConfig()
+	change(&cfg)
+	ln, reg := newSimListener(), prometheus.NewRegistry()
+	srv := NewServer(cfg, handlerFuncs{}, slog.New(slog.DiscardHandler), NewMetrics(reg))
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- srv.ServeTCP(ctx, ln, conf) }()
+	t.Cleanup(func() {
+		cancel()
+		<-done
+	})
+	return ln, reg
+}
+
+// A handshake has a deadline, and is no connection before it is complete.
+func TestHandshakeTimeout(t *testing.T) {
+	conf, _ := testTLS(t)
+	synctest.Test(t, func(t *testing.T) {
+		var r refusals
+		ln, _ := startSimTLS(t, conf, func(c *Config) { c.Refused = r.refused })
+		c := ln.dial(0, 1000)
+		start := time.Now()
+		if _, err := io.ReadAll(c); err != nil {
+			t.Fatal(err)
+		}
+		if d := time.Since(start); d != 10*time.Second {
+			t.Errorf("closed after %v", d)
+		}
+		synctest.Wait()
+		r.want(t, "handshake-timeout")
+	})
+}
+
+// Peers that never finish their handshake do not keep others out: the oldest makes room.
+func TestHandshakesAreBounded(t *testing.T) {
+	conf, device := testTLS(t)
+	synctest.Test(t, func(t *testing.T) {
+		var r refusals
+		ln, _ := startSimTLS(t, conf, func(c *Config) { c.MaxHandshakes, c.Refused = 3, r.refused })
+		for range 3 {
+			c := ln.dial(0, 1000)
+			defer c.Close() //nolint:errcheck // a test's
+		}
+		start := time.Now()
+		raw := ln.dial(0, 1<<20)
+		device = device.Clone()
+		device.InsecureSkipVerify = true // the bubble's clock is in the year 2000
+		device.Time = func() time.Time { return time.Now() }
+		tc := tls.Client(raw, device)
+		_ = tc.Handshake() // the hub may refuse the certificate: its time is the bubble's
+		if d := time.Since(start); d > 2*time.Second {
+			t.Errorf("had to wait %v", d)
+		}
+		_ = raw.Close()
+		synctest.Wait()
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if len(r.got) == 0 || !strings.HasPrefix(r.got[0], "handshake-evicted") {
+			t.Errorf("refused %q", r.got)
+		}
+	})
+}
+
+// Bytes that are no TLS, and a peer without a certificate.
+func TestHandshakeFails(t *testing.T) {
+	server, device := testTLS(t)
+	refused := make(chan string, 10)
+	addr, conns, _ := startTCP(t, handlerFuncs{}, server, func(c *Config) {
+		c.Refused = func(_ net.Addr, reason, _ string) { refused <- reason }
+	})
+	c, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Write([]byte("GET / HTTP/1.0\r\n\r\n")); err != nil {
+		t.Fatal(err)
+	}
+	_, _ = io.ReadAll(c)
+	_ = c.Close()
+	if got := <-refused; got != "handshake-failed" {
+		t.Errorf("refused: %s", got)
+	}
+	device.Certificates = nil
+	if tc, err := tls.Dial("tcp", addr, device); err == nil {
+		_, _ = io.ReadAll(tc)
+		_ = tc.Close()
+	}
+	if got := <-refused; got != "handshake-failed" || len(conns) != 0 {
+		t.Errorf("refused: %s; %d connections were opened", got, len(conns))
+	}
+}
+
+func TestWheel(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWheel()
+		done, ended := make(chan struct{}), make(chan struct{})
+		go func() { w.run(done); close(ended) }()
+		start := time.Now()
+		type fired struct {
+			i  int
+			at time.Duration
+		}
+		var mu sync.Mutex
+		var got []fired
+		delays := []time.Duration{0, time.Millisecond, time.Second, 51 * time.Second, 52 * time.Second, 3 * time.Hour}
+		timers := make([]timer, len(delays)+1)
+		for i, d := range delays {
+			timers[i].fire = func() {
+				mu.Lock()
+				defer mu.Unlock()
+				got = append(got, fired{i, time.Since(start)})
+			}
+			w.set(&timers[i], d)
+		}
+		stopped := &timers[len(delays)]
+		stopped.fire = func() { t.Error("a stopped timer fired") }
+		w.set(stopped, time.Minute)
+		w.stop(stopped)
+		w.stop(stopped)
+		<-time.After(4 * time.Hour)
+		mu.Lock()
+		for n, f := range got {
+			if f.i != n || f.at < delays[n] || f.at > delays[n]+2*wheelTick {
+				t.Errorf("timer %d (%v) fired after %v", f.i, delays[f.i], f.at)
+			}
+		}
+		if len(got) != len(delays) {
+			t.Errorf("%d timers fired", len(got))
+		}
+		got = nil
+		mu.Unlock()
+		// After a rest, and again from within.
+		again := 0
+		timers[0].fire = func() {
+			if again++; again < 3 {
+				w.set(&timers[0], time.Second)
+			}
+		}
+		w.set(&timers[0], time.Second)
+		<-time.After(10 * time.Second)
+		close(done)
+		<-ended
+		if again != 3 {
+			t.Errorf("fired %d times", again)
+		}
+	})
+}
