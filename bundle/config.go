@@ -24,6 +24,8 @@ const (
 	EnvData   = EnvPrefix + "DATA"
 )
 
+//go:generate go test -run ^TestConfigReference$ -count=1 . -update
+
 // Config is the whole configuration: one section a part, and what is said once for all.
 type Config struct {
 	// Data is the data folder. It comes from --data or COAPHUB_DATA, not from the file, which may lie in it.

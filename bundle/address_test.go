@@ -1,0 +1,147 @@
+package bundle
+
+import (
+	"crypto/tls"
+	"errors"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	certificateauthority "github.com/coaphub/coaphub/certificate-authority"
+)
+
+func TestLoopback(t *testing.T) {
+	for address, want := range map[string]bool{
+		"127.0.0.1:80": true, "[::1]:80": true, "localhost:80": true, "127.9.9.9:1": true,
+		"0.0.0.0:80": false, "[::]:80": false, ":80": false, "192.0.2.1:80": false, "example.org:80": false, "nonsense": false,
+	} {
+		if got := loopback(address); got != want {
+			t.Errorf("loopback(%q) = %v", address, got)
+		}
+	}
+}
+
+func TestReach(t *testing.T) {
+	for _, c := range []struct{ address, external, want string }{
+		{"127.0.0.1:80", "192.0.2.7", "127.0.0.1:80"},
+		{"[::]:5684", "192.0.2.7", "192.0.2.7:5684"},
+		{"0.0.0.0:5684", "2001:db8::1", "[2001:db8::1]:5684"},
+		{"[::]:5684", "hub.example", "hub.example:5684"},
+		{"[::ffff:192.0.2.3]:1", "x", "192.0.2.3:1"},
+		{"strange", "x", "strange"},
+	} {
+		if got := reach(c.address, c.external); got != c.want {
+			t.Errorf("reach(%q, %q) = %q, want %q", c.address, c.external, got, c.want)
+		}
+	}
+	if got := externalHost("hub.example"); got != "hub.example" {
+		t.Errorf("what is configured becomes %q", got)
+	}
+	if ip := net.ParseIP(externalHost("")); ip == nil {
+		t.Errorf("%q is no address", externalHost(""))
+	}
+}
+
+func TestATakenPortNamesFlagAndKey(t *testing.T) {
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = taken.Close() }()
+	_, err = listen(t.Context(), taken.Addr().String(), "--http-address", "grpcGateway.api.http.address")
+	if code(err) != "address-in-use" {
+		t.Errorf("err = %v", err)
+	}
+	for _, part := range []string{"--http-address", "grpcGateway.api.http.address", taken.Addr().String()} {
+		if err == nil || !strings.Contains(err.Error(), part) {
+			t.Errorf("%v does not name %s", err, part)
+		}
+	}
+	if _, err := listen(t.Context(), "192.0.2.1:1", "--x", "x"); code(err) != "address-unusable" {
+		t.Errorf("an address of another machine: %v", err)
+	}
+	other := errors.New("something else")
+	if err := listenError(other, "", "", ""); !errors.Is(err, other) || code(err) != "" {
+		t.Errorf("another error becomes %v", err)
+	}
+}
+
+// elsewhere is a listener that claims to be reachable by others.
+type elsewhere struct{ net.Listener }
+
+func (elsewhere) Addr() net.Addr { return &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 1} }
+
+func TestTLSBeyondLoopback(t *testing.T) {
+	const id = "3a8f7a1c-95a1-4a5e-9f0e-3f9f9d7c1b11"
+	authority, err := certificateauthority.Open(filepath.Join(t.TempDir(), "keys"), id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := &assembly{authority: authority, external: "hub.example", log: slog.New(slog.DiscardHandler)}
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = ln.Close() }()
+	if plain, err := a.secure(ln); err != nil || plain != ln {
+		t.Errorf("loopback is not plain: %v", err)
+	}
+	secure, err := a.secure(elsewhere{ln})
+	if err != nil {
+		t.Fatal(err)
+	}
+	served := make(chan error, 1)
+	go func() {
+		c, err := secure.Accept()
+		if err == nil {
+			err = errors.Join(c.(*tls.Conn).HandshakeContext(t.Context()), c.Close())
+		}
+		served <- err
+	}()
+	c, err := tls.Dial("tcp", ln.Addr().String(), &tls.Config{RootCAs: authority.Pool(certificateauthority.HTTPS), ServerName: "hub.example", MinVersion: tls.VersionTLS12})
+	if err != nil {
+		t.Fatalf("handshake with the HTTPS root: %v", err)
+	}
+	_ = c.Close()
+	if err := <-served; err != nil {
+		t.Error(err)
+	}
+	if u := a.url("[::]:8080"); u != "https://hub.example:8080" {
+		t.Errorf("url = %q", u)
+	}
+	if u := a.url("127.0.0.1:8080"); u != "http://127.0.0.1:8080" {
+		t.Errorf("url = %q", u)
+	}
+}
+
+func TestTheHubsCertificateIsRenewedBeforeItEnds(t *testing.T) {
+	authority, err := certificateauthority.Open(filepath.Join(t.TempDir(), "keys"), "3a8f7a1c-95a1-4a5e-9f0e-3f9f9d7c1b11")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := Default()
+	cfg.CoAPGateway.API.CoAP.ExternalAddress = "nat.example:5684"
+	a := &assembly{authority: authority, external: "192.0.2.9", cfg: cfg}
+	get, err := a.hubCertificate()
+	if err != nil {
+		t.Fatal(err)
+	}
+	first, err := get()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, host := range []string{"192.0.2.9", "127.0.0.1", "localhost", "nat.example"} {
+		if err := first.Leaf.VerifyHostname(host); err != nil {
+			t.Errorf("not for %s: %v", host, err)
+		}
+	}
+	if second, err := get(); err != nil || second != first {
+		t.Errorf("made anew without need: %v", err)
+	}
+	first.Leaf.NotAfter = first.Leaf.NotBefore.Add(1) // as if it were over
+	if third, err := get(); err != nil || third == first {
+		t.Errorf("not renewed: %v", err)
+	}
+}
