@@ -20,6 +20,9 @@ import (
 // sign-ups of the same device; who loses this often is told to come back later.
 const maxTries = 32
 
+// maxOwner bounds an owner's name in bytes, so that every key made of it fits a store.
+const maxOwner = 1000
+
 // How often half-done steps are tried again, and outlived notes of former owners are removed.
 const (
 	finishEvery = 30 * time.Second
@@ -79,8 +82,8 @@ func (s *Store) Run(ctx context.Context, ready func()) error {
 // or directory is Unavailable (or Exhausted, Deadline).
 func (s *Store) SignUp(ctx context.Context, dev hub.DeviceID, owner hub.Owner, pin, user string) (hub.Ownership, error) {
 	const op = "identity.SignUp"
-	if dev == "" || owner == "" {
-		return hub.Ownership{}, &hub.Error{Kind: hub.Invalid, Op: op}
+	if dev == "" || owner == "" || len(owner) > maxOwner {
+		return hub.Ownership{}, &hub.Error{Kind: hub.Invalid, Op: op, Code: "owner-invalid", Text: "the owner's name is empty or too long"}
 	}
 	for range maxTries {
 		rec, rev, err := s.get(ctx, dev)

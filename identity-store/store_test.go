@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -128,6 +129,16 @@ func TestSecondOwnerIsRefused(t *testing.T) {
 	if own, err := s.Owner(t.Context(), lamp); err != nil || own.Owner != alice {
 		t.Fatalf("owner is %+v, %v", own, err)
 	}
+}
+
+func TestOwnersThatNoStoreCouldHoldAreInvalid(t *testing.T) {
+	s := newStore(t, newMemory(), newDirectory())
+	for _, owner := range []hub.Owner{"", hub.Owner(strings.Repeat("x", maxOwner+1))} {
+		_, err := s.SignUp(t.Context(), lamp, owner, "pin", "user")
+		wantKind(t, err, hub.Invalid, "owner-invalid")
+	}
+	_, err := s.SignUp(t.Context(), "", alice, "pin", "user")
+	wantKind(t, err, hub.Invalid, "")
 }
 
 func TestPinIsFixedUntilRelease(t *testing.T) {

@@ -126,7 +126,7 @@ func (s *Server) AddUser(ctx context.Context, name, password string, roles []str
 	} else if err := checkNew(password); err != nil {
 		return "", err
 	}
-	if a.Password, err = s.hasher.hash(ctx, password); err != nil {
+	if a.Password, err = s.hasher.hash(ctx, password, oneTime != ""); err != nil {
 		return "", err
 	}
 	err = write(ctx, s.docs, collAccounts, name, 0, a)
@@ -186,16 +186,17 @@ func (s *Server) SetPassword(ctx context.Context, name, password string) (oneTim
 	return oneTime, s.setPassword(ctx, name, password, oneTime != "")
 }
 
-func (s *Server) setPassword(ctx context.Context, name, password string, mustChange bool) error {
+// setPassword stores a password; oneTime says that newPassword made it, and that it must be changed at its first use.
+func (s *Server) setPassword(ctx context.Context, name, password string, oneTime bool) error {
 	if _, err := s.account(ctx, name); err != nil {
 		return err // before the work of hashing
 	}
-	phc, err := s.hasher.hash(ctx, password)
+	phc, err := s.hasher.hash(ctx, password, oneTime)
 	if err != nil {
 		return err
 	}
 	err = s.changeAccount(ctx, name, func(a *account) error {
-		a.Password, a.MustChange, a.Initial = phc, mustChange, false
+		a.Password, a.MustChange, a.Initial = phc, oneTime, false
 		return nil
 	})
 	if err != nil {
@@ -260,7 +261,7 @@ func (s *Server) firstLogin(ctx context.Context) error {
 	if !known {
 		password = newPassword()
 	}
-	if a.Password, err = s.hasher.hash(ctx, password); err != nil {
+	if a.Password, err = s.hasher.hash(ctx, password, !known); err != nil {
 		return err
 	}
 	if err := write(ctx, s.docs, collAccounts, firstAccount, rev, a); hub.IsKind(err, hub.Conflict) {

@@ -14,12 +14,18 @@ import (
 
 func TestPasswords(t *testing.T) {
 	h := newHasher(defaultCost)
-	phc := must[string](t)(h.hash(t.Context(), "correct horse battery"))
+	phc := must[string](t)(h.hash(t.Context(), "correct horse battery", false))
 	if !strings.HasPrefix(phc, "$argon2id$v=19$m=65536,t=3,p=1$") {
 		t.Fatal(phc)
 	}
 	for password, want := range map[string]bool{"correct horse battery": true, "correct horse": false, "": false, strings.Repeat("x", 300): false} {
 		if ok, err := h.check(t.Context(), phc, password); err != nil || ok != want {
+			t.Errorf("%q: %v, %v", password, ok, err)
+		}
+	}
+	oneTime := must[string](t)(h.hash(t.Context(), "abcd-efgh", true))
+	for password, want := range map[string]bool{"abcd-efgh": true, "abcd-efgi": false} {
+		if ok, err := h.check(t.Context(), oneTime, password); err != nil || ok != want {
 			t.Errorf("%q: %v, %v", password, ok, err)
 		}
 	}
@@ -59,7 +65,7 @@ func TestPasswordHashingIsBounded(t *testing.T) {
 	for _, release := range releases {
 		release()
 	}
-	must[string](t)(h.hash(t.Context(), "works again"))
+	must[string](t)(h.hash(t.Context(), "works again", false))
 }
 
 func TestAccounts(t *testing.T) {

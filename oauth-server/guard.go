@@ -296,6 +296,11 @@ func (s *Server) authorize(w http.ResponseWriter, r *http.Request) {
 
 // callback guards the library's way back from the login page.
 func (s *Server) callback(w http.ResponseWriter, r *http.Request) {
+	// Each call of a browser that signed in makes a code, and each code is a document.
+	if f := s.limited(r, "authorize", s.limits.pages); f != nil {
+		s.failPage(w, r, f.status, "Too many requests. Try again in a moment.", f.retry)
+		return
+	}
 	if text := readPage(w, r); text != "" {
 		s.failPage(w, r, http.StatusBadRequest, text, 0)
 		return

@@ -28,6 +28,10 @@ type cost struct {
 // defaultCost is the second of RFC 9106's recommendations cut to a small machine: 64 MiB, three passes, one lane.
 var defaultCost = cost{time: 3, memory: 64 << 10, threads: 1}
 
+// oneTimeCost is for passwords that newPassword made: nobody tries 2^100 of them, however fast each is, and a hub with a new
+// one at each start should not take longer to start.
+var oneTimeCost = cost{time: 1, memory: 8, threads: 1}
+
 // Passwords hashed at the same time, and waiting for that. Each takes 64 MiB and about 0.2 s of a core; who finds the queue
 // full is told to come back.
 const (
@@ -61,22 +65,26 @@ func (h *hasher) slot(ctx context.Context) (release func(), err error) {
 	}
 }
 
-// hash returns the password's PHC string.
-func (h *hasher) hash(ctx context.Context, password string) (string, error) {
+// hash returns the PHC string of a password; oneTime says that newPassword made it.
+func (h *hasher) hash(ctx context.Context, password string, oneTime bool) (string, error) {
+	c := h.cost
+	if oneTime {
+		c = oneTimeCost
+	}
 	release, err := h.slot(ctx)
 	if err != nil {
 		return "", err
 	}
 	defer release()
 	salt := random(16)
-	key := argon2.IDKey([]byte(password), salt, h.cost.time, h.cost.memory, h.cost.threads, 32)
+	key := argon2.IDKey([]byte(password), salt, c.time, c.memory, c.threads, 32)
 	enc := base64.RawStdEncoding
-	return fmt.Sprintf("$argon2id$v=%d$m=%d,t=%d,p=%d$%s$%s", argon2.Version, h.cost.memory, h.cost.time, h.cost.threads,
+	return fmt.Sprintf("$argon2id$v=%d$m=%d,t=%d,p=%d$%s$%s", argon2.Version, c.memory, c.time, c.threads,
 		enc.EncodeToString(salt), enc.EncodeToString(key)), nil
 }
 
-// check reports whether the password belongs to the PHC string. An empty one costs the same and is never right, so that the
-// time does not tell which accounts exist.
+// check reports whether the password belongs to the PHC string. An empty one is never right. Every check takes as long as that
+// of a chosen password, so that the time does not tell which accounts exist.
 func (h *hasher) check(ctx context.Context, phc, password string) (bool, error) {
 	if len(password) > maxPassword {
 		return false, nil
@@ -86,8 +94,11 @@ func (h *hasher) check(ctx context.Context, phc, password string) (bool, error) 
 		return false, err
 	}
 	defer release()
-	if phc == "" {
+	waste := func() {
 		argon2.IDKey([]byte(password), make([]byte, 16), h.cost.time, h.cost.memory, h.cost.threads, 32)
+	}
+	if phc == "" {
+		waste()
 		return false, nil
 	}
 	var version int
@@ -103,6 +114,9 @@ func (h *hasher) check(ctx context.Context, phc, password string) (bool, error) 
 	want, err2 := base64.RawStdEncoding.DecodeString(parts[5])
 	if err1 != nil || err2 != nil || len(want) == 0 {
 		return false, &hub.Error{Kind: hub.Internal, Op: "read password hash"}
+	}
+	if c == oneTimeCost {
+		waste()
 	}
 	got := argon2.IDKey([]byte(password), salt, c.time, c.memory, c.threads, uint32(len(want)))
 	return subtle.ConstantTimeCompare(got, want) == 1, nil
