@@ -28,9 +28,20 @@ const (
 	bob   hub.Owner    = "bob"
 )
 
+// tb is what tests, benchmarks and rapid have in common.
+type tb interface {
+	Helper()
+	Cleanup(func())
+	Context() context.Context
+	Error(args ...any)
+	Errorf(format string, args ...any)
+	Fatal(args ...any)
+	Fatalf(format string, args ...any)
+}
+
 // house is a directory over a store, both of which can be restarted.
 type house struct {
-	t    testing.TB
+	t    tb
 	fs   vfs.FS
 	cfg  Config
 	base *pebblestore.Store
@@ -41,7 +52,7 @@ type house struct {
 	log  *logBuffer
 }
 
-func open(t testing.TB, change ...func(*house)) *house {
+func open(t tb, change ...func(*house)) *house {
 	h := &house{t: t, fs: vfs.NewMem(), cfg: Default(), log: &logBuffer{}}
 	for _, f := range change {
 		f(h)
@@ -64,7 +75,7 @@ func (h *house) start() {
 	h.d, h.stop = run(h.t, h.cfg, h.st, h.log)
 }
 
-func run(t testing.TB, cfg Config, st store.Store, log *logBuffer) (d *Directory, stop func()) {
+func run(t tb, cfg Config, st store.Store, log *logBuffer) (d *Directory, stop func()) {
 	t.Helper()
 	d, err := New(cfg, st, slog.New(slog.NewTextHandler(log, nil)), prometheus.NewRegistry(), "test")
 	if err != nil {
@@ -155,7 +166,7 @@ func newEnd() *end { return &end{make(chan string, 4)} }
 
 func (e *end) Close(reason string) { e.reason <- reason }
 
-func (e *end) why(t testing.TB) string {
+func (e *end) why(t tb) string {
 	t.Helper()
 	select {
 	case r := <-e.reason:
@@ -277,7 +288,7 @@ func (h *house) expect(dev hub.DeviceID, want ...string) {
 	}
 }
 
-func wantKind(t testing.TB, err error, kind hub.Kind, code string) {
+func wantKind(t tb, err error, kind hub.Kind, code string) {
 	t.Helper()
 	got, _ := hub.Public(err)
 	if !hub.IsKind(err, kind) || code != "" && got != code {
@@ -285,7 +296,7 @@ func wantKind(t testing.TB, err error, kind hub.Kind, code string) {
 	}
 }
 
-func twinOf(t testing.TB, d *hub.Device, href hub.Href) string {
+func twinOf(t tb, d *hub.Device, href hub.Href) string {
 	t.Helper()
 	r, ok := d.Resources.Get(href)
 	if !ok {

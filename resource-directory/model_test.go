@@ -1,0 +1,337 @@
+package resourcedirectory
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+
+	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/store"
+)
+
+// model is what the directory should say about one device, kept by the simplest means.
+type model struct {
+	owner    hub.Owner
+	gen      uint64
+	sessions []*device // all of them, the current one last
+	current  bool      // the last one still counts
+	online   bool
+	twin     hub.TwinState
+	links    map[hub.Href]string // title
+	twins    map[hub.Href]string // content, "" is NOT_FOUND
+	versions map[hub.Href]uint64
+	past     map[uint64]*model // by seq
+	seq      uint64
+}
+
+func (m *model) clone() *model {
+	c := *m
+	c.links, c.twins, c.past = maps.Clone(m.links), maps.Clone(m.twins), nil
+	return &c
+}
+
+func (m *model) clear() {
+	m.links, m.twins, m.versions = map[hub.Href]string{}, map[hub.Href]string{}, map[hub.Href]uint64{}
+	m.current, m.online, m.twin = false, false, hub.TwinOutOfSync
+}
+
+func (m *model) set(href hub.Href, content string) {
+	if old, ok := m.twins[href]; ok && old == content {
+		return
+	}
+	if _, ok := m.twins[href]; ok {
+		m.versions[href]++
+	}
+	m.twins[href] = content
+}
+
+// TestDirectoryAgainstAModel does what devices, gateways, owners, crashes and retention do, in random order, and compares all
+// that can be seen after each step. The invariants of seqs, versions, times and rebuilding are checked at each restart.
+func TestDirectoryAgainstAModel(t *testing.T) {
+	hrefs := []hub.Href{"/a", "/b", "/c", "/d"}
+	rapid.Check(t, func(rt *rapid.T) {
+		f := &fake{}
+		h := open(rt, faked(f))
+		m := &model{past: map[uint64]*model{}}
+		m.clear()
+		ctx := context.Background()
+		href := func() hub.Href { return rapid.SampledFrom(hrefs).Draw(rt, "href") }
+		// someSession is mostly the current session, sometimes one of before.
+		someSession := func() (x *device, valid bool) {
+			if len(m.sessions) == 0 {
+				rt.Skip("no session yet")
+			}
+			i := len(m.sessions) - 1
+			if rapid.IntRange(0, 3).Draw(rt, "stale") == 0 {
+				i = rapid.IntRange(0, i).Draw(rt, "session")
+			}
+			return m.sessions[i], m.current && i == len(m.sessions)-1
+		}
+		expect := func(err error, valid bool) {
+			rt.Helper()
+			if valid && err != nil || !valid && !hub.IsKind(err, hub.Precondition) {
+				rt.Fatalf("valid session %t: %v", valid, err)
+			}
+		}
+		endIndex := func() { // the start's own work has to be over before the model can say what is online
+			h.eventually("former sessions are offline", func() bool {
+				for doc := range h.base.Range(ctx, onlineIndex, "", "") {
+					if string(doc.Value) != h.d.run {
+						return false
+					}
+				}
+				return true
+			})
+		}
+		rt.Repeat(map[string]func(*rapid.T){
+			"register": func(rt *rapid.T) {
+				owner := rapid.SampledFrom([]hub.Owner{alice, bob}).Draw(rt, "owner")
+				m.clear()
+				m.owner, m.gen = owner, m.gen+1
+				h.must(h.d.Register(ctx, own(lamp, owner, m.gen), "u"))
+				h.must(h.d.Register(ctx, own(lamp, owner, m.gen), "u"))
+			},
+			"unregister": func(rt *rapid.T) {
+				stale := own(lamp, m.owner, m.gen)
+				if m.gen > 0 && rapid.Bool().Draw(rt, "stale") {
+					stale.Generation--
+				} else if m.owner != "" {
+					m.clear()
+					m.owner = ""
+				}
+				h.must(h.d.Unregister(ctx, stale, "u"))
+			},
+			"sign in": func(rt *rapid.T) {
+				x := &device{h: h, end: newEnd()}
+				var err error
+				x.sess, err = h.d.SignIn(ctx, own(lamp, m.owner, m.gen), conn(strconv.Itoa(len(m.sessions))), "u", x.end)
+				if m.owner == "" {
+					if !hub.IsKind(err, hub.Denied) {
+						rt.Fatalf("signed in without an owner: %v", err)
+					}
+					return
+				}
+				h.must(err)
+				if m.current {
+					if got := m.sessions[len(m.sessions)-1].end; len(got.reason) == 0 && m.online {
+						got.why(rt)
+					}
+				}
+				m.sessions = append(m.sessions, x)
+				m.current, m.online, m.twin = true, true, hub.TwinOutOfSync
+			},
+			"notify": func(rt *rapid.T) {
+				x, valid := someSession()
+				var changes []hub.Change
+				for range rapid.IntRange(1, 3).Draw(rt, "changes") {
+					to := href()
+					v := strconv.Itoa(rapid.IntRange(1, 3).Draw(rt, "value"))
+					changes = append(changes, value(to, v))
+					if valid {
+						m.set(to, v)
+					}
+				}
+				expect(x.notify(changes...), valid)
+			},
+			"notify while the store is away": func(rt *rapid.T) {
+				x, valid := someSession()
+				before := h.events(lamp)
+				f.set(func(f *fake) { f.append = away })
+				err := x.notify(value("/a", "away"))
+				f.set(func(f *fake) { f.append = nil })
+				if valid && !hub.IsKind(err, hub.Unavailable) || !valid && !hub.IsKind(err, hub.Precondition) {
+					rt.Fatalf("valid session %t: %v", valid, err)
+				}
+				if now := h.events(lamp); len(now) != len(before) {
+					rt.Fatalf("something was stored: %q", now[len(before):])
+				}
+				x.msg-- // not done: the number is free
+			},
+			"repeat a stored message": func(rt *rapid.T) {
+				x, valid := someSession()
+				if !valid {
+					rt.Skip("no current session")
+				}
+				h.must(x.notify(value("/a", "x")))
+				m.set("/a", "x")
+				stored := h.device(m.owner, lamp)
+				r, _ := stored.Resources.Get("/a")
+				if r.Message != x.msg { // it changed nothing, so its number is not stored
+					return
+				}
+				h.must(h.d.Notify(ctx, x.same(), []hub.Change{value("/a", "repeated")}))
+			},
+			"publish": func(rt *rapid.T) {
+				x, valid := someSession()
+				l := link(href())
+				l.Title = strconv.Itoa(rapid.IntRange(0, 2).Draw(rt, "title"))
+				_, err := x.publish(l)
+				expect(err, valid)
+				if valid {
+					m.links[l.Href] = l.Title
+				}
+			},
+			"unpublish": func(rt *rapid.T) {
+				x, valid := someSession()
+				var which []hub.Href
+				if rapid.Bool().Draw(rt, "one") {
+					which = append(which, href())
+				}
+				removed, err := h.d.Unpublish(ctx, x.stamp(), which)
+				expect(err, valid)
+				if !valid {
+					return
+				}
+				var want []hub.Href
+				for _, to := range slices.Sorted(maps.Keys(m.links)) {
+					if len(which) == 0 || slices.Contains(which, to) {
+						want = append(want, to)
+						delete(m.links, to)
+						m.set(to, "")
+					}
+				}
+				if !slices.Equal(removed, want) {
+					rt.Fatalf("removed %v, want %v", removed, want)
+				}
+			},
+			"offline": func(*rapid.T) {
+				x, valid := someSession()
+				h.must(h.d.Offline(ctx, x.stamp()))
+				if valid {
+					m.online, m.twin = false, hub.TwinOutOfSync
+				}
+			},
+			"sign out": func(*rapid.T) {
+				x, valid := someSession()
+				expect(h.d.SignOut(ctx, x.stamp()), valid)
+				if valid {
+					m.current, m.online, m.twin = false, false, hub.TwinOutOfSync
+				}
+			},
+			"twin": func(rt *rapid.T) {
+				x, valid := someSession()
+				to := rapid.SampledFrom([]hub.TwinState{hub.TwinSyncing, hub.TwinInSync}).Draw(rt, "state")
+				valid = valid && m.online
+				expect(h.d.SetTwin(ctx, x.stamp(), to), valid)
+				if valid {
+					m.twin = to
+				}
+			},
+			"another process writes": func(rt *rapid.T) {
+				if m.owner == "" || len(m.sessions) == 0 {
+					rt.Skip("nobody's device, or none that ever signed in")
+				}
+				h.behind(lamp, hub.Event{Kind: hub.ResourceChanged, Href: "/z", Status: hub.StatusOK, Version: m.next("/z"),
+					Content: hub.Content{Format: hub.FormatNone, Data: fmt.Append(nil, m.seq)}})
+				m.set("/z", fmt.Sprint(m.seq))
+				if x, valid := someSession(); valid { // a write of ours finds out by the conflict
+					v := fmt.Sprint("after ", m.seq)
+					h.must(x.notify(value("/a", v)))
+					m.set("/a", v)
+				} else {
+					h.restart()
+					endIndex()
+					m.online, m.twin = false, hub.TwinOutOfSync
+				}
+			},
+			"restart": func(*rapid.T) {
+				h.restart()
+				endIndex()
+				m.online, m.twin = false, hub.TwinOutOfSync
+			},
+			"trim": func(rt *rapid.T) {
+				cs := h.commits(lamp)
+				if len(cs) == 0 {
+					rt.Skip("nothing to trim")
+				}
+				edge := time.Unix(0, cs[rapid.IntRange(0, len(cs)-1).Draw(rt, "edge")].Time)
+				_, err := h.d.trimDevice(ctx, lamp, edge.Add(neverYounger), time.Nanosecond)
+				h.must(err)
+			},
+			"": func(rt *rapid.T) {
+				m.check(rt, h)
+			},
+		})
+	})
+}
+
+func (m *model) next(href hub.Href) uint64 {
+	if _, ok := m.twins[href]; ok {
+		return m.versions[href] + 1
+	}
+	return 0
+}
+
+func (m *model) check(rt *rapid.T, h *house) {
+	cs := h.commits(lamp)
+	if len(cs) > 0 {
+		m.seq = cs[len(cs)-1].Seq
+		m.past[m.seq] = m.clone()
+	}
+	if m.owner == "" {
+		for _, o := range []hub.Owner{alice, bob} {
+			if _, err := h.d.Device(rt.Context(), o, lamp); !hub.IsKind(err, hub.NotFound) {
+				rt.Fatalf("a device of nobody is shown to %s: %v", o, err)
+			}
+		}
+	} else {
+		d := h.device(m.owner, lamp)
+		m.same(rt, d)
+		if c := d.Metadata.Connection; c.Online != m.online || m.online && c.ID != strconv.Itoa(len(m.sessions)-1) {
+			rt.Fatalf("connection %+v, online should be %t", c, m.online)
+		}
+		if d.Metadata.Twin.State != m.twin {
+			rt.Fatalf("twin state %d, want %d", d.Metadata.Twin.State, m.twin)
+		}
+		for to, v := range m.versions {
+			if r, ok := d.Resources.Get(to); ok && r.Version != v {
+				rt.Fatalf("%s has version %d, want %d", to, r.Version, v)
+			}
+		}
+	}
+	// What the log still has can be seen as it was; three places of it each time, chosen by where the log ends.
+	for i, c := range cs {
+		then := m.past[c.Seq]
+		if i != 0 && i != len(cs)-1 && i != int(m.seq*7)%len(cs) || then == nil || i+1 < len(cs) && cs[i+1].Time == c.Time {
+			continue // in the middle of a step, or not told apart by its time
+		}
+		for _, o := range []hub.Owner{alice, bob} {
+			d, err := h.d.DeviceAt(rt.Context(), o, lamp, time.Unix(0, c.Time))
+			switch {
+			case o != then.owner:
+				if !hub.IsKind(err, hub.NotFound) {
+					rt.Fatalf("seq %d is shown to %s: %v", c.Seq, o, err)
+				}
+			case err != nil:
+				rt.Fatalf("seq %d: %v", c.Seq, err)
+			default:
+				then.same(rt, d)
+			}
+		}
+	}
+	if _, err := Verify(rt.Context(), h.base, func(_ hub.DeviceID, p string) { rt.Errorf("%s", p) }); err != nil {
+		rt.Fatal(err)
+	}
+}
+
+// same compares links and twins.
+func (m *model) same(rt *rapid.T, d *hub.Device) {
+	links, twins := map[hub.Href]string{}, map[hub.Href]string{}
+	for l := range d.Links.All() {
+		links[l.Href] = l.Title
+	}
+	for r := range d.Resources.All() {
+		twins[r.Href] = string(r.Content.Data)
+	}
+	if !maps.Equal(links, m.links) || !maps.Equal(twins, m.twins) {
+		rt.Fatalf("seq %d: links %v and twins %v, want %v and %v", d.Seq, links, twins, m.links, m.twins)
+	}
+}
+
+var _ store.Store = (*fake)(nil)
