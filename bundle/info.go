@@ -44,9 +44,12 @@ func (a *assembly) hubInfo() grpcgateway.HubConfiguration {
 	return c
 }
 
-// pages are what the HTTP door serves besides the API: the embedded provider, at its issuer's path.
+// pages are what the HTTP door serves besides the API: the embedded provider, which knows its issuer's path.
 func (a *assembly) pages() http.Handler {
-	return nil
+	if a.provider == nil {
+		return nil
+	}
+	return a.provider.Handler()
 }
 
 // cursorKey signs the cursors of lists. It outlives restarts, so that a client goes on where it was.
