@@ -451,11 +451,14 @@ var errBlocks = errors.New("blocks do not fit together")
 // rest fetches the blocks behind first, which answers m or is a notification for it, and returns the whole (RFC 7959,
 // Section 2.4). Blocks of different representations are never mixed: when the ETag changes it begins again, twice at most.
 func (c *Conn) rest(ctx context.Context, op string, m, first *Message) (*Message, error) {
+	cfg := &c.srv.cfg
 	b, has, _ := blockOf(first, Block2)
 	if !has {
+		if len(first.Payload) > cfg.MaxBody {
+			return nil, errBody.With(op, nil)
+		}
 		return first, nil
 	}
-	cfg := &c.srv.cfg
 	req := clone(m)
 	_, has = m.Option(ObserveOption)
 	// RFC 7959, Section 3.4: further blocks are asked for without Observe; the body was sent already.

@@ -76,8 +76,8 @@ func (c *Conn) Do(ctx context.Context, req *Message) (*Message, error) {
 
 // Observe registers for a resource (RFC 7641, Section 3.1): it sends req, a GET or FETCH, with Observe 0 and returns the
 // first answer, an error code included. The observation is nil if the answer has no Observe option. Notifications may reach
-// ConnHandler.Notifications before Observe returns; Observation.Path tells them apart even then. A notification whose blocks
-// come to more than Config.MaxBody arrives as 4.13 without payload, one whose blocks cannot be fetched as 5.04, both not
+// ConnHandler.Notifications before Observe returns; Observation.Path tells them apart even then. A notification with
+// more than Config.MaxBody arrives as 4.13 without payload, one whose further blocks cannot be fetched as 5.04, both not
 // ended; one with a critical option that is not understood as 4.02, ended. Errors are those of Do, and Exhausted when the
 // connection has Config.MaxObservations.
 func (c *Conn) Observe(ctx context.Context, req *Message) (*Observation, *Message, error) {
@@ -98,7 +98,9 @@ func (c *Conn) Observe(ctx context.Context, req *Message) (*Observation, *Messag
 	o := &Observation{c: c, path: Path(m), req: m}
 	first, err := c.roundTrip(ctx, op, m, &exchange{answer: make(chan answer, 1), observation: o})
 	if err != nil {
-		// The peer may have registered us all the same. Whatever it answers to this is dropped.
+		// The peer may have registered us all the same, and its answer may just have come. Whatever it answers to this is
+		// dropped.
+		c.forget(o)
 		c.sendNow(deregister(m))
 		return nil, nil, err
 	}
@@ -275,8 +277,11 @@ func (c *Conn) response(m *Message, f fault) (item, bool) {
 	}
 	// RFC 8323, Section 7.1: the stream keeps the order, so the value of the Observe option says nothing.
 	it := item{msg: m, observation: o, ended: !observed || m.Code>>5 != 2}
-	if f.bad() {
+	switch {
+	case f.bad():
 		it.msg, it.ended = &Message{Code: codes.BadOption, Token: m.Token, Payload: []byte(f.String())}, true
+	case len(m.Payload) > c.srv.cfg.MaxBody:
+		it.msg = &Message{Code: codes.RequestEntityTooLarge, Token: m.Token}
 	}
 	if it.ended {
 		delete(c.observations, string(m.Token)) // RFC 7641, Section 4.2

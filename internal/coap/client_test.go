@@ -544,3 +544,25 @@ func TestPanicInNotifications(t *testing.T) {
 		wantReason(t, s.reason(t), ErrPanic)
 	})
 }
+
+// One byte over MaxBody in one message: a notification becomes an error of its resource, an answer an error of its request;
+// the connection lives.
+func TestAnswerTooLarge(t *testing.T) {
+	h, notes := noting()
+	bubble(t, h, nil, func(t *testing.T, s *sim) {
+		p := s.dial(t)
+		c := <-s.conns
+		o, m := p.observed(t, c, "/big")
+		for _, n := range []int{MaxBody, MaxBody + 1, 1} {
+			p.send((&Message{Code: codes.Content, Token: m.Token, Payload: make([]byte, n)}).with(ObserveOption, 1))
+		}
+		for _, want := range []codes.Code{codes.Content, codes.RequestEntityTooLarge, codes.Content} {
+			if n := <-notes; n.Observation != o || n.Ended || n.Message.Code != want {
+				t.Fatalf("%v with %d bytes, ended %v", n.Message.Code, len(n.Message.Payload), n.Ended)
+			}
+		}
+		r := do(c, t.Context(), get("/big"))
+		p.send(&Message{Code: codes.Content, Token: p.read().Token, Payload: make([]byte, MaxBody+1)})
+		wantKind(t, (<-r).err, hub.TooLarge)
+	})
+}
