@@ -147,6 +147,9 @@ func (d *Device) Do(ctx context.Context, r Request) (Answer, error) {
 	}
 	defer cc.ReleaseMessage(resp)
 	a := Answer{Code: resp.Code(), Format: -1, MaxAge: -1}
+	if b, err := resp.GetOptionUint32(message.Block2); err == nil && !d.cfg.Blockwise {
+		return Answer{}, fmt.Errorf("%v %s: the answer comes in blocks (%d), which this device does not do", r.Code, r.Path, b)
+	}
 	if a.Raw, err = resp.ReadBody(); err != nil {
 		return Answer{}, fmt.Errorf("read the answer to %v %s: %w", r.Code, r.Path, err)
 	}

@@ -312,8 +312,10 @@ func TestCloudLife(t *testing.T) {
 
 func TestNewRefusesBadConfig(t *testing.T) {
 	for _, cfg := range []Config{
-		{ID: testID, HubAddr: "127.0.0.1:5684"}, {ID: testID, HubAddr: "http://127.0.0.1"},
-		{ID: testID, HubAddr: "coaps+tcp://127.0.0.1:5684"}, {HubAddr: "coap+tcp://127.0.0.1"},
+		{ID: testID, HubAddr: "127.0.0.1:5684"},
+		{ID: testID, HubAddr: "http://127.0.0.1"},
+		{ID: testID, HubAddr: "coaps+tcp://127.0.0.1:5684"},
+		{HubAddr: "coap+tcp://127.0.0.1"},
 	} {
 		if _, err := New(cfg); err == nil {
 			t.Errorf("%+v was accepted", cfg)

@@ -153,6 +153,9 @@ func (f Fleet) Run(ctx context.Context) (Counts, error) {
 	for ctx.Err() == nil {
 		select {
 		case <-tick.C:
+			if ctx.Err() != nil {
+				break
+			}
 			c := counts()
 			if f.Progress != nil {
 				f.Progress(c)
@@ -160,9 +163,11 @@ func (f Fleet) Run(ctx context.Context) (Counts, error) {
 		case <-ctx.Done():
 		}
 	}
-	// What was online at the end is what the last counts should say, not what is left after everybody has gone.
-	end := counts()
+	// The last counts say what was online before everybody went, and the rate over the whole time.
+	online := last.Online
 	wg.Wait()
+	end := counts()
+	end.Online, end.PerSecond = online, float64(end.Notified)/end.Elapsed.Seconds()
 	if f.Progress != nil {
 		f.Progress(end)
 	}
@@ -225,7 +230,7 @@ func (f Fleet) notify(ctx context.Context, rate float64, device func(k int) *Dev
 	const step = 20 * time.Millisecond
 	tick := time.NewTicker(step)
 	defer tick.Stop()
-	due := rand.Float64() //nolint:gosec // so that slow fleets do not notify in bursts; it is no secret
+	due := rand.Float64() // so that slow fleets do not notify in bursts
 	for k := 0; ; {
 		select {
 		case <-ctx.Done():
@@ -242,7 +247,7 @@ func (f Fleet) notify(ctx context.Context, rate float64, device func(k int) *Dev
 				continue
 			}
 			if d.Observed(resHref)+d.Observed("/light/1") > 0 {
-				_, _ = d.Set("/light/1", map[string]any{"name": "Light", "state": k%2 == 0, "power": uint64(k % 101)}) //nolint:gosec // not negative
+				_, _ = d.Set("/light/1", map[string]any{"name": "Light", "state": k%2 == 0, "power": uint64(k % 101)})
 			}
 			k++
 		}

@@ -46,7 +46,7 @@ func (d *Device) Run(ctx context.Context, code func(context.Context) (string, er
 		}
 		// Between half of it and all of it, so that a fleet does not come back at one moment.
 		select {
-		case <-time.After(wait/2 + rand.N(wait/2+1)): //nolint:gosec // jitter is no secret
+		case <-time.After(wait/2 + rand.N(wait/2+1)):
 		case <-ctx.Done():
 			return ctx.Err()
 		}
@@ -66,7 +66,7 @@ func (d *Device) session(ctx context.Context, code func(context.Context) (string
 	defer d.stats.Online.Add(-1)
 	done := d.Done()
 	// The first ping of each device comes at its own time.
-	ping := time.NewTimer(rand.N(pingEvery)) //nolint:gosec // jitter is no secret
+	ping := time.NewTimer(rand.N(pingEvery))
 	defer ping.Stop()
 	refresh := time.NewTimer(d.untilRefresh())
 	defer refresh.Stop()
@@ -159,5 +159,5 @@ func (d *Device) untilRefresh() time.Duration {
 		return 365 * 24 * time.Hour
 	}
 	left := max(time.Until(c.Expires), 0)
-	return left*3/4 + time.Duration(rand.Float64()*0.15*float64(left)) //nolint:gosec // jitter is no secret
+	return left*3/4 + time.Duration(rand.Float64()*0.15*float64(left))
 }

@@ -130,8 +130,8 @@ func TestFleet(t *testing.T) {
 	if !enough.Load() || c.SignUps != 20 || c.Devices != 20 {
 		t.Errorf("counts %v", c)
 	}
-	if f.DeviceID(3) != f.DeviceID(3) || f.DeviceID(3) == f.DeviceID(4) {
-		t.Error("device IDs are not stable and different")
+	if same := (Fleet{}); f.DeviceID(3) != same.DeviceID(3) || f.DeviceID(3) == f.DeviceID(4) {
+		t.Error("device IDs are not the same for the same seed, or not different")
 	}
 	h.set(func() {
 		for code, n := range h.codes {

@@ -279,7 +279,7 @@ func (d *Device) write(cc *client.Conn, token message.Token, r reply, observe in
 	defer cc.ReleaseMessage(m)
 	m.SetToken(token)
 	if observe >= 0 {
-		m.SetObserve(uint32(observe)) //nolint:gosec // 24 bits
+		m.SetObserve(uint32(observe))
 	}
 	fill(m, r)
 	return cc.WriteMessage(m)

@@ -23,7 +23,7 @@ import (
 const (
 	Audience     = "https://hub.example"
 	ClientID     = "hub"
-	ClientSecret = "hub-secret" //nolint:gosec // a test's
+	ClientSecret = "hub-secret"
 	RedirectURL  = "https://hub.example/callback"
 )
 
