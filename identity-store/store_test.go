@@ -73,12 +73,14 @@ func (d *directory) Unregister(_ context.Context, own hub.Ownership, _ string) e
 
 func newStore(t *testing.T, docs *memory, dir *directory) *Store {
 	t.Helper()
-	s, err := New(Default(), docs, dir, slog.New(slog.NewTextHandler(io.Discard, nil)), prometheus.NewRegistry())
+	s, err := New(Default(), docs, dir, quiet(), prometheus.NewRegistry())
 	if err != nil {
 		t.Fatal(err)
 	}
 	return s
 }
+
+func quiet() *slog.Logger { return slog.New(slog.NewTextHandler(io.Discard, nil)) }
 
 func wantKind(t *testing.T, err error, kind hub.Kind, code string) {
 	t.Helper()
@@ -308,6 +310,24 @@ func TestLateRegistrationDoesNotReviveAnOwner(t *testing.T) {
 	}
 	if dir.owner[lamp] != alice || dir.seen[lamp] != 2 {
 		t.Fatalf("directory: %q at generation %d", dir.owner[lamp], dir.seen[lamp])
+	}
+}
+
+// Else a registration that is still on its way somewhere would come after the release and stand.
+func TestSignOffOfAClaimRegistersFirst(t *testing.T) {
+	docs, dir := newMemory(), newDirectory()
+	dir.register = func(hub.Ownership) error { return errors.New("away") }
+	s := newStore(t, docs, dir)
+	_, err := s.SignUp(t.Context(), lamp, alice, "pin", "user")
+	wantKind(t, err, hub.Unavailable, "")
+	var calls []string
+	dir.register = func(hub.Ownership) error { calls = append(calls, "register"); return nil }
+	dir.unregister = func(hub.Ownership) error { calls = append(calls, "unregister"); return nil }
+	if err := s.SignOff(t.Context(), lamp, alice, "user"); err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Equal(calls, []string{"register", "unregister"}) {
+		t.Fatal(calls)
 	}
 }
 

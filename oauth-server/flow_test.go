@@ -557,6 +557,9 @@ func TestDeviceGrant(t *testing.T) {
 	given := 0
 	for _, r := range replies {
 		if r.StatusCode != http.StatusOK {
+			if r.StatusCode != http.StatusBadRequest {
+				t.Errorf("%d %s", r.StatusCode, r.body)
+			}
 			continue
 		}
 		given++
@@ -794,6 +797,7 @@ func TestTokenEndpointRefuses(t *testing.T) {
 		"Basic: bad escape in ID":     {"POST", "/token", url.Values{"grant_type": {"client_credentials"}}, []string{"Authorization", basic("%zz:x")}, 401},
 		"Basic: bad escape in secret": {"POST", "/token", url.Values{"grant_type": {"authorization_code"}, "code": {"x"}}, []string{"Authorization", basic("robot:%")}, 401},
 		"Basic: bad escape, refresh":  {"POST", "/token", url.Values{"grant_type": {"refresh_token"}, "refresh_token": {"x"}}, []string{"Authorization", basic("robot:%")}, 401},
+		"Basic: bad escape, public":   {"POST", "/token", url.Values{"grant_type": {"refresh_token"}, "refresh_token": {"x"}}, []string{"Authorization", basic("coaphub-web:%")}, 401},
 		"Basic: no colon":             {"POST", "/token", url.Values{"grant_type": {"client_credentials"}}, []string{"Authorization", basic("robot")}, 401},
 		"Basic: no base64":            {"POST", "/token", url.Values{"grant_type": {"client_credentials"}}, []string{"Authorization", "Basic ???"}, 401},
 		"Bearer":                      {"POST", "/token", url.Values{"grant_type": {"client_credentials"}}, []string{"Authorization", "Bearer x"}, 401},
