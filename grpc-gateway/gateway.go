@@ -151,17 +151,21 @@ func (g *Gateway) listen(ctx context.Context, what, address string, protocols []
 			return new(net.ListenConfig).Listen(ctx, "tcp", address)
 		}
 	}
+	addr, err := net.ResolveTCPAddr("tcp", address)
+	if err != nil {
+		return nil, fmt.Errorf("listen for %s: %w", what, err)
+	}
+	plain := addr.IP.IsLoopback()
+	if !plain && g.deps.TLS == nil {
+		return nil, fmt.Errorf("listen for %s: %s is not loopback and there is no certificate for TLS", what, address)
+	}
 	l, err := open(ctx, address)
 	if err != nil {
 		return nil, fmt.Errorf("listen for %s: %w", what, err)
 	}
 	l = &limitListener{Listener: l, slots: make(chan struct{}, g.cfg.Limits.MaxConnections), done: make(chan struct{})}
-	if a, ok := l.Addr().(*net.TCPAddr); ok && a.IP.IsLoopback() {
+	if plain {
 		return l, nil
-	}
-	if g.deps.TLS == nil {
-		_ = l.Close()
-		return nil, fmt.Errorf("listen for %s: %s is not loopback and there is no certificate for TLS", what, address)
 	}
 	cfg := g.deps.TLS.Clone()
 	cfg.NextProtos = protocols

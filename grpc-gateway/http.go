@@ -57,17 +57,17 @@ func canonicalHost(h string) string {
 func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 	template, v, err := split(r.URL.EscapedPath())
 	api := strings.HasPrefix(r.URL.Path, "/api/")
-	if g.deps.Pages != nil && (template == "" && !api || template == "/") {
-		g.deps.Pages.ServeHTTP(rw, r)
-		return
-	}
+	page := g.deps.Pages != nil && (template == "" && !api || template == "/")
 	method := r.Method
 	if method == http.MethodHead { // net/http leaves the body away
 		method = http.MethodGet
 	}
 	op, found := routes[template][method]
 	call := op.id
-	if !found {
+	switch {
+	case page:
+		call = "page"
+	case !found:
 		call = "unknown"
 	}
 	w := &writer{ResponseWriter: rw, control: http.NewResponseController(rw), stall: g.cfg.Limits.StallTimeout}
@@ -97,11 +97,17 @@ func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 		g.log.LogAttrs(r.Context(), slog.LevelDebug, "request", slog.String("method", r.Method), slog.String("call", call),
 			slog.Int("status", w.status), slog.String("outcome", outcome), slog.Duration("took", took))
 		if w.cut { // the last line says so; breaking off the connection says it to everybody
+			_ = w.control.Flush() // breaking off would drop what is not sent yet
 			panic(http.ErrAbortHandler)
 		}
 	}()
 	ctx, cancel := context.WithTimeout(r.Context(), g.cfg.Limits.RequestTimeout)
 	defer cancel()
+	if page {
+		err = nil
+		g.deps.Pages.ServeHTTP(w, r.WithContext(ctx))
+		return
+	}
 	if err = g.serve(ctx, w, r, template, v, op, found, err); err == nil {
 		return
 	}

@@ -599,6 +599,11 @@ func TestPublicPages(t *testing.T) {
 	want(t, "page", w.do(t, "", "GET", "/login").Body.String(), "page /login")
 	want(t, "root is the console's", w.do(t, "", "GET", "/").Body.String(), "page /")
 	want(t, "the API is not", w.get(t, "/api/v1/nothing").Code, 404)
+	want(t, "counted", w.counter(t, "coaphub_api_requests_total", "page", "http", "ok"), 2)
+	w = newWorld(t, func(_ *Config, d *Deps) {
+		d.Pages = http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic("page") })
+	})
+	want(t, "a page's panic ends one request", w.do(t, "", "GET", "/page").Code, 500)
 }
 
 func TestUnknownPathsAndMethods(t *testing.T) {
@@ -808,4 +813,23 @@ func TestLargeListsAreCompressed(t *testing.T) {
 		t.Error("no Vary: Accept-Encoding")
 	}
 	want(t, "not for shared caches", plain.Header().Get("Cache-Control"), "private, no-cache")
+}
+
+func TestCallerThatWentAwayIsNoFault(t *testing.T) {
+	w := newWorld(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	w.directory.devices = func(ctx context.Context, _ hub.Owner, _ []hub.DeviceID) iter.Seq2[*hub.Device, error] {
+		return func(yield func(*hub.Device, error) bool) {
+			cancel()
+			<-ctx.Done()
+			yield(nil, ctx.Err())
+		}
+	}
+	r, err := http.NewRequestWithContext(ctx, "GET", "http://localhost/api/v1/devices", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Header.Set("Authorization", "Bearer alice")
+	w.HTTPHandler().ServeHTTP(newRecorder(), r)
+	want(t, "outcome", w.counter(t, "coaphub_api_requests_total", "getDevices", "http", "gone"), 1)
 }

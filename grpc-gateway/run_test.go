@@ -1,0 +1,249 @@
+package grpcgateway
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"iter"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/health/grpc_health_v1"
+
+	pb "github.com/coaphub/coaphub/api/gen/grpcgatewaypb"
+	"github.com/coaphub/coaphub/hub"
+)
+
+// run serves the world on ports of the system's choice and returns what stops it. It is stopped at the test's end anyway.
+func (w *world) run(t testing.TB) (stop func() error) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	ready, done := make(chan struct{}), make(chan error, 1)
+	go func() { done <- w.Run(ctx, func() { close(ready) }) }()
+	select {
+	case <-ready:
+	case err := <-done:
+		cancel()
+		t.Fatal(err)
+	}
+	var stopped bool
+	stop = func() error {
+		if stopped {
+			return nil
+		}
+		stopped = true
+		cancel()
+		select {
+		case err := <-done:
+			return err
+		case <-time.After(20 * time.Second):
+			return fmt.Errorf("does not stop")
+		}
+	}
+	t.Cleanup(func() {
+		if err := stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	return stop
+}
+
+// client is an HTTP client whose connections end with the test.
+func client(t testing.TB) *http.Client {
+	tr := &http.Transport{}
+	t.Cleanup(tr.CloseIdleConnections)
+	return &http.Client{Transport: tr, Timeout: 20 * time.Second}
+}
+
+func TestRunServesBothDoorsUntilItsEnd(t *testing.T) {
+	w := newWorld(t)
+	stop := w.run(t)
+	h, g := w.Addresses()
+	c := client(t)
+	req, err := http.NewRequestWithContext(t.Context(), "GET", "http://"+h.String()+"/api/v1/devices", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Bearer alice")
+	resp, err := c.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, err := io.ReadAll(resp.Body)
+	_ = resp.Body.Close()
+	if err != nil || strings.Count(string(body), "\n") != 2 {
+		t.Errorf("%s, %v", body, err)
+	}
+	conn, err := grpc.NewClient(g.String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	if _, err := pb.NewGrpcGatewayClient(conn).GetHubConfiguration(as(t, ""), &pb.HubConfigurationRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	watch, err := grpc_health_v1.NewHealthClient(conn).Watch(as(t, ""), &grpc_health_v1.HealthCheckRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	first, err := watch.Recv()
+	if err != nil {
+		t.Fatal(err)
+	}
+	want(t, "health", first.GetStatus(), grpc_health_v1.HealthCheckResponse_SERVING)
+	begun := time.Now()
+	stopped := make(chan error, 1)
+	go func() { stopped <- stop() }()
+	last, err := watch.Recv() // an open stream is told, and does not keep the door from closing
+	if err != nil {
+		t.Fatal(err)
+	}
+	want(t, "health", last.GetStatus(), grpc_health_v1.HealthCheckResponse_NOT_SERVING)
+	if err := <-stopped; err != nil {
+		t.Error(err)
+	}
+	if took := time.Since(begun); took > 10*time.Second { // stopTime, and a loaded machine
+		t.Errorf("stopping took %v", took)
+	}
+}
+
+func TestRunNamesTheFlagOfABadAddress(t *testing.T) {
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = taken.Close() }()
+	for flag, change := range map[string]func(*Config, *Deps){
+		"--http-address": func(c *Config, _ *Deps) { c.API.HTTP.Address = taken.Addr().String() },
+		"--grpc-address": func(c *Config, _ *Deps) { c.API.GRPC.Address = taken.Addr().String() },
+		"TLS":            func(c *Config, _ *Deps) { c.API.HTTP.Address = "0.0.0.0:0" },
+	} {
+		err := newWorld(t, change).Run(t.Context(), func() { t.Error("ready") })
+		if err == nil || !strings.Contains(err.Error(), flag) {
+			t.Errorf("%s: %v", flag, err)
+		}
+	}
+}
+
+// dialRaw connects and asks, without reading the answer.
+func dialRaw(t testing.TB, addr net.Addr, request string) net.Conn {
+	t.Helper()
+	c, err := net.Dial("tcp", addr.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	if _, err := io.WriteString(c, request); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+const rawList = "GET /api/v1/devices HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer alice\r\n\r\n"
+
+// endless makes a list that only its reader can end; ended is closed then.
+func endless(w *world) (ended chan struct{}) {
+	ended = make(chan struct{})
+	w.directory.devices = func(context.Context, hub.Owner, []hub.DeviceID) iter.Seq2[*hub.Device, error] {
+		return func(yield func(*hub.Device, error) bool) {
+			defer close(ended)
+			for yield(w.pictures[lampA], nil) {
+			}
+		}
+	}
+	return ended
+}
+
+func TestReaderThatStopsReadingIsCutOff(t *testing.T) {
+	w := newWorld(t, func(c *Config, _ *Deps) { c.Limits.StallTimeout = 100 * time.Millisecond })
+	ended := endless(w)
+	w.run(t)
+	h, _ := w.Addresses()
+	dialRaw(t, h, rawList)
+	select {
+	case <-ended:
+	case <-time.After(20 * time.Second):
+		t.Error("the list still waits for its reader")
+	}
+}
+
+func TestListEndsAtItsDeadline(t *testing.T) {
+	w := newWorld(t, func(c *Config, _ *Deps) { c.Limits.RequestTimeout = 300 * time.Millisecond })
+	endless(w)
+	w.run(t)
+	h, _ := w.Addresses()
+	c := dialRaw(t, h, rawList)
+	_ = c.SetReadDeadline(time.Now().Add(20 * time.Second))
+	resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	var tail []byte
+	buf := make([]byte, 64<<10)
+	for err == nil {
+		var n int
+		n, err = resp.Body.Read(buf)
+		tail = append(tail, buf[:n]...)
+		tail = tail[max(0, len(tail)-400):]
+	}
+	if err == io.EOF { //nolint:errorlint // exactly: the body must not look complete
+		t.Error("the list looks complete")
+	}
+	if !strings.Contains(string(tail), `{"error":{"code":4,`) || !strings.Contains(string(tail), `"deadline"`) {
+		t.Errorf("the last line is no error: %q", tail)
+	}
+}
+
+func TestConnectionThatSaysNothingIsClosed(t *testing.T) {
+	w := newWorld(t, func(c *Config, _ *Deps) { c.Limits.HeaderTimeout = 100 * time.Millisecond })
+	w.run(t)
+	h, g := w.Addresses()
+	for what, c := range map[string]net.Conn{
+		"http silent": dialRaw(t, h, ""), "http half": dialRaw(t, h, "GET / HTTP/1.1\r\nHost: loc"), "grpc silent": dialRaw(t, g, ""),
+	} {
+		_ = c.SetReadDeadline(time.Now().Add(20 * time.Second))
+		if _, err := io.Copy(io.Discard, c); err != nil && strings.Contains(err.Error(), "timeout") {
+			t.Errorf("%s: still open", what)
+		}
+	}
+}
+
+func TestConnectionsAreBounded(t *testing.T) {
+	w := newWorld(t, func(c *Config, _ *Deps) { c.Limits.MaxConnections = 1 })
+	w.run(t)
+	h, _ := w.Addresses()
+	const ask = "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+	first := dialRaw(t, h, ask)
+	if _, err := bufio.NewReader(first).ReadString('\n'); err != nil {
+		t.Fatal(err)
+	}
+	second := dialRaw(t, h, ask)
+	_ = second.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+	if n, err := second.Read(make([]byte, 1)); err == nil {
+		t.Fatalf("a second connection was answered: %d", n)
+	}
+	_ = first.Close()
+	_ = second.SetReadDeadline(time.Now().Add(20 * time.Second))
+	line, err := bufio.NewReader(second).ReadString('\n')
+	if err != nil || !strings.HasPrefix(line, "HTTP/1.1 200") {
+		t.Errorf("after the first ended: %q, %v", line, err)
+	}
+}
+
+func TestLargeHeadIsRefused(t *testing.T) {
+	w := newWorld(t)
+	w.run(t)
+	h, _ := w.Addresses()
+	c := dialRaw(t, h, "GET /api/v1/devices?x="+strings.Repeat("a", 80<<10)+" HTTP/1.1\r\nHost: localhost\r\n\r\n")
+	line, _ := bufio.NewReader(c).ReadString('\n')
+	if !strings.Contains(line, "431") && !strings.Contains(line, "414") {
+		t.Errorf("answered %q", line)
+	}
+}
