@@ -3,6 +3,8 @@
 // It must not know who serves the API.
 package api
 
+//go:generate go run -C ../tools ./protogen
+
 import (
 	_ "embed" // of the description
 	"encoding/json"

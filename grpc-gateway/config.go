@@ -83,7 +83,9 @@ func (c Config) Validate() []error {
 		key   string
 		value time.Duration
 	}{
-		{"headerTimeout", c.Limits.HeaderTimeout}, {"idleTimeout", c.Limits.IdleTimeout}, {"stallTimeout", c.Limits.StallTimeout},
+		{"headerTimeout", c.Limits.HeaderTimeout},
+		{"idleTimeout", c.Limits.IdleTimeout},
+		{"stallTimeout", c.Limits.StallTimeout},
 		{"requestTimeout", c.Limits.RequestTimeout},
 	} {
 		if d.value <= 0 {
@@ -94,8 +96,10 @@ func (c Config) Validate() []error {
 		key        string
 		value, min int
 	}{
-		{"maxConnections", c.Limits.MaxConnections, 1}, {"maxHeaderBytes", c.Limits.MaxHeaderBytes, 4096},
-		{"maxBodyBytes", c.Limits.MaxBodyBytes, 1024}, {"maxStreams", c.Limits.MaxStreams, 1},
+		{"maxConnections", c.Limits.MaxConnections, 1},
+		{"maxHeaderBytes", c.Limits.MaxHeaderBytes, 4096},
+		{"maxBodyBytes", c.Limits.MaxBodyBytes, 1024},
+		{"maxStreams", c.Limits.MaxStreams, 1},
 	} {
 		if n.value < n.min {
 			errs = append(errs, fmt.Errorf("limits.%s: %d is below %d", n.key, n.value, n.min))

@@ -32,8 +32,9 @@ func describe(f protoreflect.FieldDescriptor) string {
 			return string(f.Message().FullName())
 		case protoreflect.EnumKind:
 			return string(f.Enum().FullName())
+		default:
+			return f.Kind().String()
 		}
-		return f.Kind().String()
 	}
 	kind := name(f)
 	switch {

@@ -19,6 +19,7 @@ func inHistory(k hub.EventKind) bool {
 	switch k {
 	case hub.MetadataUpdated, hub.LinksPublished, hub.LinksUnpublished, hub.ResourceChanged:
 		return true
+	case hub.Registered, hub.Unregistered:
 	}
 	return false
 }
@@ -66,6 +67,7 @@ func (e eventElement) message(cursor string) proto.Message {
 		m.Type = &pb.GetEventsResponse_ResourceChanged{ResourceChanged: e.changed().message()}
 	case hub.MetadataUpdated:
 		m.Type = &pb.GetEventsResponse_DeviceMetadataUpdated{DeviceMetadataUpdated: e.metadata().event("")}
+	case hub.Registered, hub.Unregistered: // inHistory keeps them out
 	}
 	return m
 }
@@ -81,6 +83,7 @@ func (e eventElement) appendJSON(b []byte, cursor string) []byte {
 		b = e.changed().appendJSON(appendName(b, "resourceChanged"))
 	case hub.MetadataUpdated:
 		b = e.metadata().appendJSON(appendName(b, "deviceMetadataUpdated"), "")
+	case hub.Registered, hub.Unregistered: // inHistory keeps them out
 	}
 	return append(appendText(b, "cursor", cursor), '}')
 }

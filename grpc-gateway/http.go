@@ -57,7 +57,7 @@ func canonicalHost(h string) string {
 func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 	template, v, err := split(r.URL.EscapedPath())
 	api := strings.HasPrefix(r.URL.Path, "/api/")
-	page := g.deps.Pages != nil && (template == "" && !api || template == "/")
+	page := g.deps.Pages != nil && template == "" && !api
 	method := r.Method
 	if method == http.MethodHead { // net/http leaves the body away
 		method = http.MethodGet

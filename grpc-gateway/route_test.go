@@ -14,9 +14,13 @@ func TestSplit(t *testing.T) {
 		path, template, device string
 		href                   hub.Href
 	}{
-		{"/", "/", "", ""}, {"", "/", "", ""},
-		{"/api/v1/devices", "/api/v1/devices", "", ""}, {"/api/v1/devices/", "/api/v1/devices", "", ""}, {"/api/v1/devices//", "/api/v1/devices", "", ""},
-		{"/api/v1/devices/x", d, "x", ""}, {"/api/v1/devices/x%2Fy/", d, "x/y", ""},
+		{"/", "/", "", ""},
+		{"", "/", "", ""},
+		{"/api/v1/devices", "/api/v1/devices", "", ""},
+		{"/api/v1/devices/", "/api/v1/devices", "", ""},
+		{"/api/v1/devices//", "/api/v1/devices", "", ""},
+		{"/api/v1/devices/x", d, "x", ""},
+		{"/api/v1/devices/x%2Fy/", d, "x/y", ""},
 		{"/api/v1/devices/x/resources/", d + "/resources", "x", ""},
 		{"/api/v1/devices/x/resources/a", d + "/resources/{href}", "x", "/a"},
 		{"/api/v1/devices/x/resources/a/b%20c/", d + "/resources/{href}", "x", "/a/b c"},
@@ -37,8 +41,13 @@ func TestSplit(t *testing.T) {
 		{"/api/v1/devices/x/resource-links/a/events", d + "/resource-links/{href}", "x", "/a/events"},
 		{"/api/v1/devices/x/pending-metadata-updates/c", d + "/pending-metadata-updates/{correlationId}", "x", ""},
 		{"/api/v1/devices/x/metadata", d + "/metadata", "x", ""},
-		{"/api/v1/devices/x/metadata/y", "", "", ""}, {"/api/v1/devices/x/y", "", "", ""}, {"/api/v1/devices//resources", "", "", ""},
-		{d, d, "{deviceId}", ""}, {"/api/v1/nothing", "", "", ""}, {"/api/v1/devicesx", "", "", ""}, {"*", "", "", ""},
+		{"/api/v1/devices/x/metadata/y", "", "", ""},
+		{"/api/v1/devices/x/y", "", "", ""},
+		{"/api/v1/devices//resources", "", "", ""},
+		{d, d, "{deviceId}", ""},
+		{"/api/v1/nothing", "", "", ""},
+		{"/api/v1/devicesx", "", "", ""},
+		{"*", "", "", ""},
 	} {
 		template, v, err := split(c.path)
 		if err != nil {
@@ -157,8 +166,14 @@ func TestPlaceSurvivesACursor(t *testing.T) {
 
 func TestParseResourceFilter(t *testing.T) {
 	for _, c := range []struct{ in, device, href, etags string }{
-		{"d/a/b", "d", "/a/b", ""}, {"/d/a", "d", "/a", ""}, {"d", "d", "", ""}, {"d/", "d", "", ""}, {"", "", "", ""},
-		{"d/a?etag=AQ==", "d", "/a", "\x01;"}, {"d/a?etag=AQ==&etag=Ag==&etag=*&x=y", "d", "/a", "\x01;\x02;"}, {"d?etag=AQ==", "d", "", "\x01;"},
+		{"d/a/b", "d", "/a/b", ""},
+		{"/d/a", "d", "/a", ""},
+		{"d", "d", "", ""},
+		{"d/", "d", "", ""},
+		{"", "", "", ""},
+		{"d/a?etag=AQ==", "d", "/a", "\x01;"},
+		{"d/a?etag=AQ==&etag=Ag==&etag=*&x=y", "d", "/a", "\x01;\x02;"},
+		{"d?etag=AQ==", "d", "", "\x01;"},
 	} {
 		r := parseResourceFilter(c.in)
 		var etags string
