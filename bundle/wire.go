@@ -63,8 +63,8 @@ type firstLogin struct{ name, password string }
 
 // wire makes all parts. It is the only function that knows who runs where: everything in this process, so that each part is
 // handed the others themselves. What it opened is closed again when it fails.
-func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.Logger) (a *assembly, err error) {
-	a = &assembly{
+func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.Logger) (_ *assembly, err error) {
+	a := &assembly{
 		cfg: cfg, folder: folder, log: log, health: &obs.Health{}, build: obs.ReadBuild(o.Version), started: time.Now(),
 		terminal: o.Terminal, external: externalHost(cfg.ExternalAddress),
 	}

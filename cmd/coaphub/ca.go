@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/pem"
 	"fmt"
 	"io"
 	"os"
@@ -73,15 +74,17 @@ func newCA(p process) *cobra.Command {
 	return cmd
 }
 
-// writeIdentity writes a device's three files; the key is readable by its owner only.
+// writeIdentity writes a device's three files; the key is readable by its owner only. ca.pem has the issuing certificate after
+// the root: libcoap with OpenSSL sends only the first certificate of cert.pem, and completes the chain from what it trusts.
 func writeIdentity(dir string, id bundle.Identity) error {
+	_, issuing := pem.Decode([]byte(id.Chain))
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("make the folder: %w", err)
 	}
 	for _, f := range []struct {
 		name, text string
 		mode       os.FileMode
-	}{{"cert.pem", id.Chain, 0o644}, {"key.pem", id.Key, 0o600}, {"ca.pem", id.CA, 0o644}} {
+	}{{"cert.pem", id.Chain, 0o644}, {"key.pem", id.Key, 0o600}, {"ca.pem", id.CA + string(issuing), 0o644}} {
 		path := filepath.Join(dir, f.name)
 		if err := os.WriteFile(path, []byte(f.text), f.mode); err != nil {
 			return err

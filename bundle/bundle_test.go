@@ -1,0 +1,554 @@
+package bundle_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+
+	"github.com/coaphub/coaphub/bundle"
+	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/test/device"
+	"github.com/coaphub/coaphub/test/hubtest"
+	"github.com/coaphub/coaphub/test/issuer"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+const lamp = "d0000000-0000-4000-8000-00000000000a"
+
+// client does not keep connections, so that a test leaves nothing behind.
+var client = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 10 * time.Second}
+
+func get(t *testing.T, url, token string) (int, string) {
+	t.Helper()
+	r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if token != "" {
+		r.Header.Set("Authorization", "Bearer "+token)
+	}
+	resp, err := client.Do(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp.StatusCode, string(b)
+}
+
+// eventually polls until what it asks is so, for at most ten seconds.
+func eventually(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	deadline, tick := time.Now().Add(10*time.Second), time.NewTicker(10*time.Millisecond)
+	defer tick.Stop()
+	for !is() {
+		if time.Now().After(deadline) {
+			t.Fatalf("not so after 10 s: %s", what)
+		}
+		<-tick.C
+	}
+}
+
+// join makes a device, signs it up and in, and publishes.
+func join(t *testing.T, h *hubtest.Hub, id string) *device.Device {
+	t.Helper()
+	o := h.Onboard(t, id)
+	conf, err := device.TLS([]byte(o.CA), []byte(o.Identity.Chain), []byte(o.Identity.Key), o.HubID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := device.New(device.Config{ID: id, HubAddr: o.Endpoints.CoAPSTCP, TLS: conf, Provider: o.AuthorizationProvider})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(d.Close)
+	if err := d.Connect(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, step := range []func() (device.Answer, error){
+		func() (device.Answer, error) { return d.SignUp(t.Context(), o.Code) },
+		func() (device.Answer, error) { return d.SignIn(t.Context()) },
+		func() (device.Answer, error) { return d.Publish(t.Context()) },
+	} {
+		if a, err := step(); err != nil || !a.OK() {
+			t.Fatalf("%v, %v", a, err)
+		}
+	}
+	return d
+}
+
+func TestAHubWithoutConfiguration(t *testing.T) {
+	h := hubtest.Start(t)
+	if _, err := hub.ParseDeviceID(h.ID); err != nil {
+		t.Errorf("the hub's ID is %q", h.ID)
+	}
+	for path, want := range map[string]os.FileMode{"": 0o700, "hub.sock": 0o600, "first-login": 0o600, "keys": 0o700, "store": 0o700} {
+		info, err := os.Stat(filepath.Join(h.Data, path))
+		if err != nil {
+			t.Error(err)
+		} else if info.Mode().Perm() != want {
+			t.Errorf("%q has mode %o, want %o", path, info.Mode().Perm(), want)
+		}
+	}
+	for _, path := range []string{"/live", "/ready", "/metrics"} {
+		if code, body := get(t, h.Admin+path, ""); code != http.StatusOK {
+			t.Errorf("%s = %d %s", path, code, body)
+		}
+	}
+	if code, body := get(t, h.HTTP+"/.well-known/configuration", ""); code != http.StatusOK || !strings.Contains(body, h.ID) || !strings.Contains(body, h.Endpoints.CoAPSTCP) {
+		t.Errorf("the hub's configuration is %d %s", code, body)
+	}
+	if code, body := get(t, h.Issuer+"/.well-known/openid-configuration", ""); code != http.StatusOK || !strings.Contains(body, h.Issuer+"/token") {
+		t.Errorf("the provider's is %d %s", code, body)
+	}
+	if code, _ := get(t, h.HTTP+"/api/v1/devices", ""); code != http.StatusUnauthorized {
+		t.Errorf("devices without a token: %d", code)
+	}
+	if code, body := get(t, h.HTTP+"/api/v1/devices", h.Token(t)); code != http.StatusOK || body != "" {
+		t.Errorf("devices: %d %q", code, body)
+	}
+	s, err := h.Control.Status(t.Context())
+	if err != nil || s.HubID != h.ID || len(s.NotReady) != 0 || s.FirstLogin != filepath.Join(h.Data, "first-login") {
+		t.Errorf("status %+v, %v", s, err)
+	}
+}
+
+func TestADeviceIsSeenAndSurvivesARestart(t *testing.T) {
+	h := hubtest.Start(t)
+	d := join(t, h, lamp)
+	token := h.Token(t, hub.ScopeRead)
+	eventually(t, "the lamp is observed", func() bool { return d.Observed("/light/1") > 0 || d.Observed("/oic/res") > 0 })
+	if _, err := d.Set("/light/1", map[string]any{"state": true, "power": 42}); err != nil {
+		t.Fatal(err)
+	}
+	light := h.HTTP + "/api/v1/devices/" + lamp + "/resources/light/1"
+	eventually(t, "the twin has the last value", func() bool { _, b := get(t, light, token); return strings.Contains(b, `"power":42`) })
+	if s, err := h.Control.Status(t.Context()); err != nil || s.Devices != 1 || s.Online != 1 || s.Feed.N == 0 {
+		t.Errorf("status %+v, %v", s, err)
+	}
+
+	id, issuer, root := h.ID, h.Issuer, rootOf(t, h)
+	h.Restart(t)
+	if h.ID != id || h.Issuer != issuer || rootOf(t, h) != root {
+		t.Error("the hub is another one after a restart")
+	}
+	light = h.HTTP + "/api/v1/devices/" + lamp + "/resources/light/1"
+	if code, b := get(t, light, token); code != http.StatusOK || !strings.Contains(b, `"power":42`) {
+		t.Errorf("after a restart, with the token from before: %d %s", code, b)
+	}
+	// The device was signed in when the hub stopped, so it is offline now.
+	eventually(t, "it is offline", func() bool {
+		_, b := get(t, h.HTTP+"/api/v1/devices/"+lamp, token)
+		return strings.Contains(b, "OFFLINE")
+	})
+	if n, err := bundle.Verify(t.Context(), h.Data, func(p string) { t.Error(p) }); err != nil || n != 1 {
+		t.Errorf("verified %d devices, %v", n, err)
+	}
+}
+
+func rootOf(t *testing.T, h *hubtest.Hub) string {
+	t.Helper()
+	pem, err := h.Control.Root(t.Context(), "device")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pem
+}
+
+func TestASecondHubIsRefused(t *testing.T) {
+	h := hubtest.Start(t)
+	cfg := bundle.Default()
+	cfg.Data = h.Data
+	err := bundle.Run(t.Context(), cfg, bundle.Options{})
+	if !hub.IsKind(err, hub.Conflict) || !strings.Contains(err.Error(), "in use") {
+		t.Errorf("err = %v", err)
+	}
+	if _, err := h.Control.Status(t.Context()); err != nil {
+		t.Errorf("the first one is gone: %v", err)
+	}
+}
+
+func TestATakenPortIsNamedAndLeavesNothing(t *testing.T) {
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = taken.Close() }()
+	for flag, set := range map[string]func(*bundle.Config) *string{
+		"--coap-address":  func(c *bundle.Config) *string { return &c.CoAPGateway.API.CoAP.Address },
+		"--http-address":  func(c *bundle.Config) *string { return &c.GRPCGateway.API.HTTP.Address },
+		"--grpc-address":  func(c *bundle.Config) *string { return &c.GRPCGateway.API.GRPC.Address },
+		"--admin-address": func(c *bundle.Config) *string { return &c.Admin.API.HTTP.Address },
+	} {
+		cfg := loopback(t)
+		*set(&cfg) = taken.Addr().String()
+		err := bundle.Run(t.Context(), cfg, bundle.Options{})
+		if err == nil || !strings.Contains(err.Error(), flag) || !strings.Contains(err.Error(), taken.Addr().String()) {
+			t.Errorf("%s: %v", flag, err)
+		}
+		f, err := bundle.OpenFolder(cfg.Data)
+		if err != nil {
+			t.Errorf("%s: the folder is still held: %v", flag, err)
+			continue
+		}
+		if err := f.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// loopback is a configuration with ports of its own.
+func loopback(t *testing.T) bundle.Config {
+	t.Helper()
+	c := bundle.Default()
+	c.Data = filepath.Join(t.TempDir(), "data")
+	c.ExternalAddress = "127.0.0.1"
+	c.Store.MinFree = 0
+	for _, a := range []*string{&c.CoAPGateway.API.CoAP.Address, &c.GRPCGateway.API.HTTP.Address, &c.GRPCGateway.API.GRPC.Address, &c.Admin.API.HTTP.Address} {
+		*a = "127.0.0.1:0"
+	}
+	return c
+}
+
+// runOnce starts a hub, calls do once it is ready, stops it, and returns what it printed.
+func runOnce(t *testing.T, cfg bundle.Config, terminal bool, do func()) string {
+	t.Helper()
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	var out bytes.Buffer
+	err := bundle.Run(ctx, cfg, bundle.Options{Out: &out, Terminal: terminal, Started: func(bundle.Status) {
+		go func() { defer stop(); do() }() // Started must not block; Run ends with stop
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out.String()
+}
+
+func TestTheReadyLine(t *testing.T) {
+	cfg := loopback(t)
+	line := runOnce(t, cfg, false, func() {})
+	for _, want := range []string{
+		`^ready hub=[0-9a-f-]{36} coaps\+tcp=coaps\+tcp://127\.0\.0\.1:\d+ http=http://127\.0\.0\.1:\d+ grpc=127\.0\.0\.1:\d+ admin=http://127\.0\.0\.1:\d+ `,
+		` oauth=http://127\.0\.0\.1:\d+/oauth `, ` data=` + regexp.QuoteMeta(cfg.Data) + ` first-login=` + regexp.QuoteMeta(cfg.Data) + `/first-login\n$`,
+	} {
+		if !regexp.MustCompile(want).MatchString(line) {
+			t.Errorf("%q does not match %s", line, want)
+		}
+	}
+	if strings.Count(line, "\n") != 1 {
+		t.Errorf("it is not one line: %q", line)
+	}
+}
+
+func TestFirstLogin(t *testing.T) {
+	cfg := loopback(t)
+	file := filepath.Join(cfg.Data, "first-login")
+	// On a terminal the one-time password is shown and in no file.
+	line := runOnce(t, cfg, true, func() {})
+	if !regexp.MustCompile(` first-login=admin:[a-z0-9-]{16,}\n$`).MatchString(line) {
+		t.Errorf("the terminal shows %q", line)
+	}
+	if _, err := os.Stat(file); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("there is a file too: %v", err)
+	}
+	// Without one it is in a file, and a new one, since the first was never used.
+	runOnce(t, cfg, false, func() {
+		b, err := os.ReadFile(file)
+		if err != nil || !regexp.MustCompile(`^name: admin\npassword: [a-z0-9-]{16,}\n$`).Match(b) {
+			t.Errorf("the file is %q, %v", b, err)
+		}
+		c, err := bundle.Dial(cfg.Data)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		if _, err := c.SetPassword(t.Context(), bundle.UserRequest{Name: "admin", Password: "correct horse battery"}); err != nil {
+			t.Error(err)
+		}
+		s, err := c.Status(t.Context())
+		if err != nil || s.FirstLogin != "" {
+			t.Errorf("after the password was set: %+v, %v", s, err)
+		}
+		if _, err := os.Stat(file); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("the file is still there: %v", err)
+		}
+	})
+	if line := runOnce(t, cfg, true, func() {}); strings.Contains(line, "first-login") {
+		t.Errorf("the next start shows %q", line)
+	}
+}
+
+func TestTheSocketTakesALongPath(t *testing.T) {
+	h := hubtest.Start(t, hubtest.WithData(filepath.Join(t.TempDir(), strings.Repeat("long", 30), "data")))
+	if s, err := h.Control.Status(t.Context()); err != nil || s.HubID != h.ID {
+		t.Errorf("%+v, %v", s, err)
+	}
+	h.Restart(t) // over the socket that is there
+	if _, err := h.Control.Status(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestEachCallIsAudited(t *testing.T) {
+	h := hubtest.Start(t)
+	h.Token(t)
+	if _, err := h.Control.Issue(t.Context(), "no-uuid", 0); !hub.IsKind(err, hub.Invalid) {
+		t.Errorf("issue for no UUID: %v", err)
+	}
+	for _, want := range []string{`call="POST /token" answer=200`, `call="POST /ca/issue" answer=400`} {
+		re := regexp.MustCompile(`administrator's call over the socket.*peer="uid=\d+,pid=\d+" user=\S+ ` + want)
+		if !re.MatchString(h.Log()) {
+			t.Errorf("the log has no %s:\n%s", want, h.Log())
+		}
+	}
+	if strings.Contains(h.Log(), "eyJ") {
+		t.Error("a token is in the log")
+	}
+}
+
+func TestOnboard(t *testing.T) {
+	h := hubtest.Start(t)
+	o := h.Onboard(t, lamp)
+	if o.HubID != h.ID || o.Endpoints.CoAPSTCP != "coaps+tcp://"+h.CoAPS || o.AuthorizationProvider != "coaphub" || o.Owner != "admin" || o.Code == "" {
+		t.Errorf("%+v", o.Onboarding)
+	}
+	if left := time.Until(o.ExpiresAt); left < 14*time.Minute || left > 15*time.Minute {
+		t.Errorf("the code lives for %s", left)
+	}
+	for _, c := range []struct {
+		name string
+		q    bundle.OnboardRequest
+		kind hub.Kind
+	}{
+		{"no device", bundle.OnboardRequest{}, hub.Invalid},
+		{"one and any", bundle.OnboardRequest{DeviceID: lamp, AnyDevice: true}, hub.Invalid},
+		{"no UUID", bundle.OnboardRequest{DeviceID: "lamp"}, hub.Invalid},
+		{"a certificate for any", bundle.OnboardRequest{AnyDevice: true, Certificate: true}, hub.Invalid},
+		{"nobody's", bundle.OnboardRequest{DeviceID: lamp, Owner: "nobody"}, hub.NotFound},
+		{"the hub's own ID", bundle.OnboardRequest{DeviceID: h.ID, Certificate: true}, hub.Denied},
+	} {
+		if _, err := h.Control.Onboard(t.Context(), c.q); !hub.IsKind(err, c.kind) {
+			t.Errorf("%s: %v, want %v", c.name, err, c.kind)
+		}
+	}
+	if o, err := h.Control.Onboard(t.Context(), bundle.OnboardRequest{AnyDevice: true}); err != nil || o.AuthorizationCode == "" || o.Identity != nil {
+		t.Errorf("any device: %+v, %v", o, err)
+	}
+}
+
+func TestAccountsAndTokens(t *testing.T) {
+	h := hubtest.Start(t)
+	ctx := t.Context()
+	a, err := h.Control.AddUser(ctx, bundle.UserRequest{Name: "alice", Roles: []string{"viewer"}})
+	if err != nil || a.Password == "" || !a.User.MustChange {
+		t.Fatalf("%+v, %v", a, err)
+	}
+	if _, err := h.Control.AddUser(ctx, bundle.UserRequest{Name: "alice", Roles: []string{"user"}}); !hub.IsKind(err, hub.Conflict) {
+		t.Errorf("the same name again: %v", err)
+	}
+	if _, err := h.Control.SetRoles(ctx, bundle.UserRequest{Name: "alice", Roles: []string{"emperor"}}); !hub.IsKind(err, hub.Invalid) {
+		t.Errorf("an unknown role: %v", err)
+	}
+	if a, err := h.Control.SetRoles(ctx, bundle.UserRequest{Name: "alice", Roles: []string{"user"}}); err != nil || a.User.Roles[0] != "user" {
+		t.Errorf("%+v, %v", a, err)
+	}
+	us, err := h.Control.Users(ctx)
+	if err != nil || len(us) != 2 {
+		t.Errorf("%+v, %v", us, err)
+	}
+	if code, _ := get(t, h.HTTP+"/api/v1/devices", h.TokenOf(t, "alice", hub.ScopeRead)); code != http.StatusOK {
+		t.Errorf("alice's token: %d", code)
+	}
+	if _, err := h.Control.Token(ctx, bundle.TokenRequest{Owner: "alice", TTL: 31 * 24 * time.Hour}); !hub.IsKind(err, hub.Invalid) {
+		t.Errorf("a token for 31 days: %v", err)
+	}
+	tok, err := h.Control.Token(ctx, bundle.TokenRequest{TTL: 30 * 24 * time.Hour})
+	if err != nil || time.Until(tok.ExpiresAt) < 29*24*time.Hour {
+		t.Errorf("a token for 30 days: %+v, %v", tok, err)
+	}
+}
+
+func TestBackupAndRestore(t *testing.T) {
+	h := hubtest.Start(t)
+	join(t, h, lamp)
+	token := h.Token(t)
+	root := rootOf(t, h)
+	before, err := h.Control.Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	ctx, at := t.Context(), func(name string) string { return filepath.Join(dir, name) }
+	phrase := []byte("correct horse battery")
+
+	var done, total int64
+	m, err := bundle.Backup(ctx, h.Data, at("running"), nil, "v1", func(d, n int64) { done, total = d, n })
+	if err != nil || m.HubID != h.ID || m.Keys || done != total || total == 0 {
+		t.Fatalf("of a running hub: %+v, %d of %d, %v", m, done, total, err)
+	}
+	if _, err := bundle.Backup(ctx, h.Data, at("running"), nil, "v1", nil); !hub.IsKind(err, hub.Precondition) {
+		t.Errorf("over another backup: %v", err)
+	}
+	if left, err := os.ReadDir(filepath.Join(h.Data, "scratch")); err != nil || len(left) > 0 {
+		t.Errorf("the hub keeps checkpoints: %v, %v", left, err)
+	}
+	h.Stop(t)
+	if _, err := bundle.Backup(ctx, h.Data, at("stopped"), phrase, "v1", nil); err != nil {
+		t.Fatalf("of a stopped hub: %v", err)
+	}
+	for _, name := range []string{"running", "stopped"} {
+		noSecrets(t, at(name))
+	}
+
+	// Without keys: the same hub and its devices, a new log and new keys.
+	if _, err := bundle.Restore(ctx, at("running"), at("without"), nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	r := hubtest.Start(t, hubtest.WithData(at("without")))
+	s, err := r.Control.Status(ctx)
+	if err != nil || s.HubID != h.ID || s.Devices != 1 || s.Feed.LogID == before.Feed.LogID || rootOf(t, r) == root {
+		t.Errorf("restored without keys: %+v, %v", s, err)
+	}
+	if code, _ := get(t, r.HTTP+"/api/v1/devices", token); code != http.StatusUnauthorized {
+		t.Errorf("the token from before: %d", code)
+	}
+	r.Stop(t)
+	if _, err := bundle.Restore(ctx, at("running"), at("without"), nil, nil); !hub.IsKind(err, hub.Precondition) {
+		t.Errorf("over a data folder: %v", err)
+	}
+
+	// With keys nobody notices.
+	if _, err := bundle.Restore(ctx, at("stopped"), at("with"), []byte("something else"), nil); !hub.IsKind(err, hub.Invalid) {
+		t.Errorf("a wrong passphrase: %v", err)
+	}
+	if _, err := os.Stat(at("with")); err == nil {
+		t.Error("a wrong passphrase leaves a folder")
+	}
+	if _, err := bundle.Restore(ctx, at("running"), at("with"), phrase, nil); !hub.IsKind(err, hub.Precondition) {
+		t.Errorf("keys of a backup without: %v", err)
+	}
+	if _, err := bundle.Restore(ctx, at("stopped"), at("with"), phrase, nil); err != nil {
+		t.Fatal(err)
+	}
+	r = hubtest.Start(t, hubtest.WithData(at("with")))
+	if rootOf(t, r) != root {
+		t.Error("the root is another one")
+	}
+	if code, b := get(t, r.HTTP+"/api/v1/devices", token); code != http.StatusOK || !strings.Contains(b, lamp) {
+		t.Errorf("the token from before: %d %s", code, b)
+	}
+	r.Stop(t)
+	if n, err := bundle.Verify(ctx, at("with"), func(p string) { t.Error(p) }); err != nil || n != 1 {
+		t.Errorf("verified %d, %v", n, err)
+	}
+
+	for _, bad := range []string{dir, at("nowhere")} {
+		if _, err := bundle.Restore(ctx, bad, at("x"), nil, nil); !hub.IsKind(err, hub.NotFound) {
+			t.Errorf("restoring %s: %v", bad, err)
+		}
+		if _, err := bundle.Backup(ctx, bad, at("x"), nil, "", nil); !hub.IsKind(err, hub.NotFound) {
+			t.Errorf("backing up %s: %v", bad, err)
+		}
+	}
+}
+
+// noSecrets looks for private keys in a backup, in whatever form.
+func noSecrets(t *testing.T, dir string) {
+	t.Helper()
+	err := filepath.WalkDir(dir, func(path string, d os.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		b, err := os.ReadFile(path)
+		for _, mark := range []string{"PRIVATE KEY", `"private":`, "oauth-secrets"} {
+			if bytes.Contains(b, []byte(mark)) {
+				t.Errorf("%s has %q", path, mark)
+			}
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestStoppingIsOrderlyAndQuick(t *testing.T) {
+	h := hubtest.Start(t)
+	d := join(t, h, lamp)
+	idle, err := net.Dial("tcp", strings.TrimPrefix(h.HTTP, "http://")) // says nothing
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = idle.Close() }()
+	begin := time.Now()
+	h.Stop(t)
+	if took := time.Since(begin); took > 5*time.Second {
+		t.Errorf("stopping took %s", took)
+	}
+	select {
+	case <-d.Done():
+	case <-time.After(5 * time.Second):
+		t.Error("the device was not told")
+	}
+	var e *hub.Error
+	if _, err := h.Control.Status(t.Context()); !errors.As(err, &e) || e.Code != bundle.ErrNoHub || !strings.Contains(e.Text, "coaphub serve") {
+		t.Errorf("afterwards: %v", err)
+	}
+}
+
+func TestAnExternalProvider(t *testing.T) {
+	op := issuer.Start(t)
+	setting := func(v any) string {
+		b, err := json.Marshal(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	h := hubtest.Start(t, hubtest.WithConfig(
+		"authorization.issuers="+setting([]map[string]any{{"authority": op.URL(), "audience": []string{"hub"}}}),
+		"coapGateway.api.coap.authorization.providers="+setting([]map[string]any{{"name": "op", "authority": op.URL(), "clientID": "cloud", "redirectURL": "https://localhost/devices"}}),
+	))
+	if h.Issuer != "" {
+		t.Errorf("the embedded provider runs as %s", h.Issuer)
+	}
+	token := op.Mint(map[string]any{"sub": "alice", "aud": "hub", "scope": "devices:read"})
+	if code, b := get(t, h.HTTP+"/api/v1/devices", token); code != http.StatusOK {
+		t.Errorf("its token: %d %s", code, b)
+	}
+	if code, _ := get(t, h.HTTP+"/api/v1/devices", op.Mint(map[string]any{"sub": "alice", "aud": "other", "scope": "devices:read"})); code != http.StatusUnauthorized {
+		t.Errorf("a token for somebody else: %d", code)
+	}
+	o, err := h.Control.Onboard(t.Context(), bundle.OnboardRequest{DeviceID: lamp, Certificate: true})
+	if err != nil || o.AuthorizationCode != "" || o.AuthorizationProvider != "op" || !strings.HasPrefix(o.AuthorizeURL, op.URL()) ||
+		!strings.Contains(o.AuthorizeURL, "client_id=cloud") || !strings.Contains(o.AuthorizeURL, "response_type=code") {
+		t.Errorf("onboard: %+v, %v", o, err)
+	}
+	var e *hub.Error
+	if _, err := h.Control.Token(t.Context(), bundle.TokenRequest{}); !errors.As(err, &e) || e.Code != "no-embedded-provider" {
+		t.Errorf("token: %v", err)
+	}
+	if _, err := h.Control.Users(t.Context()); !errors.As(err, &e) || e.Code != "no-embedded-provider" {
+		t.Errorf("users: %v", err)
+	}
+	if s, err := h.Control.Status(t.Context()); err != nil || s.Endpoints.OAuth != "" {
+		t.Errorf("status: %+v, %v", s, err)
+	}
+}
