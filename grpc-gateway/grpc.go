@@ -87,10 +87,10 @@ func (g *Gateway) begin(ctx context.Context, method string) (context.Context, er
 }
 
 // end is what applies to every call after it ran. It must be deferred: it turns a panic into an error of this call alone.
-func (g *Gateway) end(ctx context.Context, method string, begun time.Time, err *error) {
+func (g *Gateway) end(ctx context.Context, method, id string, begun time.Time, err *error) {
 	if p := recover(); p != nil {
 		g.metrics.panics.WithLabelValues("grpc").Inc()
-		g.log.Error("a call ended in a panic", "method", method, "panic", p, "stack", string(debug.Stack()))
+		g.log.Error("a call ended in a panic", "request", id, "method", method, "panic", p, "stack", string(debug.Stack()))
 		*err = &hub.Error{Kind: hub.Internal, Op: method}
 	}
 	outcome := "ok"
@@ -100,7 +100,7 @@ func (g *Gateway) end(ctx context.Context, method string, begun time.Time, err *
 		if _, is := status.FromError(*err); is || gone(ctx) { // is: from the transport, which lost the peer
 			outcome = "gone"
 		} else if kind == hub.Internal {
-			g.log.Error("a call failed", "method", method, "error", *err)
+			g.log.Error("a call failed", "request", id, "method", method, "error", *err)
 		}
 		if _, is := status.FromError(*err); !is {
 			*err = toStatus(*err).Err()
@@ -113,11 +113,13 @@ func (g *Gateway) end(ctx context.Context, method string, begun time.Time, err *
 	took := time.Since(begun)
 	g.metrics.requests.WithLabelValues("grpc", call, outcome).Inc()
 	g.metrics.seconds.WithLabelValues("grpc", call).Observe(took.Seconds())
-	g.log.LogAttrs(ctx, slog.LevelDebug, "call", slog.String("method", method), slog.String("outcome", outcome), slog.Duration("took", took))
+	g.log.LogAttrs(ctx, slog.LevelDebug, "call", slog.String("request", id), slog.String("method", method), slog.String("outcome", outcome), slog.Duration("took", took))
 }
 
 func (g *Gateway) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (resp any, err error) {
-	defer g.end(ctx, info.FullMethod, time.Now(), &err)
+	id := requestID()
+	_ = grpc.SetHeader(ctx, metadata.Pairs("x-request-id", id)) // fails only without a stream
+	defer g.end(ctx, info.FullMethod, id, time.Now(), &err)
 	ctx, cancel := context.WithTimeout(ctx, g.cfg.Limits.RequestTimeout)
 	defer cancel()
 	if ctx, err = g.begin(ctx, info.FullMethod); err != nil {
@@ -127,7 +129,9 @@ func (g *Gateway) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo
 }
 
 func (g *Gateway) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) (err error) {
-	defer g.end(ss.Context(), info.FullMethod, time.Now(), &err)
+	id := requestID()
+	_ = ss.SetHeader(metadata.Pairs("x-request-id", id)) // fails only after the first message
+	defer g.end(ss.Context(), info.FullMethod, id, time.Now(), &err)
 	ctx, err := g.begin(ss.Context(), info.FullMethod)
 	if err != nil {
 		return err

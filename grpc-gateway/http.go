@@ -2,6 +2,7 @@ package grpcgateway
 
 import (
 	"context"
+	"crypto/rand"
 	"log/slog"
 	"net"
 	"net/http"
@@ -41,6 +42,9 @@ func (g *Gateway) newHandler() http.Handler {
 	})
 }
 
+// requestID makes the text that joins an answer with what the log says about it.
+func requestID() string { return rand.Text()[:16] }
+
 // canonicalHost takes the port and the brackets of an IPv6 address away.
 func canonicalHost(h string) string {
 	if host, _, err := net.SplitHostPort(h); err == nil {
@@ -72,13 +76,15 @@ func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 	}
 	w := &writer{ResponseWriter: rw, control: http.NewResponseController(rw), stall: g.cfg.Limits.StallTimeout}
 	begun := time.Now()
+	id := requestID()
+	w.Header().Set("X-Request-Id", id)
 	defer func() {
 		if p := recover(); p != nil {
 			if p == http.ErrAbortHandler { //nolint:errorlint // net/http compares it like this too
 				panic(p)
 			}
 			g.metrics.panics.WithLabelValues("http").Inc()
-			g.log.Error("a request ended in a panic", "method", r.Method, "call", call, "panic", p, "stack", string(debug.Stack()))
+			g.log.Error("a request ended in a panic", "request", id, "method", r.Method, "call", call, "panic", p, "stack", string(debug.Stack()))
 			err = &hub.Error{Kind: hub.Internal, Op: "http." + call}
 			if w.status == 0 {
 				writeError(w, err)
@@ -94,7 +100,7 @@ func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 		took := time.Since(begun)
 		g.metrics.requests.WithLabelValues("http", call, outcome).Inc()
 		g.metrics.seconds.WithLabelValues("http", call).Observe(took.Seconds())
-		g.log.LogAttrs(r.Context(), slog.LevelDebug, "request", slog.String("method", r.Method), slog.String("call", call),
+		g.log.LogAttrs(r.Context(), slog.LevelDebug, "request", slog.String("request", id), slog.String("method", r.Method), slog.String("call", call),
 			slog.Int("status", w.status), slog.String("outcome", outcome), slog.Duration("took", took))
 		if w.cut { // the last line says so; breaking off the connection says it to everybody
 			_ = w.control.Flush() // breaking off would drop what is not sent yet
@@ -112,7 +118,7 @@ func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if hub.KindOf(err) == hub.Internal {
-		g.log.Error("a request failed", "call", call, "error", err)
+		g.log.Error("a request failed", "request", id, "call", call, "error", err)
 	}
 	if w.status == 0 {
 		writeError(w, err)

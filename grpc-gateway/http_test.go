@@ -16,6 +16,7 @@ import (
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 
+	pb "github.com/coaphub/coaphub/api/gen/grpcgatewaypb"
 	"github.com/coaphub/coaphub/hub"
 )
 
@@ -844,4 +845,38 @@ func TestCallerThatWentAwayIsNoFault(t *testing.T) {
 	r.Header.Set("Authorization", "Bearer alice")
 	w.HTTPHandler().ServeHTTP(newRecorder(), r)
 	want(t, "outcome", w.counter(t, "coaphub_api_requests_total", "getDevices", "http", "gone"), 1)
+}
+
+// What an answer is called, the log calls it too.
+func TestAnswersNameTheirRequest(t *testing.T) {
+	w := newWorld(t)
+	w.directory.devices = failing(0, w, errors.New("the cause"))
+	a := w.get(t, "/api/v1/devices")
+	id := a.Header().Get("X-Request-Id")
+	var logged bool
+	for line := range strings.Lines(w.log.String()) {
+		logged = logged || strings.Contains(line, "the cause") && strings.Contains(line, "request="+id)
+	}
+	if id == "" || !logged {
+		t.Errorf("request %q: %s", id, w.log)
+	}
+	want(t, "another", w.get(t, "/").Header().Get("X-Request-Id") == id, false)
+
+	w.directory.devices = failing(0, w, errors.New("another cause"))
+	s, err := pb.NewGrpcGatewayClient(w.dial(t)).GetDevices(as(t, "alice"), &pb.GetDevicesRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	h, err := s.Header()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err = s.Recv(); err == nil {
+		t.Fatal("no error")
+	}
+	logged = false
+	for line := range strings.Lines(w.log.String()) {
+		logged = logged || strings.Contains(line, "another cause") && len(h["x-request-id"]) == 1 && strings.Contains(line, "request="+h["x-request-id"][0])
+	}
+	want(t, "gRPC", logged, true)
 }

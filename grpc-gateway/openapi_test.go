@@ -1,6 +1,7 @@
 package grpcgateway
 
 import (
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -147,4 +148,67 @@ func TestCheckerFindsDamage(t *testing.T) {
 	if err := check(path, 200, "application/json", ""); err != nil {
 		t.Errorf("an empty list: %v", err)
 	}
+}
+
+// The transport is what the end-to-end suite puts under its clients.
+func TestCheckingTransport(t *testing.T) {
+	c, err := checker()
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := newWorld(t)
+	w.run(t)
+	h, _ := w.Addresses()
+	var reports []error
+	base := &damage{RoundTripper: client(t).Transport}
+	hc := &http.Client{Transport: &openapitest.Transport{Checker: c, Base: base, Report: func(err error) { reports = append(reports, err) }, Skip: func(r *http.Request) bool { return r.URL.Path == "/login" }}}
+	ask := func(path string) {
+		t.Helper()
+		r, err := http.NewRequestWithContext(t.Context(), "GET", "http://"+h.String()+path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Header.Set("Authorization", "Bearer alice")
+		resp, err := hc.Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _ = io.Copy(io.Discard, resp.Body)
+		_ = resp.Body.Close()
+	}
+	ask("/api/v1/devices")   // compressed and uncompressed again by net/http
+	ask("/api/v1/resources") // large enough for it
+	ask("/api/v1/nothing")
+	if len(reports) > 0 {
+		t.Errorf("good answers: %v", reports)
+	}
+	base.on = true
+	ask("/api/v1/resources")
+	want(t, "a damaged second line", len(reports), 1)
+	ask("/login")
+	want(t, "skipped", len(reports), 1)
+}
+
+// damage breaks the second line of answers.
+type damage struct {
+	http.RoundTripper
+	on bool
+}
+
+func (d *damage) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := d.RoundTripper.RoundTrip(r)
+	if err != nil || !d.on {
+		return resp, err
+	}
+	b, err := io.ReadAll(resp.Body)
+	_ = resp.Body.Close()
+	if err != nil {
+		return nil, err
+	}
+	lines := strings.SplitAfter(string(b), "\n")
+	if len(lines) > 1 {
+		lines[1] = "{\"result\":{\"types\":5}}\n"
+	}
+	resp.Body = io.NopCloser(strings.NewReader(strings.Join(lines, "")))
+	return resp, nil
 }

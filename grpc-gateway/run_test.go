@@ -3,16 +3,20 @@ package grpcgateway
 import (
 	"bufio"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"fmt"
 	"io"
 	"iter"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health/grpc_health_v1"
 
@@ -245,5 +249,50 @@ func TestLargeHeadIsRefused(t *testing.T) {
 	line, _ := bufio.NewReader(c).ReadString('\n')
 	if !strings.Contains(line, "431") && !strings.Contains(line, "414") {
 		t.Errorf("answered %q", line)
+	}
+}
+
+// An address that is not loopback is served over TLS alone. The listener of the test is on loopback all the same.
+func TestOtherAddressesAreTLS(t *testing.T) {
+	cert := httptest.NewTLSServer(nil) // for its certificate
+	cert.Close()
+	w := newWorld(t, func(c *Config, d *Deps) {
+		c.API.HTTP.Address, c.API.GRPC.Address = "192.0.2.1:443", "192.0.2.1:444" // RFC 5737
+		d.TLS = &tls.Config{Certificates: cert.TLS.Certificates, MinVersion: tls.VersionTLS12}
+		d.Listen = func(ctx context.Context, _ string) (net.Listener, error) {
+			return new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
+		}
+	})
+	w.run(t)
+	h, g := w.Addresses()
+	roots := x509.NewCertPool()
+	roots.AddCert(cert.Certificate())
+	client := &tls.Config{RootCAs: roots, ServerName: "example.com", MinVersion: tls.VersionTLS12}
+	tr := &http.Transport{TLSClientConfig: client, ForceAttemptHTTP2: true}
+	defer tr.CloseIdleConnections()
+	req, err := http.NewRequestWithContext(t.Context(), "GET", "https://"+h.String()+"/.well-known/configuration", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := tr.RoundTrip(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = resp.Body.Close()
+	want(t, "status", resp.StatusCode, 200)
+	want(t, "protocol", resp.Proto, "HTTP/2.0")
+	conn, err := grpc.NewClient(g.String(), grpc.WithTransportCredentials(credentials.NewTLS(client)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	if _, err := pb.NewGrpcGatewayClient(conn).GetHubConfiguration(as(t, ""), &pb.HubConfigurationRequest{}); err != nil {
+		t.Error(err)
+	}
+	c := dialRaw(t, h, "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n") // plain
+	_ = c.SetReadDeadline(time.Now().Add(20 * time.Second))
+	line, _ := bufio.NewReader(c).ReadString('\n')
+	if strings.Contains(line, " 200 ") {
+		t.Errorf("plain HTTP was answered: %q", line)
 	}
 }
