@@ -3,6 +3,7 @@ package resourcedirectory
 import (
 	"bytes"
 	"context"
+	"flag"
 	"fmt"
 	"log/slog"
 	"slices"
@@ -19,7 +20,13 @@ import (
 	"github.com/coaphub/coaphub/internal/store/pebblestore"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	// A dose that fits every day; -rapid.checks=N on the command line comes later and wins (make nightly).
+	if err := flag.Set("rapid.checks", "20"); err != nil {
+		panic(err)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 const (
 	lamp  hub.DeviceID = "d0000000-0000-4000-8000-000000000001"

@@ -143,7 +143,7 @@ func TestRetentionKeepsEachLastValue(t *testing.T) {
 			t.Errorf("history has %d commits from seq %d", len(got), got[0].Seq)
 		}
 		// An idle device keeps its newest commit, however old.
-		time.Sleep(30 * time.Hour)
+		time.Sleep(17 * time.Hour)
 		if cs := h.commits(lamp); len(cs) != 1 {
 			t.Errorf("an idle device has %d commits", len(cs))
 		}
@@ -164,17 +164,17 @@ func TestTrimInSteps(t *testing.T) {
 	h := open(t)
 	x := h.registered(lamp)
 	big := strings.Repeat("x", 200<<10)
-	for i := range 80 {
+	for i := range 36 {
 		h.must(x.notify(value(hub.Href(fmt.Sprintf("/big/%d", i)), big)))
 	}
 	h.must(x.notify(value("/last", 1)))
 	n, err := h.d.trimDevice(t.Context(), lamp, time.Now().Add(30*24*time.Hour), 24*time.Hour)
-	if err != nil || n != 82 {
+	if err != nil || n != 38 {
 		t.Errorf("%d commits trimmed, %v", n, err)
 	}
 	h.restart()
 	h.eventually("offline", func() bool { return !h.device(alice, lamp).Metadata.Connection.Online })
-	if d := h.device(alice, lamp); d.Resources.Len() != 81 {
+	if d := h.device(alice, lamp); d.Resources.Len() != 37 {
 		t.Errorf("%d twins", d.Resources.Len())
 	}
 }
@@ -197,14 +197,14 @@ func TestTheLastTenMinutesAreNeverTrimmed(t *testing.T) {
 
 func TestBytesWinOverDaysWithAnAlarm(t *testing.T) {
 	cfg := Default()
-	cfg.Workers, cfg.History = 1, History{Retention: 48 * time.Hour, MaxBytes: 1000}
+	cfg.Workers, cfg.History = 1, History{Retention: 8 * time.Hour, MaxBytes: 1000}
 	inBubble(t, cfg, func(t *testing.T, h *house, f *fake) {
 		size := uint64(500)
 		f.set(func(f *fake) { f.bytes = func() uint64 { return size } })
 		x := h.registered(lamp)
 		for i := range 40 {
 			h.must(x.notify(value("/light", i)))
-			time.Sleep(time.Hour)
+			time.Sleep(10 * time.Minute)
 		}
 		if n := len(h.commits(lamp)); n != 42 {
 			t.Fatalf("%d commits although there is room", n)
@@ -221,7 +221,7 @@ func TestBytesWinOverDaysWithAnAlarm(t *testing.T) {
 			t.Errorf("the twin is %s", got)
 		}
 		f.set(func(*fake) { size = 100 })
-		time.Sleep(10 * time.Hour)
+		time.Sleep(3 * time.Hour)
 		if !strings.Contains(h.log.String(), "as long as configured again") {
 			t.Error("the alarm did not end")
 		}

@@ -20,7 +20,7 @@ const (
 	trimBudget  = 250 * time.Millisecond
 	// trimDocs bounds the base documents of one step; the store takes 16 MiB.
 	trimDocs = 6 << 20
-	// passEvery is the least time from one pass over all devices to the next.
+	// passEvery is the pause from one pass over all devices to the next.
 	passEvery = time.Minute
 	// trimSteps divides what is kept: a device is trimmed once a sixteenth of it can go, since each time reads its bases.
 	trimSteps = 16
@@ -32,15 +32,20 @@ const (
 func (d *Directory) trim(ctx context.Context) {
 	t := &trimmer{d: d, keep: d.cfg.History.Retention}
 	d.metrics.kept.Set(t.keep.Seconds())
-	tick := time.NewTicker(trimEvery)
-	defer tick.Stop()
+	next := time.NewTimer(trimEvery)
+	defer next.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case now := <-tick.C:
+		case now := <-next.C:
 			if err := t.step(ctx, now); err != nil && ctx.Err() == nil {
 				d.log.Warn("history cannot be trimmed, trying again", "device", t.next, "error", err)
+			}
+			if t.next == "" {
+				next.Reset(passEvery)
+			} else {
+				next.Reset(trimEvery)
 			}
 		}
 	}
@@ -58,10 +63,6 @@ type trimmer struct {
 
 func (t *trimmer) step(ctx context.Context, now time.Time) error {
 	if t.next == "" {
-		if now.Sub(t.began) < passEvery {
-			return nil
-		}
-		t.began = now
 		t.adapt(now)
 		if err := t.feed(ctx, now); err != nil {
 			return err

@@ -34,7 +34,7 @@ func (d *Directory) SignIn(
 			Kind: hub.MetadataUpdated, Session: sess.Number, Connection: conn.ID, User: user, Metadata: &meta,
 		}}, nil
 	}
-	r.stored = func(w *worker) { w.attach(own.Device, &live{sess.Number, to}) }
+	r.stored = func(w *worker) { w.attach(own.Device, &live{session: sess.Number, to: to}) }
 	r.orphaned = func(w *worker) { w.lose(own.Device, sess.Number) }
 	if err := d.do(ctx, r); err != nil {
 		return hub.Session{}, err
@@ -163,10 +163,11 @@ func (w *worker) detach(dev hub.DeviceID, session uint64) {
 }
 
 // lose records OFFLINE of a session that nobody holds.
-func (w *worker) lose(dev hub.DeviceID, session uint64) {
+func (w *worker) lose(dev hub.DeviceID, session uint64) *request {
 	r := offline(hub.Stamp{Device: dev, Session: session})
 	r.ctx, r.answer = context.Background(), make(chan error, 1)
 	w.take(r)
+	return r
 }
 
 // retryOffline tries once more for the connections whose OFFLINE could not be stored. Their number is bounded by that of the
@@ -176,8 +177,8 @@ func (w *worker) retryOffline() {
 		if w.asked >= w.d.cfg.Queue/2 {
 			return // requests of living devices first; the next sweep goes on
 		}
-		if e := w.devices[dev]; e == nil || !e.loading && len(e.parked) == 0 {
-			w.lose(dev, l.session)
+		if l.retry == nil || len(l.retry.answer) > 0 { // one at a time, however long the store takes
+			l.retry = w.lose(dev, l.session)
 		}
 	}
 }

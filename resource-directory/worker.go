@@ -61,6 +61,7 @@ type entry struct {
 type live struct {
 	session uint64
 	to      hub.Deliverer
+	retry   *request // the last try to store its OFFLINE that nobody waits for
 }
 
 type loading struct {
