@@ -20,6 +20,9 @@ func newDevices(p process) *cobra.Command {
 		Short: "List devices",
 		Args:  none,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if online && offline {
+				return usage("--online and --offline together are no filter; leave both out")
+			}
 			q := url.Values{}
 			for _, t := range types {
 				q.Add("typeFilter", t)
@@ -64,9 +67,7 @@ func newDevices(p process) *cobra.Command {
 				t.row(d.ID, d.Name, strings.ToLower(d.Metadata.Connection.Status), strings.ToLower(strings.ReplaceAll(d.Metadata.Twin.State, "_", "-")), strings.Join(d.Types, " "))
 				return nil
 			})
-			if err2 := t.end(); err == nil {
-				err = err2
-			}
+			err = t.finish(err)
 			if err == nil && n == 0 {
 				_, _ = fmt.Fprintln(p.err, "no devices; coaphub onboard makes what a device needs to sign up")
 			}
@@ -77,6 +78,5 @@ func newDevices(p process) *cobra.Command {
 	cmd.Flags().BoolVar(&online, "online", false, "only devices that are online")
 	cmd.Flags().BoolVar(&offline, "offline", false, "only devices that are offline")
 	cmd.Flags().StringSliceVar(&types, "type", nil, "only devices of this resource type; repeat for several")
-	cmd.MarkFlagsMutuallyExclusive("online", "offline")
 	return cmd
 }

@@ -56,10 +56,7 @@ func newGet(p process) *cobra.Command {
 				t.row(r.Data.ResourceID.Href, r.Data.Status, string(r.Data.Content))
 				return nil
 			})
-			if err2 := t.end(); err == nil {
-				err = err2
-			}
-			return err
+			return t.finish(err)
 		},
 	}
 	f.add(cmd)

@@ -59,10 +59,7 @@ func newHistory(p process) *cobra.Command {
 				t.row(at.Local().Format("2006-01-02 15:04:05.000"), kind, what)
 				return nil
 			})
-			if err2 := t.end(); err == nil {
-				err = err2
-			}
-			return err
+			return t.finish(err)
 		},
 	}
 	f.add(cmd)
@@ -72,7 +69,8 @@ func newHistory(p process) *cobra.Command {
 
 // sinceTime reads --since.
 func sinceTime(s string, now time.Time) (time.Time, error) {
-	if at, err := time.Parse(time.RFC3339Nano, s); err == nil {
+	// The API's times are nanoseconds since 1970 in 64 bits, which end in 2262.
+	if at, err := time.Parse(time.RFC3339Nano, s); err == nil && at.Year() > 1970 && at.Year() < 2262 {
 		return at, nil
 	}
 	d, err := conf.ParseDuration(s)

@@ -111,7 +111,7 @@ libcoap, ask for the hub's time:
   coap-client-openssl -m get -c %s -j %s -R %s 'coaps+tcp://%s/x.plgd.dev/time'
 
 the simulator, sign up, publish and notify:
-  coaphub simulate --devices 1 --device-id %s --cert %s --code %s --server '%s'
+  coaphub simulate --device-id %s --cert %s --code %s --server '%s'
 
 iotivity-lite's cloud_server (name, code, hub's address, hub's ID, provider):
   cloud_server lamp '%s' '%s' %s %s

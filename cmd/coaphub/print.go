@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -17,22 +18,34 @@ func printJSON(w io.Writer, v any) error {
 }
 
 // table writes rows in columns, with heads above them.
-type table struct{ w *tabwriter.Writer }
+type table struct {
+	w    *tabwriter.Writer
+	rows int
+}
 
-func newTable(w io.Writer, heads ...string) table {
-	t := table{tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)}
+func newTable(w io.Writer, heads ...string) *table {
+	t := &table{w: tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)}
 	t.row(heads...)
 	return t
 }
 
-func (t table) row(cells ...string) {
+func (t *table) row(cells ...string) {
 	for i, c := range cells {
 		cells[i] = plain(c)
 	}
+	t.rows++
 	_, _ = fmt.Fprintln(t.w, strings.Join(cells, "\t"))
 }
 
-func (t table) end() error { return t.w.Flush() }
+func (t *table) end() error { return t.w.Flush() }
+
+// finish ends the table of a list that was read until err; if that was at once, there is nothing to show but the error.
+func (t *table) finish(err error) error {
+	if err != nil && t.rows == 1 {
+		return err
+	}
+	return errors.Join(err, t.end())
+}
 
 // plain takes control characters out of a text that came from a device or an application, so that it cannot steer the
 // terminal it is shown on.

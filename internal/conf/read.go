@@ -327,14 +327,18 @@ func walk(v reflect.Value, path string, visit func(path string, v reflect.Value)
 	}
 }
 
-// near reports whether two keys differ by case or at most two letters (Levenshtein).
+// near reports whether two keys differ by case or by at most two letters, one in short words (Levenshtein).
 func near(a, b string) bool {
 	a, b = strings.ToLower(a), strings.ToLower(b)
 	if a == b {
 		return true
 	}
-	if len(a) < 4 || len(b) < 4 || len(a) > 64 {
+	if len(a) < 3 || len(b) < 3 || len(a) > 64 {
 		return false
+	}
+	most := 2
+	if len(a) < 5 || len(b) < 5 {
+		most = 1
 	}
 	row := make([]int, len(b)+1)
 	for j := range row {
@@ -352,5 +356,5 @@ func near(a, b string) bool {
 			row[j] = min(cost, row[j]+1, row[j-1]+1)
 		}
 	}
-	return row[len(b)] <= 2
+	return row[len(b)] <= most
 }

@@ -1,0 +1,376 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+
+	"github.com/coaphub/coaphub/bundle"
+	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/test/hubtest"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+const lamp = "d0000000-0000-4000-8000-00000000000a"
+
+// result is what a command line did.
+type result struct {
+	code     int
+	out, err string
+}
+
+// runs executes a command line in this process.
+func runs(t *testing.T, args ...string) result {
+	t.Helper()
+	return runsWith(t, "", nil, args...)
+}
+
+func runsWith(t *testing.T, in string, env []string, args ...string) result {
+	t.Helper()
+	var out, err bytes.Buffer
+	code := execute(t.Context(), args, process{strings.NewReader(in), &out, &err, env})
+	return result{code, out.String(), err.String()}
+}
+
+func (r result) want(t *testing.T, code int, out, err string) {
+	t.Helper()
+	if r.code != code || !regexp.MustCompile(out).MatchString(r.out) || !regexp.MustCompile(err).MatchString(r.err) {
+		t.Errorf("it ended with %d, printed %q and %q; want %d, %q and %q", r.code, r.out, r.err, code, out, err)
+	}
+}
+
+// as reads JSON that a command printed.
+func as[T any](t *testing.T, r result) (v T) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(r.out), &v); err != nil || r.code != exitOK {
+		t.Fatalf("it ended with %d and printed %q, %q: %v", r.code, r.out, r.err, err)
+	}
+	return v
+}
+
+func TestExitCodesAndWhatToDoNext(t *testing.T) {
+	nothing := t.TempDir()
+	for _, c := range []struct {
+		args string
+		code int
+		err  string
+	}{
+		{"nonsense", exitUsage, `unknown command "nonsense".*\nSee "coaphub --help"`},
+		{"serve --nonsense", exitUsage, `unknown flag: --nonsense\nSee "coaphub serve --help"`},
+		{"serve surplus", exitUsage, `unknown command "surplus" for "coaphub serve"`},
+		{"serve --target=coap-gateway", exitUsage, `--target=coap-gateway: parts cannot run apart yet`},
+		{"serve --config /does/not/exist.yaml", exitFailure, `/does/not/exist.yaml: no such file.*config-unreadable`},
+		{"serve --external-address a:b", exitFailure, `externalAddress: "a:b" is neither`},
+		{"status", exitFailure, `no hub runs on the data folder .*coaphub serve.*\[hub-not-running\]`},
+		{"token", exitFailure, `hub-not-running`},
+		{"token --ttl soon", exitUsage, `--ttl: "soon" is not a duration`},
+		{"token --ttl 0s", exitUsage, `--ttl`},
+		{"onboard", exitUsage, `exactly one of --device-id and --any-device`},
+		{"onboard --any-device --device-id " + lamp, exitUsage, `exactly one`},
+		{"onboard --any-device --out x", exitUsage, `--out needs --device-id`},
+		{"ca issue", exitUsage, `--device-id and --out are needed`},
+		{"ca issue --device-id x --out y --validity z", exitUsage, `--validity`},
+		{"ca root a b", exitUsage, `accepts between 0 and 1`},
+		{"devices --online --offline", exitUsage, `--online and --offline`},
+		{"devices --token x", exitUsage, `belong to --server`},
+		{"devices --server nonsense --token x", exitUsage, `is not a URL`},
+		{"devices --server http://127.0.0.1:1", exitUsage, `needs a token`},
+		{"devices --server http://127.0.0.1:1 --token x", exitFailure, `cannot be reached.*connection refused`},
+		{"get", exitUsage, `accepts between 1 and 2`},
+		{"get lamp", exitUsage, `"lamp" is not a device ID`},
+		{"get " + lamp + " ..", exitUsage, `dot segment`},
+		{"history " + lamp + " --since soon", exitUsage, `--since`},
+		{"history " + lamp + " --since 2999-01-01T00:00:00Z", exitUsage, `--since`},
+		{"simulate --devices 0", exitUsage, `--devices must be`},
+		{"simulate --duration never", exitUsage, `--duration`},
+		{"simulate --code x", exitUsage, `belong to --device-id`},
+		{"simulate --device-id " + lamp, exitUsage, `needs --cert, --code and --server`},
+		{"simulate", exitFailure, `hub-not-running`},
+		{"user add", exitUsage, `accepts 1 arg`},
+		{"user roles alice", exitUsage, `at least 2 arg`},
+		{"user add alice --password-stdin", exitUsage, `standard input is empty`},
+		{"backup", exitUsage, `accepts 1 arg`},
+		{"backup x", exitFailure, `is no data folder.*data-missing`},
+		{"backup x --with-keys", exitUsage, `--passphrase-file`},
+		{"backup x --passphrase-file y", exitUsage, `belongs to --with-keys`},
+		{"restore /does/not/exist", exitFailure, `is no backup`},
+		{"verify", exitFailure, `is no data folder`},
+	} {
+		t.Run(c.args, func(t *testing.T) {
+			runsWith(t, "", []string{"COAPHUB_DATA=" + nothing}, strings.Fields(c.args)...).want(t, c.code, "^$", c.err)
+		})
+	}
+	if left, err := os.ReadDir(nothing); err != nil || len(left) > 0 {
+		t.Errorf("they left %v, %v", left, err)
+	}
+}
+
+func TestHelpVersionAndCompletion(t *testing.T) {
+	runs(t, "--help").want(t, exitOK, `(?s)serve.*status`, "^$")
+	runs(t, "version").want(t, exitOK, `^coaphub \S+ .*go1`, "^$")
+	if v := as[map[string]any](t, runs(t, "version", "--json")); v["version"] == "" {
+		t.Errorf("%v", v)
+	}
+	for _, shell := range []string{"bash", "zsh", "fish"} {
+		runs(t, "completion", shell).want(t, exitOK, "coaphub", "^$")
+	}
+	root := newRoot(process{})
+	for _, cmd := range root.Commands() {
+		if cmd.Short == "" {
+			t.Errorf("%s says nothing of itself", cmd.Name())
+		}
+	}
+}
+
+func TestConfig(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "c.yaml")
+	text := "externalAddress: hub.example\noauthServer: {initialPassword: hush hush hush}\n"
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	runs(t, "config").want(t, exitOK, `(?s)externalAddress: "".*coapGateway:`, "^$")
+	runs(t, "config", "--diff").want(t, exitOK, `^\{\}\n$`, "^$")
+	r := runsWith(t, "", []string{"COAPHUB_LOG_LEVEL=debug", "COAPHUB_PORT=tcp://10.0.0.1"}, "config", "--diff", "--config", file, "--http-address", "127.0.0.1:9")
+	r.want(t, exitOK, `(?s)^externalAddress: hub.example\nlog:\n  level: debug\ngrpcGateway:\n.*address: 127.0.0.1:9\noauthServer:\n  initialPassword: '\*\*\*'\n$`, `warning: .*COAPHUB_PORT`)
+	if strings.Contains(r.out, "hush") {
+		t.Error("a secret is printed")
+	}
+	if err := os.WriteFile(file, []byte("apis: {}\nlogg: {}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	runs(t, "config", "--config", file).want(t, exitFailure, "^$", `(?s)apis .*line 1.*another hub.*logg .*line 2.*did you mean "log"`)
+}
+
+func TestAgainstARunningHub(t *testing.T) {
+	h := hubtest.Start(t)
+	on := func(args ...string) result { t.Helper(); return runs(t, append(args, "--data", h.Data)...) }
+
+	on("status").want(t, exitOK, `(?s)hub +`+h.ID+`.*coaps\+tcp +coaps\+tcp://127.*devices +0, 0 of them online.*first login`, "^$")
+	if s := as[bundle.Status](t, on("status", "--json")); s.HubID != h.ID || s.Endpoints.HTTP != h.HTTP {
+		t.Errorf("%+v", s)
+	}
+	on("status", "--refused").want(t, exitOK, "^TIME +FROM +WHAT", "^$")
+	if rs := as[[]bundle.Refusal](t, on("status", "--refused", "--json")); rs == nil || len(rs) != 0 {
+		t.Errorf("%v", rs)
+	}
+	on("devices").want(t, exitOK, "^DEVICE .*\n$", "no devices; coaphub onboard")
+	on("ca", "root").want(t, exitOK, "^-----BEGIN CERTIFICATE-----", "^$")
+	for _, which := range []string{"device", "https", "internal"} {
+		on("ca", "root", which).want(t, exitOK, "^-----BEGIN CERTIFICATE-----", "^$")
+	}
+	on("ca", "root", "other").want(t, exitFailure, "^$", "coaphub: ")
+
+	dir := filepath.Join(t.TempDir(), "with space", "lamp")
+	on("ca", "issue", "--device-id", lamp, "--out", dir).want(t, exitOK, "wrote cert.pem", "^$")
+	r := on("onboard", "--device-id", lamp, "--out", dir)
+	r.want(t, exitOK, `(?s)hub +`+h.ID+`.*provider +coaphub.*coap-client-openssl .*'\S*with space/lamp/cert.pem'.*coaphub simulate --device-id.*cloud_server`, "^$")
+	for name, want := range map[string]os.FileMode{"cert.pem": 0o644, "key.pem": 0o600, "ca.pem": 0o644, "signup.json": 0o600} {
+		info, err := os.Stat(filepath.Join(dir, name))
+		if err != nil || info.Mode().Perm() != want {
+			t.Errorf("%s: %v, %v, want %o", name, info, err, want)
+		}
+	}
+	if ca, err := os.ReadFile(filepath.Join(dir, "ca.pem")); err != nil || bytes.Count(ca, []byte("BEGIN CERT")) != 2 {
+		t.Errorf("ca.pem has %d certificates, %v", bytes.Count(ca, []byte("BEGIN CERT")), err)
+	}
+	o := as[map[string]any](t, on("onboard", "--any-device", "--json"))
+	for _, key := range []string{"hubId", "endpoints", "authorizationProvider", "authorizationCode", "ca", "expiresAt"} {
+		if o[key] == nil || o[key] == "" {
+			t.Errorf("onboard --json has no %s", key)
+		}
+	}
+	if j := on("onboard", "--device-id", lamp, "--out", dir, "--json"); strings.Contains(j.out, "PRIVATE KEY") {
+		t.Error("the key is printed")
+	}
+
+	on("user", "add", "alice").want(t, exitOK, `^added alice \(user\)\none-time password: \S+\n$`, "^$")
+	runsWith(t, "correct horse battery\n", nil, "user", "add", "bob", "--role", "viewer", "--password-stdin", "--data", h.Data).want(t, exitOK, `^added bob \(viewer\)\n$`, "^$")
+	on("user", "list").want(t, exitOK, `(?s)admin .*alice +user +must change.*bob +viewer +active`, "^$")
+	on("user", "passwd", "bob").want(t, exitOK, "one-time password", "^$")
+	on("user", "roles", "bob", "user", "admin").want(t, exitOK, "^changed bob", "^$")
+	on("user", "passwd", "nobody").want(t, exitFailure, "^$", "coaphub: .*account")
+	if us := as[[]bundle.User](t, on("user", "list", "--json")); len(us) != 3 {
+		t.Errorf("%+v", us)
+	}
+
+	token := on("token", "--owner", "alice", "--scope", hub.ScopeRead, "--ttl", "2h")
+	token.want(t, exitOK, `^[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\n$`, "^$")
+	file := filepath.Join(t.TempDir(), "token")
+	if err := os.WriteFile(file, []byte(token.out), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	runs(t, "devices", "--server", h.HTTP, "--token-file", file).want(t, exitOK, "^DEVICE", "no devices")
+	runsWith(t, token.out, nil, "devices", "--server", h.HTTP+"/", "--token-file", "-").want(t, exitOK, "^DEVICE", "no devices")
+	runs(t, "devices", "--server", h.HTTP, "--token", "nonsense").want(t, exitFailure, "", `coaphub: .*\[`)
+
+	// Devices that behave, for a moment.
+	on("simulate", "--devices", "2", "--duration", "3s", "--rate", "20").want(t, exitOK, `devices 2 .*signed up 2 `, "^$")
+	on("devices").want(t, exitOK, `(?s)simulated.*offline.*oic.d.light`, "^$")
+	on("devices", "--online").want(t, exitOK, "^DEVICE .*\n$", "no devices")
+	var dev struct {
+		ID string `json:"id"`
+	}
+	lines := strings.Split(strings.TrimSpace(on("devices", "--json").out), "\n")
+	if len(lines) != 2 || json.Unmarshal([]byte(lines[0]), &dev) != nil || dev.ID == "" {
+		t.Fatalf("devices --json printed %q", lines)
+	}
+	on("get", dev.ID).want(t, exitOK, `(?s)HREF.*/light/1 +OK +\{.*"power":\d+`, "^$")
+	on("get", dev.ID, "/light/1").want(t, exitOK, `^HREF.*\n/light/1 +OK +\{.*\n$`, "^$")
+	on("get", dev.ID, "light//1/", "--json").want(t, exitOK, `"href":"/light/1"`, "^$")
+	on("get", dev.ID, "/nothing").want(t, exitFailure, "", `coaphub: .*\[`)
+	on("history", dev.ID).want(t, exitOK, `(?s)resourceLinksPublished +.*/light/1.*resourceChanged +/light/1 OK`, "^$")
+	on("history", dev.ID, "/light/1", "--since", "1h").want(t, exitOK, `(?s)resourceChanged +/light/1 OK .*\n.*resourceChanged`, "^$")
+	on("history", dev.ID, "--since", "2200-01-01T00:00:00Z").want(t, exitOK, `^TIME +EVENT +WHAT\n$`, "^$")
+	on("history", dev.ID, "--json").want(t, exitOK, `"resourceChanged":\{`, "^$")
+
+	on("verify").want(t, exitOK, `^2 devices, 0 problems\n$`, "^$")
+	if v := as[map[string]any](t, on("verify", "--json")); v["devices"] != 2.0 {
+		t.Errorf("%v", v)
+	}
+	phrase, target := filepath.Join(t.TempDir(), "phrase"), filepath.Join(t.TempDir(), "backup")
+	if err := os.WriteFile(phrase, []byte("correct horse battery\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	on("backup", target, "--with-keys", "--passphrase-file", phrase).want(t, exitOK, `^backup of hub `+h.ID+` in .*with keys\n$`, "^$")
+	on("restore", target).want(t, exitFailure, "^$", "is not empty")
+	data := filepath.Join(t.TempDir(), "restored")
+	runs(t, "restore", target, "--data", data).want(t, exitOK, `^restored hub `+h.ID, "every device must be onboarded again")
+	runs(t, "verify", "--data", data).want(t, exitOK, `^2 devices, 0 problems\n$`, "^$")
+	with := filepath.Join(t.TempDir(), "restored")
+	runs(t, "restore", target, "--data", with, "--with-keys", "--passphrase-file", phrase).want(t, exitOK, `^restored hub`, "^$")
+}
+
+func TestOneSimulatedDevice(t *testing.T) {
+	h := hubtest.Start(t)
+	dir := filepath.Join(t.TempDir(), "lamp")
+	r := runs(t, "onboard", "--device-id", lamp, "--out", dir, "--data", h.Data)
+	re := regexp.MustCompile(`(?m)^  coaphub (simulate .*)$`)
+	found := re.FindStringSubmatch(r.out)
+	if found == nil {
+		t.Fatalf("onboard printed no command line: %q", r.out)
+	}
+	args := append(strings.Fields(strings.ReplaceAll(found[1], "'", "")), "--duration", "3s")
+	runs(t, args...).want(t, exitOK, "device "+lamp+" is online at coaps", "^$")
+	// The code was used: another device with it is told what to do.
+	other := filepath.Join(t.TempDir(), "other")
+	const id = "d0000000-0000-4000-8000-00000000000b"
+	if r := runs(t, "ca", "issue", "--device-id", id, "--out", other, "--data", h.Data); r.code != exitOK {
+		t.Fatal(r)
+	}
+	for i, a := range args {
+		args[i] = strings.ReplaceAll(strings.ReplaceAll(a, lamp, id), dir, other)
+	}
+	runs(t, args...).want(t, exitFailure, "^$", "refused the sign-up; coaphub onboard")
+	runs(t, "status", "--refused", "--data", h.Data).want(t, exitOK, `sign-up +`+id, "^$")
+}
+
+func TestServeInProcess(t *testing.T) {
+	data := filepath.Join(t.TempDir(), "data")
+	ctx, stop := context.WithCancel(t.Context())
+	r, w := io.Pipe()
+	ended := make(chan int, 1)
+	var log bytes.Buffer
+	go func() {
+		ended <- execute(ctx, []string{
+			"serve", "--data", data, "--coap-address", "127.0.0.1:0", "--coap-plain-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0",
+			"--grpc-address", "127.0.0.1:0", "--admin-address", "", "--external-address", "localhost",
+		}, process{nil, w, &log, nil})
+		_ = w.Close()
+	}()
+	line, err := bufio.NewReader(r).ReadString('\n')
+	if err != nil || !regexp.MustCompile(`^ready .* coap\+tcp=coap\+tcp://127`).MatchString(line) || strings.Contains(line, "admin=") {
+		t.Errorf("it printed %q, %v", line, err)
+	}
+	go func() { _, _ = io.Copy(io.Discard, r) }() // ends with the pipe
+	stop()
+	if code := <-ended; code != exitOK {
+		t.Errorf("it ended with %d: %s", code, log.String())
+	}
+}
+
+// TestTheRealBinary builds coaphub as users do, and shows what only a process of its own can: signals.
+func TestTheRealBinary(t *testing.T) {
+	dir := t.TempDir()
+	binary := filepath.Join(dir, "coaphub")
+	build := exec.CommandContext(t.Context(), "go", "build", "-ldflags", "-X main.version=v1.2.3", "-o", binary, ".")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build: %v\n%s", err, out)
+	}
+	out, err := exec.CommandContext(t.Context(), binary, "version").Output()
+	if err != nil || !strings.HasPrefix(string(out), "coaphub v1.2.3 ") {
+		t.Errorf("version printed %q, %v", out, err)
+	}
+	for _, signals := range []int{1, 2} {
+		cmd := exec.CommandContext(t.Context(), binary, "serve", "--coap-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0", "--grpc-address", "127.0.0.1:0", "--admin-address", "127.0.0.1:0")
+		cmd.Env = append(slices.DeleteFunc(os.Environ(), func(kv string) bool { return strings.HasPrefix(kv, bundle.EnvPrefix) }), bundle.EnvData+"="+filepath.Join(dir, "data"))
+		var log bytes.Buffer
+		cmd.Stderr = &log
+		stdout, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		line, err := bufio.NewReader(stdout).ReadString('\n')
+		if err != nil || !strings.HasPrefix(line, "ready ") {
+			t.Fatalf("it printed %q, %v\n%s", line, err, log.String())
+		}
+		begin := time.Now()
+		for range signals {
+			if err := cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
+				t.Fatal(err)
+			}
+		}
+		err = cmd.Wait()
+		if took := time.Since(begin); took > 5*time.Second {
+			t.Errorf("%d signals: it took %s", signals, took)
+		}
+		var exit *exec.ExitError
+		switch {
+		case signals == 1 && err != nil:
+			t.Errorf("one signal: %v\n%s", err, log.String())
+		case signals == 2 && err != nil && (!errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGTERM):
+			t.Errorf("two signals: %v\n%s", err, log.String())
+		}
+	}
+}
+
+func TestTextsAreSafeForTerminalsAndShells(t *testing.T) {
+	for in, want := range map[string]string{"plain é": "plain é", "\x1b[2J": "\ufffd[2J", "a\nb": "a\ufffdb", "\u202egpj": "\ufffdgpj"} {
+		if got := plain(in); got != want {
+			t.Errorf("plain(%q) = %q", in, got)
+		}
+	}
+	for in, want := range map[string]string{"/a/b-1": "/a/b-1", "a b": "'a b'", "it's": `'it'\''s'`, "": "''", "$(x)": "'$(x)'"} {
+		if got := quote(in); got != want {
+			t.Errorf("quote(%q) = %s", in, got)
+		}
+	}
+	now := time.Date(2026, 1, 2, 0, 0, 0, 0, time.UTC)
+	for in, want := range map[string]time.Time{"1d": now.Add(-24 * time.Hour), "2026-05-01T12:00:00Z": time.Date(2026, 5, 1, 12, 0, 0, 0, time.UTC)} {
+		if got, err := sinceTime(in, now); err != nil || !got.Equal(want) {
+			t.Errorf("since %q = %v, %v", in, got, err)
+		}
+	}
+	for in, want := range map[int64]string{0: "0 B", 1023: "1023 B", 1536: "1.5 KiB", 3 << 30: "3.0 GiB"} {
+		if got := bytesText(in); got != want {
+			t.Errorf("bytesText(%d) = %q", in, got)
+		}
+	}
+}
