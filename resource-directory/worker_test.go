@@ -102,6 +102,29 @@ func TestStoreFails(t *testing.T) {
 	}
 }
 
+// The store stored a commit and could not say so: readers see what is stored, and the repeat finds it done.
+func TestUnknownOutcomeIsReadFromTheStore(t *testing.T) {
+	f := &fake{}
+	h := open(t, faked(f))
+	x := h.registered(lamp)
+	f.set(func(f *fake) {
+		f.append = func(ctx context.Context, entries []store.Entry) []error {
+			errs := f.Store.Append(ctx, entries)
+			for i := range errs {
+				errs[i] = &hub.Error{Kind: hub.Internal}
+			}
+			return errs
+		}
+	})
+	wantKind(t, x.notify(value("/light", 1)), hub.Internal, "")
+	f.set(func(f *fake) { f.append = nil })
+	if got := twinOf(t, h.device(alice, lamp), "/light"); got != "1" {
+		t.Errorf("the twin is %s", got)
+	}
+	h.must(h.d.Notify(t.Context(), x.same(), []hub.Change{value("/light", 1)}))
+	h.expect(lamp, "registered", "meta 0 online out-of-sync", "changed 0 /light 1 1")
+}
+
 // Of several commits in one append the first are stored and the others not: the callers of the first are answered, those of
 // the others are not told that it was done, and what rests on an unstored commit is refused with it.
 func TestAppendFailsInTheMiddle(t *testing.T) {
