@@ -11,7 +11,7 @@ import (
 )
 
 // calls is what the socket answers. Whoever opened it is administrator (socket.go), so nothing here asks again.
-func (a *assembly) calls() http.Handler {
+func (a *assembly) calls() *http.ServeMux {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /status", call(func(ctx context.Context, _ struct{}) (Status, error) { return a.status(ctx), nil }, a.log))
 	mux.HandleFunc("GET /refused", call(a.refused, a.log))

@@ -33,7 +33,7 @@ func (a *assembly) parts() []run.Part {
 		run.Part{Name: "coap-gateway", Run: a.runDevices},
 	)
 	ps = append(ps, run.Part{Name: "socket", Run: func(ctx context.Context, ready func()) error {
-		return serveSocket(ctx, a.folder, a.calls(), a.log.With("part", "socket"), ready)
+		return serveSocket(ctx, a.folder, a.calls(), newSocketMetrics(a.registry), a.log.With("part", "socket"), ready)
 	}})
 	return ps
 }

@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/user"
 	"path/filepath"
+	"runtime/debug"
 	"strconv"
 	"time"
 
@@ -41,7 +42,7 @@ func socketPath(data string) (path string, release func(), err error) {
 
 // serveSocket answers h on the folder's socket until ctx ends. Who may open the socket is decided by the folder's
 // permissions (0700) and the socket's own (0600): whoever can is administrator.
-func serveSocket(ctx context.Context, f *Folder, h http.Handler, log *slog.Logger, ready func()) error {
+func serveSocket(ctx context.Context, f *Folder, h http.Handler, m *socketMetrics, log *slog.Logger, ready func()) error {
 	path, release, err := socketPath(f.Path)
 	if err != nil {
 		return err
@@ -58,7 +59,7 @@ func serveSocket(ctx context.Context, f *Folder, h http.Handler, log *slog.Logge
 	if err := os.Chmod(path, 0o600); err != nil {
 		return errors.Join(err, ln.Close())
 	}
-	return obs.ServeHTTP(ctx, peerListener{ln}, audit(h, log), 2*time.Second, log, ready)
+	return obs.ServeHTTP(ctx, peerListener{ln}, audit(h, m, log), 2*time.Second, log, ready)
 }
 
 // peerListener notes who is at the other end of each connection, as its remote address.
@@ -107,23 +108,33 @@ func peerOf(c net.Conn) (cred *unix.Ucred, err error) {
 	return cred, err
 }
 
-// audit writes a line for each call that changes something or gives something out: all but reading the status.
-func audit(h http.Handler, log *slog.Logger) http.Handler {
+// audit counts each call and writes a line about it: at debug level for reading the status, which scripts do all the time. A
+// panic ends one call.
+func audit(h http.Handler, m *socketMetrics, log *slog.Logger) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		defer func() {
-			if v := recover(); v != nil {
-				log.Error("call over the socket panicked", "path", r.URL.Path, "panic", v)
-				refuse(w, &hub.Error{Kind: hub.Internal})
-			}
-		}()
+		name := "unknown"
 		rec := &statusRecorder{ResponseWriter: w, code: http.StatusOK}
-		h.ServeHTTP(rec, r)
-		level := slog.LevelInfo
-		if r.Method == http.MethodGet && r.URL.Path == "/status" {
-			level = slog.LevelDebug
+		defer func() {
+			how := outcome(rec.code)
+			if v := recover(); v != nil {
+				how = "panic"
+				log.Error("call over the socket panicked", "path", r.URL.Path, "panic", v, "stack", string(debug.Stack()))
+				refuse(rec, &hub.Error{Kind: hub.Internal})
+			}
+			m.calls.WithLabelValues(name, how).Inc()
+			level := slog.LevelInfo
+			if name == "GET /status" {
+				level = slog.LevelDebug
+			}
+			log.Log(r.Context(), level, "administrator's call over the socket",
+				"peer", r.RemoteAddr, "user", userOf(r.RemoteAddr), "call", r.Method+" "+r.URL.Path, "answer", rec.code)
+		}()
+		if mux, ok := h.(*http.ServeMux); ok { // the pattern and not the path, which anybody chooses
+			if _, pattern := mux.Handler(r); pattern != "" && pattern != "/" {
+				name = pattern
+			}
 		}
-		log.Log(r.Context(), level, "administrator's call over the socket",
-			"peer", r.RemoteAddr, "user", userOf(r.RemoteAddr), "call", r.Method+" "+r.URL.Path, "answer", rec.code)
+		h.ServeHTTP(rec, r)
 	})
 }
 

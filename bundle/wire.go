@@ -96,6 +96,10 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	if a.store, err = openStore(folder, cfg.Store, log.With("part", "store"), a.registry); err != nil {
 		return nil, err
 	}
+	a.health.Check("store", func(ctx context.Context) error {
+		_, err := a.store.Head(ctx) // an error once the disk failed for good
+		return err
+	})
 	if a.hubID, err = hubID(ctx, a.store); err != nil {
 		return nil, err
 	}

@@ -36,6 +36,7 @@ type device struct {
 	asked    []string                  // what the hub asked, in order
 	watching map[string]message.Token
 	number   uint32 // of notifications
+	whole    bool   // messages are not cut into blocks
 	mute     bool   // nothing that the hub asks is answered
 }
 
@@ -70,6 +71,9 @@ func (d *device) dial(addr string, conf *tls.Config) error {
 		options.WithMaxMessageSize(1 << 20), options.WithLimitClientParallelRequest(0),
 		options.WithLimitClientEndpointParallelRequest(0),
 		options.WithPeriodicRunner(func(func(time.Time) bool) {}), // its goroutine would outlive the connection
+	}
+	if d.whole {
+		opts = append(opts, options.WithBlockwise(false, 0, time.Second))
 	}
 	if conf != nil {
 		opts = append(opts, options.WithTLS(conf))

@@ -193,3 +193,6 @@ func (h *hall) online(id hub.DeviceID, prepare func(*device)) *device {
 	d.want(d.signIn(h.w.grant(fmt.Sprintf("token-%s", id), hub.Claims{})), "2.04", "")
 	return d
 }
+
+// mute prepares a device that answers nothing the hub asks, so that the twin leaves what is published alone.
+func mute(d *device) { d.mute = true }

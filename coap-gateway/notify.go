@@ -64,6 +64,9 @@ func (s *session) notified(ctx context.Context, ns []coap.Notification) error {
 			if err := s.goneInTurn(ctx, href); err != nil {
 				return err
 			}
+		case m.Code == codes.GatewayTimeout && !n.Ended:
+			// There was something newer whose blocks could not be fetched: ask again rather than show the old value.
+			s.twin.renew(o, href, batch)
 		case batch && m.Code == codes.Content:
 			c := contentOf(m)
 			var skipped int
@@ -72,7 +75,7 @@ func (s *session) notified(ctx context.Context, ns []coap.Notification) error {
 			if err != nil {
 				// What the batch says is lost; ask for everything again rather than live with a hole.
 				s.log.Debug("a batch notification does not decode", "error", err)
-				s.twin.restart()
+				s.twin.renew(o, href, true)
 			}
 		case batch:
 			if !n.Ended { // 4.13: too large to be fetched; whatever it was, it is not in the twin

@@ -89,15 +89,21 @@ func (t *twin) ended(o *coap.Observation, href hub.Href, batch bool, code codes.
 	t.start()
 }
 
-// restart gives up the batch observation and synchronises anew.
-func (t *twin) restart() {
+// renew observes anew although the observation is not over: what it brought could not be used.
+func (t *twin) renew(o *coap.Observation, href hub.Href, batch bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if w := t.seen[resHref]; w.obs != nil {
-		t.over = append(t.over, w.obs)
+	w := t.seen[href]
+	if w.obs != o {
+		return
 	}
-	delete(t.seen, resHref)
-	t.full = true
+	t.over = append(t.over, o)
+	delete(t.seen, href)
+	if batch {
+		t.full = true
+	} else {
+		t.enqueue(w.link)
+	}
 	t.start()
 }
 

@@ -104,8 +104,8 @@ func (c *Client) Exchange(ctx context.Context, dev hub.DeviceID, credential, cod
 	if code == "" || len(code) > maxToken {
 		return hub.Tokens{}, hub.NewError(hub.Invalid, "code-invalid", "the code is empty or too long").With(op, nil)
 	}
-	k := keyOf("code", string(dev), credential, code)
-	t, _, err := c.once(ctx, op, k, func(ctx context.Context) (hub.Tokens, time.Duration, error) {
+	q := inquire("code", string(dev), credential, code)
+	t, _, err := c.once(ctx, op, q, func(ctx context.Context) (hub.Tokens, time.Duration, error) {
 		form := url.Values{"grant_type": {"authorization_code"}, "code": {code}}
 		if c.cfg.RedirectURL != "" {
 			form.Set("redirect_uri", c.cfg.RedirectURL)
@@ -130,8 +130,8 @@ func (c *Client) Refresh(ctx context.Context, dev hub.DeviceID, refresh string) 
 // refresh is Refresh. byDevice is false when we go on with a refresh token that the device never got.
 func (c *Client) refresh(ctx context.Context, dev hub.DeviceID, refresh string, byDevice bool) (hub.Tokens, error) {
 	const op = "auth.Refresh"
-	k := keyOf("refresh", string(dev), "", refresh)
-	t, repeated, err := c.once(ctx, op, k, func(ctx context.Context) (hub.Tokens, time.Duration, error) {
+	q := inquire("refresh", string(dev), "", refresh)
+	t, repeated, err := c.once(ctx, op, q, func(ctx context.Context) (hub.Tokens, time.Duration, error) {
 		form := url.Values{"grant_type": {"refresh_token"}, "refresh_token": {refresh}}
 		t, err := c.token(ctx, op, form)
 		window := refreshWindow
@@ -144,12 +144,12 @@ func (c *Client) refresh(ctx context.Context, dev hub.DeviceID, refresh string, 
 		return hub.Tokens{}, err
 	}
 	if byDevice {
-		c.kept.used(k) // the device has this refresh token, so it will not ask with the one before
+		c.kept.used(q) // the device has this refresh token, so it will not ask with the one before
 	}
 	if t.Refresh == refresh {
 		return t, nil
 	}
-	c.kept.follow(keyOf("refresh", string(dev), "", t.Refresh), k)
+	c.kept.follow(inquire("refresh", string(dev), "", t.Refresh), q)
 	if repeated && !t.Expiry.IsZero() && !time.Now().Before(t.Expiry) {
 		// A repeat so late that the kept access token has expired. The device does not have the kept refresh token; we do.
 		return c.refresh(ctx, dev, t.Refresh, false)
@@ -184,29 +184,31 @@ func (c *Client) Revoke(ctx context.Context, t hub.Tokens) error {
 	return nil
 }
 
-// once gives the kept answer of key, waits for the one under way, or asks; repeated is false in the last case. Asking goes on
+// once gives the kept answer of an inquiry, waits for the one under way, or asks; repeated is false in the last case. Asking goes on
 // when the caller leaves: a code is used up by it, and the device that comes back must get the answer.
 func (c *Client) once(
-	ctx context.Context, op string, key answerKey, ask func(context.Context) (hub.Tokens, time.Duration, error),
+	ctx context.Context, op string, q inquiry, ask func(context.Context) (hub.Tokens, time.Duration, error),
 ) (t hub.Tokens, repeated bool, err error) {
 	if c.ctx.Err() != nil {
 		return hub.Tokens{}, false, unavailable(op, c.ctx.Err())
 	}
-	a, first := c.kept.join(key)
-	if a == nil {
+	t, found, f, first := c.kept.join(q)
+	switch {
+	case found:
+		return t, true, nil
+	case f == nil:
 		return hub.Tokens{}, false, unavailable(op, errors.New("too many requests to the provider are under way"))
-	}
-	if first {
+	case first:
 		c.done.Go(func() {
 			ctx, stop := context.WithTimeout(c.ctx, 2*fetchTimeout)
 			defer stop()
 			t, window, err := ask(ctx)
-			c.kept.end(key, a, t, window, err)
+			c.kept.end(q, f, t, window, err)
 		})
 	}
 	select {
-	case <-a.ready:
-		return a.tokens, !first, a.err
+	case <-f.ready:
+		return f.tokens, !first, f.err
 	case <-ctx.Done():
 		return hub.Tokens{}, false, unavailable(op, ctx.Err())
 	}
@@ -257,7 +259,7 @@ func (c *Client) token(ctx context.Context, op string, form url.Values) (hub.Tok
 		if err != nil || sec < 0 || sec > 100*365*24*3600 {
 			return hub.Tokens{}, unavailable(op, fmt.Errorf("the token endpoint's expires_in is %q", text))
 		}
-		t.Expiry = asked.Add(time.Duration(sec * float64(time.Second)))
+		t.Expiry = asked.Add(time.Duration(sec * float64(time.Second))).UTC().Round(0) // a kept answer is the same one
 	}
 	return t, nil
 }

@@ -1,11 +1,13 @@
 package auth
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -204,6 +206,8 @@ func TestUsedRefreshTokenIsNotKept(t *testing.T) {
 	if _, err := c.Refresh(t.Context(), lamp, first); !hub.IsKind(err, hub.Unauthenticated) {
 		t.Errorf("got %v, want Unauthenticated", err)
 	}
+	c.kept.mu.Lock()
+	defer c.kept.mu.Unlock()
 	if n := len(c.kept.items); n > 2 {
 		t.Errorf("%d answers are kept, want that of the code and the last", n)
 	}
@@ -310,29 +314,55 @@ func TestRevoke(t *testing.T) {
 
 func TestKeptAnswersAreBounded(t *testing.T) {
 	s := newAnswers()
+	nth := func(i int) inquiry { return inquire(strconv.Itoa(i)) }
 	for i := range maxAnswers {
-		k := keyOf(string(rune(i)))
-		a, first := s.join(k)
+		_, _, f, first := s.join(nth(i))
 		if !first {
 			t.Fatal("not the first")
 		}
 		if i > 0 { // the first stays under way
-			s.end(k, a, hub.Tokens{}, time.Hour+time.Duration(i)*time.Second, nil)
+			s.end(nth(i), f, hub.Tokens{}, time.Hour+time.Duration(i)*time.Second, nil)
 		}
 	}
-	a, first := s.join(keyOf("one more"))
-	if a == nil || !first || len(s.items) != maxAnswers {
-		t.Errorf("%v %v, %d kept", a, first, len(s.items))
+	_, _, f, first := s.join(inquire("one more"))
+	if f == nil || !first || len(s.items) != maxAnswers {
+		t.Errorf("%v %v, %d kept", f, first, len(s.items))
 	}
-	if s.items[keyOf(string(rune(0)))] == nil || s.items[keyOf(string(rune(1)))] != nil {
+	if s.items[nth(0).name] == nil || s.items[nth(1).name] != nil {
 		t.Error("not the one that ends first was removed")
 	}
 	full := newAnswers()
 	for i := range maxAnswers {
-		full.join(keyOf(string(rune(i))))
+		full.join(nth(i))
 	}
-	if a, _ := full.join(keyOf("one more")); a != nil {
+	if _, _, f, _ := full.join(inquire("one more")); f != nil {
 		t.Error("there is no end to what may be under way")
+	}
+}
+
+func TestKeptAnswersAreEncrypted(t *testing.T) {
+	is := issuer.New(t)
+	c := newClient(t, is, nil)
+	code := is.Code(nil)
+	tok, err := c.Exchange(t.Context(), lamp, "pin", code)
+	if err != nil {
+		t.Fatal(err)
+	}
+	q := inquire("code", string(lamp), "pin", code)
+	c.kept.mu.Lock()
+	a := c.kept.items[q.name]
+	c.kept.mu.Unlock()
+	if a == nil || a.flight != nil || len(a.sealed) == 0 {
+		t.Fatalf("kept: %+v", a)
+	}
+	if bytes.Contains(a.sealed, []byte(tok.Access)) || bytes.Contains(a.sealed, []byte(tok.Refresh)) {
+		t.Error("the tokens are there in the clear")
+	}
+	if got, err := q.open(a.sealed); err != nil || got != tok {
+		t.Errorf("opened: %+v %v", got, err)
+	}
+	if _, err := (inquiry{name: q.name, key: q.name}).open(a.sealed); err == nil {
+		t.Error("the name opens it")
 	}
 }
 

@@ -318,3 +318,77 @@ func TestWheel(t *testing.T) {
 		}
 	})
 }
+
+// A day of connections that end in every way leaves nothing behind: no connection, timer, byte of the budget or goroutine.
+func TestNoGrowth(t *testing.T) {
+	h := handlerFuncs{request: func(_ context.Context, m *Message) Response {
+		return Response{Code: codes.Content, Payload: make([]byte, len(m.Payload)+3000), Close: Path(m) == "/close"}
+	}}
+	bubble(t, h, nil, func(t *testing.T, s *sim) {
+		half := post("/up", pattern(1024))
+		half.Options = AddOption(half.Options, Block1, block{0, true, 6}.value())
+		ends := []func(p *peer, c *Conn){
+			func(p *peer, _ *Conn) { _ = p.Close() },
+			func(p *peer, _ *Conn) { p.cable().cutCable() },
+			func(p *peer, _ *Conn) { p.send(half); synctest.Wait(); p.cable().cutCable() },
+			func(p *peer, _ *Conn) { p.send(get("/blocks")); synctest.Wait(); _ = p.Close() },
+			func(p *peer, _ *Conn) { p.frame("09") },
+			func(p *peer, _ *Conn) { p.frame("00e4") },
+			func(p *peer, _ *Conn) { p.send(get("/close")) },
+			func(_ *peer, c *Conn) { c.Close(nil) },
+			func(*peer, *Conn) {}, // reboots and is never heard of again
+			func(p *peer, c *Conn) { _ = do(c, c.Context(), get("/x")); synctest.Wait(); p.cable().cutCable() },
+			func(p *peer, c *Conn) {
+				p.observed(t, c, "/x")
+				p.raw(appendFrame(nil, post("/cut", pattern(70_000)))[:50_000])
+				_ = p.Close()
+			},
+		}
+		for range 24 {
+			for _, end := range ends {
+				p := s.dial(t)
+				end(p, <-s.conns)
+			}
+			<-time.After(time.Hour)
+			for range ends {
+				_ = s.reason(t)
+			}
+		}
+		synctest.Wait()
+		s.srv.mu.Lock()
+		s.srv.wheel.mu.Lock()
+		s.srv.budget.mu.Lock()
+		defer s.srv.mu.Unlock()
+		defer s.srv.wheel.mu.Unlock()
+		defer s.srv.budget.mu.Unlock()
+		if s.srv.count != 0 || s.srv.wheel.count != 0 || s.srv.budget.left != s.srv.cfg.MaxBuffered {
+			t.Errorf("%d connections, %d timers, %d bytes are left", s.srv.count, s.srv.wheel.count, s.srv.cfg.MaxBuffered-s.srv.budget.left)
+		}
+	})
+}
+
+// Over real TLS: the answer arrives although more was sent behind the request, and the end is a close_notify, no reset.
+func TestAnswerAndCloseTLS(t *testing.T) {
+	server, device := testTLS(t)
+	closed := make(chan error, 1)
+	addr, _, _ := startTCP(t, handlerFuncs{
+		request: func(context.Context, *Message) Response { return Response{Code: codes.Unauthorized, Close: true} },
+		closed:  func(err error) { closed <- err },
+	}, server, nil)
+	p := dialBench(t, addr, device)
+	var b []byte
+	for range 100 {
+		b = appendFrame(b, post("/oic/sec/session", pattern(300)))
+	}
+	if _, err := p.Write(b); err != nil {
+		t.Fatal(err)
+	}
+	for code := codes.Empty; code != codes.Unauthorized; {
+		code, _ = p.skip(t)
+	}
+	if _, err := p.r.ReadByte(); !errors.Is(err, io.EOF) {
+		t.Errorf("got %v, want the end", err)
+	}
+	_ = p.Close()
+	wantReason(t, <-closed, ErrAnswered)
+}

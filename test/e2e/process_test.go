@@ -24,8 +24,8 @@ import (
 	"go.uber.org/goleak"
 )
 
-// binary is coaphub as a user builds it, without the race detector.
-var binary string
+// hubBinary is coaphub as a user builds it, without the race detector.
+var hubBinary string
 
 func TestMain(m *testing.M) {
 	dir, err := os.MkdirTemp("", "coaphub-e2e")
@@ -33,8 +33,8 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
-	binary = filepath.Join(dir, "coaphub")
-	out, err := exec.Command("go", "build", "-o", binary, "github.com/coaphub/coaphub/cmd/coaphub").CombinedOutput()
+	hubBinary = filepath.Join(dir, "coaphub")
+	out, err := exec.Command("go", "build", "-o", hubBinary, "github.com/coaphub/coaphub/cmd/coaphub").CombinedOutput()
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "build coaphub: %v\n%s", err, out)
 		os.Exit(1)
@@ -90,7 +90,7 @@ var loopback = []string{
 func serve(t *testing.T, data string, args ...string) *process {
 	t.Helper()
 	p := &process{t: t, data: data, log: &lockedBuffer{}, ended: make(chan error, 1)}
-	p.cmd = exec.Command(binary, append(append([]string{"serve", "--data", data}, loopback...), args...)...)
+	p.cmd = exec.Command(hubBinary, append(append([]string{"serve", "--data", data}, loopback...), args...)...)
 	p.cmd.Stderr = p.log
 	out, err := p.cmd.StdoutPipe()
 	if err != nil {
@@ -145,7 +145,7 @@ func (p *process) run(args ...string) string {
 }
 
 func command(ctx context.Context, args ...string) (stdout, stderr string, err error) {
-	cmd := exec.CommandContext(ctx, binary, args...)
+	cmd := exec.CommandContext(ctx, hubBinary, args...)
 	var o, e bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &o, &e
 	err = cmd.Run()

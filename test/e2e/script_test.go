@@ -362,10 +362,10 @@ func (w *world) appLine(ctx context.Context, owner, rest string) (string, error)
 	h := w.start()
 	token := w.tokens[owner]
 	if token == "" && owner != "nobody" {
-		token = h.Token(w.t, owner)
+		token = h.TokenOf(w.t, owner)
 		w.tokens[owner] = token
 	}
-	req, err := http.NewRequestWithContext(ctx, method, "http://"+h.HTTP+w.ids(target), strings.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, method, h.HTTP+w.ids(target), strings.NewReader(body))
 	if err != nil {
 		return "", err
 	}

@@ -7,6 +7,8 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
+	"io"
+	"log"
 	"maps"
 	"net/http"
 	"net/http/httptest"
@@ -59,6 +61,18 @@ func Start(t testing.TB) *Issuer {
 	i.url = i.server.URL
 	t.Cleanup(i.server.Close)
 	return i
+}
+
+// StartTLS is Start with HTTPS. It returns the certificate to trust.
+func StartTLS(t testing.TB) (*Issuer, *x509.Certificate) {
+	t.Helper()
+	i := newIssuer(t)
+	i.server = httptest.NewUnstartedServer(i)
+	i.server.Config.ErrorLog = log.New(io.Discard, "", 0) // handshakes that a test lets fail
+	i.server.StartTLS()
+	i.url = i.server.URL
+	t.Cleanup(i.server.Close)
+	return i, i.server.Certificate()
 }
 
 // New makes a provider without a listener: it is reached only as the RoundTripper of an HTTP client, which works inside a
