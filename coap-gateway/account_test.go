@@ -159,7 +159,8 @@ func TestSignUpRefusals(t *testing.T) {
 		"code not issued":       {body{"di": string(lampID), "accesstoken": "other"}, nil, "4.01", "code-refused: ", nil},
 		"format not acceptable": {body{"di": string(lampID), "accesstoken": "code"}, []option{accept(0)}, "4.06", "not-acceptable: ", nil},
 		"token of another device": {
-			body{"di": string(lampID), "accesstoken": "code"}, nil, "4.01", "device-claim-mismatch: ",
+			body{"di": string(lampID), "accesstoken": "code"},
+			nil, "4.01", "device-claim-mismatch: ",
 			&hub.Claims{Device: true, DeviceID: string(fanID)},
 		},
 		"owned by other": {body{"di": string(lampID), "accesstoken": "code"}, nil, "4.01", "device-owned-by-other: ", &hub.Claims{Owner: "mallory"}},

@@ -32,30 +32,39 @@ type fakeDirectory struct {
 func (f *fakeDirectory) SignIn(ctx context.Context, own hub.Ownership, c hub.Connection, user string, to Deliverer) (hub.Session, error) {
 	return f.signIn(ctx, own, c, user, to)
 }
+
 func (f *fakeDirectory) SignOut(ctx context.Context, from hub.Stamp) error {
 	return f.signOut(ctx, from)
 }
+
 func (f *fakeDirectory) Offline(ctx context.Context, from hub.Stamp) error {
 	return f.offline(ctx, from)
 }
+
 func (f *fakeDirectory) Publish(ctx context.Context, from hub.Stamp, l []hub.Link) ([]hub.Link, error) {
 	return f.publish(ctx, from, l)
 }
+
 func (f *fakeDirectory) Unpublish(ctx context.Context, from hub.Stamp, h []hub.Href) ([]hub.Href, error) {
 	return f.unpublish(ctx, from, h)
 }
+
 func (f *fakeDirectory) Notify(ctx context.Context, from hub.Stamp, c []hub.Change) error {
 	return f.notify(ctx, from, c)
 }
+
 func (f *fakeDirectory) SetTwin(ctx context.Context, from hub.Stamp, s hub.TwinState) error {
 	return f.setTwin(ctx, from, s)
 }
+
 func (f *fakeDirectory) Device(ctx context.Context, o hub.Owner, d hub.DeviceID) (*hub.Device, error) {
 	return f.device(ctx, o, d)
 }
+
 func (f *fakeDirectory) Devices(ctx context.Context, o hub.Owner, ids []hub.DeviceID) iter.Seq2[*hub.Device, error] {
 	return f.devices(ctx, o, ids)
 }
+
 func (f *fakeDirectory) ETags(ctx context.Context, d hub.DeviceID, limit int) ([][]byte, error) {
 	return f.etags(ctx, d, limit)
 }
@@ -70,12 +79,15 @@ type fakeIdentities struct {
 func (f *fakeIdentities) SignUp(ctx context.Context, d hub.DeviceID, o hub.Owner, pin, user string) (hub.Ownership, error) {
 	return f.signUp(ctx, d, o, pin, user)
 }
+
 func (f *fakeIdentities) Owner(ctx context.Context, d hub.DeviceID) (hub.Ownership, error) {
 	return f.owner(ctx, d)
 }
+
 func (f *fakeIdentities) SignOff(ctx context.Context, d hub.DeviceID, o hub.Owner, user string) error {
 	return f.signOff(ctx, d, o, user)
 }
+
 func (f *fakeIdentities) Devices(ctx context.Context, o hub.Owner) ([]hub.DeviceID, error) {
 	return f.devices(ctx, o)
 }
@@ -97,6 +109,7 @@ type fakeProvider struct {
 func (f *fakeProvider) Exchange(ctx context.Context, d hub.DeviceID, credential, code string) (hub.Tokens, error) {
 	return f.exchange(ctx, d, credential, code)
 }
+
 func (f *fakeProvider) Refresh(ctx context.Context, d hub.DeviceID, token string) (hub.Tokens, error) {
 	return f.refresh(ctx, d, token)
 }

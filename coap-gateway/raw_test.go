@@ -109,13 +109,3 @@ func (r *raw) readAnswer() message.Message {
 		}
 	}
 }
-
-// awaitEnd reads until the hub closes the connection.
-func (r *raw) awaitEnd() {
-	r.t.Helper()
-	for {
-		if _, ok := r.read(); !ok {
-			return
-		}
-	}
-}

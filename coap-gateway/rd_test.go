@@ -75,7 +75,10 @@ func TestPublishAnswersWhatDevicesRead(t *testing.T) {
 			"p":   body{"bm": 7, "sec": true, "port": 5, "x.org.iotivity.tcp": 1, "x.org.iotivity.tls": 2},
 			"eps": []body{{"ep": "coaps+tcp://127.0.0.1:1", "pri": 2}, {"ep": "coaps://127.0.0.1:2"}},
 		},
-		{"href": "/min"}, {"href": "noslash"}, {"href": "/trailing/"}, {"href": "/dou//ble"},
+		{"href": "/min"},
+		{"href": "noslash"},
+		{"href": "/trailing/"},
+		{"href": "/dou//ble"},
 	}), query("rt=oic.wk.rdpub")), "2.04", "")
 	var got struct {
 		Device string           `cbor:"di"`

@@ -227,8 +227,10 @@ func TestDirectoryAgainstAModel(t *testing.T) {
 				if m.owner == "" || len(m.sessions) == 0 {
 					rt.Skip("nobody's device, or none that ever signed in")
 				}
-				h.behind(lamp, hub.Event{Kind: hub.ResourceChanged, Href: "/z", Status: hub.StatusOK, Version: m.next("/z"),
-					Content: hub.Content{Format: hub.FormatNone, Data: fmt.Append(nil, m.seq)}})
+				h.behind(lamp, hub.Event{
+					Kind: hub.ResourceChanged, Href: "/z", Status: hub.StatusOK, Version: m.next("/z"),
+					Content: hub.Content{Format: hub.FormatNone, Data: fmt.Append(nil, m.seq)},
+				})
 				m.set("/z", fmt.Sprint(m.seq))
 				if x, valid := someSession(); valid { // a write of ours finds out by the conflict
 					v := fmt.Sprint("after ", m.seq)

@@ -58,7 +58,6 @@ type trimmer struct {
 	next    hub.DeviceID  // the pass goes on after it
 	day     uint32        // the feed was trimmed before this day
 	adapted time.Time     // when keep was last looked at
-	began   time.Time     // the pass
 }
 
 func (t *trimmer) step(ctx context.Context, now time.Time) error {

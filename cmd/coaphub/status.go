@@ -47,8 +47,12 @@ func newStatus(p process) *cobra.Command {
 			t.row("running", fmt.Sprintf("for %s, process %d", time.Since(s.Started).Round(time.Second), s.PID))
 			t.row("data", s.Data)
 			for _, e := range []struct{ name, uri string }{
-				{"coaps+tcp", s.Endpoints.CoAPSTCP}, {"coap+tcp", s.Endpoints.CoAPTCP}, {"http", s.Endpoints.HTTP},
-				{"grpc", s.Endpoints.GRPC}, {"admin", s.Endpoints.Admin}, {"oauth", s.Endpoints.OAuth},
+				{"coaps+tcp", s.Endpoints.CoAPSTCP},
+				{"coap+tcp", s.Endpoints.CoAPTCP},
+				{"http", s.Endpoints.HTTP},
+				{"grpc", s.Endpoints.GRPC},
+				{"admin", s.Endpoints.Admin},
+				{"oauth", s.Endpoints.OAuth},
 			} {
 				if e.uri != "" {
 					t.row(e.name, e.uri)

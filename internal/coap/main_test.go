@@ -198,12 +198,9 @@ func (p *peer) csm(largest uint32, blocks bool) {
 
 // next reads one message, or returns the error.
 func (p *peer) next() (*Message, int, error) {
-	head, err := p.r.Peek(1)
-	if err != nil {
-		return nil, 0, err
-	}
-	for n := 2; ; n++ {
-		if head, err = p.r.Peek(n); err != nil {
+	for n := 2; ; n++ { // no message is shorter
+		head, err := p.r.Peek(n)
+		if err != nil {
 			return nil, 0, err
 		}
 		h, ok, err := parseHeader(head)

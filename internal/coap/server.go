@@ -222,7 +222,7 @@ func (l *listener) handshake(h *handshake) {
 	s := l.srv
 	tc := tls.Server(h.raw, l.tls)
 	_ = h.raw.SetDeadline(time.Now().Add(s.cfg.HandshakeTimeout))
-	err := tc.Handshake()
+	err := tc.Handshake() //nolint:noctx // the deadline bounds it, and evicting or stopping closes the connection
 	_ = h.raw.SetDeadline(time.Time{})
 
 	s.mu.Lock()

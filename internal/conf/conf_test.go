@@ -107,7 +107,7 @@ count: 65535
 func TestAllMistakesTogetherWithPathAndLine(t *testing.T) {
 	_, _, err := read(t, `apis: {http: x}
 door:
-  addres: x
+  addresz: x
   wait: soon
   limit: 3 potatoes
   old: 1
@@ -128,7 +128,7 @@ names: 7
 	}
 	want := []string{
 		`apis (hub.yaml line 1): not a key of coaphub but of another hub; write "door"`,
-		`door.addres (hub.yaml line 3): unknown key; did you mean "address"?`,
+		`door.addresz (hub.yaml line 3): unknown key; did you mean "address"?`,
 		`door.wait (hub.yaml line 4): "soon" is not a duration; write for example 10s, 5m, 36h or 7d`,
 		`door.limit (hub.yaml line 5): "3 potatoes" is not a size; write for example 64KiB, 8MiB or 2GiB`,
 		`door.old (hub.yaml line 6): not a key of coaphub but of another hub; write "door.wait"`,
@@ -243,8 +243,14 @@ func TestDurationsAndSizes(t *testing.T) {
 		want time.Duration
 		back string
 	}{
-		{"0s", 0, "0s"}, {"90s", 90 * time.Second, "1m30s"}, {"7d", 168 * time.Hour, "7d"}, {"1d12h", 36 * time.Hour, "36h"},
-		{"1h", time.Hour, "1h"}, {"5m", 5 * time.Minute, "5m"}, {"10ms", 10 * time.Millisecond, "10ms"}, {"-1s", -time.Second, "-1s"},
+		{"0s", 0, "0s"},
+		{"90s", 90 * time.Second, "1m30s"},
+		{"7d", 168 * time.Hour, "7d"},
+		{"1d12h", 36 * time.Hour, "36h"},
+		{"1h", time.Hour, "1h"},
+		{"5m", 5 * time.Minute, "5m"},
+		{"10ms", 10 * time.Millisecond, "10ms"},
+		{"-1s", -time.Second, "-1s"},
 	} {
 		got, err := conf.ParseDuration(c.text)
 		if err != nil || got != c.want || conf.FormatDuration(got) != c.back {

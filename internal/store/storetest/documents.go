@@ -148,8 +148,15 @@ func rangeInOrder(t *testing.T, s store.Store) {
 		from, to string
 		want     []string
 	}{
-		{"", "", want}, {"k100", "k101", want[100:101]}, {"k100", "k100", nil}, {"k0999", "k2", want[100:200]},
-		{"k399", "", want[399:]}, {"l", "", nil}, {"", "k000", nil}, {"", "k0000", want[:1]}, {"k2", "k1", nil},
+		{"", "", want},
+		{"k100", "k101", want[100:101]},
+		{"k100", "k100", nil},
+		{"k0999", "k2", want[100:200]},
+		{"k399", "", want[399:]},
+		{"l", "", nil},
+		{"", "k000", nil},
+		{"", "k0000", want[:1]},
+		{"k2", "k1", nil},
 	} {
 		got := must(t, s.Range(ctx, "c", r.from, r.to))
 		if !slices.Equal(keys(got), append([]string{}, r.want...)) {

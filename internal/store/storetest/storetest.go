@@ -26,8 +26,9 @@ func Run(t *testing.T, open func(t *testing.T) store.Store) {
 	}
 	t.Run("LogIDNamesTheLog", func(t *testing.T) {
 		a, b := open(t), open(t)
-		if a.LogID() == "" || a.LogID() == b.LogID() || a.LogID() != a.LogID() {
-			t.Errorf("log IDs are %q and %q", a.LogID(), b.LogID())
+		first := a.LogID()
+		if first == "" || first == b.LogID() || a.LogID() != first {
+			t.Errorf("log IDs are %q, then %q, and %q for another log", first, a.LogID(), b.LogID())
 		}
 	})
 }
