@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"math/rand/v2"
+	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -13,9 +15,10 @@ import (
 // ledger is what the hub acknowledged to one device or to somebody who read its twin.
 type ledger struct {
 	mu    sync.Mutex
-	links map[string]bool // hrefs of publishes answered 2.04
-	seen  int             // highest counter an HTTP answer showed
-	sent  int             // highest counter sent
+	links map[string]int // href -> revision of the last publish answered 2.04
+	seen  int            // highest counter an HTTP answer showed
+	sent  int            // highest counter sent
+	made  int            // highest revision published
 }
 
 // TestKill9 kills the hub at random moments under load and compares, after each restart, everything it had acknowledged:
@@ -34,7 +37,7 @@ func TestKill9(t *testing.T) {
 	var accounts [devices]signedUp
 	var books [devices]*ledger
 	for i := range devices {
-		ons[i], books[i] = p.onboard(deviceID(i+1)), &ledger{links: map[string]bool{}}
+		ons[i], books[i] = p.onboard(deviceID(i+1)), &ledger{links: map[string]int{}}
 		pe, err := dialPeer(ctx, p.coaps(), ons[i].tls)
 		if err != nil {
 			t.Fatal(err)
@@ -87,13 +90,16 @@ func load(ctx context.Context, p *process, i, round int, on onboarded, acc signe
 	}
 	defer pe.close()
 	pe.serve("/count", map[string]any{"n": b.sent})
+	for href := range b.links { // what a device has, it shows; the hub unpublishes the rest
+		pe.serve(href, map[string]any{"n": 0})
+	}
 	if err := signIn(ctx, pe, id, acc); err != nil {
 		if pe.waitClosed(time.Second) {
 			return nil
 		}
 		return err
 	}
-	if _, err := publish(ctx, pe, id, "/count"); err != nil {
+	if _, err := publish(ctx, pe, id, 0, "/count"); err != nil {
 		return err
 	}
 	var wg sync.WaitGroup
@@ -126,8 +132,9 @@ func load(ctx context.Context, p *process, i, round int, on onboarded, acc signe
 		}
 	})
 	for k := 0; ctx.Err() == nil; k++ {
-		href := fmt.Sprintf("/r%d/%d", round, k)
-		ok, err := publish(ctx, pe, id, href)
+		b.made++
+		href := fmt.Sprintf("/r/%d", (round+k)%30)
+		ok, err := publish(ctx, pe, id, b.made, href)
 		if err != nil {
 			if pe.waitClosed(time.Second) {
 				return nil
@@ -137,13 +144,7 @@ func load(ctx context.Context, p *process, i, round int, on onboarded, acc signe
 		if !ok {
 			return nil
 		}
-		b.mu.Lock()
-		b.links[href] = true
-		b.mu.Unlock()
-		if k == 40 { // enough links for one round
-			pe.waitClosed(time.Minute)
-			return nil
-		}
+		b.links[href] = b.made
 	}
 	return nil
 }
@@ -162,7 +163,10 @@ func (b *ledger) compare(ctx context.Context, t *testing.T, p *process, token, i
 	t.Helper()
 	status, body := p.get(ctx, token, "/api/v1/devices/"+id+"/resource-links")
 	var links struct {
-		Resources []struct{ Href string }
+		Resources []struct {
+			Href          string
+			ResourceTypes []string
+		}
 	}
 	if status == 200 {
 		if err := json.Unmarshal(body, &links); err != nil {
@@ -171,13 +175,17 @@ func (b *ledger) compare(ctx context.Context, t *testing.T, p *process, token, i
 	} else if len(b.links) > 0 {
 		return fmt.Sprintf("all links (HTTP %d %s)", status, body)
 	}
-	have := map[string]bool{}
+	have := map[string]int{}
 	for _, l := range links.Resources {
-		have[l.Href] = true
+		n, err := strconv.Atoi(strings.TrimPrefix(strings.Join(l.ResourceTypes, ""), "x.r"))
+		if err != nil {
+			t.Fatalf("link %s has types %v", l.Href, l.ResourceTypes)
+		}
+		have[l.Href] = n
 	}
-	for href := range b.links {
-		if !have[href] {
-			return "link " + href
+	for href, revision := range b.links {
+		if have[href] < revision {
+			return fmt.Sprintf("link %s in revision %d (now %d)", href, revision, have[href])
 		}
 	}
 	if b.seen > 0 {

@@ -76,7 +76,7 @@ func TestBackupAndRestore(t *testing.T) {
 	if err := signIn(t.Context(), pe, id, acc); err != nil {
 		t.Fatal(err)
 	}
-	if ok, err := publish(t.Context(), pe, id, "/kept"); !ok || err != nil {
+	if ok, err := publish(t.Context(), pe, id, 1, "/kept"); !ok || err != nil {
 		t.Fatal(ok, err)
 	}
 	copied := filepath.Join(t.TempDir(), "backup")

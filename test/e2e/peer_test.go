@@ -117,7 +117,15 @@ func decode(buf []byte) (message.Message, int, error) {
 	if len(buf) < 2 {
 		return m, 0, message.ErrShortRead
 	}
-	n, err := coder.DefaultCoder.Decode(buf, &m)
+	var h coder.MessageHeader
+	if _, err := coder.DefaultCoder.DecodeHeader(buf, &h); err != nil {
+		return m, 0, err
+	}
+	if uint32(len(buf)) < h.MessageLength {
+		return m, 0, message.ErrShortRead
+	}
+	// The coder takes all it gets for this message's.
+	n, err := coder.DefaultCoder.Decode(buf[:h.MessageLength], &m)
 	if err != nil {
 		return m, 0, err
 	}

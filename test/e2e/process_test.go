@@ -223,7 +223,7 @@ func signUp(ctx context.Context, pe *peer, id, code string) (signedUp, error) {
 	}
 	res, closed, err := pe.do(ctx, request(codes.POST, "/oic/sec/account", body))
 	if err != nil || closed || res.Code != codes.Changed {
-		return s, fmt.Errorf("sign-up: %v %s, closed %v, %w", res.Code, res.Payload, closed, err)
+		return s, fmt.Errorf("sign-up: %v %s, closed %v, error %v", res.Code, res.Payload, closed, err)
 	}
 	return s, cbor.Unmarshal(res.Payload, &s)
 }
@@ -235,15 +235,19 @@ func signIn(ctx context.Context, pe *peer, id string, s signedUp) error {
 	}
 	res, closed, err := pe.do(ctx, request(codes.POST, "/oic/sec/session", body))
 	if err != nil || closed || res.Code != codes.Changed {
-		return fmt.Errorf("sign-in: %v %s, closed %v, %w", res.Code, res.Payload, closed, err)
+		return fmt.Errorf("sign-in: %v %s, closed %v, error %v", res.Code, res.Payload, closed, err)
 	}
 	return nil
 }
 
-func publish(ctx context.Context, pe *peer, id string, hrefs ...string) (acked bool, err error) {
+// publish publishes resources that the device also shows when it is asked, so that the hub's look at /oic/res finds them.
+func publish(ctx context.Context, pe *peer, id string, revision int, hrefs ...string) (acked bool, err error) {
 	var links []map[string]any
 	for _, h := range hrefs {
-		links = append(links, map[string]any{"href": h, "rt": []string{"x.test"}, "if": []string{"oic.if.rw"}, "p": map[string]any{"bm": 3}})
+		pe.serve(h, map[string]any{"n": revision})
+		links = append(links, map[string]any{
+			"href": h, "rt": []string{fmt.Sprintf("x.r%d", revision)}, "if": []string{"oic.if.rw"}, "p": map[string]any{"bm": 3},
+		})
 	}
 	body, err := cbor.Marshal(map[string]any{"di": id, "ttl": 0, "links": links})
 	if err != nil {

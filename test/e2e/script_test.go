@@ -70,15 +70,17 @@ func play(t *testing.T, file string) {
 			out = append(out, line)
 			continue
 		}
-		var got string
-		deadline := time.Now().Add(10 * time.Second)
-		for {
-			got = w.line(act)
-			if arrow != "~>" || got == want || time.Now().After(deadline) || *update && want == "" {
-				break
-			}
+		got := w.line(act)
+		since, deadline := time.Now(), time.Now().Add(10*time.Second)
+		for arrow == "~>" && (got != want || *update) && time.Now().Before(deadline) {
 			wait := time.NewTimer(20 * time.Millisecond)
 			<-wait.C
+			if next := w.line(act); next != got {
+				got, since = next, time.Now()
+			}
+			if *update && time.Since(since) > time.Second { // it will not change any more
+				break
+			}
 		}
 		if arrow == "" {
 			arrow = "->"
@@ -443,19 +445,23 @@ var (
 var changing = map[string]string{
 	"accesstoken": "TOKEN", "refreshtoken": "TOKEN", "expiresin": "SECONDS", "connectionId": "CONNECTION",
 	"timestamp": "TIME", "connectedAt": "TIME", "syncingAt": "TIME", "inSyncAt": "TIME", "forceSynchronizationAt": "TIME",
-	"serviceId": "GATEWAY", "sequence": "N", "currentTime": "TIME", "etag": "ETAG",
+	"serviceId": "GATEWAY", "sequence": "N", "currentTime": "TIME", "etag": "ETAG", "validUntil": "TIME", "connection.id": "CONNECTION",
 }
 
 // render writes a decoded body as a YAML flow value with sorted members.
 func (w *world) render(key string, v any) string {
-	if word := changing[key]; word != "" && v != nil && v != "" && v != json.Number("0") {
+	if word := changing[key]; word != "" && v != nil && v != "" && v != "0" && v != json.Number("0") {
 		return word
 	}
 	switch v := v.(type) {
 	case map[string]any:
 		var parts []string
 		for _, k := range slices.Sorted(maps.Keys(v)) {
-			parts = append(parts, k+": "+w.render(k, v[k]))
+			name := k
+			if key == "connection" && k == "id" {
+				name = "connection.id"
+			}
+			parts = append(parts, k+": "+w.render(name, v[k]))
 		}
 		return "{" + strings.Join(parts, ", ") + "}"
 	case map[any]any:
