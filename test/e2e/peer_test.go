@@ -240,6 +240,12 @@ func (p *peer) notify(href string, value any) error {
 	return p.send(m)
 }
 
+func (p *peer) serves(href string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.resources[href] != nil
+}
+
 func (p *peer) observed(href string) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()

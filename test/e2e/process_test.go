@@ -244,7 +244,9 @@ func signIn(ctx context.Context, pe *peer, id string, s signedUp) error {
 func publish(ctx context.Context, pe *peer, id string, revision int, hrefs ...string) (acked bool, err error) {
 	var links []map[string]any
 	for _, h := range hrefs {
-		pe.serve(h, map[string]any{"n": revision})
+		if !pe.serves(h) {
+			pe.serve(h, map[string]any{"n": 0})
+		}
 		links = append(links, map[string]any{
 			"href": h, "rt": []string{fmt.Sprintf("x.r%d", revision)}, "if": []string{"oic.if.rw"}, "p": map[string]any{"bm": 3},
 		})
