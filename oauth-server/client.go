@@ -88,6 +88,7 @@ func (c *client) AuthMethod() oidc.AuthMethod {
 	}
 	return oidc.AuthMethodNone
 }
+
 func (c *client) ResponseTypes() []oidc.ResponseType {
 	if c.kind == op.ApplicationTypeWeb {
 		return nil
@@ -105,6 +106,7 @@ func (c *client) ClockSkew() time.Duration             { return 0 }
 func (c *client) RestrictAdditionalIdTokenScopes() func([]string) []string {
 	return func(scopes []string) []string { return scopes }
 }
+
 func (c *client) RestrictAdditionalAccessTokenScopes() func([]string) []string {
 	return func(scopes []string) []string { return scopes }
 }

@@ -732,8 +732,15 @@ func TestCORSIsNotReflected(t *testing.T) {
 	w := newSite(t, nil, owners(nobody))
 	c := w.browser()
 	for _, try := range [][2]string{
-		{"GET", "/.well-known/openid-configuration"}, {"GET", "/keys"}, {"POST", "/token"}, {"OPTIONS", "/token"}, {"GET", "/authorize"},
-		{"GET", "/userinfo"}, {"OPTIONS", "/userinfo"}, {"GET", "/login"}, {"GET", "/end_session"},
+		{"GET", "/.well-known/openid-configuration"},
+		{"GET", "/keys"},
+		{"POST", "/token"},
+		{"OPTIONS", "/token"},
+		{"GET", "/authorize"},
+		{"GET", "/userinfo"},
+		{"OPTIONS", "/userinfo"},
+		{"GET", "/login"},
+		{"GET", "/end_session"},
 	} {
 		r := w.do(c, try[0], try[1], nil, "Origin", "https://evil.example", "Access-Control-Request-Method", "POST")
 		for name := range r.Header {

@@ -176,7 +176,7 @@ func (s *Store) commit(g *group, work []*request) bool {
 				return false
 			}
 		}
-		if err := s.apply(g.batch); err != nil {
+		if err := s.db.Apply(g.batch, pebble.Sync); err != nil {
 			s.fail(fmt.Errorf("write a batch: %w", err))
 			return false
 		}
@@ -204,16 +204,6 @@ func (s *Store) commit(g *group, work []*request) bool {
 		close(r.done)
 	}
 	return true
-}
-
-// apply writes the batch and syncs it. Pebble panics when it cannot make a new log file; that is a failure like others.
-func (s *Store) apply(b *pebble.Batch) (err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("pebble: %v", p)
-		}
-	}()
-	return s.db.Apply(b, pebble.Sync)
 }
 
 // last returns the device's last seq in the group's picture.

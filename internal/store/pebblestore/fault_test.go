@@ -238,7 +238,8 @@ func TestBusyStoreIsExhausted(t *testing.T) {
 	n := 0
 	put := func() {
 		n++
-		wg.Go(func() { outcomes <- appendOne(ctx, s, big(n)) })
+		c := big(n)
+		wg.Go(func() { outcomes <- appendOne(ctx, s, c) })
 	}
 	put()
 	<-g.held

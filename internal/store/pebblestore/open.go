@@ -70,6 +70,7 @@ type Store struct {
 	view    *view          // what readers may see: everything in it is durable
 	moved   chan struct{}  // closed when view gets a new head; nil while nobody waits
 
+	opened    atomic.Bool // from here on, the write-ahead log must not fail
 	failOnce  sync.Once
 	failed    chan struct{} // closed when the disk failed for good
 	failure   atomic.Pointer[error]
@@ -127,6 +128,7 @@ func (s *Store) open(opts Options) error {
 		return err
 	}
 	s.db = db
+	s.opened.Store(true)
 	if err := s.start(); err != nil {
 		return errors.Join(err, db.Close())
 	}
@@ -196,7 +198,7 @@ func (s *Store) pebbleOptions(opts Options) *pebble.Options {
 		mem = 8 << 20
 	}
 	o := &pebble.Options{
-		FS: s.fs, Lock: s.lock, Logger: pebbleLogger{s},
+		FS: guard{s.fs, s}, Lock: s.lock, Logger: pebbleLogger{s},
 		FormatMajorVersion: pebble.FormatNewest,
 		CacheSize:          cache,
 		MemTableSize:       mem,
