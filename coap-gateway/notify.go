@@ -106,7 +106,7 @@ func (s *session) notified(ctx context.Context, ns []coap.Notification) error {
 }
 
 // storeFirst stores the first answer of an observation (nil: of a single request), but for what notifications, which are
-// newer, have stored already.
+// newer, have stored already, and for what the device unpublished since it was asked.
 func (s *session) storeFirst(o *coap.Observation, changes []hub.Change) error {
 	select {
 	case s.turn <- struct{}{}:
@@ -119,6 +119,11 @@ func (s *session) storeFirst(o *coap.Observation, changes []hub.Change) error {
 		changes = slices.DeleteFunc(changes, func(c hub.Change) bool { return newer[c.Href] })
 		delete(s.early, o)
 		o.SetTag(s)
+	}
+	if t := s.twin; t != nil {
+		t.mu.Lock()
+		changes = slices.DeleteFunc(changes, func(c hub.Change) bool { return t.dropped(c.Href) })
+		t.mu.Unlock()
 	}
 	return s.storeInTurn(s.ctx, changes)
 }
@@ -170,15 +175,20 @@ func (s *session) storePiece(ctx context.Context, changes []hub.Change) error {
 	return nil
 }
 
-// gone unpublishes a resource that the device says it does not have; its twin becomes NOT_FOUND.
-func (s *session) gone(ctx context.Context, href hub.Href) error {
+// gone unpublishes a resource of which the device, asked, said that it does not have it; its twin becomes NOT_FOUND. If the
+// device has published it since, it is asked once more.
+func (s *session) gone(l hub.Link) error {
 	select {
 	case s.turn <- struct{}{}:
-	case <-ctx.Done():
-		return ctx.Err()
+	case <-s.ctx.Done():
+		return s.ctx.Err()
 	}
 	defer func() { <-s.turn }()
-	return s.goneInTurn(ctx, href)
+	if s.twin.republished(l.Href) {
+		s.twin.again(l)
+		return nil
+	}
+	return s.goneInTurn(s.ctx, l.Href)
 }
 
 func (s *session) goneInTurn(ctx context.Context, href hub.Href) error {

@@ -36,6 +36,11 @@ type twin struct {
 	seen map[hub.Href]watched
 	// over are observations of resources that are not published any more.
 	over []*coap.Observation
+	// told has what the device published since the question to it that is under way was asked, and, as nil, what it
+	// unpublished. The answer to the question is older than that, whichever of them arrives first. At most MaxLinks; with
+	// more, deaf is set, and the answer unpublishes nothing.
+	told map[hub.Href]*hub.Link
+	deaf bool
 }
 
 // watched is a resource that was observed or read.
@@ -56,6 +61,57 @@ func (t *twin) resync() {
 	t.start()
 }
 
+// question begins a question to the device. The twin's goroutine asks one at a time.
+func (t *twin) question() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.told, t.deaf = nil, false
+}
+
+// tell notes what the device published or, with links that only have an href, unpublished. It is called within the turn of
+// the write that stored it: who has the turn later knows of it, and who had it before was overruled by it.
+func (t *twin) tell(links []hub.Link, published bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for i := range links {
+		l := &links[i]
+		if _, ok := t.told[l.Href]; !ok && len(t.told) >= t.s.gw.cfg.API.CoAP.MaxLinks {
+			t.deaf = true
+			continue
+		}
+		if t.told == nil {
+			t.told = map[hub.Href]*hub.Link{}
+		}
+		t.told[l.Href] = nil
+		if published {
+			t.told[l.Href] = l
+		}
+	}
+}
+
+// republished reports whether the device may have published a resource since it was asked.
+func (t *twin) republished(h hub.Href) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.deaf || t.told[h] != nil
+}
+
+// dropped reports whether the device unpublished a resource since it was asked. t.mu is held.
+func (t *twin) dropped(h hub.Href) bool {
+	l, ok := t.told[h]
+	return ok && l == nil
+}
+
+// again asks for a resource once more, because what was said of it is outdated.
+func (t *twin) again(l hub.Link) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if newer := t.told[l.Href]; newer != nil {
+		l = *newer
+	}
+	t.enqueue(l)
+}
+
 // published has new resources observed, unless they come with the batch.
 func (t *twin) published(links []hub.Link) {
 	t.mu.Lock()
@@ -64,9 +120,11 @@ func (t *twin) published(links []hub.Link) {
 		return // the batch brings them, or the synchronisation that has not got so far yet
 	}
 	for _, l := range links {
-		if _, ok := t.seen[l.Href]; !ok {
-			t.enqueue(l)
+		if w, ok := t.seen[l.Href]; ok && (w.obs != nil || l.Policy&hub.Observable == 0) {
+			continue
 		}
+		delete(t.seen, l.Href) // it was only read, and is observable now
+		t.enqueue(l)
 	}
 	t.start()
 }
@@ -121,6 +179,9 @@ func (t *twin) enqueue(l hub.Link) {
 			t.s.log.Debug("resource is not observed: the session has too many", "href", l.Href)
 			return
 		}
+		if len(t.order) > 2*len(t.wait) { // places of what was unpublished meanwhile
+			t.order = slices.DeleteFunc(t.order, func(h hub.Href) bool { _, ok := t.wait[h]; return !ok })
+		}
 		t.order = append(t.order, l.Href)
 	}
 	t.wait[l.Href] = l
@@ -168,13 +229,8 @@ func (t *twin) run() {
 			over = t.over[0]
 			t.over = t.over[1:]
 		default:
-			for len(t.order) > 0 && !some {
-				link, some = t.wait[t.order[0]]
-				delete(t.wait, t.order[0])
-				t.order = t.order[1:]
-			}
-			if !some {
-				t.order, t.over = nil, nil // an idle session keeps no room for them
+			if link, some = t.next(); !some {
+				t.order, t.over, t.told = nil, nil, nil // an idle session keeps no room for them
 				t.running = false
 				t.mu.Unlock()
 				return
@@ -197,6 +253,20 @@ func (t *twin) run() {
 	}
 }
 
+// next takes the next link to be observed, and begins the question about it. t.mu is held.
+func (t *twin) next() (hub.Link, bool) {
+	for len(t.order) > 0 {
+		l, ok := t.wait[t.order[0]]
+		delete(t.wait, t.order[0])
+		t.order = t.order[1:]
+		if ok {
+			t.told, t.deaf = nil, false
+			return l, true
+		}
+	}
+	return hub.Link{}, false
+}
+
 // sync brings the whole twin up to date. Errors are the directory's; what the device does not answer is only left out.
 func (t *twin) sync() error {
 	s := t.s
@@ -207,6 +277,7 @@ func (t *twin) sync() error {
 	if err := state(hub.TwinSyncing); err != nil {
 		return err
 	}
+	t.question()
 	offered, listed := t.list()
 	if listed {
 		if err := t.prune(offered); err != nil {
@@ -215,6 +286,7 @@ func (t *twin) sync() error {
 	}
 	mode, complete := "batch", false
 	if wantsBatch(offered, listed) {
+		t.question()
 		var err error
 		if complete, err = t.observeBatch(); err != nil {
 			return err
@@ -222,21 +294,9 @@ func (t *twin) sync() error {
 	}
 	if !complete {
 		mode = "resource"
-		t.mu.Lock()
-		t.each = true
-		t.mu.Unlock()
-		complete = true
-		// Read only now: what was published before is in the directory, what comes later is told to published.
-		links, err := t.links()
-		if err != nil {
+		var err error
+		if complete, err = t.observeEach(); err != nil {
 			return err
-		}
-		for _, l := range links {
-			ok, err := t.observe(l)
-			if err != nil {
-				return err
-			}
-			complete = complete && ok
 		}
 	}
 	if !complete {
@@ -246,6 +306,38 @@ func (t *twin) sync() error {
 	}
 	s.gw.metrics.syncs.WithLabelValues(mode, "in-sync").Inc()
 	return state(hub.TwinInSync)
+}
+
+// observeEach observes all that is published, one after the other. False means that something did not answer.
+func (t *twin) observeEach() (complete bool, _ error) {
+	t.mu.Lock()
+	t.each, t.told, t.deaf = true, nil, false
+	t.mu.Unlock()
+	// Read only now: what was published before is in the directory, what comes later is told to published. What is
+	// unpublished while they are read is in told, or still in wait when unpublished takes it out.
+	links, err := t.links()
+	if err != nil {
+		return false, err
+	}
+	t.mu.Lock()
+	for _, l := range links {
+		if _, ok := t.seen[l.Href]; !ok && !t.dropped(l.Href) {
+			t.enqueue(l)
+		}
+	}
+	t.mu.Unlock()
+	for complete = true; ; {
+		t.mu.Lock()
+		l, ok := t.next()
+		t.mu.Unlock()
+		if !ok {
+			return complete, nil
+		}
+		if ok, err = t.observe(l); err != nil {
+			return false, err
+		}
+		complete = complete && ok
+	}
 }
 
 // list asks the device for its own links; false if it does not say.
@@ -283,9 +375,19 @@ func (t *twin) prune(offered []link) error {
 		}
 	}
 	if len(gone) == 0 {
-		return nil // and an empty list would mean all
+		return nil
 	}
-	return s.write(s.ctx, func(ctx context.Context, from hub.Stamp) error {
+	select {
+	case s.turn <- struct{}{}:
+	case <-s.ctx.Done():
+		return s.ctx.Err()
+	}
+	defer func() { <-s.turn }()
+	// In the turn, where no publish can come between: what the device published after it was asked it has.
+	if gone = slices.DeleteFunc(gone, t.republished); len(gone) == 0 {
+		return nil // an empty list would mean all
+	}
+	return s.writeInTurn(s.ctx, func(ctx context.Context, from hub.Stamp) error {
 		_, err := s.gw.deps.Directory.Unpublish(ctx, from, gone)
 		return err
 	})
@@ -368,16 +470,10 @@ func (t *twin) observeBatch() (bool, error) {
 	return true, s.storeFirst(o, changes)
 }
 
-// observe brings the twin of one resource up to date and, if the device can, keeps it so. False means that the device did
-// not answer.
+// observe brings the twin of one resource, which next gave out, up to date and, if the device can, keeps it so. False means
+// that the device did not answer.
 func (t *twin) observe(l hub.Link) (bool, error) {
 	s := t.s
-	t.mu.Lock()
-	_, ok := t.seen[l.Href]
-	t.mu.Unlock()
-	if ok {
-		return true, nil
-	}
 	req := &coap.Message{Code: codes.GET, Options: requestTo(l.Href)}
 	var o *coap.Observation
 	var m *coap.Message
@@ -399,16 +495,22 @@ func (t *twin) observe(l hub.Link) (bool, error) {
 		return false, nil
 	}
 	t.mu.Lock()
-	t.seen[l.Href] = watched{l, o}
+	dropped := t.dropped(l.Href)
+	switch {
+	case !dropped:
+		t.seen[l.Href] = watched{l, o}
+	case o != nil:
+		t.over = append(t.over, o)
+	}
 	t.mu.Unlock()
-	switch m.Code {
-	case codes.Valid:
+	switch {
+	case dropped || m.Code == codes.Valid:
 		return true, s.storeFirst(o, nil)
-	case codes.NotFound:
+	case m.Code == codes.NotFound:
 		t.mu.Lock()
 		delete(t.seen, l.Href)
 		t.mu.Unlock()
-		return true, s.gone(s.ctx, l.Href)
+		return true, s.gone(l)
 	}
 	return true, s.storeFirst(o, []hub.Change{s.changeOf(l.Href, m)})
 }

@@ -51,7 +51,9 @@ func (p *peer) publish(ctx context.Context, req *coap.Message, format int32) (co
 	}
 	var stored []hub.Link
 	err = s.write(ctx, func(ctx context.Context, from hub.Stamp) (err error) {
-		stored, err = p.gw.deps.Directory.Publish(ctx, from, links)
+		if stored, err = p.gw.deps.Directory.Publish(ctx, from, links); err == nil && s.twin != nil {
+			s.twin.tell(links, true)
+		}
 		return err
 	})
 	if err != nil {
@@ -106,7 +108,13 @@ func (p *peer) unpublish(ctx context.Context, req *coap.Message, _ int32) (coap.
 	var removed []hub.Href
 	if len(want) == 0 || len(hrefs) > 0 { // an empty list would mean all
 		err = s.write(ctx, func(ctx context.Context, from hub.Stamp) (err error) {
-			removed, err = p.gw.deps.Directory.Unpublish(ctx, from, hrefs)
+			if removed, err = p.gw.deps.Directory.Unpublish(ctx, from, hrefs); err == nil && s.twin != nil {
+				gone := make([]hub.Link, len(removed))
+				for i, h := range removed {
+					gone[i].Href = h
+				}
+				s.twin.tell(gone, false)
+			}
 			return err
 		})
 		if err != nil {
