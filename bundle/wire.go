@@ -139,7 +139,8 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	}
 	a.devices, err = coapgateway.New(gatewayConfig, coapgateway.Deps{
 		Directory: a.directory, Identities: a.identities, Verifier: a.verifier, Providers: providers,
-		Certificate: certificate, ClientCAs: a.authority.DevicePool(), HubID: hub.DeviceID(a.hubID), Service: writer,
+		Certificate: certificate, ClientCAs: a.authority.DevicePool(), ClientIntermediates: a.authority.DeviceIntermediates(),
+		HubID: hub.DeviceID(a.hubID), Service: writer,
 	}, log.With("part", "coap-gateway"), a.registry)
 	if err != nil {
 		return nil, err

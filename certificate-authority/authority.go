@@ -87,6 +87,12 @@ func (a *Authority) RootPEM(r Root) ([]byte, error) {
 // DevicePool returns a new pool with the device root only.
 func (a *Authority) DevicePool() *x509.CertPool { return a.Pool(Device) }
 
+// DeviceIntermediates returns the certificates under the device root that issue devices' certificates. Some clients send
+// their own certificate without its chain (libcoap's with -c), so who verifies devices adds these to what a client sends.
+func (a *Authority) DeviceIntermediates() []*x509.Certificate {
+	return []*x509.Certificate{a.signers[Device].issuing}
+}
+
 // Pool returns a new pool with the given root only; an unknown root gives an empty pool, which trusts nobody.
 func (a *Authority) Pool(r Root) *x509.CertPool {
 	pool := x509.NewCertPool()

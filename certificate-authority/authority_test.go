@@ -244,6 +244,60 @@ func TestIssueDeviceProfile(t *testing.T) {
 	}
 }
 
+// Some clients send their own certificate only: the root and the device intermediates, as trust anchors, verify it, and admit
+// nothing that the root alone would not.
+func TestDeviceIntermediatesVerifyALeafAlone(t *testing.T) {
+	a, other := open(t, filepath.Join(t.TempDir(), "ca")), open(t, filepath.Join(t.TempDir(), "ca"))
+	pool := a.DevicePool()
+	for _, c := range a.DeviceIntermediates() {
+		if _, err := c.Verify(x509.VerifyOptions{Roots: a.DevicePool(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}}); err != nil {
+			t.Errorf("%s is not under the device root: %v", c.Subject, err)
+		}
+		if !c.IsCA || !c.MaxPathLenZero || c.MaxPathLen != 0 {
+			t.Errorf("%s: CA %v, path length %d; want a CA of leaves only", c.Subject, c.IsCA, c.MaxPathLen)
+		}
+		pool.AddCert(c)
+	}
+	leaf := func(id Identity, err error) *x509.Certificate {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		pair, err := tls.X509KeyPair(id.Chain, id.Key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return pair.Leaf
+	}
+	server := func(cert tls.Certificate, err error) *x509.Certificate {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return cert.Leaf
+	}
+	for _, tc := range []struct {
+		name string
+		cert *x509.Certificate
+		pool *x509.CertPool
+		ok   bool
+	}{
+		{"a device", leaf(a.IssueDevice(testDev, time.Hour)), pool, true},
+		{"a device, without the intermediates", leaf(a.IssueDevice(testDev, time.Hour)), a.DevicePool(), false},
+		{"a device of another hub", leaf(other.IssueDevice(testDev, time.Hour)), pool, false},
+		{"an HTTPS certificate", server(a.HTTPSCertificate([]string{"localhost"})), pool, false},
+		{"the HTTPS issuing certificate", a.signers[HTTPS].issuing, pool, false},
+		{"the internal issuing certificate", a.signers[Internal].issuing, pool, false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			_, err := tc.cert.Verify(x509.VerifyOptions{Roots: tc.pool, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
+			if (err == nil) != tc.ok {
+				t.Errorf("verified: %v, want %v", err, tc.ok)
+			}
+		})
+	}
+}
+
 func TestIssueDeviceRefuses(t *testing.T) {
 	a := open(t, filepath.Join(t.TempDir(), "ca"))
 	for _, tc := range []struct {

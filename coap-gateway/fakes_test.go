@@ -278,6 +278,12 @@ func (w *world) refreshToken(_ context.Context, _ hub.DeviceID, token string) (h
 	return t, nil
 }
 
+// pin is what dev's first sign-up pinned.
+func (w *world) pin(dev hub.DeviceID) string {
+	defer w.lock()()
+	return w.pins[dev]
+}
+
 func (w *world) signUp(_ context.Context, dev hub.DeviceID, owner hub.Owner, pin, _ string) (hub.Ownership, error) {
 	defer w.lock()()
 	if own, ok := w.owned[dev]; ok && own.Owner != owner {

@@ -37,7 +37,10 @@ type Deps struct {
 	Certificate func() (*tls.Certificate, error)
 	// ClientCAs are the CAs of device certificates, unless the configuration names some.
 	ClientCAs *x509.CertPool
-	HubID     hub.DeviceID
+	// ClientIntermediates are certificates under ClientCAs that issue devices' certificates, for clients that send their own
+	// certificate and not its chain. They admit nobody whom ClientCAs would not; a configured caPool replaces them too.
+	ClientIntermediates []*x509.Certificate
+	HubID               hub.DeviceID
 	// Service names this gateway in the connections it records.
 	Service string
 }
@@ -50,6 +53,7 @@ type Gateway struct {
 	metrics  *metrics
 	engine   *coap.Server
 	tls      *tls.Config // nil when there is no secure listener
+	pins     pins        // of the listener's intermediates
 	refused  refusals
 	devices  *diagnostics
 	patience time.Duration // how long a write is tried again before a session is given up
@@ -79,7 +83,7 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 	}
 	if cfg.API.CoAP.Address != "" {
 		var err error
-		if g.tls, err = g.tlsConfig(); err != nil {
+		if g.tls, g.pins, err = g.tlsConfig(); err != nil {
 			return nil, err
 		}
 	}

@@ -5,6 +5,8 @@ import (
 	"crypto/x509"
 	"encoding/asn1"
 	"encoding/hex"
+	"errors"
+	"fmt"
 	"slices"
 	"strings"
 
@@ -66,9 +68,44 @@ func identify(cert *x509.Certificate, self hub.DeviceID) (hub.DeviceID, error) {
 	return dev, nil
 }
 
-// pinOf names the set of CAs that vouched for a verified chain, by its root.
-func pinOf(chain []*x509.Certificate) string {
-	sum := sha256.Sum256(chain[len(chain)-1].Raw)
+// pins has the pins of trusted certificates that are no roots, by the certificate's bytes.
+type pins map[string]string
+
+// of names the set of CAs that vouched for a verified chain, by its root. A chain that ends at an intermediate has its
+// root's name too: a device is the same whether it sends its whole chain or its own certificate only, and stays so when the
+// intermediate is replaced.
+func (p pins) of(chain []*x509.Certificate) string {
+	top := chain[len(chain)-1]
+	if pin, ok := p[string(top.Raw)]; ok {
+		return pin
+	}
+	return pinOf(top)
+}
+
+// pinsUnder has the pins of those CAs that chain to one of the roots, and an error if one does not or may not sign.
+func pinsUnder(roots *x509.CertPool, cas []*x509.Certificate) (pins, error) {
+	between := x509.NewCertPool()
+	for _, ca := range cas {
+		between.AddCert(ca)
+	}
+	known := make(pins)
+	var errs []error
+	for _, ca := range cas {
+		chains, err := ca.Verify(x509.VerifyOptions{Roots: roots, Intermediates: between, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}})
+		switch {
+		case err != nil:
+			errs = append(errs, err)
+		case !ca.BasicConstraintsValid || !ca.IsCA:
+			errs = append(errs, fmt.Errorf("%s is not a CA", ca.Subject))
+		default:
+			known[string(ca.Raw)] = pinOf(chains[0][len(chains[0])-1])
+		}
+	}
+	return known, errors.Join(errs...)
+}
+
+func pinOf(root *x509.Certificate) string {
+	sum := sha256.Sum256(root.Raw)
 	return "identity-ca:" + hex.EncodeToString(sum[:8])
 }
 

@@ -1,16 +1,19 @@
 package coapgateway
 
 import (
+	"crypto/ecdsa"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
+	"log/slog"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message/codes"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/coaphub/coaphub/hub"
 )
@@ -210,31 +213,46 @@ func TestCertificatesThatAreRefusedInTheHandshake(t *testing.T) {
 			if c.other {
 				issuer = newCA(t)
 			}
-			conf := h.tlsFor()
-			if !c.none {
-				cert := issuer.identity(t, c.id, c.spoil)
-				// Shown although the hub did not ask for this CA: a client must not be the one that notices.
-				conf.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &cert, nil }
-			}
-			conn, err := tls.Dial("tcp", h.gw.Addresses().Secure, conf)
-			if err == nil {
-				// TLS 1.3: the client is done before the server has looked at its certificate; the alert comes with the first read.
-				_ = conn.SetReadDeadline(time.Now().Add(5 * time.Second))
-				for err == nil {
-					_, err = conn.Read(make([]byte, 64))
-				}
-				_ = conn.Close()
-			}
-			if err == nil || !strings.Contains(err.Error(), "remote error: tls:") {
-				t.Errorf("the handshake ended with %v, want an alert", err)
-			}
-			deadline := time.Now().Add(5 * time.Second)
-			for !slices.ContainsFunc(h.gw.Refused(), func(r Refusal) bool { return r.What == "connection" && strings.Contains(r.Reason, c.reason) }) {
-				if time.Now().After(deadline) {
-					t.Fatalf("the refusal is not recorded with %q: %+v", c.reason, h.gw.Refused())
-				}
+			if c.none {
+				h.refusedInHandshake(t, tls.Certificate{}, c.reason)
+			} else {
+				h.refusedInHandshake(t, issuer.identity(t, c.id, c.spoil), c.reason)
 			}
 		})
+	}
+}
+
+// refusedInHandshake shows cert (none if it is empty) and wants an alert, and a record of the refusal with reason in it.
+func (h *hall) refusedInHandshake(t *testing.T, cert tls.Certificate, reason string) {
+	t.Helper()
+	conf := h.tlsFor()
+	if len(cert.Certificate) > 0 {
+		// Shown although the hub did not ask for this CA: a client must not be the one that notices.
+		conf.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &cert, nil }
+	}
+	before := len(h.gw.Refused())
+	conn, err := tls.Dial("tcp", h.gw.Addresses().Secure, conf)
+	if err == nil {
+		// TLS 1.3: the client is done before the server has looked at its certificate; the alert comes with the first read.
+		_ = conn.SetReadDeadline(time.Now().Add(5 * time.Second))
+		for err == nil {
+			_, err = conn.Read(make([]byte, 64))
+		}
+		_ = conn.Close()
+	}
+	if err == nil || !strings.Contains(err.Error(), "remote error: tls:") {
+		t.Errorf("the handshake ended with %v, want an alert", err)
+	}
+	deadline := time.Now().Add(5 * time.Second)
+	for {
+		refused := h.gw.Refused()
+		// The newest is the first.
+		if n := len(refused) - before; n > 0 && slices.ContainsFunc(refused[:n], func(r Refusal) bool { return r.What == "connection" && strings.Contains(r.Reason, reason) }) {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the refusal is not recorded with %q: %+v", reason, refused)
+		}
 	}
 }
 
@@ -269,6 +287,122 @@ func TestConfiguredCAPool(t *testing.T) {
 	h := start(t, func(c *Config, _ *Deps) { c.API.CoAP.TLS.CAPool = []string{foreign.pem()} })
 	d := h.connect(h.device(lampID), h.gw.Addresses().Secure, h.tlsFor(foreign.identity(t, lampID, nil)))
 	d.alive()
+}
+
+// issuing makes a CA under c, as a hub has one under its root.
+func (c *ca) issuing(t *testing.T, spoil func(*x509.Certificate)) *ca {
+	t.Helper()
+	tmpl := &x509.Certificate{
+		Subject: pkix.Name{CommonName: "test issuing CA"}, IsCA: true, BasicConstraintsValid: true, MaxPathLenZero: true,
+		KeyUsage: x509.KeyUsageCertSign,
+	}
+	if spoil != nil {
+		spoil(tmpl)
+	}
+	u := &ca{}
+	u.cert, u.key = c.make(t, tmpl)
+	return u
+}
+
+// libcoap's clients with -c, and some devices, send their own certificate without the one that issued it. They are let in,
+// and are the same devices as with the whole chain.
+func TestClientThatSendsItsCertificateOnly(t *testing.T) {
+	root := newCA(t)
+	issuing := root.issuing(t, nil)
+	whole := func(c tls.Certificate) tls.Certificate {
+		c.Certificate = append(slices.Clone(c.Certificate), issuing.cert.Raw)
+		return c
+	}
+	for name, setup := range map[string]func(*Config, *Deps){
+		"the hub's own": func(_ *Config, d *Deps) {
+			d.ClientCAs, d.ClientIntermediates = root.pool(), []*x509.Certificate{issuing.cert}
+		},
+		"configured": func(c *Config, _ *Deps) { c.API.CoAP.TLS.CAPool = []string{root.pem() + issuing.pem()} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := start(t, setup)
+			cert := issuing.identity(t, lampID, nil)
+			h.issue("code", "token", hub.Claims{})
+			d := h.connect(h.device(lampID), h.gw.Addresses().Secure, h.tlsFor(cert))
+			d.want(d.signUp("code"), "2.04", "")
+			if pin := h.w.pin(lampID); pin != pinOf(root.cert) {
+				t.Errorf("pinned to %q, want the root's %q", pin, pinOf(root.cert))
+			}
+			e := h.connect(h.device(lampID), h.gw.Addresses().Secure, h.tlsFor(whole(cert)))
+			h.issue("code2", "token2", hub.Claims{})
+			e.want(e.signUp("code2"), "2.04", "") // the world refuses another pin
+		})
+	}
+}
+
+// Nobody else comes in by the issuing certificate that the hub adds.
+func TestIntermediateAdmitsNobodyElse(t *testing.T) {
+	root, foreign := newCA(t), newCA(t)
+	issuing := root.issuing(t, nil)
+	same := foreign.issuing(t, nil)     // the same names, another root
+	below := issuing.issuing(t, nil)    // a CA that an issuing one may not make (path length 0)
+	sibling := root.issuing(t, nil)     // under the root, but not one that the hub knows
+	var client tls.Certificate          // a device that signs for others
+	asCA := func(c *x509.Certificate) { // with everything an identity has
+		c.IsCA, c.BasicConstraintsValid, c.KeyUsage = true, true, c.KeyUsage|x509.KeyUsageCertSign
+	}
+	client = issuing.identity(t, fanID, asCA)
+	forger := &ca{cert: client.Leaf, key: client.PrivateKey.(*ecdsa.PrivateKey)}
+	h := start(t, func(_ *Config, d *Deps) {
+		d.ClientCAs, d.ClientIntermediates = root.pool(), []*x509.Certificate{issuing.cert}
+	})
+	for name, c := range map[string]struct {
+		from   *ca
+		chain  []*x509.Certificate
+		spoil  func(*x509.Certificate)
+		reason string
+	}{
+		"an issuing CA of the same name":       {same, nil, nil, "unknown authority"},
+		"with its chain":                       {same, []*x509.Certificate{same.cert, foreign.cert}, nil, "unknown authority"},
+		"signed by nobody, with ours as cover": {same, []*x509.Certificate{issuing.cert}, nil, "unknown authority"},
+		"a CA below the issuing one":           {below, []*x509.Certificate{below.cert}, nil, "too many intermediates"},
+		"signed by a device":                   {forger, []*x509.Certificate{client.Leaf}, nil, "too many intermediates"},
+		"an unknown issuing CA":                {sibling, nil, nil, "unknown authority"},
+		"no clientAuth": {issuing, nil, func(c *x509.Certificate) {
+			c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
+		}, "usage"},
+		"no OCF usage": {issuing, nil, func(c *x509.Certificate) { c.UnknownExtKeyUsage = nil }, "OCF identity"},
+		"expired":      {issuing, nil, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }, "expired"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cert := c.from.identity(t, lampID, c.spoil)
+			for _, above := range c.chain {
+				cert.Certificate = append(cert.Certificate, above.Raw)
+			}
+			h.refusedInHandshake(t, cert, c.reason)
+		})
+	}
+	// And what the configuration names is all there is, the hub's own issuing certificate included.
+	h = start(t, func(c *Config, d *Deps) {
+		d.ClientCAs, d.ClientIntermediates = root.pool(), []*x509.Certificate{issuing.cert}
+		c.API.CoAP.TLS.CAPool = []string{foreign.pem()}
+	})
+	h.refusedInHandshake(t, issuing.identity(t, lampID, nil), "unknown authority")
+}
+
+// An intermediate that is not under the CAs, or may not sign, would let in who should not: the gateway does not start.
+func TestIntermediateMustBeUnderTheCAs(t *testing.T) {
+	root := newCA(t)
+	for name, cert := range map[string]*x509.Certificate{
+		"of another root": newCA(t).issuing(t, nil).cert,
+		"not a CA":        root.identity(t, lampID, nil).Leaf,
+		"expired":         root.issuing(t, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }).cert,
+	} {
+		t.Run(name, func(t *testing.T) {
+			cfg, deps := Default(), Deps{
+				Providers: make([]NamedProvider, 1), Certificate: func() (*tls.Certificate, error) { return nil, nil },
+				ClientCAs: root.pool(), ClientIntermediates: []*x509.Certificate{cert}, HubID: hubID,
+			}
+			if _, err := New(cfg, deps, slog.New(slog.DiscardHandler), prometheus.NewRegistry()); err == nil {
+				t.Error("the gateway took it")
+			}
+		})
+	}
 }
 
 func TestSessionEndsWithItsCertificate(t *testing.T) {
