@@ -96,6 +96,9 @@ func event(m json.RawMessage) (at time.Time, kind, what string, err error) {
 			Connection struct {
 				Status string `json:"status"`
 			} `json:"connection"`
+			Twin struct {
+				State string `json:"state"`
+			} `json:"twinSynchronization"`
 			Metadata struct {
 				Timestamp json.Number `json:"timestamp"`
 			} `json:"eventMetadata"`
@@ -105,6 +108,9 @@ func event(m json.RawMessage) (at time.Time, kind, what string, err error) {
 		}
 		ns, _ := strconv.ParseInt(strings.Trim(e.Metadata.Timestamp.String(), `"`), 10, 64)
 		what := e.Connection.Status
+		if e.Twin.State != "" {
+			what += ", twin " + e.Twin.State
+		}
 		switch {
 		case e.ResourceID.Href != "":
 			what = strings.TrimSpace(e.ResourceID.Href + " " + e.Status + " " + string(e.Content))

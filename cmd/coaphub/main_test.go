@@ -179,7 +179,7 @@ func TestAgainstARunningHub(t *testing.T) {
 	on("ca", "issue", "--device-id", lamp, "--out", dir).want(t, exitOK, "wrote cert.pem", "^$")
 	r := on("onboard", "--device-id", lamp, "--out", dir)
 	r.want(t, exitOK, `(?s)hub +`+h.ID+`.*provider +coaphub.*coap-client-openssl .*'\S*with space/lamp/cert.pem'.*coaphub simulate --device-id.*cloud_server`, "^$")
-	for name, want := range map[string]os.FileMode{"cert.pem": 0o644, "key.pem": 0o600, "ca.pem": 0o644, "signup.json": 0o600} {
+	for name, want := range map[string]os.FileMode{"cert.pem": 0o644, "key.pem": 0o600, "ca.pem": 0o644, "signup.cbor": 0o600} {
 		info, err := os.Stat(filepath.Join(dir, name))
 		if err != nil || info.Mode().Perm() != want {
 			t.Errorf("%s: %v, %v, want %o", name, info, err, want)

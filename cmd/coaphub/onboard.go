@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/fxamacker/cbor/v2"
 	"github.com/spf13/cobra"
 
 	"github.com/coaphub/coaphub/bundle"
@@ -98,17 +99,23 @@ func printRecipes(p process, o bundle.Onboarding, out string) error {
 		return fmt.Errorf("the hub's endpoint: %w", err)
 	}
 	// libcoap's client reads bodies from a file. The code is a secret for 15 minutes.
-	body := filepath.Join(out, "signup.json")
-	text := fmt.Sprintf(`{"di":%q,"accesstoken":%q,"authprovider":%q}`, o.DeviceID, o.AuthorizationCode, o.AuthorizationProvider)
-	if err := os.WriteFile(body, []byte(text), 0o600); err != nil {
+	body := filepath.Join(out, "signup.cbor")
+	text, err := cbor.Marshal(map[string]string{"di": o.DeviceID, "accesstoken": o.AuthorizationCode, "authprovider": o.AuthorizationProvider})
+	if err != nil {
+		return fmt.Errorf("encode the sign-up: %w", err)
+	}
+	if err := os.WriteFile(body, text, 0o600); err != nil {
 		return err
 	}
 	at := func(name string) string { return quote(filepath.Join(out, name)) }
 	_, err = fmt.Fprintf(p.out, `
-wrote cert.pem, key.pem, ca.pem and signup.json to %s
+wrote cert.pem, key.pem, ca.pem and signup.cbor to %s
 
 libcoap, ask for the hub's time:
   coap-client-openssl -m get -c %s -j %s -R %s 'coaps+tcp://%s/x.plgd.dev/time'
+
+libcoap, sign up (the answer has the device's tokens):
+  coap-client-openssl -m post -t 60 -A 50 -c %s -j %s -R %s -f %s 'coaps+tcp://%s/oic/sec/account'
 
 the simulator, sign up, publish and notify:
   coaphub simulate --device-id %s --cert %s --code %s --server '%s'
@@ -116,6 +123,7 @@ the simulator, sign up, publish and notify:
 iotivity-lite's cloud_server (name, code, hub's address, hub's ID, provider):
   cloud_server lamp '%s' '%s' %s %s
 `, out, at("cert.pem"), at("key.pem"), at("ca.pem"), u.Host,
+		at("cert.pem"), at("key.pem"), at("ca.pem"), quote(body), u.Host,
 		o.DeviceID, quote(out), o.AuthorizationCode, o.Endpoints.CoAPSTCP,
 		o.AuthorizationCode, o.Endpoints.CoAPSTCP, o.HubID, o.AuthorizationProvider)
 	return err

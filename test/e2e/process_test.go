@@ -59,7 +59,8 @@ type process struct {
 	t     *testing.T
 	data  string
 	cmd   *exec.Cmd
-	ready map[string]string // endpoint name -> address, from the ready line
+	line  string            // the ready line
+	ready map[string]string // endpoint name -> address, from it
 	log   *lockedBuffer
 	ended chan error
 }
@@ -112,7 +113,7 @@ func serve(t *testing.T, data string, args ...string) *process {
 	t.Cleanup(p.kill)
 	select {
 	case l := <-line:
-		p.ready = map[string]string{}
+		p.line, p.ready = l, map[string]string{}
 		for _, f := range strings.Fields(l) {
 			if k, v, ok := strings.Cut(f, "="); ok {
 				p.ready[k] = v
