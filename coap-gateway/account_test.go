@@ -475,6 +475,49 @@ func TestSignOff(t *testing.T) {
 	}
 }
 
+// The same device twice: the newer session has the word, the older one is closed, and its end does not make the device
+// offline.
+func TestSecondSessionOfADevice(t *testing.T) {
+	h := start(t, nil)
+	h.published("/x*")
+	old := h.online(lampID, func(d *device) { d.res["/x"] = value(t, 1, true) })
+	h.awaitValue("/x", 1)
+	again := h.online(lampID, func(d *device) { d.res["/x"] = value(t, 2, true) })
+	old.awaitClosed()
+	h.awaitValue("/x", 2)
+	h.w.awaitLog(t, "stale offline "+string(lampID))
+	again.notify("/x", codes.Content, 10000, cborOf(t, body{"n": 3}), nil)
+	h.awaitValue("/x", 3)
+	again.want(again.publish("/x*"), "2.04", "")
+	if x, ok := h.gw.Diagnostics(lampID); !ok || !x.Online || x.Session != h.w.current[lampID] {
+		t.Errorf("diagnostics are of the older session: %+v", x)
+	}
+	if h.w.count("offline "+string(lampID)) > 0 {
+		t.Error("the end of the older session made the device offline")
+	}
+}
+
+// An old session that is still connected, because nobody reached its gateway, writes nothing any more.
+func TestOldSessionWritesLate(t *testing.T) {
+	h := start(t, nil)
+	h.published("/x*")
+	old := h.online(lampID, func(d *device) { d.res["/x"] = value(t, 1, true) })
+	h.w.awaitLog(t, "twin 3")
+	h.w.mu.Lock()
+	h.w.current[lampID]++ // signed in elsewhere
+	h.w.mu.Unlock()
+	old.want(old.publish("/y"), "4.00", "session-superseded: ")
+	old.want(old.do(codes.DELETE, "/oic/rd", nil, query("di="+string(lampID))), "4.00", "session-superseded: ")
+	old.notify("/x", codes.Content, 10000, cborOf(t, body{"n": 2}), nil)
+	old.awaitClosed()
+	h.w.awaitLog(t, "stale offline "+string(lampID))
+	h.awaitValue("/x", 1)
+	if _, ok := h.w.links[lampID]["/y"]; ok || len(h.w.links[lampID]) != 1 {
+		t.Errorf("the old session published or unpublished: %v", h.w.links[lampID])
+	}
+	h.w.await(t, "the reason", func() bool { x, _ := h.gw.Diagnostics(lampID); return x.EndReason == "superseded" })
+}
+
 // A device that is deleted from elsewhere loses its connection.
 func TestDeletedDeviceIsClosed(t *testing.T) {
 	h := start(t, nil)

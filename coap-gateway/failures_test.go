@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"iter"
+	"strings"
 	"testing"
 	"time"
 
@@ -162,3 +163,37 @@ func TestTroubleOfOursIsNever401(t *testing.T) {
 type net500 struct{}
 
 func (net500) Error() string { return "dial 10.0.0.7: secret" }
+
+// A panic behind a request is trouble of ours for that request; all else goes on.
+func TestPanicIsTroubleOfOurs(t *testing.T) {
+	h := start(t, nil)
+	d := h.online(lampID, mute)
+	h.w.mu.Lock()
+	h.w.dir.publish = func(context.Context, hub.Stamp, []hub.Link) ([]hub.Link, error) { panic("boom") }
+	h.w.ids.signUp = func(context.Context, hub.DeviceID, hub.Owner, string, string) (hub.Ownership, error) { panic("boom") }
+	h.w.mu.Unlock()
+	if r := d.want(d.publish("/a"), "5.03", "internal: "); r.maxAge == 0 || strings.Contains(r.text(), "boom") {
+		t.Errorf("got Max-Age %d, %q", r.maxAge, r.body)
+	}
+	d.want(d.do(codes.DELETE, "/oic/rd", nil, query("di="+string(lampID))), "4.00", "nothing-published: ") // the session still writes
+	h.issue("code", "token", hub.Claims{})
+	d.want(d.signUp("code"), "5.03", "internal: ")
+	d.awaitClosed()
+	h.w.awaitLog(t, "offline "+string(lampID))
+	h.plain(fanID).alive()
+}
+
+// A panic in what is done beside the requests ends that connection only.
+func TestPanicBesideRequestsEndsTheConnection(t *testing.T) {
+	h := start(t, nil)
+	h.w.dir.setTwin = func(context.Context, hub.Stamp, hub.TwinState) error { panic("boom") }
+	other := h.plain(fanID)
+	h.w.own(lampID, "alice")
+	h.w.grant("token", hub.Claims{})
+	d := h.plain(lampID)
+	_, _ = d.try(codes.POST, "/oic/sec/session", cborOf(t, d.session(nil))) // its answer may be overtaken by the end
+	d.awaitClosed()
+	h.w.awaitLog(t, "offline "+string(lampID))
+	h.w.await(t, "the reason", func() bool { x, _ := h.gw.Diagnostics(lampID); return x.EndReason == "panic" })
+	other.alive()
+}

@@ -26,12 +26,17 @@ func seedBodies(f *testing.F) [][]byte {
 			body{"href": "//light//1/", "rt": []string{"core.light"}, "if": []string{"oic.if.rw"}, "p": body{"bm": 3, "sec": true, "port": 5684}},
 			body{"href": "/a", "eps": []any{body{"ep": "coaps+tcp://[::1]:5684", "pri": 1}}, "ins": "x", "title": "t", "type": []string{"a/b"}},
 		}},
-		body{"di": 1, "links": body{}}, body{"links": []any{body{"href": "/a/../b"}}, "ttl": int64(math.MaxInt64)},
+		body{"di": 1, "links": body{}},
+		body{"links": []any{body{"href": "/a/../b"}}, "ttl": int64(math.MaxInt64)},
 		[]any{
 			body{"href": "ocf://" + string(lampID) + "/light", "rep": body{"n": 1, "rt": []string{"x"}}, "etag": []byte{1}},
-			body{"href": "/info", "rep": body{}}, body{"href": "/oic/sec/doxm", "rep": body{}}, body{"rep": body{}}, 7,
+			body{"href": "/info", "rep": body{}},
+			body{"href": "/oic/sec/doxm", "rep": body{}},
+			body{"rep": body{}},
+			7,
 		},
-		[]any{}, body{},
+		[]any{},
+		body{},
 	} {
 		b, err := encoding.Marshal(v)
 		if err != nil {

@@ -209,7 +209,11 @@ func (t *twin) start() {
 		return
 	}
 	t.running = true
-	t.done.Go(t.run)
+	t.done.Go(func() {
+		if !t.s.conn.Guard("twin", t.run) {
+			t.s.conn.Close(coap.ErrPanic) // nobody knows what is stored; on its next connection the device reports again
+		}
+	})
 }
 
 func (t *twin) run() {

@@ -72,7 +72,11 @@ func (p *peer) Request(ctx context.Context, req *coap.Message) coap.Response {
 	p.request++
 	path := pathOf(req)
 	r, known := routes[path]
-	resp, err := p.answer(ctx, r, known, path, req)
+	var resp coap.Response
+	var err error
+	if !p.conn.Guard("request", func() { resp, err = p.answer(ctx, r, known, path, req) }) {
+		err = &hub.Error{Kind: hub.Internal} // the engine would answer 5.00; here it is trouble of ours like any other
+	}
 	if err != nil {
 		resp = failure(err)
 		if r.account || resp.Code == codes.Unauthorized {

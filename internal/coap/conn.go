@@ -178,7 +178,7 @@ func (c *Conn) end(err error) {
 	c.srv.budget.give(left)
 	c.blocks.clear(c.srv.budget)
 	c.srv.metrics.closed.WithLabelValues(Reason(reason)).Inc()
-	c.guard("Closed", func() { c.handler.Closed(reason) })
+	c.Guard("Closed", func() { c.handler.Closed(reason) })
 }
 
 // wakeReader lets a reader that waits for queue space look again; mu is held.
@@ -447,7 +447,7 @@ func (c *Conn) notify(items []item) {
 	if len(ns) == 0 {
 		return
 	}
-	if !c.guard("Notifications", func() { c.handler.Notifications(c.ctx, ns) }) {
+	if !c.Guard("Notifications", func() { c.handler.Notifications(c.ctx, ns) }) {
 		// Nobody knows how much of it was stored. A new connection makes the device report again.
 		c.Close(ErrPanic)
 	}
@@ -455,14 +455,15 @@ func (c *Conn) notify(items []item) {
 
 // request asks the handler. A panic ends this request only.
 func (c *Conn) request(m *Message) (r Response) {
-	if !c.guard("Request", func() { r = c.handler.Request(c.ctx, m) }) {
+	if !c.Guard("Request", func() { r = c.handler.Request(c.ctx, m) }) {
 		return Response{Code: codes.InternalServerError, Payload: []byte("internal: something went wrong in the hub")}
 	}
 	return r
 }
 
-// guard calls f and reports whether it returned without a panic.
-func (c *Conn) guard(what string, f func()) (ok bool) {
+// Guard calls f and reports whether it returned without a panic; one is logged with its stack and counted. The engine calls
+// its handler so, and handlers call so what they do in goroutines of their own.
+func (c *Conn) Guard(what string, f func()) (ok bool) {
 	defer func() {
 		if v := recover(); v != nil {
 			ok = false

@@ -286,7 +286,7 @@ func (l *listener) serve(nc, raw net.Conn) {
 	// RFC 8323, Section 5.3: our first message; we do not wait for the peer's, some never send one.
 	_ = st.send(c.ctx, s.csm(), false)
 	var err error
-	if !c.guard("Open", func() { c.handler, err = s.handler.Open(c) }) {
+	if !c.Guard("Open", func() { c.handler, err = s.handler.Open(c) }) {
 		err = errors.New("handler panicked")
 	}
 	if err != nil {
