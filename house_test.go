@@ -7,12 +7,14 @@ import (
 	"go/ast"
 	"go/parser"
 	"go/token"
+	"go/types"
 	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -181,6 +183,109 @@ func TestDocsNameRealTests(t *testing.T) {
 				t.Errorf("%s names %s, which does not exist", doc, m[1])
 			}
 		}
+	}
+}
+
+var namedFile = regexp.MustCompile("`([a-zA-Z][a-zA-Z0-9_.-]*/[a-zA-Z0-9_./-]*\\.(?:go|md|yaml|proto|txt))`")
+
+func TestDocsNameRealFiles(t *testing.T) {
+	docs, err := filepath.Glob("docs/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, doc := range append(docs, "README.md", "CONTRIBUTING.md") {
+		b, err := os.ReadFile(doc)
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		for _, m := range namedFile.FindAllStringSubmatch(string(b), -1) {
+			if _, err := os.Stat(m[1]); err != nil {
+				t.Errorf("%s names %s, which does not exist", doc, m[1])
+			}
+		}
+	}
+}
+
+var (
+	errorCode = regexp.MustCompile(`^[a-z]+(-[a-z0-9]+)+$`)
+	errorRow  = regexp.MustCompile("(?m)^\\| `([a-z0-9-]+)` \\|")
+)
+
+// TestErrorsAreCatalogued compares the codes in the source with those in docs/errors.md, both ways. A code is the Code of a
+// hub.Error, or the argument of a function that makes one.
+func TestErrorsAreCatalogued(t *testing.T) {
+	makers := map[string]int{ // function -> which argument is the code
+		"hub.NewError": 1, "invalid": 0, "unauthenticated": 0, "tooLarge": 0,
+	}
+	used := map[string]string{}
+	take := func(e ast.Expr, where string) {
+		if lit, ok := e.(*ast.BasicLit); ok && lit.Kind == token.STRING {
+			if s, err := strconv.Unquote(lit.Value); err == nil && errorCode.MatchString(s) {
+				used[s] = where
+			}
+		}
+	}
+	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case d.IsDir() && slices.Contains([]string{"test", "tools", "gen", "storetest", "node_modules", ".git", "data", "bin"}, d.Name()):
+			return fs.SkipDir
+		case !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go"):
+			return nil
+		}
+		f, err := parser.ParseFile(token.NewFileSet(), path, nil, 0)
+		if err != nil {
+			return err
+		}
+		ast.Inspect(f, func(n ast.Node) bool {
+			switch n := n.(type) {
+			case *ast.CallExpr:
+				if i, ok := makers[types.ExprString(n.Fun)]; ok && i < len(n.Args) {
+					take(n.Args[i], path)
+				}
+			case *ast.KeyValueExpr:
+				if key, ok := n.Key.(*ast.Ident); ok && key.Name == "Code" {
+					take(n.Value, path)
+				}
+			case *ast.ValueSpec: // const ErrNoHub = "hub-not-running"
+				for i, name := range n.Names {
+					if strings.HasPrefix(name.Name, "Err") && i < len(n.Values) {
+						take(n.Values[i], path)
+					}
+				}
+			}
+			return true
+		})
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile("docs/errors.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	listed := map[string]bool{}
+	for _, m := range errorRow.FindAllStringSubmatch(string(b), -1) {
+		if listed[m[1]] {
+			t.Errorf("docs/errors.md lists %s twice", m[1])
+		}
+		listed[m[1]] = true
+	}
+	for code, path := range used {
+		if !listed[code] {
+			t.Errorf("%s uses the error code %s, which docs/errors.md does not list", path, code)
+		}
+	}
+	for code := range listed {
+		if used[code] == "" {
+			t.Errorf("docs/errors.md lists %s, which is not in the source", code)
+		}
+	}
+	if len(used) < 100 {
+		t.Errorf("only %d codes were found: does this test still read the source?", len(used))
 	}
 }
 
