@@ -108,7 +108,8 @@ func (v *Verifier) Close() {
 }
 
 // Verify checks an access token and returns what it says. Kinds: Unauthenticated for a token that is missing, malformed,
-// expired, revoked, for somebody else, or not signed by its issuer; Unavailable while that cannot be found out.
+// expired, revoked, for somebody else, or not signed by its issuer; Unavailable while that cannot be found out, or while our
+// clock is behind the issuer's.
 func (v *Verifier) Verify(ctx context.Context, raw string) (hub.Claims, error) {
 	claims, result, err := v.verify(ctx, raw)
 	switch {
@@ -191,6 +192,15 @@ func (v *Verifier) verify(ctx context.Context, raw string) (hub.Claims, string, 
 	}
 	if _, err := jws.Verify(key.Key); err != nil {
 		return refuse("the signature is not good", err)
+	}
+	if is.Keys == nil && now.Add(v.skew).Before(issued) {
+		// Nobody issues ahead of time, so one of two clocks is wrong, and the signature says that the token is not: a device
+		// that is told so drops a good credential. An issuer in this process has our own clock, which was stepped back since:
+		// for its tokens there is nothing to wait for.
+		return hub.Claims{}, "", &hub.Error{
+			Kind: hub.Unavailable, Op: op, Text: "the hub's clock is behind the identity provider's", RetryAfter: fetchInterval,
+			Err: fmt.Errorf("the token was issued at %v, it is %v", issued, now),
+		}
 	}
 	done := &verified{hash: hash, claims: claims, issued: issued, issuer: is, version: version}
 	if err := v.revoked(ctx, done); err != nil {

@@ -101,7 +101,8 @@ func TestVerifyRefuses(t *testing.T) {
 		{"exp is negative", is.Mint(map[string]any{"exp": -1})},
 		{"expired", is.Mint(map[string]any{"exp": now.Add(-31 * time.Second).Unix()})},
 		{"not valid yet", is.Mint(map[string]any{"nbf": now.Add(time.Minute).Unix()})},
-		{"issued in the future", is.Mint(map[string]any{"iat": now.Add(time.Minute).Unix()})},
+		{"not valid yet, issued now", is.Mint(map[string]any{"iat": now.Unix(), "nbf": now.Add(time.Minute).Unix()})},
+		{"issued in the future by somebody else", is.MintWithForeignKey(map[string]any{"iat": now.Add(time.Minute).Unix()})},
 		{"no owner", is.Mint(map[string]any{"sub": nil})},
 		{"empty owner", is.Mint(map[string]any{"sub": ""})},
 		{"owner is a number", is.Mint(map[string]any{"sub": 1})},
@@ -130,6 +131,28 @@ func TestVerifyAllowsForTheClock(t *testing.T) {
 	now := time.Now()
 	mustVerify(t, v, is.Mint(map[string]any{"exp": now.Add(-20 * time.Second).Unix()}))
 	mustVerify(t, v, is.Mint(map[string]any{"nbf": now.Add(20 * time.Second).Unix(), "iat": now.Add(20 * time.Second).Unix()}))
+}
+
+// The machine's clock was stepped back, or is not set yet: every token made before seems to come from the future. That is no
+// fault of the token, and a device that is told that it is drops its credentials.
+func TestClockSteppedBackIsNeverARefusal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		is := issuer.New(t)
+		ahead := time.Now().Add(time.Hour)
+		claims := map[string]any{"iat": ahead.Unix(), "nbf": ahead.Unix(), "exp": ahead.Add(time.Hour).Unix()}
+		token := is.Mint(claims)
+		outside := newVerifier(t, nil, is)
+		wantKind(t, outside, token, hub.Unavailable)
+		wantKind(t, outside, is.MintWithForeignKey(claims), hub.Unauthenticated)
+		inside := newVerifier(t, func(c *IssuerConfig) { c.Keys = httpKeys(&http.Client{Transport: is}, is.URL()) }, is)
+		mustVerify(t, inside, token)
+		wantKind(t, inside, is.MintWithForeignKey(claims), hub.Unauthenticated)
+		time.Sleep(time.Hour) // the clock is right again
+		mustVerify(t, outside, token)
+		time.Sleep(time.Hour + time.Minute)
+		wantKind(t, outside, token, hub.Unauthenticated)
+		wantKind(t, inside, token, hub.Unauthenticated)
+	})
 }
 
 func TestVerifyRefusesAChangedPayload(t *testing.T) {
