@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"strings"
 	"time"
 
@@ -107,6 +106,3 @@ func (a *assembly) readyLine(s Status) string {
 	b.WriteByte('\n')
 	return b.String()
 }
-
-// discard is the logger of tools that print themselves.
-func discard() *slog.Logger { return slog.New(slog.DiscardHandler) }
