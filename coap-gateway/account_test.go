@@ -10,11 +10,12 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/coap"
 )
 
 type body = map[string]any
 
-// without returns a copy of b lacking keys; with returns one with key set.
+// account is the body of a sign-up, after change.
 func (d *device) account(change func(body)) body {
 	b := body{"di": string(d.id), "devicetype": "device", "accesstoken": "code", "authprovider": "main"}
 	if change != nil {
@@ -135,6 +136,20 @@ func TestSignUpForms(t *testing.T) {
 			}
 		}
 	})
+}
+
+// What the engine refuses by itself ends the connection too, on the account paths and only there.
+func TestSignUpOfTooMuch(t *testing.T) {
+	h := start(t, nil)
+	d := h.device(lampID)
+	d.whole = true
+	h.connect(d, h.gw.Addresses().Plain, nil)
+	much := make([]byte, coap.MaxBody+1)
+	d.want(d.do(codes.POST, "/oic/rd", much), "4.13", "too-large: ")
+	d.want(d.do(codes.POST, "/nothing", much), "4.13", "too-large: ")
+	d.alive()
+	d.want(d.do(codes.POST, "/oic/sec/account", much), "4.13", "too-large: ")
+	d.awaitClosed()
 }
 
 // Every refusal on the account path is answered and then closes the connection.
@@ -438,10 +453,12 @@ func TestSignOff(t *testing.T) {
 		"session, one option":           {[]string{"uid=alice&di=" + string(lampID)}, true, "2.02", "", false},
 		"no session, separate options":  {[]string{"di=" + string(lampID), "uid=alice", "accesstoken=" + token}, false, "2.02", "", false},
 		"no session, missing values":    {[]string{"di=" + string(lampID)}, false, "4.00", "query-incomplete: ", true},
-		"broken escape":                 {[]string{"di=%zz"}, true, "4.02", "query-invalid: ", true},
-		"wrong uid":                     {[]string{"uid=someone"}, true, "4.01", "uid-mismatch: ", true},
-		"wrong token":                   {[]string{"accesstoken=nonsense"}, true, "4.01", "token-invalid: ", true},
-		"not registered":                {[]string{"di=" + string(fanID), "uid=alice", "accesstoken=" + token}, false, "4.00", "device-not-registered: ", true},
+		// RFC 7252, Section 5.4.3: Uri-Query ends at 255 bytes, a longer one is not understood and critical.
+		"option of 256 bytes": {[]string{"di=" + string(lampID) + "&uid=alice&accesstoken=" + strings.Repeat("x", 194)}, true, "4.02", "critical option 15 ", true},
+		"broken escape":       {[]string{"di=%zz"}, true, "4.02", "query-invalid: ", true},
+		"wrong uid":           {[]string{"uid=someone"}, true, "4.01", "uid-mismatch: ", true},
+		"wrong token":         {[]string{"accesstoken=nonsense"}, true, "4.01", "token-invalid: ", true},
+		"not registered":      {[]string{"di=" + string(fanID), "uid=alice", "accesstoken=" + token}, false, "4.00", "device-not-registered: ", true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := start(t, nil)

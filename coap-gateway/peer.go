@@ -111,6 +111,20 @@ func (p *peer) Request(ctx context.Context, req *coap.Message) coap.Response {
 	return resp
 }
 
+// Refused implements coap.Refuser: an error on an account path ends the connection, also where the engine gave it. Requests
+// behind it may still be answered; what they change is as good as before it.
+func (p *peer) Refused(req *coap.Message) {
+	path := pathOf(req)
+	r, known := routes[path]
+	if !known {
+		path = "unknown"
+	}
+	p.gw.metrics.requests.WithLabelValues(path, "refused").Inc()
+	if r.account {
+		time.AfterFunc(closeDelay, func() { p.conn.Close(coap.ErrAnswered) })
+	}
+}
+
 func (p *peer) answer(ctx context.Context, r route, known bool, path string, req *coap.Message) (coap.Response, error) {
 	if !known {
 		return coap.Response{}, hub.NewError(hub.NotFound, "path-unknown", "there is nothing at this path")

@@ -362,6 +362,24 @@ func TestDiscovery(t *testing.T) {
 	})
 }
 
+// An answer that would not end is given up, and the device told what to do.
+func TestDiscoveryOfTooMuch(t *testing.T) {
+	h := start(t, nil)
+	d := h.online(lampID, mute)
+	long := strings.Repeat("x", 1<<20)
+	h.w.mu.Lock()
+	h.w.links[lampID] = links{"/small": {Href: "/small", Types: []string{"x.small"}}}
+	for i := range 5 {
+		href := hub.Href(fmt.Sprintf("/big/%d", i))
+		h.w.links[lampID][href] = hub.Link{Href: href, Title: long}
+	}
+	h.w.mu.Unlock()
+	for _, format := range []int32{10000, 60, 50} {
+		d.want(d.do(codes.GET, "/oic/res", nil, accept(format)), "4.13", "discovery-too-large: ")
+	}
+	d.want(d.do(codes.GET, "/oic/res", nil, query("rt=x.small")), "2.05", "")
+}
+
 func TestCore(t *testing.T) {
 	h := start(t, nil)
 	d := h.plain(lampID)

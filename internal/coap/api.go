@@ -54,6 +54,13 @@ type ConnHandler interface {
 	Closed(err error)
 }
 
+// Refuser is implemented by a ConnHandler that wants to know of requests which the engine answers with an error by itself:
+// options that are not understood, blocks that do not fit together, bodies over the limit. Refused is called once the answer
+// is queued, from any goroutine, and must not block.
+type Refuser interface {
+	Refused(req *Message)
+}
+
 // ConnInfo is what is known of a connection from its transport.
 type ConnInfo struct {
 	ID     string // random, never reused

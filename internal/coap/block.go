@@ -182,11 +182,15 @@ func (c *Conn) serve(m *Message) {
 		var r Response
 		if whole, r, done = c.assemble(m, b1); !done {
 			c.respond(m, r)
+			if r.Code != codes.Continue {
+				c.refused(m)
+			}
 			return
 		}
 		held = len(whole.Payload)
 	case len(m.Payload) > cfg.MaxBody:
 		c.respond(m, c.tooLarge())
+		c.refused(m)
 		return
 	}
 	b2, has2, _ := blockOf(m, Block2)
@@ -197,6 +201,7 @@ func (c *Conn) serve(m *Message) {
 			if m.Code != codes.GET && m.Code != codeFetch {
 				// Doing it again would be another act (RFC 7959, Section 2.9.2).
 				c.respond(m, errText(codes.RequestEntityIncomplete, "the answer is no longer kept"))
+				c.refused(m)
 				return
 			}
 			r = c.request(whole)

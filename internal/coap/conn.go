@@ -271,6 +271,7 @@ func (c *Conn) receive(code codes.Code, token, body []byte, held int) error {
 		if refusal, bad := refuse(f); bad {
 			refusal.Token = token
 			c.sendNow(refusal)
+			c.refused(msg)
 			return nil
 		}
 		if held == 0 {
@@ -304,6 +305,13 @@ func refuse(f fault) (*Message, bool) {
 		return &Message{Code: codes.ProxyingNotSupported, Payload: []byte(f.String())}, true
 	}
 	return nil, false
+}
+
+// refused tells the handler, if it wants to know, that the engine answered m with an error.
+func (c *Conn) refused(m *Message) {
+	if h, ok := c.handler.(Refuser); ok {
+		c.Guard("Refused", func() { h.Refused(m) })
+	}
 }
 
 // sendNow sends an answer that is worth no waiting.
