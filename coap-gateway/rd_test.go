@@ -26,7 +26,10 @@ func TestOrderOfRefusals(t *testing.T) {
 	}{
 		"unknown path":            {codes.GET, "/foo/bar", nil, "4.04", "path-unknown: ", false},
 		"no path":                 {codes.GET, "/", nil, "4.04", "path-unknown: ", false},
-		"unknown method code":     {codes.Code(5), "/oic/res", nil, "4.05", "method-not-allowed: ", false},
+		"FETCH":                   {codes.Code(5), "/oic/res", nil, "4.05", "method-not-allowed: ", false}, // RFC 8132
+		"PATCH":                   {codes.Code(6), "/oic/rd", nil, "4.05", "method-not-allowed: ", false},
+		"iPATCH":                  {codes.Code(7), "/oic/rd", nil, "4.05", "method-not-allowed: ", false},
+		"no method that exists":   {codes.Code(31), "/oic/res", nil, "4.05", "method-not-allowed: ", false},
 		"method, needs a session": {codes.PUT, "/oic/rd", nil, "4.05", "method-not-allowed: ", false},
 		"method, account path":    {codes.GET, "/oic/sec/session", nil, "4.05", "method-not-allowed: ", true},
 		"method, time":            {codes.POST, "/x.plgd.dev/time", nil, "4.05", "method-not-allowed: ", false},
