@@ -197,7 +197,7 @@ func (p *process) get(ctx context.Context, token, path string) (int, []byte) {
 		return 0, nil
 	}
 	req.Header.Set("Authorization", "Bearer "+token)
-	res, err := http.DefaultClient.Do(req)
+	res, err := checked(p.t).Do(req)
 	if err != nil {
 		return 0, nil
 	}

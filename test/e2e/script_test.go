@@ -374,7 +374,7 @@ func (w *world) appLine(ctx context.Context, owner, rest string) (string, error)
 	if token != "" {
 		req.Header.Set("Authorization", "Bearer "+token)
 	}
-	res, err := http.DefaultClient.Do(req)
+	res, err := checked(w.t).Do(req)
 	if err != nil {
 		return "", err
 	}

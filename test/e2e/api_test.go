@@ -1,0 +1,34 @@
+package e2e_test
+
+import (
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/coaphub/coaphub/api"
+	"github.com/coaphub/coaphub/grpc-gateway/openapitest"
+)
+
+var description = sync.OnceValues(func() (*openapitest.Checker, error) {
+	doc, err := api.JSON()
+	if err != nil {
+		return nil, err
+	}
+	return openapitest.New(doc)
+})
+
+// checked is a client for the hub's HTTP API. Each answer that came whole must be as the OpenAPI description says, or t
+// fails; one that broke off says nothing.
+func checked(t testing.TB) *http.Client {
+	t.Helper()
+	c, err := description()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &http.Client{Transport: &openapitest.Transport{
+		Checker: c,
+		Report:  func(err error) { t.Errorf("not as the description says: %v", err) },
+		Skip:    func(r *http.Request) bool { return !strings.HasPrefix(r.URL.Path, "/api/") }, // the provider's pages
+	}}
+}
