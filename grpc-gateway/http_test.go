@@ -7,6 +7,7 @@ import (
 	"io"
 	"iter"
 	"net/http"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
+	"google.golang.org/genproto/googleapis/rpc/code"
 
 	pb "github.com/coaphub/coaphub/api/gen/grpcgatewaypb"
 	"github.com/coaphub/coaphub/hub"
@@ -776,6 +778,29 @@ func TestEveryKindHasItsStatus(t *testing.T) {
 	}
 	want(t, "no more", len(codeOf), len(hub.Kinds()))
 	want(t, "no more", len(statusOf), len(hub.Kinds()))
+}
+
+// The table of doors in docs/errors.md is what callers program against.
+func TestDocumentedDoorsAreTheTables(t *testing.T) {
+	b, err := os.ReadFile("../docs/errors.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows := map[string][]string{}
+	for line := range strings.Lines(string(b)) {
+		if cells := strings.Split(line, "|"); len(cells) == 7 { // kind, CoAP, HTTP, gRPC, meaning, and an empty one at each end
+			rows[strings.TrimSpace(cells[1])] = cells
+		}
+	}
+	for _, k := range hub.Kinds() {
+		r := rows[k.String()]
+		if r == nil {
+			t.Errorf("docs/errors.md has no row for %v", k)
+			continue
+		}
+		want(t, k.String()+" over HTTP", strings.TrimSpace(r[3]), strconv.Itoa(statusOf[k]))
+		want(t, k.String()+" over gRPC", strings.TrimSpace(r[4]), code.Code(codeOf[k]).String())
+	}
 }
 
 func TestPanicEndsOneRequest(t *testing.T) {
