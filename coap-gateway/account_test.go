@@ -223,6 +223,19 @@ func TestSignUpKeepsTokensAfterTroubleOfOurs(t *testing.T) {
 	}
 }
 
+// A provider that gives no refresh token, which devices need, is the trouble, not the code.
+func TestSignUpWithoutRefreshToken(t *testing.T) {
+	h := start(t, nil)
+	h.issue("code", "token", hub.Claims{})
+	h.w.codes["code"] = hub.Tokens{Access: "token"}
+	d := h.plain(lampID)
+	d.want(d.signUp("code"), "5.03", "provider-no-refresh-token: ")
+	d.awaitClosed()
+	if h.w.count("signed-up "+string(lampID)+" alice") > 0 {
+		t.Error("the device was registered")
+	}
+}
+
 // A JWT in place of a code needs a provider that takes it, and the scope for it.
 func TestSignUpWithClientCredentials(t *testing.T) {
 	h := start(t, func(_ *Config, d *Deps) {
