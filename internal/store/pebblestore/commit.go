@@ -97,8 +97,12 @@ func (s *Store) commitLoop() {
 	defer close(s.committer)
 	g := &group{s: s, seqs: make(map[device]uint64), docs: make(map[string]docHead)}
 	g.state = s.view.state
-	poll := time.NewTicker(spaceInterval)
-	defer poll.Stop()
+	var poll <-chan time.Time // nil: nothing is refused ahead, so nothing is asked for
+	if s.space.minFree >= 0 {
+		ticker := time.NewTicker(spaceInterval)
+		defer ticker.Stop()
+		poll = ticker.C
+	}
 	for {
 		s.gather()
 		s.mu.Lock()
@@ -111,13 +115,13 @@ func (s *Store) commitLoop() {
 			}
 			select {
 			case <-s.wake:
-			case <-poll.C:
+			case <-poll:
 				s.space.check()
 			}
 			continue
 		}
 		select {
-		case <-poll.C:
+		case <-poll:
 			s.space.check()
 		default:
 		}

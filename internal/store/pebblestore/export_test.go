@@ -1,6 +1,9 @@
 package pebblestore
 
-import "github.com/cockroachdb/pebble/v2"
+import (
+	"github.com/cockroachdb/pebble/v2"
+	"golang.org/x/sync/semaphore"
+)
 
 // RawSet and RawDelete damage the store behind its back.
 func (s *Store) RawSet(key, value []byte) error { return s.db.Set(key, value, pebble.Sync) }
@@ -22,6 +25,12 @@ var (
 	MustDevice = parseDevice
 )
 
+// Shrink gives a store that has not written yet an eighth of the room, and returns its bytes.
+func (s *Store) Shrink() int {
+	s.room = semaphore.NewWeighted(maxPending / 8)
+	return maxPending / 8
+}
+
 // HasRoom says whether a small write would be taken at once.
 func (s *Store) HasRoom() bool {
 	if !s.room.TryAcquire(requestCost) {
@@ -35,7 +44,6 @@ func (s *Store) HasRoom() bool {
 func (s *Store) Flush() error { return s.db.Flush() }
 
 const (
-	MaxPending    = maxPending
 	SpaceInterval = spaceInterval
 	BallastName   = ballastName
 )

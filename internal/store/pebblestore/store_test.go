@@ -205,18 +205,29 @@ func TestDaysNeverGoBack(t *testing.T) {
 
 func TestDaysGoOn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := open(t, vfs.NewMem(), "store")
-		defer closeStore(t, s)
+		fs := vfs.NewMem()
 		var positions []hub.Position
-		for seq := uint64(1); seq <= 3; seq++ {
+		put := func(s *pebblestore.Store) {
+			t.Helper()
+			seq := uint64(len(positions) + 1)
 			add(t, s, storetest.Device(1), seq, seq)
 			head, err := s.Head(t.Context())
 			if err != nil {
 				t.Fatal(err)
 			}
 			positions = append(positions, head)
-			time.Sleep(24 * time.Hour)
 		}
+		// A day ends while the store is open, and another while it is not: an open one has timers that run ten times a second.
+		time.Sleep(24*time.Hour - time.Second)
+		s := open(t, fs, "store")
+		put(s)
+		time.Sleep(2 * time.Second)
+		put(s)
+		closeStore(t, s)
+		time.Sleep(24 * time.Hour)
+		s = open(t, fs, "store")
+		defer closeStore(t, s)
+		put(s)
 		if positions[1].Day != positions[0].Day+1 || positions[2].Day != positions[0].Day+2 || positions[2].N != 3 {
 			t.Errorf("positions are %v", positions)
 		}
