@@ -169,6 +169,8 @@ func TestGRPCReads(t *testing.T) {
 	}
 	want(t, "id", conf.GetId(), hubID)
 	want(t, "ttl", conf.GetDefaultCommandTimeToLive(), int64(10*time.Second))
+	want(t, "the console's client", conf.GetWebOauthClient().GetClientId(), "web")
+	want(t, "build", conf.GetBuildInfo().GetVersion(), "v0")
 }
 
 func TestGRPCPages(t *testing.T) {

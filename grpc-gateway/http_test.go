@@ -624,10 +624,7 @@ func TestUnknownPathsAndMethods(t *testing.T) {
 	want(t, "unknown path", a.Code, 404)
 	want(t, "text", a.json()["message"], any("Not Found"))
 	want(t, "without token", w.do(t, "", "GET", "/api/v1/nothing").Code, 401)
-	for _, path := range []string{"/api/v1/devices//", "/api/v1/devices/x/y", "/api/v1/devices/x/events/y", "/api/v1/devices/{deviceId}/metadata/x", "/api/v1//devices"} {
-		if path == "/api/v1/devices//" {
-			continue // trailing slashes
-		}
+	for _, path := range []string{"/api/v1/devices/x/y", "/api/v1/devices/x/events/y", "/api/v1/devices/{deviceId}/metadata/x", "/api/v1//devices"} {
 		want(t, path, w.get(t, path).Code, 404)
 	}
 	for _, c := range []struct{ method, path, allow string }{
