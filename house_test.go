@@ -9,6 +9,7 @@ import (
 	"go/token"
 	"go/types"
 	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,6 +18,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/coaphub/coaphub/hub"
 )
 
 const module = "github.com/coaphub/coaphub"
@@ -209,21 +212,48 @@ func TestDocsNameRealFiles(t *testing.T) {
 
 var (
 	errorCode = regexp.MustCompile(`^[a-z]+(-[a-z0-9]+)+$`)
-	errorRow  = regexp.MustCompile("(?m)^\\| `([a-z0-9-]+)` \\|")
+	errorRow  = regexp.MustCompile("(?m)^\\| `([a-z0-9-]+)` \\| ([a-z, -]+) \\|")
 )
 
 // TestErrorsAreCatalogued compares the codes in the source with those in docs/errors.md, both ways. A code is the Code of a
-// hub.Error, or the argument of a function that makes one.
+// hub.Error, or the argument of a function that makes one. Where the source says the kind beside the code, the catalogue
+// must say it too.
 func TestErrorsAreCatalogued(t *testing.T) {
-	makers := map[string]int{ // function -> which argument is the code
-		"hub.NewError": 1, "invalid": 0, "unauthenticated": 0, "tooLarge": 0,
+	type maker struct {
+		code int    // which argument it is
+		kind string // "" = the argument before the code
+	}
+	makers := map[string]maker{
+		"hub.NewError": {1, ""}, "invalid": {0, "Invalid"}, "unauthenticated": {0, "Unauthenticated"}, "tooLarge": {0, "TooLarge"},
+	}
+	kindOf := map[string]string{} // Go name -> kind
+	for _, k := range hub.Kinds() {
+		var name string
+		for part := range strings.SplitSeq(k.String(), "-") {
+			name += strings.ToUpper(part[:1]) + part[1:]
+		}
+		kindOf[name] = k.String()
 	}
 	used := map[string]string{}
-	take := func(e ast.Expr, where string) {
-		if lit, ok := e.(*ast.BasicLit); ok && lit.Kind == token.STRING {
-			if s, err := strconv.Unquote(lit.Value); err == nil && errorCode.MatchString(s) {
-				used[s] = where
-			}
+	kinds := map[string]map[string]bool{}
+	take := func(code, kind ast.Expr, where string) {
+		lit, ok := code.(*ast.BasicLit)
+		if !ok || lit.Kind != token.STRING {
+			return
+		}
+		s, err := strconv.Unquote(lit.Value)
+		if err != nil || !errorCode.MatchString(s) {
+			return
+		}
+		used[s] = where
+		if kinds[s] == nil {
+			kinds[s] = map[string]bool{}
+		}
+		if kind == nil {
+			return
+		}
+		if k, ok := kindOf[strings.TrimPrefix(types.ExprString(kind), "hub.")]; ok { // not a variable
+			kinds[s][k] = true
 		}
 	}
 	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
@@ -242,17 +272,32 @@ func TestErrorsAreCatalogued(t *testing.T) {
 		ast.Inspect(f, func(n ast.Node) bool {
 			switch n := n.(type) {
 			case *ast.CallExpr:
-				if i, ok := makers[types.ExprString(n.Fun)]; ok && i < len(n.Args) {
-					take(n.Args[i], path)
+				m, ok := makers[types.ExprString(n.Fun)]
+				switch {
+				case !ok || m.code >= len(n.Args):
+				case m.kind == "":
+					take(n.Args[m.code], n.Args[m.code-1], path)
+				default:
+					take(n.Args[m.code], ast.NewIdent(m.kind), path)
 				}
-			case *ast.KeyValueExpr:
-				if key, ok := n.Key.(*ast.Ident); ok && key.Name == "Code" {
-					take(n.Value, path)
+			case *ast.CompositeLit:
+				members := map[string]ast.Expr{}
+				for _, e := range n.Elts {
+					if kv, ok := e.(*ast.KeyValueExpr); ok {
+						members[types.ExprString(kv.Key)] = kv.Value
+					}
+				}
+				take(members["Code"], members["Kind"], path)
+			case *ast.AssignStmt: // e.Code = "address-in-use"
+				for i, left := range n.Lhs {
+					if sel, ok := left.(*ast.SelectorExpr); ok && sel.Sel.Name == "Code" && i < len(n.Rhs) {
+						take(n.Rhs[i], nil, path)
+					}
 				}
 			case *ast.ValueSpec: // const ErrNoHub = "hub-not-running"
 				for i, name := range n.Names {
 					if strings.HasPrefix(name.Name, "Err") && i < len(n.Values) {
-						take(n.Values[i], path)
+						take(n.Values[i], nil, path)
 					}
 				}
 			}
@@ -267,21 +312,32 @@ func TestErrorsAreCatalogued(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	listed := map[string]bool{}
+	listed := map[string][]string{}
 	for _, m := range errorRow.FindAllStringSubmatch(string(b), -1) {
-		if listed[m[1]] {
+		if listed[m[1]] != nil {
 			t.Errorf("docs/errors.md lists %s twice", m[1])
 		}
-		listed[m[1]] = true
+		listed[m[1]] = strings.Split(m[2], ", ")
 	}
 	for code, path := range used {
-		if !listed[code] {
+		if listed[code] == nil {
 			t.Errorf("%s uses the error code %s, which docs/errors.md does not list", path, code)
+			continue
+		}
+		for kind := range kinds[code] {
+			if !slices.Contains(listed[code], kind) {
+				t.Errorf("%s uses the error code %s with the kind %s, which docs/errors.md does not say", path, code, kind)
+			}
 		}
 	}
-	for code := range listed {
+	for code, names := range listed {
 		if used[code] == "" {
 			t.Errorf("docs/errors.md lists %s, which is not in the source", code)
+		}
+		for _, k := range names {
+			if !slices.Contains(slices.Collect(maps.Values(kindOf)), k) {
+				t.Errorf("docs/errors.md gives %s the kind %q, which does not exist", code, k)
+			}
 		}
 	}
 	if len(used) < 100 {
