@@ -25,6 +25,7 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 	"go.yaml.in/yaml/v3"
 
+	"github.com/coaphub/coaphub/bundle"
 	"github.com/coaphub/coaphub/test/hubtest"
 )
 
@@ -34,6 +35,7 @@ var update = flag.Bool("update", false, "write what came into the scripts")
 // what came: "->" compares at once, "~>" asks again until it is so or 10 s are over. Lines of a script:
 //
 //	hub config KEY=VALUE …                        before anything else
+//	hub has NAME                                  an account with the role user
 //	hub restarts
 //	device NAME connects [without certificate|with certificate of other CA|...] -> connected
 //	device NAME METHOD /path?query {body} [format N] [accept N]     -> 2.04 {body}
@@ -42,7 +44,10 @@ var update = flag.Bool("update", false, "write what came into the scripts")
 //	device NAME notifies /href {value}
 //	device NAME disconnects
 //	device NAME is closed by the hub              -> yes
-//	app OWNER METHOD /path {body}                 -> 200 {body}
+//	app WHO METHOD /path {body}                   -> 200 {body}
+//
+// WHO is an account; "nobody", who has no token; a device, who takes the token of its last sign-up; or ACCOUNT-for-1s, whose
+// token lasts so long.
 //
 // NAME in a path or body stands for that device's ID, CODE for a fresh authorization code, TOKEN-OF-NAME and
 // REFRESH-OF-NAME for what its last sign-up or refresh brought. In what came, IDs become names and values that change from
@@ -186,6 +191,9 @@ func (w *world) hubLine(what, rest string) (string, error) {
 	switch what {
 	case "config":
 		w.config = append(w.config, strings.Fields(rest)...)
+		return "", nil
+	case "has":
+		w.start().User(w.t, rest, "kept as a secret by "+rest, "user")
 		return "", nil
 	case "restarts":
 		w.start().Restart(w.t)
@@ -362,10 +370,9 @@ func (w *world) appLine(ctx context.Context, owner, rest string) (string, error)
 	method, rest, _ := strings.Cut(rest, " ")
 	target, body, _ := strings.Cut(strings.TrimSpace(rest), " ")
 	h := w.start()
-	token := w.tokens[owner]
-	if token == "" && owner != "nobody" {
-		token = h.TokenOf(w.t, owner)
-		w.tokens[owner] = token
+	token, err := w.token(ctx, owner)
+	if err != nil {
+		return "", err
 	}
 	req, err := http.NewRequestWithContext(ctx, method, h.HTTP+w.ids(target), strings.NewReader(body))
 	if err != nil {
@@ -390,6 +397,29 @@ func (w *world) appLine(ctx context.Context, owner, rest string) (string, error)
 		}
 	}
 	return strings.TrimSpace(fmt.Sprintf("%d %s", res.StatusCode, strings.Join(parts, " "))), nil
+}
+
+// token is what the caller named who shows. It is asked for once.
+func (w *world) token(ctx context.Context, who string) (string, error) {
+	if d := w.devices[who]; d != nil {
+		return d.access, nil
+	}
+	if w.tokens[who] == "" && who != "nobody" {
+		owner, lasts, short := strings.Cut(who, "-for-")
+		var ttl time.Duration
+		if short {
+			var err error
+			if ttl, err = time.ParseDuration(lasts); err != nil {
+				return "", err
+			}
+		}
+		tok, err := w.hub.Control.Token(ctx, bundle.TokenRequest{Owner: owner, TTL: ttl})
+		if err != nil {
+			return "", err
+		}
+		w.tokens[who] = tok.AccessToken
+	}
+	return w.tokens[who], nil
 }
 
 func (w *world) renderJSON(b []byte) string {
