@@ -257,6 +257,27 @@ func TestSignInWithABrowser(t *testing.T) {
 	}
 }
 
+// The cookie ties forms to a browser and is no session: after a sign-in it gives neither a code nor an answer.
+func TestLoginCookieAuthorizesNothing(t *testing.T) {
+	w := newSite(t, nil, owners(nobody))
+	c := w.browser()
+	origin := strings.TrimSuffix(w.url, "/oauth")
+	r := w.do(c, "GET", "/authorize?"+w.authorizeQuery().Encode(), nil)
+	r = w.do(c, "GET", origin+r.Header.Get("Location"), nil)
+	cookies := r.Cookies()
+	if len(cookies) != 1 || !cookies[0].HttpOnly || cookies[0].SameSite != http.SameSiteLaxMode || cookies[0].Path != "/oauth/" {
+		t.Fatalf("cookies %v; want one, hidden from scripts, that is not sent to the API", cookies)
+	}
+	w.signIn(c, "user", w.authorizeQuery())
+	if r := w.do(c, "GET", "/userinfo", nil); r.StatusCode != http.StatusUnauthorized {
+		t.Errorf("userinfo: %d", r.StatusCode)
+	}
+	r = w.do(c, "GET", "/authorize?"+w.authorizeQuery().Encode(), nil)
+	if to := r.Header.Get("Location"); !strings.HasPrefix(to, "/oauth/login?") {
+		t.Errorf("another application's request leads to %q, not to the login page", to)
+	}
+}
+
 func TestLoopbackRedirectForTheCommandLine(t *testing.T) {
 	w := newSite(t, nil, owners(nobody))
 	c, uri := w.browser(), "http://127.0.0.1:53219/callback"
