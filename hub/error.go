@@ -116,18 +116,24 @@ func KindOf(err error) Kind {
 // IsKind reports whether err is not nil and of kind k.
 func IsKind(err error, k Kind) bool { return err != nil && KindOf(err) == k }
 
-// Public returns what an outsider may see of err: the stable code and one short sentence.
+// Public returns what an outsider may see of err: the stable code and one short sentence. An *Error that brings neither and
+// wraps one of the same kind only says where that passed; one of another kind hides what it wraps.
 func Public(err error) (code, text string) {
 	kind := KindOf(err)
 	code, text = kind.String(), kind.Sentence()
 	var e *Error
-	if errors.As(err, &e) {
+	for errors.As(err, &e) && e.Kind == kind {
+		if e.Code == "" && e.Text == "" {
+			err = e.Err
+			continue
+		}
 		if e.Code != "" {
 			code = e.Code
 		}
 		if e.Text != "" {
 			text = e.Text
 		}
+		break
 	}
 	return code, text
 }

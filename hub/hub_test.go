@@ -86,6 +86,13 @@ func TestErrorsShowOnlyWhatIsPublic(t *testing.T) {
 	if !strings.Contains(err.Error(), "sector 7") {
 		t.Errorf("the log must have the cause: %v", err)
 	}
+	full := hub.NewError(hub.Unavailable, "disk-full", "the disk is full")
+	if code, text := hub.Public(fmt.Errorf("a: %w", &hub.Error{Kind: hub.Unavailable, Op: "b", Err: full})); code != "disk-full" || text != "the disk is full" {
+		t.Errorf("what passed an error without words is %q, %q", code, text)
+	}
+	if code, text := hub.Public(&hub.Error{Kind: hub.Internal, Err: full}); code != "internal" || strings.Contains(text, "disk") {
+		t.Errorf("what another kind hides is %q, %q", code, text)
+	}
 	if k := hub.KindOf(fmt.Errorf("x: %w", context.DeadlineExceeded)); k != hub.Deadline {
 		t.Errorf("a deadline is %v", k)
 	}
