@@ -23,9 +23,7 @@ func (a *assembly) authorization(ctx context.Context) ([]coapgateway.NamedProvid
 		if a.provider, err = oauthserver.Open(ctx, cfg, a.documents, a.identities, a.log.With("part", "oauth-server"), a.registry); err != nil {
 			return nil, err
 		}
-		if name, password, ok := a.provider.FirstLogin(); ok {
-			a.first = firstLogin{name, password}
-		}
+		a.first.name, a.first.password, _ = a.provider.FirstLogin()
 		// In one process keys and revocations are asked for by a call: nothing of the hub's own waits for its HTTP door.
 		issuers = a.cfg.Authorization.Resolve(auth.IssuerConfig{
 			Authority: a.provider.Issuer(), Audience: []string{a.provider.Audience()}, OwnerClaim: "sub",

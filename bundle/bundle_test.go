@@ -157,7 +157,8 @@ func TestADeviceIsSeenAndSurvivesARestart(t *testing.T) {
 		_, b := get(t, h.HTTP+"/api/v1/devices/"+lamp, token)
 		return strings.Contains(b, "OFFLINE")
 	})
-	if n, err := bundle.Verify(t.Context(), h.Data, func(p string) { t.Error(p) }); err != nil || n != 1 {
+	var far [2]int64
+	if n, err := bundle.Verify(t.Context(), h.Data, func(p string) { t.Error(p) }, func(done, total int64) { far = [2]int64{done, total} }); far != [2]int64{1, 1} || err != nil || n != 1 {
 		t.Errorf("verified %d devices, %v", n, err)
 	}
 }
@@ -292,6 +293,51 @@ func TestFirstLogin(t *testing.T) {
 	})
 	if line := runOnce(t, cfg, true, func() {}); strings.Contains(line, "first-login") {
 		t.Errorf("the next start shows %q", line)
+	}
+}
+
+func TestAFullDiskStartsReadOnly(t *testing.T) {
+	cfg := loopback(t)
+	file := filepath.Join(cfg.Data, "first-login")
+	var password []byte
+	runOnce(t, cfg, false, func() {
+		var err error
+		if password, err = os.ReadFile(file); err != nil {
+			t.Error(err)
+		}
+	})
+	cfg.Store.MinFree = 1 << 60
+	line := runOnce(t, cfg, false, func() {
+		c, err := bundle.Dial(cfg.Data)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		s, err := c.Status(t.Context())
+		if err != nil || !strings.Contains(s.ReadOnly, "less than 1048576TiB free (store.minFree)") || len(s.NotReady) > 0 {
+			t.Errorf("status %+v, %v", s, err)
+		}
+		if us, err := c.Users(t.Context()); err != nil || len(us) != 1 {
+			t.Errorf("reading: %+v, %v", us, err)
+		}
+		_, err = c.AddUser(t.Context(), bundle.UserRequest{Name: "bob", Roles: []string{"user"}})
+		if code, _ := hub.Public(err); !hub.IsKind(err, hub.Unavailable) || code != "disk-full" {
+			t.Errorf("writing: %v", err)
+		}
+	})
+	if !strings.Contains(line, " first-login="+file) {
+		t.Errorf("the ready line is %q", line)
+	}
+	// The password of the first start is the one that works.
+	if b, err := os.ReadFile(file); err != nil || !bytes.Equal(b, password) {
+		t.Errorf("the first login became %q, %v; it was %q", b, err, password)
+	}
+	// A hub that was never started has nothing to read.
+	fresh := loopback(t)
+	fresh.Store.MinFree = 1 << 60
+	err := bundle.Run(t.Context(), fresh, bundle.Options{})
+	if !hub.IsKind(err, hub.Unavailable) || !strings.Contains(err.Error(), "disk is full") {
+		t.Errorf("the first start: %v", err)
 	}
 }
 
@@ -455,7 +501,7 @@ func TestBackupAndRestore(t *testing.T) {
 		t.Errorf("the token from before: %d %s", code, b)
 	}
 	r.Stop(t)
-	if n, err := bundle.Verify(ctx, at("with"), func(p string) { t.Error(p) }); err != nil || n != 1 {
+	if n, err := bundle.Verify(ctx, at("with"), func(p string) { t.Error(p) }, nil); err != nil || n != 1 {
 		t.Errorf("verified %d, %v", n, err)
 	}
 

@@ -2,6 +2,7 @@ package bundle
 
 import (
 	"context"
+	"fmt"
 	"net/http"
 	"os"
 	"time"
@@ -38,6 +39,9 @@ func (a *assembly) status(ctx context.Context) Status {
 	}
 	if head, err := a.store.Head(ctx); err == nil {
 		s.Feed = Feed{LogID: a.store.LogID(), Day: head.Day, N: head.N}
+	}
+	if a.store.Full() {
+		s.ReadOnly = fmt.Sprintf("the disk has less than %s free (store.minFree): reads go on, writes are refused until there is room", a.cfg.Store.MinFree)
 	}
 	s.Devices, s.Online = a.count(ctx)
 	s.FirstLogin = a.firstLoginFile(ctx)

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"path/filepath"
@@ -40,6 +41,8 @@ type Status struct {
 	Feed      Feed      `json:"feed"`
 	// NotReady says what keeps the hub from serving; empty when it serves.
 	NotReady map[string]string `json:"notReady,omitempty"`
+	// ReadOnly says why writes are refused while reads go on; empty when they are not.
+	ReadOnly string `json:"readOnly,omitempty"`
 	// FirstLogin is where the first account's one-time password waits; empty when it was shown on a terminal or used.
 	FirstLogin string `json:"firstLogin,omitempty"`
 }
@@ -147,6 +150,12 @@ func Dial(data string) (*Control, error) {
 			var c net.Conn
 			if c, err = new(net.Dialer).DialContext(ctx, "unix", path); err == nil {
 				return c, nil
+			}
+		}
+		if errors.Is(err, fs.ErrPermission) {
+			return nil, &hub.Error{
+				Kind: hub.Denied, Code: "data-folder-not-ours", Err: err,
+				Text: "the data folder " + data + " belongs to another user; run the command as the user the hub runs as, or name another folder with --data",
 			}
 		}
 		return nil, &hub.Error{

@@ -10,9 +10,13 @@ import (
 
 // keepFirstLogin puts the first account's one-time password where its owner finds it: on the terminal (the ready line), or in
 // a file that only the hub's user can read. A file that is of no use any more goes.
-func (a *assembly) keepFirstLogin() error {
+func (a *assembly) keepFirstLogin(ctx context.Context) error {
 	path := a.folder.sub(firstLoginFile)
-	if a.first.password == "" || a.terminal {
+	if a.first.password == "" {
+		a.firstLoginFile(ctx) // the one of an earlier start may still be good
+		return nil
+	}
+	if a.terminal {
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("remove the first login: %w", err)
 		}

@@ -58,7 +58,7 @@ type assembly struct {
 	http, grpc net.Listener
 }
 
-// firstLogin is the first account, on the hub's first start only.
+// firstLogin is the first account, and its one-time password if this start made one.
 type firstLogin struct{ name, password string }
 
 // wire makes all parts. It is the only function that knows who runs where: everything in this process, so that each part is
@@ -126,7 +126,7 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	if err != nil {
 		return nil, err
 	}
-	if err := a.keepFirstLogin(); err != nil {
+	if err := a.keepFirstLogin(ctx); err != nil {
 		return nil, err
 	}
 	certificate, err := a.hubCertificate()

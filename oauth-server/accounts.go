@@ -266,6 +266,10 @@ func (s *Server) firstLogin(ctx context.Context) error {
 	}
 	if err := write(ctx, s.docs, collAccounts, firstAccount, rev, a); hub.IsKind(err, hub.Conflict) {
 		return nil // another process was faster and shows its own
+	} else if rev != 0 && !known && hub.IsKind(err, hub.Unavailable) {
+		// A full disk must not keep a hub from starting: reading goes on. The password of an earlier start is still good.
+		s.log.Warn("the first account keeps its one-time password: a new one cannot be stored", "error", err)
+		return nil
 	} else if err != nil {
 		return err
 	}

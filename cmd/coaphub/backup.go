@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
@@ -95,12 +96,16 @@ func newVerify(p process) *cobra.Command {
 		Args:  none,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			problems := []string{}
+			show := newProgress(p.err, "devices checked")
+			show.text = func(n int64) string { return strconv.FormatInt(n, 10) }
+			show.begin("checking the store")
 			devices, err := bundle.Verify(cmd.Context(), dataFlag(cmd), func(problem string) {
 				problems = append(problems, problem)
 				if !asJSON {
 					_, _ = fmt.Fprintln(p.out, plain(problem))
 				}
-			})
+			}, show.at)
+			show.end()
 			if err != nil {
 				return err
 			}
@@ -165,12 +170,21 @@ func readPassphrase(p process, want bool, file string, fresh bool) ([]byte, erro
 type progress struct {
 	w     io.Writer
 	verb  string
+	text  func(int64) string // of an amount
 	on    bool
-	shown int64 // percent
+	shown int64 // percent; -1: nothing yet
 }
 
 func newProgress(w io.Writer, verb string) *progress {
-	return &progress{w: w, verb: verb, on: terminal(w), shown: -1}
+	return &progress{w: w, verb: verb, text: bytesText, on: terminal(w), shown: -1}
+}
+
+// begin says what happens before there is anything to count.
+func (s *progress) begin(what string) {
+	if s.on {
+		s.shown = 0
+		_, _ = fmt.Fprintf(s.w, "%s ", what)
+	}
 }
 
 func (s *progress) at(done, total int64) {
@@ -178,7 +192,7 @@ func (s *progress) at(done, total int64) {
 		return
 	}
 	s.shown = done * 100 / total
-	_, _ = fmt.Fprintf(s.w, "\r%s %s of %s (%d %%) ", s.verb, bytesText(done), bytesText(total), s.shown)
+	_, _ = fmt.Fprintf(s.w, "\r%s %s of %s (%d %%) ", s.verb, s.text(done), s.text(total), s.shown)
 }
 
 func (s *progress) end() {

@@ -33,6 +33,9 @@ func newStatus(p process) *cobra.Command {
 				for _, r := range rs {
 					t.row(r.Time.Local().Format(time.DateTime), r.Remote, r.What, r.Device, r.Reason)
 				}
+				if len(rs) == 0 {
+					_, _ = fmt.Fprintln(p.err, "nothing was refused since the hub started")
+				}
 				return t.end()
 			}
 			s, err := c.Status(cmd.Context())
@@ -62,6 +65,9 @@ func newStatus(p process) *cobra.Command {
 			t.row("feed", "day "+strconv.FormatUint(uint64(s.Feed.Day), 10)+", commit "+strconv.FormatUint(s.Feed.N, 10))
 			for _, name := range slices.Sorted(maps.Keys(s.NotReady)) {
 				t.row("not ready", name+": "+s.NotReady[name])
+			}
+			if s.ReadOnly != "" {
+				t.row("read only", s.ReadOnly)
 			}
 			if s.FirstLogin != "" {
 				t.row("first login", "name and one-time password are in "+s.FirstLogin)

@@ -55,6 +55,9 @@ func (sp space) refuse() error {
 	return nil
 }
 
+// Full reports whether writes are refused because the disk is nearly full. Reads go on.
+func (s *Store) Full() bool { return s.space.full.Load() }
+
 // prepare makes room before the database is opened.
 func (sp space) prepare() { sp.check() }
 
