@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
 
 	"github.com/coaphub/coaphub/bundle"
 	"github.com/coaphub/coaphub/hub"
@@ -137,6 +138,9 @@ type failure struct {
 
 func (f failure) err() error {
 	e := &hub.Error{Kind: hub.Invalid, Code: "hub-refused", Text: f.Message}
+	if codes.Code(f.Code) == codes.NotFound {
+		e.Kind = hub.NotFound
+	}
 	for _, d := range f.Details {
 		if d.Reason != "" {
 			e.Code = d.Reason
@@ -232,4 +236,49 @@ func hrefPath(href string) (string, error) {
 		b.WriteString(url.PathEscape(seg))
 	}
 	return b.String(), nil
+}
+
+// completeResources completes a device's ID, with its name beside it, and then an href: nobody types a UUID. A shell waits for
+// it, so it gives up soon, and says nothing when there is no hub.
+func completeResources(f *apiFlags, p process) cobra.CompletionFunc {
+	return func(cmd *cobra.Command, args []string, begun string) (found []string, _ cobra.ShellCompDirective) {
+		const none = cobra.ShellCompDirectiveNoFileComp
+		if len(args) > 1 || f.tokenFile == "-" {
+			return nil, none
+		}
+		ctx, cancel := context.WithTimeout(cmd.Context(), 2*time.Second)
+		defer cancel()
+		cmd.SetContext(ctx)
+		a, err := f.open(cmd, p, hub.ScopeRead)
+		if err != nil {
+			return nil, none
+		}
+		path := "/api/v1/devices"
+		if len(args) == 1 {
+			if path, err = devicePath(args[0]); err != nil {
+				return nil, none
+			}
+			path += "/resources"
+		}
+		_ = a.each(ctx, path, func(m json.RawMessage) error { // what was read until an error is better than nothing
+			var one struct {
+				ID   string `json:"id"`
+				Name string `json:"name"`
+				Data change `json:"data"`
+			}
+			if err := json.Unmarshal(m, &one); err != nil {
+				return err
+			}
+			text := one.ID
+			if len(args) == 1 {
+				text = one.Data.ResourceID.Href
+			}
+			if !strings.HasPrefix(text, begun) {
+				return nil
+			}
+			found = append(found, cobra.CompletionWithDesc(plain(text), plain(one.Name)))
+			return nil
+		})
+		return found, none
+	}
 }

@@ -15,7 +15,6 @@ import (
 )
 
 func newCA(p process) *cobra.Command {
-	cmd := &cobra.Command{Use: "ca", Short: "The hub's own certification authorities"}
 	root := &cobra.Command{
 		Use:       "root [device|https|internal]",
 		Short:     "Print a root certificate (PEM)",
@@ -70,8 +69,7 @@ func newCA(p process) *cobra.Command {
 	issue.Flags().StringVar(&device, "device-id", "", "the device's ID, a UUID")
 	issue.Flags().StringVar(&out, "out", "", "folder for the files")
 	issue.Flags().StringVar(&validity, "validity", conf.FormatDuration(365*24*time.Hour), "how long the certificate lasts")
-	cmd.AddCommand(root, issue)
-	return cmd
+	return group("ca", "The hub's own certification authorities", root, issue)
 }
 
 // writeIdentity writes a device's three files; the key is readable by its owner only. ca.pem has the issuing certificate after

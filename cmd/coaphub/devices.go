@@ -45,7 +45,6 @@ func newDevices(p process) *cobra.Command {
 				return a.each(cmd.Context(), path, line(p.out))
 			}
 			t := newTable(p.out, "DEVICE", "NAME", "STATUS", "TWIN", "TYPES")
-			n := 0
 			err = a.each(cmd.Context(), path, func(m json.RawMessage) error {
 				var d struct {
 					ID       string   `json:"id"`
@@ -63,15 +62,16 @@ func newDevices(p process) *cobra.Command {
 				if err := json.Unmarshal(m, &d); err != nil {
 					return fmt.Errorf("the hub's answer was not understood: %w", err)
 				}
-				n++
 				t.row(d.ID, d.Name, strings.ToLower(d.Metadata.Connection.Status), strings.ToLower(strings.ReplaceAll(d.Metadata.Twin.State, "_", "-")), strings.Join(d.Types, " "))
 				return nil
 			})
-			err = t.finish(err)
-			if err == nil && n == 0 {
-				_, _ = fmt.Fprintln(p.err, "no devices; coaphub onboard makes what a device needs to sign up")
+			if err == nil && t.rows == 1 {
+				t.note = "no devices; coaphub onboard makes what a device needs to sign up"
+				if len(q) > 0 {
+					t.note = "no such devices"
+				}
 			}
-			return err
+			return t.finish(p.err, err)
 		},
 	}
 	f.add(cmd)

@@ -24,7 +24,9 @@ func newGet(p process) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "get DEVICE [HREF]",
 		Short: "Show what a device's resources are now, as the hub knows them",
-		Args:  between(1, 2),
+		Long: "get shows the values that a device reported last, from the hub's memory: the device may be asleep or away.\n" +
+			"Without HREF it shows all resources whose value is known.",
+		Args: between(1, 2), ValidArgsFunction: completeResources(&f, p),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			path, err := devicePath(args[0])
 			if err != nil {
@@ -56,7 +58,16 @@ func newGet(p process) *cobra.Command {
 				t.row(r.Data.ResourceID.Href, r.Data.Status, string(r.Data.Content))
 				return nil
 			})
-			return t.finish(err)
+			if hub.IsKind(err, hub.NotFound) && len(args) == 2 {
+				return &hub.Error{
+					Kind: hub.NotFound, Code: "not-found", Err: err,
+					Text: "the hub knows no value of " + args[1] + " of this device; coaphub get " + args[0] + " shows what it knows",
+				}
+			}
+			if err == nil && t.rows == 1 {
+				t.note = "the hub knows no values of this device; coaphub devices lists the devices"
+			}
+			return t.finish(p.err, err)
 		},
 	}
 	f.add(cmd)

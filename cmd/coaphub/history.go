@@ -22,7 +22,9 @@ func newHistory(p process) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "history DEVICE [HREF]",
 		Short: "Show what happened to a device, oldest first",
-		Args:  between(1, 2),
+		Long: "history shows every event that the hub keeps of a device, or of one of its resources: what it published, each value\n" +
+			"it reported, when it came and went. How long events are kept is resourceDirectory.history in the configuration.",
+		Args: between(1, 2), ValidArgsFunction: completeResources(&f, p),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			path, err := devicePath(args[0])
 			if err != nil {
@@ -59,7 +61,13 @@ func newHistory(p process) *cobra.Command {
 				t.row(at.Local().Format("2006-01-02 15:04:05.000"), kind, what)
 				return nil
 			})
-			return t.finish(err)
+			if err == nil && t.rows == 1 {
+				t.note = "no events; coaphub devices lists the devices"
+				if since != "" {
+					t.note = "no events since then"
+				}
+			}
+			return t.finish(p.err, err)
 		},
 	}
 	f.add(cmd)

@@ -101,6 +101,12 @@ func sentence(err error) string {
 	if !errors.As(err, &e) {
 		return err.Error()
 	}
+	// The outermost error that was given words says it best; those around it only say where it passed.
+	for inner := e; e.Text == "" && errors.As(inner.Err, &inner); {
+		if inner.Text != "" {
+			e = inner
+		}
+	}
 	code, text := hub.Public(e)
 	if e.Err != nil && e.Text == "" {
 		text += ": " + e.Err.Error()
@@ -132,20 +138,33 @@ func newRoot(p process) *cobra.Command {
 	return root
 }
 
-// exactly, between and none are cobra's rules about arguments, as mistakes in usage.
-func exactly(n int) cobra.PositionalArgs { return asUsage(cobra.ExactArgs(n)) }
-
-func between(least, most int) cobra.PositionalArgs { return asUsage(cobra.RangeArgs(least, most)) }
-
-func none(cmd *cobra.Command, args []string) error { return asUsage(cobra.NoArgs)(cmd, args) }
-
-func asUsage(rule cobra.PositionalArgs) cobra.PositionalArgs {
+// between, exactly and none say how many arguments a command takes. Mistakes are answered with how to write it.
+func between(least, most int) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
-		if err := rule(cmd, args); err != nil {
-			return usageError{err}
+		switch {
+		case len(args) < least:
+			return usage("an argument is missing; write %s", cmd.UseLine())
+		case len(args) > most:
+			return usage("%q is one argument too many; write %s", args[most], cmd.UseLine())
 		}
 		return nil
 	}
+}
+
+func exactly(n int) cobra.PositionalArgs { return between(n, n) }
+
+func none(cmd *cobra.Command, args []string) error { return between(0, 0)(cmd, args) }
+
+// group is a command that only holds others: alone it shows them, and a slip in their name is a mistake and not a question.
+func group(name, short string, commands ...*cobra.Command) *cobra.Command {
+	cmd := &cobra.Command{Use: name, Short: short, Args: cobra.ArbitraryArgs, RunE: func(cmd *cobra.Command, args []string) error {
+		if len(args) == 0 {
+			return cmd.Help()
+		}
+		return usage("unknown command %q for %q", args[0], cmd.CommandPath())
+	}}
+	cmd.AddCommand(commands...)
+	return cmd
 }
 
 // dataFlag is the data folder of a command.

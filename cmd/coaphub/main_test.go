@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -72,7 +73,7 @@ func TestExitCodesAndWhatToDoNext(t *testing.T) {
 	}{
 		{"nonsense", exitUsage, `unknown command "nonsense".*\nSee "coaphub --help"`},
 		{"serve --nonsense", exitUsage, `unknown flag: --nonsense\nSee "coaphub serve --help"`},
-		{"serve surplus", exitUsage, `unknown command "surplus" for "coaphub serve"`},
+		{"serve surplus", exitUsage, `"surplus" is one argument too many; write coaphub serve`},
 		{"serve --target=coap-gateway", exitUsage, `--target=coap-gateway: parts cannot run apart yet`},
 		{"serve --config /does/not/exist.yaml", exitFailure, `/does/not/exist.yaml: no such file.*config-unreadable`},
 		{"serve --external-address a:b", exitFailure, `externalAddress: "a:b" is neither`},
@@ -85,13 +86,13 @@ func TestExitCodesAndWhatToDoNext(t *testing.T) {
 		{"onboard --any-device --out x", exitUsage, `--out needs --device-id`},
 		{"ca issue", exitUsage, `--device-id and --out are needed`},
 		{"ca issue --device-id x --out y --validity z", exitUsage, `--validity`},
-		{"ca root a b", exitUsage, `accepts between 0 and 1`},
+		{"ca root a b", exitUsage, `"b" is one argument too many`},
 		{"devices --online --offline", exitUsage, `--online and --offline`},
 		{"devices --token x", exitUsage, `belong to --server`},
 		{"devices --server nonsense --token x", exitUsage, `is not a URL`},
 		{"devices --server http://127.0.0.1:1", exitUsage, `needs a token`},
 		{"devices --server http://127.0.0.1:1 --token x", exitFailure, `cannot be reached.*connection refused`},
-		{"get", exitUsage, `accepts between 1 and 2`},
+		{"get", exitUsage, `an argument is missing; write coaphub get DEVICE \[HREF\]`},
 		{"get lamp", exitUsage, `"lamp" is not a device ID`},
 		{"get " + lamp + " ..", exitUsage, `dot segment`},
 		{"history " + lamp + " --since soon", exitUsage, `--since`},
@@ -101,10 +102,12 @@ func TestExitCodesAndWhatToDoNext(t *testing.T) {
 		{"simulate --code x", exitUsage, `belong to --device-id`},
 		{"simulate --device-id " + lamp, exitUsage, `needs --cert, --code and --server`},
 		{"simulate", exitFailure, `hub-not-running`},
-		{"user add", exitUsage, `accepts 1 arg`},
-		{"user roles alice", exitUsage, `at least 2 arg`},
+		{"user add", exitUsage, `an argument is missing; write coaphub user add NAME`},
+		{"user nonsense", exitUsage, `unknown command "nonsense" for "coaphub user"\nSee "coaphub user --help"`},
+		{"ca nonsense", exitUsage, `unknown command "nonsense" for "coaphub ca"`},
+		{"user roles alice", exitUsage, `an argument is missing; write coaphub user roles NAME ROLE`},
 		{"user add alice --password-stdin", exitUsage, `standard input is empty`},
-		{"backup", exitUsage, `accepts 1 arg`},
+		{"backup", exitUsage, `an argument is missing; write coaphub backup DIR`},
 		{"backup x", exitFailure, `is no data folder.*data-missing`},
 		{"backup x --with-keys", exitUsage, `--passphrase-file`},
 		{"backup x --passphrase-file y", exitUsage, `belongs to --with-keys`},
@@ -164,7 +167,7 @@ func TestAgainstARunningHub(t *testing.T) {
 	if s := as[bundle.Status](t, on("status", "--json")); s.HubID != h.ID || s.Endpoints.HTTP != h.HTTP {
 		t.Errorf("%+v", s)
 	}
-	on("status", "--refused").want(t, exitOK, "^TIME +FROM +WHAT", "^$")
+	on("status", "--refused").want(t, exitOK, "^TIME +FROM +WHAT", "^nothing was refused")
 	if rs := as[[]bundle.Refusal](t, on("status", "--refused", "--json")); rs == nil || len(rs) != 0 {
 		t.Errorf("%v", rs)
 	}
@@ -221,7 +224,7 @@ func TestAgainstARunningHub(t *testing.T) {
 	// Devices that behave, for a moment.
 	on("simulate", "--devices", "2", "--duration", "3s", "--rate", "20").want(t, exitOK, `devices 2 .*signed up 2 `, "^$")
 	on("devices").want(t, exitOK, `(?s)simulated.*offline.*oic.d.light`, "^$")
-	on("devices", "--online").want(t, exitOK, "^DEVICE .*\n$", "no devices")
+	on("devices", "--online").want(t, exitOK, "^DEVICE .*\n$", "no such devices")
 	var dev struct {
 		ID string `json:"id"`
 	}
@@ -232,10 +235,15 @@ func TestAgainstARunningHub(t *testing.T) {
 	on("get", dev.ID).want(t, exitOK, `(?s)HREF.*/light/1 +OK +\{.*"power":\d+`, "^$")
 	on("get", dev.ID, "/light/1").want(t, exitOK, `^HREF.*\n/light/1 +OK +\{.*\n$`, "^$")
 	on("get", dev.ID, "light//1/", "--json").want(t, exitOK, `"href":"/light/1"`, "^$")
-	on("get", dev.ID, "/nothing").want(t, exitFailure, "", `coaphub: .*\[`)
+	on("get", dev.ID, "/nothing").want(t, exitFailure, "^$", `knows no value of /nothing of this device; coaphub get `+dev.ID+` shows`)
+	on("get", lamp).want(t, exitOK, `^HREF +STATUS +CONTENT\n$`, "^the hub knows no values of this device; coaphub devices")
+	on("history", lamp).want(t, exitOK, `^TIME +EVENT +WHAT\n$`, "^no events; coaphub devices")
+	runs(t, "__complete", "--data", h.Data, "get", dev.ID[:4]).want(t, exitOK, "^"+dev.ID+`\tsimulated`, "")
+	runs(t, "__complete", "--data", h.Data, "history", dev.ID, "/li").want(t, exitOK, `^/light/1\n`, "")
+	runs(t, "__complete", "get", "--data", t.TempDir(), "").want(t, exitOK, "^:4\n", "")
 	on("history", dev.ID).want(t, exitOK, `(?s)resourceLinksPublished +.*/light/1.*resourceChanged +/light/1 OK`, "^$")
 	on("history", dev.ID, "/light/1", "--since", "1h").want(t, exitOK, `(?s)resourceChanged +/light/1 OK .*\n.*resourceChanged`, "^$")
-	on("history", dev.ID, "--since", "2200-01-01T00:00:00Z").want(t, exitOK, `^TIME +EVENT +WHAT\n$`, "^$")
+	on("history", dev.ID, "--since", "2200-01-01T00:00:00Z").want(t, exitOK, `^TIME +EVENT +WHAT\n$`, "^no events since then\n$")
 	on("history", dev.ID, "--json").want(t, exitOK, `"resourceChanged":\{`, "^$")
 
 	on("verify").want(t, exitOK, `^2 devices, 0 problems\n$`, "^$")
@@ -360,6 +368,17 @@ func TestTextsAreSafeForTerminalsAndShells(t *testing.T) {
 	for in, want := range map[string]string{"/a/b-1": "/a/b-1", "a b": "'a b'", "it's": `'it'\''s'`, "": "''", "$(x)": "'$(x)'"} {
 		if got := quote(in); got != want {
 			t.Errorf("quote(%q) = %s", in, got)
+		}
+	}
+	passed := func(op string, err error) error { return &hub.Error{Kind: hub.KindOf(err), Op: op, Err: err} }
+	for want, err := range map[string]error{
+		"the disk is full [disk-full]":             passed("a", fmt.Errorf("b: %w", passed("c", hub.NewError(hub.Unavailable, "disk-full", "the disk is full")))),
+		"outer words [outer]":                      &hub.Error{Kind: hub.Invalid, Code: "outer", Text: "outer words", Err: hub.NewError(hub.Invalid, "inner", "inner words")},
+		"there is no such thing: gone [not-found]": &hub.Error{Kind: hub.NotFound, Err: errors.New("gone")},
+		"read the token: gone":                     fmt.Errorf("read the token: %w", errors.New("gone")),
+	} {
+		if got := sentence(err); got != want {
+			t.Errorf("sentence(%v) = %q, want %q", err, got, want)
 		}
 	}
 	now := time.Date(2026, 1, 2, 0, 0, 0, 0, time.UTC)

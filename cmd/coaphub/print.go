@@ -20,7 +20,8 @@ func printJSON(w io.Writer, v any) error {
 // table writes rows in columns, with heads above them.
 type table struct {
 	w    *tabwriter.Writer
-	rows int
+	rows int    // with the heads
+	note string // about an empty table; goes where scripts do not look
 }
 
 func newTable(w io.Writer, heads ...string) *table {
@@ -40,11 +41,15 @@ func (t *table) row(cells ...string) {
 func (t *table) end() error { return t.w.Flush() }
 
 // finish ends the table of a list that was read until err; if that was at once, there is nothing to show but the error.
-func (t *table) finish(err error) error {
+func (t *table) finish(notes io.Writer, err error) error {
 	if err != nil && t.rows == 1 {
 		return err
 	}
-	return errors.Join(err, t.end())
+	err = errors.Join(err, t.end())
+	if err == nil && t.note != "" {
+		_, _ = fmt.Fprintln(notes, t.note)
+	}
+	return err
 }
 
 // plain takes control characters out of a text that came from a device or an application, so that it cannot steer the

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"strings"
 
@@ -14,7 +15,6 @@ import (
 )
 
 func newUser(p process) *cobra.Command {
-	cmd := &cobra.Command{Use: "user", Short: "Accounts of the embedded provider"}
 	var asJSON, stdin bool
 	var roles []string
 
@@ -59,7 +59,7 @@ func newUser(p process) *cobra.Command {
 	setRoles := &cobra.Command{
 		Use:   "roles NAME ROLE...",
 		Short: "Give an account these roles and no others",
-		Args:  asUsage(cobra.MinimumNArgs(2)),
+		Args:  between(2, math.MaxInt),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := control(cmd)
 			if err != nil {
@@ -95,8 +95,7 @@ func newUser(p process) *cobra.Command {
 	for _, c := range []*cobra.Command{add, passwd, setRoles, list} {
 		c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	}
-	cmd.AddCommand(add, list, passwd, setRoles)
-	return cmd
+	return group("user", "Accounts of the embedded provider", add, list, passwd, setRoles)
 }
 
 func userState(u bundle.User) string {

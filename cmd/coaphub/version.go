@@ -2,6 +2,8 @@ package main
 
 import (
 	"fmt"
+	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -19,7 +21,8 @@ func newVersion(p process) *cobra.Command {
 			if asJSON {
 				return printJSON(p.out, b)
 			}
-			_, err := fmt.Fprintf(p.out, "coaphub %s %s %s\n", b.Version, b.Commit, b.Go)
+			words := []string{"coaphub", b.Version, b.Commit, b.Go}
+			_, err := fmt.Fprintln(p.out, strings.Join(slices.DeleteFunc(words, func(w string) bool { return w == "" }), " "))
 			return err
 		},
 	}
