@@ -195,6 +195,40 @@ func TestTheLastTenMinutesAreNeverTrimmed(t *testing.T) {
 	}
 }
 
+// The clock is set forward by a year and back again. Nothing is lost by that, unless it stays there.
+func TestClockSetForwardTrimsNothing(t *testing.T) {
+	h := open(t)
+	x := h.registered(lamp)
+	for i := range 10 {
+		h.must(x.notify(value("/light", i)))
+	}
+	all := len(h.commits(lamp))
+	trim := &trimmer{d: h.d, keep: h.cfg.History.Retention}
+	now, year := time.Now(), 365*24*time.Hour
+	for _, step := range []struct {
+		up, ahead time.Duration
+		left      int
+	}{
+		{0, 0, all},
+		{time.Minute, 0, all},
+		{2 * time.Minute, year, all},
+		{30 * time.Minute, year, all},
+		{31 * time.Minute, 0, all}, // set right
+		{90 * time.Minute, 0, all},
+		{91 * time.Minute, year, all},
+		{150 * time.Minute, year, all},
+		{152 * time.Minute, year, 1}, // it has been so for an hour
+	} {
+		h.must(trim.step(t.Context(), now.Add(step.up+step.ahead), step.up))
+		if n := len(h.commits(lamp)); n != step.left {
+			t.Errorf("after %s, with a clock %s ahead: %d commits, want %d", step.up, step.ahead, n, step.left)
+		}
+	}
+	if !strings.Contains(h.log.String(), "the clock was set forward") {
+		t.Error("nobody was told")
+	}
+}
+
 func TestBytesWinOverDaysWithAnAlarm(t *testing.T) {
 	cfg := Default()
 	cfg.Workers, cfg.History = 1, History{Retention: 8 * time.Hour, MaxBytes: 1000}

@@ -24,6 +24,11 @@ const (
 	passEvery = time.Minute
 	// trimSteps divides what is kept: a device is trimmed once a sixteenth of it can go, since each time reads its bases.
 	trimSteps = 16
+	// leap is how far the clock may run ahead of the time that has passed. Beyond it somebody set it, rightly or not, and for
+	// as long as mistrust nothing is trimmed: a clock that is set wrong by a year must not cost a year of history before it is
+	// set right again.
+	leap     = neverYounger
+	mistrust = time.Hour
 	// adaptEvery is how long the back end gets to give back the space of what was removed.
 	adaptEvery = 5 * time.Minute
 )
@@ -31,6 +36,7 @@ const (
 // trim removes what is older than retention, device by device, until ctx ends.
 func (d *Directory) trim(ctx context.Context) {
 	t := &trimmer{d: d, keep: d.cfg.History.Retention}
+	start := time.Now()
 	d.metrics.kept.Set(t.keep.Seconds())
 	next := time.NewTimer(trimEvery)
 	defer next.Stop()
@@ -39,7 +45,7 @@ func (d *Directory) trim(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case now := <-next.C:
-			if err := t.step(ctx, now); err != nil && ctx.Err() == nil {
+			if err := t.step(ctx, now, time.Since(start)); err != nil && ctx.Err() == nil {
 				d.log.Warn("history cannot be trimmed, trying again", "device", t.next, "error", err)
 			}
 			if t.next == "" {
@@ -58,9 +64,17 @@ type trimmer struct {
 	next    hub.DeviceID  // the pass goes on after it
 	day     uint32        // the feed was trimmed before this day
 	adapted time.Time     // when keep was last looked at
+
+	// What the clock said at the last step, when that was, and until when it is not trusted; the last two on monotonic time.
+	clock        time.Time
+	seen, doubts time.Duration
 }
 
-func (t *trimmer) step(ctx context.Context, now time.Time) error {
+// step does a piece of a pass. now is what the clock says, up how long the trimmer has been running.
+func (t *trimmer) step(ctx context.Context, now time.Time, up time.Duration) error {
+	if !t.trusts(now, up) {
+		return nil
+	}
 	if t.next == "" {
 		t.adapt(now)
 		if err := t.feed(ctx, now); err != nil {
@@ -82,6 +96,17 @@ func (t *trimmer) step(ctx context.Context, now time.Time) error {
 	}
 	t.next = ""
 	return nil
+}
+
+// trusts reports whether the clock goes as time does. What it said at the start is believed: there is nothing to compare with.
+func (t *trimmer) trusts(now time.Time, up time.Duration) bool {
+	now = now.Round(0) // Sub must not use the monotonic time in it
+	if ahead := now.Sub(t.clock) - (up - t.seen); !t.clock.IsZero() && ahead > leap {
+		t.doubts = up + mistrust
+		t.d.log.Warn("the clock was set forward: history is not trimmed until it has proved right", "by", ahead, "for", mistrust)
+	}
+	t.clock, t.seen = now, up
+	return up >= t.doubts
 }
 
 // adapt shortens what is kept while the store is over its limit, and lengthens it again when there is room. It runs between
