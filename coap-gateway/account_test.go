@@ -622,6 +622,27 @@ func TestRefresh(t *testing.T) {
 	})
 }
 
+// A token is refreshed while the twin writes; what is written from then on has the new token's user.
+func TestRefreshWhileTheTwinWrites(t *testing.T) {
+	h := start(t, nil)
+	h.published("/x*")
+	d := h.online(lampID, func(d *device) { d.res["/x"] = value(t, 0, true) })
+	h.w.awaitLog(t, "twin 3")
+	h.w.grant("access", hub.Claims{Subject: "another subject"})
+	h.w.mu.Lock()
+	h.w.refresh["r"] = hub.Tokens{Access: "access", Refresh: "r", Expiry: time.Now().Add(time.Hour)}
+	h.w.mu.Unlock()
+	d.want(d.publish("/x*", "/a*", "/b*", "/c*"), "2.04", "") // the hub asks for these now, and stores NOT_FOUND
+	d.want(d.post("/oic/sec/tokenrefresh", body{"di": string(lampID), "uid": "alice", "refreshtoken": "r"}), "2.04", "")
+	d.notify("/x", codes.Content, 10000, cborOf(t, body{"n": 1}), nil)
+	h.awaitValue("/x", 1)
+	h.w.mu.Lock()
+	defer h.w.mu.Unlock()
+	if last := h.w.stamps[len(h.w.stamps)-1]; last.User != "another subject" {
+		t.Errorf("the last write is stamped %+v", last)
+	}
+}
+
 // The session ends with its token, and a refresh in the session moves its end.
 func TestSessionEndsWithItsToken(t *testing.T) {
 	h := start(t, nil)

@@ -28,9 +28,14 @@ func (h *hall) signedIn() (*raw, message.Message) {
 func (r *raw) readRequest(path string) message.Message {
 	r.t.Helper()
 	for {
-		m, ok := r.read()
-		if !ok {
-			r.t.Fatalf("the hub closed the connection instead of asking for %s", path)
+		var m message.Message
+		if len(r.hubs) > 0 {
+			m, r.hubs = r.hubs[0], r.hubs[1:]
+		} else {
+			var ok bool
+			if m, ok = r.read(); !ok {
+				r.t.Fatalf("the hub closed the connection instead of asking for %s", path)
+			}
 		}
 		if m.Code < codes.GET || m.Code > 31 {
 			continue
@@ -42,14 +47,20 @@ func (r *raw) readRequest(path string) message.Message {
 	}
 }
 
-// ask sends a request and returns its answer, which must have that code.
+// ask sends a request and awaits its answer, which must have that code. What the hub asks meanwhile is kept.
 func (r *raw) ask(m message.Message, code codes.Code) {
 	r.t.Helper()
 	r.write(m)
 	for {
-		got := r.readAnswer()
-		if string(got.Token) != string(m.Token) {
-			continue // of the sign-in
+		got, ok := r.read()
+		if !ok {
+			r.t.Fatal("the hub closed the connection")
+		}
+		if got.Code >= codes.GET && got.Code <= 31 {
+			r.hubs = append(r.hubs, got)
+		}
+		if got.Code < 64 || string(got.Token) != string(m.Token) {
+			continue // a signal, or the answer to the sign-in
 		}
 		if got.Code != code {
 			r.t.Fatalf("the answer is %s %q, not %s", dotted(got.Code), got.Payload, dotted(code))

@@ -199,6 +199,8 @@ func (w *world) note(format string, args ...any) { w.log = append(w.log, fmt.Spr
 func (w *world) await(t *testing.T, what string, cond func() bool) {
 	t.Helper()
 	timeout := time.After(10 * time.Second)
+	again := time.NewTicker(5 * time.Millisecond)
+	defer again.Stop()
 	for {
 		w.mu.Lock()
 		ok, bump := cond(), w.bump
@@ -209,6 +211,7 @@ func (w *world) await(t *testing.T, what string, cond func() bool) {
 		}
 		select {
 		case <-bump:
+		case <-again.C: // what is not the world's, diagnostics for one, wakes nobody
 		case <-timeout:
 			t.Fatalf("waited in vain for %s; what happened: %q", what, log)
 		}

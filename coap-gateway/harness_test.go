@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/big"
+	"sync"
 	"testing"
 	"time"
 
@@ -110,18 +111,28 @@ type hall struct {
 	ca *ca
 }
 
+// house is the CA of all halls and the hub's certificate: made once, because a thousand halls are started.
+var house struct {
+	once sync.Once
+	ca   *ca
+	hub  tls.Certificate
+}
+
 // start runs a gateway on loopback with both listeners.
 func start(t *testing.T, change func(*Config, *Deps)) *hall {
 	t.Helper()
-	h := &hall{t: t, w: newWorld(), ca: newCA(t)}
+	house.once.Do(func() {
+		house.ca = newCA(t)
+		house.hub = house.ca.identity(t, hubID, nil)
+	})
+	h := &hall{t: t, w: newWorld(), ca: house.ca}
 	cfg := Default()
 	cfg.API.CoAP.Address, cfg.API.CoAP.PlainAddress = "127.0.0.1:0", "127.0.0.1:0"
 	cfg.API.CoAP.ExternalAddress = "hub.example:5684"
-	own := h.ca.identity(t, hubID, nil)
 	deps := Deps{
 		Directory: &h.w.dir, Identities: &h.w.ids, Verifier: &h.w.ver,
 		Providers:   []NamedProvider{{Name: "main", Provider: &h.w.prov}},
-		Certificate: func() (*tls.Certificate, error) { return &own, nil },
+		Certificate: func() (*tls.Certificate, error) { return &house.hub, nil },
 		ClientCAs:   h.ca.pool(), HubID: hubID, Service: "gateway-1",
 	}
 	if change != nil {

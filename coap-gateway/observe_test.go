@@ -367,6 +367,7 @@ func TestFirstAnswerDoesNotOverwriteNotifications(t *testing.T) {
 		gw: h.gw, log: h.gw.log, own: h.w.owned[lampID], number: h.w.current[lampID], turn: make(chan struct{}, 1), message: 1000,
 		early: map[*coap.Observation]map[hub.Href]bool{o: {"/x": true}},
 	}
+	s.user.Store(new(string))
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	defer s.cancel()
 	octet := hub.Content{Format: 42, Data: []byte{1}}

@@ -17,6 +17,7 @@ type raw struct {
 	t    *testing.T
 	conn net.Conn
 	buf  []byte
+	hubs []message.Message // requests of the hub that came while an answer was awaited
 }
 
 func (h *hall) rawPlain() *raw {

@@ -22,8 +22,8 @@ type session struct {
 	log    *slog.Logger
 	own    hub.Ownership
 	number uint64
-	user   string // sub, for audit
-	uid    string // the owner as the device names it
+	user   atomic.Pointer[string] // sub, for audit; renewed while the twin writes
+	uid    string                 // the owner as the device names it
 	claims hub.Claims
 	timer  *time.Timer // closes the connection when the credential expires
 
@@ -88,7 +88,7 @@ func (s *session) write(ctx context.Context, do func(context.Context, hub.Stamp)
 
 func (s *session) writeInTurn(ctx context.Context, do func(context.Context, hub.Stamp) error) error {
 	s.message++
-	stamp := hub.Stamp{Device: s.own.Device, Session: s.number, Message: s.message, User: s.user}
+	stamp := hub.Stamp{Device: s.own.Device, Session: s.number, Message: s.message, User: *s.user.Load()}
 	return retry(ctx, s.gw.patience, func() error { return do(ctx, stamp) })
 }
 
@@ -122,7 +122,9 @@ func (p *peer) deadline(c hub.Claims) time.Time {
 // renew makes c the session's claims and moves its deadline. The time left is taken once from the wall clock and then runs on
 // the monotonic one, so that a step of the clock ends no session.
 func (p *peer) renew(s *session, c hub.Claims) {
-	s.claims, s.user = c, c.Subject
+	user := c.Subject
+	s.claims = c
+	s.user.Store(&user)
 	left := time.Until(p.deadline(c))
 	if s.timer == nil {
 		s.timer = time.AfterFunc(left, func() { s.conn.Close(closing{"expired"}) })

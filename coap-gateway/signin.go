@@ -72,7 +72,7 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 		p.endSession("other-sign-in", true) // the device or its ownership is another one
 	}
 	s := &session{
-		gw: p.gw, conn: p.conn, uid: body.UID, user: claims.Subject, to: &deliverer{conn: p.conn},
+		gw: p.gw, conn: p.conn, uid: body.UID, to: &deliverer{conn: p.conn},
 		turn: make(chan struct{}, 1), early: map[*coap.Observation]map[hub.Href]bool{},
 	}
 	info := p.conn.Info()
