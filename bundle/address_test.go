@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	certificateauthority "github.com/coaphub/coaphub/certificate-authority"
 )
 
@@ -113,6 +115,21 @@ func TestTLSBeyondLoopback(t *testing.T) {
 	}
 	if u := a.url("127.0.0.1:8080"); u != "http://127.0.0.1:8080" {
 		t.Errorf("url = %q", u)
+	}
+}
+
+func TestHistoryTakesATenthOfTheDisk(t *testing.T) {
+	a := &assembly{folder: &Folder{Path: t.TempDir()}}
+	var disk unix.Statfs_t
+	if err := unix.Statfs(a.folder.Path, &disk); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := a.directoryConfig().History.MaxBytes, int64(disk.Blocks)*disk.Bsize/10; got != want || got == 0 {
+		t.Errorf("at most %d bytes, want %d", got, want)
+	}
+	a.cfg.ResourceDirectory.History.MaxBytes = 4711
+	if got := a.directoryConfig().History.MaxBytes; got != 4711 {
+		t.Errorf("what is configured became %d", got)
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -88,12 +89,27 @@ func (c *comments) of(k conf.Key) string {
 		c.packages[k.Package] = fields
 	}
 	text := fields[k.Struct+"."+k.Field]
-	// A comment begins with the field's name, which readers of the reference know as the key.
-	if rest, ok := strings.CutPrefix(text, k.Field+" "); ok {
-		text = k.Path[strings.LastIndexByte(k.Path, '.')+1:] + " " + rest
+	// A comment begins with the field's name, which readers of the reference know as the key, in front of it.
+	if names := severalNames.FindString(text); names != "" {
+		keys := oneName.ReplaceAllStringFunc(names, func(name string) string { return "`" + strings.ToLower(name[:1]) + name[1:] + "`" })
+		return keys + text[len(names):]
 	}
-	return text
+	rest, ok := strings.CutPrefix(text, k.Field+" ")
+	if !ok {
+		return text
+	}
+	for _, verb := range []string{"is ", "are "} {
+		if said, ok := strings.CutPrefix(rest, verb); ok {
+			return strings.ToUpper(said[:1]) + said[1:]
+		}
+	}
+	return "`" + k.Path[strings.LastIndexByte(k.Path, '.')+1:] + "` " + rest
 }
+
+var (
+	severalNames = regexp.MustCompile(`^[A-Z]\w+(, [A-Z]\w+)* and [A-Z]\w+`)
+	oneName      = regexp.MustCompile(`[A-Z]\w+`)
+)
 
 func (c *comments) parse(pkg string) map[string]string {
 	dir := filepath.Join("..", strings.TrimPrefix(pkg, module))

@@ -29,8 +29,8 @@ type History struct {
 	// Retention is how long events are kept; the last value of each resource before it is kept for ever. Default 168h
 	// (7 days), at least 10m.
 	Retention time.Duration `json:"retention" yaml:"retention"`
-	// MaxBytes bounds what the store takes on disk; when it is exceeded, history gets shorter than Retention, with an alarm.
-	// 0 = no bound. Default 0; the bundle sets a tenth of the disk.
+	// MaxBytes is how many bytes the store may take on disk; when it takes more, history gets shorter than its retention, with
+	// an alarm. 0: a tenth of the disk (whoever makes a Directory puts the number in; here 0 is no bound). Default 0.
 	MaxBytes int64 `json:"maxBytes" yaml:"maxBytes"`
 }
 

@@ -39,7 +39,7 @@ type IssuerConfig struct {
 	// Authority is the issuer's URL, the same as in the tokens' iss except for a slash at the end. https, or http on
 	// loopback.
 	Authority string `yaml:"authority"`
-	// Audience, OwnerClaim, DeviceIDClaim, DefaultScopes and DeviceClients: see Config; empty takes what is said there.
+	// Audience, OwnerClaim, DeviceIDClaim, DefaultScopes and DeviceClients are those of authorization; empty takes what is said there.
 	Audience      []string `yaml:"audience"`
 	OwnerClaim    string   `yaml:"ownerClaim"`
 	DeviceIDClaim string   `yaml:"deviceIDClaim"`

@@ -11,9 +11,9 @@ import (
 
 // LogConfig says what is logged and how.
 type LogConfig struct {
-	// Level is debug, info, warn or error. Debug has one line per request. Default info.
+	// Level is the least that is logged: debug, info, warn or error. Debug has one line per request. Default info.
 	Level string `yaml:"level"`
-	// Format is json or text. Default text.
+	// Format is the form of a line: json or text. Default text.
 	Format string `yaml:"format"`
 }
 
