@@ -96,10 +96,7 @@ func (i *Issuer) URL() string { return i.url }
 // Rotate makes a new signing key and keeps the old ones in the key set.
 func (i *Issuer) Rotate() {
 	i.t.Helper()
-	key, err := rsa.GenerateKey(rand.Reader, 2048)
-	if err != nil {
-		i.t.Fatalf("issuer: make a key: %v", err)
-	}
+	key := nextKey()
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	i.number++
@@ -175,13 +172,28 @@ func (i *Issuer) MintWithUnknownKey(kid string, claims map[string]any) string {
 	return i.sign(jose.SigningKey{Algorithm: jose.RS256, Key: jose.JSONWebKey{Key: foreignKey(), KeyID: kid}}, claims)
 }
 
-var foreignKey = sync.OnceValue(func() *rsa.PrivateKey {
+func newKey() *rsa.PrivateKey {
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
 		panic(err) // crypto/rand never fails
 	}
 	return key
-})
+}
+
+var foreignKey = sync.OnceValue(newKey)
+
+// made are the keys of all issuers of the process, given out in turn: making one takes longer than most tests. The same key
+// comes back after len(made) others, under another ID, so an issuer and its neighbours have different ones.
+var made = func() (keys [16]func() *rsa.PrivateKey) {
+	for n := range keys {
+		keys[n] = sync.OnceValue(newKey)
+	}
+	return keys
+}()
+
+var given atomic.Uint32
+
+func nextKey() *rsa.PrivateKey { return made[given.Add(1)%uint32(len(made))]() }
 
 // MintHS256 signs with HS256 and the newest public key as the secret: the old confusion of algorithms.
 func (i *Issuer) MintHS256(claims map[string]any) string {
