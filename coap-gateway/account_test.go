@@ -385,6 +385,34 @@ func TestPipelinedRequestsFollowTheSignIn(t *testing.T) {
 	}
 }
 
+// What follows a refused request is neither carried out nor answered.
+func TestPipelinedRequestsEndWithARefusedSignIn(t *testing.T) {
+	h := start(t, nil)
+	h.w.own(lampID, "alice")
+	h.issue("code", "token", hub.Claims{})
+	d := h.device(lampID)
+	r := h.rawPlain()
+	r.write(
+		post("/oic/sec/session", 1, cborOf(t, d.session(func(b body) { b["accesstoken"] = "nonsense" }))),
+		post("/oic/sec/account", 2, cborOf(t, d.account(nil))), get("/x.plgd.dev/time", 3),
+	)
+	if m := r.readAnswer(); m.Code != codes.Unauthorized {
+		t.Fatalf("got %s", dotted(m.Code))
+	}
+	for {
+		m, ok := r.read()
+		if !ok {
+			break
+		}
+		if m.Code < 224 {
+			t.Errorf("a request behind it was answered: %s %x", dotted(m.Code), m.Token)
+		}
+	}
+	if h.w.count("signed-up "+string(lampID)+" alice") > 0 {
+		t.Error("the sign-up behind it was carried out")
+	}
+}
+
 // The answer to a sign-in never waits for the device, whatever the hub asks it meanwhile.
 func TestSignInDoesNotWaitForTheDevice(t *testing.T) {
 	h := start(t, nil)

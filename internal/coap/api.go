@@ -24,6 +24,8 @@ type Response struct {
 	Payload []byte
 	// Close ends the connection once the response has been written (OCF devices rely on it after a refused account request).
 	Close bool
+	// Silent sends nothing: the connection is ending, and the request was not carried out.
+	Silent bool
 }
 
 // Notification is one message that arrived for an observation of this connection (RFC 7641, Section 4.2), whole even if it

@@ -210,6 +210,9 @@ func (c *Conn) serve(m *Message) {
 		r = c.request(whole)
 	}
 	c.srv.budget.give(held)
+	if r.Silent {
+		return
+	}
 	if has1 {
 		r.Options = AddOption(slices.Clone(r.Options), Block1, block{num: b1.num, szx: b1.szx}.value())
 	}
