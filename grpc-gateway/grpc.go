@@ -136,12 +136,14 @@ func (g *Gateway) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerI
 	if err != nil {
 		return err
 	}
-	if !info.IsClientStream { // lists end by themselves; subscriptions, health and reflection go on
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, g.cfg.Limits.RequestTimeout)
-		defer cancel()
+	if info.IsClientStream || public[info.FullMethod] { // subscriptions, health and reflection go on
+		return handle(srv, &contextStream{ss, ctx})
 	}
-	return handle(srv, &contextStream{ss, ctx})
+	ctx, cancel := context.WithTimeout(ctx, g.cfg.Limits.RequestTimeout)
+	defer cancel()
+	l := newListStream(ctx, ss, g.cfg.Limits.StallTimeout)
+	defer l.close()
+	return handle(srv, l)
 }
 
 type contextStream struct {

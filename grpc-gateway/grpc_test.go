@@ -300,6 +300,38 @@ func TestGRPCEveryKindHasItsCode(t *testing.T) {
 	}
 }
 
+// A reader that takes nothing loses its list, and learns that the list is not whole.
+func TestGRPCReaderThatStopsReadingIsCutOff(t *testing.T) {
+	for what, change := range map[string]func(*Config, *Deps){
+		"stalled":  func(c *Config, _ *Deps) { c.Limits.StallTimeout = 100 * time.Millisecond },
+		"too long": func(c *Config, _ *Deps) { c.Limits.RequestTimeout = 100 * time.Millisecond },
+	} {
+		w := newWorld(t, change)
+		ended := endless(w)
+		ctx, cancel := context.WithTimeout(as(t, "alice"), 20*time.Second)
+		defer cancel()
+		s, err := pb.NewGrpcGatewayClient(w.dial(t)).GetDevices(ctx, &pb.GetDevicesRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case <-ended:
+		case <-ctx.Done():
+			t.Fatalf("%s: the list still waits for its reader", what)
+		}
+		n := 0
+		for ; err == nil; n++ {
+			_, err = s.Recv()
+		}
+		code, reason := reasonOf(t, err)
+		want(t, what+": after what had been sent", code, codes.DeadlineExceeded)
+		want(t, what, reason, "deadline")
+		if n < 2 {
+			t.Errorf("%s: nothing had been sent", what)
+		}
+	}
+}
+
 func TestGRPCPanicEndsOneCall(t *testing.T) {
 	w := newWorld(t)
 	c := pb.NewGrpcGatewayClient(w.dial(t))
