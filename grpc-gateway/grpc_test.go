@@ -332,6 +332,28 @@ func TestGRPCReaderThatStopsReadingIsCutOff(t *testing.T) {
 	}
 }
 
+// The time limit of a request is none of a watcher's.
+func TestHealthWatchersStay(t *testing.T) {
+	w := newWorld(t, func(c *Config, _ *Deps) { c.Limits.RequestTimeout = 50 * time.Millisecond })
+	conn := w.dial(t)
+	watch, err := grpc_health_v1.NewHealthClient(conn).Watch(as(t, ""), &grpc_health_v1.HealthCheckRequest{Service: "grpcgateway.pb.GrpcGateway"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := watch.Recv(); err != nil {
+		t.Fatal(err)
+	}
+	endless(w) // begun later, and over by that limit
+	_, err = all(pb.NewGrpcGatewayClient(conn).GetDevices(as(t, "alice"), &pb.GetDevicesRequest{}))
+	want(t, "a list", status.Code(err), codes.DeadlineExceeded)
+	w.health.SetServingStatus("grpcgateway.pb.GrpcGateway", grpc_health_v1.HealthCheckResponse_NOT_SERVING)
+	h, err := watch.Recv()
+	if err != nil {
+		t.Fatalf("the watcher was cut off: %v", err)
+	}
+	want(t, "told", h.GetStatus(), grpc_health_v1.HealthCheckResponse_NOT_SERVING)
+}
+
 func TestGRPCPanicEndsOneCall(t *testing.T) {
 	w := newWorld(t)
 	c := pb.NewGrpcGatewayClient(w.dial(t))
