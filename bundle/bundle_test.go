@@ -6,11 +6,13 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -19,6 +21,8 @@ import (
 
 	"github.com/coaphub/coaphub/bundle"
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/store"
+	"github.com/coaphub/coaphub/internal/store/pebblestore"
 	"github.com/coaphub/coaphub/test/device"
 	"github.com/coaphub/coaphub/test/hubtest"
 	"github.com/coaphub/coaphub/test/issuer"
@@ -338,6 +342,57 @@ func TestAFullDiskStartsReadOnly(t *testing.T) {
 	err := bundle.Run(t.Context(), fresh, bundle.Options{})
 	if !hub.IsKind(err, hub.Unavailable) || !strings.Contains(err.Error(), "disk is full") {
 		t.Errorf("the first start: %v", err)
+	}
+}
+
+func TestVerifyFindsADamagedFile(t *testing.T) {
+	cfg := loopback(t)
+	runOnce(t, cfg, false, func() {})
+	dir := filepath.Join(cfg.Data, "store")
+	s, err := pebblestore.Open(dir, pebblestore.Options{MinFree: -1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	value := make([]byte, 1024)
+	noise := rand.NewChaCha8([32]byte{1})
+	for i := range 300 {
+		_, _ = noise.Read(value) // never fails; what cannot be compressed keeps its place in the file
+		if _, err := s.Put(t.Context(), "filler", store.Doc{Key: strconv.Itoa(i), Value: value}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	verify := func() (problems []string) {
+		t.Helper()
+		if _, err := bundle.Verify(t.Context(), cfg.Data, func(p string) { problems = append(problems, p) }, nil); err != nil {
+			t.Errorf("verify: %v", err)
+		}
+		return problems
+	}
+	if ps := verify(); len(ps) > 0 { // and makes a table of the log
+		t.Errorf("before the damage: %q", ps)
+	}
+	tables, err := filepath.Glob(filepath.Join(dir, "*.sst"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, table := range tables {
+		b, err := os.ReadFile(table)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(b) < 200<<10 {
+			continue
+		}
+		b[len(b)/2] ^= 0xff
+		if err := os.WriteFile(table, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if ps := verify(); len(ps) != 1 || !strings.Contains(ps[0], "the store cannot be read to the end, restore a backup: ") || strings.Contains(ps[0], "\n") {
+		t.Errorf("after the damage: %q", ps)
 	}
 }
 

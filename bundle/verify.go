@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"strings"
 
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/store"
@@ -17,6 +18,15 @@ import (
 // say. Problems are reported as they are found, and progress (nil: none) counts the devices once
 // the store itself was checked. The error says that it could not look.
 func Verify(ctx context.Context, data string, report func(problem string), progress Progress) (devices int, err error) {
+	// What the disk does not give back is damage found, and no reason not to look at the rest.
+	unreadable := func(what string, err error) error {
+		if code, _ := hub.Public(err); code != "store-read-failed" || ctx.Err() != nil {
+			return fmt.Errorf("verify %s: %w", what, err)
+		}
+		detail, _, _ := strings.Cut(err.Error(), "\n") // Pebble's go on with a stack
+		report(what + " cannot be read to the end, restore a backup: " + detail)
+		return nil
+	}
 	err = withCheckpoint(ctx, data, func(dir string) (err error) {
 		s, err := pebblestore.Open(dir, pebblestore.Options{MinFree: -1})
 		if err != nil {
@@ -24,7 +34,9 @@ func Verify(ctx context.Context, data string, report func(problem string), progr
 		}
 		defer func() { err = errors.Join(err, s.Close()) }()
 		if err := s.Verify(ctx, func(p pebblestore.Problem) { report(p.Where + ": " + p.What) }); err != nil {
-			return fmt.Errorf("verify the store: %w", err)
+			if err := unreadable("the store", err); err != nil {
+				return err
+			}
 		}
 		var st store.Store = s
 		if progress != nil {
@@ -42,7 +54,7 @@ func Verify(ctx context.Context, data string, report func(problem string), progr
 			report("device " + string(dev) + ": " + problem)
 		})
 		if err != nil {
-			return fmt.Errorf("verify the devices: %w", err)
+			return unreadable("the devices", err)
 		}
 		return nil
 	})

@@ -16,6 +16,7 @@ type metrics struct {
 	batchSeconds     prometheus.Histogram
 	batchRequests    prometheus.Histogram
 	backgroundErrors prometheus.Counter
+	damaged          prometheus.Counter
 	slowDisk         prometheus.Counter
 }
 
@@ -30,6 +31,7 @@ func newMetrics(reg prometheus.Registerer, s *Store) *metrics {
 	m.bytes = counter("written_bytes_total", "Bytes given to the write-ahead log. When it rises faster than events do, contents have grown: check retention against the disk.")
 	m.waits = counter("waits_total", "Writes that had to wait for room in front of the store. When it rises, the disk is slower than the load: use a faster disk or fewer notifications.")
 	m.backgroundErrors = counter("background_errors_total", "Flushes and compactions that failed and are tried again. When it rises, look at the log and at the disk's health.")
+	m.damaged = counter("damaged_reads_total", "Reads that found a damaged file. When it is not 0, the disk lost data: run coaphub verify, and restore a backup.")
 	m.slowDisk = counter("slow_disk_total", "Disk operations that took unusually long. When it rises, something else uses the disk or it is about to fail.")
 	m.refused = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "coaphub_store_refused_total",

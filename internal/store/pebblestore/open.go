@@ -99,6 +99,9 @@ func Open(dir string, opts Options) (*Store, error) {
 	if s.fatal == nil {
 		s.fatal = func(err error) {
 			s.log.Error("the store cannot go on; nothing more is acknowledged, the process ends", "dir", dir, "error", err)
+			if opts.Log == nil { // no process ends without a word
+				_, _ = fmt.Fprintf(os.Stderr, "the store %s cannot go on: %v\n", dir, err)
+			}
 			os.Exit(1)
 		}
 	}
@@ -216,6 +219,12 @@ func (s *Store) pebbleOptions(opts Options) *pebble.Options {
 		BackgroundError: func(err error) {
 			s.metrics.backgroundErrors.Inc()
 			s.log.Warn("the store's background work failed and will be tried again", "dir", s.dir, "error", err)
+		},
+		// Pebble would end the process whenever it reads a damaged block, and a hub would do so again after each restart. The
+		// read fails, which loses nothing: whatever does not need the block goes on.
+		DataCorruption: func(info pebble.DataCorruptionInfo) {
+			s.metrics.damaged.Inc()
+			s.log.Error("a file of the store is damaged: what needs it fails; restore a backup", "path", info.Path, "error", info.Details)
 		},
 		DiskSlow: func(info pebble.DiskSlowInfo) {
 			s.metrics.slowDisk.Inc()
