@@ -67,9 +67,10 @@ func newOnboard(p process) *cobra.Command {
 
 func printOnboarding(p process, o bundle.Onboarding, out string) error {
 	t := newTable(p.out, "hub", o.HubID)
-	t.row("endpoint", o.Endpoints.CoAPSTCP)
-	if o.Endpoints.CoAPTCP != "" {
-		t.row("endpoint", o.Endpoints.CoAPTCP)
+	for _, uri := range []string{o.Endpoints.CoAPSTCP, o.Endpoints.CoAPTCP} {
+		if uri != "" {
+			t.row("endpoint", uri)
+		}
 	}
 	if o.DeviceID != "" {
 		t.row("device", o.DeviceID)
@@ -105,6 +106,10 @@ func printRecipes(p process, o bundle.Onboarding, out string) error {
 		return fmt.Errorf("encode the sign-up: %w", err)
 	}
 	if err := os.WriteFile(body, text, 0o600); err != nil {
+		return err
+	}
+	if o.Endpoints.CoAPSTCP == "" { // a hub without TLS has no use for the certificate
+		_, err := fmt.Fprintf(p.out, "\nwrote cert.pem, key.pem, ca.pem and signup.cbor to %s\n", out)
 		return err
 	}
 	at := func(name string) string { return quote(filepath.Join(out, name)) }

@@ -12,7 +12,9 @@ func newServe(p process) *cobra.Command {
 		Use:   "serve",
 		Short: "Run the hub",
 		Long: "serve runs the whole hub in one process. It needs no configuration; everything it keeps is in the data\n" +
-			"folder. When it serves it prints one line that begins with \"ready\" and names every endpoint.",
+			"folder. When it serves it prints one line that begins with \"ready\" and names every endpoint. Keys of the\n" +
+			"configuration can be environment variables too: " + bundle.EnvPrefix + "LOG_LEVEL=debug is log.level (coaphub config\n" +
+			"prints all keys). SIGTERM and Ctrl-C stop the hub in order, within five seconds; the second one at once.",
 		Args: none,
 	}
 	f := cmd.Flags()
