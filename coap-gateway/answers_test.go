@@ -156,6 +156,37 @@ func TestPublishWhileTheResourceIsAskedFor(t *testing.T) {
 	}
 }
 
+// What was published while another resource was asked for says nothing against a later answer.
+func TestPublishWhileAnotherResourceIsAskedFor(t *testing.T) {
+	h := start(t, nil)
+	h.published("/a")
+	r, list := h.signedIn()
+	r.answer(list, codes.Content, []body{noBatch, {"href": "/a"}}, -1)
+	first := r.readRequest("/a")
+	r.ask(publishing(t, 2, "/x"), codes.Changed)
+	r.answer(first, codes.Content, body{"n": 1}, -1)
+	r.answer(r.readRequest("/x"), codes.NotFound, nil, -1)
+	h.w.awaitLog(t, "unpublished /x")
+}
+
+// The same for a batch: of what it reports, that is left out which the device has unpublished since it was asked.
+func TestUnpublishWhileTheBatchIsAskedFor(t *testing.T) {
+	h := start(t, nil)
+	h.published("/x*", "/y*")
+	r, list := h.signedIn()
+	inBatch := body{"href": "/oic/res", "if": []string{"oic.if.b"}, "p": body{"bm": 3}}
+	r.answer(list, codes.Content, []body{inBatch, {"href": "/x"}, {"href": "/y"}}, -1)
+	batch := r.readRequest("/oic/res")
+	r.ask(unpublishing(2, "/x"), codes.Deleted)
+	elements := []body{{"href": "/x", "rep": body{"n": 1}}, {"href": "/y", "rep": body{"n": 2}}}
+	r.answer(batch, codes.Content, elements, 2)
+	h.awaitValue("/y", 2)
+	h.w.awaitLog(t, "twin 3")
+	if h.w.count(fmt.Sprintf("changed /x %d", hub.StatusOK)) > 0 {
+		t.Error("the batch was stored over the NOT_FOUND of the unpublished resource")
+	}
+}
+
 // What a resource answers is not stored, nor is it observed, once the device has unpublished it.
 func TestUnpublishWhileTheResourceIsAskedFor(t *testing.T) {
 	h := start(t, nil)

@@ -26,8 +26,8 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 			Help: "Devices that are signed in here. A sudden fall: look at the reasons in coap_gateway_sessions_ended_total.",
 		}),
 		requests: prometheus.NewCounterVec(opts("requests_total",
-			"Requests of devices by route and answer code. Rising 4.01: devices with bad credentials, see `coaphub status --refused`; "+
-				"rising 5.03: a part of the hub or a provider is in trouble, see its metrics."), []string{"route", "code"}),
+			"Requests of devices by route and answer code; refused: by the engine, for options, blocks or size. Rising 4.01: "+
+				"devices with bad credentials, see `coaphub status --refused`; rising 5.03: a part of the hub or a provider is in trouble, see its metrics."), []string{"route", "code"}),
 		refused: prometheus.NewCounterVec(opts("refused_total",
 			"Connections and account requests that were refused. When it rises see `coaphub status --refused` for the reasons."),
 			[]string{"what"}),
