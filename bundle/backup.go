@@ -75,7 +75,8 @@ func Backup(ctx context.Context, data, target string, passphrase []byte, version
 	if err != nil {
 		return m, err
 	}
-	// The copy is opened once: a backup that cannot be read is found now and not on the day it is needed.
+	// The copy is opened once: one that no hub can start from is found now and not on the day it is needed. It is not verified:
+	// a backup of data that is damaged somewhere is better than none.
 	if m.HubID, m.LogID, err = identify(ctx, filepath.Join(part, storeFolder)); err != nil {
 		return m, fmt.Errorf("read the backup back: %w", err)
 	}

@@ -21,7 +21,8 @@ func newBackup(p process) *cobra.Command {
 		Use:   "backup DIR",
 		Short: "Copy the hub's data into a new folder, also while the hub runs",
 		Long: "backup makes a consistent copy of the data folder's store. Private keys stay out unless --with-keys, which seals\n" +
-			"them with a passphrase. Without them every device must be onboarded again after restoring.",
+			"them with a passphrase. Without them every device must be onboarded again after restoring. Damaged data is copied\n" +
+			"too: coaphub verify finds out.",
 		Args: exactly(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			passphrase, err := readPassphrase(p, withKeys, passphraseFile, true)
