@@ -222,6 +222,12 @@ func LoadConfig(file string, env []string) (c Config, warnings []string, err err
 		}
 	}
 	warnings, err = conf.Read(&c, src)
+	// Mistakes of form and of meaning together: whoever mends the one should not meet the other on the next try. A key that was
+	// not understood has its default here.
+	var form, meaning conf.Problems
+	if errors.As(err, &form) && errors.As(c.Validate(), &meaning) {
+		err = append(form, meaning...)
+	}
 	return c, warnings, err
 }
 

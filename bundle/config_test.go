@@ -113,6 +113,29 @@ func TestMistakesOfAllSectionsComeTogether(t *testing.T) {
 	}
 }
 
+func TestMistakesOfFormAndMeaningComeTogether(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "bad.yaml")
+	if err := os.WriteFile(file, []byte("logg: {}\nlog: {level: loud}\nstore: {minFree: -3}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, _, err := LoadConfig(file, nil)
+	var ps conf.Problems
+	if !errors.As(err, &ps) || len(ps) != 3 {
+		t.Fatalf("err = %v, want three problems", err)
+	}
+	for i, path := range []string{"logg", "store.minFree", "log.level"} {
+		if ps[i].Path != path {
+			t.Errorf("problem %d is of %q, want %q", i, ps[i].Path, path)
+		}
+	}
+	if err := os.WriteFile(file, []byte("log: ["), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := LoadConfig(file, nil); err == nil || !strings.Contains(err.Error(), "a mistake: "+file+": this is not YAML") {
+		t.Errorf("err = %v", err)
+	}
+}
+
 func TestProvidersAndIssuersBelongTogether(t *testing.T) {
 	const issuers = "authorization:\n  issuers: [{authority: 'https://op.example', audience: [hub]}]\n"
 	const provider = "coapGateway: {api: {coap: {authorization: {providers: [{name: op, authority: 'https://op.example', clientID: c}]}}}}\n"

@@ -14,7 +14,10 @@ type Problem struct {
 // Error is path, place and text on one line.
 func (p Problem) Error() string {
 	s := p.Path
-	if p.From != "" {
+	switch {
+	case s == "":
+		s = p.From
+	case p.From != "":
 		s += " (" + p.From + ")"
 	}
 	if s != "" {
