@@ -101,6 +101,9 @@ func openLocal(cmd *cobra.Command, scopes []string) (*api, error) {
 		return nil, err
 	}
 	t, err := c.Token(cmd.Context(), bundle.TokenRequest{Scopes: scopes, TTL: 5 * time.Minute})
+	if code, text := hub.Public(err); code == "no-embedded-provider" {
+		return nil, &hub.Error{Kind: hub.Precondition, Code: code, Text: text + "; get one there, and name it with --server " + s.Endpoints.HTTP + " --token-file FILE", Err: err}
+	}
 	if err != nil {
 		return nil, err
 	}
