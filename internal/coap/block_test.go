@@ -148,6 +148,7 @@ func TestUploadRefused(t *testing.T) {
 		{"empty block with more", []*Message{with(0, b1(0, true, szxBERT))}, codes.BadRequest},
 		{"Size1 over the limit", []*Message{with(1024, b1(0, true, 6)).with(Size1, MaxBody+1)}, codes.RequestEntityTooLarge},
 		{"grows over the limit", []*Message{with(200<<10, b1(0, true, szxBERT)), with(57<<10, b1(200, false, szxBERT))}, codes.RequestEntityTooLarge},
+		{"one byte over the limit", []*Message{with(255<<10, b1(0, true, szxBERT)), with(1025, b1(255, false, szxBERT))}, codes.RequestEntityTooLarge},
 		{"Block1 of four bytes", []*Message{with(1, []byte{1, 0, 0, 0})}, codes.BadOption},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

@@ -12,6 +12,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 )
 
@@ -135,6 +136,65 @@ func TestBodyLimit(t *testing.T) {
 			t.Errorf("Size1 %d", n)
 		}
 		wantCode(t, p.ask(post("/a", pattern(MaxBody))), codes.Content)
+	})
+}
+
+// RFC 8323, Section 5.3.1: a whole message of the size we announce is taken, though its body may be too much; one byte more
+// ends the connection.
+func TestMessageLimit(t *testing.T) {
+	bubble(t, handlerFuncs{}, nil, func(t *testing.T, s *sim) {
+		p := s.dial(t)
+		limit := s.srv.cfg.MaxMessageSize
+		m := post("/a", pattern(limit))
+		m.Payload = m.Payload[:len(m.Payload)-(frameSize(m)-limit)]
+		if frameSize(m) != limit {
+			t.Fatalf("the message has %d bytes", frameSize(m))
+		}
+		wantCode(t, p.ask(m), codes.RequestEntityTooLarge)
+		wantCode(t, p.ask(get("/a")), codes.Content)
+		m.Payload = pattern(len(m.Payload) + 1)
+		go p.send(m)
+		wantCode(t, p.read(), codes.Abort)
+		_ = p.Close()
+		wantReason(t, s.reason(t), ErrTooLarge)
+	})
+}
+
+// The handler is told of what the engine refuses, and of nothing else.
+func TestRefusedIsTold(t *testing.T) {
+	told := make(chan string, 10)
+	h := handlerFuncs{refused: func(m *Message) { told <- Path(m) }}
+	bubble(t, h, nil, func(t *testing.T, s *sim) {
+		p := s.dial(t)
+		p.csm(1<<20, true)
+		with := func(m *Message, id message.OptionID, b block) *Message {
+			m.Options = AddOption(m.Options, id, b.value())
+			return m
+		}
+		for _, tc := range []struct {
+			path string
+			m    *Message
+			want codes.Code
+			told bool
+		}{
+			{"/plain", get("/plain"), codes.Content, false},
+			{"/begun", with(post("/begun", pattern(1024)), Block1, block{0, true, 6}), codes.Continue, false},
+			{"/gap", with(post("/gap", pattern(1024)), Block1, block{3, true, 6}), codes.RequestEntityIncomplete, true},
+			{"/large", post("/large", pattern(MaxBody+1)), codes.RequestEntityTooLarge, true},
+			{"/critical", get("/critical").with(9, 1), codes.BadOption, true},
+			{"/lost", with(post("/lost", nil), Block2, block{2, false, 6}), codes.RequestEntityIncomplete, true},
+		} {
+			wantCode(t, p.ask(tc.m), tc.want)
+			synctest.Wait()
+			got := ""
+			select {
+			case got = <-told:
+			default:
+			}
+			if want := map[bool]string{true: tc.path}[tc.told]; got != want {
+				t.Errorf("%s: the handler was told of %q", tc.path, got)
+			}
+		}
 	})
 }
 

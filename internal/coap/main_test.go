@@ -29,6 +29,7 @@ type handlerFuncs struct {
 	request       func(context.Context, *Message) Response
 	notifications func(context.Context, []Notification)
 	closed        func(error)
+	refused       func(*Message)
 }
 
 func (h handlerFuncs) Open(c *Conn) (ConnHandler, error) {
@@ -50,6 +51,12 @@ func (h handlerFuncs) Request(ctx context.Context, m *Message) Response {
 func (h handlerFuncs) Notifications(ctx context.Context, ns []Notification) {
 	if h.notifications != nil {
 		h.notifications(ctx, ns)
+	}
+}
+
+func (h handlerFuncs) Refused(m *Message) {
+	if h.refused != nil {
+		h.refused(m)
 	}
 }
 
