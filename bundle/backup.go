@@ -193,7 +193,10 @@ func mustBeFree(path string) error {
 // withCheckpoint calls do with a consistent copy of the data folder's store: of the hub that runs on it, else of the folder
 // itself, which is held meanwhile.
 func withCheckpoint(ctx context.Context, data string, do func(dir string) error) (err error) {
-	if _, err := os.Stat(filepath.Join(data, formatFile)); err != nil {
+	switch _, err := os.Stat(filepath.Join(data, formatFile)); {
+	case errors.Is(err, fs.ErrPermission):
+		return notOurs(data, err)
+	case err != nil:
 		return &hub.Error{Kind: hub.NotFound, Code: "data-missing", Text: data + " is no data folder; name one with --data", Err: err}
 	}
 	c, err := Dial(data)

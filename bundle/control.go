@@ -153,10 +153,7 @@ func Dial(data string) (*Control, error) {
 			}
 		}
 		if errors.Is(err, fs.ErrPermission) {
-			return nil, &hub.Error{
-				Kind: hub.Denied, Code: "data-folder-not-ours", Err: err,
-				Text: "the data folder " + data + " belongs to another user; run the command as the user the hub runs as, or name another folder with --data",
-			}
+			return nil, notOurs(data, err)
 		}
 		return nil, &hub.Error{
 			Kind: hub.Unavailable, Code: ErrNoHub, Err: err,

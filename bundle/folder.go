@@ -94,8 +94,19 @@ func onlyOurs(path string) error {
 	return nil
 }
 
+// notOurs is the error of a data folder that this user may not open.
+func notOurs(path string, err error) error {
+	return &hub.Error{
+		Kind: hub.Denied, Code: "data-folder-not-ours", Err: err,
+		Text: "the data folder " + path + " belongs to another user; run the command as the user the hub runs as, or name another folder with --data",
+	}
+}
+
 func takeLock(path string) (*os.File, error) {
 	f, err := os.OpenFile(filepath.Join(path, lockFile), os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
+	if errors.Is(err, fs.ErrPermission) {
+		return nil, notOurs(path, err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("data folder: %w", err)
 	}
