@@ -228,3 +228,42 @@ func TestPublishedAnewAsObservable(t *testing.T) {
 	r.answer(again, codes.Content, body{"n": 3}, 3)
 	h.awaitValue("/x", 3)
 }
+
+// A resource that is published while it is being observed is not observed twice: what the first observation reported would be
+// stored over the newer answer to the second.
+func TestPublishWhileTheResourceIsBeingObserved(t *testing.T) {
+	h := start(t, nil)
+	h.published("/x*")
+	r, list := h.signedIn()
+	r.answer(list, codes.Content, []body{noBatch, {"href": "/x"}}, -1)
+	first := r.readRequest("/x")
+	r.ask(publishing(t, 2, "/x"), codes.Changed)
+	r.answer(first, codes.Content, body{"n": 1}, 2)
+	h.awaitValue("/x", 1)
+	r.ask(publishing(t, 3, "/z"), codes.Changed)
+	r.answer(r.readRequest("/z"), codes.Content, body{"n": 3}, 2) // and not /x again
+	h.awaitValue("/z", 3)
+	r.answer(first, codes.Content, body{"n": 2}, 3)
+	h.awaitValue("/x", 2)
+}
+
+// What still arrives for an observation that was given up is not stored: the resource is NOT_FOUND since it was unpublished.
+func TestNotificationAfterUnpublish(t *testing.T) {
+	h := start(t, nil)
+	h.published("/x*")
+	r, list := h.signedIn()
+	r.answer(list, codes.Content, []body{noBatch, {"href": "/x"}}, -1)
+	first := r.readRequest("/x")
+	r.answer(first, codes.Content, body{"n": 1}, 2)
+	h.awaitValue("/x", 1)
+	r.ask(unpublishing(2, "/x"), codes.Deleted)
+	cancel := r.readRequest("/x")
+	r.answer(first, codes.Content, body{"n": 2}, 3)
+	r.ask(publishing(t, 3, "/z"), codes.Changed)
+	r.answer(cancel, codes.Content, body{"n": 2}, -1)
+	r.answer(r.readRequest("/z"), codes.Content, body{"n": 3}, 2)
+	h.awaitValue("/z", 3)
+	if n := h.w.count(fmt.Sprintf("changed /x %d", hub.StatusOK)); n != 1 {
+		t.Errorf("/x changed %d times, want once: a late notification was stored over its NOT_FOUND", n)
+	}
+}

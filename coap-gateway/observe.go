@@ -263,6 +263,11 @@ func (t *twin) next() (hub.Link, bool) {
 		l, ok := t.wait[t.order[0]]
 		delete(t.wait, t.order[0])
 		t.order = t.order[1:]
+		if w, seen := t.seen[l.Href]; ok && seen && (w.obs != nil || l.Policy&hub.Observable == 0) {
+			// It was published while it was being observed. A second observation would bring its answer before what the first
+			// one has reported and nobody has stored yet.
+			continue
+		}
 		if ok {
 			t.told, t.deaf = nil, false
 			return l, true

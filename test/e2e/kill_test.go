@@ -191,7 +191,8 @@ func (b *ledger) compare(ctx context.Context, t *testing.T, p *process, token, i
 	if b.seen > 0 {
 		n, ok := counter(ctx, p, token, id)
 		if !ok || n < b.seen {
-			return fmt.Sprintf("value %d (now %d, %v)", b.seen, n, ok)
+			_, events := p.get(ctx, token, "/api/v1/events?resourceIdFilter="+id+"/count")
+			return fmt.Sprintf("value %d (now %d, %v); the last events:\n%s", b.seen, n, ok, events[max(0, len(events)-4000):])
 		}
 	}
 	return ""

@@ -25,6 +25,9 @@ type peer struct {
 	conn   net.Conn
 	closed chan struct{} // the connection is gone
 
+	// inOrder is held from looking at a resource until what it was has been written: what is newer comes later.
+	inOrder sync.Mutex
+
 	mu        sync.Mutex
 	wait      map[string]chan message.Message // answers by token
 	next      uint32
@@ -142,7 +145,9 @@ func (p *peer) take(m message.Message) {
 	case m.Code == codes.Ping:
 		_ = p.send(message.Message{Code: codes.Pong, Token: m.Token})
 	case m.Code >= codes.GET && m.Code < 0x20:
+		p.inOrder.Lock()
 		_ = p.send(p.answer(m))
+		p.inOrder.Unlock()
 	case m.Code >= 0xe0 || m.Code == 0:
 	default:
 		p.mu.Lock()
@@ -228,6 +233,8 @@ func (p *peer) serve(href string, value any) {
 }
 
 func (p *peer) notify(href string, value any) error {
+	p.inOrder.Lock()
+	defer p.inOrder.Unlock()
 	p.serve(href, value)
 	p.mu.Lock()
 	r := p.resources[href]
