@@ -1,6 +1,7 @@
 package bundle_test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -259,6 +260,50 @@ func TestTheReadyLine(t *testing.T) {
 	}
 	if strings.Count(line, "\n") != 1 {
 		t.Errorf("it is not one line: %q", line)
+	}
+}
+
+// A hub that stops says so to probes until it is gone: the call that is still read on the socket holds up the other parts.
+func TestReadinessSaysStopping(t *testing.T) {
+	cfg := loopback(t)
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	started, ended := make(chan bundle.Status, 1), make(chan error, 1)
+	go func() { // ends with stop; awaited below
+		ended <- bundle.Run(ctx, cfg, bundle.Options{Started: func(s bundle.Status) { started <- s }})
+	}()
+	var admin string
+	select {
+	case s := <-started:
+		admin = s.Endpoints.Admin
+	case err := <-ended:
+		t.Fatal(err)
+	}
+	slow, err := new(net.Dialer).DialContext(t.Context(), "unix", filepath.Join(cfg.Data, "hub.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = slow.Close() }()
+	if _, err := io.WriteString(slow, "POST /token HTTP/1.1\r\nHost: hub\r\nContent-Length: 99\r\nExpect: 100-continue\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	if line, err := bufio.NewReader(slow).ReadString('\n'); err != nil || line != "HTTP/1.1 100 Continue\r\n" {
+		t.Fatalf("the call is not being read: %q, %v", line, err)
+	}
+	if code, body := get(t, admin+"/ready", ""); code != http.StatusOK {
+		t.Errorf("before the stop: %d %s", code, body)
+	}
+	stop()
+	eventually(t, "/ready says that the hub stops", func() bool {
+		code, body := get(t, admin+"/ready", "")
+		return code == http.StatusServiceUnavailable && strings.Contains(body, `"hub":"starting or stopping"`)
+	})
+	if code, _ := get(t, admin+"/live", ""); code != http.StatusOK { // else whoever watches kills it while it writes
+		t.Errorf("/live = %d while stopping", code)
+	}
+	_ = slow.Close()
+	if err := <-ended; err != nil {
+		t.Errorf("the hub did not stop well: %v", err)
 	}
 }
 
