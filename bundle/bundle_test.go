@@ -307,6 +307,54 @@ func TestReadinessSaysStopping(t *testing.T) {
 	}
 }
 
+// The issuer is what tokens say, fixed at the first start; the provider is reached where the hub listens now.
+func TestTheProvidersAddressAfterAMove(t *testing.T) {
+	warning := regexp.MustCompile(`level=WARN msg="the provider's issuer is not where the hub listens[^"]*" issuer=(\S+) http=(\S+)`)
+	cfg := loopback(t)
+	start := func() (s bundle.Status, warned []string) {
+		ctx, stop := context.WithCancel(t.Context())
+		defer stop()
+		var out, log bytes.Buffer
+		err := bundle.Run(ctx, cfg, bundle.Options{Out: &out, Log: &log, Started: func(now bundle.Status) {
+			s = now
+			go func() { // Started must not block; Run ends with stop
+				defer stop()
+				code, body := get(t, now.Endpoints.OAuth+"/.well-known/openid-configuration", "")
+				if code != http.StatusOK || !strings.Contains(body, `"issuer":"`+now.Issuer+`"`) {
+					t.Errorf("discovery at %s is %d %s", now.Endpoints.OAuth, code, body)
+				}
+			}()
+		}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want := s.Endpoints.HTTP + "/oauth"; s.Endpoints.OAuth != want || !strings.Contains(out.String(), " oauth="+want+" ") {
+			t.Errorf("oauth is %s in the status of a hub at %s; it printed %q", s.Endpoints.OAuth, s.Endpoints.HTTP, out.String())
+		}
+		return s, warning.FindStringSubmatch(log.String())
+	}
+	first, warned := start()
+	if first.Issuer != first.Endpoints.OAuth || warned != nil {
+		t.Errorf("the first start: issuer %s at %s, warning %q", first.Issuer, first.Endpoints.OAuth, warned)
+	}
+	// Another port for the second start: this one is ours, or somebody else's already.
+	if taken, err := new(net.ListenConfig).Listen(t.Context(), "tcp", strings.TrimPrefix(first.Endpoints.HTTP, "http://")); err == nil {
+		defer func() { _ = taken.Close() }()
+	}
+	second, warned := start()
+	if second.Issuer != first.Issuer || second.Endpoints.HTTP == first.Endpoints.HTTP {
+		t.Errorf("the second start: issuer %s after %s, at %s after %s", second.Issuer, first.Issuer, second.Endpoints.HTTP, first.Endpoints.HTTP)
+	}
+	if len(warned) != 3 || warned[1] != first.Issuer || warned[2] != second.Endpoints.HTTP {
+		t.Errorf("the second start's warning: %q", warned)
+	}
+	// Who says where the issuer is has something there.
+	cfg.OAuthServer.Issuer = first.Issuer
+	if _, warned := start(); warned != nil {
+		t.Errorf("with the issuer in the configuration: %q", warned)
+	}
+}
+
 func TestFirstLogin(t *testing.T) {
 	cfg := loopback(t)
 	file := filepath.Join(cfg.Data, "first-login")
