@@ -1,6 +1,7 @@
 package e2e_test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/ecdsa"
@@ -12,7 +13,11 @@ import (
 	"encoding/asn1"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
+	"io"
 	"math/big"
+	"net/http"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -23,9 +28,17 @@ import (
 
 	"github.com/fxamacker/cbor/v2"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/metadata"
 	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
+	grpcstatus "google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protodesc"
+	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/types/descriptorpb"
+	"google.golang.org/protobuf/types/dynamicpb"
 )
 
 func trim(s string) string { return strings.TrimSpace(s) }
@@ -225,25 +238,61 @@ func TestCurl(t *testing.T) {
 	}
 	p := serve(t, t.TempDir())
 	token := trim(p.run("token"))
-	curl := func(args ...string) string {
+	description, err := description()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// curl asks and checks the answer, as it came over the wire, against the OpenAPI description; the URL is the last argument.
+	curl := func(args ...string) (int, string) {
 		t.Helper()
-		out, err := exec.CommandContext(t.Context(), "curl", append([]string{"-sS", "--max-time", "10"}, args...)...).CombinedOutput()
+		args = append([]string{"-sS", "--max-time", "10", "-i", "--raw"}, args...)
+		out, err := exec.CommandContext(t.Context(), "curl", args...).Output()
 		if err != nil {
 			t.Fatalf("curl %v: %v %s", args, err, out)
 		}
-		return string(out)
+		method := http.MethodGet
+		if i := slices.Index(args, "-X"); i > 0 {
+			method = args[i+1]
+		}
+		target, err := url.Parse(args[len(args)-1])
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := http.ReadResponse(bufio.NewReader(bytes.NewReader(out)), &http.Request{Method: method})
+		if err != nil {
+			t.Fatalf("curl %v: %v in %q", args, err, out)
+		}
+		raw, err := io.ReadAll(resp.Body)
+		if err := errors.Join(err, resp.Body.Close()); err != nil {
+			t.Fatalf("curl %v: %v in %q", args, err, out)
+		}
+		if target.Path == "/metrics" { // of the admin listener
+			return resp.StatusCode, string(raw)
+		}
+		if err := description.Check(method, target, resp.StatusCode, resp.Header, raw); err != nil {
+			t.Errorf("curl %v: not as the description says: %v", args, err)
+		}
+		return resp.StatusCode, string(raw)
 	}
+	lamp(t, p)
 	auth := "Authorization: Bearer " + token
-	code := []string{"-o", os.DevNull, "-w", "%{http_code}"}
-	for want, args := range map[string][]string{
-		"200": append(code, "-H", auth, p.http("/api/v1/devices")),
-		"401": append(code, p.http("/api/v1/resources")),
-		"404": append(code, "-H", auth, p.http("/api/v1/devices/"+deviceID(9))),
-		"400": append(code, "-H", auth, "-X", "DELETE", p.http("/api/v1/devices")),
-		"421": append(code, "-H", auth, "-H", "Host: evil.example", p.http("/api/v1/devices")),
+	for _, c := range []struct {
+		want int
+		says string
+		args []string
+	}{
+		{200, deviceID(1), []string{"-H", auth, p.http("/api/v1/devices")}},
+		{200, `"power":42`, []string{"-H", auth, p.http("/api/v1/devices/" + deviceID(1) + "/resources/light")}},
+		{200, `"/light"`, []string{"-H", auth, p.http("/api/v1/resource-links")}},
+		{200, "resourceChanged", []string{"-H", auth, p.http("/api/v1/events")}},
+		{401, "", []string{p.http("/api/v1/resources")}},
+		{404, "", []string{"-H", auth, p.http("/api/v1/devices/" + deviceID(9))}},
+		{400, "filter-empty", []string{"-H", auth, "-X", "DELETE", p.http("/api/v1/devices")}},
+		{421, "", []string{"-H", auth, "-H", "Host: evil.example", p.http("/api/v1/devices")}},
+		{200, "coapGateway", []string{p.http("/.well-known/hub-configuration")}},
 	} {
-		if got := curl(args...); got != want {
-			t.Errorf("curl %v: %s, want %s", args, got, want)
+		if got, body := curl(c.args...); got != c.want || !strings.Contains(body, c.says) {
+			t.Errorf("curl %v: %d %.300s, want %d and %q", c.args, got, body, c.want, c.says)
 		}
 	}
 	var conf struct {
@@ -251,23 +300,63 @@ func TestCurl(t *testing.T) {
 		CoAPGateway  string `json:"coapGateway"`
 		Certificates string `json:"certificateAuthorities"`
 	}
-	if err := json.Unmarshal([]byte(curl(p.http("/.well-known/configuration"))), &conf); err != nil {
+	_, body := curl(p.http("/.well-known/configuration"))
+	if err := json.Unmarshal([]byte(body), &conf); err != nil {
 		t.Fatal(err)
 	}
 	if conf.ID == "" || !strings.HasPrefix(conf.CoAPGateway, "coaps+tcp://") || !strings.Contains(conf.Certificates, "BEGIN CERTIFICATE") {
 		t.Errorf("hub configuration: %+v", conf)
 	}
-	if out := curl(p.http("/api/v1/openapi.json")); !strings.Contains(out, `"openapi"`) {
+	if _, out := curl(p.http("/api/v1/openapi.json")); !strings.Contains(out, `"openapi"`) {
 		t.Errorf("openapi.json: %.100s", out)
 	}
-	if out := curl("http://" + strings.TrimPrefix(p.ready["admin"], "http://") + "/metrics"); !strings.Contains(out, "# HELP coaphub_") {
+	if _, out := curl("http://" + strings.TrimPrefix(p.ready["admin"], "http://") + "/metrics"); !strings.Contains(out, "# HELP coaphub_") {
 		t.Errorf("metrics: %.200s", out)
+	}
+}
+
+// lamp is device 1, with a light and what makes a device visible.
+func lamp(t *testing.T, p *process) {
+	t.Helper()
+	id := deviceID(1)
+	on := p.onboard(id)
+	pe, err := dialPeer(t.Context(), p.coaps(), on.tls)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(pe.close)
+	acc, err := signUp(t.Context(), pe, id, on.Code)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pe.serve("/oic/d", map[string]any{"di": id, "n": "lamp", "rt": []string{"oic.wk.d", "x.lamp"}})
+	pe.serve("/light", map[string]any{"power": 42})
+	if err := signIn(t.Context(), pe, id, acc); err != nil {
+		t.Fatal(err)
+	}
+	for _, href := range []string{"/oic/d", "/light"} {
+		if ok, err := publish(t.Context(), pe, id, 1, href); err != nil || !ok {
+			t.Fatalf("publish %s: %v %v", href, ok, err)
+		}
+	}
+	// The hub asks for it on its own; until then the device may be unknown.
+	token := trim(p.run("token"))
+	for end := time.Now().Add(10 * time.Second); ; {
+		if status, body := p.get(t.Context(), token, "/api/v1/devices/"+id+"/resources/light"); status == 200 && bytes.Contains(body, []byte("42")) {
+			if status, _ := p.get(t.Context(), token, "/api/v1/devices/"+id); status == 200 {
+				return
+			}
+		}
+		if time.Now().After(end) {
+			t.Fatalf("the lamp is not seen\n%s", p.log)
+		}
 	}
 }
 
 // TestStockGRPC uses what any gRPC client knows: health and reflection, and no generated code of ours.
 func TestStockGRPC(t *testing.T) {
 	p := serve(t, t.TempDir())
+	lamp(t, p)
 	addr := strings.TrimPrefix(p.ready["grpc"], "grpc://")
 	conn, err := grpc.NewClient(addr, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
@@ -294,9 +383,51 @@ func TestStockGRPC(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	files := res.GetFileDescriptorResponse().GetFileDescriptorProto()
-	if len(files) == 0 || !bytes.Contains(bytes.Join(files, nil), []byte("GetDevicesMetadata")) {
-		t.Errorf("reflection: %v", res)
+	// What came is all that this client knows of the service: it calls GetDevices with messages made of it.
+	var set descriptorpb.FileDescriptorSet
+	for _, raw := range res.GetFileDescriptorResponse().GetFileDescriptorProto() {
+		var f descriptorpb.FileDescriptorProto
+		if err := proto.Unmarshal(raw, &f); err != nil {
+			t.Fatal(err)
+		}
+		set.File = append(set.File, &f)
+	}
+	files, err := protodesc.NewFiles(&set)
+	if err != nil {
+		t.Fatalf("reflection does not give whole descriptions: %v", err)
+	}
+	found, err := files.FindDescriptorByName("grpcgateway.pb.GrpcGateway.GetDevices")
+	if err != nil {
+		t.Fatalf("reflection: %v in %v", err, res)
+	}
+	method := found.(protoreflect.MethodDescriptor)
+	if !method.IsStreamingServer() || method.IsStreamingClient() {
+		t.Fatalf("%s does not stream its answer", method.FullName())
+	}
+	getDevices := func(ctx context.Context) (devices []string, err error) {
+		calls, err := conn.NewStream(ctx, &grpc.StreamDesc{ServerStreams: true}, "/grpcgateway.pb.GrpcGateway/GetDevices")
+		if err != nil {
+			return nil, err
+		}
+		if err := errors.Join(calls.SendMsg(dynamicpb.NewMessage(method.Input())), calls.CloseSend()); err != nil {
+			return nil, err
+		}
+		for {
+			dev := dynamicpb.NewMessage(method.Output())
+			if err := calls.RecvMsg(dev); errors.Is(err, io.EOF) {
+				return devices, nil
+			} else if err != nil {
+				return nil, err
+			}
+			devices = append(devices, dev.Get(method.Output().Fields().ByName("id")).String())
+		}
+	}
+	if _, err := getDevices(ctx); grpcstatus.Code(err) != codes.Unauthenticated {
+		t.Errorf("GetDevices without a token: %v", err)
+	}
+	ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+trim(p.run("token")))
+	if devices, err := getDevices(ctx); err != nil || !slices.Equal(devices, []string{deviceID(1)}) {
+		t.Errorf("GetDevices: %v, %v", devices, err)
 	}
 	if err := stream.CloseSend(); err != nil {
 		t.Error(err)
