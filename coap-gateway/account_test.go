@@ -96,7 +96,8 @@ func TestLifeOfADevice(t *testing.T) {
 	if c := h.w.conns[0]; !c.Online || c.Protocol != hub.ProtocolCoAPSTCP || c.Service != "gateway-1" || c.ID == "" {
 		t.Errorf("the connection is recorded as %+v", c)
 	}
-	if diag, ok := h.gw.Diagnostics(lampID); !ok || !diag.Online || diag.Protocol != hub.ProtocolCoAPSTCP || diag.TLSVersion != "TLS 1.3" {
+	if diag, ok := h.gw.Diagnostics(lampID); !ok || !diag.Online || diag.Protocol != hub.ProtocolCoAPSTCP || diag.TLSVersion != "TLS 1.3" ||
+		diag.BytesIn == 0 || diag.BytesOut == 0 {
 		t.Errorf("diagnostics say %+v", diag)
 	}
 	_ = d.conn.Close()

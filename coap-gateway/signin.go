@@ -96,7 +96,7 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 	if info.TLS != nil {
 		d.TLSVersion = tls.VersionName(info.TLS.Version)
 	}
-	p.gw.devices.begin(d)
+	p.gw.devices.begin(d, p.conn.Stats)
 	s.log.Info("device came", "protocol", conn.Protocol)
 	if got.TwinEnabled {
 		s.twin = newTwin(s)
