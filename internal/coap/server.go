@@ -295,17 +295,25 @@ func (l *listener) handshake(h *handshake) {
 		case evicted:
 			outcome, err = "evicted", errors.New("too many handshakes under way")
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			outcome = "timeout"
+			outcome, err = "timeout", fmt.Errorf("not complete after %v", s.cfg.HandshakeTimeout)
 		}
 		s.metrics.handshakes.WithLabelValues(outcome).Inc()
 		_ = h.raw.Close()
-		s.refuse(h.raw.RemoteAddr(), "handshake-"+outcome, err.Error())
+		s.refuse(h.raw.RemoteAddr(), "handshake-"+outcome, withoutAddresses(err).Error())
 		s.gone()
 		l.wg.Done()
 		return
 	}
 	s.metrics.handshakes.WithLabelValues("ok").Inc()
 	go l.serve(tc, h.raw) // takes over this goroutine's place in l.wg
+}
+
+// withoutAddresses is a network's error without both ends' addresses, so that equal causes read alike.
+func withoutAddresses(err error) error {
+	if op, ok := errors.AsType[*net.OpError](err); ok {
+		return fmt.Errorf("%s: %w", op.Op, op.Err)
+	}
+	return err
 }
 
 // serve owns a complete connection from Open to Closed.

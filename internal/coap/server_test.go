@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -289,6 +290,28 @@ func TestSilentFloodDoesNotThrottle(t *testing.T) {
 			t.Errorf("the only one of its network: %v", err)
 		}
 	})
+}
+
+// Equal causes read alike, whatever port the peer came from.
+func TestRefusalsNameNoPort(t *testing.T) {
+	server, _ := testTLS(t)
+	refused := make(chan string, 2)
+	addr, _, _ := startTCP(t, handlerFuncs{}, server, func(c *Config) {
+		c.HandshakeTimeout = 50 * time.Millisecond
+		c.Refused = func(_ net.Addr, reason, detail string) { refused <- reason + ": " + detail }
+	})
+	c, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := <-refused; got != "handshake-timeout: not complete after 50ms" {
+		t.Errorf("refused: %s", got)
+	}
+	_ = c.Close()
+	reset := &net.OpError{Op: "read", Net: "tcp", Source: &net.TCPAddr{Port: 1}, Addr: &net.TCPAddr{Port: 2}, Err: syscall.ECONNRESET}
+	if got := withoutAddresses(fmt.Errorf("handshake: %w", reset)).Error(); got != "read: connection reset by peer" {
+		t.Error(got)
+	}
 }
 
 func TestNetworkOf(t *testing.T) {
