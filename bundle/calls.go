@@ -166,7 +166,7 @@ func (a *assembly) device(_ context.Context, q deviceRequest) (DeviceStatus, err
 			"the device has not signed in since the hub started; coaphub status --refused lists who was turned away")
 	}
 	s := DeviceStatus{
-		DeviceID: string(dev), Online: d.Online, Protocol: protocolName(d.Protocol), TLS: d.TLSVersion, Remote: d.Remote, Session: d.Session,
+		DeviceID: string(dev), Online: d.Online, Protocol: d.Protocol.String(), TLS: d.TLSVersion, Remote: d.Remote, Session: d.Session,
 		ConnectedSince: d.ConnectedSince.UTC(), LastError: d.LastError,
 		BytesIn: d.BytesIn, BytesOut: d.BytesOut, RoundTrip: d.RoundTrip.Seconds(), EndReason: d.EndReason,
 	}
@@ -175,22 +175,4 @@ func (a *assembly) device(_ context.Context, q deviceRequest) (DeviceStatus, err
 		s.EndedAt = &at
 	}
 	return s, nil
-}
-
-// protocolName is the URI scheme of a way in.
-func protocolName(p hub.Protocol) string {
-	switch p {
-	case hub.ProtocolCoAP:
-		return "coap"
-	case hub.ProtocolCoAPS:
-		return "coaps"
-	case hub.ProtocolCoAPTCP:
-		return "coap+tcp"
-	case hub.ProtocolCoAPSTCP:
-		return "coaps+tcp"
-	case hub.ProtocolC2C:
-		return "c2c"
-	case hub.ProtocolUnknown:
-	}
-	return "unknown"
 }

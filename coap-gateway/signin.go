@@ -97,7 +97,7 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 		d.TLSVersion = tls.VersionName(info.TLS.Version)
 	}
 	p.gw.devices.begin(d, p.conn.Stats)
-	s.log.Info("device came", "protocol", conn.Protocol)
+	s.log.Info("device came", "protocol", conn.Protocol.String()) // JSON would have its number
 	if got.TwinEnabled {
 		s.twin = newTwin(s)
 		s.twin.resync()
