@@ -302,6 +302,9 @@ func TestSignInRefusals(t *testing.T) {
 		"token of another device": {nil, nil, nil, func(h *hall) {
 			h.w.grant("token", hub.Claims{Device: true, DeviceID: string(fanID)})
 		}, "4.01", "device-claim-mismatch: "},
+		"token of an application": {nil, nil, nil, func(h *hall) {
+			h.w.grant("token", hub.Claims{MarksDevices: true, Scopes: []string{hub.ScopeRead, hub.ScopeWrite}})
+		}, "4.01", "token-not-of-device: "},
 		"not registered": {func(b body) { b["di"] = string(fanID) }, nil, nil, nil, "4.01", "device-not-registered: "},
 		"token of another owner": {func(b body) { b["uid"] = "mallory" }, nil, nil, func(h *hall) {
 			h.w.grant("token", hub.Claims{Owner: "mallory"})

@@ -449,3 +449,58 @@ func TestNoTLSResumption(t *testing.T) {
 		t.Error("TLS 1.1 is accepted")
 	}
 }
+
+// Whatever an application's token may do over HTTP, it is no device: it neither signs one in nor deletes it. Only an issuer
+// that marks devices' tokens can tell.
+func TestApplicationsActForNoDevice(t *testing.T) {
+	for name, c := range map[string]struct {
+		claims hub.Claims
+		code   string
+	}{
+		"application":       {hub.Claims{MarksDevices: true, Scopes: []string{hub.ScopeRead, hub.ScopeWrite, hub.ScopeAdmin}}, "4.01"},
+		"no scope":          {hub.Claims{MarksDevices: true}, "4.01"},
+		"device":            {hub.Claims{MarksDevices: true, Device: true, DeviceID: string(lampID)}, "2.0"},
+		"for signing up":    {hub.Claims{MarksDevices: true, Scopes: []string{hub.ScopeDeviceSignUp}}, "4.01"}, // once a code, never a session
+		"marks no devices":  {hub.Claims{}, "2.0"},
+		"of another device": {hub.Claims{MarksDevices: true, Device: true, DeviceID: string(fanID)}, "4.01"},
+	} {
+		for _, path := range []string{"sign-up", "sign-in", "sign-out", "sign-off", "refresh"} {
+			t.Run(name+", "+path, func(t *testing.T) {
+				t.Parallel()
+				h := start(t, nil)
+				h.issue("code", "token", c.claims)
+				h.w.refresh["r"] = hub.Tokens{Access: "token", Refresh: "r", Expiry: time.Now().Add(time.Hour)}
+				if path != "sign-up" {
+					h.w.own(lampID, "alice")
+				}
+				d := h.plain(lampID)
+				b := body{"di": string(lampID), "uid": "alice"}
+				var r reply
+				switch path {
+				case "sign-up":
+					b["accesstoken"] = "code"
+					r = d.post("/oic/sec/account", b)
+				case "sign-in", "sign-out":
+					b["accesstoken"], b["login"] = "token", path == "sign-in"
+					r = d.post("/oic/sec/session", b)
+				case "refresh":
+					b["refreshtoken"] = "r"
+					r = d.post("/oic/sec/tokenrefresh", b)
+				case "sign-off":
+					r = d.do(codes.DELETE, "/oic/sec/account", nil, query("uid=alice"), query("accesstoken=token"), query("di="+string(lampID)))
+				}
+				if got := r.code; !strings.HasPrefix(got, c.code) {
+					t.Fatalf("%s %q, want %s", got, r.body, c.code)
+				}
+				if c.code == "4.01" {
+					d.awaitClosed()
+					for _, l := range []string{"online " + string(lampID), "signed-off " + string(lampID), "signed-up " + string(lampID) + " alice"} {
+						if h.w.count(l) > 0 {
+							t.Errorf("%s although it was refused", l)
+						}
+					}
+				}
+			})
+		}
+	}
+}
