@@ -268,9 +268,28 @@ func TestSignUpIsPinnedToTheCredential(t *testing.T) {
 	h.issue("code", "token", hub.Claims{})
 	d := h.secure(lampID)
 	d.want(d.signUp("code"), "2.04", "")
-	other := h.plain(lampID)
-	other.want(other.signUp("code"), "4.01", "device-pinned: ")
-	other.awaitClosed()
+	d.want(d.signIn("token"), "2.04", "")
+	h.w.refresh["r"] = hub.Tokens{Access: "token", Refresh: "r", Expiry: time.Now().Add(time.Hour)}
+	for name, ask := range map[string]func(*device) reply{
+		"sign-up": func(d *device) reply { return d.signUp("code") },
+		"sign-in": func(d *device) reply { return d.signIn("token") },
+		"refresh": func(d *device) reply {
+			return d.post("/oic/sec/tokenrefresh", body{"di": string(lampID), "uid": "alice", "refreshtoken": "r"})
+		},
+		"sign-off": func(d *device) reply {
+			return d.do(codes.DELETE, "/oic/sec/account", nil, query("uid=alice"), query("accesstoken=token"), query("di="+string(lampID)))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			other := h.plain(lampID)
+			other.want(ask(other), "4.01", "device-pinned: ")
+			other.awaitClosed()
+		})
+	}
+	d.alive()
+	if h.w.count("signed-off "+string(lampID)) > 0 {
+		t.Error("somebody without the device's certificate deleted it")
+	}
 }
 
 func (d *device) session(change func(body)) body {
