@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"github.com/coaphub/coaphub/hub"
@@ -433,6 +434,44 @@ func TestPipelinedRequestsEndWithARefusedSignIn(t *testing.T) {
 	}
 	if h.w.count("signed-up "+string(lampID)+" alice") > 0 {
 		t.Error("the sign-up behind it was carried out")
+	}
+}
+
+// The same behind an account request that the engine refused, at once or after its first block.
+func TestPipelinedRequestsEndWithARefusalOfTheEngine(t *testing.T) {
+	option := func(m message.Message, id message.OptionID, value ...byte) message.Message {
+		m.Options = coap.AddOption(m.Options, id, value)
+		return m
+	}
+	for name, c := range map[string]struct {
+		refused message.Message
+		code    codes.Code
+	}{
+		"unknown critical option":    {option(request(codes.DELETE, "/oic/sec/account", 1, nil), 65001, 1), codes.BadOption},
+		"proxy":                      {option(post("/oic/sec/session", 1, nil), message.ProxyURI, 'x'), codes.ProxyingNotSupported},
+		"last block without a first": {option(post("/oic/sec/tokenrefresh", 1, make([]byte, 16)), message.Block1, 0x50), codes.RequestEntityIncomplete},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := start(t, nil)
+			h.issue("code", "token", hub.Claims{})
+			r := h.rawPlain()
+			r.write(c.refused, post("/oic/sec/account", 2, cborOf(t, h.device(lampID).account(nil))), get("/x.plgd.dev/time", 3))
+			if m := r.readAnswer(); m.Code != c.code || m.Token[0] != 1 {
+				t.Fatalf("got %s for %x", dotted(m.Code), m.Token)
+			}
+			for {
+				m, ok := r.read()
+				if !ok {
+					break
+				}
+				if m.Code < 224 {
+					t.Errorf("a request behind it was answered: %s %x", dotted(m.Code), m.Token)
+				}
+			}
+			if h.w.count("signed-up "+string(lampID)+" alice") > 0 {
+				t.Error("the sign-up behind it was carried out")
+			}
+		})
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message/codes"
@@ -19,9 +20,9 @@ type peer struct {
 	cred credential
 	log  *slog.Logger
 
-	sess    *session // nil when nobody is signed in
-	closing bool     // an answer was given after which the connection ends
-	request uint64   // counts requests, for the log
+	sess    *session    // nil when nobody is signed in
+	closing atomic.Bool // an answer was given after which the connection ends; the engine's refusals set it too
+	request uint64      // counts requests, for the log
 	helpers sync.WaitGroup
 }
 
@@ -64,7 +65,7 @@ var routes = map[string]route{
 // Request implements coap.ConnHandler. The order of refusals is path, method, session, format, body: a 4.01 costs a device
 // its token, so nothing is 4.01 that would not work with a session either.
 func (p *peer) Request(ctx context.Context, req *coap.Message) coap.Response {
-	if p.closing {
+	if p.closing.Load() {
 		return coap.Response{Silent: true} // what came behind the refused request is not carried out
 	}
 	start := time.Now()
@@ -79,8 +80,7 @@ func (p *peer) Request(ctx context.Context, req *coap.Message) coap.Response {
 	if err != nil {
 		resp = failure(err)
 		if r.account || resp.Code == codes.Unauthorized {
-			p.closing = true
-			time.AfterFunc(closeDelay, func() { p.conn.Close(coap.ErrAnswered) })
+			p.close()
 		}
 		if p.sess != nil {
 			code, _ := hub.Public(err)
@@ -110,8 +110,9 @@ func (p *peer) Request(ctx context.Context, req *coap.Message) coap.Response {
 	return resp
 }
 
-// Refused implements coap.Refuser: an error on an account path ends the connection, also where the engine gave it. Requests
-// behind it may still be answered; what they change is as good as before it.
+// Refused implements coap.Refuser: an error on an account path ends the connection, also where the engine gave it. It runs
+// before anything behind that request is handled, so nothing of that is carried out. Requests before it that still wait may
+// be given up too, unanswered, because the reader refuses before their turn comes; the one under way is answered.
 func (p *peer) Refused(req *coap.Message) {
 	path := pathOf(req)
 	r, known := routes[path]
@@ -120,6 +121,14 @@ func (p *peer) Refused(req *coap.Message) {
 	}
 	p.gw.metrics.requests.WithLabelValues(path, "refused").Inc()
 	if r.account {
+		p.close()
+	}
+}
+
+// close ends the connection once the answer has had time to arrive; no request is carried out any more. It may be called
+// from any goroutine, and more than once.
+func (p *peer) close() {
+	if p.closing.CompareAndSwap(false, true) {
 		time.AfterFunc(closeDelay, func() { p.conn.Close(coap.ErrAnswered) })
 	}
 }
