@@ -53,30 +53,45 @@ func runRule(t *testing.T, setup func(*Config, *Deps), cert hub.DeviceID, c rule
 			if cert != "" {
 				certs = append(certs, h.ca.identity(t, cert, nil))
 			}
-			d := h.connect(h.device(lampID), h.gw.Addresses().Secure, h.tlsFor(certs...))
+			var d *device
 			b := body{"di": c.di, "uid": "alice"}
 			if c.di == "" {
 				delete(b, "di")
 			}
 			ok := "2.04"
-			var r reply
+			var opts []option
+			code, at := codes.POST, "/oic/sec/account"
 			switch path {
 			case "sign-up":
 				b["accesstoken"] = "code"
-				r = d.post("/oic/sec/account", b)
 			case "sign-in", "sign-out":
+				at = "/oic/sec/session"
 				b["accesstoken"], b["login"] = "token", path == "sign-in"
-				r = d.post("/oic/sec/session", b)
 			case "refresh":
+				at = "/oic/sec/tokenrefresh"
 				b["refreshtoken"] = "r"
-				r = d.post("/oic/sec/tokenrefresh", b)
 			case "sign-off":
-				ok = "2.02"
-				opts := []option{query("uid=alice"), query("accesstoken=token")}
+				ok, code = "2.02", codes.DELETE
+				opts = []option{query("uid=alice"), query("accesstoken=token")}
 				if c.di != "" {
 					opts = append(opts, query("di="+c.di))
 				}
-				r = d.do(codes.DELETE, "/oic/sec/account", nil, opts...)
+			}
+			ask := func() (reply, error) {
+				d = h.connect(h.device(lampID), h.gw.Addresses().Secure, h.tlsFor(certs...))
+				if code == codes.DELETE {
+					return d.try(code, at, nil, opts...)
+				}
+				return d.try(code, at, cborOf(t, b))
+			}
+			r, err := ask()
+			for n := 0; err != nil && c.code != "" && n < 5; n++ {
+				// A refusal is the last message of its connection. On a busy machine go-coap's client may not have handled it when
+				// the end comes, and drops it then; asked again, the hub refuses again.
+				r, err = ask()
+			}
+			if err != nil {
+				t.Fatal(err)
 			}
 			if c.code != "" {
 				d.want(r, c.code, c.text)
