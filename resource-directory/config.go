@@ -16,11 +16,12 @@ type Config struct {
 	// QueueWait bounds the wait for a place in a full queue. Default 2s.
 	QueueWait time.Duration `json:"queueWait" yaml:"queueWait"`
 	// ColdAfter is how long after its last write a device's state leaves memory; it is loaded again when it is written next.
-	// Default 10m.
+	// See also limits.loadedBytes. Default 10m.
 	ColdAfter time.Duration `json:"coldAfter" yaml:"coldAfter"`
 	// History is what the log keeps.
 	History History `json:"history" yaml:"history"`
-	// Limits bound what one device may store; beyond them a request is refused with TooLarge.
+	// Limits bound what one device may store, beyond them a request is refused with TooLarge, and what all together take of
+	// memory.
 	Limits Limits `json:"limits" yaml:"limits"`
 }
 
@@ -34,12 +35,17 @@ type History struct {
 	MaxBytes int64 `json:"maxBytes" yaml:"maxBytes"`
 }
 
-// Limits bound one device.
+// Limits bound one device, LoadedBytes all of them.
 type Limits struct {
 	Links     int `json:"links" yaml:"links"`         // published links; default 20000
 	LinkBytes int `json:"linkBytes" yaml:"linkBytes"` // of all links together; default 8 MiB, at most 12 MiB
 	Resources int `json:"resources" yaml:"resources"` // twins, published or not; default 20000
 	TwinBytes int `json:"twinBytes" yaml:"twinBytes"` // of all twins together; default 64 MiB
+	// LoadedBytes is how much memory the states of all devices may take together, as far as it can be counted; beyond it those
+	// that were not written for the longest leave memory before coldAfter, and are loaded again when they are written next. A
+	// write under way keeps its device in memory, and what is being loaded, at most two devices a worker, comes on top.
+	// Nothing is refused. Default 256 MiB.
+	LoadedBytes int64 `json:"loadedBytes" yaml:"loadedBytes"`
 }
 
 // Default is the configuration of an installation that configures nothing.
@@ -47,7 +53,7 @@ func Default() Config {
 	return Config{
 		Workers: 4, Queue: 4096, QueueWait: 2 * time.Second, ColdAfter: 10 * time.Minute,
 		History: History{Retention: 7 * 24 * time.Hour},
-		Limits:  Limits{Links: 20000, LinkBytes: 8 << 20, Resources: 20000, TwinBytes: 64 << 20},
+		Limits:  Limits{Links: 20000, LinkBytes: 8 << 20, Resources: 20000, TwinBytes: 64 << 20, LoadedBytes: 256 << 20},
 	}
 }
 
@@ -70,5 +76,6 @@ func (c Config) Check() error {
 	bad(c.Limits.LinkBytes >= 1<<10 && c.Limits.LinkBytes <= 12<<20, "limits.linkBytes", "between 1 KiB and 12 MiB")
 	bad(c.Limits.Resources >= 1, "limits.resources", "at least 1")
 	bad(c.Limits.TwinBytes >= 1<<10, "limits.twinBytes", "at least 1 KiB")
+	bad(c.Limits.LoadedBytes >= 1<<10, "limits.loadedBytes", "at least 1 KiB")
 	return errors.Join(errs...)
 }

@@ -32,8 +32,10 @@ type Directory struct {
 	workers []*worker
 	// devices holds the published state of the devices in memory: *entry by hub.DeviceID. Workers write, readers read.
 	devices sync.Map
-	closing chan struct{} // closed when Run begins to end: nothing new is taken
-	stopped chan struct{} // closed when no worker runs any more: nobody will answer
+	// loadedBytes is the sum of the workers' bytes.
+	loadedBytes atomic.Int64
+	closing     chan struct{} // closed when Run begins to end: nothing new is taken
+	stopped     chan struct{} // closed when no worker runs any more: nobody will answer
 }
 
 // New makes a directory over the store. writer names the process in the commits that it writes. The configuration must pass
@@ -102,6 +104,7 @@ type request struct {
 	answer  chan error  // one place, so that the worker never waits
 	settled atomic.Bool // the answer was given or the caller went: whoever sets it first decides which
 	tries   int
+	holds   *entry // the device that was loaded for this request and waits in memory for its decision
 }
 
 // do hands the request to the device's worker and waits for the answer. When ctx ends first the outcome is not known: the

@@ -57,7 +57,11 @@ func TestDirectoryAgainstAModel(t *testing.T) {
 	hrefs := []hub.Href{"/a", "/b", "/c", "/d"}
 	rapid.Check(t, func(rt *rapid.T) {
 		f := &fake{}
-		h := open(rt, faked(f))
+		h := open(rt, faked(f), func(h *house) {
+			if rapid.Bool().Draw(rt, "no room in memory") { // each device leaves it as soon as it may
+				h.cfg.Limits.LoadedBytes = 1 << 10
+			}
+		})
 		m := &model{past: map[uint64]*model{}}
 		m.clear()
 		ctx := context.Background()

@@ -258,6 +258,19 @@ func (s resourceSet) All() iter.Seq[*hub.Resource] {
 	}
 }
 
+// What a state takes of memory beside the bytes that linkSize and twinSize count: structs, nodes of the trees and strings
+// with headers of their own. TestStateBytes compares them with the heap.
+const (
+	stateCost = 2 << 10
+	linkCost  = 224
+	twinCost  = 288
+)
+
+// bytes is about what the state takes of memory. States of one device share most of it; it is counted once.
+func (s *state) bytes() int64 {
+	return int64(stateCost + s.linkBytes + linkCost*s.links.n + s.twinBytes + twinCost*s.twins.n)
+}
+
 // Sizes are upper bounds of the stored form, so that no commit is refused by the store for its size.
 
 const (

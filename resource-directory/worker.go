@@ -25,6 +25,8 @@ const (
 	sweepEvery = 2 * time.Second
 	// commitRoom is what events may take of a commit.
 	commitRoom = hub.MaxCommitBytes - commitOverhead
+	// entryCost is about what an entry takes of memory beside its state.
+	entryCost = 512
 )
 
 // worker decides for its devices. Its goroutine alone touches the fields from devices to gone; it never waits for the store: one append
@@ -34,6 +36,9 @@ type worker struct {
 	in chan *request // full: see Directory.enqueue
 
 	devices map[hub.DeviceID]*entry
+	bytes   int64                  // of all entries, see weigh
+	woke    bool                   // a load was taken since the last round
+	pressed chan struct{}          // one place: other workers ask to evict
 	coldest list.List              // of *entry, least recently used first
 	ready   []*request             // in order of arrival, together with parked ones at most cfg.Queue
 	asked   int                    // requests taken and not answered
@@ -58,6 +63,9 @@ type entry struct {
 	public  atomic.Pointer[state] // the same for readers; nil: they ask the store
 	loading bool
 	parked  []*request // wait for the load, in order
+	held    int        // requests that it was loaded for and that are not decided yet
+	under   bool       // a part of the append under way
+	size    int64      // as counted in worker.bytes
 	used    time.Time
 	place   *list.Element
 }
@@ -101,7 +109,8 @@ type draft struct {
 func newWorker(d *Directory) *worker {
 	return &worker{
 		d: d, in: make(chan *request, d.cfg.Queue), devices: map[hub.DeviceID]*entry{}, done: make(chan []error, 1),
-		load: make(chan *entry, d.cfg.Queue+1), loaded: make(chan loading), live: map[hub.DeviceID]*live{},
+		pressed: make(chan struct{}, 1),
+		load:    make(chan *entry, d.cfg.Queue+1), loaded: make(chan loading), live: map[hub.DeviceID]*live{},
 		gone: map[hub.DeviceID]*live{}, lost: map[hub.DeviceID]uint64{},
 	}
 }
@@ -128,6 +137,12 @@ func (w *worker) run(ctx context.Context) {
 		if w.asked >= w.d.cfg.Queue {
 			in = nil // what is taken is bounded too; callers wait in the queue
 		}
+		loaded := w.loaded
+		if w.woke && w.under != nil && w.over() {
+			// A load that was taken stays in memory until its requests are decided, which waits for the append. With too much in
+			// memory only one a round is taken; one, so that the loads go on however busy the worker is.
+			loaded = nil
+		}
 		if closing == nil && w.asked == 0 && len(w.in) == 0 {
 			return
 		}
@@ -136,8 +151,10 @@ func (w *worker) run(ctx context.Context) {
 			w.take(r)
 		case errs := <-w.done:
 			w.settle(errs)
-		case l := <-w.loaded:
+		case l := <-loaded:
 			w.wake(l)
+		case <-w.pressed:
+			w.evict()
 		case now := <-sweep.C:
 			w.sweep(now)
 		case <-closing:
@@ -187,6 +204,7 @@ func (w *worker) entry(dev hub.DeviceID) *entry {
 		w.devices[dev] = e
 		w.d.devices.Store(dev, e)
 		w.d.metrics.loaded.Inc()
+		w.weigh(e)
 	}
 	e.used = time.Now()
 	w.coldest.MoveToBack(e.place)
@@ -195,12 +213,17 @@ func (w *worker) entry(dev hub.DeviceID) *entry {
 
 // round decides what is ready and appends what came of it.
 func (w *worker) round(ctx context.Context, start func(func())) {
+	w.woke = false
 	now := time.Now().UnixNano()
 	builds := map[*entry]*build{}
 	var order []*build
 	bytes, n := 0, 0
 	for ; n < len(w.ready) && n < maxRound && bytes < maxRoundBytes; n++ {
 		r := w.ready[n]
+		if r.holds != nil {
+			r.holds.held--
+			r.holds = nil
+		}
 		if err := r.ctx.Err(); err != nil { // nobody waits any more, and nothing was done
 			w.reply(r, wrap(r.op, err))
 			continue
@@ -237,9 +260,11 @@ func (w *worker) round(ctx context.Context, start func(func())) {
 			continue
 		}
 		entries = append(entries, made...)
+		b.e.under = true
 		w.under = append(w.under, b)
 	}
 	if w.under == nil {
+		w.evict() // what was loaded for these requests may go
 		return
 	}
 	w.d.metrics.batch.Observe(float64(len(entries)))
@@ -336,6 +361,7 @@ func (w *worker) settle(errs []error) {
 	under := w.under
 	w.under = nil
 	for _, b := range under {
+		b.e.under = false
 		mine := errs[:len(b.commits)]
 		errs = errs[len(b.commits):]
 		n := 0
@@ -361,6 +387,7 @@ func (w *worker) settle(errs []error) {
 		} else {
 			b.e.public.Store(nil)
 		}
+		w.weigh(b.e)
 		var again []*request
 		for _, q := range b.reqs {
 			switch {
@@ -384,6 +411,7 @@ func (w *worker) settle(errs []error) {
 			w.fetch(b.e)
 		}
 	}
+	w.relieve()
 }
 
 var errContended = hub.NewError(hub.Unavailable, "device-contended", "several parts of the hub write this device, try again later")
@@ -416,29 +444,96 @@ func (w *worker) wake(l loading) {
 	}
 	e.state = l.s
 	e.public.Store(l.s)
+	w.weigh(e)
+	for _, r := range parked {
+		r.holds = e
+	}
+	e.held += len(parked)
+	w.woke = true
 	w.ready = append(parked, w.ready...)
+	w.relieve()
+}
+
+// weigh counts what the entry takes of memory now.
+func (w *worker) weigh(e *entry) {
+	size := int64(entryCost)
+	if e.state != nil {
+		size += e.state.bytes()
+	}
+	w.count(size - e.size)
+	e.size = size
+}
+
+func (w *worker) count(more int64) {
+	w.bytes += more
+	w.d.loadedBytes.Add(more)
+	w.d.metrics.loadedBytes.Add(float64(more))
+}
+
+// over reports whether all workers have too much in memory and this one more than its share. When all have too much, one at
+// least is over its share, so if each evicts while it is over, the whole gets below the limit. No worker looks into another's
+// devices: a worker over its share may evict devices that are warmer than another's coldest.
+func (w *worker) over() bool {
+	limit := w.d.cfg.Limits.LoadedBytes
+	return w.d.loadedBytes.Load() > limit && w.bytes > limit/int64(len(w.d.workers))
+}
+
+// evict drops the coldest devices until the worker is no longer over. Sessions outlive it, see live.
+func (w *worker) evict() {
+	for at := w.coldest.Front(); at != nil && w.over(); {
+		e := at.Value.(*entry)
+		at = at.Next()
+		if !e.dirty() {
+			w.drop(e)
+			w.d.metrics.evicted.Inc()
+		}
+	}
+}
+
+// relieve evicts after something has grown here, and asks the others to when that was not enough.
+func (w *worker) relieve() {
+	w.evict()
+	if w.d.loadedBytes.Load() <= w.d.cfg.Limits.LoadedBytes {
+		return
+	}
+	for _, o := range w.d.workers {
+		if o == w {
+			continue
+		}
+		select {
+		case o.pressed <- struct{}{}:
+		default: // it was asked already
+		}
+	}
+}
+
+// dirty entries stay in memory: their outcome is not known yet, or they were loaded for a request that is not decided.
+func (e *entry) dirty() bool {
+	return e.loading || len(e.parked) > 0 || e.held > 0 || e.under
+}
+
+// drop takes the entry, which is not dirty, out of memory.
+func (w *worker) drop(e *entry) {
+	w.coldest.Remove(e.place)
+	delete(w.devices, e.dev)
+	w.d.devices.Delete(e.dev)
+	w.d.metrics.loaded.Dec()
+	w.count(-e.size)
 }
 
 // sweep drops cold devices and tries again to store OFFLINE of connections that are gone.
 func (w *worker) sweep(now time.Time) {
-	busy := map[*entry]bool{}
-	for _, b := range w.under {
-		busy[b.e] = true
-	}
 	for at := w.coldest.Front(); at != nil; {
 		e := at.Value.(*entry)
 		if now.Sub(e.used) < w.d.cfg.ColdAfter {
 			break
 		}
 		at = at.Next()
-		if e.loading || len(e.parked) > 0 || busy[e] {
-			continue // dirty: its outcome is not known yet
+		if !e.dirty() {
+			w.drop(e)
 		}
-		w.coldest.Remove(e.place)
-		delete(w.devices, e.dev)
-		w.d.devices.Delete(e.dev)
-		w.d.metrics.loaded.Dec()
 	}
+	w.evict()
 	w.takeLost()
 	w.retryOffline()
 }

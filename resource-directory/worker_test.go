@@ -437,12 +437,13 @@ func TestConfigIsChecked(t *testing.T) {
 	for name, change := range map[string]func(*Config){
 		"workers": func(c *Config) { c.Workers = 0 }, "queue": func(c *Config) { c.Queue = 0 },
 		"queueWait": func(c *Config) { c.QueueWait = -1 }, "coldAfter": func(c *Config) { c.ColdAfter = 0 },
-		"history.retention": func(c *Config) { c.History.Retention = time.Minute },
-		"history.maxBytes":  func(c *Config) { c.History.MaxBytes = -1 },
-		"limits.links":      func(c *Config) { c.Limits.Links = 0 },
-		"limits.linkBytes":  func(c *Config) { c.Limits.LinkBytes = 13 << 20 },
-		"limits.resources":  func(c *Config) { c.Limits.Resources = 0 },
-		"limits.twinBytes":  func(c *Config) { c.Limits.TwinBytes = 0 },
+		"history.retention":  func(c *Config) { c.History.Retention = time.Minute },
+		"history.maxBytes":   func(c *Config) { c.History.MaxBytes = -1 },
+		"limits.links":       func(c *Config) { c.Limits.Links = 0 },
+		"limits.linkBytes":   func(c *Config) { c.Limits.LinkBytes = 13 << 20 },
+		"limits.resources":   func(c *Config) { c.Limits.Resources = 0 },
+		"limits.twinBytes":   func(c *Config) { c.Limits.TwinBytes = 0 },
+		"limits.loadedBytes": func(c *Config) { c.Limits.LoadedBytes = 0 },
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := Default()
