@@ -123,7 +123,8 @@ func put(list *[]*transfer, t *transfer, most int) (freed int) {
 	return freed
 }
 
-func (b *blocks) expire(before time.Duration, from *budget) {
+// expire forgets transfers that were not used since before, and reports whether some are left.
+func (b *blocks) expire(before time.Duration, from *budget) (left bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for _, list := range []*[]*transfer{&b.uploads, &b.bodies} {
@@ -134,7 +135,9 @@ func (b *blocks) expire(before time.Duration, from *budget) {
 			from.give(len(t.body))
 			return true
 		})
+		left = left || len(*list) > 0
 	}
+	return left
 }
 
 func (b *blocks) clear(from *budget) {
@@ -176,7 +179,11 @@ func (c *Conn) serve(m *Message) {
 	whole := m
 	held := 0 // the upload's bytes, until the handler has returned
 	b1, has1, _ := blockOf(m, Block1)
+	b2, has2, _ := blockOf(m, Block2)
 	switch {
+	case c.dg != nil && (has1 && b1.szx == szxBERT || has2 && b2.szx == szxBERT):
+		c.respond(m, errText(codes.BadRequest, "block size 7 is reserved")) // RFC 7959, Section 2.2; BERT is for streams
+		return
 	case has1:
 		var done bool
 		var r Response
@@ -189,7 +196,6 @@ func (c *Conn) serve(m *Message) {
 		c.respond(m, c.tooLarge())
 		return
 	}
-	b2, has2, _ := blockOf(m, Block2)
 	var r Response
 	if has2 && b2.num > 0 {
 		var ok bool
@@ -322,6 +328,9 @@ func (c *Conn) respond(m *Message, r Response) {
 		r = errText(codes.InternalServerError, "internal: something went wrong in the hub") // a handler must say something
 	}
 	if v, ok := m.Uint(NoResponse); ok && v&(1<<(r.Code>>5-1)) != 0 {
+		if c.dg != nil {
+			c.dg.quiet(m)
+		}
 		return // RFC 7967, Section 2.1
 	}
 	out := &Message{Code: r.Code, Token: m.Token, Options: sortOptions(r.Options), Payload: r.Payload}
@@ -333,6 +342,7 @@ func (c *Conn) respond(m *Message, r Response) {
 			return
 		}
 	}
+	out.from = m.from
 	if err := c.tr.send(c.ctx, out, true); err != nil {
 		c.srv.metrics.dropped.WithLabelValues("unsent").Inc()
 	}

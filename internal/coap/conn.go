@@ -15,8 +15,8 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 )
 
-// transport is what a connection needs of the bytes below it: a stream today, datagrams beside it later. Its reader calls
-// Conn.receive for each message and Conn.run's steps at the end.
+// transport is what a connection needs of the bytes below it: a stream or datagrams. A stream's reader calls Conn.receive for
+// each message; datagrams come through datagram.deliver.
 type transport interface {
 	// send queues m to be written. With wait it waits for room until ctx or the connection ends; else a full queue is
 	// errQueueFull.
@@ -42,6 +42,7 @@ type transport interface {
 type Conn struct {
 	srv     *Server
 	tr      transport
+	dg      *datagram // tr when that is one; nil on streams
 	id      string
 	handler ConnHandler // set before the reader starts
 	ctx     context.Context
@@ -69,6 +70,7 @@ type Conn struct {
 	space        chan struct{} // not nil while the reader waits for queue space
 	working      bool
 	reason       error // not nil: the connection is closing
+	ended        bool  // all is given back
 	drain        bool  // closing, but what is queued is still handled
 	slots        chan struct{}
 	exchanges    map[string]*exchange
@@ -84,7 +86,8 @@ type item struct {
 	msg         *Message
 	observation *Observation // nil: a request
 	ended       bool
-	size        int // taken from the budget
+	size        int        // taken from the budget
+	from        *reception // of a notification in a datagram, to be acknowledged when it has been handled
 }
 
 // inbound is a received message with room for the usual number of options, in one piece of memory.
@@ -173,7 +176,7 @@ func (c *Conn) end(err error) {
 	c.mu.Lock()
 	reason := c.reason
 	left := c.queuedBytes
-	c.queue, c.queuedBytes, c.exchanges, c.observations = nil, 0, nil, nil
+	c.queue, c.queuedBytes, c.exchanges, c.observations, c.ended = nil, 0, nil, nil, true
 	c.mu.Unlock()
 	c.srv.budget.give(left)
 	c.blocks.clear(c.srv.budget)
@@ -280,8 +283,8 @@ func (c *Conn) receive(code codes.Code, token, body []byte, held int) error {
 		return c.enqueue(item{msg: msg, size: size}, true)
 	case 2, 4, 5:
 		m.in[kindResponse].Inc()
-		it, ok := c.response(msg, f)
-		if !ok {
+		it, what := c.response(msg, f, true)
+		if what != isNotification {
 			return nil
 		}
 		it.size = size
@@ -359,14 +362,18 @@ func (c *Conn) enqueue(it item, taken bool) error {
 			space = c.space
 		}
 		c.mu.Unlock()
-		if timeout == nil {
-			c.srv.metrics.queueFull.Inc()
-			timeout = time.NewTimer(cfg.OverloadTimeout)
+		var late <-chan time.Time // never over UDP: nobody waits for a Pong there, and only what we fetched comes this way
+		if c.dg == nil {
+			if timeout == nil {
+				c.srv.metrics.queueFull.Inc()
+				timeout = time.NewTimer(cfg.OverloadTimeout)
+			}
+			late = timeout.C
 		}
 		select {
 		case <-space:
 		case <-freed:
-		case <-timeout.C:
+		case <-late:
 			if taken {
 				c.srv.budget.give(it.size)
 			}
@@ -374,6 +381,39 @@ func (c *Conn) enqueue(it item, taken bool) error {
 		case <-c.ctx.Done():
 		}
 	}
+}
+
+// reserve takes room in the queue for one item of that size, without waiting; push uses it, unreserve gives it back.
+func (c *Conn) reserve(size int) bool {
+	cfg := &c.srv.cfg
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.reason != nil || c.queued >= cfg.QueueLength || c.queuedBytes >= cfg.QueueBytes || !c.srv.budget.take(size) {
+		return false
+	}
+	c.queued++
+	c.queuedBytes += size
+	return true
+}
+
+func (c *Conn) unreserve(size int) { c.handled([]item{{size: size}}) }
+
+// push hands an item for which there is room to the worker.
+func (c *Conn) push(it item) {
+	c.mu.Lock()
+	if c.reason != nil {
+		c.mu.Unlock()
+		c.srv.metrics.dropped.WithLabelValues("closing").Inc()
+		c.unreserve(it.size)
+		return
+	}
+	c.queue = append(c.queue, it)
+	if !c.working {
+		c.working = true
+		c.wg.Add(1)
+		go c.work()
+	}
+	c.mu.Unlock()
 }
 
 // work is the worker: it exists while there is something to handle, and hands it over in the order of arrival.
@@ -429,6 +469,10 @@ func (c *Conn) handled(items []item) {
 		n += items[i].size
 	}
 	c.mu.Lock()
+	if c.ended { // which has given everything back
+		c.mu.Unlock()
+		return
+	}
 	c.queued -= len(items)
 	c.queuedBytes -= n
 	c.wakeReader()
@@ -444,12 +488,29 @@ func (c *Conn) notify(items []item) {
 			ns = append(ns, Notification{Observation: o, Message: items[i].msg, Ended: items[i].ended})
 		}
 	}
+	if c.dg != nil {
+		defer c.stored(items)
+	}
 	if len(ns) == 0 {
 		return
 	}
 	if !c.guard("Notifications", func() { c.handler.Notifications(c.ctx, ns) }) {
 		// Nobody knows how much of it was stored. A new connection makes the device report again.
 		c.Close(ErrPanic)
+	}
+}
+
+// stored acknowledges the notifications that have been handled. What closed the connection was not: the peer sends it again
+// and learns that nobody is there.
+func (c *Conn) stored(items []item) {
+	c.mu.Lock()
+	closing := c.reason != nil && !c.drain
+	c.mu.Unlock()
+	if closing {
+		return
+	}
+	for i := range items {
+		c.dg.acknowledge(items[i].from)
 	}
 }
 
