@@ -408,7 +408,7 @@ func (c *Conn) upload(ctx context.Context, op string, m *Message) (*Message, err
 		return c.roundTrip(ctx, op, m, &exchange{answer: make(chan answer, 1)})
 	}
 	largest, bert := c.tr.limits()
-	m.Token = c.token() // for all blocks: go-coap's servers know a transfer by its token
+	m.Token = c.token() // over a stream for all blocks: go-coap's servers know a transfer by its token
 	if c.tr.size(m) <= largest {
 		return send(m)
 	}
@@ -422,7 +422,13 @@ func (c *Conn) upload(ctx context.Context, op string, m *Message) (*Message, err
 	if !ok {
 		return nil, errPeerLimit.With(op, nil)
 	}
+	// Over UDP each block has a token of its own (RFC 9175, Section 4.2: a late answer to another block must not match). A
+	// peer that knows transfers by their token misses the blocks before, and gets one token for all then.
+	fresh := c.dg != nil
 	for offset := 0; ; {
+		if fresh {
+			part.Token = c.token()
+		}
 		unit := block{szx: szx}.size()
 		if offset/unit > maxBlockNum {
 			return nil, errPeerLimit.With(op, nil)
@@ -444,6 +450,9 @@ func (c *Conn) upload(ctx context.Context, op string, m *Message) (*Message, err
 		case answer.Code == codes.RequestEntityTooLarge && smaller && offset == 0:
 			// RFC 7959, Section 2.9.3: the peer wants smaller blocks; begin again with those.
 			szx, n, _ = chunk(room, bert, got.szx)
+			continue
+		case answer.Code == codes.RequestEntityIncomplete && fresh && offset > 0:
+			fresh, offset, part.Token = false, 0, m.Token
 			continue
 		case !b.more || answer.Code != codes.Continue:
 			answer.Options = without(answer.Options, Block1)
@@ -494,6 +503,9 @@ func (c *Conn) rest(ctx context.Context, op string, m, first *Message) (*Message
 			next := block{num: uint32(len(whole.Payload) / b.size()), szx: b.szx} //nolint:gosec // bounded by MaxBody
 			part := *req
 			part.Options = AddOption(slices.Clone(req.Options), Block2, next.value())
+			if c.dg != nil {
+				part.Token = c.token() // RFC 9175, Section 4.2
+			}
 			answer, err := c.roundTrip(ctx, op, &part, &exchange{answer: make(chan answer, 1)})
 			if err != nil {
 				return nil, err
