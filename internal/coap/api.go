@@ -62,7 +62,8 @@ type ConnInfo struct {
 	ID     string // random, never reused
 	Secure bool
 	Stream bool                 // TCP or TLS; else datagrams: UDP or DTLS
-	TLS    *tls.ConnectionState // nil when not secure
+	TLS    *tls.ConnectionState // of TLS; else nil
+	Peer   PeerCredential       // of DTLS
 	Local  net.Addr
 	Remote net.Addr // for people; never an identity
 }

@@ -135,10 +135,12 @@ type datagram struct {
 	nextID   uint16
 	usedIDs  [4]time.Duration // when the last ID of each quarter was used
 
-	proven  bool          // the address has answered
-	credit  int           // bytes that may go to an address that is not proven
-	held    []*reception  // answers that wait for the proof
-	probing *transmission // the ping that asks for it
+	proven    bool          // the address has answered
+	moved     bool          // the address changed after it was proven: only an answer to what was sent since proves it
+	confirmed func()        // told when the address is proven after it changed, with mu held; nil on plain UDP
+	credit    int           // bytes that may go to an address that is not proven
+	held      []*reception  // answers that wait for the proof
+	probing   *transmission // the ping that asks for it
 
 	// What we said on our own account since we last heard anything.
 	silentSince time.Duration
@@ -314,10 +316,28 @@ func (d *datagram) close() {
 // that forged addresses do not stay.
 func (d *datagram) silence() time.Duration {
 	cfg := &d.c.srv.cfg
-	if !d.proven {
+	if !d.proven && !d.link.proven() {
 		return min(cfg.MaxSilence, cfg.exchangeLifetime())
 	}
 	return cfg.MaxSilence
+}
+
+// relocated says that the peer's datagrams come from another address, as one of n bytes did (RFC 9146, Section 6). Until it has
+// answered there, it gets no more than from an address that was never proven.
+func (d *datagram) relocated(n int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed {
+		return
+	}
+	if t := d.probing; t != nil { // it went to another address
+		d.remove(t)
+	}
+	d.proven, d.moved, d.credit = false, true, 3*n
+	for _, t := range d.sent {
+		t.stale = t.tries > 0
+	}
+	d.probe()
 }
 
 // schedule makes the timer fire no later than at; mu is held.
@@ -412,9 +432,12 @@ func (d *datagram) deliver(b []byte) bool {
 		}
 		d.heard(now)
 		d.mu.Unlock()
-		if p.typ == reset {
+		switch {
+		case p.typ == reset:
 			t.fail(d, errReset)
-		} else if p.code != codes.Empty {
+		case t.settled != nil:
+			t.settled(nil)
+		case p.code != codes.Empty:
 			c.messagesIn.Add(1)
 			d.piggybacked(p)
 		}

@@ -16,12 +16,13 @@ type transmission struct {
 	request bool
 	started bool
 	held    bool   // waits for the proof of the address
+	stale   bool   // was sent to another address than the peer has now, and not since
 	token   string // of a request: whose exchange fails with it
 	b       []byte
 	tries   int           // how often it was sent
 	wait    time.Duration // after the last time
 	due     time.Duration
-	failed  func(error) // told of a RST or of silence; may be nil
+	settled func(error) // told of the ACK, by nil, or of a RST or silence; may be nil
 }
 
 // maxBacklog bounds the confirmable messages of one session that wait for their turn.
@@ -37,10 +38,10 @@ type transmissionError struct{ text string }
 
 func (e *transmissionError) Error() string { return e.text }
 
-// confirm sends m in a confirmable message; mu is held. Requests are known by their token. failed, if not nil, is told of a
-// RST or of silence, without a lock.
-func (d *datagram) confirm(m *Message, failed func(error)) error {
-	t := &transmission{request: m.Code>>5 == 0, failed: failed}
+// confirm sends m in a confirmable message; mu is held. Requests are known by their token. settled, if not nil, is told
+// how it ended, without a lock.
+func (d *datagram) confirm(m *Message, settled func(error)) error {
+	t := &transmission{request: m.Code>>5 == 0, settled: settled}
 	if t.request {
 		t.token = string(m.Token)
 		d.c.messagesOut.Add(1)
@@ -107,7 +108,7 @@ func (d *datagram) fire(t *transmission, now time.Duration) {
 	if t == d.probing {
 		d.write(t.b) // a ping is as short as a datagram can be
 	}
-	t.held = false
+	t.held, t.stale = false, false
 	if t.tries++; t.tries == 1 {
 		// RFC 7252, Section 4.2: a random time between ACK_TIMEOUT and ACK_TIMEOUT * ACK_RANDOM_FACTOR, doubled each time.
 		t.wait = cfg.AckTimeout + time.Duration(mathrand.Float64()*(cfg.AckRandomFactor-1)*float64(cfg.AckTimeout)) //nolint:gosec // no secret
@@ -189,6 +190,9 @@ func (d *datagram) settle(p packet) *transmission {
 		if t == d.probing {
 			d.prove()
 		}
+		if !t.stale {
+			d.moved = false
+		}
 		d.remove(t)
 		d.advance(d.c.srv.now())
 		return t
@@ -201,6 +205,9 @@ func (d *datagram) settle(p packet) *transmission {
 func (d *datagram) answered(token []byte, now time.Duration) {
 	for _, t := range d.sent {
 		if t.request && t.tries > 0 && t.token == string(token) {
+			if !t.stale {
+				d.moved = false
+			}
 			d.remove(t)
 			break
 		}
@@ -226,7 +233,9 @@ func (d *datagram) abandon(token []byte) {
 func (d *datagram) heard(now time.Duration) {
 	d.c.lastIn.Store(int64(now))
 	d.unheard, d.unheardSize = 0, 0
-	d.prove()
+	if !d.moved {
+		d.prove()
+	}
 	for _, t := range d.sent {
 		if t.started && t.tries == 0 && !t.held { // it waited because of the silence
 			d.fire(t, now)
@@ -239,7 +248,10 @@ func (d *datagram) prove() {
 	if d.proven {
 		return
 	}
-	d.proven = true
+	d.proven, d.moved = true, false
+	if d.confirmed != nil {
+		d.confirmed()
+	}
 	held := d.held
 	d.held = nil
 	for _, r := range held {
@@ -292,8 +304,8 @@ func (t *transmission) fail(d *datagram, err error) {
 	if t.request {
 		d.c.failed(t.token, err)
 	}
-	if t.failed != nil {
-		t.failed(err)
+	if t.settled != nil {
+		t.settled(err)
 	}
 }
 
