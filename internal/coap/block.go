@@ -256,6 +256,12 @@ func (c *Conn) assemble(m *Message, b block) (whole *Message, r Response, done b
 			return drop(c.tooLarge())
 		}
 	}
+	if c.dg != nil && up != nil && b.more && b.num > 0 && b.offset()+len(m.Payload) == len(up.body) && bytes.Equal(up.body[b.offset():], m.Payload) {
+		// The newest block once more, in a message of its own: its answer was lost, not the block. (A stream loses nothing.)
+		up.used = c.srv.now()
+		t.give(put(&c.blocks.uploads, up, cfg.MaxTransfers))
+		return nil, Response{Code: codes.Continue, Options: echo}, false
+	}
 	if up == nil || b.offset() != len(up.body) {
 		return drop(errText(codes.RequestEntityIncomplete, "blocks are missing")) // RFC 7959, Section 2.9.2
 	}
@@ -417,6 +423,7 @@ func (c *Conn) upload(ctx context.Context, op string, m *Message) (*Message, err
 	tag := binary.BigEndian.AppendUint32(nil, uint32(c.nextToken.Add(1))) //nolint:gosec // any four bytes will do
 	base := AddOption(part.Options, RequestTag, tag)
 	part.Options = base
+	m.Options = slices.Clone(base) // the tag also belongs to the requests for the blocks of the answer
 	room := largest - c.tr.size(part) - blockRoom
 	szx, n, ok := chunk(room, bert, szxBERT)
 	if !ok {
@@ -540,6 +547,9 @@ func (c *Conn) rest(ctx context.Context, op string, m, first *Message) (*Message
 		}
 		again := *req
 		again.Payload = m.Payload // FETCH: asked anew, with its body
+		if c.dg != nil {
+			again.Token = c.token()
+		}
 		var err error
 		if first, err = c.roundTrip(ctx, op, &again, &exchange{answer: make(chan answer, 1)}); err != nil {
 			return nil, err

@@ -75,6 +75,7 @@ type Conn struct {
 	slots        chan struct{}
 	exchanges    map[string]*exchange
 	observations map[string]*Observation
+	observers    map[string]*Observer // by token
 	fetches      []*Observation // observations with a fetch to do; at most one entry each
 	fetching     bool
 
@@ -176,7 +177,7 @@ func (c *Conn) end(err error) {
 	c.mu.Lock()
 	reason := c.reason
 	left := c.queuedBytes
-	c.queue, c.queuedBytes, c.exchanges, c.observations, c.ended = nil, 0, nil, nil, true
+	c.queue, c.queuedBytes, c.exchanges, c.observations, c.observers, c.ended = nil, 0, nil, nil, nil, true
 	c.mu.Unlock()
 	c.srv.budget.give(left)
 	c.blocks.clear(c.srv.budget)

@@ -244,13 +244,20 @@ func (l *udpListener) route(b []byte, e endpoints) {
 	if !l.opens(b, e) {
 		return
 	}
+	if d := l.session(e); d != nil {
+		d.deliver(b)
+	}
+}
+
+// session begins a session with an address, if there is room and the handler wants it. The reader calls it.
+func (l *udpListener) session(e endpoints) *datagram {
 	if !l.srv.admit() {
 		// The next time the peer tries there may be room.
 		l.evict()
 		l.srv.refuse(net.UDPAddrFromAddrPort(e.remote), "max-connections", fmt.Sprintf("%d connections are open", l.srv.cfg.MaxConnections))
-		return
+		return nil
 	}
-	k = &udpLink{l: l, ends: e, control: l.sock.control(e)}
+	k := &udpLink{l: l, ends: e, control: l.sock.control(e)}
 	l.mu.Lock()
 	k.at = l.unproven.PushBack(k)
 	l.peers[e] = k // before the start, which may end the session at once; only this goroutine looks k's session up
@@ -259,10 +266,10 @@ func (l *udpListener) route(b []byte, e endpoints) {
 	if err != nil {
 		_ = k.Close()
 		l.srv.gone()
-		return
+		return nil
 	}
 	k.session = d
-	d.deliver(b)
+	return d
 }
 
 // opens reports whether a datagram from an unknown address begins a session: only a request does. The others are answered

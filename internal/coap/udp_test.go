@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -461,12 +462,13 @@ func TestProbingEnds(t *testing.T) {
 	udpBubble(t, handlerFuncs{}, nil, func(t *testing.T, s *udpSim) {
 		p := s.device(t, deviceAddr)
 		c := s.begin(t, p)
-		r := do(c, t.Context(), get("/light"))
+		long := get("/" + strings.Repeat("x", 200)) // what the silence costs is counted in bytes
+		r := do(c, t.Context(), long)
 		for range 5 {
 			p.read(confirmable)
 		}
 		wantKind(t, (<-r).err, hub.Deadline)
-		r = do(c, t.Context(), get("/light"))
+		r = do(c, t.Context(), long)
 		p.quiet(10 * time.Second)
 		id := p.send(confirmable, get("/awake"))
 		for range 2 { // the command may overtake the answer
