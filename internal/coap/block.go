@@ -414,7 +414,10 @@ func (c *Conn) upload(ctx context.Context, op string, m *Message) (*Message, err
 		return c.roundTrip(ctx, op, m, &exchange{answer: make(chan answer, 1)})
 	}
 	largest, bert := c.tr.limits()
-	m.Token = c.token() // over a stream for all blocks: go-coap's servers know a transfer by its token
+	// One token for all blocks: go-coap's servers know a transfer by its token, and with others take the last block for the
+	// whole body, without an error. So that a late answer to one block is not taken for that to the next (RFC 9175, Section
+	// 4.2), the block number in the answer must be the one that was sent.
+	m.Token = c.token()
 	if c.tr.size(m) <= largest {
 		return send(m)
 	}
@@ -429,13 +432,7 @@ func (c *Conn) upload(ctx context.Context, op string, m *Message) (*Message, err
 	if !ok {
 		return nil, errPeerLimit.With(op, nil)
 	}
-	// Over UDP each block has a token of its own (RFC 9175, Section 4.2: a late answer to another block must not match). A
-	// peer that knows transfers by their token misses the blocks before, and gets one token for all then.
-	fresh := c.dg != nil
 	for offset := 0; ; {
-		if fresh {
-			part.Token = c.token()
-		}
 		unit := block{szx: szx}.size()
 		if offset/unit > maxBlockNum {
 			return nil, errPeerLimit.With(op, nil)
@@ -458,9 +455,8 @@ func (c *Conn) upload(ctx context.Context, op string, m *Message) (*Message, err
 			// RFC 7959, Section 2.9.3: the peer wants smaller blocks; begin again with those.
 			szx, n, _ = chunk(room, bert, got.szx)
 			continue
-		case answer.Code == codes.RequestEntityIncomplete && fresh && offset > 0:
-			fresh, offset, part.Token = false, 0, m.Token
-			continue
+		case c.dg != nil && has && got.num != b.num:
+			return nil, errAnswer.With(op, errBlocks)
 		case !b.more || answer.Code != codes.Continue:
 			answer.Options = without(answer.Options, Block1)
 			return answer, nil // the last block's answer, or one that ends the transfer early
@@ -492,6 +488,9 @@ func (c *Conn) rest(ctx context.Context, op string, m, first *Message) (*Message
 	if req.Token = m.Token; has {
 		req.Token = c.token() // that of the observation is for notifications
 	}
+	// Over UDP a token for each block, so that a late answer matches nothing (RFC 9175, Section 4.2). Not where asking again is
+	// another act: go-coap's servers know an answer by its token, and would do again what they find under none.
+	fresh := c.dg != nil && (m.Code == codes.GET || m.Code == codeFetch)
 	for try := 0; ; try++ {
 		if size, ok := first.Uint(Size2); ok && int64(size) > int64(cfg.MaxBody) {
 			return nil, errBody.With(op, fmt.Errorf("%d bytes announced", size))
@@ -510,8 +509,8 @@ func (c *Conn) rest(ctx context.Context, op string, m, first *Message) (*Message
 			next := block{num: uint32(len(whole.Payload) / b.size()), szx: b.szx} //nolint:gosec // bounded by MaxBody
 			part := *req
 			part.Options = AddOption(slices.Clone(req.Options), Block2, next.value())
-			if c.dg != nil {
-				part.Token = c.token() // RFC 9175, Section 4.2
+			if fresh {
+				part.Token = c.token()
 			}
 			answer, err := c.roundTrip(ctx, op, &part, &exchange{answer: make(chan answer, 1)})
 			if err != nil {
@@ -547,7 +546,7 @@ func (c *Conn) rest(ctx context.Context, op string, m, first *Message) (*Message
 		}
 		again := *req
 		again.Payload = m.Payload // FETCH: asked anew, with its body
-		if c.dg != nil {
+		if fresh {
 			again.Token = c.token()
 		}
 		var err error

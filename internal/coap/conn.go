@@ -76,7 +76,7 @@ type Conn struct {
 	exchanges    map[string]*exchange
 	observations map[string]*Observation
 	observers    map[string]*Observer // by token
-	fetches      []*Observation // observations with a fetch to do; at most one entry each
+	fetches      []*Observation       // observations with a fetch to do; at most one entry each
 	fetching     bool
 
 	blocks blocks

@@ -156,61 +156,46 @@ func TestUDPBlock1(t *testing.T) {
 	})
 }
 
-// A large command goes in blocks with a token for each, in the size the peer wants; a peer that knows transfers by their token
-// gets one for all.
+// A large command goes in blocks, in the size the peer wants; an answer to another block is none.
 func TestUDPUpload(t *testing.T) {
 	body := pattern(3000)
 	udpBubble(t, handlerFuncs{}, nil, func(t *testing.T, s *udpSim) {
 		p := s.device(t, deviceAddr)
 		c := s.begin(t, p)
-		for _, byToken := range []bool{false, true} {
-			r := do(c, t.Context(), post("/up", body))
-			tokens := make(map[string]bool)
-			var got []byte
-			last := ""
-			for {
-				m := p.read(confirmable)
-				b, ok, _ := blockOf(m.Message, Block1)
-				if !ok || baseHeader+len(m.body) > 1152 {
-					t.Fatalf("%s", m)
-				}
-				if b.num == 0 {
-					got, last = nil, string(m.Token)
-					clear(tokens)
-				}
-				if size, has := m.Uint(Size1); has != (b.num == 0) || has && size != 3000 {
-					t.Fatalf("Size1 %d in block %d", size, b.num)
-				}
-				if _, ok := m.Option(RequestTag); !ok {
-					t.Fatalf("%s has no Request-Tag", m)
-				}
-				answer := &Message{Code: codes.Continue, Token: m.Token, Options: AddOption(nil, Block1, block{num: b.num, more: b.more, szx: 4}.value())}
-				switch {
-				case byToken && string(m.Token) != last:
-					answer = reply(m.Message, codes.RequestEntityIncomplete, "")
-				case !byToken && tokens[string(m.Token)]:
-					t.Fatalf("token %x is used twice", m.Token)
-				default:
-					if b.offset() != len(got) {
-						t.Fatalf("%s after %d bytes", m, len(got))
-					}
-					got = append(got, m.Payload...)
-					if !b.more {
-						answer.Code = codes.Changed
-					}
-				}
-				tokens[string(m.Token)] = true
-				p.raw(appendPacket(nil, acknowledgement, m.id, answer))
-				if answer.Code == codes.Changed {
-					break
-				}
-			}
-			if res := <-r; res.err != nil || res.msg.Code != codes.Changed || !bytes.Equal(got, body) {
-				t.Fatalf("%+v, the peer got %d bytes", res, len(got))
-			}
-		}
-		// The peer refuses from the beginning.
 		r := do(c, t.Context(), post("/up", body))
+		var got []byte
+		for done := false; !done; {
+			m := p.read(confirmable)
+			b, ok, _ := blockOf(m.Message, Block1)
+			if !ok || baseHeader+len(m.body) > 1152 || b.offset() != len(got) {
+				t.Fatalf("%s after %d bytes", m, len(got))
+			}
+			if size, has := m.Uint(Size1); has != (b.num == 0) || has && size != 3000 {
+				t.Fatalf("Size1 %d in block %d", size, b.num)
+			}
+			if _, ok := m.Option(RequestTag); !ok {
+				t.Fatalf("%s has no Request-Tag", m)
+			}
+			got = append(got, m.Payload...)
+			answer := &Message{Code: codes.Continue, Token: m.Token, Options: AddOption(nil, Block1, block{num: b.num, more: b.more, szx: 4}.value())}
+			if done = !b.more; done {
+				answer.Code = codes.Changed
+			}
+			p.raw(appendPacket(nil, acknowledgement, m.id, answer))
+		}
+		if res := <-r; res.err != nil || res.msg.Code != codes.Changed || !bytes.Equal(got, body) {
+			t.Fatalf("%+v, the peer got %d bytes", res, len(got))
+		}
+
+		r = do(c, t.Context(), post("/up", body))
+		for range 2 {
+			m := p.read(confirmable)
+			p.raw(appendPacket(nil, acknowledgement, m.id, &Message{Code: codes.Continue, Token: m.Token, Options: AddOption(nil, Block1, block{more: true, szx: 6}.value())}))
+		}
+		wantKind(t, (<-r).err, hub.Invalid)
+
+		// The peer refuses from the beginning.
+		r = do(c, t.Context(), post("/up", body))
 		m := p.read(confirmable)
 		p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.RequestEntityTooLarge, "")))
 		if res := <-r; res.err != nil || res.msg.Code != codes.RequestEntityTooLarge {
@@ -383,10 +368,7 @@ func dialEngine(t testing.TB, srv *Server, pc net.PacketConn, to netip.AddrPort)
 		e.local = a.Addr()
 	}
 	d := l.session(e)
-	if d == nil {
-		t.Fatal("no session")
-	}
-	d.proven = true
+	c := proven(d)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -398,6 +380,12 @@ func dialEngine(t testing.TB, srv *Server, pc net.PacketConn, to netip.AddrPort)
 		<-done
 		srv.leave()
 	})
+	return c
+}
+
+// proven returns the connection of a session whose address we know.
+func proven(d *datagram) *Conn {
+	d.proven = true
 	return d.c
 }
 
