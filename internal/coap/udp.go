@@ -31,8 +31,7 @@ type endpoints struct {
 type socket struct {
 	conn net.PacketConn
 	udp  *net.UDPConn // nil: conn is something else, with one address
-	v6   bool
-	oob  []byte // of the reader
+	oob  []byte       // of the reader
 }
 
 // newSocket wraps a socket; one reader and any number of writers may use it.
@@ -44,15 +43,11 @@ func newSocket(conn net.PacketConn) (*socket, error) {
 	}
 	s.udp = u
 	s.oob = make([]byte, 128)
-	if a, ok := u.LocalAddr().(*net.UDPAddr); ok && a.IP.To4() == nil {
-		s.v6 = true
-		if err := ipv6.NewPacketConn(u).SetControlMessage(ipv6.FlagDst|ipv6.FlagInterface, true); err != nil {
-			return nil, fmt.Errorf("ask for the addresses of datagrams: %w", err)
-		}
-		return s, nil
-	}
-	if err := ipv4.NewPacketConn(u).SetControlMessage(ipv4.FlagDst|ipv4.FlagInterface, true); err != nil {
-		return nil, fmt.Errorf("ask for the addresses of datagrams: %w", err)
+	// A socket of IPv6 that takes IPv4, too, wants both: each datagram is described in its own family.
+	err4 := ipv4.NewPacketConn(u).SetControlMessage(ipv4.FlagDst|ipv4.FlagInterface, true)
+	err6 := ipv6.NewPacketConn(u).SetControlMessage(ipv6.FlagDst|ipv6.FlagInterface, true)
+	if err4 != nil && err6 != nil {
+		return nil, fmt.Errorf("ask for the addresses of datagrams: %w", errors.Join(err4, err6))
 	}
 	return s, nil
 }
@@ -75,7 +70,7 @@ func (s *socket) read(b []byte) (n int, e endpoints, ok bool, err error) {
 	}
 	e.remote = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
 	var dst net.IP
-	if s.v6 {
+	if e.remote.Addr().Is6() {
 		var cm ipv6.ControlMessage
 		if cm.Parse(s.oob[:oobn]) == nil {
 			dst, e.ifc = cm.Dst, cm.IfIndex
@@ -102,7 +97,7 @@ func (s *socket) control(e endpoints) []byte {
 	switch {
 	case s.udp == nil || !e.local.IsValid():
 		return nil
-	case s.v6:
+	case e.local.Is6():
 		a := e.local.As16()
 		cm := ipv6.ControlMessage{Src: a[:], IfIndex: e.ifc}
 		return cm.Marshal()
