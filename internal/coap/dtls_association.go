@@ -107,6 +107,7 @@ type association struct {
 
 	// During the handshake.
 	taken   int
+	inSeq   uint64 // of epoch 0, as pion sees it
 	cookie  []byte
 	flight  [][]byte // what we sent since we last took something
 	flown   int
@@ -264,24 +265,25 @@ func (w wire) LocalAddr() net.Addr { return w.l.sock.localAddr(w.first) }
 
 func (w wire) SetDeadline(t time.Time) error { return w.SetReadDeadline(t) }
 
-// SetReadDeadline is how pion ends a read: a time long ago now, none afterwards.
+// SetReadDeadline is how pion ends a read: a time long ago now, none afterwards. After the handshake it does so only to close,
+// and Close ends the read as well; a reader that ended before would close ahead of the close_notify.
 func (w wire) SetReadDeadline(t time.Time) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.expired = !t.IsZero()
+	w.expired = !t.IsZero() && w.stage < complete
 	w.changed.Broadcast()
 	return nil
 }
 
 func (w wire) SetWriteDeadline(time.Time) error { return nil }
 
-// opening takes what may come during the handshake; a datagram that may not is dropped, so that nobody who forges one ends
-// it. It returns what to do afterwards without the lock; mu is held.
-func (a *association) opening(r record) (pass bool) {
+// opening reports whether a record may come during the handshake, or in the clear; one that may not is dropped, so that
+// nobody who forges one ends it. mu is held.
+func (a *association) opening(r record) bool {
 	switch {
 	case a.stage == complete:
 		// Our last flight may have been lost: the peer repeats its own, until it says something.
-		return r.typ == recordHandshake && r.epoch == 0 && !a.heard && a.grace(r)
+		return r.typ == recordHandshake && isClientFlight(r.body) && !a.heard && a.grace(r)
 	case r.epoch == 0 && r.typ == recordAlert:
 		// Anybody can forge it, so it ends nothing; the peer that sent it is not going to go on.
 		a.said = bytes.Clone(r.body[:min(len(r.body), 2)])
@@ -289,7 +291,7 @@ func (a *association) opening(r record) (pass bool) {
 	case a.stage == unverified:
 		return r.epoch == 0 && r.typ == recordHandshake && isClientHello(r.body) && a.grace(r)
 	case r.epoch == 0:
-		return (r.typ == recordHandshake && !isClientHello(r.body) ||
+		return (r.typ == recordHandshake && isClientFlight(r.body) ||
 			r.typ == recordChange && len(r.body) == 1 && r.body[0] == 1) && a.grace(r)
 	case r.epoch == 1 && (r.typ == recordHandshake || r.typ == recordCID) && len(r.raw) <= maxSealed:
 		if a.asked && a.waiting {
@@ -329,7 +331,11 @@ func (a *association) push(recs []record, e endpoints) {
 	size := 0
 	for i := range recs {
 		r := &recs[i]
-		if (a.stage < complete || r.epoch == 0) && !a.opening(*r) {
+		switch {
+		case (a.stage < complete || r.epoch == 0) && !a.opening(*r):
+			r.raw = nil
+		case a.stage == complete && (r.epoch > 1 || r.epoch == 1 && r.typ == recordChange):
+			// There is no second epoch. pion would keep its records, and believe a change_cipher_spec, which no key seals.
 			r.raw = nil
 		}
 		size += len(r.raw)
@@ -341,6 +347,11 @@ func (a *association) push(recs []record, e endpoints) {
 		b := make([]byte, 0, size)
 		for _, r := range recs {
 			b = append(b, r.raw...)
+			if r.raw != nil && r.epoch == 0 {
+				// Nothing seals the number, and one forged high one would make pion take all others for old.
+				putUint48(b[len(b)-len(r.raw)+5:], a.inSeq)
+				a.inSeq++
+			}
 		}
 		from.in += size
 		a.ring = append(a.ring, arrival{from, b})

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"net"
 	"net/netip"
 	"sync"
@@ -34,6 +35,7 @@ type dtlsListener struct {
 	shaking  map[endpoints]*association // verified
 	mute     *list.List                 // sessions whose address somebody else has now, oldest first
 	halfOpen [2]halfOpen                // by stage: unverified, verified
+	grey     *greylist                  // made when it is first needed
 }
 
 // halfOpen are handshakes of one stage, oldest first. The stages have lists of their own, so that a flood of ClientHellos
@@ -78,6 +80,32 @@ func (h *halfOpen) over(prefix netip.Prefix, conf *DTLSConfig) *association {
 		return h.all.Front().Value.(*association)
 	}
 	return nil
+}
+
+// crowded reports that half of what there is for that prefix, or for all, is taken.
+func (h *halfOpen) crowded(prefix netip.Prefix, conf *DTLSConfig) bool {
+	p := h.prefix[prefix]
+	return p != nil && 2*p.Len() >= conf.MaxPerPrefix || h.all != nil && 2*h.all.Len() >= conf.MaxHandshakes
+}
+
+// greylist remembers ClientHellos for a while, roughly. pion makes the cookie, and keeps one association for each; when
+// these get many, only who asks twice gets one. A flood with forged addresses seldom repeats itself, a device always does.
+type greylist [1 << 16]struct{ sum, at uint32 } // at: milliseconds, zero is never
+
+const (
+	greyAfter = 500 * time.Millisecond // RFC 6347, Section 4.2.4.1: the first repetition is due after a second
+	greyUntil = 70 * time.Second       // and no later than after a minute
+)
+
+// again reports whether the same was seen, long enough ago to be a repetition.
+func (g *greylist) again(sum uint64, now time.Duration) bool {
+	ms := uint32(now/time.Millisecond) | 1 //nolint:gosec // wraps after 49 days, which costs a repetition
+	e := &g[sum%uint64(len(g))]
+	if tag := uint32(sum >> 32); e.at == 0 || e.sum != tag || ms-e.at > uint32(greyUntil/time.Millisecond) { //nolint:gosec // cut on purpose
+		e.sum, e.at = tag, ms
+		return false
+	}
+	return ms-e.at >= uint32(greyAfter/time.Millisecond)
 }
 
 // prefixOf is what is taken for one owner of addresses: the smallest networks that are routed by themselves.
@@ -218,7 +246,29 @@ func (l *dtlsListener) hello(recs []record, e endpoints) {
 		fresh.again()
 		return
 	}
+	if l.tooMany(h, e) {
+		l.drop("crowded")
+		return
+	}
 	l.begin(recs, h, e)
+}
+
+// tooMany reports that a ClientHello has to come again before it is worth an association.
+func (l *dtlsListener) tooMany(h clientHello, e endpoints) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.halfOpen[unverified].crowded(prefixOf(e.remote.Addr()), &l.conf) {
+		return false
+	}
+	if l.grey == nil {
+		l.grey = new(greylist)
+	}
+	return !l.grey.again(maphash.Comparable(seed, greyKey{e.remote, h.random}), l.srv.now())
+}
+
+type greyKey struct {
+	from   netip.AddrPort
+	random helloRandom
 }
 
 // begin makes an association for a ClientHello.

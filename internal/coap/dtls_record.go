@@ -15,12 +15,14 @@ const (
 	recordHeader    = 13
 	handshakeHeader = 12
 
-	helloRequest  = 1 // client_hello
-	helloAnswer   = 2 // server_hello
-	helloVerify   = 3 // hello_verify_request
-	alertFatal    = 2
-	alertDecrypt  = 51 // decrypt_error
-	sequenceLimit = 1 << 48
+	helloRequest = 1 // client_hello
+	helloAnswer  = 2 // server_hello
+	helloVerify  = 3 // hello_verify_request
+	certificate  = 11
+	certVerify   = 15
+	keyExchange  = 16 // client_key_exchange
+	alertFatal   = 2
+	alertDecrypt = 51 // decrypt_error
 )
 
 // cidSize is the size of our connection IDs: two bytes of the gateway, six random ones. It is the same for all, so that a
@@ -66,6 +68,11 @@ func uint48(b []byte) uint64 {
 	return uint64(b[0])<<40 | uint64(b[1])<<32 | uint64(binary.BigEndian.Uint32(b[2:]))
 }
 
+func putUint48(b []byte, n uint64) {
+	b[0], b[1] = byte(n>>40), byte(n>>32)
+	binary.BigEndian.PutUint32(b[2:], uint32(n)) //nolint:gosec // the upper part stands before
+}
+
 // helloRandom tells one ClientHello from another: a client repeats it after the HelloVerifyRequest, and takes a new one for
 // each handshake.
 type helloRandom [32]byte
@@ -78,6 +85,22 @@ type clientHello struct {
 
 // isClientHello reports whether the body of a handshake record begins with a ClientHello.
 func isClientHello(body []byte) bool { return body[0] == helloRequest }
+
+// isClientFlight reports whether the body of a handshake record has only whole fragments of what a client sends in the clear
+// after its ClientHello. pion would take a Finished in the clear for the one that is due, and lose that.
+func isClientFlight(b []byte) bool {
+	for len(b) > 0 {
+		if len(b) < handshakeHeader || b[0] != certificate && b[0] != certVerify && b[0] != keyExchange {
+			return false
+		}
+		n := uint24(b[9:])
+		if n > len(b)-handshakeHeader || uint24(b[6:])+n > uint24(b[1:]) {
+			return false
+		}
+		b = b[handshakeHeader+n:]
+	}
+	return true
+}
 
 // parseClientHello reads one that came in a single fragment, alone in its record; else false. RFC 6347, Section 4.2.1 wants
 // a server to answer it without keeping anything, which one in pieces does not allow.
@@ -120,8 +143,7 @@ func verifyCookie(body []byte) []byte {
 func plainAlert(seq uint64, description byte) []byte {
 	b := make([]byte, recordHeader, recordHeader+2)
 	b[0], b[1], b[2] = recordAlert, 0xfe, 0xfd
-	b[5], b[6] = byte(seq>>40), byte(seq>>32)
-	binary.BigEndian.PutUint32(b[7:], uint32(seq)) //nolint:gosec // the upper part stands before
+	putUint48(b[5:], seq)
 	b[12] = 2
 	return append(b, alertFatal, description)
 }

@@ -14,8 +14,10 @@ import (
 	"log/slog"
 	"math/big"
 	"net"
+	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -88,6 +90,29 @@ type dtlsSim struct {
 	ca      *authority
 	refused chan string
 	stop    func()
+
+	mu      sync.Mutex
+	devices []*dtlsDevice
+	sent    map[netip.AddrPort]int // bytes of the hub, by where they went
+	got     map[netip.AddrPort]int // bytes to the hub
+}
+
+func (s *dtlsSim) trace(e simnet.Event) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if e.What == "sent" && e.From.String() == dtlsAddr {
+		s.sent[e.To] += e.Size
+	}
+	if e.What == "arrived" && e.To.String() == dtlsAddr {
+		s.got[e.From] += e.Size
+	}
+}
+
+func (s *dtlsSim) traffic(addr string) (sent, got int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	ap := netip.MustParseAddrPort(addr)
+	return s.sent[ap], s.got[ap]
 }
 
 const dtlsAddr = "192.0.2.1:5684"
@@ -122,8 +147,10 @@ func startDTLS(t *testing.T, h handlerFuncs, change func(*Config, *DTLSConfig)) 
 	t.Helper()
 	s := &dtlsSim{
 		sim: &sim{t: t, conns: make(chan *Conn, 1000), closed: make(chan error, 1000), logs: new(bytes.Buffer), reg: prometheus.NewRegistry()},
-		net: simnet.New(1, nil), hub: simnet.Addr(dtlsAddr), ca: newAuthority(t), refused: make(chan string, 1000),
+		hub: simnet.Addr(dtlsAddr), ca: newAuthority(t), refused: make(chan string, 10_000),
+		sent: make(map[netip.AddrPort]int), got: make(map[netip.AddrPort]int),
 	}
+	s.net = simnet.New(1, s.trace)
 	cfg, conf := DefaultConfig(), dtlsConfig(t, s.ca)
 	cfg.Refused = func(_ net.Addr, reason, detail string) { s.refused <- reason + ": " + detail }
 	if change != nil {
@@ -172,7 +199,12 @@ func dtlsBubble(t *testing.T, h handlerFuncs, change func(*Config, *DTLSConfig),
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		s := startDTLS(t, h, change)
-		defer s.stop()
+		defer func() {
+			s.stop()
+			for _, d := range s.devices {
+				d.crash()
+			}
+		}()
 		f(t, s)
 	})
 }
@@ -196,12 +228,32 @@ func (s *dtlsSim) socket(t testing.TB, addr string) *simnet.Conn {
 
 // shake makes an association over a socket.
 func (s *dtlsSim) shake(t testing.TB, sock net.PacketConn, opts ...dtls.ClientOption) (*dtlsDevice, error) {
-	return shakeWith(t, sock, s.hub, opts...)
+	d, err := shakeWith(t, sock, s.hub, opts...)
+	if err == nil {
+		s.mu.Lock()
+		s.devices = append(s.devices, d)
+		s.mu.Unlock()
+	}
+	return d, err
+}
+
+// polite lets pion say its close_notify before its reader, which has been told to end, closes the socket.
+type polite struct {
+	net.PacketConn
+	complete atomic.Bool
+}
+
+func (p *polite) SetReadDeadline(t time.Time) error {
+	if p.complete.Load() {
+		return nil
+	}
+	return p.PacketConn.SetReadDeadline(t)
 }
 
 func shakeWith(t testing.TB, sock net.PacketConn, hub net.Addr, opts ...dtls.ClientOption) (*dtlsDevice, error) {
 	t.Helper()
-	conn, err := dtls.ClientWithOptions(sock, hub, opts...)
+	p := &polite{PacketConn: sock}
+	conn, err := dtls.ClientWithOptions(p, hub, opts...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -211,6 +263,7 @@ func shakeWith(t testing.TB, sock net.PacketConn, hub net.Addr, opts ...dtls.Cli
 		_ = sock.Close()
 		return nil, err
 	}
+	p.complete.Store(true)
 	return &dtlsDevice{t: t, sock: sock, conn: conn}, nil
 }
 
@@ -494,5 +547,82 @@ func TestDTLSKindsOfCredential(t *testing.T) {
 		if err := srv.ServeDTLS(t.Context(), pc, DefaultDTLSConfig()); !errors.Is(err, errNoCredentials) {
 			t.Errorf("ServeDTLS: %v", err)
 		}
+	})
+}
+
+func TestDTLSRecords(t *testing.T) {
+	cid := append([]byte{recordCID, 0xfe, 0xfd, 0, 1, 0, 0, 0, 0, 0, 9, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1}, 42)
+	plain := []byte{recordData, 0xfe, 0xfd, 0, 1, 0, 0, 0, 0, 1, 0, 0, 2, 7, 7}
+	r, rest, ok := nextRecord(append(append([]byte(nil), cid...), plain...))
+	if !ok || r.cid != (connectionID{1, 2, 3, 4, 5, 6, 7, 8}) || r.seq != 9 || r.epoch != 1 || !bytes.Equal(r.body, []byte{42}) || !bytes.Equal(r.raw, cid) {
+		t.Fatalf("%+v %t", r, ok)
+	}
+	if r, rest, ok = nextRecord(rest); !ok || len(rest) != 0 || r.seq != 256 || !bytes.Equal(r.raw, plain) {
+		t.Fatalf("%+v %t", r, ok)
+	}
+	for _, b := range [][]byte{nil, {25}, cid[:20], cid[:21], plain[:14], {19, 0xfe, 0xfd, 0, 1, 0, 0, 0, 0, 1, 0, 0, 1, 7}, {23, 3, 3, 0, 1, 0, 0, 0, 0, 1, 0, 0, 1, 7}} {
+		if r, _, ok := nextRecord(b); ok {
+			t.Errorf("%x is %+v", b, r)
+		}
+	}
+	h, ok := parseClientHello(hello(5)[recordHeader:])
+	if !ok || len(h.cookie) != 0 || h.random[7] != 5 {
+		t.Errorf("%+v %t", h, ok)
+	}
+	for n := range hello(5)[recordHeader:] {
+		if _, ok := parseClientHello(hello(5)[recordHeader:][:n]); ok {
+			t.Errorf("%d bytes of a ClientHello are one", n)
+		}
+	}
+}
+
+// FuzzDTLS brings any datagrams to a listener that has a session, from the session's address and from another one: the
+// session lives, and nothing grows.
+func FuzzDTLS(f *testing.F) {
+	f.Add(hello(1), []byte{recordAlert, 0xfe, 0xfd, 0, 0, 0, 0, 0, 0, 0, 5, 0, 2, 1, 0})
+	f.Add(append(hello(1), hello(2)...), []byte{recordChange, 0xfe, 0xfd, 0, 1, 0, 0, 0, 0, 0, 5, 0, 1, 1})
+	f.Add([]byte{recordCID, 0xfe, 0xfd, 0, 1, 0, 0, 0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 0}, bytes.Repeat([]byte{22, 0xfe, 0xfd}, 20))
+	f.Add([]byte{recordHandshake, 0xfe, 0xfd, 0, 0, 0, 0, 0, 0, 0, 5, 0, 12, keyExchange, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0}, []byte{1})
+	network := simnet.New(1, nil)
+	pc, err := network.Listen(dtlsAddr)
+	if err != nil {
+		f.Fatal(err)
+	}
+	cfg, conf := DefaultConfig(), DefaultDTLSConfig()
+	conf.PSK = func(context.Context, []byte) ([]byte, error) { return testKey, nil }
+	conf.MaxHandshakes, conf.HandshakeTimeout = 8, 100*time.Millisecond
+	srv := NewServer(cfg, handlerFuncs{}, slog.New(slog.DiscardHandler), NewMetrics(nil))
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- srv.ServeDTLS(ctx, pc, conf) }()
+	sock, err := network.Listen("198.51.100.1:5000")
+	if err != nil {
+		f.Fatal(err)
+	}
+	other, err := network.Listen("198.51.100.2:5000")
+	if err != nil {
+		f.Fatal(err)
+	}
+	d, err := shakeWith(f, sock, simnet.Addr(dtlsAddr), pskOptions("lamp", testKey, true)...)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			f.Errorf("ServeDTLS: %v", err)
+		}
+		d.crash()
+	})
+	f.Fuzz(func(t *testing.T, a, b []byte) {
+		d.t = t
+		for _, from := range []net.PacketConn{sock, other} {
+			for _, b := range [][]byte{a, b} {
+				if _, err := from.WriteTo(b, simnet.Addr(dtlsAddr)); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		d.ask("/a")
 	})
 }
