@@ -60,7 +60,8 @@ type Conn struct {
 	messagesIn   atomic.Uint64
 	messagesOut  atomic.Uint64
 	nextToken    atomic.Uint64
-	pingUnsettle bool // a Ping was sent and nothing came since; the wheel's alone
+	next         atomic.Pointer[chan struct{}] // of Next; nil when nobody asked
+	pingUnsettle bool                          // a Ping was sent and nothing came since; the wheel's alone
 
 	// mu guards what follows. Order of locks: mu before the wheel's, the budget's and the transport's.
 	mu           sync.Mutex
@@ -140,6 +141,33 @@ func (c *Conn) Stats() Stats {
 	}
 }
 
+// Next returns a channel that is closed when the peer says something next, or the connection is gone: the moment to reach a
+// device that sleeps most of the time. What came before the call does not count.
+func (c *Conn) Next() <-chan struct{} {
+	for {
+		if ch := c.next.Load(); ch != nil {
+			return *ch
+		}
+		ch := make(chan struct{})
+		if c.next.CompareAndSwap(nil, &ch) {
+			if c.ctx.Err() != nil {
+				c.spoke() // end may have looked before
+			}
+			return ch
+		}
+	}
+}
+
+// spoke tells who waits for Next.
+func (c *Conn) spoke() {
+	if c.next.Load() == nil {
+		return
+	}
+	if ch := c.next.Swap(nil); ch != nil {
+		close(*ch)
+	}
+}
+
 // Close ends the connection soon and does not block: what waits to be written is written first, bounded by
 // Config.CloseTimeout; what was received but not yet handled is dropped. err is what Closed will be told; nil means
 // ErrClosed. Only the first call counts.
@@ -172,6 +200,7 @@ func (c *Conn) shut(err error, drain bool) {
 func (c *Conn) end(err error) {
 	c.shut(err, false)
 	c.cancel() // now handlers and callers that wait for the peer give up
+	c.spoke()
 	c.wg.Wait()
 	c.srv.wheel.stop(&c.timer)
 	c.mu.Lock()
@@ -250,6 +279,7 @@ func (c *Conn) tick() {
 func (c *Conn) receive(code codes.Code, token, body []byte, held int) error {
 	m := c.srv.metrics
 	c.messagesIn.Add(1)
+	c.spoke()
 	size := held
 	defer func() { c.srv.budget.give(held) }()
 

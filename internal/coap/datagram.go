@@ -415,7 +415,7 @@ func (d *datagram) deliver(b []byte) bool {
 		d.mu.Unlock()
 		return false
 	}
-	d.credit = 3 * len(b)
+	d.credit = min(d.credit+3*len(b), maxCredit)
 	switch {
 	case err != nil:
 		d.malformed(p)
@@ -447,6 +447,7 @@ func (d *datagram) deliver(b []byte) bool {
 		c.lastIn.Store(int64(now))
 		d.put(emptyPacket(reset, p.id))
 		d.mu.Unlock()
+		c.spoke()
 		return true
 	}
 	sum := maphash.Bytes(seed, b)
@@ -462,12 +463,14 @@ func (d *datagram) deliver(b []byte) bool {
 	}
 	c.lastIn.Store(int64(now))
 	r := d.rx.add(p, sum, now, &c.srv.cfg, c.srv.budget)
+	r.size = len(b)
 	d.schedule(now + c.srv.cfg.TransferTimeout/2)
 	if d.proven {
 		d.heard(now)
 	}
 	d.mu.Unlock()
 	c.messagesIn.Add(1)
+	c.spoke()
 	d.dispatch(p, r, len(b), now)
 	return true
 }
@@ -639,7 +642,7 @@ func (d *datagram) repeat(r *reception) {
 
 // reply sends what r's message gets, or holds it until the address is proven; mu is held.
 func (d *datagram) reply(r *reception) {
-	if r.reply == nil || d.put(r.reply) {
+	if r.reply == nil || (d.proven || len(r.reply) <= 3*r.size) && d.put(r.reply) {
 		return
 	}
 	if len(d.held) < maxHeld {
@@ -649,8 +652,10 @@ func (d *datagram) reply(r *reception) {
 	d.probe()
 }
 
-// maxHeld bounds the answers that wait for the proof of an address.
-const maxHeld = 4
+const (
+	maxHeld   = 4       // answers that wait for the proof of an address
+	maxCredit = 4 << 10 // bytes that an address that is not proven can have in store
+)
 
 // put writes a datagram if the address may get one of this size; mu is held.
 func (d *datagram) put(b []byte) bool {

@@ -14,6 +14,7 @@ type reception struct {
 	at     time.Duration
 	ackDue time.Duration // when a request that has no answer gets an empty ACK; 0: there is no such time
 	reply  []byte        // what a duplicate gets again
+	size   int           // of the datagram
 	taken  int           // bytes of the budget
 }
 
