@@ -125,7 +125,7 @@ type Stats struct {
 	BytesOut     uint64
 	MessagesIn   uint64
 	MessagesOut  uint64
-	RoundTrip    time.Duration // of the last answered Ping; zero before
+	RoundTrip    time.Duration // of the last answered Ping, over UDP of any confirmable message that was sent once; zero before
 }
 
 // Stats returns the connection's counters.

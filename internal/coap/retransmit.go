@@ -193,8 +193,12 @@ func (d *datagram) settle(p packet) *transmission {
 		if !t.stale {
 			d.moved = false
 		}
+		now := d.c.srv.now()
+		if t.tries == 1 { // of a copy nobody knows which one was answered (Karn)
+			d.c.pingTime.Store(int64(now - (t.due - t.wait)))
+		}
 		d.remove(t)
-		d.advance(d.c.srv.now())
+		d.advance(now)
 		return t
 	}
 	return nil

@@ -15,6 +15,7 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/coap/simnet"
 )
 
 // The answer leaves from the address that was asked, whichever the socket is bound to.
@@ -91,6 +92,36 @@ func TestUDPStuckHandler(t *testing.T) {
 			t.Fatal(got.err)
 		}
 		close(stuck)
+	})
+}
+
+// The round trip is taken from what was sent once.
+func TestRoundTrip(t *testing.T) {
+	udpBubble(t, handlerFuncs{}, nil, func(t *testing.T, s *udpSim) {
+		p := s.device(t, deviceAddr)
+		c := s.begin(t, p)
+		s.net.SetPath(simnet.Path{Delay: 200 * time.Millisecond})
+		ack := func(skip int) {
+			t.Helper()
+			r := do(c, t.Context(), get("/a"))
+			for range skip {
+				p.read(confirmable)
+			}
+			m := p.read(confirmable)
+			p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Content, "a")))
+			if got := <-r; got.err != nil {
+				t.Fatal(got.err)
+			}
+		}
+		ack(0)
+		if d := c.Stats().RoundTrip; d != 400*time.Millisecond {
+			t.Fatalf("%v", d)
+		}
+		s.net.SetPath(simnet.Path{Delay: 300 * time.Millisecond})
+		ack(1)
+		if d := c.Stats().RoundTrip; d != 400*time.Millisecond {
+			t.Fatalf("%v from a message that was sent twice", d)
+		}
 	})
 }
 

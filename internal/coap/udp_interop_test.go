@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -322,71 +323,145 @@ func TestLibcoapClientUDP(t *testing.T) {
 			t.Parallel()
 			ts := newTestServer()
 			addr, _ := listenUDP(t, ts, "127.0.0.1:0", nil)
-			dir := t.TempDir()
-			large := strings.Repeat("0123456789", 500)
-			out := filepath.Join(dir, "out")
-			read := func() string {
-				b, err := os.ReadFile(out)
-				if err != nil {
-					t.Fatal(err)
-				}
-				return string(b)
-			}
-			if _, have := libcoap(t, name, "-m", "get", "-B", "5", "-o", out, "coap://"+addr+"/large"); !have {
-				return
-			}
-			if read() != large {
-				t.Fatalf("GET /large: %d bytes", len(read()))
-			}
-			in := filepath.Join(dir, "in")
-			body := strings.Repeat("abcdefghij", 500)
-			if err := os.WriteFile(in, []byte(body), 0o600); err != nil {
-				t.Fatal(err)
-			}
-			for _, size := range []string{"1024", "64"} {
-				ts.mu.Lock()
-				ts.large = nil
-				ts.mu.Unlock()
-				libcoap(t, name, "-m", "put", "-B", "5", "-b", size, "-f", in, "coap://"+addr+"/large")
-				ts.mu.Lock()
-				got := string(ts.large)
-				ts.mu.Unlock()
-				if got != body {
-					t.Fatalf("PUT /large in blocks of %s: %d bytes", size, len(got))
-				}
-			}
-			libcoap(t, name, "-m", "get", "-B", "5", "-b", "256", "-o", out, "coap://"+addr+"/large")
-			if read() != body {
-				t.Fatalf("GET /large: %d bytes", len(read()))
-			}
-			if got, _ := libcoap(t, name, "-m", "get", "-B", "5", "coap://"+addr+"/separate"); strings.TrimSpace(got) != "done" {
-				t.Fatalf("GET /separate: %q", got)
-			}
-			if got, _ := libcoap(t, name, "-m", "get", "-N", "-B", "3", "coap://"+addr+"/methods"); !strings.Contains(got, "1:") {
-				t.Fatalf("GET in a NON: %q", got)
-			}
-			for method, number := range map[string]string{"fetch": "5:", "patch": "6:", "ipatch": "7:"} {
-				if got, _ := libcoap(t, name, "-m", method, "-e", "x", "-B", "3", "coap://"+addr+"/methods"); !strings.Contains(got, number+"x") {
-					t.Fatalf("%s: %q", method, got)
-				}
-			}
-			ticking := make(chan struct{})
-			go func() {
-				defer close(ticking)
-				o := <-ts.ticks
-				for i := 1; ; i++ {
-					t := time.NewTimer(200 * time.Millisecond)
-					<-t.C
-					if err := o.Notify(context.Background(), Response{Code: codes.Content, Payload: fmt.Appendf(nil, "tick %d\n", i)}); err != nil {
-						return // cancelled
-					}
-				}
-			}()
-			got, _ := libcoap(t, name, "-m", "get", "-s", "2", "-B", "4", "coap://"+addr+"/tick")
-			if !strings.Contains(got, "tick 0") || !strings.Contains(got, "tick 1") || !strings.Contains(got, "tick 3") {
-				t.Fatalf("observing /tick: %q", got)
-			}
-			<-ticking
+			libcoapAsks(t, ts, name, "coap://"+addr)
 		})
+	}
+}
+
+// libcoapAsks lets libcoap's client ask for everything there is; more are arguments of each call.
+func libcoapAsks(t *testing.T, ts *testServer, name, base string, more ...string) {
+	t.Helper()
+	ask := func(args ...string) (string, bool) {
+		t.Helper()
+		return libcoap(t, name, append(slices.Clone(more), args...)...)
+	}
+	dir := t.TempDir()
+	large := strings.Repeat("0123456789", 500)
+	out := filepath.Join(dir, "out")
+	read := func() string {
+		b, err := os.ReadFile(out)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	if _, have := ask("-m", "get", "-B", "5", "-o", out, base+"/large"); !have {
+		return
+	}
+	if read() != large {
+		t.Fatalf("GET /large: %d bytes", len(read()))
+	}
+	in := filepath.Join(dir, "in")
+	body := strings.Repeat("abcdefghij", 500)
+	if err := os.WriteFile(in, []byte(body), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, size := range []string{"1024", "64"} {
+		ts.mu.Lock()
+		ts.large = nil
+		ts.mu.Unlock()
+		ask("-m", "put", "-B", "5", "-b", size, "-f", in, base+"/large")
+		ts.mu.Lock()
+		got := string(ts.large)
+		ts.mu.Unlock()
+		if got != body {
+			t.Fatalf("PUT /large in blocks of %s: %d bytes", size, len(got))
+		}
+	}
+	ask("-m", "get", "-B", "5", "-b", "256", "-o", out, base+"/large")
+	if read() != body {
+		t.Fatalf("GET /large: %d bytes", len(read()))
+	}
+	if got, _ := ask("-m", "get", "-B", "5", base+"/separate"); strings.TrimSpace(got) != "done" {
+		t.Fatalf("GET /separate: %q", got)
+	}
+	if got, _ := ask("-m", "get", "-N", "-B", "3", base+"/methods"); !strings.Contains(got, "1:") {
+		t.Fatalf("GET in a NON: %q", got)
+	}
+	for method, number := range map[string]string{"fetch": "5:", "patch": "6:", "ipatch": "7:"} {
+		if got, _ := ask("-m", method, "-e", "x", "-B", "3", base+"/methods"); !strings.Contains(got, number+"x") {
+			t.Fatalf("%s: %q", method, got)
+		}
+	}
+	ticking := make(chan struct{})
+	go func() {
+		defer close(ticking)
+		o := <-ts.ticks
+		for i := 1; ; i++ {
+			t := time.NewTimer(200 * time.Millisecond)
+			<-t.C
+			if err := o.Notify(context.Background(), Response{Code: codes.Content, Payload: fmt.Appendf(nil, "tick %d\n", i)}); err != nil {
+				return // cancelled
+			}
+		}
+	}()
+	got, _ := ask("-m", "get", "-s", "2", "-B", "4", base+"/tick")
+	if !strings.Contains(got, "tick 0") || !strings.Contains(got, "tick 1") || !strings.Contains(got, "tick 3") {
+		t.Fatalf("observing /tick: %q", got)
+	}
+	<-ticking
+}
+
+// TestLibcoapServerUDP lets the engine be the client of libcoap's server: discovery, a large body there and back, observation.
+func TestLibcoapServerUDP(t *testing.T) {
+	path, err := exec.LookPath("coap-server-notls")
+	if err != nil {
+		t.Log("coap-server-notls is not installed")
+		return
+	}
+	free, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	to := free.LocalAddr().(*net.UDPAddr).AddrPort()
+	_ = free.Close()
+	cmd := exec.CommandContext(t.Context(), path, "-A", "127.0.0.1", "-p", fmt.Sprint(to.Port()), "-d", "10")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+
+	notes := make(chan string, 100)
+	c := clientUDP(t, handlerFuncs{notifications: func(_ context.Context, ns []Notification) {
+		for _, n := range ns {
+			notes <- string(n.Message.Payload)
+		}
+	}}, to)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	// Its first copies may come before the server is there.
+	m, err := c.Do(ctx, get("/.well-known/core"))
+	if err != nil || m.Code != codes.Content || !bytes.Contains(m.Payload, []byte("</time>")) {
+		t.Fatalf("%v, %v", m, err)
+	}
+	body := pattern(5000)
+	put := post("/new", body)
+	put.Code = codes.PUT
+	if m, err = c.Do(ctx, put); err != nil || m.Code != codes.Created {
+		t.Fatalf("PUT: %v, %v", m, err)
+	}
+	if m, err = c.Do(ctx, get("/new")); err != nil || !bytes.Equal(m.Payload, body) {
+		t.Fatalf("GET: %v, %v", m, err)
+	}
+	if m, err = c.Do(ctx, get("/nothing")); err != nil || m.Code != codes.NotFound {
+		t.Fatalf("%v, %v", m, err)
+	}
+	o, first, err := c.Observe(ctx, get("/time"))
+	if err != nil || o == nil || len(first.Payload) == 0 {
+		t.Fatalf("%v, %v", first, err)
+	}
+	select {
+	case got := <-notes:
+		if got == string(first.Payload) {
+			t.Fatalf("%q twice", got)
+		}
+	case <-ctx.Done():
+		t.Fatal("no notification")
+	}
+	if err := o.Cancel(ctx); err != nil {
+		t.Fatal(err)
 	}
 }

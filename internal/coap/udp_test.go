@@ -534,6 +534,7 @@ func TestDoUDP(t *testing.T) {
 		p.raw(appendPacket(nil, acknowledgement, m.id+1, reply(m.Message, codes.Content, "forged")))
 		p.raw(appendPacket(nil, acknowledgement, m.id, reply(get("/x"), codes.Content, "forged")))
 		p.empty(reset, m.id+1)
+		p.raw(append(emptyPacket(acknowledgement, m.id), 1)) // and an empty message that is not empty
 		p.raw(appendPacket(nil, reset, m.id, reply(m.Message, codes.Content, "forged")))
 		p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Content, "e")))
 		want(r, "e")
@@ -613,8 +614,36 @@ func TestAmplification(t *testing.T) {
 			p.quiet(5 * time.Minute)
 		}
 
+		// Neither many requests that were not answered nor a request of ours change that.
+		p := s.device(t, "192.0.2.4:4")
+		for range 50 {
+			p.send(nonConfirmable, post("/a", nil).with(NoResponse, 2))
+		}
+		p.send(nonConfirmable, get("/big"))
+		if m := p.read(confirmable); m.packet.code != codes.Empty {
+			t.Fatalf("%s before the address is proven", m)
+		}
+		q := s.device(t, "192.0.2.5:5")
+		q.send(nonConfirmable, post("/a", nil).with(NoResponse, 2))
+		synctest.Wait()
+		var c *Conn
+		for len(s.conns) > 0 {
+			c = <-s.conns
+		}
+		r := do(c, t.Context(), post("/light", pattern(100)))
+		ping := q.read(confirmable)
+		if ping.packet.code != codes.Empty {
+			t.Fatalf("%s before the address is proven", ping)
+		}
+		q.empty(reset, ping.id)
+		m := q.read(confirmable)
+		q.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Changed, "")))
+		if got := <-r; got.err != nil {
+			t.Fatal(got.err)
+		}
+
 		// A forged address never answers: what it gets is pings, and it is forgotten soon.
-		p := s.device(t, "192.0.2.3:3")
+		p = s.device(t, "192.0.2.3:3")
 		sent, got := 0, 0
 		for range 10 {
 			req := appendPacket(nil, confirmable, uint16(sent), get("/big")) //nolint:gosec // small
@@ -666,6 +695,8 @@ func TestUDPOverload(t *testing.T) {
 		if m := p.read(acknowledgement); m.id != slow || m.packet.code != codes.Empty {
 			t.Fatalf("%s", m)
 		}
+		p.quiet(time.Minute)
+		p.again(confirmable, first, p.notification(tok, 2, "2")) // not handled yet: nothing to say
 		p.quiet(time.Minute)
 		goOn <- struct{}{}
 		for range 2 { // the first notification is acknowledged now that it is handled
@@ -841,8 +872,8 @@ func TestUDPNoResponse(t *testing.T) {
 	udpBubble(t, handlerFuncs{}, nil, func(t *testing.T, s *udpSim) {
 		p := s.device(t, deviceAddr)
 		id := p.send(confirmable, post("/a", nil).with(NoResponse, 2))
-		if m := p.read(acknowledgement); m.id != id || m.packet.code != codes.Empty {
-			t.Fatalf("%s", m)
+		if m, ok := p.next(100 * time.Millisecond); !ok || m.typ != acknowledgement || m.id != id || m.packet.code != codes.Empty {
+			t.Fatalf("%v", m)
 		}
 		p.send(nonConfirmable, post("/a", nil).with(NoResponse, 2))
 		p.quiet(time.Minute)
