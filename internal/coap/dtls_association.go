@@ -98,6 +98,7 @@ type association struct {
 	reads   uint64
 	waiting bool   // pion waits for a datagram: it has done with all before
 	given   *route // not nil: pion looks at a datagram that came by another route
+	sealing bool   // our Finished is on its way: from now on application data may come
 	moved   bool   // the route has changed, and the session does not know
 	expired bool   // pion wants no more to read
 	closed  bool   // pion has closed
@@ -130,21 +131,11 @@ type wire struct{ *association }
 // ReadFrom gives pion the next datagram. It is called from one goroutine of pion's.
 func (w wire) ReadFrom(b []byte) (int, net.Addr, error) {
 	a := w.association
-	// RFC 9146, Section 6: the address changes with a record that is valid and the newest; pion has judged the one it had.
-	chosen, _ := a.conn.RemoteAddr().(*route)
-	var left *route
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.given != nil {
-		a.given = nil
-		if chosen != nil && chosen != a.route {
-			left, a.route, a.moved = a.route, chosen, true
-			chosen.proven, chosen.stale, chosen.out = false, false, 0
-		}
-	}
-	if left != nil {
 		a.mu.Unlock()
-		a.l.rerouted(a, left, chosen)
+		a.judged()
 		a.mu.Lock()
 	}
 	a.reads++
@@ -181,6 +172,24 @@ func (w wire) ReadFrom(b []byte) (int, net.Addr, error) {
 	}
 	a.bytes -= len(p)
 	return copy(b, p), from, nil
+}
+
+// judged notes what pion made of a datagram that came by another route. RFC 9146, Section 6: the address changes with a record
+// that is valid and the newest.
+func (a *association) judged() {
+	chosen, _ := a.conn.RemoteAddr().(*route)
+	a.mu.Lock()
+	a.given = nil
+	left := a.route
+	moved := chosen != nil && chosen != left
+	if moved {
+		a.route, a.moved = chosen, true
+		chosen.proven, chosen.stale, chosen.out = false, false, 0
+	}
+	a.mu.Unlock()
+	if moved {
+		a.l.rerouted(a, left, chosen)
+	}
 }
 
 // WriteTo sends one datagram of pion's by the route it has chosen.
@@ -229,11 +238,6 @@ func (a *association) sent(b []byte) {
 	if !ok {
 		return
 	}
-	for r, rest, ok := nextRecord(b); ok; r, rest, ok = nextRecord(rest) {
-		if r.epoch == 0 && r.typ != recordCID {
-			a.nextSeq = max(a.nextSeq, r.seq+1)
-		}
-	}
 	if rec.epoch == 0 && rec.typ == recordHandshake {
 		switch rec.body[0] {
 		case helloVerify:
@@ -244,6 +248,11 @@ func (a *association) sent(b []byte) {
 				a.route.proven = true // RFC 6347, Section 4.2.1
 			}
 		}
+	}
+	// What is sealed has the peer's connection ID, of another size than ours; nothing of epoch 0 follows it.
+	for r, rest, ok := nextRecord(b); ok && r.epoch == 0 && r.typ != recordCID; r, rest, ok = nextRecord(rest) {
+		a.nextSeq = max(a.nextSeq, r.seq+1)
+		a.sealing = a.sealing || r.typ == recordChange // the Finished is next
 	}
 	if a.flown+len(b) <= maxFlight {
 		a.flown += len(b)
@@ -281,7 +290,7 @@ func (w wire) SetWriteDeadline(time.Time) error { return nil }
 // nobody who forges one ends it. mu is held.
 func (a *association) opening(r record) bool {
 	switch {
-	case a.stage == complete:
+	case a.sealing:
 		// Our last flight may have been lost: the peer repeats its own, until it says something.
 		return r.typ == recordHandshake && isClientFlight(r.body) && !a.heard && a.grace(r)
 	case r.epoch == 0 && r.typ == recordAlert:
@@ -332,15 +341,15 @@ func (a *association) push(recs []record, e endpoints) {
 	for i := range recs {
 		r := &recs[i]
 		switch {
-		case (a.stage < complete || r.epoch == 0) && !a.opening(*r):
+		case (!a.sealing || r.epoch == 0) && !a.opening(*r):
 			r.raw = nil
-		case a.stage == complete && (r.epoch > 1 || r.epoch == 1 && r.typ == recordChange):
+		case a.sealing && (r.epoch > 1 || r.epoch == 1 && r.typ == recordChange):
 			// There is no second epoch. pion would keep its records, and believe a change_cipher_spec, which no key seals.
 			r.raw = nil
 		}
 		size += len(r.raw)
 	}
-	wrongKey := a.stage == verified && a.sealed >= 3
+	wrongKey := a.sealed >= 3 && !a.sealing
 	conf := &a.l.conf
 	room := size <= maxRecord && len(a.ring) < conf.RingLength && a.bytes+size <= conf.RingBytes
 	if size > 0 && room {
@@ -401,7 +410,7 @@ func (a *association) way(e endpoints) *route {
 // refuse ends a handshake with an alert that says why. Nothing is encrypted yet, so pion need not write it.
 func (a *association) refuse(why error, description byte) {
 	a.mu.Lock()
-	if a.stage != verified {
+	if a.stage != verified || a.sealing {
 		a.mu.Unlock()
 		return
 	}

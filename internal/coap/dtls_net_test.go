@@ -499,6 +499,31 @@ func TestDTLSLossy(t *testing.T) {
 	}
 }
 
+// pausing takes its time after a change_cipher_spec: the peer's first request is there before pion has noted that the handshake
+// is over.
+type pausing struct{ net.PacketConn }
+
+func (p pausing) WriteTo(b []byte, to net.Addr) (int, error) {
+	n, err := p.PacketConn.WriteTo(b, to)
+	if b[0] == recordChange {
+		<-time.After(10 * time.Millisecond)
+	}
+	return n, err
+}
+
+// A peer that has our Finished may speak.
+func TestDTLSEarlyRequest(t *testing.T) {
+	wrap := func(pc net.PacketConn) net.PacketConn { return pausing{pc} }
+	dtlsBubbleOn(t, handlerFuncs{}, nil, wrap, func(t *testing.T, s *dtlsSim) {
+		d := s.dialPSK(t, "198.51.100.1:5000", false)
+		began := time.Now()
+		d.ask("/a")
+		if took := time.Since(began); took != 10*time.Millisecond {
+			t.Errorf("the first answer took %v", took)
+		}
+	})
+}
+
 // A handler that hangs costs its own session only, and bounded room.
 func TestDTLSStuck(t *testing.T) {
 	var hang chan struct{} // of the bubble

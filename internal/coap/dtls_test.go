@@ -90,6 +90,7 @@ type dtlsSim struct {
 	ca      *authority
 	refused chan string
 	stop    func()
+	wrap    func(net.PacketConn) net.PacketConn // what the hub reads from and writes to
 
 	mu      sync.Mutex
 	devices []*dtlsDevice
@@ -143,11 +144,12 @@ func dtlsConfig(t testing.TB, ca *authority) DTLSConfig {
 	return conf
 }
 
-func startDTLS(t *testing.T, h handlerFuncs, change func(*Config, *DTLSConfig)) *dtlsSim {
+func startDTLS(t *testing.T, h handlerFuncs, change func(*Config, *DTLSConfig), wrap func(net.PacketConn) net.PacketConn) *dtlsSim {
 	t.Helper()
 	s := &dtlsSim{
-		sim: &sim{t: t, conns: make(chan *Conn, 1000), closed: make(chan error, 1000), logs: new(bytes.Buffer), reg: prometheus.NewRegistry()},
-		hub: simnet.Addr(dtlsAddr), ca: newAuthority(t), refused: make(chan string, 10_000),
+		wrap: wrap,
+		sim:  &sim{t: t, conns: make(chan *Conn, 1000), closed: make(chan error, 1000), logs: new(bytes.Buffer), reg: prometheus.NewRegistry()},
+		hub:  simnet.Addr(dtlsAddr), ca: newAuthority(t), refused: make(chan string, 10_000),
 		sent: make(map[netip.AddrPort]int), got: make(map[netip.AddrPort]int),
 	}
 	s.net = simnet.New(1, s.trace)
@@ -179,7 +181,7 @@ func startDTLS(t *testing.T, h handlerFuncs, change func(*Config, *DTLSConfig)) 
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
-	go func() { done <- s.srv.ServeDTLS(ctx, pc, conf) }()
+	go func() { done <- s.srv.ServeDTLS(ctx, s.wrap(pc), conf) }()
 	s.stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {
@@ -197,8 +199,13 @@ func startDTLS(t *testing.T, h handlerFuncs, change func(*Config, *DTLSConfig)) 
 
 func dtlsBubble(t *testing.T, h handlerFuncs, change func(*Config, *DTLSConfig), f func(t *testing.T, s *dtlsSim)) {
 	t.Helper()
+	dtlsBubbleOn(t, h, change, func(pc net.PacketConn) net.PacketConn { return pc }, f)
+}
+
+func dtlsBubbleOn(t *testing.T, h handlerFuncs, change func(*Config, *DTLSConfig), wrap func(net.PacketConn) net.PacketConn, f func(t *testing.T, s *dtlsSim)) {
+	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		s := startDTLS(t, h, change)
+		s := startDTLS(t, h, change, wrap)
 		defer func() {
 			s.stop()
 			for _, d := range s.devices {
