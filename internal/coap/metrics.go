@@ -17,6 +17,9 @@ type Metrics struct {
 	dropped      *prometheus.CounterVec
 	buffered     prometheus.Gauge
 	acceptErrors prometheus.Counter
+
+	retransmitted  prometheus.Counter
+	unacknowledged prometheus.Counter
 }
 
 // kind sorts messages for counting.
@@ -61,12 +64,14 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		buffered:     gauge("buffered_bytes", "Bytes queued and in block-wise transfers. Near maxBuffered: the hub is overloaded or somebody leaves transfers unfinished."),
 		acceptErrors: counter("accept_errors_total", "Failed accepts. Rising: the process has no file descriptors left, raise its limit."),
 	}
+	m.retransmitted = counter("retransmissions_total", "Confirmable messages sent again. Rising: lossy links, or devices that sleep without saying so.")
+	m.unacknowledged = counter("unacknowledged_total", "Confirmable messages given up after the last retransmission. Rising: devices went away, or are behind a NAT that forgot them.")
 	for k, name := range kindNames {
 		m.in[k], m.out[k] = in.WithLabelValues(name), out.WithLabelValues(name)
 	}
 	if reg != nil {
 		reg.MustRegister(m.connections, m.opened, m.closed, m.refused, m.handshakes, in, out, m.bytesIn, m.bytesOut,
-			m.queueFull, m.panics, m.dropped, m.buffered, m.acceptErrors)
+			m.queueFull, m.panics, m.dropped, m.buffered, m.acceptErrors, m.retransmitted, m.unacknowledged)
 	}
 	return m
 }
