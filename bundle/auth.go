@@ -3,6 +3,7 @@ package bundle
 import (
 	"context"
 	"fmt"
+	"net/url"
 
 	coapgateway "github.com/coaphub/coaphub/coap-gateway"
 	"github.com/coaphub/coaphub/internal/auth"
@@ -11,6 +12,15 @@ import (
 
 // providerName is what devices call the embedded provider (authprovider).
 const providerName = "coaphub"
+
+// issuerPath is where the embedded provider's pages are on the HTTP door.
+func issuerPath(issuer string) string {
+	u, err := url.Parse(issuer)
+	if err != nil { // the provider has parsed it
+		return ""
+	}
+	return u.EscapedPath()
+}
 
 // authorization makes the verifier, and the providers that devices may name: the embedded one, or those that are configured.
 func (a *assembly) authorization(ctx context.Context) ([]coapgateway.NamedProvider, error) {
@@ -22,6 +32,12 @@ func (a *assembly) authorization(ctx context.Context) ([]coapgateway.NamedProvid
 		var err error
 		if a.provider, err = oauthserver.Open(ctx, cfg, a.documents, a.identities, a.log.With("part", "oauth-server"), a.registry); err != nil {
 			return nil, err
+		}
+		if issuer := a.provider.Issuer(); cfg.Issuer == "" && issuer != a.httpURL+issuerPath(issuer) {
+			// With the issuer in the configuration somebody has seen to it that it is reached, by a proxy for instance.
+			a.log.Warn("the provider's issuer is not where the hub listens: clients that discover it there do not find it; "+
+				"listen where the first start did, or lead the issuer's address here and write it as oauthServer.issuer",
+				"issuer", issuer, "http", a.httpURL)
 		}
 		a.first.name, a.first.password, _ = a.provider.FirstLogin()
 		// In one process keys and revocations are asked for by a call: nothing of the hub's own waits for its HTTP door.

@@ -1,6 +1,7 @@
 package bundle_test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -259,6 +260,98 @@ func TestTheReadyLine(t *testing.T) {
 	}
 	if strings.Count(line, "\n") != 1 {
 		t.Errorf("it is not one line: %q", line)
+	}
+}
+
+// A hub that stops says so to probes until it is gone: the call that is still read on the socket holds up the other parts.
+func TestReadinessSaysStopping(t *testing.T) {
+	cfg := loopback(t)
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	started, ended := make(chan bundle.Status, 1), make(chan error, 1)
+	go func() { // ends with stop; awaited below
+		ended <- bundle.Run(ctx, cfg, bundle.Options{Started: func(s bundle.Status) { started <- s }})
+	}()
+	var admin string
+	select {
+	case s := <-started:
+		admin = s.Endpoints.Admin
+	case err := <-ended:
+		t.Fatal(err)
+	}
+	slow, err := new(net.Dialer).DialContext(t.Context(), "unix", filepath.Join(cfg.Data, "hub.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = slow.Close() }()
+	if _, err := io.WriteString(slow, "POST /token HTTP/1.1\r\nHost: hub\r\nContent-Length: 99\r\nExpect: 100-continue\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	if line, err := bufio.NewReader(slow).ReadString('\n'); err != nil || line != "HTTP/1.1 100 Continue\r\n" {
+		t.Fatalf("the call is not being read: %q, %v", line, err)
+	}
+	if code, body := get(t, admin+"/ready", ""); code != http.StatusOK {
+		t.Errorf("before the stop: %d %s", code, body)
+	}
+	stop()
+	eventually(t, "/ready says that the hub stops", func() bool {
+		code, body := get(t, admin+"/ready", "")
+		return code == http.StatusServiceUnavailable && strings.Contains(body, `"hub":"starting or stopping"`)
+	})
+	if code, _ := get(t, admin+"/live", ""); code != http.StatusOK { // else whoever watches kills it while it writes
+		t.Errorf("/live = %d while stopping", code)
+	}
+	_ = slow.Close()
+	if err := <-ended; err != nil {
+		t.Errorf("the hub did not stop well: %v", err)
+	}
+}
+
+// The issuer is what tokens say, fixed at the first start; the provider is reached where the hub listens now.
+func TestTheProvidersAddressAfterAMove(t *testing.T) {
+	warning := regexp.MustCompile(`level=WARN msg="the provider's issuer is not where the hub listens[^"]*" issuer=(\S+) http=(\S+)`)
+	cfg := loopback(t)
+	start := func() (s bundle.Status, warned []string) {
+		ctx, stop := context.WithCancel(t.Context())
+		defer stop()
+		var out, log bytes.Buffer
+		err := bundle.Run(ctx, cfg, bundle.Options{Out: &out, Log: &log, Started: func(now bundle.Status) {
+			s = now
+			go func() { // Started must not block; Run ends with stop
+				defer stop()
+				code, body := get(t, now.Endpoints.OAuth+"/.well-known/openid-configuration", "")
+				if code != http.StatusOK || !strings.Contains(body, `"issuer":"`+now.Issuer+`"`) {
+					t.Errorf("discovery at %s is %d %s", now.Endpoints.OAuth, code, body)
+				}
+			}()
+		}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want := s.Endpoints.HTTP + "/oauth"; s.Endpoints.OAuth != want || !strings.Contains(out.String(), " oauth="+want+" ") {
+			t.Errorf("oauth is %s in the status of a hub at %s; it printed %q", s.Endpoints.OAuth, s.Endpoints.HTTP, out.String())
+		}
+		return s, warning.FindStringSubmatch(log.String())
+	}
+	first, warned := start()
+	if first.Issuer != first.Endpoints.OAuth || warned != nil {
+		t.Errorf("the first start: issuer %s at %s, warning %q", first.Issuer, first.Endpoints.OAuth, warned)
+	}
+	// Another port for the second start: this one is ours, or somebody else's already.
+	if taken, err := new(net.ListenConfig).Listen(t.Context(), "tcp", strings.TrimPrefix(first.Endpoints.HTTP, "http://")); err == nil {
+		defer func() { _ = taken.Close() }()
+	}
+	second, warned := start()
+	if second.Issuer != first.Issuer || second.Endpoints.HTTP == first.Endpoints.HTTP {
+		t.Errorf("the second start: issuer %s after %s, at %s after %s", second.Issuer, first.Issuer, second.Endpoints.HTTP, first.Endpoints.HTTP)
+	}
+	if len(warned) != 3 || warned[1] != first.Issuer || warned[2] != second.Endpoints.HTTP {
+		t.Errorf("the second start's warning: %q", warned)
+	}
+	// Who says where the issuer is has something there.
+	cfg.OAuthServer.Issuer = first.Issuer
+	if _, warned := start(); warned != nil {
+		t.Errorf("with the issuer in the configuration: %q", warned)
 	}
 }
 

@@ -37,6 +37,9 @@ func (a *assembly) status(ctx context.Context) Status {
 		HubID: a.hubID, Version: a.build.Version, Build: a.build, Started: a.started.UTC(), PID: os.Getpid(), Data: a.folder.Path,
 		Endpoints: a.endpoints(), NotReady: a.health.Ready(ctx),
 	}
+	if a.provider != nil {
+		s.Issuer = a.provider.Issuer()
+	}
 	if head, err := a.store.Head(ctx); err == nil {
 		s.Feed = Feed{LogID: a.store.LogID(), Day: head.Day, N: head.N}
 	}
@@ -98,7 +101,7 @@ func (a *assembly) endpoints() (e Endpoints) {
 	}
 	e.HTTP, e.GRPC = a.httpURL, a.grpcAddress
 	if a.provider != nil {
-		e.OAuth = a.provider.Issuer()
+		e.OAuth = a.httpURL + issuerPath(a.provider.Issuer())
 	}
 	if a.admin != nil {
 		e.Admin = a.url(a.admin.Addr().String())

@@ -24,7 +24,9 @@ type Endpoints struct {
 	HTTP     string `json:"http,omitempty"`
 	GRPC     string `json:"grpc,omitempty"` // host:port
 	Admin    string `json:"admin,omitempty"`
-	OAuth    string `json:"oauth,omitempty"` // the issuer
+	// OAuth is the embedded provider's base address: its discovery document is below. Tokens name Status.Issuer, which stays
+	// when the hub moves.
+	OAuth string `json:"oauth,omitempty"`
 }
 
 // Status is what `coaphub status` shows.
@@ -36,6 +38,7 @@ type Status struct {
 	PID       int       `json:"pid"`
 	Data      string    `json:"data"`
 	Endpoints Endpoints `json:"endpoints"`
+	Issuer    string    `json:"issuer,omitempty"` // of the embedded provider's tokens
 	Devices   int       `json:"devices"`
 	Online    int       `json:"online"`
 	Feed      Feed      `json:"feed"`

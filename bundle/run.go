@@ -69,8 +69,9 @@ func Run(ctx context.Context, cfg Config, o Options) error {
 				o.Started(s)
 			}
 		},
+		// Before any part stops: probes are answered to the end (parts), and nobody is to be sent here meanwhile.
+		Stopping: func() { a.health.SetReady(false) },
 	}, a.parts()...)
-	a.health.SetReady(false)
 	err = errors.Join(err, a.close())
 	if err == nil {
 		log.Info("stopped")

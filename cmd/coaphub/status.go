@@ -61,6 +61,9 @@ func newStatus(p process) *cobra.Command {
 					t.row(e.name, e.uri)
 				}
 			}
+			if s.Issuer != s.Endpoints.OAuth { // the hub moved, or is behind a proxy
+				t.row("issuer", s.Issuer)
+			}
 			t.row("devices", fmt.Sprintf("%d, %d of them online", s.Devices, s.Online))
 			t.row("feed", "day "+strconv.FormatUint(uint64(s.Feed.Day), 10)+", commit "+strconv.FormatUint(s.Feed.N, 10))
 			for _, name := range slices.Sorted(maps.Keys(s.NotReady)) {

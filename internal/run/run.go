@@ -30,7 +30,10 @@ type Options struct {
 	// Started is called once, after the last part is ready and unless the context ended before. It must not block; nil is
 	// allowed.
 	Started func()
-	Log     *slog.Logger // never nil
+	// Stopping is called once, before the first part is told to stop, also when not all were started. It must not block; nil
+	// is allowed.
+	Stopping func()
+	Log      *slog.Logger // never nil
 }
 
 // Run starts the parts in order, each after the one before is ready, and stops them in reverse when ctx ends or a part
@@ -73,6 +76,9 @@ func Run(ctx context.Context, o Options, parts ...Part) error {
 	}
 	<-ctx.Done()
 
+	if o.Stopping != nil {
+		o.Stopping()
+	}
 	if err := stop(live, o); err != nil {
 		mu.Lock()
 		errs = append(errs, err)

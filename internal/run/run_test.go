@@ -71,6 +71,36 @@ func TestStartsInOrderAndStopsInReverse(t *testing.T) {
 	})
 }
 
+// Whoever asks whether the process serves must hear no before the first part stops, whatever ended it.
+func TestStoppingIsSaidBeforeAnyPartStops(t *testing.T) {
+	stopping := func(s *story) run.Options {
+		o := options(s)
+		o.Stopping = func() { s.say("stopping") }
+		return o
+	}
+	t.Run("told", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			s := &story{}
+			ctx, end := context.WithTimeout(t.Context(), time.Minute)
+			defer end()
+			if err := run.Run(ctx, stopping(s), part(s, "a", 0, time.Second), part(s, "b", 0, time.Second)); err != nil {
+				t.Errorf("err = %v, want nil", err)
+			}
+			s.want(t, "a starts", "b starts", "all started", "stopping", "b stopped", "a stopped")
+		})
+	})
+	t.Run("a part did not start", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			s := &story{}
+			broken := run.Part{Name: "b", Run: func(context.Context, func()) error { return errors.New("broken") }}
+			if err := run.Run(t.Context(), stopping(s), part(s, "a", 0, time.Second), broken); err == nil {
+				t.Error("no error")
+			}
+			s.want(t, "a starts", "stopping", "a stopped")
+		})
+	})
+}
+
 func TestAFailingPartEndsTheWhole(t *testing.T) {
 	broken := errors.New("broken")
 	for _, c := range []struct {

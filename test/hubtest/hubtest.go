@@ -129,7 +129,7 @@ func (h *Hub) at(t testing.TB, s bundle.Status) {
 	h.ID, h.Endpoints = s.HubID, s.Endpoints
 	h.CoAPS = strings.TrimPrefix(s.Endpoints.CoAPSTCP, "coaps+tcp://")
 	h.CoAPPlain = strings.TrimPrefix(s.Endpoints.CoAPTCP, "coap+tcp://")
-	h.HTTP, h.GRPC, h.Admin, h.Issuer = s.Endpoints.HTTP, s.Endpoints.GRPC, s.Endpoints.Admin, s.Endpoints.OAuth
+	h.HTTP, h.GRPC, h.Admin, h.Issuer = s.Endpoints.HTTP, s.Endpoints.GRPC, s.Endpoints.Admin, s.Issuer
 	c, err := bundle.Dial(h.Data)
 	if err != nil {
 		t.Fatal(err)
