@@ -20,7 +20,9 @@ import (
 // Endpoints is where a hub listens, as URIs that others can use. Empty: no such listener.
 type Endpoints struct {
 	CoAPSTCP string `json:"coaps+tcp,omitempty"`
+	CoAPS    string `json:"coaps,omitempty"`
 	CoAPTCP  string `json:"coap+tcp,omitempty"`
+	CoAP     string `json:"coap,omitempty"`
 	HTTP     string `json:"http,omitempty"`
 	GRPC     string `json:"grpc,omitempty"` // host:port
 	Admin    string `json:"admin,omitempty"`

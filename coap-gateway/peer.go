@@ -37,6 +37,12 @@ func (g *Gateway) Open(c *coap.Conn) (coap.ConnHandler, error) {
 // answer that they have not handled when the connection ends.
 const closeDelay = 100 * time.Millisecond
 
+// closeSoon ends the connection behind the answer that is being given. Over UDP and DTLS the engine then goes on to answer
+// duplicates of the request for a while, since the answer may be lost.
+func (p *peer) closeSoon() {
+	time.AfterFunc(closeDelay, func() { p.conn.Close(coap.ErrAnswered) })
+}
+
 // route is one row of the table of paths: what answers each method.
 type route struct {
 	session bool // needs a device that is signed in
@@ -80,7 +86,7 @@ func (p *peer) Request(ctx context.Context, req *coap.Message) coap.Response {
 		resp = failure(err)
 		if r.account || resp.Code == codes.Unauthorized {
 			p.closing = true
-			time.AfterFunc(closeDelay, func() { p.conn.Close(coap.ErrAnswered) })
+			p.closeSoon()
 		}
 		if p.sess != nil {
 			code, _ := hub.Public(err)
@@ -120,7 +126,7 @@ func (p *peer) Refused(req *coap.Message) {
 	}
 	p.gw.metrics.requests.WithLabelValues(path, "refused").Inc()
 	if r.account {
-		time.AfterFunc(closeDelay, func() { p.conn.Close(coap.ErrAnswered) })
+		p.closeSoon()
 	}
 }
 

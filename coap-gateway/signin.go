@@ -93,8 +93,11 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 		Device: dev, ConnectedSince: time.Unix(0, conn.ConnectedAt), Protocol: conn.Protocol, Remote: info.Remote.String(),
 		Session: got.Number,
 	}
-	if info.TLS != nil {
+	switch {
+	case info.TLS != nil:
 		d.TLSVersion = tls.VersionName(info.TLS.Version)
+	case info.Secure:
+		d.TLSVersion = "DTLS 1.2" // the only one we have
 	}
 	p.gw.devices.begin(d)
 	s.log.Info("device came", "protocol", conn.Protocol)

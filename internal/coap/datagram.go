@@ -187,7 +187,7 @@ func (g *sessions) start(link packetLink) (*datagram, error) {
 	g.mu.Unlock()
 
 	var err error
-	if !c.guard("Open", func() { c.handler, err = s.handler.Open(c) }) {
+	if !c.Guard("Open", func() { c.handler, err = s.handler.Open(c) }) {
 		err = errHandlerPanicked
 	}
 	if err != nil {
