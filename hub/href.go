@@ -40,8 +40,11 @@ func ParseHref(s string) (Href, error) {
 		b.WriteByte('/')
 		b.WriteString(seg)
 	}
-	if b.Len() == 0 {
+	switch {
+	case b.Len() == 0:
 		return bad("the href is empty")
+	case b.Len() > MaxHref: // with the leading slash that came
+		return bad("the href is longer than 1024 bytes")
 	}
 	return Href(b.String()), nil
 }

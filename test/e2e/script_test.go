@@ -31,7 +31,7 @@ import (
 
 var update = flag.Bool("update", false, "write what came into the scripts")
 
-// TestScripts plays the conversations in testdata/scripts against a hub. A line is what somebody does, then an arrow, then
+// TestScripts plays the conversations in test/scripts against a hub. A line is what somebody does, then an arrow, then
 // what came: "->" compares at once, "~>" asks again until it is so or 10 s are over. Lines of a script:
 //
 //	hub config KEY=VALUE …                        before anything else
@@ -53,7 +53,7 @@ var update = flag.Bool("update", false, "write what came into the scripts")
 // REFRESH-OF-NAME for what its last sign-up or refresh brought. In what came, IDs become names and values that change from
 // run to run become words in capitals.
 func TestScripts(t *testing.T) {
-	files, err := filepath.Glob("testdata/scripts/*.txt")
+	files, err := filepath.Glob("../scripts/*.txt")
 	if err != nil || len(files) == 0 {
 		t.Fatalf("no scripts: %v", err)
 	}
