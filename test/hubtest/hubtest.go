@@ -24,13 +24,16 @@ type Hub struct {
 	ID        string
 	Data      string // the data folder
 	CoAPS     string // host:port of CoAP over TLS
+	CoAPSUDP  string // host:port of CoAP over DTLS
 	CoAPPlain string // host:port of CoAP over TCP; empty unless configured
-	HTTP      string // base URL of the API
-	GRPC      string // host:port
-	Admin     string // base URL of probes and metrics
-	Issuer    string // of the embedded provider
-	Endpoints bundle.Endpoints
-	Control   *bundle.Control
+	// CoAPPlainUDP is host:port of CoAP over UDP; empty unless configured.
+	CoAPPlainUDP string
+	HTTP         string // base URL of the API
+	GRPC         string // host:port
+	Admin        string // base URL of probes and metrics
+	Issuer       string // of the embedded provider
+	Endpoints    bundle.Endpoints
+	Control      *bundle.Control
 
 	env  []string
 	log  *log
@@ -128,6 +131,8 @@ func (h *Hub) at(t testing.TB, s bundle.Status) {
 	t.Helper()
 	h.ID, h.Endpoints = s.HubID, s.Endpoints
 	h.CoAPS = strings.TrimPrefix(s.Endpoints.CoAPSTCP, "coaps+tcp://")
+	h.CoAPSUDP = strings.TrimPrefix(s.Endpoints.CoAPS, "coaps://")
+	h.CoAPPlainUDP = strings.TrimPrefix(s.Endpoints.CoAP, "coap://")
 	h.CoAPPlain = strings.TrimPrefix(s.Endpoints.CoAPTCP, "coap+tcp://")
 	h.HTTP, h.GRPC, h.Admin, h.Issuer = s.Endpoints.HTTP, s.Endpoints.GRPC, s.Endpoints.Admin, s.Issuer
 	c, err := bundle.Dial(h.Data)

@@ -1,0 +1,177 @@
+package e2e_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"math"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/pion/dtls/v3"
+	"github.com/plgd-dev/go-coap/v3/message"
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+	"github.com/plgd-dev/go-coap/v3/udp/coder"
+)
+
+// datagrams is what a peer needs of RFC 7252's message layer: message IDs, acknowledgements, retransmission of what was not
+// acknowledged, and the same answer to the same message.
+type datagrams struct {
+	mu      sync.Mutex // guards all below
+	next    int32
+	unheard map[int32]*time.Timer // of confirmable messages, by their ID
+	replies map[int32][]byte      // to the hub's confirmable messages
+}
+
+func newDatagrams() *datagrams {
+	return &datagrams{unheard: map[int32]*time.Timer{}, replies: map[int32][]byte{}}
+}
+
+func (d *datagrams) settle(id int32) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if t := d.unheard[id]; t != nil {
+		t.Stop()
+		delete(d.unheard, id)
+	}
+}
+
+// dialUDP is a peer over plain UDP.
+func dialUDP(ctx context.Context, addr string) (*peer, error) {
+	conn, err := new(net.Dialer).DialContext(ctx, "udp", addr)
+	if err != nil {
+		return nil, err
+	}
+	return newPeer(conn, newDatagrams()), nil
+}
+
+// dialDTLS is a peer over DTLS with the certificate and CAs of conf, or with what further options say. It asks for a
+// connection ID, as devices behind NAT do.
+func dialDTLS(ctx context.Context, addr string, conf *tls.Config, more ...dtls.ClientOption) (*peer, error) {
+	at, err := net.ResolveUDPAddr("udp", addr)
+	if err != nil {
+		return nil, err
+	}
+	sock, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		return nil, err
+	}
+	opts := []dtls.ClientOption{dtls.WithConnectionIDGenerator(dtls.OnlySendCIDGenerator())}
+	if conf != nil {
+		opts = append(opts, dtls.WithRootCAs(conf.RootCAs), dtls.WithServerName(conf.ServerName),
+			dtls.WithCipherSuites(dtls.TLS_ECDHE_ECDSA_WITH_AES_128_CCM_8))
+		if len(conf.Certificates) > 0 {
+			opts = append(opts, dtls.WithCertificates(conf.Certificates...))
+		}
+	}
+	conn, err := dtls.ClientWithOptions(sock, at, append(opts, more...)...)
+	if err == nil {
+		if err = conn.HandshakeContext(ctx); err == nil {
+			return newPeer(conn, newDatagrams()), nil
+		}
+		conn.Close()
+	}
+	sock.Close()
+	return nil, err
+}
+
+// sendDatagram sends a request, or a notification, which both are confirmable, or an answer to a confirmable message.
+func (p *peer) sendDatagram(m message.Message) error {
+	d := p.datagrams
+	d.mu.Lock()
+	if m.Type != message.Acknowledgement {
+		d.next = (d.next + 1) & math.MaxUint16
+		m.Type, m.MessageID = message.Confirmable, d.next
+	}
+	d.mu.Unlock()
+	b, err := encodeDatagram(m)
+	if err != nil {
+		return err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if m.Type == message.Acknowledgement {
+		d.replies[m.MessageID] = b
+	} else {
+		p.repeat(m.MessageID, b, 2*time.Second)
+	}
+	_, err = p.conn.Write(b)
+	return err
+}
+
+// repeat sends b again unless it is settled; mu is held. What remains ends with the connection, whose writes fail then.
+func (p *peer) repeat(id int32, b []byte, after time.Duration) {
+	d := p.datagrams
+	d.unheard[id] = time.AfterFunc(after, func() {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if d.unheard[id] == nil {
+			return
+		}
+		delete(d.unheard, id)
+		if _, err := p.conn.Write(b); err == nil && after < 20*time.Second {
+			p.repeat(id, b, 2*after)
+		}
+	})
+}
+
+func encodeDatagram(m message.Message) ([]byte, error) {
+	n, err := coder.DefaultCoder.Size(m)
+	if err != nil {
+		return nil, err
+	}
+	b := make([]byte, n)
+	_, err = coder.DefaultCoder.Encode(m, b)
+	return b, err
+}
+
+// readDatagrams reads to the end of the connection.
+func (p *peer) readDatagrams() {
+	b := make([]byte, math.MaxUint16)
+	for {
+		n, err := p.conn.Read(b)
+		if err != nil {
+			break
+		}
+		m := message.Message{Options: make(message.Options, 0, 32)}
+		if _, err := coder.DefaultCoder.Decode(bytes.Clone(b[:n]), &m); err == nil {
+			p.takeDatagram(m)
+		}
+	}
+	d := p.datagrams
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for id, t := range d.unheard {
+		t.Stop()
+		delete(d.unheard, id)
+	}
+}
+
+func (p *peer) takeDatagram(m message.Message) {
+	d := p.datagrams
+	if m.Type == message.Acknowledgement || m.Type == message.Reset {
+		d.settle(m.MessageID)
+		if m.Type == message.Acknowledgement && m.Code != codes.Empty {
+			p.take(m)
+		}
+		return
+	}
+	if m.Type == message.Confirmable {
+		d.mu.Lock()
+		again := d.replies[m.MessageID]
+		d.mu.Unlock()
+		if again != nil {
+			_, _ = p.conn.Write(again)
+			return
+		}
+	}
+	if m.Code>>5 == 0 {
+		p.take(m)
+		return
+	}
+	if m.Type == message.Confirmable {
+		_ = p.send(message.Message{Type: message.Acknowledgement, MessageID: m.MessageID})
+	}
+	p.take(m)
+}
