@@ -68,8 +68,8 @@ const maxRoutes = 4
 
 // association is one DTLS association: below pion it is a net.PacketConn (through wire), above it the link of a session.
 //
-// Order of locks: datagram.mu, pion's, the association's mu, listener's mu. None is held while pion or the session is called
-// upwards.
+// Order of locks: the session's, pion's and the listener's before the association's. Neither of the last two is held while pion
+// or the session is called.
 type association struct {
 	l      *dtlsListener
 	first  endpoints

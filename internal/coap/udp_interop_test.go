@@ -345,7 +345,7 @@ func libcoapAsks(t *testing.T, ts *testServer, name, base string, more ...string
 		}
 		return string(b)
 	}
-	if _, have := ask("-m", "get", "-B", "5", "-o", out, base+"/large"); !have {
+	if _, have := ask("-m", "get", "-B", "20", "-o", out, base+"/large"); !have {
 		return
 	}
 	if read() != large {
@@ -360,7 +360,7 @@ func libcoapAsks(t *testing.T, ts *testServer, name, base string, more ...string
 		ts.mu.Lock()
 		ts.large = nil
 		ts.mu.Unlock()
-		ask("-m", "put", "-B", "5", "-b", size, "-f", in, base+"/large")
+		ask("-m", "put", "-B", "20", "-b", size, "-f", in, base+"/large")
 		ts.mu.Lock()
 		got := string(ts.large)
 		ts.mu.Unlock()
@@ -368,18 +368,18 @@ func libcoapAsks(t *testing.T, ts *testServer, name, base string, more ...string
 			t.Fatalf("PUT /large in blocks of %s: %d bytes", size, len(got))
 		}
 	}
-	ask("-m", "get", "-B", "5", "-b", "256", "-o", out, base+"/large")
+	ask("-m", "get", "-B", "20", "-b", "256", "-o", out, base+"/large")
 	if read() != body {
 		t.Fatalf("GET /large: %d bytes", len(read()))
 	}
-	if got, _ := ask("-m", "get", "-B", "5", base+"/separate"); strings.TrimSpace(got) != "done" {
+	if got, _ := ask("-m", "get", "-B", "20", base+"/separate"); strings.TrimSpace(got) != "done" {
 		t.Fatalf("GET /separate: %q", got)
 	}
-	if got, _ := ask("-m", "get", "-N", "-B", "3", base+"/methods"); !strings.Contains(got, "1:") {
+	if got, _ := ask("-m", "get", "-N", "-B", "20", base+"/methods"); !strings.Contains(got, "1:") {
 		t.Fatalf("GET in a NON: %q", got)
 	}
 	for method, number := range map[string]string{"fetch": "5:", "patch": "6:", "ipatch": "7:"} {
-		if got, _ := ask("-m", method, "-e", "x", "-B", "3", base+"/methods"); !strings.Contains(got, number+"x") {
+		if got, _ := ask("-m", method, "-e", "x", "-B", "20", base+"/methods"); !strings.Contains(got, number+"x") {
 			t.Fatalf("%s: %q", method, got)
 		}
 	}
