@@ -217,6 +217,10 @@ func (c *Conn) serve(m *Message) {
 	}
 	c.srv.budget.give(held)
 	if r.Silent {
+		if c.dg != nil && m.from != nil {
+			// As if it had been lost: it comes again, and then finds a session that is over, which over plain UDP begins another.
+			c.dg.forget(m.from, "closing")
+		}
 		return
 	}
 	if has1 {

@@ -530,6 +530,7 @@ func (d *datagram) forget(r *reception, why string) {
 	d.c.srv.metrics.dropped.WithLabelValues(why).Inc()
 	d.mu.Lock()
 	d.rx.forget(r, d.c.srv.budget)
+	r.state = answered // it gets no ACK any more
 	d.mu.Unlock()
 }
 

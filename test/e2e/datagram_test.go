@@ -157,6 +157,13 @@ func (p *peer) takeDatagram(m message.Message) {
 		}
 		return
 	}
+	if m.Type == message.Confirmable && m.Code == codes.Empty {
+		// RFC 7252, Section 4.3: a ping. So the hub learns that the address is ours.
+		if b, err := encodeDatagram(message.Message{Type: message.Reset, MessageID: m.MessageID}); err == nil {
+			_, _ = p.conn.Write(b)
+		}
+		return
+	}
 	if m.Type == message.Confirmable {
 		d.mu.Lock()
 		again := d.replies[m.MessageID]
