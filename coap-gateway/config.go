@@ -65,6 +65,9 @@ type TLSConfig struct {
 	// IdentityPropertiesRequired refuses certificates without common name uuid:<id> and the OCF identity usage in the
 	// handshake. False: such a connection has no device ID of its own and can only ask for the time.
 	IdentityPropertiesRequired bool `yaml:"identityPropertiesRequired"`
+	// PSK lets devices prove their ID over DTLS by a pre-shared key instead of a certificate. Only devices that were given one
+	// have one (coaphub onboard --psk).
+	PSK bool `yaml:"psk"`
 	// CAPool is files or PEM texts of the CAs of device certificates. Empty: the hub's own device CA.
 	CAPool []string `yaml:"caPool"`
 	// CertFile and KeyFile are the hub's certificate. Both empty: one by the hub's own CA.
@@ -151,6 +154,7 @@ func Default() Config {
 			MaxSilence:     25 * time.Hour, // a device may report once a day
 			TLS: TLSConfig{
 				ClientCertificateRequired: true, IdentityPropertiesRequired: true, DisconnectOnExpiredCertificate: true,
+				PSK: true,
 			},
 			DTLS: DTLSConfig{
 				HandshakeTimeout: 120 * time.Second, FlightInterval: 9 * time.Second, MaxHandshakes: 1024, MaxHandshakesPerNetwork: 256,

@@ -40,7 +40,9 @@ type Deps struct {
 	// ClientIntermediates are certificates under ClientCAs that issue devices' certificates, for clients that send their own
 	// certificate and not its chain. They admit nobody whom ClientCAs would not; a configured caPool replaces them too.
 	ClientIntermediates []*x509.Certificate
-	HubID               hub.DeviceID
+	// PSK returns the pre-shared key of a device, nil if it has none. Nil: devices have certificates only.
+	PSK   func(context.Context, hub.DeviceID) ([]byte, error)
+	HubID hub.DeviceID
 	// Service names this gateway in the connections it records.
 	Service string
 }
@@ -176,11 +178,12 @@ func (g *Gateway) provider(name string) (NamedProvider, error) {
 	return NamedProvider{}, unauthenticated("provider-unknown", "the authorization provider is not known here")
 }
 
-// rules are those of a connection: on a plain one nobody can show a certificate.
-func (g *Gateway) rules(secure bool) rules {
-	co := g.cfg.API.CoAP
+// rules are those of a connection: on a plain one nobody can show a certificate. A pre-shared key counts as one, also where
+// none is asked for.
+func (p *peer) rules() rules {
+	co := &p.gw.cfg.API.CoAP
 	return rules{
-		certificate: secure && co.TLS.ClientCertificateRequired,
+		certificate: p.conn.Info().Secure && co.TLS.ClientCertificateRequired || p.cred.psk,
 		claim:       co.Authorization.DeviceIDClaim != "",
 		strict:      co.Authorization.StrictDeviceID,
 	}

@@ -1,6 +1,7 @@
 package coapgateway
 
 import (
+	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
@@ -9,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/coap"
 )
 
@@ -90,12 +92,23 @@ func (g *Gateway) dtlsConfig() coap.DTLSConfig {
 		}
 		return *cert, g.trusted.cas, nil
 	}
+	if co.TLS.PSK && g.deps.PSK != nil {
+		conf.PSK = func(ctx context.Context, identity []byte) ([]byte, error) {
+			dev, err := hub.ParseDeviceID(string(identity))
+			if err != nil {
+				return nil, nil // unknown, as a device without key is
+			}
+			return g.deps.PSK(ctx, dev)
+		}
+	}
 	conf.Verify = func(peer coap.PeerCredential) error {
 		switch {
+		case peer.PSKIdentity != nil: // whoever has the key is the device
+			return nil
 		case !co.TLS.ClientCertificateRequired:
 			return nil
 		case len(peer.Certificates) == 0:
-			return errors.New("the device showed no certificate")
+			return errors.New("the device showed neither certificate nor pre-shared key")
 		case co.TLS.IdentityPropertiesRequired:
 			_, err := identify(peer.Certificates[0], g.deps.HubID)
 			return err
@@ -143,6 +156,10 @@ func (g *Gateway) credentialOf(info coap.ConnInfo) credential {
 	c := credential{pin: "token"}
 	var chain []*x509.Certificate
 	switch {
+	case info.Peer.PSKIdentity != nil:
+		c.device, _ = hub.ParseDeviceID(string(info.Peer.PSKIdentity)) // or it would have no key
+		c.psk, c.pin = true, "psk"
+		return c
 	case info.TLS != nil && len(info.TLS.VerifiedChains) > 0:
 		chain = info.TLS.VerifiedChains[0]
 	case len(info.Peer.Certificates) > 0:

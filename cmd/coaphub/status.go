@@ -53,6 +53,7 @@ func newStatus(p process) *cobra.Command {
 				{"coaps+tcp", s.Endpoints.CoAPSTCP},
 				{"coaps", s.Endpoints.CoAPS},
 				{"coap+tcp", s.Endpoints.CoAPTCP},
+				{"coap", s.Endpoints.CoAP},
 				{"http", s.Endpoints.HTTP},
 				{"grpc", s.Endpoints.GRPC},
 				{"admin", s.Endpoints.Admin},
