@@ -7,12 +7,17 @@ import (
 	"math"
 	"net"
 	"sync"
+	"testing"
 	"time"
 
+	"github.com/fxamacker/cbor/v2"
 	"github.com/pion/dtls/v3"
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 	"github.com/plgd-dev/go-coap/v3/udp/coder"
+
+	"github.com/coaphub/coaphub/bundle"
+	"github.com/coaphub/coaphub/test/hubtest"
 )
 
 // datagrams is what a peer needs of RFC 7252's message layer: message IDs, acknowledgements, retransmission of what was not
@@ -46,9 +51,27 @@ func dialUDP(ctx context.Context, addr string) (*peer, error) {
 	return newPeer(conn, newDatagrams()), nil
 }
 
-// dialDTLS is a peer over DTLS with the certificate and CAs of conf, or with what further options say. It asks for a
-// connection ID, as devices behind NAT do.
-func dialDTLS(ctx context.Context, addr string, conf *tls.Config, more ...dtls.ClientOption) (*peer, error) {
+// dialDTLS is a peer over DTLS with the certificate and CAs of conf.
+func dialDTLS(ctx context.Context, addr string, conf *tls.Config) (*peer, error) {
+	opts := []dtls.ClientOption{
+		dtls.WithRootCAs(conf.RootCAs), dtls.WithServerName(conf.ServerName),
+		dtls.WithCipherSuites(dtls.TLS_ECDHE_ECDSA_WITH_AES_128_CCM_8),
+	}
+	if len(conf.Certificates) > 0 {
+		opts = append(opts, dtls.WithCertificates(conf.Certificates...))
+	}
+	return shake(ctx, addr, opts...)
+}
+
+// dialPSK is a peer over DTLS with a pre-shared key.
+func dialPSK(ctx context.Context, addr, identity string, key []byte) (*peer, error) {
+	return shake(ctx, addr,
+		dtls.WithPSK(func([]byte) ([]byte, error) { return key, nil }), dtls.WithPSKIdentityHint([]byte(identity)),
+		dtls.WithCipherSuites(dtls.TLS_PSK_WITH_AES_128_CCM_8))
+}
+
+// shake makes the association. It asks for a connection ID, as devices behind NAT do.
+func shake(ctx context.Context, addr string, opts ...dtls.ClientOption) (*peer, error) {
 	at, err := net.ResolveUDPAddr("udp", addr)
 	if err != nil {
 		return nil, err
@@ -57,15 +80,7 @@ func dialDTLS(ctx context.Context, addr string, conf *tls.Config, more ...dtls.C
 	if err != nil {
 		return nil, err
 	}
-	opts := []dtls.ClientOption{dtls.WithConnectionIDGenerator(dtls.OnlySendCIDGenerator())}
-	if conf != nil {
-		opts = append(opts, dtls.WithRootCAs(conf.RootCAs), dtls.WithServerName(conf.ServerName),
-			dtls.WithCipherSuites(dtls.TLS_ECDHE_ECDSA_WITH_AES_128_CCM_8))
-		if len(conf.Certificates) > 0 {
-			opts = append(opts, dtls.WithCertificates(conf.Certificates...))
-		}
-	}
-	conn, err := dtls.ClientWithOptions(sock, at, append(opts, more...)...)
+	conn, err := dtls.ClientWithOptions(sock, at, append(opts, dtls.WithConnectionIDGenerator(dtls.OnlySendCIDGenerator()))...)
 	if err == nil {
 		if err = conn.HandshakeContext(ctx); err == nil {
 			return newPeer(conn, newDatagrams()), nil
@@ -181,4 +196,75 @@ func (p *peer) takeDatagram(m message.Message) {
 		_ = p.send(message.Message{Type: message.Acknowledgement, MessageID: m.MessageID})
 	}
 	p.take(m)
+}
+
+// TestPSK: a key given out by the hub is good for one device, and until the next one is given out.
+func TestPSK(t *testing.T) {
+	h := hubtest.Start(t)
+	lamp, fan := deviceID(1), deviceID(2)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	ask := func(identity string, key []byte) (message.Message, error) {
+		p, err := dialPSK(ctx, h.CoAPSUDP, identity, key)
+		if err != nil {
+			return message.Message{}, err
+		}
+		defer p.close()
+		// di is ignored: the key says who it is, and the code of the lamp is worth nothing to another.
+		body, err := cbor.Marshal(map[string]any{"di": lamp, "accesstoken": h.Code(t, lamp)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		res, _, err := p.do(ctx, request(codes.POST, "/oic/sec/account", body))
+		return res, err
+	}
+	identity, key := h.PSK(t, lamp)
+	if res, err := ask(identity, key); err != nil || res.Code != codes.Changed {
+		t.Fatalf("sign-up with the key: %v, %v", codeText(res.Code), err)
+	}
+	other, otherKey := h.PSK(t, fan)
+	if res, err := ask(other, otherKey); err != nil || res.Code != codes.Unauthorized {
+		t.Errorf("sign-up with another device's key: %v, %v", codeText(res.Code), err)
+	}
+	h.Restart(t)
+	if res, err := ask(identity, key); err != nil || res.Code != codes.Changed {
+		t.Errorf("sign-up after a restart: %v, %v", codeText(res.Code), err)
+	}
+	_, newer := h.PSK(t, lamp)
+	for name, c := range map[string]struct {
+		identity string
+		key      []byte
+	}{
+		"replaced":         {identity, key},
+		"another device's": {identity, otherKey},
+		"unknown device":   {deviceID(3), key},
+		"no device":        {"lamp", key},
+	} {
+		if _, err := ask(c.identity, c.key); err == nil {
+			t.Errorf("a key that is worth nothing got in: %s", name)
+		}
+	}
+	if res, err := ask(identity, newer); err != nil || res.Code != codes.Changed {
+		t.Errorf("sign-up with the newer key: %v, %v", codeText(res.Code), err)
+	}
+	// The device signed up with a key: a certificate is another set of credentials.
+	p, err := dialDTLS(ctx, h.CoAPSUDP, h.Onboard(t, lamp).TLS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.close()
+	body, err := cbor.Marshal(map[string]any{"accesstoken": h.Code(t, lamp)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if res, _, err := p.do(ctx, request(codes.POST, "/oic/sec/account", body)); err != nil || res.Code != codes.Unauthorized {
+		t.Errorf("sign-up with a certificate: %v, %v", codeText(res.Code), err)
+	}
+	off := hubtest.Start(t, hubtest.WithConfig("coapGateway.api.coap.tls.psk=false"))
+	if _, err := off.Control.Onboard(ctx, bundle.OnboardRequest{DeviceID: lamp, PSK: true}); err == nil {
+		t.Error("a key was given out although keys are off")
+	}
+	if _, err := dialPSK(ctx, off.CoAPSUDP, identity, newer); err == nil {
+		t.Error("a key got in although keys are off")
+	}
 }

@@ -187,6 +187,16 @@ func (h *Hub) Code(t testing.TB, deviceID string, owner ...string) string {
 	return o.AuthorizationCode
 }
 
+// PSK makes a pre-shared key for the device.
+func (h *Hub) PSK(t testing.TB, deviceID string) (identity string, key []byte) {
+	t.Helper()
+	o, err := h.Control.Onboard(t.Context(), bundle.OnboardRequest{DeviceID: deviceID, PSK: true})
+	if err != nil {
+		t.Fatalf("onboard %s: %v", deviceID, err)
+	}
+	return o.PSKIdentity, []byte(o.PSK)
+}
+
 // Token makes an access token of the first administrator; no scopes means all of them.
 func (h *Hub) Token(t testing.TB, scopes ...string) string { return h.TokenOf(t, "", scopes...) }
 
