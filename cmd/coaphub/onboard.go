@@ -128,13 +128,12 @@ func printRecipes(p process, o bundle.Onboarding, out string) error {
 		return err
 	}
 	at := func(name string) string { return quote(filepath.Join(out, name)) }
+	overDTLS := ""
 	if o.Endpoints.CoAPS != "" {
-		if _, err := fmt.Fprintf(p.out, `
-libcoap, ask for the hub's time over DTLS:
+		overDTLS = fmt.Sprintf(`libcoap, the same over DTLS:
   coap-client-openssl -m get -c %s -j %s -R %s '%s/x.plgd.dev/time'
-`, at("cert.pem"), at("key.pem"), at("ca.pem"), o.Endpoints.CoAPS); err != nil {
-			return err
-		}
+
+`, at("cert.pem"), at("key.pem"), at("ca.pem"), o.Endpoints.CoAPS)
 	}
 	_, err = fmt.Fprintf(p.out, `
 wrote cert.pem, key.pem, ca.pem and signup.cbor to %s
@@ -142,7 +141,7 @@ wrote cert.pem, key.pem, ca.pem and signup.cbor to %s
 libcoap, ask for the hub's time:
   coap-client-openssl -m get -c %s -j %s -R %s 'coaps+tcp://%s/x.plgd.dev/time'
 
-libcoap, sign up (the answer has the device's tokens):
+%slibcoap, sign up (the answer has the device's tokens):
   coap-client-openssl -m post -t 60 -A 50 -c %s -j %s -R %s -f %s 'coaps+tcp://%s/oic/sec/account'
 
 the simulator, sign up, publish and notify:
@@ -150,7 +149,7 @@ the simulator, sign up, publish and notify:
 
 iotivity-lite's cloud_server (name, code, hub's address, hub's ID, provider):
   cloud_server lamp '%s' '%s' %s %s
-`, out, at("cert.pem"), at("key.pem"), at("ca.pem"), u.Host,
+`, out, at("cert.pem"), at("key.pem"), at("ca.pem"), u.Host, overDTLS,
 		at("cert.pem"), at("key.pem"), at("ca.pem"), quote(body), u.Host,
 		o.DeviceID, quote(out), o.AuthorizationCode, o.Endpoints.CoAPSTCP,
 		o.AuthorizationCode, o.Endpoints.CoAPSTCP, o.HubID, o.AuthorizationProvider)
