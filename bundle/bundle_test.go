@@ -148,6 +148,14 @@ func TestADeviceIsSeenAndSurvivesARestart(t *testing.T) {
 		t.Errorf("status %+v, %v", s, err)
 	}
 
+	if d, err := h.Control.Device(t.Context(), lamp); err != nil || !d.Online || d.Protocol != "coaps+tcp" || d.TLS != "TLS 1.3" ||
+		d.BytesIn == 0 || d.BytesOut == 0 || d.EndedAt != nil || time.Since(d.ConnectedSince) > time.Minute {
+		t.Errorf("the device's attachment: %+v, %v", d, err)
+	}
+	if _, err := h.Control.Device(t.Context(), "d0000000-0000-4000-8000-00000000000f"); !hub.IsKind(err, hub.NotFound) {
+		t.Errorf("that of one that was never here: %v", err)
+	}
+
 	id, issuer, root := h.ID, h.Issuer, rootOf(t, h)
 	h.Restart(t)
 	if h.ID != id || h.Issuer != issuer || rootOf(t, h) != root {

@@ -16,6 +16,7 @@ func (a *assembly) calls() *http.ServeMux {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /status", call(func(ctx context.Context, _ struct{}) (Status, error) { return a.status(ctx), nil }, a.log))
 	mux.HandleFunc("GET /refused", call(a.refused, a.log))
+	mux.HandleFunc("POST /device", call(a.device, a.log))
 	mux.HandleFunc("POST /onboard", call(a.onboard, a.log))
 	mux.HandleFunc("POST /token", call(a.token, a.log))
 	mux.HandleFunc("GET /users", call(a.users, a.log))
@@ -157,4 +158,27 @@ func (a *assembly) refused(context.Context, struct{}) ([]Refusal, error) {
 		out = append(out, Refusal{Time: r.Time.UTC(), Remote: r.Remote, Device: string(r.Device), What: r.What, Reason: r.Reason})
 	}
 	return out, nil
+}
+
+// device says how a device is attached, or was until it went.
+func (a *assembly) device(_ context.Context, q deviceRequest) (DeviceStatus, error) {
+	dev, err := hub.ParseDeviceID(q.DeviceID)
+	if err != nil {
+		return DeviceStatus{}, err
+	}
+	d, ok := a.devices.Diagnostics(dev)
+	if !ok {
+		return DeviceStatus{}, hub.NewError(hub.NotFound, "device-not-seen",
+			"the device has not signed in since the hub started; coaphub status --refused lists who was turned away")
+	}
+	s := DeviceStatus{
+		DeviceID: string(dev), Online: d.Online, Protocol: d.Protocol.String(), TLS: d.TLSVersion, Remote: d.Remote, Session: d.Session,
+		ConnectedSince: d.ConnectedSince.UTC(), LastError: d.LastError,
+		BytesIn: d.BytesIn, BytesOut: d.BytesOut, RoundTrip: d.RoundTrip.Seconds(), EndReason: d.EndReason,
+	}
+	if !d.EndedAt.IsZero() {
+		at := d.EndedAt.UTC()
+		s.EndedAt = &at
+	}
+	return s, nil
 }

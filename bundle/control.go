@@ -68,6 +68,28 @@ type Refusal struct {
 	Reason string    `json:"reason"`
 }
 
+// DeviceStatus is how a device is attached, or was until it went; of this run of the hub only.
+type DeviceStatus struct {
+	DeviceID       string    `json:"deviceId"`
+	Online         bool      `json:"online"`
+	Protocol       string    `json:"protocol"`      // coap+tcp, coaps+tcp
+	TLS            string    `json:"tls,omitempty"` // its version
+	Remote         string    `json:"remote"`
+	Session        uint64    `json:"session"`
+	ConnectedSince time.Time `json:"connectedSince"` // of the session above, also if it has ended
+	LastError      string    `json:"lastError,omitempty"`
+	BytesIn        uint64    `json:"bytesIn"` // of its connection, CoAP without TLS
+	BytesOut       uint64    `json:"bytesOut"`
+	RoundTrip      float64   `json:"roundTripSeconds,omitempty"` // of the last answered ping
+	// EndedAt and EndReason are of the last session that ended: the one above, or the one before it.
+	EndedAt   *time.Time `json:"endedAt,omitempty"`
+	EndReason string     `json:"endReason,omitempty"`
+}
+
+type deviceRequest struct {
+	DeviceID string `json:"deviceId"`
+}
+
 // OnboardRequest asks for what a device needs to sign up. One of DeviceID and AnyDevice must be set.
 type OnboardRequest struct {
 	DeviceID  string `json:"deviceId,omitempty"`
@@ -225,6 +247,12 @@ func (c *Control) Status(ctx context.Context) (s Status, err error) {
 func (c *Control) Refused(ctx context.Context) (rs []Refusal, err error) {
 	err = c.call(ctx, http.MethodGet, "/refused", nil, &rs)
 	return rs, err
+}
+
+// Device says how a device is attached. One that was not here since the hub started is NotFound ("device-not-seen").
+func (c *Control) Device(ctx context.Context, deviceID string) (d DeviceStatus, err error) {
+	err = c.call(ctx, http.MethodPost, "/device", deviceRequest{deviceID}, &d)
+	return d, err
 }
 
 // Onboard makes what a device needs to sign up.

@@ -96,7 +96,8 @@ func TestLifeOfADevice(t *testing.T) {
 	if c := h.w.conns[0]; !c.Online || c.Protocol != hub.ProtocolCoAPSTCP || c.Service != "gateway-1" || c.ID == "" {
 		t.Errorf("the connection is recorded as %+v", c)
 	}
-	if diag, ok := h.gw.Diagnostics(lampID); !ok || !diag.Online || diag.Protocol != hub.ProtocolCoAPSTCP || diag.TLSVersion != "TLS 1.3" {
+	if diag, ok := h.gw.Diagnostics(lampID); !ok || !diag.Online || diag.Protocol != hub.ProtocolCoAPSTCP || diag.TLSVersion != "TLS 1.3" ||
+		diag.BytesIn == 0 || diag.BytesOut == 0 {
 		t.Errorf("diagnostics say %+v", diag)
 	}
 	_ = d.conn.Close()
@@ -301,6 +302,9 @@ func TestSignInRefusals(t *testing.T) {
 		"token of another device": {nil, nil, nil, func(h *hall) {
 			h.w.grant("token", hub.Claims{Device: true, DeviceID: string(fanID)})
 		}, "4.01", "device-claim-mismatch: "},
+		"token of an application": {nil, nil, nil, func(h *hall) {
+			h.w.grant("token", hub.Claims{MarksDevices: true, Scopes: []string{hub.ScopeRead, hub.ScopeWrite}})
+		}, "4.01", "token-not-of-device: "},
 		"not registered": {func(b body) { b["di"] = string(fanID) }, nil, nil, nil, "4.01", "device-not-registered: "},
 		"token of another owner": {func(b body) { b["uid"] = "mallory" }, nil, nil, func(h *hall) {
 			h.w.grant("token", hub.Claims{Owner: "mallory"})

@@ -1,10 +1,12 @@
 package coapgateway
 
 import (
+	"container/list"
 	"sync"
 	"time"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/coap"
 )
 
 // maxEnded is how many devices without a session are remembered; beyond that the one that left first is forgotten.
@@ -19,28 +21,42 @@ type Diagnostics struct {
 	Remote         string
 	TLSVersion     string // "" when not secure
 	Session        uint64
-	LastError      string // the last error response, "" for none
-	EndedAt        time.Time
-	EndReason      string // why the last session ended
+	LastError      string // the code of the session's last error response, "" for none
+	// Of the connection of the current or last session, as CoAP without TLS.
+	BytesIn, BytesOut uint64
+	RoundTrip         time.Duration // of the last answered Ping; zero before
+	EndedAt           time.Time
+	EndReason         string // why the last session that ended did
 }
 
 // diagnostics keeps them by device.
 type diagnostics struct {
 	mu    sync.Mutex // guards all below
-	byDev map[hub.DeviceID]*Diagnostics
-	ended []hub.DeviceID // devices whose session ended, oldest first; may name a device that is back
+	byDev map[hub.DeviceID]*attachment
+	ended *list.List // of the devices without a session, who left first in front
 }
 
-func newDiagnostics() *diagnostics { return &diagnostics{byDev: map[hub.DeviceID]*Diagnostics{}} }
+type attachment struct {
+	Diagnostics
+	stats func() coap.Stats // of the connection; nil without a session, so that a connection that is gone is not kept
+	place *list.Element     // in ended; nil with a session
+}
 
-func (d *diagnostics) begin(x Diagnostics) {
+func newDiagnostics() *diagnostics {
+	return &diagnostics{byDev: map[hub.DeviceID]*attachment{}, ended: list.New()}
+}
+
+func (d *diagnostics) begin(x Diagnostics, stats func() coap.Stats) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if old := d.byDev[x.Device]; old != nil {
 		x.EndedAt, x.EndReason = old.EndedAt, old.EndReason
+		if old.place != nil {
+			d.ended.Remove(old.place)
+		}
 	}
 	x.Online = true
-	d.byDev[x.Device] = &x
+	d.byDev[x.Device] = &attachment{Diagnostics: x, stats: stats}
 }
 
 func (d *diagnostics) failed(dev hub.DeviceID, session uint64, reason string) {
@@ -51,30 +67,37 @@ func (d *diagnostics) failed(dev hub.DeviceID, session uint64, reason string) {
 	}
 }
 
-// end notes why a session ended; that of an older session than the current one is of no interest.
+// end notes why a session ended; that of an older session than the current one is of no interest, nor is a second end.
 func (d *diagnostics) end(dev hub.DeviceID, session uint64, reason string, at time.Time) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	x := d.byDev[dev]
-	if x == nil || x.Session != session {
+	if x == nil || x.Session != session || !x.Online {
 		return
 	}
-	x.Online, x.EndedAt, x.EndReason = false, at, reason
-	d.ended = append(d.ended, dev)
-	for len(d.ended) > maxEnded {
-		gone := d.ended[0]
-		d.ended = d.ended[1:]
-		if y := d.byDev[gone]; y != nil && !y.Online {
-			delete(d.byDev, gone)
-		}
+	x.count()
+	x.Online, x.EndedAt, x.EndReason, x.stats = false, at, reason, nil
+	x.place = d.ended.PushBack(dev)
+	if d.ended.Len() > maxEnded {
+		delete(d.byDev, d.ended.Remove(d.ended.Front()).(hub.DeviceID))
 	}
 }
 
 func (d *diagnostics) get(dev hub.DeviceID) (Diagnostics, bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if x := d.byDev[dev]; x != nil {
-		return *x, true
+	x := d.byDev[dev]
+	if x == nil {
+		return Diagnostics{}, false
 	}
-	return Diagnostics{}, false
+	x.count()
+	return x.Diagnostics, true
+}
+
+// count reads the connection's counters; d.mu is held.
+func (x *attachment) count() {
+	if x.stats != nil {
+		s := x.stats()
+		x.BytesIn, x.BytesOut, x.RoundTrip = s.BytesIn, s.BytesOut, s.RoundTrip
+	}
 }

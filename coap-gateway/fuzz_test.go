@@ -3,6 +3,7 @@ package coapgateway
 import (
 	"bytes"
 	"math"
+	"net/url"
 	"strings"
 	"testing"
 	"time"
@@ -178,7 +179,7 @@ func FuzzQuery(f *testing.F) {
 		if total > len(one)+len(two) {
 			t.Fatalf("%d bytes of values out of %q and %q", total, one, two)
 		}
-		if p := pathOf(req); p != "/"+one {
+		if p := pathOf(req); p != "/"+url.PathEscape(one) {
 			t.Fatalf("the path is %q", p)
 		}
 	})

@@ -153,8 +153,8 @@ func (g *Gateway) Addresses() Addresses {
 	return g.addresses
 }
 
-// Refused returns the last refusals, newest first, at most 1000.
-func (g *Gateway) Refused() []Refusal { return g.refused.list() }
+// Refused returns the last refusals, newest first, at most 1000. Equal ones of one host are one, with their number.
+func (g *Gateway) Refused() []Refusal { return g.refused.newest() }
 
 // Diagnostics returns what is known of a device's attachment; false if it has not been here lately.
 func (g *Gateway) Diagnostics(dev hub.DeviceID) (Diagnostics, bool) { return g.devices.get(dev) }

@@ -145,6 +145,10 @@ func (r rules) before(cred credential, di string) (hub.DeviceID, error) {
 // device returns the device that the request is about, once its token was verified. guess is what before returned.
 func (r rules) device(cred credential, guess hub.DeviceID, di string, c hub.Claims) (hub.DeviceID, error) {
 	dev := guess
+	// An application's token, whatever its scopes, must not act as a device: it would sign it in, or off.
+	if c.MarksDevices && !c.Device {
+		return "", unauthenticated("token-not-of-device", "the token is not a device's")
+	}
 	if r.claim {
 		claimed, err := hub.ParseDeviceID(c.DeviceID)
 		switch {

@@ -235,7 +235,7 @@ func (h *hall) refusedInHandshake(t *testing.T, cert tls.Certificate, reason str
 		// Shown although the hub did not ask for this CA: a client must not be the one that notices.
 		conf.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &cert, nil }
 	}
-	before := len(h.gw.Refused())
+	start := time.Now()
 	conn, err := tls.Dial("tcp", h.gw.Addresses().Secure, conf)
 	if err == nil {
 		// TLS 1.3: the client is done before the server has looked at its certificate; the alert comes with the first read.
@@ -248,7 +248,7 @@ func (h *hall) refusedInHandshake(t *testing.T, cert tls.Certificate, reason str
 	if err == nil || !strings.Contains(err.Error(), "remote error: tls:") {
 		t.Errorf("the handshake ended with %v, want an alert", err)
 	}
-	h.recorded(t, before, reason)
+	h.recorded(t, start, reason)
 }
 
 // refusedOverDTLS is refusedInHandshake over DTLS.
@@ -258,7 +258,7 @@ func (h *hall) refusedOverDTLS(t *testing.T, cert tls.Certificate, reason string
 	if len(cert.Certificate) > 0 {
 		opts = append(opts, dtls.WithGetClientCertificate(func(*dtls.CertificateRequestInfo) (*tls.Certificate, error) { return &cert, nil }))
 	}
-	before := len(h.gw.Refused())
+	start := time.Now()
 	conn, err := h.shake(t, opts...)
 	if err == nil {
 		_ = conn.Close()
@@ -266,7 +266,7 @@ func (h *hall) refusedOverDTLS(t *testing.T, cert tls.Certificate, reason string
 	if err == nil || !strings.Contains(err.Error(), "alert") {
 		t.Errorf("the DTLS handshake ended with %v, want an alert", err)
 	}
-	h.recorded(t, before, reason)
+	h.recorded(t, start, reason)
 }
 
 // shake makes a DTLS association with the gateway.
@@ -294,14 +294,15 @@ func (h *hall) shake(t *testing.T, opts ...dtls.ClientOption) (*dtls.Conn, error
 	return nil, err
 }
 
-// recorded waits for the record of a refused connection that came after the first so many.
-func (h *hall) recorded(t *testing.T, before int, reason string) {
+// recorded waits for the record of a connection that was refused since start.
+func (h *hall) recorded(t *testing.T, start time.Time, reason string) {
 	t.Helper()
 	deadline := time.Now().Add(5 * time.Second)
 	for {
 		refused := h.gw.Refused()
-		// The newest is the first.
-		if n := len(refused) - before; n > 0 && slices.ContainsFunc(refused[:n], func(r Refusal) bool { return r.What == "connection" && strings.Contains(r.Reason, reason) }) {
+		if slices.ContainsFunc(refused, func(r Refusal) bool {
+			return !r.Time.Before(start) && r.What == "connection" && strings.Contains(r.Reason, reason)
+		}) {
 			return
 		}
 		if time.Now().After(deadline) {
@@ -500,5 +501,60 @@ func TestNoTLSResumption(t *testing.T) {
 	if conn, err := tls.Dial("tcp", h.gw.Addresses().Secure, old); err == nil {
 		_ = conn.Close()
 		t.Error("TLS 1.1 is accepted")
+	}
+}
+
+// Whatever an application's token may do over HTTP, it is no device: it neither signs one in nor deletes it. Only an issuer
+// that marks devices' tokens can tell.
+func TestApplicationsActForNoDevice(t *testing.T) {
+	for name, c := range map[string]struct {
+		claims hub.Claims
+		code   string
+	}{
+		"application":       {hub.Claims{MarksDevices: true, Scopes: []string{hub.ScopeRead, hub.ScopeWrite, hub.ScopeAdmin}}, "4.01"},
+		"no scope":          {hub.Claims{MarksDevices: true}, "4.01"},
+		"device":            {hub.Claims{MarksDevices: true, Device: true, DeviceID: string(lampID)}, "2.0"},
+		"for signing up":    {hub.Claims{MarksDevices: true, Scopes: []string{hub.ScopeDeviceSignUp}}, "4.01"}, // once a code, never a session
+		"marks no devices":  {hub.Claims{}, "2.0"},
+		"of another device": {hub.Claims{MarksDevices: true, Device: true, DeviceID: string(fanID)}, "4.01"},
+	} {
+		for _, path := range []string{"sign-up", "sign-in", "sign-out", "sign-off", "refresh"} {
+			t.Run(name+", "+path, func(t *testing.T) {
+				t.Parallel()
+				h := start(t, nil)
+				h.issue("code", "token", c.claims)
+				h.w.refresh["r"] = hub.Tokens{Access: "token", Refresh: "r", Expiry: time.Now().Add(time.Hour)}
+				if path != "sign-up" {
+					h.w.own(lampID, "alice")
+				}
+				d := h.plain(lampID)
+				b := body{"di": string(lampID), "uid": "alice"}
+				var r reply
+				switch path {
+				case "sign-up":
+					b["accesstoken"] = "code"
+					r = d.post("/oic/sec/account", b)
+				case "sign-in", "sign-out":
+					b["accesstoken"], b["login"] = "token", path == "sign-in"
+					r = d.post("/oic/sec/session", b)
+				case "refresh":
+					b["refreshtoken"] = "r"
+					r = d.post("/oic/sec/tokenrefresh", b)
+				case "sign-off":
+					r = d.do(codes.DELETE, "/oic/sec/account", nil, query("uid=alice"), query("accesstoken=token"), query("di="+string(lampID)))
+				}
+				if got := r.code; !strings.HasPrefix(got, c.code) {
+					t.Fatalf("%s %q, want %s", got, r.body, c.code)
+				}
+				if c.code == "4.01" {
+					d.awaitClosed()
+					for _, l := range []string{"online " + string(lampID), "signed-off " + string(lampID), "signed-up " + string(lampID) + " alice"} {
+						if h.w.count(l) > 0 {
+							t.Errorf("%s although it was refused", l)
+						}
+					}
+				}
+			})
+		}
 	}
 }

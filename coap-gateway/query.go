@@ -47,13 +47,14 @@ func (q queries) first(key string) string {
 	return ""
 }
 
-// pathOf returns the request's path, "/" for none (RFC 7252, Section 6.5).
+// pathOf returns the request's path, "/" for none. What would separate segments is escaped inside of them: the one option
+// "oic/rd" is not the path /oic/rd (RFC 7252, Section 6.5).
 func pathOf(req *coap.Message) string {
 	var b strings.Builder
 	for _, o := range req.Options {
 		if o.ID == message.URIPath {
 			b.WriteByte('/')
-			b.Write(o.Value)
+			b.WriteString(url.PathEscape(string(o.Value)))
 		}
 	}
 	if b.Len() == 0 {

@@ -11,8 +11,8 @@ import (
 	"github.com/coaphub/coaphub/internal/coap"
 )
 
-// offlineTimeout bounds how long the end of a session is recorded; beyond that the directory notices by itself that the
-// gateway no longer announces it.
+// offlineTimeout bounds how long the gateway waits until the end of a session is recorded; beyond that the directory tries
+// by itself until it is.
 const offlineTimeout = 3 * time.Second
 
 // session is a device that is signed in on a connection. Its fields belong to the connection's goroutine, except where noted.

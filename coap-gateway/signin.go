@@ -99,8 +99,8 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 	case info.Secure:
 		d.TLSVersion = "DTLS 1.2" // the only one we have
 	}
-	p.gw.devices.begin(d)
-	s.log.Info("device came", "protocol", conn.Protocol)
+	p.gw.devices.begin(d, p.conn.Stats)
+	s.log.Info("device came", "protocol", conn.Protocol.String()) // JSON would have its number
 	if got.TwinEnabled {
 		s.twin = newTwin(s)
 		s.twin.resync()

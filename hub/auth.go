@@ -27,7 +27,10 @@ type Claims struct {
 	DeviceID string
 	// Device reports a device's token: refused by HTTP and gRPC, and good for that device alone over CoAP.
 	Device bool
-	Expiry time.Time // never zero: tokens without exp are refused
+	// MarksDevices reports that the issuer tells devices' tokens from others, by a claim or a client: then a token that is
+	// not Device belongs to a person or an application and acts for no device.
+	MarksDevices bool
+	Expiry       time.Time // never zero: tokens without exp are refused
 }
 
 // Has reports whether the token carries the scope.

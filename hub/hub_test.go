@@ -129,3 +129,14 @@ func TestPositionsAreOrderedByDayThenNumber(t *testing.T) {
 		}
 	}
 }
+
+func TestProtocolNames(t *testing.T) {
+	for p, want := range map[hub.Protocol]string{
+		hub.ProtocolUnknown: "unknown", hub.ProtocolCoAP: "coap", hub.ProtocolCoAPS: "coaps", hub.ProtocolCoAPTCP: "coap+tcp",
+		hub.ProtocolCoAPSTCP: "coaps+tcp", hub.ProtocolC2C: "c2c", 99: "unknown",
+	} {
+		if got := p.String(); got != want {
+			t.Errorf("protocol %d is %q, want %q", p, got, want)
+		}
+	}
+}

@@ -13,6 +13,24 @@ const (
 	ProtocolC2C      Protocol = 5
 )
 
+// String is the URI scheme of a way in, "unknown" for what is none: logs and the command line say it.
+func (p Protocol) String() string {
+	switch p {
+	case ProtocolCoAP:
+		return "coap"
+	case ProtocolCoAPS:
+		return "coaps"
+	case ProtocolCoAPTCP:
+		return "coap+tcp"
+	case ProtocolCoAPSTCP:
+		return "coaps+tcp"
+	case ProtocolC2C:
+		return "c2c"
+	case ProtocolUnknown:
+	}
+	return "unknown"
+}
+
 // TwinState says how fresh a device's twin is, with the numbers of the client API.
 type TwinState uint8
 

@@ -9,7 +9,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/google/uuid"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/coaphub/coaphub/hub"
@@ -303,15 +302,6 @@ func (s *Store) sweep(ctx context.Context) {
 			return
 		}
 	}
-}
-
-// OwnerUUID is the owner's label in places that want a UUID (client API 15): the owner itself if it is one, else its UUIDv5 in
-// the URL namespace. Labels are never keys of a decision.
-func OwnerUUID(owner hub.Owner) string {
-	if id, err := uuid.Parse(string(owner)); err == nil && len(owner) == 36 {
-		return id.String()
-	}
-	return uuid.NewSHA1(uuid.NameSpaceURL, []byte(owner)).String()
 }
 
 // trouble makes store's and directory's failures of a kind that no door takes for a bad credential: a device drops its

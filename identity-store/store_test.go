@@ -465,20 +465,6 @@ func TestTroubleIsUnavailable(t *testing.T) {
 	}
 }
 
-func TestOwnerUUID(t *testing.T) {
-	for owner, want := range map[hub.Owner]string{
-		"11111111-AAAA-4000-8000-000000000001": "11111111-aaaa-4000-8000-000000000001",
-		"1":                                    "b80c8fef-a677-5340-85fb-2c162d75df03",
-	} {
-		if got := OwnerUUID(owner); got != want {
-			t.Errorf("%s: %s, want %s", owner, got, want)
-		}
-	}
-	if OwnerUUID("a") == OwnerUUID("b") {
-		t.Error("labels of two owners are equal")
-	}
-}
-
 func TestConfigReportsAllMistakes(t *testing.T) {
 	if errs := Default().Validate(); len(errs) != 0 {
 		t.Fatal(errs)

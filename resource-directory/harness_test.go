@@ -6,6 +6,7 @@ import (
 	"flag"
 	"fmt"
 	"log/slog"
+	"os"
 	"slices"
 	"sync"
 	"testing"
@@ -21,8 +22,12 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	// A dose that fits every day; -rapid.checks=N on the command line comes later and wins (make nightly).
-	if err := flag.Set("rapid.checks", "20"); err != nil {
+	// A dose that fits every day, and one for `make nightly`; -rapid.checks=N on the command line comes later and wins.
+	checks := "20"
+	if os.Getenv("COAPHUB_NIGHTLY") != "" {
+		checks = "500"
+	}
+	if err := flag.Set("rapid.checks", checks); err != nil {
 		panic(err)
 	}
 	goleak.VerifyTestMain(m)

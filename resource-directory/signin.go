@@ -68,10 +68,36 @@ func (d *Directory) SignOut(ctx context.Context, from hub.Stamp) error {
 	return d.do(ctx, r)
 }
 
-// Offline records that the session's connection ended; an older session's is ignored without error. If the store is away it
-// is tried again until it is stored or another session comes; the error says only that it is not stored yet.
+// Offline records that the session's connection ended; an older session's is ignored without error. If the store is away, the
+// queue is full or ctx ends, it is tried again until it is stored or another session comes; the error says only that it is not
+// stored yet.
 func (d *Directory) Offline(ctx context.Context, from hub.Stamp) error {
-	return d.do(ctx, offline(from))
+	err := d.do(ctx, offline(from))
+	if err != nil {
+		// The request may never have got as far as the worker, and nobody calls twice for a connection that is gone.
+		d.worker(from.Device).noteLost(from)
+	}
+	return err
+}
+
+// noteLost leaves word outside the bounded queue that a session's connection is gone; the next sweep finds it.
+func (w *worker) noteLost(from hub.Stamp) {
+	w.lostMu.Lock()
+	defer w.lostMu.Unlock()
+	w.lost[from.Device] = max(w.lost[from.Device], from.Session)
+}
+
+// takeLost moves what noteLost left to gone. Word of a session that is not the current one, or is stored, is dropped.
+func (w *worker) takeLost() {
+	w.lostMu.Lock()
+	lost := w.lost
+	w.lost = map[hub.DeviceID]uint64{}
+	w.lostMu.Unlock()
+	for dev, session := range lost {
+		if l := w.live[dev]; l != nil && l.session == session {
+			w.gone[dev] = l
+		}
+	}
 }
 
 func offline(from hub.Stamp) *request {

@@ -27,7 +27,7 @@ const (
 	commitRoom = hub.MaxCommitBytes - commitOverhead
 )
 
-// worker decides for its devices. Its goroutine alone touches the fields below in; it never waits for the store: one append
+// worker decides for its devices. Its goroutine alone touches the fields from devices to gone; it never waits for the store: one append
 // is under way while the next collects, loads run beside.
 type worker struct {
 	d  *Directory
@@ -43,6 +43,11 @@ type worker struct {
 	loaded  chan loading           //
 	live    map[hub.DeviceID]*live // sessions of this process, at most one a device; they outlive cold state
 	gone    map[hub.DeviceID]*live // those of live whose OFFLINE is not stored yet
+
+	lostMu sync.Mutex
+	// lost is guarded by lostMu: sessions whose OFFLINE was refused, until the next sweep. One a device that was signed in
+	// here, so it needs no bound of its own.
+	lost map[hub.DeviceID]uint64
 }
 
 // entry is a device in memory.
@@ -97,7 +102,7 @@ func newWorker(d *Directory) *worker {
 	return &worker{
 		d: d, in: make(chan *request, d.cfg.Queue), devices: map[hub.DeviceID]*entry{}, done: make(chan []error, 1),
 		load: make(chan *entry, d.cfg.Queue+1), loaded: make(chan loading), live: map[hub.DeviceID]*live{},
-		gone: map[hub.DeviceID]*live{},
+		gone: map[hub.DeviceID]*live{}, lost: map[hub.DeviceID]uint64{},
 	}
 }
 
@@ -434,5 +439,6 @@ func (w *worker) sweep(now time.Time) {
 		w.d.devices.Delete(e.dev)
 		w.d.metrics.loaded.Dec()
 	}
+	w.takeLost()
 	w.retryOffline()
 }

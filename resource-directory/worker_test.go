@@ -454,3 +454,47 @@ func TestConfigIsChecked(t *testing.T) {
 		})
 	}
 }
+
+// The queue is full when a connection ends: nobody calls Offline again, so the directory must remember by itself.
+func TestOfflineSurvivesAFullQueue(t *testing.T) {
+	f := &fake{}
+	h := open(t, faked(f), func(h *house) { h.cfg.Workers, h.cfg.Queue, h.cfg.QueueWait = 1, 2, 10*time.Millisecond })
+	x, y := h.registered(lamp), h.registered(stove)
+	hold, held := make(chan struct{}), make(chan struct{})
+	f.set(func(f *fake) {
+		f.append = func(ctx context.Context, entries []store.Entry) []error {
+			f.set(func(f *fake) { f.append = nil })
+			close(held)
+			<-hold
+			return f.Store.Append(ctx, entries)
+		}
+	})
+	var wait sync.WaitGroup
+	register := func(i int) {
+		wait.Go(func() {
+			if err := h.d.Register(t.Context(), own(testID(100+i), alice, 1), ""); err != nil {
+				t.Errorf("filler %d: %v", i, err)
+			}
+		})
+		h.eventually("the filler to wait", func() bool { return h.waiting() == i })
+	}
+	w := h.d.workers[0]
+	register(1)
+	<-held
+	register(2)
+	h.eventually("the second to be taken", func() bool { return len(w.in) == 0 })
+	register(3)
+	register(4)
+
+	wantKind(t, h.d.Offline(t.Context(), x.stamp()), hub.Exhausted, "directory-busy")
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := h.d.Offline(over, y.stamp()); err == nil {
+		t.Error("an ended context with a full queue made no error")
+	}
+	close(hold)
+	wait.Wait()
+	for _, dev := range []hub.DeviceID{lamp, stove} {
+		h.eventually(string(dev)+" to be offline", func() bool { return !h.device(alice, dev).Metadata.Connection.Online })
+	}
+}

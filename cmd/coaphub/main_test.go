@@ -273,7 +273,22 @@ func TestOneSimulatedDevice(t *testing.T) {
 		t.Fatalf("onboard printed no command line: %q", r.out)
 	}
 	args := append(strings.Fields(strings.ReplaceAll(found[1], "'", "")), "--duration", "3s")
+	runs(t, "status", "--device", lamp, "--data", h.Data).want(t, exitFailure, "^$", `not signed in since .*status --refused.*\[device-not-seen\]`)
 	runs(t, args...).want(t, exitOK, "device "+lamp+" is online at coaps", "^$")
+	// The simulator hung up; the hub may still be at it.
+	for end := time.Now().Add(10 * time.Second); ; {
+		d := as[bundle.DeviceStatus](t, runs(t, "status", "--device", lamp, "--json", "--data", h.Data))
+		if !d.Online && d.Protocol == "coaps+tcp" && d.BytesIn > 0 && d.BytesOut > 0 && d.EndedAt != nil && d.EndReason != "" && d.Session > 0 {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("of a device that went: %+v", d)
+		}
+	}
+	runs(t, "status", "--device", lamp, "--data", h.Data).want(t, exitOK,
+		`(?s)^device +`+lamp+`\nstate +offline\nprotocol +coaps\+tcp, TLS 1\.3\nfrom +127\.0\.0\.1:\d+\nconnected +since .*, session \d+\n`+
+			`bytes +\d+ from the device, \d+ to it\n.*last end +\S+ \S+, \S+`, "^$")
+	runs(t, "status", "--device", "lamp", "--data", h.Data).want(t, exitFailure, "^$", "UUID")
 	// The code was used: another device with it is told what to do.
 	other := filepath.Join(t.TempDir(), "other")
 	const id = "d0000000-0000-4000-8000-00000000000b"

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"maps"
 	"slices"
@@ -8,10 +9,13 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+
+	"github.com/coaphub/coaphub/bundle"
 )
 
 func newStatus(p process) *cobra.Command {
 	var asJSON, refused bool
+	var device string
 	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "Show how the hub of this data folder is; exit code 1 if none runs",
@@ -37,6 +41,9 @@ func newStatus(p process) *cobra.Command {
 					_, _ = fmt.Fprintln(p.err, "nothing was refused since the hub started")
 				}
 				return t.end()
+			}
+			if device != "" {
+				return deviceStatus(cmd.Context(), p, c, device, asJSON)
 			}
 			s, err := c.Status(cmd.Context())
 			if err != nil {
@@ -82,5 +89,41 @@ func newStatus(p process) *cobra.Command {
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	cmd.Flags().BoolVar(&refused, "refused", false, "list the newest refused connections and sign-ups with their reason")
+	cmd.Flags().StringVar(&device, "device", "", "show how the device of this `ID` is attached, or why it went")
+	cmd.MarkFlagsMutuallyExclusive("refused", "device")
 	return cmd
+}
+
+func deviceStatus(ctx context.Context, p process, c *bundle.Control, id string, asJSON bool) error {
+	d, err := c.Device(ctx, id)
+	if err != nil {
+		return err
+	}
+	if asJSON {
+		return printJSON(p.out, d)
+	}
+	state := "offline"
+	if d.Online {
+		state = "online"
+	}
+	protocol := d.Protocol
+	if d.TLS != "" {
+		protocol += ", " + d.TLS
+	}
+	t := newTable(p.out, "device", d.DeviceID)
+	t.row("state", state)
+	t.row("protocol", protocol)
+	t.row("from", d.Remote)
+	t.row("connected", "since "+d.ConnectedSince.Local().Format(time.DateTime)+", session "+strconv.FormatUint(d.Session, 10))
+	t.row("bytes", fmt.Sprintf("%d from the device, %d to it", d.BytesIn, d.BytesOut))
+	if d.RoundTrip > 0 {
+		t.row("round trip", (time.Duration(d.RoundTrip * float64(time.Second))).Round(time.Microsecond).String())
+	}
+	if d.LastError != "" {
+		t.row("last error", d.LastError)
+	}
+	if d.EndedAt != nil {
+		t.row("last end", d.EndedAt.Local().Format(time.DateTime)+", "+d.EndReason)
+	}
+	return t.end()
 }

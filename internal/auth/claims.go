@@ -173,6 +173,7 @@ func (is *trusted) check(c claimSet, now time.Time, skew time.Duration) (hub.Cla
 		Scopes: scopes, Audience: aud, DeviceID: dev, Expiry: exp,
 	}
 	out.Device = dev != "" || out.Has(hub.ScopeDevice) || client != "" && overlap([]string{client}, is.DeviceClients)
+	out.MarksDevices = is.DeviceIDClaim != "" || len(is.DeviceClients) > 0
 	return out, iat, nil
 }
 

@@ -75,6 +75,9 @@ func TestVerifyGoodToken(t *testing.T) {
 	if c.Issuer != is.URL() || c.Subject != "alice" || c.Owner != "alice" || c.ClientID != "app" || c.TokenID != "7" || !c.Expiry.Equal(exp) {
 		t.Errorf("claims %+v", c)
 	}
+	if c.MarksDevices { // no claim and no client says which tokens are devices'
+		t.Errorf("claims %+v", c)
+	}
 	if !c.Has(hub.ScopeRead) || !c.Has(hub.ScopeWrite) || c.Has(hub.ScopeAdmin) || c.Device {
 		t.Errorf("scopes %v, device %v", c.Scopes, c.Device)
 	}
@@ -192,7 +195,7 @@ func TestClaimNames(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			tc.claims["https://hub.example/owner"] = "o1"
 			c := mustVerify(t, v, is.Mint(tc.claims))
-			if c.Owner != tc.owner || c.Device != tc.device || c.DeviceID != tc.id {
+			if c.Owner != tc.owner || c.Device != tc.device || c.DeviceID != tc.id || !c.MarksDevices {
 				t.Errorf("claims %+v", c)
 			}
 			if tc.scopes != nil && strings.Join(c.Scopes, " ") != strings.Join(tc.scopes, " ") {

@@ -23,8 +23,8 @@ type Config struct {
 	MaxConnections int
 	// HandshakeTimeout ends a TLS handshake that takes longer. Default 10 s.
 	HandshakeTimeout time.Duration
-	// MaxHandshakes bounds handshakes under way. When it is reached the engine stops accepting for at most a second, then
-	// gives up the oldest one. Default 512.
+	// MaxHandshakes bounds handshakes under way. When it is reached, the oldest of the network (IPv4 /24, IPv6 /64) with most
+	// of them is given up: at once for a connection from another network, else once it is a second old. Default 512.
 	MaxHandshakes int
 	// FirstMessageTimeout closes a connection that has not brought one whole message by then. Default 20 s.
 	FirstMessageTimeout time.Duration

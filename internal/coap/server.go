@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"sync"
 	"syscall"
@@ -30,14 +31,17 @@ type Server struct {
 	serving  int        // calls of ServeTCP; the wheel turns while there is one
 	stop     chan struct{}
 	stopped  chan struct{}
-	count    int        // connections, complete or not
-	shaking  *list.List // of *handshake, oldest first
-	shakeEnd chan struct{}
+	count    int                  // connections, complete or not
+	shaking  *list.List           // of *handshake, oldest first
+	networks map[netip.Prefix]int // how many of shaking each has
+	shakeEnd chan struct{}        // closed when one ends; nil while nobody waits
 }
 
 // handshake is a connection that is not complete yet.
 type handshake struct {
 	raw     net.Conn
+	network netip.Prefix
+	since   time.Duration // of Server.now
 	evicted bool
 	at      *list.Element
 }
@@ -46,7 +50,8 @@ type handshake struct {
 func NewServer(cfg Config, h Handler, log *slog.Logger, m *Metrics) *Server {
 	return &Server{
 		cfg: cfg, handler: h, log: log, metrics: m, start: time.Now(), wheel: newWheel(), shaking: list.New(),
-		budget: &budget{left: cfg.MaxBuffered, gauge: m.buffered},
+		networks: make(map[netip.Prefix]int),
+		budget:   &budget{left: cfg.MaxBuffered, gauge: m.buffered},
 	}
 }
 
@@ -182,16 +187,32 @@ func (s *Server) refuse(remote net.Addr, reason, detail string) {
 	}
 }
 
-// begin makes room for one more handshake: it waits a moment for one to end, then gives up the oldest, so that peers that
-// never finish cannot keep others out.
+// handshakeGrace is how long a handshake may take at least, however many others want its place: else a fleet that comes back
+// at once would push itself out for ever.
+const handshakeGrace = time.Second
+
+// begin makes room for one more handshake. When all places are taken, the oldest of the network that holds most of them gives
+// way: at once to another network, and to its own after handshakeGrace. So peers that never finish neither keep others out
+// nor slow down the accepting of connections.
 func (l *listener) begin(ctx context.Context, raw net.Conn) *handshake {
 	s := l.srv
+	h := &handshake{raw: raw, network: networkOf(raw.RemoteAddr()), since: s.now()}
 	s.mu.Lock()
-	if s.shaking.Len() >= s.cfg.MaxHandshakes {
-		ended := make(chan struct{})
-		s.shakeEnd = ended
+	for s.shaking.Len() >= s.cfg.MaxHandshakes {
+		victim := s.victim()
+		wait := handshakeGrace - (s.now() - victim.since)
+		if victim.network != h.network || wait <= 0 || ctx.Err() != nil {
+			victim.evicted = true
+			s.shaken(victim)
+			_ = victim.raw.Close()
+			continue
+		}
+		if s.shakeEnd == nil {
+			s.shakeEnd = make(chan struct{})
+		}
+		ended := s.shakeEnd
 		s.mu.Unlock()
-		t := time.NewTimer(time.Second)
+		t := time.NewTimer(wait)
 		select {
 		case <-ended:
 		case <-t.C:
@@ -199,21 +220,50 @@ func (l *listener) begin(ctx context.Context, raw net.Conn) *handshake {
 		}
 		t.Stop()
 		s.mu.Lock()
-		if s.shaking.Len() >= s.cfg.MaxHandshakes {
-			oldest := s.shaking.Front().Value.(*handshake)
-			oldest.evicted = true
-			s.shaking.Remove(oldest.at)
-			_ = oldest.raw.Close()
-		}
 	}
-	h := &handshake{raw: raw}
 	h.at = s.shaking.PushBack(h)
+	s.networks[h.network]++
 	s.mu.Unlock()
 
 	l.mu.Lock()
 	l.shaking[raw] = struct{}{}
 	l.mu.Unlock()
 	return h
+}
+
+// victim is the oldest handshake of a network that has most of them. s.mu is held, and there is one.
+func (s *Server) victim() *handshake {
+	var v *handshake
+	for e := s.shaking.Front(); e != nil; e = e.Next() {
+		if h := e.Value.(*handshake); v == nil || s.networks[h.network] > s.networks[v.network] {
+			v = h
+		}
+	}
+	return v
+}
+
+// shaken takes a handshake off the list. s.mu is held.
+func (s *Server) shaken(h *handshake) {
+	s.shaking.Remove(h.at)
+	if s.networks[h.network]--; s.networks[h.network] == 0 {
+		delete(s.networks, h.network)
+	}
+}
+
+// networkOf is what counts as one source: 24 bits of an IPv4 address, 64 of an IPv6 one, which one subscriber has at his
+// disposal. Addresses of other kinds are one network.
+func networkOf(a net.Addr) netip.Prefix {
+	tcp, ok := a.(*net.TCPAddr)
+	if !ok {
+		return netip.Prefix{}
+	}
+	ip := tcp.AddrPort().Addr().Unmap().WithZone("")
+	bits := 64
+	if ip.Is4() {
+		bits = 24
+	}
+	p, _ := ip.Prefix(bits) // fails for no address at all, which is a network too
+	return p
 }
 
 // handshake completes a TLS connection. It has a goroutine of its own: the handshake's deep stack goes away with it, and the
@@ -228,7 +278,7 @@ func (l *listener) handshake(h *handshake) {
 	s.mu.Lock()
 	evicted := h.evicted
 	if !evicted {
-		s.shaking.Remove(h.at)
+		s.shaken(h)
 	}
 	if s.shakeEnd != nil {
 		close(s.shakeEnd)
@@ -245,17 +295,25 @@ func (l *listener) handshake(h *handshake) {
 		case evicted:
 			outcome, err = "evicted", errors.New("too many handshakes under way")
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			outcome = "timeout"
+			outcome, err = "timeout", fmt.Errorf("not complete after %v", s.cfg.HandshakeTimeout)
 		}
 		s.metrics.handshakes.WithLabelValues(outcome).Inc()
 		_ = h.raw.Close()
-		s.refuse(h.raw.RemoteAddr(), "handshake-"+outcome, err.Error())
+		s.refuse(h.raw.RemoteAddr(), "handshake-"+outcome, withoutAddresses(err).Error())
 		s.gone()
 		l.wg.Done()
 		return
 	}
 	s.metrics.handshakes.WithLabelValues("ok").Inc()
 	go l.serve(tc, h.raw) // takes over this goroutine's place in l.wg
+}
+
+// withoutAddresses is a network's error without both ends' addresses, so that equal causes read alike.
+func withoutAddresses(err error) error {
+	if op, ok := errors.AsType[*net.OpError](err); ok {
+		return fmt.Errorf("%s: %w", op.Op, op.Err)
+	}
+	return err
 }
 
 // serve owns a complete connection from Open to Closed.

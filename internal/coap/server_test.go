@@ -4,9 +4,11 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
+	"os"
 	"strings"
 	"sync"
 	"syscall"
@@ -232,6 +234,97 @@ func TestHandshakesAreBounded(t *testing.T) {
 		synctest.Wait()
 		r.want(t, "handshake-evicted")
 	})
+}
+
+// fromConn is a connection that says where it comes from.
+type fromConn struct {
+	net.Conn
+	from net.Addr
+}
+
+func (c fromConn) RemoteAddr() net.Addr { return c.from }
+
+// A flood of silent connections does not slow down the accepting: a handshake that had its second gives way at once, and one
+// of another network need not even wait for that. Who floods loses his own, not the slow handshake of somebody else.
+func TestSilentFloodDoesNotThrottle(t *testing.T) {
+	conf, _ := testTLS(t)
+	synctest.Test(t, func(t *testing.T) {
+		ln, _ := startSimTLS(t, conf, func(c *Config) { c.MaxHandshakes = 10 })
+		from := func(ip string) *simConn {
+			up, down := newSimHalf(0, 1000), newSimHalf(0, 1000)
+			ln.conns <- fromConn{&simConn{in: up, out: down, local: "hub", remote: "device"}, &net.TCPAddr{IP: net.ParseIP(ip), Port: 5684}}
+			c := &simConn{in: down, out: up, local: "device", remote: "hub"}
+			t.Cleanup(func() { _ = c.Close() })
+			return c
+		}
+		slow := from("198.51.100.1")
+		start := time.Now()
+		for range 9 {
+			from("203.0.113.7")
+		}
+		synctest.Wait()
+		from("192.0.2.1")
+		from("2001:db8::1")
+		synctest.Wait()
+		if d := time.Since(start); d != 0 {
+			t.Errorf("other networks waited %v", d)
+		}
+		<-time.After(2 * time.Second)
+		start = time.Now()
+		for range 7 { // as many as are old
+			from("203.0.113.8")
+		}
+		synctest.Wait()
+		if d := time.Since(start); d != 0 {
+			t.Errorf("waited %v for handshakes that had their second", d)
+		}
+		for range 21 { // three rounds; with one eviction a second this took 21 s
+			from("203.0.113.9")
+		}
+		synctest.Wait()
+		if d := time.Since(start); d > 3*time.Second {
+			t.Errorf("21 more took %v", d)
+		}
+		_ = slow.SetReadDeadline(time.Now().Add(time.Millisecond))
+		if _, err := slow.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("the only one of its network: %v", err)
+		}
+	})
+}
+
+// Equal causes read alike, whatever port the peer came from.
+func TestRefusalsNameNoPort(t *testing.T) {
+	server, _ := testTLS(t)
+	refused := make(chan string, 2)
+	addr, _, _ := startTCP(t, handlerFuncs{}, server, func(c *Config) {
+		c.HandshakeTimeout = 50 * time.Millisecond
+		c.Refused = func(_ net.Addr, reason, detail string) { refused <- reason + ": " + detail }
+	})
+	c, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := <-refused; got != "handshake-timeout: not complete after 50ms" {
+		t.Errorf("refused: %s", got)
+	}
+	_ = c.Close()
+	reset := &net.OpError{Op: "read", Net: "tcp", Source: &net.TCPAddr{Port: 1}, Addr: &net.TCPAddr{Port: 2}, Err: syscall.ECONNRESET}
+	if got := withoutAddresses(fmt.Errorf("handshake: %w", reset)).Error(); got != "read: connection reset by peer" {
+		t.Error(got)
+	}
+}
+
+func TestNetworkOf(t *testing.T) {
+	for in, want := range map[string]string{
+		"192.0.2.77": "192.0.2.0/24", "::ffff:192.0.2.1": "192.0.2.0/24", "2001:db8:1:2:3:4:5:6": "2001:db8:1:2::/64",
+	} {
+		if got := networkOf(&net.TCPAddr{IP: net.ParseIP(in)}).String(); got != want {
+			t.Errorf("%s is of %s, want %s", in, got, want)
+		}
+	}
+	if networkOf(&net.TCPAddr{}) != networkOf(simAddr("x")) {
+		t.Error("no address")
+	}
 }
 
 // Bytes that are no TLS, and a peer without a certificate.

@@ -908,6 +908,27 @@ func TestUDPLinger(t *testing.T) {
 	})
 }
 
+// What comes behind an answer that ends the session is neither carried out nor acknowledged: its retransmission begins another
+// session.
+func TestUDPUnansweredAtTheEnd(t *testing.T) {
+	h := handlerFuncs{request: func(_ context.Context, m *Message) Response {
+		return Response{Code: codes.Content, Silent: Path(m) == "/late"}
+	}}
+	udpBubble(t, h, nil, func(t *testing.T, s *udpSim) {
+		p := s.device(t, deviceAddr)
+		c := s.begin(t, p)
+		id := p.send(confirmable, get("/late"))
+		p.quiet(5 * time.Second)
+		p.again(confirmable, id, get("/late")) // asked again, and again without an answer
+		p.quiet(5 * time.Second)
+		c.Close(ErrAnswered)
+		wantReason(t, s.reason(t), ErrAnswered)
+		p.again(confirmable, id, get("/late"))
+		<-s.conns // another session
+		p.quiet(5 * time.Second)
+	})
+}
+
 // Sessions end by silence: soon when the address was never proven, else after MaxSilence; an idle one costs no timer turns
 // of its own.
 func TestUDPSilence(t *testing.T) {

@@ -247,6 +247,13 @@ func (p *peer) serve(href string, value any) {
 	r.value = value
 }
 
+// drop takes a resource away.
+func (p *peer) drop(href string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.resources, href)
+}
+
 func (p *peer) notify(href string, value any) error {
 	p.inOrder.Lock()
 	defer p.inOrder.Unlock()

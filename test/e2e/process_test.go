@@ -191,7 +191,11 @@ func (p *process) http(path string) string {
 
 // get asks the HTTP API and returns status and body; a broken connection is status 0.
 func (p *process) get(ctx context.Context, token, path string) (int, []byte) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, p.http(path), nil)
+	return p.do(ctx, http.MethodGet, token, path)
+}
+
+func (p *process) do(ctx context.Context, method, token, path string) (int, []byte) {
+	req, err := http.NewRequestWithContext(ctx, method, p.http(path), nil)
 	if err != nil {
 		p.t.Error(err)
 		return 0, nil
@@ -243,6 +247,18 @@ func signIn(ctx context.Context, pe *peer, id string, s signedUp) error {
 
 // publish publishes resources that the device also shows when it is asked, so that the hub's look at /oic/res finds them.
 func publish(ctx context.Context, pe *peer, id string, revision int, hrefs ...string) (acked bool, err error) {
+	_, acked, err = publishLinks(ctx, pe, id, revision, hrefs...)
+	return acked, err
+}
+
+// publishedLink is a link in the hub's answer.
+type publishedLink struct {
+	Href string `cbor:"href"`
+	Ins  uint32 `cbor:"ins"`
+}
+
+// publishLinks is publish with the links of the hub's answer.
+func publishLinks(ctx context.Context, pe *peer, id string, revision int, hrefs ...string) (_ []publishedLink, acked bool, err error) {
 	var links []map[string]any
 	for _, h := range hrefs {
 		if !pe.serves(h) {
@@ -254,16 +270,22 @@ func publish(ctx context.Context, pe *peer, id string, revision int, hrefs ...st
 	}
 	body, err := cbor.Marshal(map[string]any{"di": id, "ttl": 0, "links": links})
 	if err != nil {
-		return false, err
+		return nil, false, err
 	}
 	res, closed, err := pe.do(ctx, request(codes.POST, "/oic/rd", body))
 	if err != nil || closed {
-		return false, nil //nolint:nilerr // the hub died: not acknowledged
+		return nil, false, nil //nolint:nilerr // the hub died: not acknowledged
 	}
 	if res.Code != codes.Changed {
-		return false, fmt.Errorf("publish: %v %s", res.Code, res.Payload)
+		return nil, false, fmt.Errorf("publish: %v %s", res.Code, res.Payload)
 	}
-	return true, nil
+	var answer struct {
+		Links []publishedLink `cbor:"links"`
+	}
+	if err := cbor.Unmarshal(res.Payload, &answer); err != nil {
+		return nil, false, err
+	}
+	return answer.Links, true, nil
 }
 
 func deviceID(n int) string { return fmt.Sprintf("d0000000-0000-4000-8000-%012d", n) }

@@ -52,8 +52,8 @@ var update = flag.Bool("update", false, "write what came into the scripts")
 // token lasts so long.
 //
 // NAME in a path or body stands for that device's ID, CODE for a fresh authorization code, TOKEN-OF-NAME and
-// REFRESH-OF-NAME for what its last sign-up or refresh brought. In what came, IDs become names and values that change from
-// run to run become words in capitals.
+// REFRESH-OF-NAME for what its last sign-up or refresh brought, APP-TOKEN for an application's access token. In what came,
+// IDs become names and values that change from run to run become words in capitals.
 func TestScripts(t *testing.T) {
 	files, err := filepath.Glob("../scripts/*.txt")
 	if err != nil || len(files) == 0 {
@@ -533,6 +533,9 @@ func (w *world) value(s string) (any, error) {
 
 // ids replaces words that stand for values of this run.
 func (w *world) ids(s string) string {
+	if strings.Contains(s, "APP-TOKEN") {
+		s = strings.ReplaceAll(s, "APP-TOKEN", w.start().TokenOf(w.t, "admin"))
+	}
 	for name, d := range w.devices {
 		if strings.Contains(s, "CODE-OF-"+name) {
 			s = strings.ReplaceAll(s, "CODE-OF-"+name, d.onboard.Code)
