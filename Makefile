@@ -31,7 +31,7 @@ nightly: ## the long doses: 200 rounds of kill -9, the ten-minute fleet, each fu
 
 .PHONY: lint
 lint: ## bug finders, import arrows, and whether generated files are up to date
-	$(TOOL) golangci-lint run ./...
+	$(TOOL) golangci-lint run --allow-parallel-runners ./...
 	@before=$$(git status --porcelain; git diff | cksum); $(MAKE) --no-print-directory gen; \
 	after=$$(git status --porcelain; git diff | cksum); \
 	if [ "$$before" != "$$after" ]; then git status --short; echo "make gen changed files: commit what it made"; exit 1; fi

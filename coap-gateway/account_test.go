@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"github.com/coaphub/coaphub/hub"
@@ -268,9 +269,28 @@ func TestSignUpIsPinnedToTheCredential(t *testing.T) {
 	h.issue("code", "token", hub.Claims{})
 	d := h.secure(lampID)
 	d.want(d.signUp("code"), "2.04", "")
-	other := h.plain(lampID)
-	other.want(other.signUp("code"), "4.01", "device-pinned: ")
-	other.awaitClosed()
+	d.want(d.signIn("token"), "2.04", "")
+	h.w.refresh["r"] = hub.Tokens{Access: "token", Refresh: "r", Expiry: time.Now().Add(time.Hour)}
+	for name, ask := range map[string]func(*device) reply{
+		"sign-up": func(d *device) reply { return d.signUp("code") },
+		"sign-in": func(d *device) reply { return d.signIn("token") },
+		"refresh": func(d *device) reply {
+			return d.post("/oic/sec/tokenrefresh", body{"di": string(lampID), "uid": "alice", "refreshtoken": "r"})
+		},
+		"sign-off": func(d *device) reply {
+			return d.do(codes.DELETE, "/oic/sec/account", nil, query("uid=alice"), query("accesstoken=token"), query("di="+string(lampID)))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			other := h.plain(lampID)
+			other.want(ask(other), "4.01", "device-pinned: ")
+			other.awaitClosed()
+		})
+	}
+	d.alive()
+	if h.w.count("signed-off "+string(lampID)) > 0 {
+		t.Error("somebody without the device's certificate deleted it")
+	}
 }
 
 func (d *device) session(change func(body)) body {
@@ -359,9 +379,12 @@ func TestSignInAsAnotherDeviceEndsTheFirstSession(t *testing.T) {
 	d.id = fanID
 	d.want(d.signIn("token-"+string(lampID)), "2.04", "")
 	h.w.awaitLog(t, "online "+string(fanID))
-	off := slices.Index(h.w.log, "offline "+string(lampID))
-	if off < 0 || off > slices.Index(h.w.log, "online "+string(fanID)) {
-		t.Errorf("the first device did not go before the second came: %q", h.w.log)
+	h.w.mu.Lock() // the second one's twin is at work
+	log := slices.Clone(h.w.log)
+	h.w.mu.Unlock()
+	off := slices.Index(log, "offline "+string(lampID))
+	if off < 0 || off > slices.Index(log, "online "+string(fanID)) {
+		t.Errorf("the first device did not go before the second came: %q", log)
 	}
 	d.want(d.publish("/a"), "2.04", "")
 }
@@ -414,6 +437,44 @@ func TestPipelinedRequestsEndWithARefusedSignIn(t *testing.T) {
 	}
 	if h.w.count("signed-up "+string(lampID)+" alice") > 0 {
 		t.Error("the sign-up behind it was carried out")
+	}
+}
+
+// The same behind an account request that the engine refused, at once or after its first block.
+func TestPipelinedRequestsEndWithARefusalOfTheEngine(t *testing.T) {
+	option := func(m message.Message, id message.OptionID, value ...byte) message.Message {
+		m.Options = coap.AddOption(m.Options, id, value)
+		return m
+	}
+	for name, c := range map[string]struct {
+		refused message.Message
+		code    codes.Code
+	}{
+		"unknown critical option":    {option(request(codes.DELETE, "/oic/sec/account", 1, nil), 65001, 1), codes.BadOption},
+		"proxy":                      {option(post("/oic/sec/session", 1, nil), message.ProxyURI, 'x'), codes.ProxyingNotSupported},
+		"last block without a first": {option(post("/oic/sec/tokenrefresh", 1, make([]byte, 16)), message.Block1, 0x50), codes.RequestEntityIncomplete},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := start(t, nil)
+			h.issue("code", "token", hub.Claims{})
+			r := h.rawPlain()
+			r.write(c.refused, post("/oic/sec/account", 2, cborOf(t, h.device(lampID).account(nil))), get("/x.plgd.dev/time", 3))
+			if m := r.readAnswer(); m.Code != c.code || m.Token[0] != 1 {
+				t.Fatalf("got %s for %x", dotted(m.Code), m.Token)
+			}
+			for {
+				m, ok := r.read()
+				if !ok {
+					break
+				}
+				if m.Code < 224 {
+					t.Errorf("a request behind it was answered: %s %x", dotted(m.Code), m.Token)
+				}
+			}
+			if h.w.count("signed-up "+string(lampID)+" alice") > 0 {
+				t.Error("the sign-up behind it was carried out")
+			}
+		})
 	}
 }
 

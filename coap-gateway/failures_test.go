@@ -115,25 +115,32 @@ func TestTroubleOfOursIsNever401(t *testing.T) {
 			t.Run(part+"/"+trouble, func(t *testing.T) {
 				t.Parallel()
 				for name, ask := range requests {
-					h := start(t, nil)
-					h.gw.patience = time.Millisecond
-					h.w.own(lampID, "alice")
-					h.issue("code", "token", hub.Claims{})
-					h.w.refresh["r"] = hub.Tokens{Access: "token", Refresh: "r", Expiry: time.Now().Add(time.Hour)}
-					h.w.links[lampID] = links{"/a": {Href: "/a"}}
-					d := h.device(lampID)
-					d.mute = true // the twin's writes are not what is asked here
-					h.connect(d, h.gw.Addresses().Plain, nil)
-					switch name {
-					case "sign-up", "refresh", "sign-in":
-					default:
-						d.want(d.signIn("token"), "2.04", "")
-						h.w.awaitLog(t, "twin 2")
+					attempt := func() (reply, error) {
+						h := start(t, nil)
+						h.gw.patience = time.Millisecond
+						h.w.own(lampID, "alice")
+						h.issue("code", "token", hub.Claims{})
+						h.w.refresh["r"] = hub.Tokens{Access: "token", Refresh: "r", Expiry: time.Now().Add(time.Hour)}
+						h.w.links[lampID] = links{"/a": {Href: "/a"}}
+						d := h.device(lampID)
+						d.mute = true // the twin's writes are not what is asked here
+						h.connect(d, h.gw.Addresses().Plain, nil)
+						switch name {
+						case "sign-up", "refresh", "sign-in":
+						default:
+							d.want(d.signIn("token"), "2.04", "")
+							h.w.awaitLog(t, "twin 2")
+						}
+						h.w.mu.Lock() // waits for what the sign-in began
+						spoil(h.w, cause)
+						h.w.mu.Unlock()
+						return ask(d)
 					}
-					h.w.mu.Lock() // waits for what the sign-in began
-					spoil(h.w, cause)
-					h.w.mu.Unlock()
-					r, err := ask(d)
+					r, err := attempt()
+					for n := 0; n < 2 && err != nil; n++ {
+						// go-coap drops an answer when the end of the connection follows it before its reader had its turn.
+						r, err = attempt()
+					}
 					if err != nil && name == "sign-in" && (part == "Directory.SetTwin" || part == "Directory.Device" || part == "Directory.ETags") {
 						continue // go-coap drops an answer that is followed at once by the end of the connection
 					}

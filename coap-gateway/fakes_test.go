@@ -296,7 +296,7 @@ func (w *world) signUp(_ context.Context, dev hub.DeviceID, owner hub.Owner, pin
 		return hub.Ownership{}, hub.NewError(hub.Denied, "device-pinned", "the device is pinned to another credential")
 	}
 	w.pins[dev] = pin
-	w.owned[dev] = hub.Ownership{Device: dev, Owner: owner, Generation: 1}
+	w.owned[dev] = hub.Ownership{Device: dev, Owner: owner, Generation: 1, Pin: pin}
 	w.note("signed-up %s %s", dev, owner)
 	return w.owned[dev], nil
 }

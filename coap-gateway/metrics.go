@@ -41,7 +41,8 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 			"Changes that could not be stored; the connection was closed so that the device reports again. When it rises, look at "+
 				"the resource directory and the store.")),
 		syncs: prometheus.NewCounterVec(opts("twin_syncs_total",
-			"Synchronisations of twins by mode and outcome. Rising failures: devices do not answer, see the debug log."),
+			"Synchronisations of twins by mode and outcome; late: what an incomplete one missed has answered since. Rising "+
+				"incomplete: devices do not answer, see the debug log."),
 			[]string{"mode", "outcome"}),
 		sessionsEnded: prometheus.NewCounterVec(opts("sessions_ended_total",
 			"Sessions by why they ended. Rising second-session: devices reconnect without closing, or two share an identity; rising "+

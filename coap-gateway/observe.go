@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
@@ -41,7 +42,24 @@ type twin struct {
 	// more, deaf is set, and the answer unpublishes nothing.
 	told map[hub.Href]*hub.Link
 	deaf bool
+	// missing has what did not answer when it was asked, until it does or is unpublished; at most MaxLinks, then further ones
+	// are left to the next synchronisation. timer asks for them again; it is set only while the goroutine does not run and
+	// something is missing.
+	missing map[hub.Href]absent
+	timer   *time.Timer
+	behind  bool // SYNCING was reported and IN_SYNC not yet
 }
+
+// absent is a resource that did not answer.
+type absent struct {
+	link  hub.Link
+	tries int       // how often it did not answer
+	due   time.Time // when to ask again
+}
+
+// askAgain is how long a resource is left alone that did not answer once, twice, and so on; the last one repeats. A lost
+// answer is soon made up for, and what is broken for good costs one request in half an hour.
+var askAgain = [...]time.Duration{time.Minute, 5 * time.Minute, 30 * time.Minute}
 
 // watched is a resource that was observed or read.
 type watched struct {
@@ -193,14 +211,91 @@ func (t *twin) unpublished(hrefs []hub.Href) {
 	defer t.mu.Unlock()
 	for _, h := range hrefs {
 		delete(t.wait, h) // its place in order is skipped
+		delete(t.missing, h)
 		if w := t.seen[h]; w.obs != nil {
 			t.over = append(t.over, w.obs)
 		}
 		delete(t.seen, h)
 	}
-	if len(t.over) > 0 {
+	if len(t.over) > 0 || t.caughtUp() {
 		t.start()
 	}
+}
+
+// silent notes that a resource did not answer, unless the device unpublished it meanwhile.
+func (t *twin) silent(l hub.Link) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	a, known := t.missing[l.Href]
+	switch {
+	case t.dropped(l.Href):
+		return
+	case !known && len(t.missing) >= t.s.gw.cfg.API.CoAP.MaxLinks:
+		t.s.log.Debug("a silent resource is not asked again: the session has too many", "href", l.Href)
+		return
+	case t.missing == nil:
+		t.missing = map[hub.Href]absent{}
+	}
+	a.due = time.Now().Add(askAgain[min(a.tries, len(askAgain)-1)])
+	a.tries++
+	a.link = l
+	t.missing[l.Href] = a
+}
+
+// arm sets the timer for what is to be asked again first; the goroutine, which is about to end, clears the one before.
+// t.mu is held.
+func (t *twin) arm() {
+	t.disarm()
+	var first time.Time
+	for _, a := range t.missing {
+		if first.IsZero() || a.due.Before(first) {
+			first = a.due
+		}
+	}
+	if first.IsZero() {
+		t.missing = nil // an idle session keeps no room for it
+		return
+	}
+	t.timer = time.AfterFunc(time.Until(first), t.retry)
+}
+
+// disarm stops the timer. t.mu is held.
+func (t *twin) disarm() {
+	if t.timer != nil {
+		t.timer.Stop()
+		t.timer = nil
+	}
+}
+
+// retry has what is due asked for again.
+func (t *twin) retry() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	now := time.Now()
+	for h, a := range t.missing {
+		if a.due.After(now) {
+			continue
+		}
+		if _, waits := t.wait[h]; !waits { // else it was published meanwhile, maybe with another policy
+			t.enqueue(a.link)
+		}
+		// Its answer, or its silence, changes this. Where it is not asked after all, because the session has too many, the
+		// timer must not fire over and over.
+		a.due = now.Add(askAgain[len(askAgain)-1])
+		t.missing[h] = a
+	}
+	t.start()
+}
+
+// caughtUp reports that all has answered of which the directory still thinks that something is missing. t.mu is held.
+func (t *twin) caughtUp() bool { return t.behind && len(t.missing) == 0 }
+
+// stop ends the timer and waits for the goroutine. The session's context is over, so nothing starts any more.
+func (t *twin) stop() {
+	t.mu.Lock()
+	t.disarm()
+	t.mu.Unlock()
+	t.done.Wait()
 }
 
 // start runs the goroutine unless it runs. t.mu is held.
@@ -221,7 +316,7 @@ func (t *twin) run() {
 		t.mu.Lock()
 		var link hub.Link
 		var over *coap.Observation
-		full, some := t.full, false
+		full, some, synced := t.full, false, false
 		switch {
 		case t.s.ctx.Err() != nil:
 			t.running = false
@@ -233,7 +328,11 @@ func (t *twin) run() {
 			over = t.over[0]
 			t.over = t.over[1:]
 		default:
-			if link, some = t.next(); !some {
+			if link, some = t.next(); some {
+				break
+			}
+			if synced = t.caughtUp(); !synced {
+				t.arm()
 				t.order, t.over, t.told = nil, nil, nil // an idle session keeps no room for them
 				t.running = false
 				t.mu.Unlock()
@@ -248,7 +347,10 @@ func (t *twin) run() {
 		case over != nil:
 			t.cancel(t.s.ctx, over)
 		case some:
-			_, err = t.observe(link)
+			err = t.observe(link)
+		case synced:
+			t.s.gw.metrics.syncs.WithLabelValues("resource", "late").Inc()
+			err = t.inSync()
 		}
 		if err != nil && t.s.ctx.Err() == nil {
 			t.s.notStored(err)
@@ -266,6 +368,7 @@ func (t *twin) next() (hub.Link, bool) {
 		if w, seen := t.seen[l.Href]; ok && seen && (w.obs != nil || l.Policy&hub.Observable == 0) {
 			// It was published while it was being observed. A second observation would bring its answer before what the first
 			// one has reported and nobody has stored yet.
+			delete(t.missing, l.Href)
 			continue
 		}
 		if ok {
@@ -276,14 +379,29 @@ func (t *twin) next() (hub.Link, bool) {
 	return hub.Link{}, false
 }
 
-// sync brings the whole twin up to date. Errors are the directory's; what the device does not answer is only left out.
+// report tells the directory how far the twin is.
+func (t *twin) report(state hub.TwinState) error {
+	return t.s.write(t.s.ctx, func(ctx context.Context, from hub.Stamp) error {
+		return t.s.gw.deps.Directory.SetTwin(ctx, from, state)
+	})
+}
+
+// inSync reports that all has answered.
+func (t *twin) inSync() error {
+	t.mu.Lock()
+	t.behind = false
+	t.mu.Unlock()
+	return t.report(hub.TwinInSync)
+}
+
+// sync brings the whole twin up to date. Errors are the directory's; what the device does not answer is left out and asked
+// again later.
 func (t *twin) sync() error {
 	s := t.s
-	dir := s.gw.deps.Directory
-	state := func(state hub.TwinState) error {
-		return s.write(s.ctx, func(ctx context.Context, from hub.Stamp) error { return dir.SetTwin(ctx, from, state) })
-	}
-	if err := state(hub.TwinSyncing); err != nil {
+	t.mu.Lock()
+	t.behind = true
+	t.mu.Unlock()
+	if err := t.report(hub.TwinSyncing); err != nil {
 		return err
 	}
 	t.question()
@@ -309,15 +427,15 @@ func (t *twin) sync() error {
 		}
 	}
 	if !complete {
-		// A resource did not answer, so the twin is not in sync; it stays SYNCING, which is true.
+		// A resource did not answer, so the twin is not in sync; it stays SYNCING, which is true, until that one did.
 		s.gw.metrics.syncs.WithLabelValues(mode, "incomplete").Inc()
 		return nil
 	}
 	s.gw.metrics.syncs.WithLabelValues(mode, "in-sync").Inc()
-	return state(hub.TwinInSync)
+	return t.inSync()
 }
 
-// observeEach observes all that is published, one after the other. False means that something did not answer.
+// observeEach observes all that is published, one after the other. False means that something is missing.
 func (t *twin) observeEach() (complete bool, _ error) {
 	t.mu.Lock()
 	t.each, t.told, t.deaf = true, nil, false
@@ -335,17 +453,17 @@ func (t *twin) observeEach() (complete bool, _ error) {
 		}
 	}
 	t.mu.Unlock()
-	for complete = true; ; {
+	for {
 		t.mu.Lock()
 		l, ok := t.next()
+		complete = len(t.missing) == 0
 		t.mu.Unlock()
 		if !ok {
 			return complete, nil
 		}
-		if ok, err = t.observe(l); err != nil {
+		if err = t.observe(l); err != nil {
 			return false, err
 		}
-		complete = complete && ok
 	}
 }
 
@@ -396,6 +514,11 @@ func (t *twin) prune(offered []link) error {
 	if gone = slices.DeleteFunc(gone, t.republished); len(gone) == 0 {
 		return nil // an empty list would mean all
 	}
+	t.mu.Lock()
+	for _, h := range gone {
+		delete(t.missing, h)
+	}
+	t.mu.Unlock()
 	return s.writeInTurn(s.ctx, func(ctx context.Context, from hub.Stamp) error {
 		_, err := s.gw.deps.Directory.Unpublish(ctx, from, gone)
 		return err
@@ -474,14 +597,15 @@ func (t *twin) observeBatch() (bool, error) {
 	}
 	t.mu.Lock()
 	t.each = false
+	t.missing = nil // the batch has it, or it comes with a notification
 	t.seen[resHref] = watched{obs: o}
 	t.mu.Unlock()
 	return true, s.storeFirst(o, changes)
 }
 
-// observe brings the twin of one resource, which next gave out, up to date and, if the device can, keeps it so. False means
-// that the device did not answer.
-func (t *twin) observe(l hub.Link) (bool, error) {
+// observe brings the twin of one resource, which next gave out, up to date and, if the device can, keeps it so. If the device
+// does not answer, it is missing.
+func (t *twin) observe(l hub.Link) error {
 	s := t.s
 	req := &coap.Message{Code: codes.GET, Options: requestTo(l.Href)}
 	var o *coap.Observation
@@ -501,9 +625,11 @@ func (t *twin) observe(l hub.Link) (bool, error) {
 		m = &coap.Message{Code: codes.RequestEntityTooLarge}
 	case err != nil:
 		s.log.Debug("the device did not answer for a resource", "href", l.Href, "error", err)
-		return false, nil
+		t.silent(l)
+		return nil
 	}
 	t.mu.Lock()
+	delete(t.missing, l.Href)
 	dropped := t.dropped(l.Href)
 	switch {
 	case !dropped:
@@ -514,14 +640,14 @@ func (t *twin) observe(l hub.Link) (bool, error) {
 	t.mu.Unlock()
 	switch {
 	case dropped || m.Code == codes.Valid:
-		return true, s.storeFirst(o, nil)
+		return s.storeFirst(o, nil)
 	case m.Code == codes.NotFound:
 		t.mu.Lock()
 		delete(t.seen, l.Href)
 		t.mu.Unlock()
-		return true, s.gone(l)
+		return s.gone(l)
 	}
-	return true, s.storeFirst(o, []hub.Change{s.changeOf(l.Href, m)})
+	return s.storeFirst(o, []hub.Change{s.changeOf(l.Href, m)})
 }
 
 // forget cancels all observations without anybody waiting for it.

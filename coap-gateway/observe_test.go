@@ -267,7 +267,8 @@ func TestNotificationOverTheLimit(t *testing.T) {
 	d.alive()
 }
 
-// A resource that does not answer leaves the twin SYNCING and everything else working.
+// A resource that does not answer leaves the twin SYNCING and everything else working. TestSilentResourceIsAskedAgain has what
+// comes then.
 func TestSilentResource(t *testing.T) {
 	h := start(t, func(c *Config, _ *Deps) { c.API.CoAP.KeepAlive.Timeout = time.Second })
 	h.published("/a", "/silent", "/z")

@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message/codes"
@@ -19,9 +20,9 @@ type peer struct {
 	cred credential
 	log  *slog.Logger
 
-	sess    *session // nil when nobody is signed in
-	closing bool     // an answer was given after which the connection ends
-	request uint64   // counts requests, for the log
+	sess    *session    // nil when nobody is signed in
+	closing atomic.Bool // an answer was given after which the connection ends; the engine's refusals set it too
+	request uint64      // counts requests, for the log
 	helpers sync.WaitGroup
 }
 
@@ -36,12 +37,6 @@ func (g *Gateway) Open(c *coap.Conn) (coap.ConnHandler, error) {
 // closeDelay is between an answer that ends the connection and its end. Devices rely on both; go-coap's clients drop an
 // answer that they have not handled when the connection ends.
 const closeDelay = 100 * time.Millisecond
-
-// closeSoon ends the connection behind the answer that is being given. Over UDP and DTLS the engine then goes on to answer
-// duplicates of the request for a while, since the answer may be lost.
-func (p *peer) closeSoon() {
-	time.AfterFunc(closeDelay, func() { p.conn.Close(coap.ErrAnswered) })
-}
 
 // route is one row of the table of paths: what answers each method.
 type route struct {
@@ -70,7 +65,7 @@ var routes = map[string]route{
 // Request implements coap.ConnHandler. The order of refusals is path, method, session, format, body: a 4.01 costs a device
 // its token, so nothing is 4.01 that would not work with a session either.
 func (p *peer) Request(ctx context.Context, req *coap.Message) coap.Response {
-	if p.closing {
+	if p.closing.Load() {
 		return coap.Response{Silent: true} // what came behind the refused request is not carried out
 	}
 	start := time.Now()
@@ -85,8 +80,7 @@ func (p *peer) Request(ctx context.Context, req *coap.Message) coap.Response {
 	if err != nil {
 		resp = failure(err)
 		if r.account || resp.Code == codes.Unauthorized {
-			p.closing = true
-			p.closeSoon()
+			p.close()
 		}
 		if p.sess != nil {
 			code, _ := hub.Public(err)
@@ -116,8 +110,9 @@ func (p *peer) Request(ctx context.Context, req *coap.Message) coap.Response {
 	return resp
 }
 
-// Refused implements coap.Refuser: an error on an account path ends the connection, also where the engine gave it. Requests
-// behind it may still be answered; what they change is as good as before it.
+// Refused implements coap.Refuser: an error on an account path ends the connection, also where the engine gave it. It runs
+// before anything behind that request is handled, so nothing of that is carried out. Requests before it that still wait may
+// be given up too, unanswered, because the reader refuses before their turn comes; the one under way is answered.
 func (p *peer) Refused(req *coap.Message) {
 	path := pathOf(req)
 	r, known := routes[path]
@@ -126,7 +121,16 @@ func (p *peer) Refused(req *coap.Message) {
 	}
 	p.gw.metrics.requests.WithLabelValues(path, "refused").Inc()
 	if r.account {
-		p.closeSoon()
+		p.close()
+	}
+}
+
+// close ends the connection once the answer has had time to arrive; no request is carried out any more. Over UDP and DTLS
+// the engine then goes on to answer duplicates of the request for a while, since the answer may be lost. It may be called
+// from any goroutine, and more than once.
+func (p *peer) close() {
+	if p.closing.CompareAndSwap(false, true) {
+		time.AfterFunc(closeDelay, func() { p.conn.Close(coap.ErrAnswered) })
 	}
 }
 

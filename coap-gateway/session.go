@@ -160,6 +160,6 @@ func (s *session) stop() {
 	s.timer.Stop()
 	s.cancel()
 	if s.twin != nil {
-		s.twin.done.Wait()
+		s.twin.stop()
 	}
 }

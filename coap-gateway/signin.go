@@ -129,7 +129,8 @@ func (p *peer) authenticate(ctx context.Context, di, uid, token string) (hub.Cla
 	return claims, named, nil
 }
 
-// ownership asks who owns the device; it must be the token's owner.
+// ownership asks who owns the device; it must be the token's owner, and the device must come with the set of credentials that
+// it signed up with.
 func (p *peer) ownership(ctx context.Context, dev hub.DeviceID, owner hub.Owner) (hub.Ownership, error) {
 	own, err := p.gw.deps.Identities.Owner(ctx, dev)
 	switch {
@@ -143,7 +144,16 @@ func (p *peer) ownership(ctx context.Context, dev hub.DeviceID, owner hub.Owner)
 	case own.Owner != owner:
 		return own, unauthenticated("device-owned-by-other", "the device belongs to another owner")
 	}
-	return own, nil
+	return own, p.pinned(own)
+}
+
+// pinned refuses a device that comes with another set of credentials than it signed up with: somebody who only has a token
+// of it, for instance, while it has a certificate.
+func (p *peer) pinned(own hub.Ownership) error {
+	if own.Pin != "" && own.Pin != p.cred.pin {
+		return unauthenticated("device-pinned", "the device signed up with another set of credentials before")
+	}
+	return nil
 }
 
 // announce signs in at the directory. If the directory knows another ownership than we were told, somebody was faster: it is

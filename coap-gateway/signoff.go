@@ -26,6 +26,17 @@ func (p *peer) signOff(ctx context.Context, req *coap.Message, _ int32) (coap.Re
 		return coap.Response{}, err
 	}
 	own := s != nil && s.own.Device == dev
+	if !own {
+		// A session's pin was checked at its sign-in. What is not there, or being released, SignOff knows.
+		switch o, err := p.gw.deps.Identities.Owner(ctx, dev); {
+		case err == nil && o.Owner == claims.Owner:
+			if err := p.pinned(o); err != nil {
+				return coap.Response{}, err
+			}
+		case err != nil && !hub.IsKind(err, hub.NotFound):
+			return coap.Response{}, err
+		}
+	}
 	if own {
 		// The directory closes the live session of a deleted device; this one ends by its own wish and still has to answer.
 		s.to.detached.Store(true)

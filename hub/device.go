@@ -44,5 +44,7 @@ type Ownership struct {
 	Device     DeviceID
 	Owner      Owner
 	Generation uint64
-	Releasing  bool // a release was begun and not finished yet
+	// Pin names the set of credentials that the device signed up with; empty: none is known, all are good.
+	Pin       string
+	Releasing bool // a release was begun and not finished yet
 }

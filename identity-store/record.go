@@ -50,7 +50,7 @@ type record struct {
 }
 
 func (r record) ownership(dev hub.DeviceID) hub.Ownership {
-	return hub.Ownership{Device: dev, Owner: r.Owner, Generation: r.Generation, Releasing: r.State == releasing}
+	return hub.Ownership{Device: dev, Owner: r.Owner, Generation: r.Generation, Pin: r.Pin, Releasing: r.State == releasing}
 }
 
 func (r record) index() []string {

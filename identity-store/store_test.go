@@ -104,7 +104,7 @@ func signUp(t *testing.T, s *Store, dev hub.DeviceID, owner hub.Owner) hub.Owner
 func TestSignUpClaimsAndRegisters(t *testing.T) {
 	dir := newDirectory()
 	s := newStore(t, newMemory(), dir)
-	want := hub.Ownership{Device: lamp, Owner: alice, Generation: 1}
+	want := hub.Ownership{Device: lamp, Owner: alice, Generation: 1, Pin: "pin"}
 	if own := signUp(t, s, lamp, alice); own != want {
 		t.Fatalf("got %+v, want %+v", own, want)
 	}

@@ -66,7 +66,7 @@ func (s *Server) OnboardCode(ctx context.Context, owner hub.Owner, dev hub.Devic
 	if err := s.mayHave(ctx, a.Name, dev); err != nil {
 		return "", time.Time{}, err
 	}
-	now := time.Now()
+	now := s.clock.Now()
 	c := code{
 		Client: s.cfg.Clients.Device.ID, Subject: a.Name, Scopes: []string{hub.ScopeDevice}, Device: dev, AuthTime: now.UTC(),
 		Expires: now.Add(ttl).UTC(),
@@ -119,12 +119,12 @@ func (s *Server) exchange(ctx context.Context, dev hub.DeviceID, credential, tex
 		if err != nil {
 			return hub.Tokens{}, err
 		}
-		now := time.Now()
+		now := s.clock.Now()
 		switch {
 		case rev == 0, c.Client != s.cfg.Clients.Device.ID, c.Device != "" && c.Device != dev:
 			return hub.Tokens{}, errCode.With(op, nil)
 		case !c.Used.IsZero():
-			if c.UsedBy != by || now.Sub(c.Used) > repeatWindow {
+			if c.UsedBy != by || s.clock.Ended(c.Used.Add(repeatWindow)) {
 				return hub.Tokens{}, errCodeUsed.With(op, nil)
 			}
 			var a answer
@@ -132,7 +132,7 @@ func (s *Server) exchange(ctx context.Context, dev hub.DeviceID, credential, tex
 				return hub.Tokens{}, &hub.Error{Kind: hub.Internal, Op: op, Err: err}
 			}
 			return s.keep(ctx, c.Grant, a)
-		case !now.Before(c.Expires):
+		case s.clock.Ended(c.Expires):
 			return hub.Tokens{}, errCode.With(op, errors.New("expired"))
 		}
 		acc, err := s.account(ctx, c.Subject)

@@ -37,7 +37,8 @@ type grant struct {
 	Device   hub.DeviceID `json:"device,omitempty"`
 	AuthTime time.Time    `json:"authTime"`
 	AMR      []string     `json:"amr,omitempty"`
-	// Expires is when the grant can be forgotten: nothing issued on it is good any more.
+	// Expires is when the grant can be forgotten: nothing issued on it is good any more. A moment that the clock leapt over comes
+	// later (see clock.Watch), and the next refresh moves it on.
 	Expires time.Time `json:"expires"`
 	Revoked bool      `json:"revoked,omitempty"`
 	// Fingerprints of refresh tokens: the one to use next, the one before, which works until the next one was used, and older
@@ -50,7 +51,7 @@ type grant struct {
 
 func grantIndex(g grant) []string { return []string{"subject=" + g.Subject} }
 
-func (g grant) ended(now time.Time) bool { return g.Revoked || !now.Before(g.Expires) }
+func (s *Server) ended(g grant) bool { return g.Revoked || s.clock.Ended(g.Expires) }
 
 func newGrantID() string { return hex.EncodeToString(random(16)) }
 
@@ -87,7 +88,7 @@ func (s *Server) sign(ctx context.Context, id string, g grant, scopes []string, 
 	if err != nil {
 		return "", time.Time{}, &hub.Error{Kind: hub.Internal, Op: "sign token", Err: err}
 	}
-	now := time.Now()
+	now := s.clock.Now()
 	expiry = now.Add(lifetime).Truncate(time.Second).UTC()
 	claims := s.privateClaims(g, scopes)
 	for k, v := range map[string]any{
@@ -129,7 +130,7 @@ func (s *Server) Active(ctx context.Context, tokenID string) (bool, error) {
 func (s *Server) activeGrant(ctx context.Context, id string) (grant, bool, error) {
 	var g grant
 	rev, err := read(ctx, s.docs, collGrants, id, &g)
-	return g, err == nil && rev != 0 && !g.ended(time.Now()), err
+	return g, err == nil && rev != 0 && !s.ended(g), err
 }
 
 // rotate uses a refresh token up and returns its successor. check sees the grant first and may refuse it.
@@ -139,12 +140,12 @@ func (s *Server) rotate(ctx context.Context, token string, check func(grant) err
 	if !ok {
 		return "", grant{}, "", errRefresh.With(op, errors.New("malformed"))
 	}
-	mark, now := fingerprint(token), time.Now()
+	mark, now := fingerprint(token), s.clock.Now()
 	successor = s.next(id, secret)
 	replayed := false
 	unchanged := errors.New("nothing to store")
 	err = change(ctx, s.docs, collGrants, id, func(stored *grant, rev uint64) error {
-		if rev == 0 || stored.ended(now) {
+		if rev == 0 || s.ended(*stored) {
 			return errRefresh.With(op, errors.New("no such grant, or ended"))
 		}
 		if err := check(*stored); err != nil {
@@ -161,7 +162,7 @@ func (s *Server) rotate(ctx context.Context, token string, check func(grant) err
 			stored.Expires = now.Add(s.cfg.RefreshTokenLifetime).UTC()
 			g = *stored
 			return nil
-		case stored.Previous == mark && now.Before(stored.PreviousUntil):
+		case stored.Previous == mark && !s.clock.Ended(stored.PreviousUntil):
 			g = *stored
 			return unchanged
 		case slices.Contains(stored.Older, mark):
@@ -242,7 +243,7 @@ func (s *Server) IssueToken(ctx context.Context, owner hub.Owner, scopes []strin
 	if len(granted) == 0 {
 		return "", errScope.With("issue token", nil)
 	}
-	g := grant{Subject: a.Name, Client: s.cfg.Clients.CLI.ID, Scopes: granted, AuthTime: time.Now().UTC(), Expires: time.Now().Add(ttl).UTC()}
+	g := grant{Subject: a.Name, Client: s.cfg.Clients.CLI.ID, Scopes: granted, AuthTime: s.clock.Now().UTC(), Expires: s.clock.Now().Add(ttl).UTC()}
 	id := newGrantID()
 	token, _, err := s.sign(ctx, id, g, granted, ttl)
 	if err != nil {

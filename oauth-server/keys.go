@@ -16,6 +16,7 @@ import (
 	"github.com/zitadel/oidc/v3/pkg/op"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/clock"
 	"github.com/coaphub/coaphub/internal/store"
 )
 
@@ -45,6 +46,7 @@ type keyring struct {
 type keys struct {
 	docs     store.Documents
 	lifetime time.Duration
+	clock    *clock.Watch
 
 	mu   sync.Mutex // guards the copy; held while it is renewed, so that a rotation is decided once
 	ring []signingKey
@@ -55,8 +57,8 @@ type keys struct {
 func (k *keys) current(ctx context.Context) (signingKey, []signingKey, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	now := time.Now()
-	if now.Sub(k.at) > keysFresh || now.Before(k.at) || due(k.ring, now) {
+	now := k.clock.Now()
+	if now.Sub(k.at) > keysFresh || now.Before(k.at) || k.due(k.ring, now) {
 		if err := k.renew(ctx, now); err != nil {
 			// The copy still verifies, and signs as long as its key does.
 			if _, ok := signer(k.ring, now); !ok {
@@ -80,8 +82,8 @@ func (k *keys) renew(ctx context.Context, now time.Time) error {
 		if err != nil {
 			return err
 		}
-		if rev == 0 || due(ring.Keys, now) {
-			if ring.Keys, err = rotate(ring.Keys, now, k.lifetime); err != nil {
+		if rev == 0 || k.due(ring.Keys, now) {
+			if ring.Keys, err = k.rotate(ring.Keys, now); err != nil {
 				return err
 			}
 			if err := write(ctx, k.docs, collSecrets, "signing", rev, ring); hub.IsKind(err, hub.Conflict) {
@@ -107,16 +109,16 @@ func (k *keys) renew(ctx context.Context, now time.Time) error {
 }
 
 // due reports whether a key has to be made (the last one ends within publishedAhead) or can be forgotten.
-func due(ring []signingKey, now time.Time) bool {
-	return len(ring) == 0 || !now.Before(ring[len(ring)-1].To.Add(-publishedAhead)) || outlived(ring[0], now)
+func (k *keys) due(ring []signingKey, now time.Time) bool {
+	return len(ring) == 0 || !now.Before(ring[len(ring)-1].To.Add(-publishedAhead)) || k.outlived(ring[0])
 }
 
-// outlived: no token signed by the key can be good any more.
-func outlived(k signingKey, now time.Time) bool { return now.After(k.To.Add(MaxTokenLifetime)) }
+// outlived: no token signed by the key can be good any more, also if the clock leapt and is set right again.
+func (k *keys) outlived(key signingKey) bool { return k.clock.Ended(key.To.Add(MaxTokenLifetime)) }
 
-func rotate(ring []signingKey, now time.Time, lifetime time.Duration) ([]signingKey, error) {
-	ring = slices.DeleteFunc(slices.Clone(ring), func(k signingKey) bool { return outlived(k, now) })
-	if !due(ring, now) {
+func (k *keys) rotate(ring []signingKey, now time.Time) ([]signingKey, error) {
+	ring = slices.DeleteFunc(slices.Clone(ring), k.outlived)
+	if !k.due(ring, now) {
 		return ring, nil
 	}
 	from := now
@@ -134,15 +136,16 @@ func rotate(ring []signingKey, now time.Time, lifetime time.Duration) ([]signing
 	id := make([]byte, 8)
 	_, _ = rand.Read(id) // never fails
 	// A lifetime below publishedAhead would make the next key due at once, for ever.
-	to := from.Add(max(lifetime, 2*publishedAhead))
+	to := from.Add(max(k.lifetime, 2*publishedAhead))
 	return append(ring, signingKey{ID: hex.EncodeToString(id), Private: der, From: from.UTC(), To: to.UTC()}), nil
 }
 
-// signer picks the key that signs now; between two, the older one.
+// signer picks the key that signs now; between two, the older one. Keys follow each other without a gap, unless one was made
+// while the clock was ahead: it signs before it begins, since a clock that was set right must not leave us without.
 func signer(ring []signingKey, now time.Time) (signingKey, bool) {
 	for _, k := range ring {
 		if now.Before(k.To) {
-			return k, !now.Before(k.From) || k.ID == ring[0].ID // a clock that was set back must not leave us without
+			return k, true
 		}
 	}
 	return signingKey{}, false

@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/clock"
 	"github.com/coaphub/coaphub/internal/store"
 )
 
@@ -33,6 +34,7 @@ type Server struct {
 	ownership Ownership
 	log       *slog.Logger
 	metrics   *metrics
+	clock     *clock.Watch // says what has ended, of all that devices hold and that is stored
 
 	issuer  string
 	first   string // one-time password set by this start, or empty
@@ -52,12 +54,16 @@ func Open(ctx context.Context, cfg Config, docs store.Documents, ownership Owner
 }
 
 func openWith(ctx context.Context, cfg Config, docs store.Documents, ownership Ownership, log *slog.Logger, reg prometheus.Registerer, c cost) (*Server, error) {
+	return openAt(ctx, cfg, docs, ownership, log, reg, c, clock.New())
+}
+
+func openAt(ctx context.Context, cfg Config, docs store.Documents, ownership Ownership, log *slog.Logger, reg prometheus.Registerer, c cost, at *clock.Watch) (*Server, error) {
 	if errs := cfg.Validate(); len(errs) > 0 {
 		return nil, &hub.Error{Kind: hub.Invalid, Op: "oauthServer", Code: "config-invalid", Err: errors.Join(errs...)}
 	}
 	s := &Server{
-		cfg: cfg, docs: docs, ownership: ownership, log: log, metrics: newMetrics(reg),
-		keys: &keys{docs: docs, lifetime: cfg.KeyLifetime}, hasher: newHasher(c),
+		cfg: cfg, docs: docs, ownership: ownership, log: log, metrics: newMetrics(reg), clock: at,
+		keys: &keys{docs: docs, lifetime: cfg.KeyLifetime, clock: at}, hasher: newHasher(c),
 	}
 	var err error
 	if s.issuer, err = fixIssuer(ctx, docs, cfg); err != nil {
@@ -142,9 +148,9 @@ func (s *Server) Run(ctx context.Context, ready func()) error {
 	}
 }
 
-// sweep removes grants, codes and device codes that ended a repeat window ago or earlier.
+// sweep removes grants, codes and device codes that ended a repeat window ago or earlier. What the clock leapt over stays: a
+// clock that is set wrong for an hour must not cost the fleet its credentials.
 func (s *Server) sweep(ctx context.Context) {
-	before := time.Now().Add(-repeatWindow)
 	for _, collection := range []string{collGrants, collCodes, collDevices} {
 		for doc, err := range s.docs.Range(ctx, collection, "", "") {
 			var end struct {
@@ -154,7 +160,7 @@ func (s *Server) sweep(ctx context.Context) {
 			if err == nil {
 				err = decode(collection, doc, &end)
 			}
-			if err == nil && (end.Expires.After(before) || end.Used.After(before)) {
+			if err == nil && (!s.clock.Ended(end.Expires.Add(repeatWindow)) || !s.clock.Ended(end.Used.Add(repeatWindow))) {
 				continue
 			}
 			if err == nil {

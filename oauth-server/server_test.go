@@ -492,18 +492,6 @@ func TestKeysRotateWithOverlap(t *testing.T) {
 	})
 }
 
-// A clock that was ahead made keys that begin later than now; they sign all the same, or the hub could not issue anything.
-func TestKeysSignThoughTheClockWasSetBack(t *testing.T) {
-	now := time.Now()
-	for name, ahead := range map[string]time.Duration{"an hour": time.Hour, "a year": 365 * 24 * time.Hour} {
-		ring := must[[]signingKey](t)(rotate(nil, now.Add(ahead), 30*24*time.Hour))
-		ring = must[[]signingKey](t)(rotate(ring, now, 30*24*time.Hour))
-		if key, ok := signer(ring, now); !ok || key.ID != ring[0].ID {
-			t.Errorf("set back by %s: no key signs", name)
-		}
-	}
-}
-
 // Trouble of ours must never look like a bad credential: devices drop theirs.
 func TestStoreTroubleIsNeverARefusal(t *testing.T) {
 	for _, op := range []string{"get", "put"} {

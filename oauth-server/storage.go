@@ -121,7 +121,7 @@ func (st storage) SaveAuthCode(ctx context.Context, id, text string) error {
 	}
 	c := code{
 		Client: r.Client, Subject: r.Subject, Scopes: r.Scopes, Device: r.Device, AuthTime: r.AuthTime, AMR: r.GetAMR(),
-		Expires: time.Now().Add(lifetime).UTC(), RedirectURI: r.RedirectURI, Challenge: r.Challenge, Nonce: r.Nonce,
+		Expires: s.clock.Now().Add(lifetime).UTC(), RedirectURI: r.RedirectURI, Challenge: r.Challenge, Nonce: r.Nonce,
 	}
 	if err := write(ctx, s.docs, collCodes, fingerprint(text), 0, c); err != nil {
 		return refuse(ctx, err, oidc.ErrServerError())
@@ -141,7 +141,7 @@ func (st storage) AuthRequestByCode(ctx context.Context, text string) (op.AuthRe
 		return nil, refuse(ctx, err, oidc.ErrInvalidGrant())
 	}
 	// Devices' codes are redeemed by the hub in process, for the device that has them, never over HTTP.
-	if rev == 0 || !c.Used.IsZero() || !time.Now().Before(c.Expires) || c.Client == s.cfg.Clients.Device.ID {
+	if rev == 0 || !c.Used.IsZero() || s.clock.Ended(c.Expires) || c.Client == s.cfg.Clients.Device.ID {
 		return nil, errCode
 	}
 	a, err := s.account(ctx, c.Subject)
@@ -168,7 +168,7 @@ func (st storage) CreateAccessAndRefreshTokens(ctx context.Context, r op.TokenRe
 
 // create stores what the token that the library is about to sign stands on.
 func (st storage) create(ctx context.Context, r op.TokenRequest, current string, withRefresh bool) (tokenID, refresh string, expiry time.Time, err error) {
-	s, now := st.s, time.Now()
+	s, now := st.s, st.s.clock.Now()
 	expiry = now.Add(s.cfg.AccessTokenLifetime).UTC()
 	g := grant{Subject: r.GetSubject(), Scopes: r.GetScopes(), Expires: expiry}
 	switch r := r.(type) {

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/clock"
 	"github.com/coaphub/coaphub/internal/store"
 )
 
@@ -26,9 +27,9 @@ const (
 	trimSteps = 16
 	// leap is how far the clock may run ahead of the time that has passed. Beyond it somebody set it, rightly or not, and for
 	// as long as mistrust nothing is trimmed: a clock that is set wrong by a year must not cost a year of history before it is
-	// set right again.
-	leap     = neverYounger
-	mistrust = time.Hour
+	// set right again. Tokens are doubted by the same measure (internal/clock).
+	leap     = clock.Leap
+	mistrust = clock.Mistrust
 	// adaptEvery is how long the back end gets to give back the space of what was removed.
 	adaptEvery = 5 * time.Minute
 )

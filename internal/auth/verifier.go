@@ -15,10 +15,15 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/clock"
 )
 
 // maxToken bounds a token's text. Providers' tokens have 1 to 4 KB.
 const maxToken = 16 << 10
+
+// doubtRetry is when a device should come again whose token's end is doubtful: soon enough to be there again shortly after it
+// refreshed its token or the clock was set right, seldom enough for a fleet that all wait.
+const doubtRetry = time.Minute
 
 // algorithms are those with a public key; "none" and HMAC are not among them (RFC 8725, 3.1).
 var algorithms = []jose.SignatureAlgorithm{
@@ -35,12 +40,15 @@ type Options struct {
 	HTTPClient *http.Client
 	// Registerer takes the metrics; nil: there are none.
 	Registerer prometheus.Registerer
+	// Clock says whether a token's end has come. Nil: a watch of the system's clock.
+	Clock *clock.Watch
 }
 
 // Verifier checks access tokens. Any goroutine may use it.
 type Verifier struct {
 	issuers map[string]*trusted // by Authority without a slash at the end; never changes
 	skew    time.Duration
+	clock   *clock.Watch
 	metrics *metrics
 	tokens  *remembered
 
@@ -75,7 +83,12 @@ func New(issuers []IssuerConfig, opts Options) (*Verifier, error) {
 		return nil, fmt.Errorf("register the metrics of auth: %w", err)
 	}
 	ctx, stop := context.WithCancel(context.Background())
-	v := &Verifier{issuers: map[string]*trusted{}, skew: opts.ClockSkew, metrics: m, tokens: newRemembered(), stop: stop}
+	v := &Verifier{
+		issuers: map[string]*trusted{}, skew: opts.ClockSkew, clock: opts.Clock, metrics: m, tokens: newRemembered(), stop: stop,
+	}
+	if v.clock == nil {
+		v.clock = clock.New()
+	}
 	for i, cfg := range issuers {
 		is := &trusted{IssuerConfig: cfg}
 		is.keys = &keySet{
@@ -108,8 +121,9 @@ func (v *Verifier) Close() {
 }
 
 // Verify checks an access token and returns what it says. Kinds: Unauthenticated for a token that is missing, malformed,
-// expired, revoked, for somebody else, or not signed by its issuer; Unavailable while that cannot be found out, or while our
-// clock is behind the issuer's.
+// expired, revoked, for somebody else, or not signed by its issuer; Unavailable while that cannot be found out, while our
+// clock is behind the issuer's, or while it is doubtful whether the end of a device's token, issued in this process, was leapt
+// over by the clock.
 func (v *Verifier) Verify(ctx context.Context, raw string) (hub.Claims, error) {
 	claims, result, err := v.verify(ctx, raw)
 	switch {
@@ -134,13 +148,12 @@ func (v *Verifier) verify(ctx context.Context, raw string) (hub.Claims, string, 
 	case len(raw) > maxToken:
 		return refuse("the token is too long", nil)
 	}
-	now := time.Now()
+	now := v.clock.Now()
 	hash := sha256.Sum256([]byte(raw))
 	if known, ok := v.tokens.get(hash); ok {
 		switch {
 		case !now.Before(known.claims.Expiry.Add(v.skew)):
-			v.tokens.drop(hash)
-			return hub.Claims{}, "", expired(op)
+			v.tokens.drop(hash) // what follows says why it is refused
 		case known.issuer.keys.current(known.version):
 			if err := v.revoked(ctx, known); err != nil {
 				return hub.Claims{}, "", err
@@ -176,8 +189,11 @@ func (v *Verifier) verify(ctx context.Context, raw string) (hub.Claims, string, 
 		return refuse("the token is of an unknown issuer", nil)
 	}
 	claims, issued, err := is.check(c, now, v.skew)
+	late := false
 	if errors.Is(err, errExpired) {
-		return hub.Claims{}, "", expired(op)
+		if claims, issued, late, err = v.leapt(is, c); !late {
+			return hub.Claims{}, "", expired(op)
+		}
 	}
 	if err != nil {
 		return refuse("the token is not good here", err)
@@ -206,8 +222,28 @@ func (v *Verifier) verify(ctx context.Context, raw string) (hub.Claims, string, 
 	if err := v.revoked(ctx, done); err != nil {
 		return hub.Claims{}, "", err
 	}
+	if late {
+		// RFC 7519, 4.1.4: it must not be accepted. But the clock did this and not the device, which would drop a good
+		// credential; its refresh token still works (see oauth-server).
+		return hub.Claims{}, "", &hub.Error{
+			Kind: hub.Unavailable, Op: op, Text: "the hub's clock was set forward", RetryAfter: doubtRetry,
+			Err: fmt.Errorf("the clock leapt over the token's end, %v", claims.Expiry),
+		}
+	}
 	v.tokens.put(done)
 	return clone(claims), "verified", nil
+}
+
+// leapt looks at an expired token once more, as of the moment before its end, and reports whether it is one of a device, issued
+// in this process, whose end was leapt over not long ago. An application's is left expired: it signs in again, while on a machine
+// that merely slept it would be kept waiting. An issuer elsewhere has a clock of its own, and ours is right now, or will be.
+func (v *Verifier) leapt(is *trusted, c claimSet) (hub.Claims, time.Time, bool, error) {
+	exp, err := c.when("exp")
+	if err != nil || is.Keys == nil || !v.clock.Doubtful(exp.Add(v.skew)) {
+		return hub.Claims{}, time.Time{}, false, err
+	}
+	claims, issued, err := is.check(c, exp.Add(-time.Second), v.skew)
+	return claims, issued, err == nil && claims.Device, err
 }
 
 // revoked asks the issuer's hook. That it cannot answer is trouble of ours.
