@@ -53,6 +53,10 @@ func (a *assembly) onboard(ctx context.Context, q OnboardRequest) (Onboarding, e
 		return Onboarding{}, hub.NewError(hub.Invalid, "device-id-missing", "name a device or ask for any, not both")
 	case q.Certificate && q.AnyDevice:
 		return Onboarding{}, hub.NewError(hub.Invalid, "device-id-missing", "a certificate needs a device ID")
+	case q.PSK && q.AnyDevice:
+		return Onboarding{}, hub.NewError(hub.Invalid, "device-id-missing", "a pre-shared key needs a device ID")
+	case q.PSK && !(a.cfg.CoAPGateway.API.CoAP.TLS.PSK && a.devices.Addresses().SecureUDP != ""):
+		return Onboarding{}, hub.NewError(hub.Precondition, "psk-off", "pre-shared keys are off: see coapGateway.api.coap.tls.psk and protocols")
 	case q.DeviceID != "":
 		if dev, err = hub.ParseDeviceID(q.DeviceID); err != nil {
 			return Onboarding{}, err
@@ -82,6 +86,12 @@ func (a *assembly) onboard(ctx context.Context, q OnboardRequest) (Onboarding, e
 			return Onboarding{}, err
 		}
 		o.Identity = &id
+	}
+	if q.PSK {
+		if o.PSK, err = a.psk.replace(ctx, dev); err != nil {
+			return Onboarding{}, err
+		}
+		o.PSKIdentity = string(dev)
 	}
 	return o, nil
 }

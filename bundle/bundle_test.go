@@ -259,7 +259,7 @@ func TestTheReadyLine(t *testing.T) {
 	cfg := loopback(t)
 	line := runOnce(t, cfg, false, func() {})
 	for _, want := range []string{
-		`^ready hub=[0-9a-f-]{36} coaps\+tcp=coaps\+tcp://127\.0\.0\.1:\d+ http=http://127\.0\.0\.1:\d+ grpc=127\.0\.0\.1:\d+ admin=http://127\.0\.0\.1:\d+ `,
+		`^ready hub=[0-9a-f-]{36} coaps\+tcp=coaps\+tcp://127\.0\.0\.1:\d+ coaps=coaps://127\.0\.0\.1:\d+ http=http://127\.0\.0\.1:\d+ grpc=127\.0\.0\.1:\d+ admin=http://127\.0\.0\.1:\d+ `,
 		` oauth=http://127\.0\.0\.1:\d+/oauth `, ` data=` + regexp.QuoteMeta(cfg.Data) + ` first-login=` + regexp.QuoteMeta(cfg.Data) + `/first-login\n$`,
 	} {
 		if !regexp.MustCompile(want).MatchString(line) {

@@ -97,6 +97,12 @@ func (a *assembly) endpoints() (e Endpoints) {
 	if at.Secure != "" {
 		e.CoAPSTCP = "coaps+tcp://" + a.reachDevices(at.Secure)
 	}
+	if at.SecureUDP != "" {
+		e.CoAPS = "coaps://" + a.reachDevices(at.SecureUDP)
+	}
+	if at.PlainUDP != "" {
+		e.CoAP = "coap://" + reach(at.PlainUDP, a.external)
+	}
 	if at.Plain != "" {
 		e.CoAPTCP = "coap+tcp://" + reach(at.Plain, a.external)
 	}

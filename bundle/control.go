@@ -20,7 +20,9 @@ import (
 // Endpoints is where a hub listens, as URIs that others can use. Empty: no such listener.
 type Endpoints struct {
 	CoAPSTCP string `json:"coaps+tcp,omitempty"`
+	CoAPS    string `json:"coaps,omitempty"`
 	CoAPTCP  string `json:"coap+tcp,omitempty"`
+	CoAP     string `json:"coap,omitempty"`
 	HTTP     string `json:"http,omitempty"`
 	GRPC     string `json:"grpc,omitempty"` // host:port
 	Admin    string `json:"admin,omitempty"`
@@ -95,6 +97,8 @@ type OnboardRequest struct {
 	Owner     string `json:"owner,omitempty"` // empty: the first administrator
 	// Certificate asks for an identity certificate too; needs DeviceID.
 	Certificate bool `json:"certificate,omitempty"`
+	// PSK asks for a pre-shared key too; needs DeviceID. A key that the device had before is worth nothing then.
+	PSK bool `json:"psk,omitempty"`
 }
 
 // Onboarding is what a device needs to sign up.
@@ -110,6 +114,9 @@ type Onboarding struct {
 	CA           string    `json:"ca"` // PEM
 	ExpiresAt    time.Time `json:"expiresAt"`
 	Identity     *Identity `json:"identity,omitempty"`
+	// PSKIdentity and PSK are for DTLS (RFC 4279). The bytes of PSK are the key as they stand.
+	PSKIdentity string `json:"pskIdentity,omitempty"`
+	PSK         string `json:"psk,omitempty"`
 }
 
 // Identity is a device's certificate and key, PEM.

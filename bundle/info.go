@@ -52,16 +52,16 @@ func (a *assembly) pages() http.Handler {
 	return a.provider.Handler()
 }
 
-// cursorKey signs the cursors of lists. It outlives restarts, so that a client goes on where it was.
-func cursorKey(ctx context.Context, docs store.Documents) ([]byte, error) {
-	doc, err := docs.Get(ctx, secretCollection, "cursor")
+// secretKey returns a secret of 32 bytes, and makes it in a new hub. It outlives restarts.
+func secretKey(ctx context.Context, docs store.Documents, name string) ([]byte, error) {
+	doc, err := docs.Get(ctx, secretCollection, name)
 	if err == nil && doc.Rev == 0 {
-		doc = store.Doc{Key: "cursor", Value: make([]byte, 32)}
+		doc = store.Doc{Key: name, Value: make([]byte, 32)}
 		_, _ = rand.Read(doc.Value) // never fails
 		_, err = docs.Put(ctx, secretCollection, doc)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("the key of cursors: %w", err)
+		return nil, fmt.Errorf("the secret %q: %w", name, err)
 	}
 	return doc.Value, nil
 }

@@ -92,7 +92,9 @@ func (a *assembly) readyLine(s Status) string {
 	}
 	add("hub", s.HubID)
 	add("coaps+tcp", s.Endpoints.CoAPSTCP)
+	add("coaps", s.Endpoints.CoAPS)
 	add("coap+tcp", s.Endpoints.CoAPTCP)
+	add("coap", s.Endpoints.CoAP)
 	add("http", s.Endpoints.HTTP)
 	add("grpc", s.Endpoints.GRPC)
 	add("admin", s.Endpoints.Admin)

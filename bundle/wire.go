@@ -50,6 +50,7 @@ type assembly struct {
 	provider   *oauthserver.Server // nil with external providers
 	clients    []*auth.Client      // of external providers
 	verifier   *auth.Verifier
+	psk        *preShared
 	devices    *coapgateway.Gateway
 	apps       *grpcgateway.Gateway
 
@@ -137,10 +138,15 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	if gatewayConfig.API.CoAP.Authorization.DeviceIDClaim == "" && !a.cfg.Embedded() {
 		gatewayConfig.API.CoAP.Authorization.DeviceIDClaim = cfg.Authorization.DeviceIDClaim
 	}
+	secret, err := secretKey(ctx, a.documents, "psk")
+	if err != nil {
+		return nil, err
+	}
+	a.psk = &preShared{a.documents, secret}
 	a.devices, err = coapgateway.New(gatewayConfig, coapgateway.Deps{
 		Directory: a.directory, Identities: a.identities, Verifier: a.verifier, Providers: providers,
 		Certificate: certificate, ClientCAs: a.authority.DevicePool(), ClientIntermediates: a.authority.DeviceIntermediates(),
-		HubID: hub.DeviceID(a.hubID), Service: writer,
+		PSK: a.psk.key, HubID: hub.DeviceID(a.hubID), Service: writer,
 	}, log.With("part", "coap-gateway"), a.registry)
 	if err != nil {
 		return nil, err
@@ -149,7 +155,8 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	if err != nil {
 		return nil, err
 	}
-	cursors, err := cursorKey(ctx, a.documents)
+	// It signs the cursors of lists, so that a client goes on where it was, also after a restart.
+	cursors, err := secretKey(ctx, a.documents, "cursor")
 	if err != nil {
 		return nil, err
 	}

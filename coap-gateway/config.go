@@ -25,11 +25,13 @@ type APIConfig struct {
 
 // CoAPConfig is everything below coapGateway.api.coap.
 type CoAPConfig struct {
-	// Address to listen on for CoAP over TLS (RFC 8323).
+	// Address to listen on for CoAP over TLS (RFC 8323) and, on the same port of UDP, over DTLS (RFC 7252).
 	Address string `yaml:"address"`
-	// PlainAddress to listen on for CoAP over TCP without TLS; off by default. Anybody who can reach it may claim to be any
-	// device that has a good token.
+	// PlainAddress to listen on for CoAP over TCP and UDP without encryption; off by default. Anybody who can reach it may
+	// claim to be any device that has a good token.
 	PlainAddress string `yaml:"plainAddress"`
+	// Protocols are those of both addresses: tcp (TLS and plain TCP), udp (DTLS and plain UDP). Default: both.
+	Protocols []string `yaml:"protocols"`
 	// ExternalAddress is host and port as devices reach the hub; it goes into the endpoints of discovery. Empty: the
 	// listener's own address.
 	ExternalAddress string `yaml:"externalAddress"`
@@ -40,15 +42,19 @@ type CoAPConfig struct {
 	// MaxLinks is how many links one publish may have, and how many resources of a session are observed.
 	MaxLinks  int             `yaml:"maxLinks"`
 	KeepAlive KeepAliveConfig `yaml:"keepAlive"`
-	TLS       TLSConfig       `yaml:"tls"`
+	// MaxSilence ends a session over DTLS whose device has said nothing for so long: such devices are not pinged, they may
+	// sleep. A session over plain UDP ends so, too, if its address has proven to be the device's.
+	MaxSilence time.Duration `yaml:"maxSilence"`
+	TLS        TLSConfig     `yaml:"tls"`
+	DTLS       DTLSConfig    `yaml:"dtls"`
 	// Authorization says how devices prove who they are.
 	Authorization AuthorizationConfig `yaml:"authorization"`
 }
 
 // KeepAliveConfig is everything below coapGateway.api.coap.keepAlive.
 type KeepAliveConfig struct {
-	// Timeout after which a silent connection is over; half of it without a message brings a Ping. It is also how long the
-	// hub waits for a device's answer to one request.
+	// Timeout after which a silent connection over TCP or TLS is over; half of it without a message brings a Ping. Over any
+	// protocol it is how long the hub waits for a device's answer to one request.
 	Timeout time.Duration `yaml:"timeout"`
 }
 
@@ -59,6 +65,9 @@ type TLSConfig struct {
 	// IdentityPropertiesRequired refuses certificates without common name uuid:<id> and the OCF identity usage in the
 	// handshake. False: such a connection has no device ID of its own and can only ask for the time.
 	IdentityPropertiesRequired bool `yaml:"identityPropertiesRequired"`
+	// PSK lets devices prove their ID over DTLS by a pre-shared key instead of a certificate. Only devices that were given one
+	// have one (coaphub onboard --psk).
+	PSK bool `yaml:"psk"`
 	// CAPool is files or PEM texts of the CAs of device certificates. Empty: the hub's own device CA.
 	CAPool []string `yaml:"caPool"`
 	// CertFile and KeyFile are the hub's certificate. Both empty: one by the hub's own CA.
@@ -66,6 +75,21 @@ type TLSConfig struct {
 	KeyFile  string `yaml:"keyFile"`
 	// DisconnectOnExpiredCertificate ends a session when the device's certificate expires, if that is before its token does.
 	DisconnectOnExpiredCertificate bool `yaml:"disconnectOnExpiredCertificate"`
+}
+
+// DTLSConfig is everything below coapGateway.api.coap.dtls. Certificates and CAs are those of tls.
+type DTLSConfig struct {
+	// HandshakeTimeout ends a handshake that takes longer; slow radio needs its time.
+	HandshakeTimeout time.Duration `yaml:"handshakeTimeout"`
+	// FlightInterval is the first time before messages of a handshake that were not answered are sent again, doubled each
+	// time (RFC 7925, Section 11).
+	FlightInterval time.Duration `yaml:"flightInterval"`
+	// MaxHandshakes bounds the handshakes under way; beyond it the oldest is given up.
+	MaxHandshakes int `yaml:"maxHandshakes"`
+	// MaxHandshakesPerNetwork is the same for one network: IPv4 /24, IPv6 /56.
+	MaxHandshakesPerNetwork int `yaml:"maxHandshakesPerNetwork"`
+	// Gateway is the first part of connection IDs, by which a load balancer can tell gateways apart.
+	Gateway uint16 `yaml:"gateway"`
 }
 
 // AuthorizationConfig is everything below coapGateway.api.coap.authorization.
@@ -78,6 +102,12 @@ type AuthorizationConfig struct {
 	// provider.
 	Providers []ProviderConfig `yaml:"providers"`
 }
+
+// Values of CoAPConfig.Protocols.
+const (
+	ProtocolTCP = "tcp"
+	ProtocolUDP = "udp"
+)
 
 // Grant types of a provider.
 const (
@@ -116,12 +146,18 @@ func Default() Config {
 	return Config{
 		API: APIConfig{CoAP: CoAPConfig{
 			Address:        "[::]:5684",
+			Protocols:      []string{ProtocolTCP, ProtocolUDP},
 			MaxMessageSize: (256 + 64) << 10,
 			MaxConnections: 100_000,
 			MaxLinks:       10_000,
 			KeepAlive:      KeepAliveConfig{Timeout: 20 * time.Second},
+			MaxSilence:     25 * time.Hour, // a device may report once a day
 			TLS: TLSConfig{
 				ClientCertificateRequired: true, IdentityPropertiesRequired: true, DisconnectOnExpiredCertificate: true,
+				PSK: true,
+			},
+			DTLS: DTLSConfig{
+				HandshakeTimeout: 120 * time.Second, FlightInterval: 9 * time.Second, MaxHandshakes: 1024, MaxHandshakesPerNetwork: 256,
 			},
 		}},
 		DeviceTwin: TwinConfig{UseETags: true, MaxETagsCountInRequest: 8},
@@ -152,6 +188,16 @@ func (c Config) Validate() []error {
 			bad(api+a.path, "%q has no usable port", a.value)
 		}
 	}
+	if len(co.Protocols) == 0 {
+		bad(api+"protocols", "at least one of %s and %s must be named", ProtocolTCP, ProtocolUDP)
+	}
+	for i, p := range co.Protocols {
+		if p != ProtocolTCP && p != ProtocolUDP {
+			bad(fmt.Sprintf("%sprotocols[%d]", api, i), "%q is neither %s nor %s", p, ProtocolTCP, ProtocolUDP)
+		} else if slices.Contains(co.Protocols[:i], p) {
+			bad(fmt.Sprintf("%sprotocols[%d]", api, i), "%q is named twice", p)
+		}
+	}
 	if co.MaxMessageSize < 2048 || co.MaxMessageSize > 16<<20 {
 		bad(api+"maxMessageSize", "%d is not between 2048 and %d", co.MaxMessageSize, 16<<20)
 	}
@@ -163,6 +209,22 @@ func (c Config) Validate() []error {
 	}
 	if co.KeepAlive.Timeout < time.Second {
 		bad(api+"keepAlive.timeout", "%v is less than 1s", co.KeepAlive.Timeout)
+	}
+	// A device that says something once in a while must not lose its session between its own retransmissions.
+	if co.MaxSilence < time.Minute {
+		bad(api+"maxSilence", "%v is less than 1m", co.MaxSilence)
+	}
+	if co.DTLS.HandshakeTimeout < time.Second {
+		bad(api+"dtls.handshakeTimeout", "%v is less than 1s", co.DTLS.HandshakeTimeout)
+	}
+	if co.DTLS.FlightInterval < 100*time.Millisecond {
+		bad(api+"dtls.flightInterval", "%v is less than 100ms", co.DTLS.FlightInterval)
+	}
+	if co.DTLS.MaxHandshakes < 1 {
+		bad(api+"dtls.maxHandshakes", "%d must be at least 1", co.DTLS.MaxHandshakes)
+	}
+	if co.DTLS.MaxHandshakesPerNetwork < 1 {
+		bad(api+"dtls.maxHandshakesPerNetwork", "%d must be at least 1", co.DTLS.MaxHandshakesPerNetwork)
 	}
 	if (co.TLS.CertFile == "") != (co.TLS.KeyFile == "") {
 		bad(api+"tls.certFile", "certFile and keyFile must be given together")
@@ -193,6 +255,9 @@ func (c Config) Validate() []error {
 	}
 	return errs
 }
+
+// speaks tells whether a protocol is configured.
+func (c *CoAPConfig) speaks(protocol string) bool { return slices.Contains(c.Protocols, protocol) }
 
 // parseCAPool reads CA certificates from files or PEM texts.
 func parseCAPool(sources []string) ([]*x509.Certificate, error) {

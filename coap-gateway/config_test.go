@@ -18,9 +18,21 @@ func TestDefaultIsValid(t *testing.T) {
 
 func TestValidateNamesThePath(t *testing.T) {
 	for path, spoil := range map[string]func(*Config){
-		"coapGateway.api.coap.address":           func(c *Config) { c.API.CoAP.Address = "" },
-		"coapGateway.api.coap.plainAddress":      func(c *Config) { c.API.CoAP.PlainAddress = "nonsense" },
-		"coapGateway.api.coap.externalAddress":   func(c *Config) { c.API.CoAP.ExternalAddress = "hub:0" },
+		"coapGateway.api.coap.address":         func(c *Config) { c.API.CoAP.Address = "" },
+		"coapGateway.api.coap.plainAddress":    func(c *Config) { c.API.CoAP.PlainAddress = "nonsense" },
+		"coapGateway.api.coap.externalAddress": func(c *Config) { c.API.CoAP.ExternalAddress = "hub:0" },
+		"coapGateway.api.coap.protocols":       func(c *Config) { c.API.CoAP.Protocols = nil },
+		"coapGateway.api.coap.protocols[0]":    func(c *Config) { c.API.CoAP.Protocols = []string{"sctp"} },
+		"coapGateway.api.coap.protocols[1]":    func(c *Config) { c.API.CoAP.Protocols = []string{"udp", "udp"} },
+		"coapGateway.api.coap.maxSilence":      func(c *Config) { c.API.CoAP.MaxSilence = time.Second },
+		"coapGateway.api.coap.dtls.handshakeTimeout": func(c *Config) {
+			c.API.CoAP.DTLS.HandshakeTimeout = 0
+		},
+		"coapGateway.api.coap.dtls.flightInterval": func(c *Config) { c.API.CoAP.DTLS.FlightInterval = 0 },
+		"coapGateway.api.coap.dtls.maxHandshakes":  func(c *Config) { c.API.CoAP.DTLS.MaxHandshakes = 0 },
+		"coapGateway.api.coap.dtls.maxHandshakesPerNetwork": func(c *Config) {
+			c.API.CoAP.DTLS.MaxHandshakesPerNetwork = 0
+		},
 		"coapGateway.api.coap.maxMessageSize":    func(c *Config) { c.API.CoAP.MaxMessageSize = 12 },
 		"coapGateway.api.coap.maxConnections":    func(c *Config) { c.API.CoAP.MaxConnections = 0 },
 		"coapGateway.api.coap.maxLinks":          func(c *Config) { c.API.CoAP.MaxLinks = 0 },

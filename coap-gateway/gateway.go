@@ -40,7 +40,9 @@ type Deps struct {
 	// ClientIntermediates are certificates under ClientCAs that issue devices' certificates, for clients that send their own
 	// certificate and not its chain. They admit nobody whom ClientCAs would not; a configured caPool replaces them too.
 	ClientIntermediates []*x509.Certificate
-	HubID               hub.DeviceID
+	// PSK returns the pre-shared key of a device, nil if it has none. Nil: devices have certificates only.
+	PSK   func(context.Context, hub.DeviceID) ([]byte, error)
+	HubID hub.DeviceID
 	// Service names this gateway in the connections it records.
 	Service string
 }
@@ -53,7 +55,7 @@ type Gateway struct {
 	metrics  *metrics
 	engine   *coap.Server
 	tls      *tls.Config // nil when there is no secure listener
-	pins     pins        // of the listener's intermediates
+	trusted  trusted     // who vouches for devices there
 	refused  refusals
 	devices  *diagnostics
 	patience time.Duration // how long a write is tried again before a session is given up
@@ -64,8 +66,10 @@ type Gateway struct {
 
 // Addresses are where a gateway listens; "" for a listener that is off.
 type Addresses struct {
-	Secure string // coaps+tcp
-	Plain  string // coap+tcp
+	Secure    string // coaps+tcp
+	SecureUDP string // coaps
+	Plain     string // coap+tcp
+	PlainUDP  string // coap
 }
 
 // New makes a gateway of a valid configuration. It fails if a file cannot be read or something is missing in deps.
@@ -83,7 +87,7 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 	}
 	if cfg.API.CoAP.Address != "" {
 		var err error
-		if g.tls, g.pins, err = g.tlsConfig(); err != nil {
+		if g.tls, g.trusted, err = g.tlsConfig(); err != nil {
 			return nil, err
 		}
 	}
@@ -91,6 +95,7 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 	ec.MaxMessageSize = cfg.API.CoAP.MaxMessageSize
 	ec.MaxConnections = cfg.API.CoAP.MaxConnections
 	ec.KeepAlive = cfg.API.CoAP.KeepAlive.Timeout
+	ec.MaxSilence = cfg.API.CoAP.MaxSilence
 	ec.MaxObservations = cfg.API.CoAP.MaxLinks + 1 // and /oic/res itself
 	ec.Refused = func(remote net.Addr, reason, detail string) {
 		if detail != "" {
@@ -105,38 +110,34 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 // Run listens, calls ready once, and serves until ctx ends; then every connection is released, every device recorded
 // offline, and everything it started has ended. A listener that cannot be opened is an error.
 func (g *Gateway) Run(ctx context.Context, ready func()) error {
-	var lc net.ListenConfig
 	group, ctx := errgroup.WithContext(ctx)
-	var listeners []func() error
-	open := func(address string) (net.Listener, error) {
-		ln, err := lc.Listen(ctx, "tcp", address)
-		if err != nil {
-			return nil, fmt.Errorf("listen for CoAP: %w", err)
-		}
-		return ln, nil
+	co := &g.cfg.API.CoAP
+	secure, err := listen(ctx, co, co.Address)
+	if err != nil {
+		return err
+	}
+	plain, err := listen(ctx, co, co.PlainAddress)
+	if err != nil {
+		secure.close()
+		return err
 	}
 	var at Addresses
-	if a := g.cfg.API.CoAP.Address; a != "" {
-		ln, err := open(a)
-		if err != nil {
-			return err
-		}
-		at.Secure = ln.Addr().String()
-		listeners = append(listeners, func() error { return g.engine.ServeTCP(ctx, ln, g.tls) })
-	}
-	if a := g.cfg.API.CoAP.PlainAddress; a != "" {
-		ln, err := open(a)
-		if err != nil {
-			return err
-		}
-		at.Plain = ln.Addr().String()
-		listeners = append(listeners, func() error { return g.engine.ServeTCP(ctx, ln, nil) })
-	}
+	at.Secure, at.SecureUDP = secure.addresses()
+	at.Plain, at.PlainUDP = plain.addresses()
 	g.mu.Lock()
 	g.addresses = at
 	g.mu.Unlock()
-	for _, serve := range listeners {
-		group.Go(serve)
+	if secure.tcp != nil {
+		group.Go(func() error { return g.engine.ServeTCP(ctx, secure.tcp, g.tls) })
+	}
+	if secure.udp != nil {
+		group.Go(func() error { return g.engine.ServeDTLS(ctx, secure.udp, g.dtlsConfig()) })
+	}
+	if plain.tcp != nil {
+		group.Go(func() error { return g.engine.ServeTCP(ctx, plain.tcp, nil) })
+	}
+	if plain.udp != nil {
+		group.Go(func() error { return g.engine.ServeUDP(ctx, plain.udp) })
 	}
 	ready()
 	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
@@ -177,11 +178,12 @@ func (g *Gateway) provider(name string) (NamedProvider, error) {
 	return NamedProvider{}, unauthenticated("provider-unknown", "the authorization provider is not known here")
 }
 
-// rules are those of a connection: on a plain one nobody can show a certificate.
-func (g *Gateway) rules(secure bool) rules {
-	co := g.cfg.API.CoAP
+// rules are those of a connection: on a plain one nobody can show a certificate. A pre-shared key counts as one, also where
+// none is asked for.
+func (p *peer) rules() rules {
+	co := &p.gw.cfg.API.CoAP
 	return rules{
-		certificate: secure && co.TLS.ClientCertificateRequired,
+		certificate: p.conn.Info().Secure && co.TLS.ClientCertificateRequired || p.cred.psk,
 		claim:       co.Authorization.DeviceIDClaim != "",
 		strict:      co.Authorization.StrictDeviceID,
 	}

@@ -20,13 +20,17 @@ var commonName = asn1.ObjectIdentifier{2, 5, 4, 3}
 
 // credential is what a connection proved about its device before it said a word.
 type credential struct {
-	device hub.DeviceID      // from the identity certificate, "" when there is none
+	device hub.DeviceID      // from the identity certificate or the pre-shared key, "" when there is none
 	cert   *x509.Certificate // nil when there is none
-	pin    string            // names the credential set: the certificate's root, or "token"
+	psk    bool              // the device has its pre-shared key
+	pin    string            // names the credential set: the certificate's root, "psk", or "token"
 }
 
 // print fingerprints the credential, "" without one; the provider repeats a code's answer only to the same one.
 func (c credential) print() string {
+	if c.psk {
+		return "psk:" + string(c.device)
+	}
 	if c.cert == nil {
 		return ""
 	}

@@ -1,17 +1,20 @@
 package coapgateway
 
 import (
+	"context"
 	"crypto/ecdsa"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
 	"log/slog"
+	"net"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/pion/dtls/v3"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -237,9 +240,11 @@ func TestCertificatesThatAreRefusedInTheHandshake(t *testing.T) {
 	}
 }
 
-// refusedInHandshake shows cert (none if it is empty) and wants an alert, and a record of the refusal with reason in it.
+// refusedInHandshake shows cert (none if it is empty), over TLS and over DTLS, and wants an alert, and a record of the refusal
+// with reason in it.
 func (h *hall) refusedInHandshake(t *testing.T, cert tls.Certificate, reason string) {
 	t.Helper()
+	h.refusedOverDTLS(t, cert, reason)
 	conf := h.tlsFor()
 	if len(cert.Certificate) > 0 {
 		// Shown although the hub did not ask for this CA: a client must not be the one that notices.
@@ -258,6 +263,55 @@ func (h *hall) refusedInHandshake(t *testing.T, cert tls.Certificate, reason str
 	if err == nil || !strings.Contains(err.Error(), "remote error: tls:") {
 		t.Errorf("the handshake ended with %v, want an alert", err)
 	}
+	h.recorded(t, start, reason)
+}
+
+// refusedOverDTLS is refusedInHandshake over DTLS.
+func (h *hall) refusedOverDTLS(t *testing.T, cert tls.Certificate, reason string) {
+	t.Helper()
+	opts := []dtls.ClientOption{}
+	if len(cert.Certificate) > 0 {
+		opts = append(opts, dtls.WithGetClientCertificate(func(*dtls.CertificateRequestInfo) (*tls.Certificate, error) { return &cert, nil }))
+	}
+	start := time.Now()
+	conn, err := h.shake(t, opts...)
+	if err == nil {
+		_ = conn.Close()
+	}
+	if err == nil || !strings.Contains(err.Error(), "alert") {
+		t.Errorf("the DTLS handshake ended with %v, want an alert", err)
+	}
+	h.recorded(t, start, reason)
+}
+
+// shake makes a DTLS association with the gateway.
+func (h *hall) shake(t *testing.T, opts ...dtls.ClientOption) (*dtls.Conn, error) {
+	t.Helper()
+	at, err := net.ResolveUDPAddr("udp", h.gw.Addresses().SecureUDP)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sock, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	opts = append([]dtls.ClientOption{dtls.WithRootCAs(h.ca.pool()), dtls.WithServerName("localhost")}, opts...)
+	conn, err := dtls.ClientWithOptions(sock, at, opts...)
+	if err == nil {
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		if err = conn.HandshakeContext(ctx); err == nil {
+			return conn, nil
+		}
+		_ = conn.Close()
+	}
+	_ = sock.Close()
+	return nil, err
+}
+
+// recorded waits for the record of a connection that was refused since start.
+func (h *hall) recorded(t *testing.T, start time.Time, reason string) {
+	t.Helper()
 	deadline := time.Now().Add(5 * time.Second)
 	for {
 		refused := h.gw.Refused()

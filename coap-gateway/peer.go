@@ -125,7 +125,8 @@ func (p *peer) Refused(req *coap.Message) {
 	}
 }
 
-// close ends the connection once the answer has had time to arrive; no request is carried out any more. It may be called
+// close ends the connection once the answer has had time to arrive; no request is carried out any more. Over UDP and DTLS
+// the engine then goes on to answer duplicates of the request for a while, since the answer may be lost. It may be called
 // from any goroutine, and more than once.
 func (p *peer) close() {
 	if p.closing.CompareAndSwap(false, true) {

@@ -40,7 +40,7 @@ func (p *peer) tryRefresh(ctx context.Context, req *coap.Message, format int32, 
 	if body.UID == "" || body.Token == "" {
 		return coap.Response{}, "", invalid("body-incomplete", "uid and refreshtoken are needed")
 	}
-	dev, err := p.gw.rules(p.conn.Info().Secure).before(p.cred, body.Device)
+	dev, err := p.rules().before(p.cred, body.Device)
 	if err != nil {
 		return coap.Response{}, dev, err
 	}

@@ -93,8 +93,11 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 		Device: dev, ConnectedSince: time.Unix(0, conn.ConnectedAt), Protocol: conn.Protocol, Remote: info.Remote.String(),
 		Session: got.Number,
 	}
-	if info.TLS != nil {
+	switch {
+	case info.TLS != nil:
 		d.TLSVersion = tls.VersionName(info.TLS.Version)
+	case info.Secure:
+		d.TLSVersion = "DTLS 1.2" // the only one we have
 	}
 	p.gw.devices.begin(d, p.conn.Stats)
 	s.log.Info("device came", "protocol", conn.Protocol.String()) // JSON would have its number
@@ -107,7 +110,7 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 
 // authenticate verifies a token and says which device it is used for. uid must be the token's owner.
 func (p *peer) authenticate(ctx context.Context, di, uid, token string) (hub.Claims, hub.DeviceID, error) {
-	rules := p.gw.rules(p.conn.Info().Secure)
+	rules := p.rules()
 	dev, err := rules.before(p.cred, di)
 	if err != nil {
 		return hub.Claims{}, dev, err
@@ -224,7 +227,7 @@ func (p *peer) whose(ctx context.Context, di, uid, token string) (hub.Claims, hu
 	if uid != string(s.claims.Owner) {
 		return s.claims, "", unauthenticated("uid-mismatch", "uid is not the session's owner")
 	}
-	rules := p.gw.rules(p.conn.Info().Secure)
+	rules := p.rules()
 	dev, err := rules.before(p.cred, di)
 	if err == nil {
 		dev, err = rules.device(p.cred, dev, di, s.claims)

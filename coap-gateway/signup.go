@@ -48,7 +48,7 @@ func (p *peer) trySignUp(ctx context.Context, req *coap.Message, format int32, b
 	if code == "" {
 		return coap.Response{}, "", invalid("code-missing", "accesstoken with an authorization code is missing")
 	}
-	rules := p.gw.rules(p.conn.Info().Secure)
+	rules := p.rules()
 	dev, err := rules.before(p.cred, body.Device)
 	if err != nil {
 		return coap.Response{}, dev, err
@@ -103,7 +103,7 @@ func (p *peer) check(ctx context.Context, dev hub.DeviceID, di string, t hub.Tok
 		// Devices do not take an answer without one (iotivity-lite). It is the provider's fault, not the credential's.
 		return dev, claims, hub.NewError(hub.Unavailable, "provider-no-refresh-token", "the provider gave no refresh token")
 	}
-	named, err := p.gw.rules(p.conn.Info().Secure).device(p.cred, dev, di, claims)
+	named, err := p.rules().device(p.cred, dev, di, claims)
 	if err != nil {
 		return dev, claims, err
 	}

@@ -1,42 +1,63 @@
 package coapgateway
 
 import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
 
+	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/coap"
 )
 
-// tlsConfig makes the listener's TLS, and the pins of what it trusts, from files or from what was handed in.
-func (g *Gateway) tlsConfig() (*tls.Config, pins, error) {
+// trusted is who vouches for devices, and the hub's own certificate.
+type trusted struct {
+	certificate func() (*tls.Certificate, error)
+	cas         *x509.CertPool // nil: devices show no certificate
+	pins        pins           // of the intermediates in cas
+}
+
+// tlsConfig makes the listener's TLS, and what it trusts, from files or from what was handed in.
+func (g *Gateway) tlsConfig() (*tls.Config, trusted, error) {
 	co := g.cfg.API.CoAP.TLS
-	certificate := g.deps.Certificate
+	is := trusted{certificate: g.deps.Certificate}
 	if co.CertFile != "" {
 		cert, err := tls.LoadX509KeyPair(co.CertFile, co.KeyFile)
 		if err != nil {
-			return nil, nil, fmt.Errorf("load the CoAP gateway's certificate: %w", err)
+			return nil, is, fmt.Errorf("load the CoAP gateway's certificate: %w", err)
 		}
-		certificate = func() (*tls.Certificate, error) { return &cert, nil }
+		is.certificate = func() (*tls.Certificate, error) { return &cert, nil }
 	}
-	if certificate == nil {
-		return nil, nil, errors.New("coap-gateway needs a certificate for its secure listener")
+	if is.certificate == nil {
+		return nil, is, errors.New("coap-gateway needs a certificate for its secure listener")
+	}
+	if g.cfg.API.CoAP.speaks(ProtocolUDP) {
+		cert, err := is.certificate()
+		if err != nil {
+			return nil, is, err
+		}
+		if cert != nil && !forDTLS(cert.PrivateKey) {
+			return nil, is, errors.New("coapGateway.api.coap.tls.keyFile: DTLS needs an ECDSA key; make one, or leave udp out of coapGateway.api.coap.protocols")
+		}
 	}
 	conf := &tls.Config{
 		MinVersion:     tls.VersionTLS12,
-		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return certificate() },
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return is.certificate() },
 		// A resumed session would carry the identity of an earlier handshake past the CA set and the expiry of today.
 		SessionTicketsDisabled: true,
 	}
 	if !co.ClientCertificateRequired {
-		return conf, nil, nil
+		return conf, is, nil
 	}
-	pool, known, err := g.trust()
-	if err != nil {
-		return nil, nil, err
+	var err error
+	if is.cas, is.pins, err = g.trust(); err != nil {
+		return nil, is, err
 	}
-	conf.ClientCAs = pool
+	conf.ClientCAs = is.cas
 	conf.ClientAuth = tls.RequireAndVerifyClientCert
 	if co.IdentityPropertiesRequired {
 		// VerifyConnection and not VerifyPeerCertificate: the latter is skipped on resumed connections.
@@ -45,7 +66,56 @@ func (g *Gateway) tlsConfig() (*tls.Config, pins, error) {
 			return err
 		}
 	}
-	return conf, known, nil
+	return conf, is, nil
+}
+
+// forDTLS tells whether a key is of a kind that the suites of constrained devices use: none of them has RSA.
+func forDTLS(key crypto.PrivateKey) bool {
+	switch key.(type) {
+	case *ecdsa.PrivateKey, ed25519.PrivateKey:
+		return true
+	}
+	return false
+}
+
+// dtlsConfig makes the listener's DTLS of what TLS trusts.
+func (g *Gateway) dtlsConfig() coap.DTLSConfig {
+	co := &g.cfg.API.CoAP
+	conf := coap.DefaultDTLSConfig()
+	conf.Gateway = co.DTLS.Gateway
+	conf.HandshakeTimeout, conf.FlightInterval = co.DTLS.HandshakeTimeout, co.DTLS.FlightInterval
+	conf.MaxHandshakes, conf.MaxPerPrefix = co.DTLS.MaxHandshakes, co.DTLS.MaxHandshakesPerNetwork
+	conf.Credentials = func() (tls.Certificate, *x509.CertPool, error) {
+		cert, err := g.trusted.certificate()
+		if err != nil {
+			return tls.Certificate{}, nil, err
+		}
+		return *cert, g.trusted.cas, nil
+	}
+	if co.TLS.PSK && g.deps.PSK != nil {
+		conf.PSK = func(ctx context.Context, identity []byte) ([]byte, error) {
+			dev, err := hub.ParseDeviceID(string(identity))
+			if err != nil {
+				return nil, nil // unknown, as a device without key is
+			}
+			return g.deps.PSK(ctx, dev)
+		}
+	}
+	conf.Verify = func(peer coap.PeerCredential) error {
+		switch {
+		case peer.PSKIdentity != nil: // whoever has the key is the device
+			return nil
+		case !co.TLS.ClientCertificateRequired:
+			return nil
+		case len(peer.Certificates) == 0:
+			return errors.New("the device showed neither certificate nor pre-shared key")
+		case co.TLS.IdentityPropertiesRequired:
+			_, err := identify(peer.Certificates[0], g.deps.HubID)
+			return err
+		}
+		return nil
+	}
+	return conf
 }
 
 // trust is which CAs may vouch for devices: those of the configuration alone, else those that were handed in. crypto/tls
@@ -84,12 +154,42 @@ func (g *Gateway) trust() (*x509.CertPool, pins, error) {
 // credentialOf is what the connection proved in its handshake.
 func (g *Gateway) credentialOf(info coap.ConnInfo) credential {
 	c := credential{pin: "token"}
-	if info.TLS == nil || len(info.TLS.VerifiedChains) == 0 {
+	var chain []*x509.Certificate
+	switch {
+	case info.Peer.PSKIdentity != nil:
+		c.device, _ = hub.ParseDeviceID(string(info.Peer.PSKIdentity)) // or it would have no key
+		c.psk, c.pin = true, "psk"
+		return c
+	case info.TLS != nil && len(info.TLS.VerifiedChains) > 0:
+		chain = info.TLS.VerifiedChains[0]
+	case len(info.Peer.Certificates) > 0:
+		chain = g.trusted.chain(info.Peer.Certificates)
+	}
+	if len(chain) == 0 {
 		return c
 	}
-	c.cert = info.TLS.PeerCertificates[0]
-	c.pin = g.pins.of(info.TLS.VerifiedChains[0])
+	c.cert = chain[0]
+	c.pin = g.trusted.pins.of(chain)
 	// Without the identity properties the certificate proves nothing but its CA: no device.
 	c.device, _ = identify(c.cert, g.deps.HubID)
 	return c
+}
+
+// chain is what crypto/tls tells of a handshake and pion does not: by whom the certificate that it verified is vouched for.
+// Nil: by nobody any more.
+func (t *trusted) chain(sent []*x509.Certificate) []*x509.Certificate {
+	if t.cas == nil {
+		return nil
+	}
+	between := x509.NewCertPool()
+	for _, cert := range sent[1:] {
+		between.AddCert(cert)
+	}
+	chains, err := sent[0].Verify(x509.VerifyOptions{
+		Roots: t.cas, Intermediates: between, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	})
+	if err != nil {
+		return nil
+	}
+	return chains[0]
 }

@@ -30,6 +30,8 @@ func newOnboard(p process) *cobra.Command {
 				return usage("exactly one of --device-id and --any-device is needed")
 			case out != "" && q.AnyDevice:
 				return usage("--out needs --device-id: a certificate names its device")
+			case q.PSK && q.AnyDevice:
+				return usage("--psk needs --device-id: a pre-shared key is of one device")
 			}
 			q.Certificate = out != ""
 			c, err := control(cmd)
@@ -60,6 +62,7 @@ func newOnboard(p process) *cobra.Command {
 	f.StringVar(&q.DeviceID, "device-id", "", "the device's ID, a UUID")
 	f.BoolVar(&q.AnyDevice, "any-device", false, "the code is good for any device")
 	f.StringVar(&q.Owner, "owner", "", "account that will own the device (default the first administrator)")
+	f.BoolVar(&q.PSK, "psk", false, "a pre-shared key for DTLS, too; the device's former one is worth nothing then")
 	f.StringVar(&out, "out", "", "folder for cert.pem, key.pem and ca.pem")
 	f.BoolVar(&asJSON, "json", false, "print JSON")
 	return cmd
@@ -67,7 +70,7 @@ func newOnboard(p process) *cobra.Command {
 
 func printOnboarding(p process, o bundle.Onboarding, out string) error {
 	t := newTable(p.out, "hub", o.HubID)
-	for _, uri := range []string{o.Endpoints.CoAPSTCP, o.Endpoints.CoAPTCP} {
+	for _, uri := range []string{o.Endpoints.CoAPSTCP, o.Endpoints.CoAPS, o.Endpoints.CoAPTCP, o.Endpoints.CoAP} {
 		if uri != "" {
 			t.row("endpoint", uri)
 		}
@@ -83,8 +86,20 @@ func printOnboarding(p process, o bundle.Onboarding, out string) error {
 		t.row("code", o.AuthorizationCode)
 		t.row("good until", o.ExpiresAt.Local().Format(time.DateTime))
 	}
+	if o.PSK != "" {
+		t.row("psk identity", o.PSKIdentity)
+		t.row("psk", o.PSK)
+	}
 	if err := t.end(); err != nil {
 		return err
+	}
+	if o.PSK != "" {
+		if _, err := fmt.Fprintf(p.out, `
+libcoap, ask for the hub's time with the pre-shared key:
+  coap-client-openssl -m get -u %s -k %s '%s/x.plgd.dev/time'
+`, o.PSKIdentity, quote(o.PSK), o.Endpoints.CoAPS); err != nil {
+			return err
+		}
 	}
 	if out == "" {
 		_, err := fmt.Fprint(p.out, "\n", o.CA)
@@ -113,13 +128,20 @@ func printRecipes(p process, o bundle.Onboarding, out string) error {
 		return err
 	}
 	at := func(name string) string { return quote(filepath.Join(out, name)) }
+	overDTLS := ""
+	if o.Endpoints.CoAPS != "" {
+		overDTLS = fmt.Sprintf(`libcoap, the same over DTLS:
+  coap-client-openssl -m get -c %s -j %s -R %s '%s/x.plgd.dev/time'
+
+`, at("cert.pem"), at("key.pem"), at("ca.pem"), o.Endpoints.CoAPS)
+	}
 	_, err = fmt.Fprintf(p.out, `
 wrote cert.pem, key.pem, ca.pem and signup.cbor to %s
 
 libcoap, ask for the hub's time:
   coap-client-openssl -m get -c %s -j %s -R %s 'coaps+tcp://%s/x.plgd.dev/time'
 
-libcoap, sign up (the answer has the device's tokens):
+%slibcoap, sign up (the answer has the device's tokens):
   coap-client-openssl -m post -t 60 -A 50 -c %s -j %s -R %s -f %s 'coaps+tcp://%s/oic/sec/account'
 
 the simulator, sign up, publish and notify:
@@ -127,7 +149,7 @@ the simulator, sign up, publish and notify:
 
 iotivity-lite's cloud_server (name, code, hub's address, hub's ID, provider):
   cloud_server lamp '%s' '%s' %s %s
-`, out, at("cert.pem"), at("key.pem"), at("ca.pem"), u.Host,
+`, out, at("cert.pem"), at("key.pem"), at("ca.pem"), u.Host, overDTLS,
 		at("cert.pem"), at("key.pem"), at("ca.pem"), quote(body), u.Host,
 		o.DeviceID, quote(out), o.AuthorizationCode, o.Endpoints.CoAPSTCP,
 		o.AuthorizationCode, o.Endpoints.CoAPSTCP, o.HubID, o.AuthorizationProvider)

@@ -58,7 +58,9 @@ func newStatus(p process) *cobra.Command {
 			t.row("data", s.Data)
 			for _, e := range []struct{ name, uri string }{
 				{"coaps+tcp", s.Endpoints.CoAPSTCP},
+				{"coaps", s.Endpoints.CoAPS},
 				{"coap+tcp", s.Endpoints.CoAPTCP},
+				{"coap", s.Endpoints.CoAP},
 				{"http", s.Endpoints.HTTP},
 				{"grpc", s.Endpoints.GRPC},
 				{"admin", s.Endpoints.Admin},

@@ -15,6 +15,8 @@ type Message struct {
 	Token   []byte          // 0 to 8 bytes; empty is a valid token
 	Options message.Options // sorted by number
 	Payload []byte          // nil when there is none
+
+	from *reception // the datagram that a request came in, and that an answer answers; nil on streams
 }
 
 // Response is what a handler answers. The engine adds the token and cuts it into blocks where needed.
@@ -43,14 +45,15 @@ type Handler interface {
 	Open(c *Conn) (ConnHandler, error)
 }
 
-// ConnHandler is the hub's side of one connection. The engine calls Request and Notifications from one goroutine at a time,
+// ConnHandler is the hub's side of one connection, which over UDP and DTLS means one session. The engine calls Request and Notifications from one goroutine at a time,
 // in the order of arrival; that goroutine exists only while there is work. Responses to Conn.Do are delivered beside it, so
 // handlers may wait for the peer's answers.
 type ConnHandler interface {
 	// Request answers one request, whole even if it came in blocks. A panic ends this request with 5.00 (logged, counted).
 	Request(ctx context.Context, req *Message) Response
 	// Notifications brings everything that arrived for observations since the last call, in order, at least one. While it
-	// runs, the next ones collect (bounded; then the engine stops reading).
+	// runs, the next ones collect (bounded; then the engine stops reading, and over UDP takes none). Over UDP a confirmable
+	// notification is acknowledged when the call has returned, unless it closed the connection.
 	Notifications(ctx context.Context, ns []Notification)
 	// Closed is called once, last, after the connection is gone; err says why (io.EOF: the peer closed it).
 	Closed(err error)
@@ -67,8 +70,9 @@ type Refuser interface {
 type ConnInfo struct {
 	ID     string // random, never reused
 	Secure bool
-	Stream bool                 // TCP or TLS
-	TLS    *tls.ConnectionState // nil when not secure
+	Stream bool                 // TCP or TLS; else datagrams: UDP or DTLS
+	TLS    *tls.ConnectionState // of TLS; else nil
+	Peer   PeerCredential       // of DTLS
 	Local  net.Addr
 	Remote net.Addr // for people; never an identity
 }

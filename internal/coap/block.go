@@ -123,7 +123,8 @@ func put(list *[]*transfer, t *transfer, most int) (freed int) {
 	return freed
 }
 
-func (b *blocks) expire(before time.Duration, from *budget) {
+// expire forgets transfers that were not used since before, and reports whether some are left.
+func (b *blocks) expire(before time.Duration, from *budget) (left bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for _, list := range []*[]*transfer{&b.uploads, &b.bodies} {
@@ -134,7 +135,9 @@ func (b *blocks) expire(before time.Duration, from *budget) {
 			from.give(len(t.body))
 			return true
 		})
+		left = left || len(*list) > 0
 	}
+	return left
 }
 
 func (b *blocks) clear(from *budget) {
@@ -176,7 +179,11 @@ func (c *Conn) serve(m *Message) {
 	whole := m
 	held := 0 // the upload's bytes, until the handler has returned
 	b1, has1, _ := blockOf(m, Block1)
+	b2, has2, _ := blockOf(m, Block2)
 	switch {
+	case c.dg != nil && (has1 && b1.szx == szxBERT || has2 && b2.szx == szxBERT):
+		c.respond(m, errText(codes.BadRequest, "block size 7 is reserved")) // RFC 7959, Section 2.2; BERT is for streams
+		return
 	case has1:
 		var done bool
 		var r Response
@@ -193,7 +200,6 @@ func (c *Conn) serve(m *Message) {
 		c.refused(m)
 		return
 	}
-	b2, has2, _ := blockOf(m, Block2)
 	var r Response
 	if has2 && b2.num > 0 {
 		var ok bool
@@ -211,6 +217,10 @@ func (c *Conn) serve(m *Message) {
 	}
 	c.srv.budget.give(held)
 	if r.Silent {
+		if c.dg != nil && m.from != nil {
+			// As if it had been lost: it comes again, and then finds a session that is over, which over plain UDP begins another.
+			c.dg.forget(m.from, "closing")
+		}
 		return
 	}
 	if has1 {
@@ -257,6 +267,12 @@ func (c *Conn) assemble(m *Message, b block) (whole *Message, r Response, done b
 		if size, ok := m.Uint(Size1); ok && int64(size) > int64(cfg.MaxBody) {
 			return drop(c.tooLarge())
 		}
+	}
+	if c.dg != nil && up != nil && b.more && b.num > 0 && b.offset()+len(m.Payload) == len(up.body) && bytes.Equal(up.body[b.offset():], m.Payload) {
+		// The newest block once more, in a message of its own: its answer was lost, not the block. (A stream loses nothing.)
+		up.used = c.srv.now()
+		t.give(put(&c.blocks.uploads, up, cfg.MaxTransfers))
+		return nil, Response{Code: codes.Continue, Options: echo}, false
 	}
 	if up == nil || b.offset() != len(up.body) {
 		return drop(errText(codes.RequestEntityIncomplete, "blocks are missing")) // RFC 7959, Section 2.9.2
@@ -330,6 +346,9 @@ func (c *Conn) respond(m *Message, r Response) {
 		r = errText(codes.InternalServerError, "internal: something went wrong in the hub") // a handler must say something
 	}
 	if v, ok := m.Uint(NoResponse); ok && v&(1<<(r.Code>>5-1)) != 0 {
+		if c.dg != nil {
+			c.dg.quiet(m)
+		}
 		return // RFC 7967, Section 2.1
 	}
 	out := &Message{Code: r.Code, Token: m.Token, Options: sortOptions(r.Options), Payload: r.Payload}
@@ -341,6 +360,7 @@ func (c *Conn) respond(m *Message, r Response) {
 			return
 		}
 	}
+	out.from = m.from
 	if err := c.tr.send(c.ctx, out, true); err != nil {
 		c.srv.metrics.dropped.WithLabelValues("unsent").Inc()
 	}
@@ -406,7 +426,10 @@ func (c *Conn) upload(ctx context.Context, op string, m *Message) (*Message, err
 		return c.roundTrip(ctx, op, m, &exchange{answer: make(chan answer, 1)})
 	}
 	largest, bert := c.tr.limits()
-	m.Token = c.token() // for all blocks: go-coap's servers know a transfer by its token
+	// One token for all blocks: go-coap's servers know a transfer by its token, and with others take the last block for the
+	// whole body, without an error. So that a late answer to one block is not taken for that to the next (RFC 9175, Section
+	// 4.2), the block number in the answer must be the one that was sent.
+	m.Token = c.token()
 	if c.tr.size(m) <= largest {
 		return send(m)
 	}
@@ -415,6 +438,7 @@ func (c *Conn) upload(ctx context.Context, op string, m *Message) (*Message, err
 	tag := binary.BigEndian.AppendUint32(nil, uint32(c.nextToken.Add(1))) //nolint:gosec // any four bytes will do
 	base := AddOption(part.Options, RequestTag, tag)
 	part.Options = base
+	m.Options = slices.Clone(base) // the tag also belongs to the requests for the blocks of the answer
 	room := largest - c.tr.size(part) - blockRoom
 	szx, n, ok := chunk(room, bert, szxBERT)
 	if !ok {
@@ -443,6 +467,8 @@ func (c *Conn) upload(ctx context.Context, op string, m *Message) (*Message, err
 			// RFC 7959, Section 2.9.3: the peer wants smaller blocks; begin again with those.
 			szx, n, _ = chunk(room, bert, got.szx)
 			continue
+		case c.dg != nil && has && got.num != b.num:
+			return nil, errAnswer.With(op, errBlocks)
 		case !b.more || answer.Code != codes.Continue:
 			answer.Options = without(answer.Options, Block1)
 			return answer, nil // the last block's answer, or one that ends the transfer early
@@ -474,6 +500,9 @@ func (c *Conn) rest(ctx context.Context, op string, m, first *Message) (*Message
 	if req.Token = m.Token; has {
 		req.Token = c.token() // that of the observation is for notifications
 	}
+	// Over UDP a token for each block, so that a late answer matches nothing (RFC 9175, Section 4.2). Not where asking again is
+	// another act: go-coap's servers know an answer by its token, and would do again what they find under none.
+	fresh := c.dg != nil && (m.Code == codes.GET || m.Code == codeFetch)
 	for try := 0; ; try++ {
 		if size, ok := first.Uint(Size2); ok && int64(size) > int64(cfg.MaxBody) {
 			return nil, errBody.With(op, fmt.Errorf("%d bytes announced", size))
@@ -492,6 +521,9 @@ func (c *Conn) rest(ctx context.Context, op string, m, first *Message) (*Message
 			next := block{num: uint32(len(whole.Payload) / b.size()), szx: b.szx} //nolint:gosec // bounded by MaxBody
 			part := *req
 			part.Options = AddOption(slices.Clone(req.Options), Block2, next.value())
+			if fresh {
+				part.Token = c.token()
+			}
 			answer, err := c.roundTrip(ctx, op, &part, &exchange{answer: make(chan answer, 1)})
 			if err != nil {
 				return nil, err
@@ -526,6 +558,9 @@ func (c *Conn) rest(ctx context.Context, op string, m, first *Message) (*Message
 		}
 		again := *req
 		again.Payload = m.Payload // FETCH: asked anew, with its body
+		if fresh {
+			again.Token = c.token()
+		}
 		var err error
 		if first, err = c.roundTrip(ctx, op, &again, &exchange{answer: make(chan answer, 1)}); err != nil {
 			return nil, err

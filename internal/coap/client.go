@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"sync/atomic"
+	"time"
 
 	"github.com/coaphub/coaphub/hub"
 
@@ -22,6 +23,7 @@ type exchange struct {
 type answer struct {
 	msg   *Message
 	fault fault
+	err   error // there is no answer
 }
 
 // Observation is an entry in the peer's list of observers. It ends by Cancel, by a notification with Ended, or with its
@@ -32,6 +34,10 @@ type Observation struct {
 	req       *Message // with Observe 0
 	tag       atomic.Value
 	cancelled atomic.Bool
+
+	// Over UDP: the newest Observe value and when it came (RFC 7641, Section 3.4); guarded by Conn.mu.
+	number uint32
+	seen   time.Duration
 
 	fetch  *fetch // the newest notification that came in blocks; guarded by Conn.mu
 	listed bool   // is in Conn.fetches
@@ -101,7 +107,7 @@ func (c *Conn) Observe(ctx context.Context, req *Message) (*Observation, *Messag
 		// The peer may have registered us all the same, and its answer may just have come. Whatever it answers to this is
 		// dropped.
 		c.forget(o)
-		c.sendNow(deregister(m))
+		c.unwanted(m)
 		return nil, nil, err
 	}
 	whole, err := c.rest(ctx, op, m, first)
@@ -113,7 +119,7 @@ func (c *Conn) Observe(ctx context.Context, req *Message) (*Observation, *Messag
 	case err != nil:
 		if registered {
 			c.forget(o)
-			c.sendNow(deregister(m))
+			c.unwanted(m)
 		}
 		return nil, nil, err
 	case observed && first.Code>>5 == 2:
@@ -132,12 +138,20 @@ func (o *Observation) Cancel(ctx context.Context) error {
 		return nil
 	}
 	if err := c.slot(ctx, op); err != nil {
-		c.sendNow(deregister(o.req)) // it is worth a try without an answer
+		c.unwanted(o.req) // it is worth a try without an answer
 		return err
 	}
 	defer c.release()
 	_, err := c.roundTrip(ctx, op, deregister(o.req), &exchange{answer: make(chan answer, 1), cancel: true})
 	return err
+}
+
+// unwanted tells the peer that the observation that req began is not wanted, without waiting. Over UDP its next notification
+// gets a RST, which says the same (RFC 7641, Section 3.6).
+func (c *Conn) unwanted(req *Message) {
+	if c.dg == nil {
+		c.sendNow(deregister(req))
+	}
 }
 
 // deregister makes the request that ends the observation that req began.
@@ -232,6 +246,9 @@ func (c *Conn) roundTrip(ctx context.Context, op string, m *Message, x *exchange
 			delete(c.exchanges, key)
 		}
 		c.mu.Unlock()
+		if c.dg != nil {
+			c.dg.abandon(m.Token)
+		}
 	}()
 	if err := c.tr.send(ctx, m, true); err != nil {
 		if ctx.Err() != nil {
@@ -241,6 +258,9 @@ func (c *Conn) roundTrip(ctx context.Context, op string, m *Message, x *exchange
 	}
 	select {
 	case a := <-x.answer:
+		if a.err != nil {
+			return nil, transmissionFailed(op, a.err)
+		}
 		if a.fault.bad() { // RFC 7252, Section 5.4.1: a response with an unrecognised critical option is rejected
 			return nil, errAnswerOpt.With(op, errors.New(a.fault.String()))
 		}
@@ -252,8 +272,40 @@ func (c *Conn) roundTrip(ctx context.Context, op string, m *Message, x *exchange
 	}
 }
 
-// response brings a response to whoever waits for it. A notification that is to be handled comes back as an item.
-func (c *Conn) response(m *Message, f fault) (item, bool) {
+// transmissionFailed gives the fate of a confirmable request the kind it has in the hub: silence is that of a request whose
+// time is over.
+func transmissionFailed(op string, err error) error {
+	kind := hub.Unavailable
+	if errors.Is(err, errNoReaction) {
+		kind = hub.Deadline
+	}
+	return &hub.Error{Kind: kind, Op: op, Err: err}
+}
+
+// failed ends a request that will have no answer.
+func (c *Conn) failed(token string, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if x := c.exchanges[token]; x != nil {
+		delete(c.exchanges, token)
+		x.answer <- answer{err: err}
+	}
+}
+
+// verdict is what a response turned out to be.
+type verdict uint8
+
+const (
+	isUnknown      verdict = iota // nobody waits for it
+	isAnswer                      // somebody has it
+	isTaken                       // of an observation: older than what we have, or its blocks are fetched
+	isNotification                // to be handled
+	isWithheld                    // a notification for which there is no room
+)
+
+// response brings a response to whoever waits for it. A notification that is to be handled comes back as an item, if there is
+// room for it.
+func (c *Conn) response(m *Message, f fault, room bool) (item, verdict) {
 	_, observed := m.Option(ObserveOption)
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -266,16 +318,28 @@ func (c *Conn) response(m *Message, f fault) (item, bool) {
 			}
 			c.observations[string(m.Token)] = x.observation
 		}
-		x.answer <- answer{m, f}
-		return item{}, false
+		if x.observation != nil && observed {
+			x.observation.newer(m, c.srv.now())
+		}
+		x.answer <- answer{msg: m, fault: f}
+		return item{}, isAnswer
 	}
 	o := c.observations[string(m.Token)]
 	if o == nil || c.reason != nil {
 		// RFC 8323 has no Reset: an answer that nobody waits for is dropped.
 		c.srv.metrics.dropped.WithLabelValues("late").Inc()
-		return item{}, false
+		return item{}, isUnknown
 	}
 	// RFC 8323, Section 7.1: the stream keeps the order, so the value of the Observe option says nothing.
+	if c.dg != nil {
+		if !room {
+			return item{}, isWithheld
+		}
+		if observed && !o.newer(m, c.srv.now()) {
+			c.srv.metrics.dropped.WithLabelValues("stale").Inc()
+			return item{}, isTaken
+		}
+	}
 	it := item{msg: m, observation: o, ended: !observed || m.Code>>5 != 2}
 	switch {
 	case f.bad():
@@ -298,10 +362,29 @@ func (c *Conn) response(m *Message, f fault) (item, bool) {
 			c.wg.Add(1)
 			go c.fetchAll()
 		}
-		return item{}, false
+		// Over UDP the first block is acknowledged at once: the rest is asked for by requests of ours, which a peer with one
+		// exchange at a time (NSTART) could not answer before.
+		return item{}, isTaken
 	}
 	o.fetch = nil // this one is newer than what is being fetched
-	return it, true
+	return it, isNotification
+}
+
+// newer reports that a notification is newer than all before (RFC 7641, Section 3.4), and makes it the newest. Conn.mu is
+// held.
+func (o *Observation) newer(m *Message, now time.Duration) bool {
+	const (
+		half  = 1 << 23
+		fresh = 128 * time.Second // then the numbers may have gone round, or the peer has rebooted
+	)
+	v, _ := m.Uint(ObserveOption)
+	if o.seen != 0 && now <= o.seen+fresh {
+		if old := o.number; !(old < v && v-old < half || old > v && old-v > half) {
+			return false
+		}
+	}
+	o.number, o.seen = v, now
+	return true
 }
 
 // fetch is a notification whose further blocks are to be fetched.

@@ -18,8 +18,8 @@ type Config struct {
 	// MaxBody is the largest request body in bytes, in one message or in blocks; one byte more is answered with 4.13. The
 	// same bound holds for bodies that are fetched in blocks. Default 256 KiB.
 	MaxBody int
-	// MaxConnections bounds connections that are complete or in their handshake; further ones are closed at once. Default
-	// 50 000.
+	// MaxConnections bounds connections and sessions that are complete or in their handshake; further ones are closed at
+	// once. Over plain UDP the oldest session whose address is not proven gives way. Default 50 000.
 	MaxConnections int
 	// HandshakeTimeout ends a TLS handshake that takes longer. Default 10 s.
 	HandshakeTimeout time.Duration
@@ -62,6 +62,36 @@ type Config struct {
 	// CloseTimeout bounds how long an orderly close may take: answers under way, flushing, and the peer's own close.
 	// Default 2 s.
 	CloseTimeout time.Duration
+
+	// What follows is for UDP and DTLS. The names in capitals are those of RFC 7252, Section 4.8.
+
+	// AckTimeout is ACK_TIMEOUT: the shortest time before a confirmable message is sent again. Default 2 s.
+	AckTimeout time.Duration
+	// AckRandomFactor is ACK_RANDOM_FACTOR: the first time is between AckTimeout and so many times AckTimeout, each further
+	// one doubles. Default 1.5.
+	AckRandomFactor float64
+	// MaxRetransmit is MAX_RETRANSMIT: how often a confirmable message is sent again. Default 4.
+	MaxRetransmit int
+	// ProbingRate is PROBING_RATE: bytes a second, on average, to a peer that does not answer. Default 1.
+	ProbingRate float64
+	// AckDelay is how long a handler may take before a confirmable request gets an empty ACK, and its answer a message of
+	// its own. Below AckTimeout, or every slow answer costs a retransmission. Default 1 s.
+	AckDelay time.Duration
+	// MaxDuplicates and DuplicateBytes bound, for one session, the received messages that are remembered for their
+	// duplicates, and what they take with their answers. The oldest is forgotten first; its duplicate would be handled
+	// again. Defaults 256 and 64 KiB.
+	MaxDuplicates  int
+	DuplicateBytes int
+	// MaxDatagram is the largest datagram in bytes that is sent, from the CoAP header on; larger bodies go in blocks. RFC
+	// 7252, Section 4.6 assumes 1152, which is the default.
+	MaxDatagram int
+	// MaxSilence ends a session whose peer has said nothing for so long. Default 25 h, so that a device may report once a
+	// day.
+	MaxSilence time.Duration
+	// Linger is how long a session that was ended by an answer (Response.Close) still repeats that answer to duplicates of
+	// the request. Default 10 s.
+	Linger time.Duration
+
 	// Refused is told of each connection that did not become one: reason is a word of a small set ("handshake-failed",
 	// "handshake-timeout", "handshake-evicted", "max-connections", "handler"), detail is for people. May be nil; must not
 	// block.
@@ -90,5 +120,23 @@ func DefaultConfig() Config {
 		MaxTransfers:        4,
 		TransferTimeout:     time.Minute,
 		CloseTimeout:        2 * time.Second,
+		AckTimeout:          2 * time.Second,
+		AckRandomFactor:     1.5,
+		MaxRetransmit:       4,
+		ProbingRate:         1,
+		AckDelay:            time.Second,
+		MaxDuplicates:       256,
+		DuplicateBytes:      64 << 10,
+		MaxDatagram:         baseMessageSize,
+		MaxSilence:          25 * time.Hour,
+		Linger:              10 * time.Second,
 	}
+}
+
+// exchangeLifetime is EXCHANGE_LIFETIME (RFC 7252, Section 4.8.2), 247 s with the defaults: how long a message ID means the
+// same message.
+func (c *Config) exchangeLifetime() time.Duration {
+	const maxLatency = 100 * time.Second
+	span := time.Duration(float64(c.AckTimeout) * float64(int(1)<<c.MaxRetransmit-1) * c.AckRandomFactor)
+	return span + 2*maxLatency + c.AckTimeout
 }

@@ -15,8 +15,8 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 )
 
-// transport is what a connection needs of the bytes below it: a stream today, datagrams beside it later. Its reader calls
-// Conn.receive for each message and Conn.run's steps at the end.
+// transport is what a connection needs of the bytes below it: a stream or datagrams. A stream's reader calls Conn.receive for
+// each message; datagrams come through datagram.deliver.
 type transport interface {
 	// send queues m to be written. With wait it waits for room until ctx or the connection ends; else a full queue is
 	// errQueueFull.
@@ -42,6 +42,7 @@ type transport interface {
 type Conn struct {
 	srv     *Server
 	tr      transport
+	dg      *datagram // tr when that is one; nil on streams
 	id      string
 	handler ConnHandler // set before the reader starts
 	ctx     context.Context
@@ -59,7 +60,8 @@ type Conn struct {
 	messagesIn   atomic.Uint64
 	messagesOut  atomic.Uint64
 	nextToken    atomic.Uint64
-	pingUnsettle bool // a Ping was sent and nothing came since; the wheel's alone
+	next         atomic.Pointer[chan struct{}] // of Next; nil when nobody asked
+	pingUnsettle bool                          // a Ping was sent and nothing came since; the wheel's alone
 
 	// mu guards what follows. Order of locks: mu before the wheel's, the budget's and the transport's.
 	mu           sync.Mutex
@@ -69,11 +71,13 @@ type Conn struct {
 	space        chan struct{} // not nil while the reader waits for queue space
 	working      bool
 	reason       error // not nil: the connection is closing
+	ended        bool  // all is given back
 	drain        bool  // closing, but what is queued is still handled
 	slots        chan struct{}
 	exchanges    map[string]*exchange
 	observations map[string]*Observation
-	fetches      []*Observation // observations with a fetch to do; at most one entry each
+	observers    map[string]*Observer // by token
+	fetches      []*Observation       // observations with a fetch to do; at most one entry each
 	fetching     bool
 
 	blocks blocks
@@ -84,7 +88,8 @@ type item struct {
 	msg         *Message
 	observation *Observation // nil: a request
 	ended       bool
-	size        int // taken from the budget
+	size        int        // taken from the budget
+	from        *reception // of a notification in a datagram, to be acknowledged when it has been handled
 }
 
 // inbound is a received message with room for the usual number of options, in one piece of memory.
@@ -120,7 +125,7 @@ type Stats struct {
 	BytesOut     uint64
 	MessagesIn   uint64
 	MessagesOut  uint64
-	RoundTrip    time.Duration // of the last answered Ping; zero before
+	RoundTrip    time.Duration // of the last answered Ping, over UDP of any confirmable message that was sent once; zero before
 }
 
 // Stats returns the connection's counters.
@@ -133,6 +138,33 @@ func (c *Conn) Stats() Stats {
 		MessagesIn:   c.messagesIn.Load(),
 		MessagesOut:  c.messagesOut.Load(),
 		RoundTrip:    time.Duration(c.pingTime.Load()),
+	}
+}
+
+// Next returns a channel that is closed when the peer says something next, or the connection is gone: the moment to reach a
+// device that sleeps most of the time. What came before the call does not count.
+func (c *Conn) Next() <-chan struct{} {
+	for {
+		if ch := c.next.Load(); ch != nil {
+			return *ch
+		}
+		ch := make(chan struct{})
+		if c.next.CompareAndSwap(nil, &ch) {
+			if c.ctx.Err() != nil {
+				c.spoke() // end may have looked before
+			}
+			return ch
+		}
+	}
+}
+
+// spoke tells who waits for Next.
+func (c *Conn) spoke() {
+	if c.next.Load() == nil {
+		return
+	}
+	if ch := c.next.Swap(nil); ch != nil {
+		close(*ch)
 	}
 }
 
@@ -168,12 +200,13 @@ func (c *Conn) shut(err error, drain bool) {
 func (c *Conn) end(err error) {
 	c.shut(err, false)
 	c.cancel() // now handlers and callers that wait for the peer give up
+	c.spoke()
 	c.wg.Wait()
 	c.srv.wheel.stop(&c.timer)
 	c.mu.Lock()
 	reason := c.reason
 	left := c.queuedBytes
-	c.queue, c.queuedBytes, c.exchanges, c.observations = nil, 0, nil, nil
+	c.queue, c.queuedBytes, c.exchanges, c.observations, c.observers, c.ended = nil, 0, nil, nil, nil, true
 	c.mu.Unlock()
 	c.srv.budget.give(left)
 	c.blocks.clear(c.srv.budget)
@@ -246,6 +279,7 @@ func (c *Conn) tick() {
 func (c *Conn) receive(code codes.Code, token, body []byte, held int) error {
 	m := c.srv.metrics
 	c.messagesIn.Add(1)
+	c.spoke()
 	size := held
 	defer func() { c.srv.budget.give(held) }()
 
@@ -281,8 +315,8 @@ func (c *Conn) receive(code codes.Code, token, body []byte, held int) error {
 		return c.enqueue(item{msg: msg, size: size}, true)
 	case 2, 4, 5:
 		m.in[kindResponse].Inc()
-		it, ok := c.response(msg, f)
-		if !ok {
+		it, what := c.response(msg, f, true)
+		if what != isNotification {
 			return nil
 		}
 		it.size = size
@@ -367,14 +401,18 @@ func (c *Conn) enqueue(it item, taken bool) error {
 			space = c.space
 		}
 		c.mu.Unlock()
-		if timeout == nil {
-			c.srv.metrics.queueFull.Inc()
-			timeout = time.NewTimer(cfg.OverloadTimeout)
+		var late <-chan time.Time // never over UDP: nobody waits for a Pong there, and only what we fetched comes this way
+		if c.dg == nil {
+			if timeout == nil {
+				c.srv.metrics.queueFull.Inc()
+				timeout = time.NewTimer(cfg.OverloadTimeout)
+			}
+			late = timeout.C
 		}
 		select {
 		case <-space:
 		case <-freed:
-		case <-timeout.C:
+		case <-late:
 			if taken {
 				c.srv.budget.give(it.size)
 			}
@@ -382,6 +420,39 @@ func (c *Conn) enqueue(it item, taken bool) error {
 		case <-c.ctx.Done():
 		}
 	}
+}
+
+// reserve takes room in the queue for one item of that size, without waiting; push uses it, unreserve gives it back.
+func (c *Conn) reserve(size int) bool {
+	cfg := &c.srv.cfg
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.reason != nil || c.queued >= cfg.QueueLength || c.queuedBytes >= cfg.QueueBytes || !c.srv.budget.take(size) {
+		return false
+	}
+	c.queued++
+	c.queuedBytes += size
+	return true
+}
+
+func (c *Conn) unreserve(size int) { c.handled([]item{{size: size}}) }
+
+// push hands an item for which there is room to the worker.
+func (c *Conn) push(it item) {
+	c.mu.Lock()
+	if c.reason != nil {
+		c.mu.Unlock()
+		c.srv.metrics.dropped.WithLabelValues("closing").Inc()
+		c.unreserve(it.size)
+		return
+	}
+	c.queue = append(c.queue, it)
+	if !c.working {
+		c.working = true
+		c.wg.Add(1)
+		go c.work()
+	}
+	c.mu.Unlock()
 }
 
 // work is the worker: it exists while there is something to handle, and hands it over in the order of arrival.
@@ -437,6 +508,10 @@ func (c *Conn) handled(items []item) {
 		n += items[i].size
 	}
 	c.mu.Lock()
+	if c.ended { // which has given everything back
+		c.mu.Unlock()
+		return
+	}
 	c.queued -= len(items)
 	c.queuedBytes -= n
 	c.wakeReader()
@@ -452,12 +527,29 @@ func (c *Conn) notify(items []item) {
 			ns = append(ns, Notification{Observation: o, Message: items[i].msg, Ended: items[i].ended})
 		}
 	}
+	if c.dg != nil {
+		defer c.stored(items)
+	}
 	if len(ns) == 0 {
 		return
 	}
 	if !c.Guard("Notifications", func() { c.handler.Notifications(c.ctx, ns) }) {
 		// Nobody knows how much of it was stored. A new connection makes the device report again.
 		c.Close(ErrPanic)
+	}
+}
+
+// stored acknowledges the notifications that have been handled. What closed the connection was not: the peer sends it again
+// and learns that nobody is there.
+func (c *Conn) stored(items []item) {
+	c.mu.Lock()
+	closing := c.reason != nil && !c.drain
+	c.mu.Unlock()
+	if closing {
+		return
+	}
+	for i := range items {
+		c.dg.acknowledge(items[i].from)
 	}
 }
 

@@ -32,6 +32,9 @@ var (
 	ErrAborted   = &CloseError{"aborted", "the peer aborted the connection"}
 	ErrAnswered  = &CloseError{"answered", "closed after an answer that ends the connection"}
 	ErrShutdown  = &CloseError{"shutdown", "the hub stops"}
+	ErrSilent    = &CloseError{"silent", "the peer said nothing for too long"}
+	ErrEvicted   = &CloseError{"evicted", "there were too many sessions, and the peer had not proven its address"}
+	ErrReplaced  = &CloseError{"replaced", "the peer made a new session from the same address"}
 	ErrPanic     = &CloseError{"panic", "a handler of notifications failed"}
 	ErrClosed    = &CloseError{"closed", "the connection was closed by the hub"}
 )

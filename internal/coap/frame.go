@@ -285,7 +285,7 @@ type definition struct {
 }
 
 // definitions are the options that the engine or its handlers understand (RFC 7252, Section 5.10; RFC 7641, Section 2; RFC
-// 7959, Sections 2.1 and 4; RFC 7967; RFC 9175). OCF's version options are critical and iotivity-lite sends them in
+// 7959, Sections 2.1 and 4; RFC 7967; RFC 8768; RFC 9175). OCF's version options are critical and iotivity-lite sends them in
 // requests and responses.
 var definitions = map[message.OptionID]definition{
 	IfMatch:           {0, 8, true},
@@ -299,6 +299,7 @@ var definitions = map[message.OptionID]definition{
 	ContentFormatOpt:  {0, 2, false},
 	MaxAge:            {0, 4, false},
 	URIQuery:          {0, 255, true},
+	HopLimit:          {1, 1, false}, // for proxies; nothing to an endpoint
 	AcceptOption:      {0, 2, false},
 	LocationQuery:     {0, 255, true},
 	Block2:            {0, 3, false},

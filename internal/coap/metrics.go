@@ -17,6 +17,9 @@ type Metrics struct {
 	dropped      *prometheus.CounterVec
 	buffered     prometheus.Gauge
 	acceptErrors prometheus.Counter
+
+	retransmitted  prometheus.Counter
+	unacknowledged prometheus.Counter
 }
 
 // kind sorts messages for counting.
@@ -52,21 +55,23 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		opened:       counter("connections_opened_total", "Connections opened. Rising faster than devices: they reconnect; see connections_closed_total for the reason."),
 		closed:       vec("connections_closed_total", "Connections closed by reason. overload: the store is too slow; keepalive: bad links; malformed: a broken device.", "reason"),
 		refused:      vec("connections_refused_total", "Connections refused by reason. max-connections: raise the limit; the others: see `coaphub status --refused`.", "reason"),
-		handshakes:   vec("handshakes_total", "TLS handshakes by outcome. failed: wrong certificates; timeout, evicted: slow or hostile peers.", "outcome"),
+		handshakes:   vec("handshakes_total", "TLS and DTLS handshakes by outcome. failed: wrong certificates or keys; timeout, evicted: slow or hostile peers; restarted: devices that reboot.", "outcome"),
 		bytesIn:      counter("received_bytes_total", "Bytes of CoAP received. A rise without more devices: look for large or too frequent notifications."),
 		bytesOut:     counter("sent_bytes_total", "Bytes of CoAP sent. A rise without more devices: look for large answers."),
 		queueFull:    counter("queue_full_total", "Times a connection was not read because its queue or the common buffer was full. Rising: the hub is overloaded, look at the store's latency."),
 		panics:       counter("panics_total", "Panics of handlers. Any: a fault of the hub, the log has the stack; report it."),
-		dropped:      vec("messages_dropped_total", "Messages dropped by reason. late: answers nobody waits for any more, raise time-outs; pong: peers that do not read; others: broken devices.", "reason"),
+		dropped:      vec("messages_dropped_total", "Messages dropped by reason. late: answers nobody waits for any more, raise time-outs; pong: peers that do not read; ring: more datagrams of one peer than can be decrypted; crowded: a flood of handshakes; unproven: a peer that moved and does not answer; others: broken devices, or strangers.", "reason"),
 		buffered:     gauge("buffered_bytes", "Bytes queued and in block-wise transfers. Near maxBuffered: the hub is overloaded or somebody leaves transfers unfinished."),
 		acceptErrors: counter("accept_errors_total", "Failed accepts. Rising: the process has no file descriptors left, raise its limit."),
 	}
+	m.retransmitted = counter("retransmissions_total", "Confirmable messages sent again. Rising: lossy links, or devices that sleep without saying so.")
+	m.unacknowledged = counter("unacknowledged_total", "Confirmable messages given up after the last retransmission. Rising: devices went away, or are behind a NAT that forgot them.")
 	for k, name := range kindNames {
 		m.in[k], m.out[k] = in.WithLabelValues(name), out.WithLabelValues(name)
 	}
 	if reg != nil {
 		reg.MustRegister(m.connections, m.opened, m.closed, m.refused, m.handshakes, in, out, m.bytesIn, m.bytesOut,
-			m.queueFull, m.panics, m.dropped, m.buffered, m.acceptErrors)
+			m.queueFull, m.panics, m.dropped, m.buffered, m.acceptErrors, m.retransmitted, m.unacknowledged)
 	}
 	return m
 }

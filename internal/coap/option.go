@@ -7,7 +7,7 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message"
 )
 
-// Option numbers (RFC 7252, 7641, 7959, 7967, 9175; 2049 and 2053 are OCF's).
+// Option numbers (RFC 7252, 7641, 7959, 7967, 8768, 9175; 2049 and 2053 are OCF's).
 const (
 	IfMatch           message.OptionID = 1
 	URIHost           message.OptionID = 3
@@ -20,6 +20,7 @@ const (
 	ContentFormatOpt  message.OptionID = 12
 	MaxAge            message.OptionID = 14
 	URIQuery          message.OptionID = 15
+	HopLimit          message.OptionID = 16
 	AcceptOption      message.OptionID = 17
 	LocationQuery     message.OptionID = 20
 	Block2            message.OptionID = 23

@@ -231,6 +231,71 @@ func (p *process) issue(on onboarded, template *x509.Certificate) onboarded {
 	return on
 }
 
+// TestLibcoapDatagrams talks to the hub with libcoap's client over DTLS, with certificates and with a pre-shared key, and over
+// plain TCP and UDP: up to the sign-up, whose answer over UDP comes in blocks once the client has proven its address.
+func TestLibcoapDatagrams(t *testing.T) {
+	for _, client := range []string{"coap-client-openssl", "coap-client-gnutls"} {
+		t.Run(client, func(t *testing.T) {
+			if _, err := exec.LookPath(client); err != nil {
+				t.Skip(client + " is not installed (Debian: libcoap3-bin)")
+			}
+			p := serve(t, t.TempDir(), "--coap-plain-address", "127.0.0.1:0")
+			for i, c := range []struct{ name, scheme string }{
+				{"certificate", "coaps"}, {"psk", "coaps"}, {"plain TCP", "coap+tcp"}, {"plain UDP", "coap"},
+			} {
+				t.Run(c.name, func(t *testing.T) {
+					id := deviceID(i + 1)
+					on := p.onboard(id)
+					var credential []string
+					switch c.name {
+					case "certificate":
+						credential = []string{
+							"-c", filepath.Join(on.dir, "cert.pem"), "-j", filepath.Join(on.dir, "key.pem"), "-R", filepath.Join(on.dir, "ca.pem"),
+						}
+					case "psk":
+						var o struct{ PSKIdentity, PSK string }
+						if err := json.Unmarshal([]byte(p.run("onboard", "--device-id", id, "--psk", "--json")), &o); err != nil {
+							t.Fatal(err)
+						}
+						credential = []string{"-u", o.PSKIdentity, "-k", o.PSK}
+					}
+					ask := func(credential []string, args ...string) string {
+						ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+						defer cancel()
+						args[len(args)-1] = p.ready[c.scheme] + args[len(args)-1]
+						out, _ := exec.CommandContext(ctx, client, append(append([]string{"-B", "5"}, credential...), args...)...).CombinedOutput()
+						return string(out) // an error response is an exit code too
+					}
+					for path, want := range map[string]string{
+						"/x.plgd.dev/time": "time", "/.well-known/core": "</oic/sec/account>", "/nothing": "4.04", "/oic/res": "4.01",
+					} {
+						if out := ask(credential, path); !strings.Contains(out, want) {
+							t.Errorf("%s: %q does not say %q", path, out, want)
+						}
+					}
+					b, err := cbor.Marshal(map[string]any{"di": id, "accesstoken": on.Code})
+					if err != nil {
+						t.Fatal(err)
+					}
+					body := filepath.Join(t.TempDir(), "body")
+					if err := os.WriteFile(body, b, 0o600); err != nil {
+						t.Fatal(err)
+					}
+					if out := ask(credential, "-m", "post", "-t", "10000", "-f", body, "-o", "-", "/oic/sec/account"); !strings.Contains(out, "refreshtoken") {
+						t.Errorf("sign-up: %q", out)
+					}
+					if c.name == "psk" {
+						credential[3] += "x"
+						if out := ask(credential, "/x.plgd.dev/time"); strings.Contains(out, "dtime") {
+							t.Errorf("a wrong key got in: %q", out)
+						}
+					}
+				})
+			}
+		})
+	}
+}
+
 // TestCurl reads the API as a person with curl would.
 func TestCurl(t *testing.T) {
 	if _, err := exec.LookPath("curl"); err != nil {

@@ -20,10 +20,12 @@ import (
 )
 
 // peer is a device as bytes on a connection: it sends what a test tells it to, malformed frames included, answers the
-// hub's requests from a table of resources, and sees when the hub closes. It uses go-coap's coder and no engine at all.
+// hub's requests from a table of resources, and sees when the hub closes. It uses go-coap's coders and no engine at all.
 type peer struct {
 	conn   net.Conn
 	closed chan struct{} // the connection is gone
+	// datagrams is nil on a stream.
+	datagrams *datagrams
 
 	// inOrder is held from looking at a resource until what it was has been written: what is newer comes later.
 	inOrder sync.Mutex
@@ -60,18 +62,22 @@ func dialPeer(ctx context.Context, addr string, conf *tls.Config) (*peer, error)
 		}
 		conn = tc
 	}
-	p := &peer{
-		conn: conn, closed: make(chan struct{}), wait: map[string]chan message.Message{},
-		resources: map[string]*served{},
-	}
-	go p.read()
+	p := newPeer(conn, nil)
 	csm := message.Message{Code: codes.CSM, Options: message.Options{{ID: message.OptionID(2), Value: []byte{0x10, 0, 0}}}}
 	if err := p.send(csm); err != nil {
-		conn.Close()
-		<-p.closed
+		p.close()
 		return nil, err
 	}
 	return p, nil
+}
+
+// newPeer begins to read from conn.
+func newPeer(conn net.Conn, d *datagrams) *peer {
+	p := &peer{
+		conn: conn, datagrams: d, closed: make(chan struct{}), wait: map[string]chan message.Message{}, resources: map[string]*served{},
+	}
+	go p.read()
+	return p
 }
 
 func (p *peer) close() {
@@ -80,6 +86,9 @@ func (p *peer) close() {
 }
 
 func (p *peer) send(m message.Message) error {
+	if p.datagrams != nil {
+		return p.sendDatagram(m)
+	}
 	n, err := coder.DefaultCoder.Size(m)
 	if err != nil {
 		return err
@@ -96,6 +105,10 @@ func (p *peer) send(m message.Message) error {
 func (p *peer) read() {
 	defer close(p.closed)
 	defer p.conn.Close()
+	if p.datagrams != nil {
+		p.readDatagrams()
+		return
+	}
 	var buf []byte
 	chunk := make([]byte, 64<<10)
 	for {
@@ -146,7 +159,9 @@ func (p *peer) take(m message.Message) {
 		_ = p.send(message.Message{Code: codes.Pong, Token: m.Token})
 	case m.Code >= codes.GET && m.Code < 0x20:
 		p.inOrder.Lock()
-		_ = p.send(p.answer(m))
+		a := p.answer(m)
+		a.Type, a.MessageID = message.Acknowledgement, m.MessageID // over TCP they mean nothing
+		_ = p.send(a)
 		p.inOrder.Unlock()
 	case m.Code >= 0xe0 || m.Code == 0:
 	default:
@@ -267,8 +282,24 @@ func (p *peer) observed(href string) bool {
 	return r != nil && r.token != nil
 }
 
-// do sends a request and waits for its answer. closed reports that the connection ended before one came.
+// do sends a request and waits for its whole answer. closed reports that the connection ended before one came.
 func (p *peer) do(ctx context.Context, m message.Message) (res message.Message, closed bool, err error) {
+	var body []byte
+	for next := uint32(0); ; next++ {
+		if next > 0 { // RFC 7959, Section 2.4
+			m.Options = addUint(m.Options.Remove(message.Block2), message.Block2, next<<4|6)
+			m.Payload = nil
+		}
+		res, closed, err = p.exchange(ctx, m)
+		body = append(body, res.Payload...)
+		if b, e := res.Options.GetUint32(message.Block2); closed || err != nil || e != nil || b&8 == 0 {
+			res.Payload = body
+			return res, closed, err
+		}
+	}
+}
+
+func (p *peer) exchange(ctx context.Context, m message.Message) (res message.Message, closed bool, err error) {
 	ch := make(chan message.Message, 1)
 	p.mu.Lock()
 	p.next++

@@ -24,13 +24,16 @@ type Hub struct {
 	ID        string
 	Data      string // the data folder
 	CoAPS     string // host:port of CoAP over TLS
+	CoAPSUDP  string // host:port of CoAP over DTLS
 	CoAPPlain string // host:port of CoAP over TCP; empty unless configured
-	HTTP      string // base URL of the API
-	GRPC      string // host:port
-	Admin     string // base URL of probes and metrics
-	Issuer    string // of the embedded provider
-	Endpoints bundle.Endpoints
-	Control   *bundle.Control
+	// CoAPPlainUDP is host:port of CoAP over UDP; empty unless configured.
+	CoAPPlainUDP string
+	HTTP         string // base URL of the API
+	GRPC         string // host:port
+	Admin        string // base URL of probes and metrics
+	Issuer       string // of the embedded provider
+	Endpoints    bundle.Endpoints
+	Control      *bundle.Control
 
 	env  []string
 	log  *log
@@ -128,6 +131,8 @@ func (h *Hub) at(t testing.TB, s bundle.Status) {
 	t.Helper()
 	h.ID, h.Endpoints = s.HubID, s.Endpoints
 	h.CoAPS = strings.TrimPrefix(s.Endpoints.CoAPSTCP, "coaps+tcp://")
+	h.CoAPSUDP = strings.TrimPrefix(s.Endpoints.CoAPS, "coaps://")
+	h.CoAPPlainUDP = strings.TrimPrefix(s.Endpoints.CoAP, "coap://")
 	h.CoAPPlain = strings.TrimPrefix(s.Endpoints.CoAPTCP, "coap+tcp://")
 	h.HTTP, h.GRPC, h.Admin, h.Issuer = s.Endpoints.HTTP, s.Endpoints.GRPC, s.Endpoints.Admin, s.Issuer
 	c, err := bundle.Dial(h.Data)
@@ -180,6 +185,16 @@ func (h *Hub) Code(t testing.TB, deviceID string, owner ...string) string {
 		t.Fatalf("onboard %s: %v", deviceID, err)
 	}
 	return o.AuthorizationCode
+}
+
+// PSK makes a pre-shared key for the device.
+func (h *Hub) PSK(t testing.TB, deviceID string) (identity string, key []byte) {
+	t.Helper()
+	o, err := h.Control.Onboard(t.Context(), bundle.OnboardRequest{DeviceID: deviceID, PSK: true})
+	if err != nil {
+		t.Fatalf("onboard %s: %v", deviceID, err)
+	}
+	return o.PSKIdentity, []byte(o.PSK)
 }
 
 // Token makes an access token of the first administrator; no scopes means all of them.

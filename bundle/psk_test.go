@@ -1,0 +1,61 @@
+package bundle
+
+import (
+	"bytes"
+	"sync"
+	"testing"
+
+	"github.com/coaphub/coaphub/hub"
+)
+
+func TestPreSharedKeys(t *testing.T) {
+	const lamp, fan hub.DeviceID = "d0000000-0000-4000-8000-000000000001", "d0000000-0000-4000-8000-000000000002"
+	ctx, docs := t.Context(), openTestStore(t)
+	keys := &preShared{docs, []byte("the secret of this hub")}
+	if k, err := keys.key(ctx, lamp); k != nil || err != nil {
+		t.Errorf("before there is one: %q, %v", k, err)
+	}
+	first, err := keys.replace(ctx, lamp)
+	if err != nil || len(first) != 24 {
+		t.Fatalf("the first key: %q, %v", first, err)
+	}
+	other, err := keys.replace(ctx, fan)
+	if err != nil || other == first {
+		t.Fatalf("another device's key: %q, %v", other, err)
+	}
+	if k, err := keys.key(ctx, lamp); string(k) != first || err != nil {
+		t.Errorf("the device's key is %q, %v; want %q", k, err, first)
+	}
+	second, err := keys.replace(ctx, lamp)
+	if err != nil || second == first {
+		t.Fatalf("the second key: %q, %v", second, err)
+	}
+	if k, err := keys.key(ctx, lamp); string(k) != second || err != nil {
+		t.Errorf("the device's key is %q, %v; want the second one", k, err)
+	}
+	doc, err := docs.Get(ctx, pskCollection, string(lamp))
+	if err != nil || bytes.Contains(doc.Value, []byte(second)) {
+		t.Errorf("the store has the key: %s, %v", doc.Value, err)
+	}
+	elsewhere := &preShared{docs, []byte("the secret of another hub")}
+	if k, err := elsewhere.key(ctx, lamp); err != nil || string(k) == second {
+		t.Errorf("the store alone gives the key away: %q, %v", k, err)
+	}
+	// Made by several at once, one of them is the key.
+	var all sync.Map
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			k, err := keys.replace(ctx, lamp)
+			if err != nil {
+				t.Error(err)
+			}
+			all.Store(k, true)
+		})
+	}
+	wg.Wait()
+	k, err := keys.key(ctx, lamp)
+	if _, ok := all.Load(string(k)); !ok || err != nil {
+		t.Errorf("the key is none of those given out: %q, %v", k, err)
+	}
+}

@@ -1,0 +1,218 @@
+package coap
+
+import (
+	"container/list"
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"time"
+
+	"github.com/pion/dtls/v3"
+)
+
+// PeerCredential is what a peer has proven in a DTLS handshake. All empty: it is anonymous.
+type PeerCredential struct {
+	Certificates []*x509.Certificate // as sent, leaf first; verified against DTLSConfig's CAs
+	PSKIdentity  []byte              // whose key the peer has (RFC 4279); nil without one
+}
+
+// DTLSConfig is what ServeDTLS needs besides Config. Start from DefaultDTLSConfig.
+type DTLSConfig struct {
+	// Credentials is asked at each handshake for the server's certificate, whose key must be ECDSA or Ed25519, and for the
+	// CAs of clients; a nil pool asks clients for no certificate. Nil: only pre-shared keys.
+	Credentials func() (tls.Certificate, *x509.CertPool, error)
+	// PSK returns the key of an identity, nil when there is none: a random key is taken then, so that nobody learns which
+	// identities exist (RFC 4279, Section 2). An error ends the handshake with internal_error. Nil: only certificates.
+	PSK func(ctx context.Context, identity []byte) ([]byte, error)
+	// Verify decides on a peer that has proven its credential; it is here that one is demanded. An error ends the handshake
+	// with bad_certificate. It is called once for each association. Nil takes everybody, also who has proven nothing.
+	Verify func(PeerCredential) error
+	// Gateway is the first part of all connection IDs, by which a load balancer can find this gateway.
+	Gateway uint16
+	// HandshakeTimeout ends a handshake that takes longer; slow radio needs its time. Default 120 s.
+	HandshakeTimeout time.Duration
+	// FlightInterval is the first time before an unanswered flight is sent again, doubled each time. RFC 7925, Section 11
+	// wants 9 s for slow radio, which is the default; a peer that repeats its ClientHello gets our flight at once.
+	FlightInterval time.Duration
+	// MaxHandshakes bounds the handshakes under way, those before and those after the cookie each. Beyond it the oldest is
+	// given up. Default 1024.
+	MaxHandshakes int
+	// MaxPerPrefix is the same for one network (IPv4 /24, IPv6 /56). Default 256.
+	MaxPerPrefix int
+	// MTU is the largest datagram of a handshake. Default 1200.
+	MTU int
+	// RingLength and RingBytes bound the datagrams of one peer that wait to be decrypted; further ones are lost. Defaults 64
+	// and 32 KiB.
+	RingLength int
+	RingBytes  int
+}
+
+// DefaultDTLSConfig returns the defaults named at each field.
+func DefaultDTLSConfig() DTLSConfig {
+	return DTLSConfig{
+		HandshakeTimeout: 120 * time.Second,
+		FlightInterval:   9 * time.Second,
+		MaxHandshakes:    1024,
+		MaxPerPrefix:     256,
+		MTU:              1200,
+		RingLength:       64,
+		RingBytes:        32 << 10,
+	}
+}
+
+// The suites, by kind of credential; the client's order decides. They are listed because pion's defaults do not mix kinds.
+// The first of each is what RFC 7252, Section 9.1 demands. No CBC, and no RSA: devices have neither need nor room for them.
+var (
+	certificateSuites = []dtls.CipherSuiteID{
+		dtls.TLS_ECDHE_ECDSA_WITH_AES_128_CCM_8,
+		dtls.TLS_ECDHE_ECDSA_WITH_AES_128_CCM,
+		dtls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
+		dtls.TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
+	}
+	pskSuites = []dtls.CipherSuiteID{
+		dtls.TLS_PSK_WITH_AES_128_CCM_8,
+		dtls.TLS_PSK_WITH_AES_128_CCM,
+		dtls.TLS_PSK_WITH_AES_128_GCM_SHA256,
+		dtls.TLS_PSK_WITH_AES_256_CCM_8,
+	}
+)
+
+var errNoCredentials = errors.New("dtls needs a certificate or pre-shared keys")
+
+// newCID makes a connection ID.
+func (c *DTLSConfig) newCID() (id connectionID) {
+	binary.BigEndian.PutUint16(id[:], c.Gateway)
+	_, _ = rand.Read(id[2:]) // never fails
+	return id
+}
+
+// options are pion's for one association.
+func (l *dtlsListener) options(a *association) []dtls.ServerOption {
+	conf := &l.conf
+	opts := []dtls.ServerOption{
+		dtls.WithFlightInterval(conf.FlightInterval),
+		dtls.WithMTU(conf.MTU),
+		// Asked for, not demanded: what it protects from needs resumption or renegotiation (RFC 7627, Section 1), and we
+		// have neither; small stacks in the field lack it.
+		dtls.WithExtendedMasterSecret(dtls.RequestExtendedMasterSecret),
+		// No session store: pion's resumed sessions skip VerifyConnection.
+		dtls.WithConnectionIDGenerator(func() []byte { return l.newCID(a) }),
+		dtls.WithVerifyConnection(func(s *dtls.State) error { return l.verify(a, s) }),
+	}
+	var suites []dtls.CipherSuiteID
+	if conf.Credentials != nil {
+		cert, cas, err := conf.Credentials()
+		if err == nil {
+			suites = append(suites, certificateSuites...)
+			opts = append(opts, dtls.WithCertificates(cert))
+			if cas != nil {
+				// What demands a certificate is Verify: under "require" pion refuses pre-shared keys in some versions.
+				opts = append(opts, dtls.WithClientAuth(dtls.VerifyClientCertIfGiven), dtls.WithClientCAs(cas))
+			}
+		} else {
+			l.srv.log.Error("no certificate for a DTLS handshake", "error", err)
+		}
+	}
+	if conf.PSK != nil {
+		suites = append(suites, pskSuites...)
+		opts = append(opts, dtls.WithPSK(func(identity []byte) ([]byte, error) { return l.key(a, identity) }))
+	}
+	return append(opts, dtls.WithCipherSuites(suites...))
+}
+
+// key returns the key of an identity.
+func (l *dtlsListener) key(a *association, identity []byte) ([]byte, error) {
+	key, err := l.conf.PSK(a.ctx, identity)
+	if err != nil {
+		return nil, err
+	}
+	if len(key) == 0 {
+		key = make([]byte, 16)
+		_, _ = rand.Read(key) // never fails
+	}
+	a.mu.Lock()
+	a.asked = true
+	a.mu.Unlock()
+	return key, nil
+}
+
+// verify is pion's VerifyConnection: the last thing before our Finished.
+func (l *dtlsListener) verify(a *association, s *dtls.State) error {
+	var peer PeerCredential
+	for _, der := range s.PeerCertificates {
+		cert, err := x509.ParseCertificate(der)
+		if err != nil {
+			return err
+		}
+		peer.Certificates = append(peer.Certificates, cert)
+	}
+	a.mu.Lock()
+	asked := a.asked
+	a.mu.Unlock()
+	if asked {
+		peer.PSKIdentity = append([]byte{}, s.IdentityHint...)
+	}
+	if l.conf.Verify != nil {
+		if err := l.conf.Verify(peer); err != nil {
+			return err
+		}
+	}
+	a.peer = peer
+	return nil
+}
+
+// ServeDTLS serves CoAP over DTLS 1.2 (RFC 7252, Section 9.1), with certificates and pre-shared keys on one socket, until ctx
+// ends; then it closes its sessions, with a close_notify each, and the socket, waits for all their goroutines and returns
+// nil. Another end of the socket is an error. A session is an association, wherever its peer's datagrams come from; it ends
+// by close_notify, by a fatal alert, after Config.MaxSilence, or when its peer, having no connection ID, makes a new
+// association from the same address.
+func (s *Server) ServeDTLS(ctx context.Context, conn net.PacketConn, conf DTLSConfig) error {
+	if conf.Credentials == nil && conf.PSK == nil {
+		_ = conn.Close()
+		return errNoCredentials
+	}
+	sock, err := newSocket(conn)
+	if err != nil {
+		_ = conn.Close()
+		return err
+	}
+	s.enter()
+	defer s.leave()
+	l := &dtlsListener{
+		srv: s, conf: conf, sock: sock, sessions: s.newSessions(), mute: list.New(),
+		byCID: make(map[connectionID]*association), open: make(map[endpoints]*association),
+		fresh: make(map[endpoints]*association), shaking: make(map[endpoints]*association),
+	}
+	l.ctx, l.stop = context.WithCancel(context.WithoutCancel(ctx))
+	ended := make(chan error, 1)
+	go func() { ended <- l.read() }()
+	select {
+	case <-ctx.Done():
+		l.release() // the socket is read on: answers under way may need the peer's
+		_ = conn.Close()
+		<-ended
+		return nil
+	case err := <-ended:
+		l.release()
+		_ = conn.Close()
+		if ctx.Err() != nil {
+			return nil
+		}
+		return fmt.Errorf("read dtls datagrams: %w", err)
+	}
+}
+
+// release ends handshakes and sessions and waits for them.
+func (l *dtlsListener) release() {
+	l.mu.Lock()
+	l.closing = true
+	l.mu.Unlock()
+	l.stop()
+	l.sessions.release()
+	l.wg.Wait()
+}

@@ -1,0 +1,565 @@
+package coap
+
+import (
+	"bytes"
+	"container/list"
+	"context"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/pion/dtls/v3"
+)
+
+// dtlsListener is one call of ServeDTLS. It reads the socket and brings each record to its association: by connection ID,
+// else by the pair of addresses. At most three associations have one pair: the one that is a session, one whose handshake is
+// under way, and one that has not shown its cookie; none of them can end one that has come further.
+type dtlsListener struct {
+	srv      *Server
+	conf     DTLSConfig
+	sock     *socket
+	sessions *sessions
+	wg       sync.WaitGroup // handshakes and drains
+	ctx      context.Context
+	stop     context.CancelFunc
+
+	mu       sync.Mutex
+	closing  bool
+	byCID    map[connectionID]*association
+	open     map[endpoints]*association // sessions
+	fresh    map[endpoints]*association // unverified
+	shaking  map[endpoints]*association // verified
+	mute     *list.List                 // sessions whose address somebody else has now, oldest first
+	halfOpen [2]halfOpen                // by stage: unverified, verified
+	grey     *greylist                  // made when it is first needed
+}
+
+// halfOpen are handshakes of one stage, oldest first. The stages have lists of their own, so that a flood of ClientHellos
+// with forged addresses pushes out no peer whose address is proven.
+type halfOpen struct {
+	all    *list.List
+	prefix map[netip.Prefix]*list.List
+}
+
+func (h *halfOpen) add(a *association) {
+	if h.all == nil {
+		h.all, h.prefix = list.New(), make(map[netip.Prefix]*list.List)
+	}
+	p := h.prefix[a.prefix]
+	if p == nil {
+		p = list.New()
+		h.prefix[a.prefix] = p
+	}
+	a.half, a.inAll, a.inPrefix = h, h.all.PushBack(a), p.PushBack(a)
+}
+
+// unlist takes a out of the list it is in.
+func (a *association) unlist() {
+	h := a.half
+	if h == nil {
+		return
+	}
+	h.all.Remove(a.inAll)
+	p := h.prefix[a.prefix]
+	if p.Remove(a.inPrefix); p.Len() == 0 {
+		delete(h.prefix, a.prefix)
+	}
+	a.half, a.inAll, a.inPrefix = nil, nil, nil
+}
+
+// over returns the one that has to go for another one of that prefix, if any.
+func (h *halfOpen) over(prefix netip.Prefix, conf *DTLSConfig) *association {
+	if p := h.prefix[prefix]; p != nil && p.Len() >= conf.MaxPerPrefix {
+		return p.Front().Value.(*association)
+	}
+	if h.all != nil && h.all.Len() >= conf.MaxHandshakes {
+		return h.all.Front().Value.(*association)
+	}
+	return nil
+}
+
+// crowded reports that half of what there is for that prefix, or for all, is taken.
+func (h *halfOpen) crowded(prefix netip.Prefix, conf *DTLSConfig) bool {
+	p := h.prefix[prefix]
+	return p != nil && 2*p.Len() >= conf.MaxPerPrefix || h.all != nil && 2*h.all.Len() >= conf.MaxHandshakes
+}
+
+// greylist remembers ClientHellos for a while, roughly. pion makes the cookie, and keeps one association for each; when
+// these get many, only who asks twice gets one. A flood with forged addresses seldom repeats itself, a device always does.
+type greylist [1 << 16]struct{ sum, at uint32 } // at: milliseconds, zero is never
+
+const (
+	greyAfter = 500 * time.Millisecond // RFC 6347, Section 4.2.4.1: the first repetition is due after a second
+	greyUntil = 70 * time.Second       // and no later than after a minute
+)
+
+// again reports whether the same was seen, long enough ago to be a repetition.
+func (g *greylist) again(sum uint64, now time.Duration) bool {
+	ms := uint32(now/time.Millisecond) | 1 //nolint:gosec // wraps after 49 days, which costs a repetition
+	e := &g[sum%uint64(len(g))]
+	if tag := uint32(sum >> 32); e.at == 0 || e.sum != tag || ms-e.at > uint32(greyUntil/time.Millisecond) { //nolint:gosec // cut on purpose
+		e.sum, e.at = tag, ms
+		return false
+	}
+	return ms-e.at >= uint32(greyAfter/time.Millisecond)
+}
+
+// prefixOf is what is taken for one owner of addresses: the smallest networks that are routed by themselves.
+func prefixOf(a netip.Addr) netip.Prefix {
+	bits := 24
+	if a.Is6() && !a.Is4In6() {
+		bits = 56
+	}
+	p, _ := a.WithZone("").Prefix(bits)
+	return p
+}
+
+func (l *dtlsListener) drop(why string) { l.srv.metrics.dropped.WithLabelValues(why).Inc() }
+
+func (l *dtlsListener) newRoute(e endpoints) *route {
+	return &route{ends: e, control: l.sock.control(e), remote: net.UDPAddrFromAddrPort(e.remote)}
+}
+
+// route brings the records of one datagram to their associations. b is the caller's.
+func (l *dtlsListener) route(b []byte, e endpoints) {
+	var room [8]record
+	recs := room[:0]
+	for rest := b; len(rest) > 0; {
+		r, more, ok := nextRecord(rest)
+		if !ok {
+			l.drop("record")
+			break
+		}
+		recs, rest = append(recs, r), more
+	}
+	// Runs of records for the same association go together. There are few: a datagram with several is part of a handshake.
+	for len(recs) > 0 {
+		n := 1
+		for n < len(recs) && sameWay(recs[0], recs[n]) {
+			n++
+		}
+		l.deliver(recs[:n], e)
+		recs = recs[n:]
+	}
+}
+
+// sameWay reports that two records of one datagram are for the same association.
+func sameWay(a, b record) bool {
+	if a.typ == recordCID || b.typ == recordCID {
+		return a.typ == b.typ && a.cid == b.cid
+	}
+	return !opensHandshake(a) && !opensHandshake(b) && (a.epoch == 0) == (b.epoch == 0)
+}
+
+func opensHandshake(r record) bool {
+	return r.epoch == 0 && r.typ == recordHandshake && isClientHello(r.body)
+}
+
+func (l *dtlsListener) deliver(recs []record, e endpoints) {
+	r := recs[0]
+	if opensHandshake(r) {
+		l.hello(recs[:1], e)
+		return
+	}
+	l.mu.Lock()
+	var to [2]*association
+	switch {
+	case r.typ == recordCID:
+		to[0] = l.byCID[r.cid]
+	case r.epoch == 0:
+		if to[0] = l.shaking[e]; to[0] == nil {
+			to[0] = l.open[e]
+		}
+		if r.typ == recordAlert && to[0] == nil {
+			to[0] = l.fresh[e]
+		}
+	default:
+		// After a reboot nobody can tell whose it is but by the key. A peer that has a connection ID uses it (RFC 9146,
+		// Section 3).
+		to[0] = l.shaking[e]
+		if a := l.open[e]; a != nil && !a.hasCID {
+			to[1] = a
+		}
+	}
+	l.mu.Unlock()
+	if to[0] == nil && to[1] == nil {
+		l.drop("unknown") // of an association that is gone, mostly; RFC 6347, Section 4.1.2.7: discarded silently
+		return
+	}
+	for i, a := range to {
+		if a == nil {
+			continue
+		}
+		mine := recs
+		if i == 0 && to[1] != nil {
+			mine = append([]record(nil), recs...) // push picks among them
+		}
+		a.push(mine, e)
+	}
+}
+
+// hello takes a ClientHello. One on a live address begins a second association, which replaces the old one when its
+// handshake is complete (RFC 6347, Section 4.2.8).
+func (l *dtlsListener) hello(recs []record, e endpoints) {
+	h, ok := parseClientHello(recs[0].body)
+	if !ok {
+		l.drop("record")
+		return
+	}
+	l.mu.Lock()
+	fresh, shaking, old := l.fresh[e], l.shaking[e], l.open[e]
+	l.mu.Unlock()
+	if len(h.cookie) > 0 {
+		for _, a := range []*association{fresh, shaking} {
+			if a == nil {
+				continue
+			}
+			a.mu.Lock()
+			known := len(a.cookie) > 0 && bytes.Equal(a.cookie, h.cookie)
+			first := a.stage == unverified
+			a.mu.Unlock()
+			switch {
+			case known && first:
+				a.push(recs, e)
+				return
+			case known:
+				a.again()
+				return
+			}
+		}
+		// A cookie that is not ours, or an old one. pion would end the handshake that is under way.
+		l.drop("cookie")
+		return
+	}
+	for _, a := range []*association{shaking, old} {
+		if a != nil && a.random == h.random {
+			l.drop("duplicate") // it comes late
+			return
+		}
+	}
+	if fresh != nil && fresh.random == h.random {
+		// The HelloVerifyRequest was lost, or one of two was (RFC 6347, Section 4.2.1: each is answered).
+		fresh.again()
+		return
+	}
+	if l.tooMany(h, e) {
+		l.drop("crowded")
+		return
+	}
+	l.begin(recs, h, e)
+}
+
+// tooMany reports that a ClientHello has to come again before it is worth an association.
+func (l *dtlsListener) tooMany(h clientHello, e endpoints) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.halfOpen[unverified].crowded(prefixOf(e.remote.Addr()), &l.conf) {
+		return false
+	}
+	if l.grey == nil {
+		l.grey = new(greylist)
+	}
+	return !l.grey.again(maphash.Comparable(seed, greyKey{e.remote, h.random}), l.srv.now())
+}
+
+type greyKey struct {
+	from   netip.AddrPort
+	random helloRandom
+}
+
+// begin makes an association for a ClientHello.
+func (l *dtlsListener) begin(recs []record, h clientHello, e endpoints) {
+	if !l.srv.room() && !l.makeRoom() {
+		l.srv.refuse(net.UDPAddrFromAddrPort(e.remote), "max-connections", fmt.Sprintf("%d connections are open", l.srv.cfg.MaxConnections))
+		return
+	}
+	a := &association{l: l, first: e, random: h.random, route: l.newRoute(e), prefix: prefixOf(e.remote.Addr())}
+	a.changed = sync.NewCond(&a.mu)
+	a.routes = []*route{a.route}
+	ctx, cancel := context.WithTimeout(l.ctx, l.conf.HandshakeTimeout)
+	a.ctx, a.cancel = context.WithCancelCause(ctx)
+	conn, err := dtls.ServerWithOptions(wire{a}, a.route, l.options(a)...)
+	if err != nil {
+		cancel()
+		l.srv.log.Error("cannot begin a DTLS handshake", "error", err)
+		l.srv.refuse(a.route.remote, "handshake-failed", err.Error())
+		return
+	}
+	a.conn = conn
+	half := &l.halfOpen[unverified]
+	l.mu.Lock()
+	if l.closing {
+		l.mu.Unlock()
+		cancel()
+		return
+	}
+	victim := half.over(a.prefix, &l.conf)
+	if victim != nil {
+		victim.unlist()
+		delete(l.fresh, victim.first)
+	}
+	restarted := l.fresh[e]
+	if restarted != nil {
+		restarted.unlist()
+	}
+	l.fresh[e] = a
+	half.add(a)
+	l.wg.Add(1)
+	l.mu.Unlock()
+	if victim != nil {
+		victim.cancel(errEvictedHalf)
+	}
+	if restarted != nil {
+		restarted.cancel(errRestarted)
+	}
+	a.push(recs, e)
+	go func() {
+		defer l.wg.Done()
+		defer cancel()
+		l.handshake(a)
+	}()
+}
+
+// promote moves an association on: its cookie came back.
+func (l *dtlsListener) promote(a *association) {
+	half := &l.halfOpen[verified]
+	l.mu.Lock()
+	a.unlist()
+	if l.fresh[a.first] == a {
+		delete(l.fresh, a.first)
+	}
+	victim := half.over(a.prefix, &l.conf)
+	if victim != nil {
+		victim.unlist()
+		delete(l.shaking, victim.first)
+	}
+	restarted := l.shaking[a.first]
+	if restarted != nil {
+		restarted.unlist()
+	}
+	l.shaking[a.first] = a
+	half.add(a)
+	l.mu.Unlock()
+	if victim != nil {
+		victim.cancel(errEvictedHalf)
+	}
+	if restarted != nil {
+		restarted.cancel(errRestarted)
+	}
+}
+
+// newCID makes and registers the association's connection ID, once its peer has asked for one.
+func (l *dtlsListener) newCID(a *association) []byte {
+	id := l.conf.newCID()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for l.byCID[id] != nil {
+		id = l.conf.newCID()
+	}
+	l.byCID[id] = a
+	a.mu.Lock()
+	a.cid, a.hasCID = id, true
+	a.mu.Unlock()
+	return id[:]
+}
+
+// handshake completes an association, or says why not.
+func (l *dtlsListener) handshake(a *association) {
+	s := l.srv
+	err := a.conn.HandshakeContext(a.ctx)
+	if err == nil {
+		a.mu.Lock()
+		a.stage = complete
+		a.mu.Unlock()
+		s.metrics.handshakes.WithLabelValues("ok").Inc()
+		l.begun(a)
+		return
+	}
+	cause := context.Cause(a.ctx)
+	a.cancel(nil)
+	_ = a.conn.Close()
+	a.mu.Lock()
+	a.stage = over
+	said := a.said
+	a.mu.Unlock()
+	l.forget(a)
+	outcome, reason := "failed", err
+	switch {
+	case errors.Is(cause, errRestarted):
+		outcome, reason = "restarted", cause
+	case errors.Is(cause, errEvictedHalf):
+		outcome, reason = "evicted", cause
+	case errors.Is(cause, errWrongKey):
+		reason = cause
+	case errors.Is(cause, context.DeadlineExceeded):
+		outcome, reason = "timeout", errors.New("the peer did not go on")
+	case cause != nil: // the engine stops
+		return
+	}
+	s.metrics.handshakes.WithLabelValues(outcome).Inc()
+	if outcome == "restarted" {
+		return
+	}
+	detail := reason.Error()
+	if len(said) == 2 {
+		detail = fmt.Sprintf("%s; the peer sent alert %d", detail, said[1])
+	}
+	s.refuse(a.route.remote, "handshake-"+outcome, detail)
+}
+
+// begun makes a session of a complete association, which takes the place of the one before it.
+func (l *dtlsListener) begun(a *association) {
+	s := l.srv
+	if !s.admit() && (!l.makeRoom() || !s.admit()) {
+		s.refuse(a.route.remote, "max-connections", fmt.Sprintf("%d connections are open", s.cfg.MaxConnections))
+		_ = a.Close()
+		return
+	}
+	d, err := l.sessions.start(a)
+	if err != nil {
+		_ = a.Close()
+		s.gone()
+		return
+	}
+	d.confirmed = a.confirmed
+	l.mu.Lock()
+	l.unlist(a)
+	a.mu.Lock()
+	if a.stage == over { // the handler has ended it already
+		a.mu.Unlock()
+		l.mu.Unlock()
+		return
+	}
+	a.session = d
+	a.drain()
+	a.mu.Unlock()
+	old := l.open[a.first]
+	l.open[a.first] = a
+	if old != nil && old.hasCID && old.muted == nil {
+		// Its peer may come from another address: this one is somebody else's now, or its device has forgotten it.
+		old.muted = l.mute.PushBack(old)
+	}
+	l.mu.Unlock()
+	if old == nil {
+		return
+	}
+	old.mu.Lock()
+	if old.route.ends == a.first {
+		old.route.stale = true
+	}
+	old.mu.Unlock()
+	if !old.hasCID {
+		old.session.lost(ErrReplaced)
+	}
+}
+
+// room reports whether there is room for one more connection.
+func (s *Server) room() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.count < s.cfg.MaxConnections
+}
+
+// makeRoom ends the oldest session that cannot be reached and reports whether there is room now. The end may take a moment:
+// the peer's next try finds it.
+func (l *dtlsListener) makeRoom() bool {
+	l.mu.Lock()
+	var a *association
+	if at := l.mute.Front(); at != nil {
+		a = at.Value.(*association)
+		l.mute.Remove(at)
+		a.muted = nil
+	}
+	l.mu.Unlock()
+	if a != nil {
+		a.session.lost(ErrReplaced)
+	}
+	return l.srv.room()
+}
+
+func (l *dtlsListener) unmute(a *association) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if a.muted != nil {
+		l.mute.Remove(a.muted)
+		a.muted = nil
+	}
+}
+
+// rerouted notes that the peer of a session is elsewhere now. An address that another session has stays that one's: who
+// forges it must not get its records.
+func (l *dtlsListener) rerouted(a *association, left, now *route) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.open[left.ends] == a {
+		delete(l.open, left.ends)
+	}
+	if l.open[now.ends] == nil {
+		l.open[now.ends] = a
+	}
+	if a.muted != nil {
+		l.mute.Remove(a.muted)
+		a.muted = nil
+	}
+}
+
+// unlist takes a handshake out of the lists; mu is held.
+func (l *dtlsListener) unlist(a *association) {
+	a.unlist()
+	if l.fresh[a.first] == a {
+		delete(l.fresh, a.first)
+	}
+	if l.shaking[a.first] == a {
+		delete(l.shaking, a.first)
+	}
+}
+
+// forget takes an association out of all books.
+func (l *dtlsListener) forget(a *association) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.unlist(a)
+	a.mu.Lock()
+	at := a.route.ends
+	a.mu.Unlock()
+	for _, e := range []endpoints{a.first, at} {
+		if l.open[e] == a {
+			delete(l.open, e)
+		}
+	}
+	if a.hasCID && l.byCID[a.cid] == a {
+		delete(l.byCID, a.cid)
+	}
+	if a.muted != nil {
+		l.mute.Remove(a.muted)
+		a.muted = nil
+	}
+}
+
+// read reads the socket until it is closed.
+func (l *dtlsListener) read() error {
+	b := make([]byte, maxUDP)
+	for row := 0; ; {
+		n, e, ok, err := l.sock.read(b)
+		switch {
+		case errors.Is(err, net.ErrClosed):
+			return err
+		case err != nil:
+			if row++; row == 100 {
+				return err
+			}
+			l.srv.metrics.acceptErrors.Inc()
+			t := time.NewTimer(5 * time.Millisecond)
+			<-t.C
+		default:
+			row = 0
+			if ok {
+				l.route(b[:n], e)
+			}
+		}
+	}
+}

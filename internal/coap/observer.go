@@ -1,0 +1,182 @@
+package coap
+
+import (
+	"context"
+	"errors"
+	"net"
+
+	"github.com/coaphub/coaphub/hub"
+)
+
+// Observer is the peer's entry in our list of observers: its interest in one resource of ours (RFC 7641, Section 4.1). It ends
+// by Cancel, by an error notification, with its connection, when the same token registers again, and over UDP when the peer
+// rejects a notification or does not acknowledge it.
+//
+// Over UDP every notification is confirmable: so none overtakes another, a peer that is gone is noticed, and congestion
+// control is that of all confirmable messages (RFC 7641, Section 4.5 asks for one at least every 24 h). While one is under
+// way only the newest of the others is kept (Section 4.5.2).
+type Observer struct {
+	c     *Conn
+	req   *Message
+	ended func()
+
+	// Guarded by Conn.mu.
+	number  uint32
+	over    bool
+	busy    bool      // a notification is under way
+	waiting *Response // the newest one behind it
+}
+
+// AddObserver enters the peer, whose request with Observe 0 the handler is answering, into the list of observers. The answer
+// must be a 2.xx with Observer.Number as its Observe option, or the entry is to be cancelled. ended, if not nil, is
+// called once when the entry is over for another reason than Cancel and the connection's end; it must not block. The error is
+// of kind Exhausted when there are Config.MaxObservations.
+func (c *Conn) AddObserver(req *Message, ended func()) (*Observer, error) {
+	const op = "coap.AddObserver"
+	o := &Observer{c: c, req: clone(req), ended: ended, number: 1}
+	o.req.Token, o.req.Payload = req.Token, nil
+	c.mu.Lock()
+	old := c.observers[string(req.Token)]
+	if old == nil && len(c.observers) >= c.srv.cfg.MaxObservations {
+		c.mu.Unlock()
+		return nil, errObservation.With(op, nil)
+	}
+	if c.observers == nil {
+		c.observers = make(map[string]*Observer)
+	}
+	c.observers[string(req.Token)] = o
+	if old != nil {
+		// RFC 7641, Section 4.1: the same endpoint and token is the same entry, renewed. Its numbers go on.
+		old.over, old.waiting = true, nil
+		o.number = old.number + 1
+	}
+	c.mu.Unlock()
+	if old != nil && old.ended != nil {
+		old.ended()
+	}
+	return o, nil
+}
+
+// Observer returns the peer's entry with the token of req, which has Observe 1, nil if there is none; the handler cancels it
+// (RFC 7641, Section 3.6).
+func (c *Conn) Observer(req *Message) *Observer {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.observers[string(req.Token)]
+}
+
+// Number is the value for the Observe option of the answer that registers.
+func (o *Observer) Number() uint32 {
+	o.c.mu.Lock()
+	defer o.c.mu.Unlock()
+	return o.number & 0xffffff
+}
+
+// Cancel ends the entry; what is under way may still arrive. Cancelling again does nothing.
+func (o *Observer) Cancel() { o.finish() }
+
+// finish takes the entry out of the list and reports whether it was there.
+func (o *Observer) finish() bool {
+	o.c.mu.Lock()
+	defer o.c.mu.Unlock()
+	if o.over {
+		return false
+	}
+	o.over, o.waiting = true, nil
+	if o.c.observers[string(o.req.Token)] == o {
+		delete(o.c.observers, string(o.req.Token))
+	}
+	return true
+}
+
+// Notify tells the observer of a new state; r needs no Observe option. Over a stream it waits for room until ctx ends; over UDP
+// it never waits, and a state that is overtaken by a newer one may never be sent. An error code ends the entry (RFC 7641,
+// Section 4.2). Errors are of kind Unavailable (the entry or the connection is over, or there is no room) and Deadline.
+func (o *Observer) Notify(ctx context.Context, r Response) error {
+	const op = "coap.Notify"
+	c := o.c
+	c.mu.Lock()
+	switch {
+	case o.over || c.reason != nil:
+		c.mu.Unlock()
+		return errGone.With(op, nil)
+	case o.busy:
+		o.waiting = &r
+		c.mu.Unlock()
+		return nil
+	}
+	o.busy = c.dg != nil
+	o.number++
+	number := o.number
+	c.mu.Unlock()
+
+	err := o.send(ctx, r, number)
+	if err == nil && r.Code>>5 != 2 {
+		o.finish()
+	}
+	switch {
+	case err == nil:
+		return nil
+	case ctx.Err() != nil:
+		return contextError(ctx, op)
+	case errors.Is(err, net.ErrClosed):
+		return errGone.With(op, err)
+	}
+	c.mu.Lock()
+	o.busy = false
+	c.mu.Unlock()
+	return &hub.Error{Kind: hub.Unavailable, Op: op, Err: err}
+}
+
+// send sends one notification, or its first block; the peer fetches the others (RFC 7959, Section 3.4).
+func (o *Observer) send(ctx context.Context, r Response, number uint32) error {
+	c := o.c
+	out := &Message{Code: r.Code, Token: o.req.Token, Options: sortOptions(r.Options), Payload: r.Payload}
+	if r.Code>>5 == 2 {
+		out.Options = AddUint(append(out.Options[:0:0], out.Options...), ObserveOption, number&0xffffff)
+	}
+	largest, bert := c.tr.limits()
+	b, asked, _ := blockOf(o.req, Block2)
+	b.num = 0
+	if c.tr.size(out) > largest || asked && r.Code>>5 == 2 && len(r.Payload) > b.size() {
+		c.slice(o.req, out, b, asked, largest, bert)
+	}
+	if c.dg == nil {
+		return c.tr.send(ctx, out, true)
+	}
+	return c.dg.notify(out, func(err error) { o.settled(err) })
+}
+
+// settled is told how the notification that was under way ended.
+func (o *Observer) settled(err error) {
+	c := o.c
+	if err != nil {
+		// RFC 7641, Sections 4.5 and 3.6: rejected, or never acknowledged: the peer is not interested any more.
+		if o.finish() && o.ended != nil {
+			o.ended()
+		}
+		return
+	}
+	c.mu.Lock()
+	o.busy = false
+	next := o.waiting
+	o.waiting = nil
+	c.mu.Unlock()
+	if next != nil {
+		if err := o.Notify(c.ctx, *next); err != nil {
+			c.srv.metrics.dropped.WithLabelValues("unsent").Inc()
+		}
+	}
+}
+
+// notify sends a notification in a confirmable message; settled is told nil when it is acknowledged.
+func (d *datagram) notify(m *Message, settled func(error)) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed || d.finished {
+		return net.ErrClosed
+	}
+	d.c.messagesOut.Add(1)
+	d.c.srv.metrics.out[kindOf(m.Code)].Inc()
+	return d.confirm(m, settled)
+}

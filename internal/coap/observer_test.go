@@ -1,0 +1,190 @@
+package coap
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
+	"github.com/coaphub/coaphub/hub"
+)
+
+// observable answers registrations and hands the observers out.
+type observable struct {
+	c     *Conn
+	added chan *Observer
+	ended int
+}
+
+func (h *observable) funcs() handlerFuncs {
+	return handlerFuncs{
+		open: func(c *Conn) error { h.c = c; return nil },
+		request: func(_ context.Context, m *Message) Response {
+			r := Response{Code: codes.Content, Payload: []byte("first")}
+			switch v, ok := m.Uint(ObserveOption); {
+			case ok && v == 0:
+				o, err := h.c.AddObserver(m, func() { h.ended++ })
+				if err != nil {
+					return busy()
+				}
+				r.Options = AddUint(nil, ObserveOption, o.Number())
+				h.added <- o
+			case ok:
+				if o := h.c.Observer(m); o != nil {
+					o.Cancel()
+				}
+			}
+			return r
+		},
+	}
+}
+
+func number(m *Message) uint32 {
+	v, ok := m.Uint(ObserveOption)
+	if !ok {
+		return 1 << 31
+	}
+	return v
+}
+
+func register(token byte, v uint32) *Message {
+	m := get("/tick").with(ObserveOption, v)
+	m.Token = []byte{token}
+	return m
+}
+
+func tell(t *testing.T, o *Observer, payload string) {
+	t.Helper()
+	if err := o.Notify(t.Context(), Response{Code: codes.Content, Payload: []byte(payload)}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// RFC 7641, Section 4: registration, numbers that grow, one notification at a time and then the newest, the ways to end.
+func TestObserverUDP(t *testing.T) {
+	h := &observable{}
+	udpBubble(t, h.funcs(), func(c *Config) { c.MaxObservations = 3 }, func(t *testing.T, s *udpSim) {
+		h.added = make(chan *Observer, 10)
+		p := s.device(t, deviceAddr)
+		s.begin(t, p)
+		first := p.ask(register(1, 0))
+		o := <-h.added
+		if number(first.Message) != o.Number() {
+			t.Fatalf("%s", first)
+		}
+		tell(t, o, "1")
+		m := p.read(confirmable)
+		if string(m.Payload) != "1" || m.Token[0] != 1 || number(m.Message) <= number(first.Message) {
+			t.Fatalf("%s", m)
+		}
+		for i := 2; i <= 5; i++ { // while that is under way
+			tell(t, o, fmt.Sprint(i))
+		}
+		p.quiet(time.Second)
+		p.empty(acknowledgement, m.id)
+		next := p.read(confirmable)
+		if string(next.Payload) != "5" || number(next.Message) <= number(m.Message) {
+			t.Fatalf("%s", next)
+		}
+		p.empty(acknowledgement, next.id)
+		p.quiet(time.Minute)
+
+		// The same token again is the same entry, and its numbers go on.
+		again := p.ask(register(1, 0))
+		renewed := <-h.added
+		if number(again.Message) <= number(next.Message) || h.ended != 1 {
+			t.Fatalf("%s, %d ended", again, h.ended)
+		}
+		wantKind(t, o.Notify(t.Context(), Response{Code: codes.Content}), hub.Unavailable)
+
+		// Reset.
+		tell(t, renewed, "6")
+		p.empty(reset, p.read(confirmable).id)
+		synctest.Wait()
+		if h.ended != 2 {
+			t.Fatalf("%d ended", h.ended)
+		}
+		wantKind(t, renewed.Notify(t.Context(), Response{Code: codes.Content}), hub.Unavailable)
+
+		// Observe 1.
+		p.ask(register(2, 0))
+		o = <-h.added
+		if m := p.ask(register(2, 1)); number(m.Message) != 1<<31 {
+			t.Fatalf("%s", m)
+		}
+		wantKind(t, o.Notify(t.Context(), Response{Code: codes.Content}), hub.Unavailable)
+
+		// An error.
+		p.ask(register(3, 0))
+		o = <-h.added
+		if err := o.Notify(t.Context(), Response{Code: codes.NotFound}); err != nil {
+			t.Fatal(err)
+		}
+		if m = p.read(confirmable); m.packet.code != codes.NotFound || number(m.Message) != 1<<31 {
+			t.Fatalf("%s", m)
+		}
+		p.empty(acknowledgement, m.id)
+		wantKind(t, o.Notify(t.Context(), Response{Code: codes.Content}), hub.Unavailable)
+
+		// Larger than a block: the rest is asked for (RFC 7959, Section 3.4).
+		p.ask(register(4, 0))
+		o = <-h.added
+		body := pattern(2000)
+		tell(t, o, string(body))
+		m = p.read(confirmable)
+		p.empty(acknowledgement, m.id)
+		if b, _, _ := blockOf(m.Message, Block2); b != (block{more: true, szx: 6}) || number(m.Message) == 1<<31 {
+			t.Fatalf("%s", m)
+		}
+		rest := p.ask(withBlock(get("/tick"), 2, block{num: 1, szx: 6}))
+		if !bytes.Equal(append(m.Payload, rest.Payload...), body) || !bytes.Equal(ETag(rest.Message), ETag(m.Message)) {
+			t.Fatalf("%s", rest)
+		}
+
+		// No more than are allowed.
+		p.ask(register(5, 0))
+		<-h.added
+		p.ask(register(6, 0))
+		<-h.added
+		wantCode(t, p.ask(register(7, 0)).Message, codes.ServiceUnavailable)
+
+		// Silence.
+		before := h.ended
+		tell(t, o, "anybody?")
+		for range 5 {
+			p.read(confirmable)
+		}
+		p.quiet(2 * time.Minute)
+		if h.ended != before+1 {
+			t.Fatalf("%d ended", h.ended-before)
+		}
+	})
+}
+
+// Over a stream every notification is written, in order.
+func TestObserverTCP(t *testing.T) {
+	h := &observable{}
+	bubble(t, h.funcs(), nil, func(t *testing.T, s *sim) {
+		h.added = make(chan *Observer, 10)
+		p := s.dial(t)
+		last := number(p.ask(register(1, 0)))
+		o := <-h.added
+		for i := range 5 {
+			tell(t, o, fmt.Sprint(i))
+		}
+		for i := range 5 {
+			m := p.read()
+			if string(m.Payload) != fmt.Sprint(i) || number(m) <= last {
+				t.Fatalf("%v %q", m.Code, m.Payload)
+			}
+			last = number(m)
+		}
+		_ = p.Close()
+		s.reason(t)
+		wantKind(t, o.Notify(t.Context(), Response{Code: codes.Content}), hub.Unavailable)
+	})
+}
