@@ -52,6 +52,7 @@ func TestMaxConnections(t *testing.T) {
 		a, _ := s.dial(t), s.dial(t)
 		c := s.dialWith(t, 0, 1000)
 		c.ended()
+		synctest.Wait() // it is recorded after the connection was closed
 		r.want(t, "max-connections")
 		_ = a.Close()
 		_ = s.reason(t)
