@@ -242,6 +242,7 @@ func TestDownloadOfChangingResource(t *testing.T) {
 		if !bytes.Equal(body, bytes.Repeat([]byte{1}, 3000)) {
 			t.Fatal("blocks of two versions were mixed")
 		}
+		synctest.Wait() // the last block is sent before the answer is let go
 		s.srv.budget.mu.Lock()
 		defer s.srv.budget.mu.Unlock()
 		if s.srv.budget.left != s.srv.cfg.MaxBuffered {
