@@ -190,7 +190,7 @@ func (s *Server) ServeDTLS(ctx context.Context, conn net.PacketConn, conf DTLSCo
 	}
 	l.ctx, l.stop = context.WithCancel(context.WithoutCancel(ctx))
 	ended := make(chan error, 1)
-	go func() { ended <- l.read() }()
+	go func() { ended <- l.srv.readDatagrams(l.sock, l.route) }()
 	select {
 	case <-ctx.Done():
 		l.release() // the socket is read on: answers under way may need the peer's

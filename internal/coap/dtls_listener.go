@@ -539,27 +539,3 @@ func (l *dtlsListener) forget(a *association) {
 		a.muted = nil
 	}
 }
-
-// read reads the socket until it is closed.
-func (l *dtlsListener) read() error {
-	b := make([]byte, maxUDP)
-	for row := 0; ; {
-		n, e, ok, err := l.sock.read(b)
-		switch {
-		case errors.Is(err, net.ErrClosed):
-			return err
-		case err != nil:
-			if row++; row == 100 {
-				return err
-			}
-			l.srv.metrics.acceptErrors.Inc()
-			t := time.NewTimer(5 * time.Millisecond)
-			<-t.C
-		default:
-			row = 0
-			if ok {
-				l.route(b[:n], e)
-			}
-		}
-	}
-}

@@ -185,7 +185,7 @@ func (s *Server) ServeUDP(ctx context.Context, conn net.PacketConn) error {
 	defer s.leave()
 	l := &udpListener{srv: s, sock: sock, sessions: s.newSessions(), peers: make(map[endpoints]*udpLink), unproven: list.New()}
 	ended := make(chan error, 1)
-	go func() { ended <- l.read() }()
+	go func() { ended <- l.srv.readDatagrams(l.sock, l.route) }()
 	select {
 	case <-ctx.Done():
 		l.sessions.release() // the socket is read on: answers under way may need the peer's
@@ -202,11 +202,11 @@ func (s *Server) ServeUDP(ctx context.Context, conn net.PacketConn) error {
 	}
 }
 
-// read reads the socket until it is closed.
-func (l *udpListener) read() error {
+// readDatagrams hands each datagram of the socket to route until the socket is closed.
+func (s *Server) readDatagrams(sock *socket, route func(b []byte, e endpoints)) error {
 	b := make([]byte, maxUDP)
 	for row := 0; ; {
-		n, e, ok, err := l.sock.read(b)
+		n, e, ok, err := sock.read(b)
 		switch {
 		case errors.Is(err, net.ErrClosed):
 			return err
@@ -216,13 +216,13 @@ func (l *udpListener) read() error {
 			if row++; row == 100 {
 				return err
 			}
-			l.srv.metrics.acceptErrors.Inc()
+			s.metrics.acceptErrors.Inc()
 			t := time.NewTimer(5 * time.Millisecond)
 			<-t.C
 		default:
 			row = 0
 			if ok {
-				l.route(b[:n], e)
+				route(b[:n], e)
 			}
 		}
 	}

@@ -372,7 +372,7 @@ func dialEngine(t testing.TB, srv *Server, pc net.PacketConn, to netip.AddrPort)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		_ = l.read()
+		_ = l.srv.readDatagrams(l.sock, l.route)
 	}()
 	t.Cleanup(func() {
 		l.sessions.release()
