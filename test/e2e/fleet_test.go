@@ -14,6 +14,7 @@ import (
 // TestFleet runs `coaphub simulate` against a hub: 100 devices for a few seconds, and nightly 1000 for ten minutes, where
 // the hub's memory at minute ten is at most 1.1 times that at minute two.
 func TestFleet(t *testing.T) {
+	t.Parallel()
 	devices, length := 100, 12*time.Second
 	if nightly() {
 		devices, length = 1000, 10*time.Minute+15*time.Second

@@ -45,6 +45,7 @@ func trim(s string) string { return strings.TrimSpace(s) }
 
 // TestLibcoap talks to the hub with libcoap's client over TLS, built on two TLS libraries.
 func TestLibcoap(t *testing.T) {
+	t.Parallel()
 	for _, client := range []string{"coap-client-openssl", "coap-client-gnutls"} {
 		t.Run(client, func(t *testing.T) {
 			if _, err := exec.LookPath(client); err != nil {
@@ -234,6 +235,7 @@ func (p *process) issue(on onboarded, template *x509.Certificate) onboarded {
 // TestLibcoapDatagrams talks to the hub with libcoap's client over DTLS, with certificates and with a pre-shared key, and over
 // plain TCP and UDP: up to the sign-up, whose answer over UDP comes in blocks once the client has proven its address.
 func TestLibcoapDatagrams(t *testing.T) {
+	t.Parallel()
 	for _, client := range []string{"coap-client-openssl", "coap-client-gnutls"} {
 		t.Run(client, func(t *testing.T) {
 			if _, err := exec.LookPath(client); err != nil {
@@ -298,6 +300,7 @@ func TestLibcoapDatagrams(t *testing.T) {
 
 // TestCurl reads the API as a person with curl would.
 func TestCurl(t *testing.T) {
+	t.Parallel()
 	if _, err := exec.LookPath("curl"); err != nil {
 		t.Skip("curl is not installed")
 	}
@@ -420,6 +423,7 @@ func lamp(t *testing.T, p *process) {
 
 // TestStockGRPC uses what any gRPC client knows: health and reflection, and no generated code of ours.
 func TestStockGRPC(t *testing.T) {
+	t.Parallel()
 	p := serve(t, t.TempDir())
 	lamp(t, p)
 	addr := strings.TrimPrefix(p.ready["grpc"], "grpc://")

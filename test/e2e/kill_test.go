@@ -49,6 +49,7 @@ func (n compared) all() bool {
 // answered 2.04, unpublishes by instance answered 2.02, sign-ups answered 2.04, deletions by sign-off (2.02) and by the API
 // (200), and values that an HTTP answer had shown. 20 rounds, 200 nightly.
 func TestKill9(t *testing.T) {
+	t.Parallel()
 	const devices, guests = 6, 2
 	rounds := 20
 	if nightly() {

@@ -10,6 +10,7 @@ import (
 )
 
 func TestSecondInstanceIsRefused(t *testing.T) {
+	t.Parallel()
 	p := serve(t, t.TempDir())
 	_, stderr, err := command(t.Context(), append([]string{"serve", "--data", p.data}, loopback...)...)
 	if err == nil || !strings.Contains(stderr, "in use") {
@@ -21,6 +22,7 @@ func TestSecondInstanceIsRefused(t *testing.T) {
 }
 
 func TestTakenPortNamesTheFlag(t *testing.T) {
+	t.Parallel()
 	p := serve(t, t.TempDir())
 	args := append([]string{"serve", "--data", t.TempDir()}, loopback...)
 	_, stderr, err := command(t.Context(), append(args, "--http-address", strings.TrimPrefix(p.ready["http"], "http://"))...)
@@ -30,6 +32,7 @@ func TestTakenPortNamesTheFlag(t *testing.T) {
 }
 
 func TestGracefulStop(t *testing.T) {
+	t.Parallel()
 	p := serve(t, t.TempDir())
 	pe, err := dialPeer(t.Context(), p.coaps(), p.onboard(deviceID(1)).tls)
 	if err != nil {
@@ -54,6 +57,7 @@ func TestGracefulStop(t *testing.T) {
 }
 
 func TestStatusWithoutHub(t *testing.T) {
+	t.Parallel()
 	_, stderr, err := command(t.Context(), "status", "--data", t.TempDir())
 	if err == nil || !strings.Contains(stderr, "coaphub serve") {
 		t.Errorf("status without a hub: %v, %q", err, stderr)
@@ -61,6 +65,7 @@ func TestStatusWithoutHub(t *testing.T) {
 }
 
 func TestBackupAndRestore(t *testing.T) {
+	t.Parallel()
 	p := serve(t, t.TempDir())
 	id := deviceID(1)
 	on := p.onboard(id)

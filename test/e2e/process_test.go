@@ -7,6 +7,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"io"
 	"net/http"
@@ -37,6 +38,11 @@ func TestMain(m *testing.M) {
 	out, err := exec.Command("go", "build", "-o", hubBinary, "github.com/coaphub/coaphub/cmd/coaphub").CombinedOutput()
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "build coaphub: %v\n%s", err, out)
+		os.Exit(1)
+	}
+	// These tests wait for processes, clocks and timeouts most of their time: more of them at once than there are CPUs.
+	if err := flag.Set("test.parallel", "12"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
 	code := m.Run()

@@ -55,6 +55,7 @@ var update = flag.Bool("update", false, "write what came into the scripts")
 // REFRESH-OF-NAME for what its last sign-up or refresh brought, APP-TOKEN for an application's access token. In what came,
 // IDs become names and values that change from run to run become words in capitals.
 func TestScripts(t *testing.T) {
+	t.Parallel()
 	files, err := filepath.Glob("../scripts/*.txt")
 	if err != nil || len(files) == 0 {
 		t.Fatalf("no scripts: %v", err)

@@ -16,6 +16,7 @@ import (
 // line by line, where "…" stands for any further lines or the rest of a line. Only the ports are others, and the hub's name
 // for this machine is the loopback address, so that a test listens nowhere else.
 func TestTour(t *testing.T) {
+	t.Parallel()
 	if _, err := exec.LookPath("coap-client-openssl"); err != nil {
 		t.Skip("coap-client-openssl is not installed (Debian: libcoap3-bin)")
 	}
