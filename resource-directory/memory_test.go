@@ -158,6 +158,7 @@ func TestDeviceLargerThanTheMemory(t *testing.T) {
 // A device whose commit is under way stays, though it is the coldest and there is too much in memory. While that lasts, loads
 // do not pile up: one is taken and waits for its turn, the others are not.
 func TestDirtyDevicesAreNotEvicted(t *testing.T) {
+	t.Parallel()
 	inBubble(t, room(1, 1), func(t *testing.T, h *house, f *fake) {
 		defer h.weighed()
 		var xs []*device

@@ -54,6 +54,7 @@ func (m *model) set(href hub.Href, content string) {
 // TestDirectoryAgainstAModel does what devices, gateways, owners, crashes and retention do, in random order, and compares all
 // that can be seen after each step. The invariants of seqs, versions, times and rebuilding are checked at each restart.
 func TestDirectoryAgainstAModel(t *testing.T) {
+	t.Parallel()
 	hrefs := []hub.Href{"/a", "/b", "/c", "/d"}
 	rapid.Check(t, func(rt *rapid.T) {
 		f := &fake{}

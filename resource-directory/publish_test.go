@@ -129,6 +129,7 @@ func TestPublishRefusesBadLinks(t *testing.T) {
 }
 
 func TestTenThousandLinks(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	links := make([]hub.Link, 10000)

@@ -255,6 +255,7 @@ func TestStartLeavesNewSessionsAlone(t *testing.T) {
 }
 
 func TestOfflineIsStoredOnceTheStoreIsBack(t *testing.T) {
+	t.Parallel()
 	f := &fake{}
 	h := open(t, faked(f))
 	x := h.registered(lamp)

@@ -458,6 +458,7 @@ func TestConfigIsChecked(t *testing.T) {
 
 // The queue is full when a connection ends: nobody calls Offline again, so the directory must remember by itself.
 func TestOfflineSurvivesAFullQueue(t *testing.T) {
+	t.Parallel()
 	f := &fake{}
 	h := open(t, faked(f), func(h *house) { h.cfg.Workers, h.cfg.Queue, h.cfg.QueueWait = 1, 2, 10*time.Millisecond })
 	x, y := h.registered(lamp), h.registered(stove)
