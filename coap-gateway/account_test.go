@@ -156,6 +156,7 @@ func TestSignUpOfTooMuch(t *testing.T) {
 
 // Every refusal on the account path is answered and then closes the connection.
 func TestSignUpRefusals(t *testing.T) {
+	t.Parallel()
 	raw := func(s string) []byte { return []byte(s) }
 	for name, c := range map[string]struct {
 		body   any // a body, or raw bytes
@@ -265,6 +266,7 @@ func TestSignUpWithClientCredentials(t *testing.T) {
 
 // The pin of the first sign-up holds: a device that came with a certificate is not taken over by one without.
 func TestSignUpIsPinnedToTheCredential(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.issue("code", "token", hub.Claims{})
 	d := h.secure(lampID)
@@ -302,6 +304,7 @@ func (d *device) session(change func(body)) body {
 }
 
 func TestSignInRefusals(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		change func(body)
 		raw    []byte
@@ -442,6 +445,7 @@ func TestPipelinedRequestsEndWithARefusedSignIn(t *testing.T) {
 
 // The same behind an account request that the engine refused, at once or after its first block.
 func TestPipelinedRequestsEndWithARefusalOfTheEngine(t *testing.T) {
+	t.Parallel()
 	option := func(m message.Message, id message.OptionID, value ...byte) message.Message {
 		m.Options = coap.AddOption(m.Options, id, value)
 		return m
@@ -489,6 +493,7 @@ func TestSignInDoesNotWaitForTheDevice(t *testing.T) {
 }
 
 func TestSignOut(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		body body
 		code string
@@ -546,6 +551,7 @@ func TestSignOut(t *testing.T) {
 }
 
 func TestSignOff(t *testing.T) {
+	t.Parallel()
 	token := "token-" + string(lampID)
 	for name, c := range map[string]struct {
 		queries []string
@@ -653,6 +659,7 @@ func TestDeletedDeviceIsClosed(t *testing.T) {
 }
 
 func TestRefresh(t *testing.T) {
+	t.Parallel()
 	refresh := func(h *hall, token string, c hub.Claims, renewed string) {
 		h.w.grant("access-"+token, c)
 		h.w.mu.Lock()
@@ -738,6 +745,7 @@ func TestRefreshWhileTheTwinWrites(t *testing.T) {
 
 // The session ends with its token, and a refresh in the session moves its end.
 func TestSessionEndsWithItsToken(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.w.own(lampID, "alice")
 	h.w.own(fanID, "alice")

@@ -235,6 +235,7 @@ func TestAddETags(t *testing.T) {
 }
 
 func TestListBodyHeads(t *testing.T) {
+	t.Parallel()
 	for _, n := range []int{0, 1, 23, 24, 255, 256, 70_000} {
 		l := listBody{format: hub.FormatCBOR}
 		for i := range n {

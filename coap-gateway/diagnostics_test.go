@@ -11,6 +11,7 @@ import (
 
 // A device that comes and goes all the time must not be forgotten by the first of its ends, nor push others out.
 func TestDiagnosticsForgetWhoLeftFirst(t *testing.T) {
+	t.Parallel()
 	d := newDiagnostics()
 	id := func(i int) hub.DeviceID { return hub.DeviceID(fmt.Sprintf("d0000000-0000-4000-8000-%012d", i)) }
 	session := uint64(0)

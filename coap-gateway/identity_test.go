@@ -165,6 +165,7 @@ func TestDeviceIDFromCertificateAndClaim(t *testing.T) { // certificate true, cl
 }
 
 func TestStrictDeviceID(t *testing.T) {
+	t.Parallel()
 	strict := func(setup func(*Config, *Deps)) func(*Config, *Deps) {
 		return func(c *Config, d *Deps) {
 			setup(c, d)
@@ -407,6 +408,7 @@ func TestClientThatSendsItsCertificateOnly(t *testing.T) {
 
 // Nobody else comes in by the issuing certificate that the hub adds.
 func TestIntermediateAdmitsNobodyElse(t *testing.T) {
+	t.Parallel()
 	root, foreign := newCA(t), newCA(t)
 	issuing := root.issuing(t, nil)
 	same := foreign.issuing(t, nil)     // the same names, another root
@@ -476,6 +478,7 @@ func TestIntermediateMustBeUnderTheCAs(t *testing.T) {
 }
 
 func TestSessionEndsWithItsCertificate(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.w.own(lampID, "alice")
 	h.w.grant("token", hub.Claims{})

@@ -211,6 +211,7 @@ func TestNotFoundNotificationUnpublishes(t *testing.T) {
 }
 
 func TestAnswersOfAResource(t *testing.T) {
+	t.Parallel()
 	big := bytes.Repeat([]byte{1}, hub.MaxContent)
 	for name, c := range map[string]struct {
 		res    resource
@@ -270,6 +271,7 @@ func TestNotificationOverTheLimit(t *testing.T) {
 // A resource that does not answer leaves the twin SYNCING and everything else working. TestSilentResourceIsAskedAgain has what
 // comes then.
 func TestSilentResource(t *testing.T) {
+	t.Parallel()
 	h := start(t, func(c *Config, _ *Deps) { c.API.CoAP.KeepAlive.Timeout = time.Second })
 	h.published("/a", "/silent", "/z")
 	h.online(lampID, func(d *device) {
@@ -427,6 +429,7 @@ func TestFirstAnswerAndNotificationInOneSegment(t *testing.T) {
 
 // A write that cannot be stored ends the connection, so that the device reports again; one that can after a while does not.
 func TestNotificationsThatCannotBeStored(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		err   error
 		times int // how often it fails, 0: always

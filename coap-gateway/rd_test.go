@@ -16,6 +16,7 @@ import (
 
 // The order of refusals: path, method, session, format. Nothing is 4.01 that would not work with a session either.
 func TestOrderOfRefusals(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		code   codes.Code
 		path   string
@@ -201,6 +202,7 @@ func TestPublishRefusals(t *testing.T) {
 }
 
 func TestPublishOfManyLinks(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	d := h.online(lampID, mute)
 	many := make([]body, 10_001)
@@ -369,6 +371,7 @@ func TestDiscovery(t *testing.T) {
 
 // An answer that would not end is given up, and the device told what to do.
 func TestDiscoveryOfTooMuch(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	d := h.online(lampID, mute)
 	long := strings.Repeat("x", 1<<20)

@@ -174,6 +174,7 @@ func after(d time.Duration) {
 
 // What did not answer is asked again, ever more rarely; when the last of it has answered the twin is in sync, and observed.
 func TestSilentResourceIsAskedAgain(t *testing.T) {
+	t.Parallel()
 	silence(t, 10, func(t *testing.T, w *world, q *quiet) {
 		after(130 * time.Second)
 		if w.count("twin 2") != 1 || w.count("twin 3") != 0 || w.twin[lampID]["/a"].Content.Data == nil {
@@ -225,6 +226,7 @@ func TestSilentResourceIsUnpublished(t *testing.T) {
 
 // A session that observes all it may leaves what is missing alone, until there is room.
 func TestSilentResourceOfAFullSession(t *testing.T) {
+	t.Parallel()
 	silence(t, 2, func(t *testing.T, w *world, q *quiet) {
 		q.answers("/y")
 		after(50 * time.Second)

@@ -308,6 +308,7 @@ func (s *dtlsSim) forge(t testing.TB, from string, b []byte) {
 
 // A flood of ClientHellos from forged addresses takes bounded room, and keeps nobody out.
 func TestDTLSFlood(t *testing.T) {
+	t.Parallel()
 	dtlsBubble(t, handlerFuncs{}, func(_ *Config, c *DTLSConfig) { c.MaxHandshakes, c.MaxPerPrefix = 50, 10 }, func(t *testing.T, s *dtlsSim) {
 		synctest.Wait()
 		s.dialPSK(t, "203.0.113.8:5000", false)
@@ -458,6 +459,7 @@ func (n *noisy) WriteTo(b []byte, to net.Addr) (int, error) {
 
 // 10 % loss and a second each way: everybody gets in, and is heard.
 func TestDTLSLossy(t *testing.T) {
+	t.Parallel()
 	for _, interval := range []time.Duration{time.Second, 9 * time.Second} {
 		t.Run(interval.String(), func(t *testing.T) {
 			dtlsBubble(t, handlerFuncs{}, nil, func(t *testing.T, s *dtlsSim) {

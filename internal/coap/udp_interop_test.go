@@ -135,6 +135,7 @@ func dialUDP(t testing.TB, addr string, opts ...udp.Option) *client.Conn {
 
 // TestGoCoAPClientUDP lets another implementation ask: large bodies both ways, a slow answer, observation, ping.
 func TestGoCoAPClientUDP(t *testing.T) {
+	t.Parallel()
 	ts := newTestServer()
 	addr, _ := listenUDP(t, ts, "127.0.0.1:0", nil)
 	cc := dialUDP(t, addr)
@@ -402,6 +403,7 @@ func libcoapAsks(t *testing.T, ts *testServer, name, base string, more ...string
 
 // TestLibcoapServerUDP lets the engine be the client of libcoap's server: discovery, a large body there and back, observation.
 func TestLibcoapServerUDP(t *testing.T) {
+	t.Parallel()
 	path, err := exec.LookPath("coap-server-notls")
 	if err != nil {
 		t.Skip("coap-server-notls is not installed (Debian: libcoap3-bin)")

@@ -932,6 +932,7 @@ func TestUDPUnansweredAtTheEnd(t *testing.T) {
 // Sessions end by silence: soon when the address was never proven, else after MaxSilence; an idle one costs no timer turns
 // of its own.
 func TestUDPSilence(t *testing.T) {
+	t.Parallel()
 	udpBubble(t, handlerFuncs{}, nil, func(t *testing.T, s *udpSim) {
 		p := s.device(t, deviceAddr)
 		start := time.Now()
