@@ -147,3 +147,25 @@ func TestVerdict(t *testing.T) {
 		}
 	}
 }
+
+// Only the end of a fuzzer's time is forgiven, and only when nothing else is said.
+func TestEndedInTime(t *testing.T) {
+	const running = "fuzz: elapsed: 3s, execs: 40304 (13431/sec), new interesting: 104 (total: 108)\n"
+	for name, c := range map[string]struct {
+		out  string
+		want bool
+	}{
+		"nothing":          {"", false},
+		"does not compile": {"# m/a\na.go:1:1: context deadline exceeded\n", false},
+		"end of its time":  {running + "--- FAIL: FuzzX (3.20s)\n    context deadline exceeded\nFAIL\nexit status 1\n", true},
+		"an input":         {running + "--- FAIL: FuzzX (1.0s)\n    --- FAIL: FuzzX (0.00s)\n        x_test.go:1: bad\n", false},
+		"an input that hung": {
+			running + "--- FAIL: FuzzX (3.20s)\n    context deadline exceeded\n    Failing input written to testdata/fuzz/FuzzX/1\n", false,
+		},
+		"the test's own words": {running + "--- FAIL: FuzzX (0.1s)\n    x_test.go:9: context deadline exceeded\n", false},
+	} {
+		if got := endedInTime(c.out); got != c.want {
+			t.Errorf("%s: %v", name, got)
+		}
+	}
+}
