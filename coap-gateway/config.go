@@ -45,6 +45,9 @@ type CoAPConfig struct {
 	// MaxSilence ends a session over DTLS whose device has said nothing for so long: such devices are not pinged, they may
 	// sleep. A session over plain UDP ends so, too, if its address has proven to be the device's.
 	MaxSilence time.Duration `yaml:"maxSilence"`
+	// SleepAfter is for devices that sleep, on UDP and DTLS: commands for one that has said nothing for so long wait for its next
+	// message. Else, or with 0, a device is taken to sleep once it did not react to a request. Default 0.
+	SleepAfter time.Duration `yaml:"sleepAfter"`
 	TLS        TLSConfig     `yaml:"tls"`
 	DTLS       DTLSConfig    `yaml:"dtls"`
 	// Authorization says how devices prove who they are.
@@ -213,6 +216,9 @@ func (c Config) Validate() []error {
 	// A device that says something once in a while must not lose its session between its own retransmissions.
 	if co.MaxSilence < time.Minute {
 		bad(api+"maxSilence", "%v is less than 1m", co.MaxSilence)
+	}
+	if co.SleepAfter < 0 {
+		bad(api+"sleepAfter", "%v is less than 0", co.SleepAfter)
 	}
 	if co.DTLS.HandshakeTimeout < time.Second {
 		bad(api+"dtls.handshakeTimeout", "%v is less than 1s", co.DTLS.HandshakeTimeout)

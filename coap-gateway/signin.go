@@ -101,10 +101,9 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 	}
 	p.gw.devices.begin(d, p.conn.Stats)
 	s.log.Info("device came", "protocol", conn.Protocol.String()) // JSON would have its number
-	if got.TwinEnabled {
-		s.twin = newTwin(s)
-		s.twin.resync()
-	}
+	s.twin = newTwin(s, got.TwinEnabled)
+	s.twin.resync()
+	s.to.box.begin(s, got.Commands)
 	return claims, dev, nil
 }
 

@@ -13,6 +13,7 @@ type Device struct {
 	Links      LinkSet
 	LinksCause Cause // of the last links event
 	Resources  ResourceSet
+	Commands   []Command // that have not ended, in order
 }
 
 // Cause is where the last event of an aggregate came from.
