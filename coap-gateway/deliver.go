@@ -18,6 +18,9 @@ const (
 	// afterEnd is how long an answer is waited for after the command's end, to record that it came: until then nothing else is
 	// asked of the device.
 	afterEnd = time.Second
+	// noReaction is how long a device must say nothing to a request before it is taken to sleep: the first retransmission of it
+	// had its time (RFC 7252, Section 4.8: 3 s, then 6 s at most).
+	noReaction = 5 * time.Second
 	// askDirectoryAgain is the pause after the directory could not be asked, or told.
 	askDirectoryAgain = time.Second
 )
@@ -200,7 +203,7 @@ func (b *outbox) carryOut(c *hub.Command) {
 	switch kind := hub.KindOf(err); {
 	case err == nil:
 	case kind == hub.Deadline:
-		b.silent()
+		b.silent(begun)
 		a = hub.Answer{End: hub.CommandUnavailable, Content: plainText("the device did not answer")}
 	case kind == hub.Unavailable:
 		a = hub.Answer{End: hub.CommandUnavailable, Content: plainText("the request could not be sent, or was not answered")}
@@ -222,12 +225,14 @@ func (b *outbox) carryOut(c *hub.Command) {
 	b.ended(c, a)
 }
 
-// silent takes the device to sleep until it says something, unless it has since: on a stream it is only slow.
-func (b *outbox) silent() {
+// silent takes the device to sleep until it says something, if it did not react at all for long enough: on a stream it is only
+// slow, and a device that acknowledged the request is awake.
+func (b *outbox) silent(begun time.Time) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if !b.s.conn.Info().Stream {
-		b.awake = b.s.conn.Next()
+	next := b.s.conn.Next() // before the look, so that nothing is missed in between
+	if !b.s.conn.Info().Stream && time.Since(begun) >= noReaction && b.s.conn.Stats().LastActivity.Before(begun) {
+		b.awake = next
 	}
 }
 

@@ -29,6 +29,7 @@ type filter struct {
 	at        time.Time // the state at this time, zero = now
 	limit     uint32    // 0 = none
 	from      place
+	pending   pendingFilter // for the list of commands
 }
 
 // newFilter reads the filters that all lists share. Device IDs and hrefs that are none are kept out but count as given: who

@@ -160,7 +160,9 @@ func (g *Gateway) serve(ctx context.Context, w *writer, r *http.Request, templat
 	if req.query, err = parseQuery(r.URL.RawQuery); err != nil {
 		return err
 	}
-	return op.serve(g, w, req)
+	err = op.serve(g, w, req)
+	w.proto = req.proto
+	return err
 }
 
 func allow(template string) string {
@@ -182,6 +184,7 @@ type writer struct {
 	control *http.ResponseController
 	stall   time.Duration
 	status  int
+	proto   bool // an error is told in protobuf's JSON
 	cut     bool // the answer ended with an error after it had begun
 }
 

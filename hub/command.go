@@ -80,6 +80,7 @@ type Order struct {
 	// IfMatch has ETags of which the twin's must be one, else Precondition; empty = no condition. An empty ETag in it stands
 	// for any (RFC 9110, Section 13.1.1: *).
 	IfMatch    [][]byte
+	IfSeq      []uint64 // the same for twins without an ETag: seqs of which the one that brought the twin must be one
 	User       string
 	Connection string // of the caller, for the event's metadata
 	// Async returns as soon as the command is stored.

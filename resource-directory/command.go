@@ -211,25 +211,25 @@ var (
 )
 
 func checkOrder(o *hub.Order, fallback time.Duration) error {
-	bad := func(code, text string) error { return hub.NewError(hub.Invalid, code, text) }
+	invalid := func(code, text string) error { return hub.NewError(hub.Invalid, code, text) }
 	if o.TTL == 0 {
 		o.TTL = fallback
 	}
 	switch {
 	case o.Kind < hub.CommandCreate || o.Kind > hub.CommandTwinSync:
-		return bad("command-invalid", "there is no such command")
+		return invalid("command-invalid", "there is no such command")
 	case o.TTL < hub.MinCommandTTL || o.TTL > hub.MaxCommandTTL:
-		return bad("time-to-live-invalid", "the time to live is between 100 ms and a year, in nanoseconds")
+		return invalid("time-to-live-invalid", "the time to live is between 100 ms and a year, in nanoseconds")
 	case len(o.Interface) > hub.MaxInterface:
-		return bad("interface-invalid", "the resource interface is longer than 250 bytes")
+		return invalid("interface-invalid", "the resource interface is longer than 250 bytes")
 	case len(o.Key) > hub.MaxCommandKey:
-		return bad("idempotency-key-invalid", "the idempotency key is longer than 255 bytes")
-	case len(o.ETags) > hub.MaxCommandTags || len(o.IfMatch) > hub.MaxCommandTags:
-		return bad("etag-invalid", "there are more than 16 ETags")
+		return invalid("idempotency-key-invalid", "the idempotency key is longer than 255 bytes")
+	case len(o.ETags) > hub.MaxCommandTags || len(o.IfMatch)+len(o.IfSeq) > hub.MaxCommandTags:
+		return invalid("etag-invalid", "there are more than 16 ETags")
 	case len(o.Content.Data) > hub.MaxContent:
 		return hub.NewError(hub.TooLarge, "content-too-large", "the content is larger than 256 KiB")
 	case len(o.Content.Type) > 255 || len(o.Connection) > 255:
-		return bad("content-type-invalid", "the content type is longer than 255 bytes")
+		return invalid("content-type-invalid", "the content type is longer than 255 bytes")
 	}
 	if !slices.ContainsFunc(o.ETags, func(e []byte) bool { return len(e) == 0 || len(e) > 8 }) {
 		if o.Kind.OfTwin() {
@@ -238,7 +238,7 @@ func checkOrder(o *hub.Order, fallback time.Duration) error {
 		}
 		return checkHref(o.Href)
 	}
-	return bad("etag-invalid", "an ETag has 1 to 8 bytes") // RFC 7252, Section 5.10
+	return invalid("etag-invalid", "an ETag has 1 to 8 bytes") // RFC 7252, Section 5.10
 }
 
 // Command stores a command, has it delivered, and returns how it ended; with Async, as soon as it is stored. A command for a
@@ -363,9 +363,7 @@ func (d *Directory) ordered(s *state, o *hub.Order, id string, now int64, l *liv
 		if !published && !reported && !o.Force {
 			return nil, hub.NewError(hub.NotFound, "resource-unknown", "the device has no resource "+string(o.Href))
 		}
-		if len(o.IfMatch) > 0 && !slices.ContainsFunc(o.IfMatch, func(e []byte) bool {
-			return reported && (len(e) == 0 || bytes.Equal(e, t.ETag))
-		}) {
+		if len(o.IfMatch)+len(o.IfSeq) > 0 && !(reported && meets(t, o)) {
 			return nil, hub.NewError(hub.Precondition, "etag-mismatch", "the resource has another ETag than the condition names")
 		}
 		switch {
@@ -401,6 +399,12 @@ func (d *Directory) ordered(s *state, o *hub.Order, id string, now int64, l *liv
 		ev.Command.Session = l.session
 	}
 	return append(events, ev), nil
+}
+
+// meets reports whether the twin is one that the order wants.
+func meets(t *twin, o *hub.Order) bool {
+	return len(t.ETag) == 0 && slices.Contains(o.IfSeq, t.Seq) ||
+		slices.ContainsFunc(o.IfMatch, func(e []byte) bool { return len(e) == 0 || bytes.Equal(e, t.ETag) })
 }
 
 // ends makes the event that ends a command.
