@@ -123,7 +123,8 @@ func newAPI(base, token string, pool *x509.CertPool) *api {
 	return &api{strings.TrimRight(base, "/"), token, &http.Client{
 		Transport: &http.Transport{
 			TLSClientConfig: &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}, Proxy: http.ProxyFromEnvironment,
-			ResponseHeaderTimeout: 30 * time.Second, DisableKeepAlives: true,
+			// Longer than the hub waits for any device.
+			ResponseHeaderTimeout: 6 * time.Minute, DisableKeepAlives: true,
 		},
 		// A redirect would carry the token to wherever it points.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
@@ -157,9 +158,17 @@ const maxLine = 4 << 20
 
 // each reads a list or a single object and hands on each element. An error in the middle of a list ends it.
 func (a *api) each(ctx context.Context, path string, do func(json.RawMessage) error) error {
-	r, err := http.NewRequestWithContext(ctx, http.MethodGet, a.base+path, nil)
+	return a.call(ctx, http.MethodGet, path, "", nil, do)
+}
+
+// call is each for any method, with a body of the content type if it is not nil.
+func (a *api) call(ctx context.Context, method, path, contentType string, body []byte, do func(json.RawMessage) error) error {
+	r, err := http.NewRequestWithContext(ctx, method, a.base+path, bytes.NewReader(body))
 	if err != nil {
 		return usage("%s: %w", a.base, err)
+	}
+	if body != nil {
+		r.Header.Set("Content-Type", contentType)
 	}
 	r.Header.Set("Authorization", "Bearer "+a.token)
 	r.Header.Set("Accept", "application/json")
