@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -409,5 +410,83 @@ func TestCommandsEndWithTheirDevice(t *testing.T) {
 	}
 	if d := h.device(bob, lamp); len(d.Commands) != 0 {
 		t.Errorf("left %+v", d.Commands)
+	}
+}
+
+// Another process ended the command: whoever waits is told what the log says.
+func TestCommandEndsElsewhere(t *testing.T) {
+	h := open(t)
+	x := h.commandable()
+	a := h.ask(update(1))
+	c := x.end.next(t)
+	h.behind(lamp, hub.Event{
+		Kind: hub.CommandEnded, Href: "/light", Version: 2, Correlation: c.ID, Status: hub.StatusCreated,
+		Command: &hub.CommandEvent{Kind: hub.CommandUpdate, End: hub.CommandCompleted},
+	})
+	h.must(x.notify(value("/light", 1))) // finds out by the conflict
+	out, err := a.wait(t)
+	h.must(err)
+	if out.Status != hub.StatusCreated {
+		t.Errorf("outcome %+v", out)
+	}
+}
+
+// A caller that goes does not take the command with it, nor leave anything behind.
+func TestCallerGoes(t *testing.T) {
+	h := open(t)
+	x := h.commandable()
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() {
+		_, err := h.d.Command(ctx, alice, update(1))
+		done <- err
+	}()
+	c := x.end.next(t)
+	cancel()
+	wantKind(t, <-done, hub.Unavailable, "")
+	h.must(x.answer(c.ID, "done"))
+	if out, err := h.d.outcome(t.Context(), lamp, c.ID, 0); err != nil || string(out.Content.Data) != "done" {
+		t.Errorf("outcome %+v, %v", out, err)
+	}
+	if n := len(h.d.waiters.of); n != 0 {
+		t.Errorf("%d devices have waiters", n)
+	}
+}
+
+func TestVerifyFindsCommandsThatEndTwice(t *testing.T) {
+	h := open(t)
+	x := h.commandable()
+	h.async(update(1))
+	c := x.end.next(t)
+	h.must(x.answer(c.ID, ""))
+	for problem, change := range map[string]func(*hub.Event){
+		"ends twice":   func(*hub.Event) {},
+		"bound twice":  func(ev *hub.Event) { ev.Kind = hub.CommandBound },
+		"left behind":  nil,
+		"begins twice": nil,
+	} {
+		bad := damaged{Store: h.base, commits: func(k hub.Commit) (hub.Commit, bool) {
+			var out []hub.Event
+			for _, ev := range k.Events {
+				out = append(out, ev)
+				switch {
+				case change != nil && ev.Kind == hub.CommandEnded:
+					change(&ev)
+					out = append(out, ev)
+				case problem == "begins twice" && ev.Kind == hub.CommandPending:
+					out = append(out, ev)
+				case problem == "left behind" && ev.Kind == hub.CommandPending:
+					out = append(out, hub.Event{Kind: hub.Unregistered})
+				}
+			}
+			k.Events = out
+			return k, true
+		}}
+		var found []string
+		_, err := Verify(t.Context(), bad, func(_ hub.DeviceID, p string) { found = append(found, p) })
+		h.must(err)
+		if !slices.ContainsFunc(found, func(p string) bool { return strings.Contains(p, problem) }) {
+			t.Errorf("%q was not found: %q", problem, found)
+		}
 	}
 }
