@@ -25,6 +25,7 @@ func TestValidateNamesThePath(t *testing.T) {
 		"coapGateway.api.coap.protocols[0]":    func(c *Config) { c.API.CoAP.Protocols = []string{"sctp"} },
 		"coapGateway.api.coap.protocols[1]":    func(c *Config) { c.API.CoAP.Protocols = []string{"udp", "udp"} },
 		"coapGateway.api.coap.maxSilence":      func(c *Config) { c.API.CoAP.MaxSilence = time.Second },
+		"coapGateway.api.coap.sleepAfter":      func(c *Config) { c.API.CoAP.SleepAfter = -1 },
 		"coapGateway.api.coap.dtls.handshakeTimeout": func(c *Config) {
 			c.API.CoAP.DTLS.HandshakeTimeout = 0
 		},

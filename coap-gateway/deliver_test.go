@@ -4,12 +4,15 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"net"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
+	"github.com/plgd-dev/go-coap/v3/udp/coder"
 
 	"github.com/coaphub/coaphub/hub"
 )
@@ -273,5 +276,81 @@ func TestCommandWhileTheDirectoryIsAway(t *testing.T) {
 	h.awaitEnd("3")
 	if got := d.asks(); !slices.Equal(got, []string{"0.02 /light", "0.01 /light", "0.01 /light"}) {
 		t.Errorf("the device was asked %q", got)
+	}
+}
+
+// Over UDP a device that has said nothing for sleepAfter is asleep: what it is asked waits for its next message.
+func TestCommandsWaitForASleeper(t *testing.T) {
+	h := start(t, func(c *Config, _ *Deps) { c.API.CoAP.SleepAfter = 300 * time.Millisecond })
+	h.w.off[lampID] = true
+	h.w.own(lampID, "alice")
+	conn, err := net.Dial("udp", h.gw.Addresses().PlainUDP)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	send := func(m message.Message) {
+		t.Helper()
+		buf := make([]byte, 1500)
+		n, err := coder.DefaultCoder.Encode(m, buf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := conn.Write(buf[:n]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	receive := func(wait time.Duration) (m message.Message, ok bool) {
+		t.Helper()
+		buf := make([]byte, 1500)
+		_ = conn.SetReadDeadline(time.Now().Add(wait))
+		n, err := conn.Read(buf)
+		if err != nil {
+			return m, false
+		}
+		m.Options = make(message.Options, 0, 16)
+		if _, err := coder.DefaultCoder.Decode(buf[:n], &m); err != nil {
+			t.Fatal(err)
+		}
+		return m, true
+	}
+	login := cborOf(t, body{"di": string(lampID), "uid": "alice", "accesstoken": h.w.grant("udp", hub.Claims{}), "login": true})
+	options := message.Options{{ID: message.URIPath, Value: []byte("oic")}, {ID: message.URIPath, Value: []byte("sec")}, {ID: message.URIPath, Value: []byte("session")}}
+	send(message.Message{Type: message.Confirmable, MessageID: 1, Code: codes.POST, Token: []byte{1}, Options: options, Payload: login})
+	if m, ok := receive(10 * time.Second); !ok || m.Code != codes.Changed {
+		t.Fatalf("sign-in: %v", m)
+	}
+	h.w.mu.Lock()
+	to := h.w.to[lampID]
+	h.w.mu.Unlock()
+	poll := time.NewTicker(10 * time.Millisecond)
+	defer poll.Stop()
+	for end := time.Now().Add(10 * time.Second); to.Ready(); {
+		if <-poll.C; time.Now().After(end) {
+			t.Fatal("a silent device is not asleep")
+		}
+	}
+	h.give(command("1", hub.CommandUpdate, "/light"))
+	if m, ok := receive(200 * time.Millisecond); ok {
+		t.Fatalf("a sleeper was sent %v", m)
+	}
+	h.w.mu.Lock()
+	if len(h.w.queue) != 1 {
+		t.Error("the command was bound to the session, where it would be lost")
+	}
+	h.w.mu.Unlock()
+	send(message.Message{Type: message.Confirmable, MessageID: 2, Code: codes.Empty}) // a ping (RFC 7252, Section 4.3)
+	for {
+		m, ok := receive(10 * time.Second)
+		if !ok {
+			t.Fatal("the device woke and was asked nothing")
+		}
+		if m.Code == codes.POST {
+			send(message.Message{Type: message.Acknowledgement, MessageID: m.MessageID, Code: codes.Changed, Token: m.Token})
+			break
+		}
+	}
+	if a := h.awaitEnd("1"); a.Status != hub.StatusOK {
+		t.Errorf("answer %+v", a)
 	}
 }

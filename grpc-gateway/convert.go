@@ -27,7 +27,7 @@ const (
 // it never did), if both are JSON or CBOR. Contents of other types must be of the resource's own.
 func convert(c hub.Content, twin *hub.Resource) (hub.Content, error) {
 	from := mediaType(c)
-	format, known := hub.FormatOf(from)
+	_, known := hub.FormatOf(from)
 	switch {
 	case len(c.Data) == 0:
 		return c, invalid("content-missing", "the command needs a content")
@@ -48,7 +48,7 @@ func convert(c hub.Content, twin *hub.Resource) (hub.Content, error) {
 	case !decodes(to):
 		to = from
 	}
-	format, _ = hub.FormatOf(to)
+	format, _ := hub.FormatOf(to)
 	out := hub.Content{Type: hub.MediaType(format), Format: format, Data: c.Data}
 	var err error
 	switch {
