@@ -203,9 +203,11 @@ func TestPSK(t *testing.T) {
 	t.Parallel()
 	h := hubtest.Start(t)
 	lamp, fan := deviceID(1), deviceID(2)
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	ask := func(identity string, key []byte) (message.Message, error) {
+		ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+		defer cancel()
 		p, err := dialPSK(ctx, h.CoAPSUDP, identity, key)
 		if err != nil {
 			return message.Message{}, err

@@ -48,7 +48,7 @@ var update = flag.Bool("update", false, "write what came into the scripts")
 //
 // A line that begins with "with certificates: " is left out where devices show none, over plain TCP and UDP.
 //
-// WHO is an account; "nobody", who has no token; a device, who takes the token of its last sign-up; or ACCOUNT-for-1s, whose
+// WHO is an account; "nobody", who has no token; a device, who takes the token of its last sign-up; or ACCOUNT-for-3s, whose
 // token lasts so long.
 //
 // NAME in a path or body stands for that device's ID, CODE for a fresh authorization code, TOKEN-OF-NAME and
