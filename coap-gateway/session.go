@@ -25,7 +25,9 @@ type session struct {
 	user   atomic.Pointer[string] // sub, for audit; renewed while the twin writes
 	uid    string                 // the owner as the device names it
 	claims hub.Claims
-	timer  *time.Timer // closes the connection when the credential expires
+	timer  *time.Timer  // closes the connection when the credential expires
+	grant  grant        // what live has it under; live guards both
+	key    hub.DeviceID // "": it did not come with a pre-shared key
 
 	ctx    context.Context // ends with the session
 	cancel context.CancelFunc
@@ -137,6 +139,7 @@ func (p *peer) renew(s *session, c hub.Claims) {
 func (p *peer) endSession(reason string, offline bool) {
 	s := p.sess
 	p.sess = nil
+	p.gw.live.leave(s)
 	s.stop()
 	if offline {
 		// Neither the request's nor the connection's context: this must be recorded although both are over.
