@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -32,7 +33,8 @@ type session struct {
 	ctx    context.Context // ends with the session
 	cancel context.CancelFunc
 	to     *deliverer
-	twin   *twin // nil when the device's twin is disabled
+	twin   *twin          // nil when the device's twin is disabled
+	asking sync.WaitGroup // then what asks the device where it is
 
 	// turn holds one token; whoever has it may write. It orders the session's writes and guards the fields below.
 	turn    chan struct{}
@@ -162,6 +164,7 @@ func (p *peer) endSession(reason string, offline bool) {
 func (s *session) stop() {
 	s.timer.Stop()
 	s.cancel()
+	s.asking.Wait()
 	if s.twin != nil {
 		s.twin.stop()
 	}

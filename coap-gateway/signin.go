@@ -104,6 +104,16 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 	if got.TwinEnabled {
 		s.twin = newTwin(s)
 		s.twin.resync()
+	} else {
+		s.asking.Go(func() {
+			if !p.conn.Guard("local endpoints", func() {
+				if err := s.learnEndpoints(); err != nil && s.ctx.Err() == nil {
+					s.notStored(err)
+				}
+			}) {
+				p.conn.Close(coap.ErrPanic)
+			}
+		})
 	}
 	return claims, dev, p.entered(ctx, s, body.Token)
 }

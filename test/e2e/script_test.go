@@ -290,6 +290,9 @@ func (w *world) deviceLine(ctx context.Context, d *actor, what string) (string, 
 		return "", nil
 	case "is":
 		return w.closed(ctx, d)
+	case "lives":
+		d.peer.livesAt(strings.Fields(strings.TrimPrefix(rest, "at "))...)
+		return "", nil
 	case "serves", "notifies":
 		href, body, _ := strings.Cut(rest, " ")
 		v, err := w.value(body)
