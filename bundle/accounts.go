@@ -91,6 +91,7 @@ func (a *assembly) onboard(ctx context.Context, q OnboardRequest) (Onboarding, e
 		if o.PSK, err = a.psk.replace(ctx, dev); err != nil {
 			return Onboarding{}, err
 		}
+		a.devices.EndKey(dev) // whoever has the former one
 		o.PSKIdentity = string(dev)
 	}
 	return o, nil

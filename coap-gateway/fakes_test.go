@@ -24,6 +24,7 @@ type fakeDirectory struct {
 	unpublish func(context.Context, hub.Stamp, []hub.Href) ([]hub.Href, error)
 	notify    func(context.Context, hub.Stamp, []hub.Change) error
 	setTwin   func(context.Context, hub.Stamp, hub.TwinState) error
+	setLocal  func(context.Context, hub.Stamp, []string) error
 	device    func(context.Context, hub.Owner, hub.DeviceID) (*hub.Device, error)
 	devices   func(context.Context, hub.Owner, []hub.DeviceID) iter.Seq2[*hub.Device, error]
 	etags     func(context.Context, hub.DeviceID, int) ([][]byte, error)
@@ -55,6 +56,10 @@ func (f *fakeDirectory) Notify(ctx context.Context, from hub.Stamp, c []hub.Chan
 
 func (f *fakeDirectory) SetTwin(ctx context.Context, from hub.Stamp, s hub.TwinState) error {
 	return f.setTwin(ctx, from, s)
+}
+
+func (f *fakeDirectory) SetLocalEndpoints(ctx context.Context, from hub.Stamp, at []string) error {
+	return f.setLocal(ctx, from, at)
 }
 
 func (f *fakeDirectory) Device(ctx context.Context, o hub.Owner, d hub.DeviceID) (*hub.Device, error) {
@@ -167,7 +172,7 @@ func newWorld() *world {
 	}
 	w.dir = fakeDirectory{
 		signIn: w.signIn, signOut: w.signOut, offline: w.offline, publish: w.publish, unpublish: w.unpublish, notify: w.notify,
-		setTwin: w.setTwin, device: w.device, devices: w.devices, etags: func(context.Context, hub.DeviceID, int) ([][]byte, error) {
+		setTwin: w.setTwin, setLocal: w.setLocal, device: w.device, devices: w.devices, etags: func(context.Context, hub.DeviceID, int) ([][]byte, error) {
 			w.mu.Lock()
 			defer w.mu.Unlock()
 			return w.etag, nil
@@ -456,6 +461,15 @@ func (w *world) setTwin(_ context.Context, from hub.Stamp, s hub.TwinState) erro
 		return err
 	}
 	w.note("twin %d", s)
+	return nil
+}
+
+func (w *world) setLocal(_ context.Context, from hub.Stamp, at []string) error {
+	defer w.lock()()
+	if fresh, err := w.fence(from); err != nil || !fresh {
+		return err
+	}
+	w.note("local %q", at)
 	return nil
 }
 

@@ -58,6 +58,7 @@ type Gateway struct {
 	trusted  trusted     // who vouches for devices there
 	refused  refusals
 	devices  *diagnostics
+	live     *live
 	patience time.Duration // how long a write is tried again before a session is given up
 
 	mu        sync.Mutex // guards addresses
@@ -81,7 +82,7 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 		return nil, errors.New("coap-gateway needs at least one provider")
 	}
 	g := &Gateway{
-		cfg: cfg, deps: deps, log: log, metrics: newMetrics(reg), devices: newDiagnostics(),
+		cfg: cfg, deps: deps, log: log, metrics: newMetrics(reg), devices: newDiagnostics(), live: newLive(),
 		// Devices wait 4 s for a Pong and reconnect then (iotivity-lite); whatever is not stored by 3 s is better sent again.
 		patience: 3 * time.Second,
 	}

@@ -46,7 +46,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 			[]string{"mode", "outcome"}),
 		sessionsEnded: prometheus.NewCounterVec(opts("sessions_ended_total",
 			"Sessions by why they ended. Rising second-session: devices reconnect without closing, or two share an identity; rising "+
-				"expired: devices do not refresh their tokens."), []string{"reason"}),
+				"expired: devices do not refresh their tokens; revoked, key-replaced: their credentials were ended by somebody."), []string{"reason"}),
 	}
 	if reg != nil {
 		reg.MustRegister(m.sessions, m.requests, m.refused, m.changes, m.batchSkipped, m.tooLarge, m.notStored, m.syncs,

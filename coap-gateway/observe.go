@@ -410,6 +410,10 @@ func (t *twin) sync() error {
 		if err := t.prune(offered); err != nil {
 			return err
 		}
+		// Only of a device that answers: another would keep its twin waiting for nothing.
+		if err := s.learnEndpoints(); err != nil {
+			return err
+		}
 	}
 	mode, complete := "batch", false
 	if wantsBatch(offered, listed) {
@@ -469,7 +473,7 @@ func (t *twin) observeEach() (complete bool, _ error) {
 
 // list asks the device for its own links; false if it does not say.
 func (t *twin) list() ([]link, bool) {
-	m, err := t.ask(&coap.Message{Code: codes.GET, Options: requestTo(resHref, "if=oic.if.ll")})
+	m, err := t.s.ask(&coap.Message{Code: codes.GET, Options: requestTo(resHref, "if=oic.if.ll")})
 	if err != nil || m.Code != codes.Content {
 		t.s.log.Debug("the device did not list its links", "error", err)
 		return nil, false
@@ -679,13 +683,6 @@ func (t *twin) cancel(ctx context.Context, o *coap.Observation) {
 	if err := o.Cancel(ctx); err != nil {
 		t.s.log.Debug("the device did not answer a deregistration", "path", o.Path(), "error", err)
 	}
-}
-
-// ask is one request to the device.
-func (t *twin) ask(req *coap.Message) (*coap.Message, error) {
-	ctx, cancel := t.timeout(t.s.ctx)
-	defer cancel()
-	return t.s.conn.Do(ctx, req)
 }
 
 // timeout is how long the device has to answer one request.

@@ -23,6 +23,7 @@ type peer struct {
 	sess    *session    // nil when nobody is signed in
 	closing atomic.Bool // an answer was given after which the connection ends; the engine's refusals set it too
 	request uint64      // counts requests, for the log
+	told    uint64      // how many ends of credentials were told when the account request under way began
 	helpers sync.WaitGroup
 }
 
@@ -155,8 +156,16 @@ func (p *peer) answer(ctx context.Context, r route, known bool, path string, req
 	// Whatever a request waits for ends before the device gives up on it.
 	ctx, cancel := context.WithTimeout(ctx, p.gw.cfg.API.CoAP.KeepAlive.Timeout)
 	defer cancel()
-	resp, err := m(p, ctx, req, format)
-	if err != nil && r.account {
+	if !r.account {
+		return m(p, ctx, req, format)
+	}
+	p.told = p.gw.live.soFar() // before anything is checked
+	err := p.checkKey(ctx)
+	var resp coap.Response
+	if err == nil {
+		resp, err = m(p, ctx, req, format)
+	}
+	if err != nil {
 		err = accountError(err)
 	}
 	return resp, err

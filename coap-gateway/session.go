@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -25,12 +26,15 @@ type session struct {
 	user   atomic.Pointer[string] // sub, for audit; renewed while the twin writes
 	uid    string                 // the owner as the device names it
 	claims hub.Claims
-	timer  *time.Timer // closes the connection when the credential expires
+	timer  *time.Timer  // closes the connection when the credential expires
+	grant  grant        // what live has it under; live guards both
+	key    hub.DeviceID // "": it did not come with a pre-shared key
 
 	ctx    context.Context // ends with the session
 	cancel context.CancelFunc
 	to     *deliverer
-	twin   *twin // nil when the device's twin is disabled
+	twin   *twin          // nil when the device's twin is disabled
+	asking sync.WaitGroup // then what asks the device where it is
 
 	// turn holds one token; whoever has it may write. It orders the session's writes and guards the fields below.
 	turn    chan struct{}
@@ -137,6 +141,7 @@ func (p *peer) renew(s *session, c hub.Claims) {
 func (p *peer) endSession(reason string, offline bool) {
 	s := p.sess
 	p.sess = nil
+	p.gw.live.leave(s)
 	s.stop()
 	if offline {
 		// Neither the request's nor the connection's context: this must be recorded although both are over.
@@ -159,6 +164,7 @@ func (p *peer) endSession(reason string, offline bool) {
 func (s *session) stop() {
 	s.timer.Stop()
 	s.cancel()
+	s.asking.Wait()
 	if s.twin != nil {
 		s.twin.stop()
 	}

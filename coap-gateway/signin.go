@@ -67,7 +67,7 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 	if s := p.sess; s != nil {
 		if s.own == own {
 			p.renew(s, claims) // repeated: it keeps its number, its observations and its ONLINE
-			return claims, dev, nil
+			return claims, dev, p.entered(ctx, s, body.Token)
 		}
 		p.endSession("other-sign-in", true) // the device or its ownership is another one
 	}
@@ -104,8 +104,18 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 	if got.TwinEnabled {
 		s.twin = newTwin(s)
 		s.twin.resync()
+	} else {
+		s.asking.Go(func() {
+			if !p.conn.Guard("local endpoints", func() {
+				if err := s.learnEndpoints(); err != nil && s.ctx.Err() == nil {
+					s.notStored(err)
+				}
+			}) {
+				p.conn.Close(coap.ErrPanic)
+			}
+		})
 	}
-	return claims, dev, nil
+	return claims, dev, p.entered(ctx, s, body.Token)
 }
 
 // authenticate verifies a token and says which device it is used for. uid must be the token's owner.

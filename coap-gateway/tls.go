@@ -158,7 +158,7 @@ func (g *Gateway) credentialOf(info coap.ConnInfo) credential {
 	switch {
 	case info.Peer.PSKIdentity != nil:
 		c.device, _ = hub.ParseDeviceID(string(info.Peer.PSKIdentity)) // or it would have no key
-		c.psk, c.pin = true, "psk"
+		c.psk, c.key, c.pin = true, info.Peer.PSKHash, "psk"
 		return c
 	case info.TLS != nil && len(info.TLS.VerifiedChains) > 0:
 		chain = info.TLS.VerifiedChains[0]

@@ -48,8 +48,8 @@ type Connection struct {
 	ID             string // random, of the session's connection; kept when the device goes offline
 	ConnectedAt    int64  // Unix nanoseconds
 	Protocol       Protocol
-	Service        string // the gateway instance that holds it; empty when offline
-	LocalEndpoints []string
+	Service        string   // the gateway instance that holds it; empty when offline
+	LocalEndpoints []string // where the device says that it is reached in its own network; kept from session to session
 }
 
 // Twin is the state of the twin's synchronisation.

@@ -23,6 +23,7 @@ type model struct {
 	current  bool      // the last one still counts
 	online   bool
 	twin     hub.TwinState
+	places   []string            // local endpoints
 	links    map[hub.Href]string // title
 	twins    map[hub.Href]string // content, "" is NOT_FOUND
 	versions map[hub.Href]uint64
@@ -38,7 +39,7 @@ func (m *model) clone() *model {
 
 func (m *model) clear() {
 	m.links, m.twins, m.versions = map[hub.Href]string{}, map[hub.Href]string{}, map[hub.Href]uint64{}
-	m.current, m.online, m.twin = false, false, hub.TwinOutOfSync
+	m.current, m.online, m.twin, m.places = false, false, hub.TwinOutOfSync, nil
 }
 
 func (m *model) set(href hub.Href, content string) {
@@ -228,6 +229,18 @@ func TestDirectoryAgainstAModel(t *testing.T) {
 					m.twin = to
 				}
 			},
+			"local endpoints": func(rt *rapid.T) {
+				x, valid := someSession()
+				to := rapid.SampledFrom([][]string{nil, {"coap://a"}, {"coap://a", "coaps://a"}}).Draw(rt, "endpoints")
+				before := len(h.events(lamp))
+				expect(h.d.SetLocalEndpoints(ctx, x.stamp(), to), valid)
+				if changed := len(h.events(lamp)) > before; changed != (valid && !slices.Equal(to, m.places)) {
+					rt.Fatalf("%q after %q: an event %t", to, m.places, changed)
+				}
+				if valid {
+					m.places = to
+				}
+			},
 			"another process writes": func(rt *rapid.T) {
 				if m.owner == "" || len(m.sessions) == 0 {
 					rt.Skip("nobody's device, or none that ever signed in")
@@ -292,6 +305,9 @@ func (m *model) check(rt *rapid.T, h *house) {
 		m.same(rt, d)
 		if c := d.Metadata.Connection; c.Online != m.online || m.online && c.ID != strconv.Itoa(len(m.sessions)-1) {
 			rt.Fatalf("connection %+v, online should be %t", c, m.online)
+		}
+		if got := d.Metadata.Connection.LocalEndpoints; !slices.Equal(got, m.places) {
+			rt.Fatalf("local endpoints %q, want %q", got, m.places)
 		}
 		if d.Metadata.Twin.State != m.twin {
 			rt.Fatalf("twin state %d, want %d", d.Metadata.Twin.State, m.twin)

@@ -2,11 +2,13 @@ package resourcedirectory
 
 import (
 	"context"
+	"slices"
 
 	"github.com/coaphub/coaphub/hub"
 )
 
-// SignIn records that the device is online on conn and gives the session's number, the seq of the commit. A former session
+// SignIn records that the device is online on conn, whose LocalEndpoints are not looked at, and gives the session's number, the
+// seq of the commit. A former session
 // of the device is closed through its own Deliverer afterwards, with reason "second-session". Denied with code
 // "ownership-stale" if own is not the device's current ownership.
 //
@@ -27,6 +29,8 @@ func (d *Directory) SignIn(
 			return nil, errStale
 		}
 		meta := s.meta
+		// It says later where it is now; mostly that is where it was, and nobody is told of a change that is none.
+		conn.LocalEndpoints = meta.Connection.LocalEndpoints
 		meta.Connection = conn
 		meta.Twin.State = outOfSync(meta.Twin)
 		sess = hub.Session{Device: own.Device, Owner: own.Owner, Number: s.seq + 1, TwinEnabled: meta.Twin.Enabled}
@@ -162,6 +166,28 @@ func (d *Directory) SetTwin(ctx context.Context, from hub.Stamp, to hub.TwinStat
 		case hub.TwinInSync:
 			meta.Twin.InSyncAt = now
 		}
+		return []hub.Event{{
+			Kind: hub.MetadataUpdated, Session: from.Session, Message: from.Message, Connection: meta.Connection.ID,
+			User: from.User, Metadata: &meta,
+		}}, nil
+	}
+	return d.do(ctx, r)
+}
+
+// SetLocalEndpoints records where the device says that it is reached in its own network; nil and empty are nowhere. They stay
+// over the end of the session, until others are recorded or the device changes hands. Recording the same again makes no event.
+// Nobody may change the slice afterwards.
+func (d *Directory) SetLocalEndpoints(ctx context.Context, from hub.Stamp, endpoints []string) error {
+	r := &request{dev: from.Device, op: "directory.SetLocalEndpoints"}
+	r.decide = func(s *state, _ int64) ([]hub.Event, error) {
+		if done, err := s.fence(from); done || err != nil {
+			return nil, err
+		}
+		meta := s.meta
+		if slices.Equal(meta.Connection.LocalEndpoints, endpoints) {
+			return nil, nil
+		}
+		meta.Connection.LocalEndpoints = endpoints
 		return []hub.Event{{
 			Kind: hub.MetadataUpdated, Session: from.Session, Message: from.Message, Connection: meta.Connection.ID,
 			User: from.User, Metadata: &meta,

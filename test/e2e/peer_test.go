@@ -34,6 +34,7 @@ type peer struct {
 	wait      map[string]chan message.Message // answers by token
 	next      uint32
 	resources map[string]*served
+	endpoints []string // where it says that it is
 	requests  []string // what the hub asked, "GET /oic/res?if=oic.if.ll"
 }
 
@@ -194,7 +195,15 @@ func (p *peer) answer(req message.Message) message.Message {
 	if path == "/oic/res" {
 		var links []map[string]any
 		for href := range p.resources {
-			links = append(links, map[string]any{"href": href, "p": map[string]any{"bm": 3}})
+			link := map[string]any{"href": href, "p": map[string]any{"bm": 3}}
+			if href == "/oic/d" {
+				var eps []map[string]any
+				for _, e := range p.endpoints {
+					eps = append(eps, map[string]any{"ep": e, "pri": 1})
+				}
+				link["rt"], link["eps"] = []string{"oic.wk.d"}, eps
+			}
+			links = append(links, link)
 		}
 		res.Payload, _ = cbor.Marshal(links)
 		res.Options = withFormat(nil, message.AppOcfCbor)
@@ -245,6 +254,13 @@ func (p *peer) serve(href string, value any) {
 		p.resources[href] = r
 	}
 	r.value = value
+}
+
+// livesAt makes the device say where it is in its own network.
+func (p *peer) livesAt(endpoints ...string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.endpoints = endpoints
 }
 
 // drop takes a resource away.

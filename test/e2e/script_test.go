@@ -11,6 +11,7 @@ import (
 	"io"
 	"maps"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -230,7 +231,7 @@ func (w *world) line(act string) string {
 	got, err := func() (string, error) {
 		switch who {
 		case "hub":
-			return w.hubLine(name, rest)
+			return w.hubLine(ctx, name, rest)
 		case "device":
 			return w.deviceLine(ctx, w.device(name), rest)
 		case "app":
@@ -244,7 +245,7 @@ func (w *world) line(act string) string {
 	return got
 }
 
-func (w *world) hubLine(what, rest string) (string, error) {
+func (w *world) hubLine(ctx context.Context, what, rest string) (string, error) {
 	switch what {
 	case "config":
 		w.config = append(w.config, strings.Fields(rest)...)
@@ -255,8 +256,29 @@ func (w *world) hubLine(what, rest string) (string, error) {
 	case "restarts":
 		w.start().Restart(w.t)
 		return "", nil
+	case "onboards": // once more: the code of the first time is used up
+		d := w.device(rest)
+		d.onboard.Code = w.hub.Code(w.t, d.id)
+		return "", nil
+	case "revokes":
+		return w.revoke(ctx, w.device(rest))
 	}
 	return "", fmt.Errorf("a hub does not %q", what)
+}
+
+// revoke ends what a device's token stands on (RFC 7009), as whoever lost the device would.
+func (w *world) revoke(ctx context.Context, d *actor) (string, error) {
+	form := url.Values{"token": {d.access}, "client_id": {"coaphub-device"}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, w.hub.Issuer+"/revoke", strings.NewReader(form.Encode()))
+	if err != nil {
+		return "", err
+	}
+	req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return "", err
+	}
+	return strconv.Itoa(res.StatusCode), res.Body.Close()
 }
 
 func (w *world) deviceLine(ctx context.Context, d *actor, what string) (string, error) {
@@ -269,6 +291,9 @@ func (w *world) deviceLine(ctx context.Context, d *actor, what string) (string, 
 		return "", nil
 	case "is":
 		return w.closed(ctx, d)
+	case "lives":
+		d.peer.livesAt(strings.Fields(strings.TrimPrefix(rest, "at "))...)
+		return "", nil
 	case "serves", "notifies":
 		href, body, _ := strings.Cut(rest, " ")
 		v, err := w.value(body)
