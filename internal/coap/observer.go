@@ -33,9 +33,10 @@ type Observer struct {
 // of kind Exhausted when there are Config.MaxObservations.
 func (c *Conn) AddObserver(req *Message, ended func()) (*Observer, error) {
 	const op = "coap.AddObserver"
-	o := &Observer{c: c, req: clone(req), ended: ended, number: 1}
+	o := &Observer{c: c, req: clone(req), ended: ended}
 	o.req.Token, o.req.Payload = req.Token, nil
 	c.mu.Lock()
+	o.number = c.lastNumber + 1
 	old := c.observers[string(req.Token)]
 	if old == nil && len(c.observers) >= c.srv.cfg.MaxObservations {
 		c.mu.Unlock()
@@ -83,6 +84,7 @@ func (o *Observer) finish() bool {
 		return false
 	}
 	o.over, o.waiting = true, nil
+	o.c.lastNumber = max(o.c.lastNumber, o.number)
 	if o.c.observers[string(o.req.Token)] == o {
 		delete(o.c.observers, string(o.req.Token))
 	}
