@@ -339,7 +339,12 @@ func TestNonConfirmable(t *testing.T) {
 
 // RFC 7252, Sections 4.2, 4.3 and 3: what is wrong with a datagram never ends a session, its own or another's.
 func TestUDPBadInput(t *testing.T) {
-	udpBubble(t, handlerFuncs{}, nil, func(t *testing.T, s *udpSim) {
+	largest := 0
+	h := handlerFuncs{request: func(_ context.Context, m *Message) Response {
+		largest = max(largest, len(m.Payload))
+		return Response{Code: codes.Content}
+	}}
+	udpBubble(t, h, nil, func(t *testing.T, s *udpSim) {
 		p := s.device(t, deviceAddr)
 		c := s.begin(t, p)
 		o := observe(c, t.Context(), "/light")
@@ -400,8 +405,8 @@ func TestUDPBadInput(t *testing.T) {
 		}
 		big := append([]byte{0x40, 1, 1, 1, 0xff}, make([]byte, maxUDP-5)...)
 		p.raw(big)
-		if m, ok := p.next(time.Second); !ok || m.packet.code != codes.Content {
-			t.Errorf("the largest datagram got %v", m)
+		if m, ok := p.next(time.Second); !ok || m.packet.code != codes.Content || largest != maxUDP-5 {
+			t.Errorf("the largest datagram got %v, the handler %d bytes", m, largest)
 		}
 		wantCode(t, p.ask(get("/still")).Message, codes.Content)
 		if len(s.conns) != 0 || len(s.closed) != 0 {
