@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/pion/dtls/v3"
+	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"github.com/coaphub/coaphub/hub"
@@ -42,6 +43,55 @@ func TestAckOutlivesSeparateResponse(t *testing.T) {
 		}
 		p.quiet(5 * time.Minute)
 	})
+}
+
+// RFC 7252, Section 5.2.2: any ACK of a response ends its retransmission, whatever is in it.
+func TestAckWithContentOfResponse(t *testing.T) {
+	h := handlerFuncs{request: func(_ context.Context, m *Message) Response {
+		if Path(m) == "/slow" {
+			<-time.After(2 * time.Second)
+		}
+		return Response{Code: codes.Content}
+	}}
+	udpBubble(t, h, nil, func(t *testing.T, s *udpSim) {
+		p := s.device(t, deviceAddr)
+		s.begin(t, p)
+		p.send(confirmable, get("/slow"))
+		p.read(acknowledgement)
+		m := p.read(confirmable)
+		p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Content, "what for?")))
+		p.quiet(5 * time.Minute)
+		if n := s.count("messages_received_total", "response"); n != 0 {
+			t.Errorf("%v responses were taken", n)
+		}
+	})
+}
+
+// RFC 7252, Section 5.4: a critical option that is not defined for responses is not understood in one.
+func TestMisplacedOptions(t *testing.T) {
+	for _, id := range []message.OptionID{IfMatch, URIHost, IfNoneMatch, URIPort, URIPath, URIQuery, AcceptOption, ProxyURI, ProxyScheme} {
+		m := &Message{Code: codes.Content, Options: AddOption(nil, id, make([]byte, definitions[id].min))}
+		bubble(t, handlerFuncs{}, nil, func(t *testing.T, s *sim) {
+			p := s.dial(t)
+			r := do(<-s.conns, t.Context(), get("/a"))
+			m.Token = p.read().Token
+			p.send(m)
+			if got := <-r; !hub.IsKind(got.err, hub.BadOption) {
+				t.Errorf("option %d over TCP: %+v", id, got)
+			}
+		})
+		udpBubble(t, handlerFuncs{}, nil, func(t *testing.T, s *udpSim) {
+			p := s.device(t, deviceAddr)
+			r := do(s.begin(t, p), t.Context(), get("/a"))
+			req := p.read(confirmable)
+			m.Token = req.Token
+			p.send(confirmable, m)
+			p.read(reset)
+			if got := <-r; !hub.IsKind(got.err, hub.BadOption) {
+				t.Errorf("option %d over UDP: %+v", id, got)
+			}
+		})
+	}
 }
 
 // RFC 7252, Section 5.4.1: a response with a critical option that is not understood is rejected, wherever it is carried, and a

@@ -300,6 +300,7 @@ func (c *Conn) receive(code codes.Code, token, body []byte, held int) error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrMalformed, err)
 	}
+	f.misplaced(code, in.Options)
 	msg := &in.Message
 	if size == 0 {
 		size = len(body) + 256 // what the message costs besides its bytes, roughly

@@ -440,7 +440,7 @@ func (d *datagram) deliver(b []byte) bool {
 			t.fail(d, errReset)
 		case t.settled != nil:
 			t.settled(nil)
-		case p.code != codes.Empty:
+		case p.code != codes.Empty && t.request:
 			c.messagesIn.Add(1)
 			d.piggybacked(p)
 		}
@@ -545,6 +545,7 @@ func decodePacket(p packet) (*Message, fault, error) {
 	var f fault
 	var err error
 	in.Options, in.Payload, f, err = decodeBody(own[p.tkl:], in.room[:0], false)
+	f.misplaced(p.code, in.Options)
 	return &in.Message, f, err
 }
 

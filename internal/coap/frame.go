@@ -180,6 +180,21 @@ type fault struct {
 	hops   bool             // a Hop-Limit that is not 1 to 255
 }
 
+// misplaced notes the critical options that say something of a request alone when they are in a response (RFC 7252, Section
+// 5.4: they are treated as not recognised). OCF's version options may be in both.
+func (f *fault) misplaced(code codes.Code, opts message.Options) {
+	if code>>5 == 0 || f.option != 0 {
+		return
+	}
+	for i := range opts {
+		switch id := opts[i].ID; id {
+		case IfMatch, URIHost, IfNoneMatch, URIPort, URIPath, URIQuery, AcceptOption, ProxyURI, ProxyScheme:
+			f.option = id
+			return
+		}
+	}
+}
+
 func (f fault) bad() bool { return f.option != 0 || f.many }
 
 func (f fault) String() string {

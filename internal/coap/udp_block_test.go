@@ -233,6 +233,11 @@ func TestUDPFetch(t *testing.T) {
 				m.Payload = m.Payload[:10]
 			}
 		}, nil, hub.Invalid},
+		{"a last block that is too long", func(_ int, num uint32, m *Message) {
+			if num == 4 {
+				m.Payload = pattern(600)
+			}
+		}, nil, hub.Invalid},
 		{"says BERT", func(n int, num uint32, m *Message) {
 			m.Options = AddOption(without(m.Options, Block2), Block2, block{num: num, more: true, szx: 7}.value())
 		}, nil, hub.Invalid},
