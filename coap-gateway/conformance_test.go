@@ -106,3 +106,17 @@ func TestALPN(t *testing.T) {
 		_ = conn.Close()
 	}
 }
+
+// RFC 7252, Section 5.5: what a GET carries is ignored; Section 5.6.1: what must not be kept says so.
+func TestPayloadOfGETAndFreshness(t *testing.T) {
+	h := start(t, nil)
+	r := h.rawPlain()
+	m := get("/x.plgd.dev/time", 1)
+	m.Payload = []byte("what for?")
+	r.write(m)
+	got := r.readAnswer()
+	age, err := got.Options.GetUint32(message.MaxAge)
+	if got.Code != codes.Content || err != nil || age != 0 {
+		t.Errorf("%s, Max-Age %d, %v", dotted(got.Code), age, err)
+	}
+}
