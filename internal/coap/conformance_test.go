@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"net"
 	"slices"
 	"testing"
 	"testing/synctest"
@@ -517,4 +518,69 @@ func TestDTLSConnectionIDOnTheWire(t *testing.T) {
 			})
 		})
 	}
+}
+
+// recorder keeps what a device sends, and holds it back when it is told to.
+type recorder struct {
+	net.PacketConn
+	sent [][]byte
+	hold bool
+}
+
+func (r *recorder) WriteTo(b []byte, to net.Addr) (int, error) {
+	r.sent = append(r.sent, bytes.Clone(b))
+	if r.hold {
+		return len(b), nil
+	}
+	return r.PacketConn.WriteTo(b, to)
+}
+
+// RFC 9146, Section 6: the address changes with a record that is newer than all before. One that is sent again, or comes late,
+// from elsewhere changes nothing; the late one is good all the same.
+func TestDTLSMoveNeedsANewerRecord(t *testing.T) {
+	seen := make(map[string]int)
+	h := handlerFuncs{request: func(_ context.Context, m *Message) Response {
+		seen[Path(m)]++
+		return Response{Code: codes.Content, Payload: []byte(Path(m))}
+	}}
+	dtlsBubble(t, h, nil, func(t *testing.T, s *dtlsSim) {
+		sock := &recorder{PacketConn: s.socket(t, deviceAddr)}
+		d, err := s.shake(t, sock, pskOptions("lamp", testKey, true)...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.ask("/a")
+		c := s.conn(t)
+		const elsewhere = "192.0.2.66:6"
+		stays := func(what string) {
+			t.Helper()
+			synctest.Wait()
+			if at := c.Info().Remote.String(); at != deviceAddr {
+				t.Fatalf("%s: the session is at %s", what, at)
+			}
+			d.ask("/still")
+		}
+		s.forge(t, elsewhere, sock.sent[len(sock.sent)-1])
+		stays("replayed")
+		sock.hold = true
+		d.send(appendPacket(nil, nonConfirmable, 7000, get("/late")))
+		late := sock.sent[len(sock.sent)-1]
+		sock.hold = false
+		d.ask("/b")
+		s.forge(t, elsewhere, late)
+		stays("late")
+		if seen["/late"] != 1 {
+			t.Errorf("the late record was handed on %d times", seen["/late"])
+		}
+		if sent, _ := s.traffic(elsewhere); sent != 0 {
+			t.Errorf("%d bytes went to another address", sent)
+		}
+		sock.hold = true
+		d.send(appendPacket(nil, nonConfirmable, 7001, get("/new")))
+		s.forge(t, elsewhere, sock.sent[len(sock.sent)-1])
+		synctest.Wait()
+		if at := c.Info().Remote.String(); at != elsewhere {
+			t.Errorf("a newer record came, and the session is at %s", at)
+		}
+	})
 }
