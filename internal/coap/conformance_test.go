@@ -119,6 +119,7 @@ func TestRejectedResponses(t *testing.T) {
 			t.Fatalf("%s", m)
 		}
 		p.quiet(time.Minute) // and no ACK besides
+		synctest.Wait()
 		if len(got) != 1 || !got[0].Ended || got[0].Message.Code != codes.BadOption {
 			t.Fatalf("%+v", got)
 		}
