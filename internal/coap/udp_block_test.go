@@ -338,6 +338,7 @@ func TestUDPLargeNotification(t *testing.T) {
 			}
 			p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Content, "small and newer")))
 		}
+		synctest.Wait()
 		if len(got) != 2 || string(got[1]) != "small and newer" {
 			t.Fatalf("handled %d: %q", len(got), got[1:])
 		}
