@@ -49,6 +49,9 @@ func (g *Gateway) tlsConfig() (*tls.Config, trusted, error) {
 		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return is.certificate() },
 		// A resumed session would carry the identity of an earlier handshake past the CA set and the expiry of today.
 		SessionTicketsDisabled: true,
+		// RFC 8323, Section 8.2: a client on a port other than 5684 must give up when ALPN is not negotiated. One that does not
+		// speak of it is taken all the same.
+		NextProtos: []string{"coap"},
 	}
 	if !co.ClientCertificateRequired {
 		return conf, is, nil

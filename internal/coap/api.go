@@ -16,7 +16,8 @@ type Message struct {
 	Options message.Options // sorted by number
 	Payload []byte          // nil when there is none
 
-	from *reception // the datagram that a request came in, and that an answer answers; nil on streams
+	from      *reception // the datagram that a request came in, and that an answer answers; nil on streams
+	challenge bool       // of an answer: Response.Challenge
 }
 
 // Response is what a handler answers. The engine adds the token and cuts it into blocks where needed.
@@ -26,6 +27,10 @@ type Response struct {
 	Payload []byte
 	// Close ends the connection once the response has been written (OCF devices rely on it after a refused account request).
 	Close bool
+	// Challenge has the engine answer 4.01 with an Echo option (RFC 9175, Section 2.3) in place of this, if this is more than
+	// three times as long as the request and the peer has not proven its address; that happens over plain UDP alone. Without it
+	// such an answer waits until the address has answered an empty CON, which is for paths where 4.01 means something else.
+	Challenge bool
 	// Silent sends nothing: the connection is ending, and the request was not carried out.
 	Silent bool
 }

@@ -1,6 +1,7 @@
 package coap
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -224,8 +225,39 @@ func (c *Conn) token() []byte {
 	return binary.BigEndian.AppendUint64(nil, c.nextToken.Add(1))
 }
 
-// roundTrip sends one request and waits for its answer. The token must be set.
+// roundTrip sends one request and waits for its answer. The token must be set. A peer that wants to know first that we are
+// who asks gets the request once more, with the value it gave (RFC 9175, Section 2.3).
 func (c *Conn) roundTrip(ctx context.Context, op string, m *Message, x *exchange) (*Message, error) {
+	answer, err := c.attempt(ctx, op, c.echoing(m, false), x)
+	if err != nil || answer.Code != codes.Unauthorized {
+		return answer, err
+	}
+	if _, asked := answer.Option(EchoOption); asked {
+		answer, err = c.attempt(ctx, op, c.echoing(m, true), x)
+	}
+	return answer, err
+}
+
+// echoing returns m with the peer's last Echo value if that goes with the next request: it need not, unless the peer has asked
+// for it.
+func (c *Conn) echoing(m *Message, asked bool) *Message {
+	c.mu.Lock()
+	v := c.echo
+	c.echo = nil
+	c.mu.Unlock()
+	if v == nil {
+		return m
+	}
+	with := *m
+	with.Options = AddOption(append(make(message.Options, 0, len(m.Options)+1), m.Options...), EchoOption, v)
+	if largest, _ := c.tr.limits(); !asked && c.tr.size(&with) > largest {
+		return m
+	}
+	return &with
+}
+
+// attempt sends one request and waits for its answer.
+func (c *Conn) attempt(ctx context.Context, op string, m *Message, x *exchange) (*Message, error) {
 	if largest, _ := c.tr.limits(); c.tr.size(m) > largest {
 		return nil, errPeerLimit.With(op, nil)
 	}
@@ -317,6 +349,9 @@ func (c *Conn) response(m *Message, f fault, room bool) (item, verdict) {
 				c.observations = make(map[string]*Observation)
 			}
 			c.observations[string(m.Token)] = x.observation
+		}
+		if v, ok := m.Option(EchoOption); ok {
+			c.echo = bytes.Clone(v)
 		}
 		if x.observation != nil && observed {
 			x.observation.newer(m, c.srv.now())

@@ -77,6 +77,8 @@ type Conn struct {
 	exchanges    map[string]*exchange
 	observations map[string]*Observation
 	observers    map[string]*Observer // by token
+	echo         []byte               // the Echo value of the peer's last answer, until the next request (RFC 9175, Section 2.3)
+	lastNumber   uint32               // no number of an observation that is over was higher (RFC 7641, Section 4.4)
 	fetches      []*Observation       // observations with a fetch to do; at most one entry each
 	fetching     bool
 
@@ -104,6 +106,9 @@ func (s *Server) newConn() *Conn {
 	c.timer.fire = c.tick
 	c.nextToken.Store(mathrand.Uint64()) // no secret: tokens are only matched within the connection
 	c.lastIn.Store(int64(c.born))
+	// RFC 7641, Section 4.4: the same client, token and resource must not see a number again, also from another session or
+	// process. Nobody is told something every second for long, so the clock is ahead of what was used.
+	c.lastNumber = uint32(c.since.Unix()) //nolint:gosec // 24 bits are used
 	return c
 }
 
@@ -295,6 +300,7 @@ func (c *Conn) receive(code codes.Code, token, body []byte, held int) error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrMalformed, err)
 	}
+	f.misplaced(code, in.Options)
 	msg := &in.Message
 	if size == 0 {
 		size = len(body) + 256 // what the message costs besides its bytes, roughly
@@ -335,6 +341,8 @@ func refuse(f fault) (*Message, bool) {
 	switch {
 	case f.bad(): // RFC 7252, Section 5.4.1
 		return &Message{Code: codes.BadOption, Payload: []byte(f.String())}, true
+	case f.hops: // RFC 8768, Section 3
+		return &Message{Code: codes.BadRequest, Payload: []byte(f.String())}, true
 	case f.proxy: // RFC 7252, Section 5.10.2
 		return &Message{Code: codes.ProxyingNotSupported, Payload: []byte(f.String())}, true
 	}

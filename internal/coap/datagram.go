@@ -1,7 +1,9 @@
 package coap
 
 import (
+	"bytes"
 	"context"
+	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"hash/maphash"
@@ -141,6 +143,7 @@ type datagram struct {
 	credit    int           // bytes that may go to an address that is not proven
 	held      []*reception  // answers that wait for the proof
 	probing   *transmission // the ping that asks for it
+	echo      []byte        // a request with this proves it, too; nil before the first challenge
 
 	// What we said on our own account since we last heard anything.
 	silentSince time.Duration
@@ -437,7 +440,7 @@ func (d *datagram) deliver(b []byte) bool {
 			t.fail(d, errReset)
 		case t.settled != nil:
 			t.settled(nil)
-		case p.code != codes.Empty:
+		case p.code != codes.Empty && t.request:
 			c.messagesIn.Add(1)
 			d.piggybacked(p)
 		}
@@ -503,6 +506,7 @@ func (d *datagram) dispatch(p packet, r *reception, size int, now time.Duration)
 	}
 	m.in[kindRequest].Inc()
 	in.from = r
+	d.echoed(in, now)
 	refusal, bad := refuse(f)
 	switch {
 	case bad && f.bad() && p.typ == nonConfirmable: // RFC 7252, Section 5.4.1
@@ -541,6 +545,7 @@ func decodePacket(p packet) (*Message, fault, error) {
 	var f fault
 	var err error
 	in.Options, in.Payload, f, err = decodeBody(own[p.tkl:], in.room[:0], false)
+	f.misplaced(p.code, in.Options)
 	return &in.Message, f, err
 }
 
@@ -583,7 +588,11 @@ func (d *datagram) response(msg *Message, f fault, r *reception, size int, now t
 		// RFC 7252, Section 4.2 wants the ACK of what was accepted; accepted is what has been stored, so the ACK comes
 		// when the handler is done. A peer whose ACK is late sends it again, which changes nothing.
 		it.size = size
-		it.from = r
+		if f.bad() && r.con { // RFC 7252, Section 5.4.1: rejected; the observation ends with it (RFC 7641, Section 3.6)
+			d.reject(r)
+		} else {
+			it.from = r
+		}
 		c.push(it)
 	case isAnswer, isTaken:
 		if f.bad() && r.con { // RFC 7252, Section 5.4.1: a response with an unknown critical option is rejected
@@ -694,6 +703,9 @@ func (d *datagram) send(_ context.Context, m *Message, _ bool) error {
 		return d.confirm(m, nil)
 	}
 	r := m.from
+	if m.challenge && !d.proven && !d.link.proven() && d.size(m) > 3*r.size {
+		m = d.challenge(m)
+	}
 	d.c.messagesOut.Add(1)
 	d.c.srv.metrics.out[kindOf(m.Code)].Inc()
 	switch {
@@ -719,6 +731,29 @@ func (d *datagram) send(_ context.Context, m *Message, _ bool) error {
 	d.rx.keep(r, appendPacket(nil, acknowledgement, r.id, m), &d.c.srv.cfg, d.c.srv.budget)
 	d.reply(r)
 	return nil
+}
+
+// challenge is the answer that stands for m until the address is proven (RFC 9175, Section 2.4, item 3). It is shorter than
+// three times any request. The value is of this session, which is one address's; mu is held.
+func (d *datagram) challenge(m *Message) *Message {
+	if d.echo == nil {
+		d.echo = make([]byte, 8)
+		_, _ = rand.Read(d.echo) // never fails
+	}
+	return &Message{Code: codes.Unauthorized, Token: m.Token, Options: AddOption(nil, EchoOption, d.echo), from: m.from}
+}
+
+// echoed takes a request that has the value of a challenge for a proof of the address: nobody else has read it.
+func (d *datagram) echoed(m *Message, now time.Duration) {
+	v, ok := m.Option(EchoOption)
+	if !ok {
+		return
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !d.proven && d.echo != nil && bytes.Equal(v, d.echo) {
+		d.heard(now)
+	}
 }
 
 // quiet settles a request that gets no answer (RFC 7967, Section 2): a confirmable one is still acknowledged.

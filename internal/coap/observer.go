@@ -33,9 +33,10 @@ type Observer struct {
 // of kind Exhausted when there are Config.MaxObservations.
 func (c *Conn) AddObserver(req *Message, ended func()) (*Observer, error) {
 	const op = "coap.AddObserver"
-	o := &Observer{c: c, req: clone(req), ended: ended, number: 1}
+	o := &Observer{c: c, req: clone(req), ended: ended}
 	o.req.Token, o.req.Payload = req.Token, nil
 	c.mu.Lock()
+	o.number = c.lastNumber + 1
 	old := c.observers[string(req.Token)]
 	if old == nil && len(c.observers) >= c.srv.cfg.MaxObservations {
 		c.mu.Unlock()
@@ -83,13 +84,15 @@ func (o *Observer) finish() bool {
 		return false
 	}
 	o.over, o.waiting = true, nil
+	o.c.lastNumber = max(o.c.lastNumber, o.number)
 	if o.c.observers[string(o.req.Token)] == o {
 		delete(o.c.observers, string(o.req.Token))
 	}
 	return true
 }
 
-// Notify tells the observer of a new state; r needs no Observe option. Over a stream it waits for room until ctx ends; over UDP
+// Notify tells the observer of a new state; r needs no Observe option, and its Content-Format must be that of the answer that
+// registered (RFC 7641, Section 4.2). Over a stream it waits for room until ctx ends; over UDP
 // it never waits, and a state that is overtaken by a newer one may never be sent. An error code ends the entry (RFC 7641,
 // Section 4.2). Errors are of kind Unavailable (the entry or the connection is over, or there is no room) and Deadline.
 func (o *Observer) Notify(ctx context.Context, r Response) error {

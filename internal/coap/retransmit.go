@@ -178,13 +178,13 @@ func (d *datagram) remove(t *transmission) {
 }
 
 // settle finds the message of ours that p acknowledges or rejects; mu is held. A response in an ACK must be for the request
-// that the ACK is for (RFC 7252, Section 5.3.2).
+// that the ACK is for (RFC 7252, Section 5.3.2); what is in one for another message of ours says nothing (Section 5.2.2).
 func (d *datagram) settle(p packet) *transmission {
 	for _, t := range d.sent {
 		if t.id != p.id || t.tries == 0 {
 			continue
 		}
-		if p.code != codes.Empty && (!t.request || t.token != string(p.body[:p.tkl])) {
+		if p.code != codes.Empty && t.request && t.token != string(p.body[:p.tkl]) {
 			return nil
 		}
 		if t == d.probing {

@@ -339,7 +339,12 @@ func TestNonConfirmable(t *testing.T) {
 
 // RFC 7252, Sections 4.2, 4.3 and 3: what is wrong with a datagram never ends a session, its own or another's.
 func TestUDPBadInput(t *testing.T) {
-	udpBubble(t, handlerFuncs{}, nil, func(t *testing.T, s *udpSim) {
+	largest := 0
+	h := handlerFuncs{request: func(_ context.Context, m *Message) Response {
+		largest = max(largest, len(m.Payload))
+		return Response{Code: codes.Content}
+	}}
+	udpBubble(t, h, nil, func(t *testing.T, s *udpSim) {
 		p := s.device(t, deviceAddr)
 		c := s.begin(t, p)
 		o := observe(c, t.Context(), "/light")
@@ -400,8 +405,8 @@ func TestUDPBadInput(t *testing.T) {
 		}
 		big := append([]byte{0x40, 1, 1, 1, 0xff}, make([]byte, maxUDP-5)...)
 		p.raw(big)
-		if m, ok := p.next(time.Second); !ok || m.packet.code != codes.Content {
-			t.Errorf("the largest datagram got %v", m)
+		if m, ok := p.next(time.Second); !ok || m.packet.code != codes.Content || largest != maxUDP-5 {
+			t.Errorf("the largest datagram got %v, the handler %d bytes", m, largest)
 		}
 		wantCode(t, p.ask(get("/still")).Message, codes.Content)
 		if len(s.conns) != 0 || len(s.closed) != 0 {
@@ -534,7 +539,9 @@ func TestDoUDP(t *testing.T) {
 		p.raw(appendPacket(nil, acknowledgement, m.id+1, reply(m.Message, codes.Content, "forged")))
 		p.raw(appendPacket(nil, acknowledgement, m.id, reply(get("/x"), codes.Content, "forged")))
 		p.empty(reset, m.id+1)
-		p.raw(append(emptyPacket(acknowledgement, m.id), 1)) // and an empty message that is not empty
+		p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.POST, "forged"))) // a request in an ACK
+		p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, 3<<5|1, "forged")))     // a reserved class
+		p.raw(append(emptyPacket(acknowledgement, m.id), 1))                                    // and an empty message that is not empty
 		p.raw(appendPacket(nil, reset, m.id, reply(m.Message, codes.Content, "forged")))
 		p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Content, "e")))
 		want(r, "e")
@@ -988,36 +995,38 @@ func TestUDPMaxConnections(t *testing.T) {
 // The memory for duplicates is bounded, in number and in bytes.
 func TestDuplicateBounds(t *testing.T) {
 	body := pattern(900)
-	calls := make(map[string]int)
-	h := handlerFuncs{request: func(_ context.Context, m *Message) Response {
-		calls[Path(m)]++
-		return Response{Code: codes.Content, Payload: body}
-	}}
-	udpBubble(t, h, func(c *Config) { c.MaxDuplicates = 10; c.DuplicateBytes = 8 << 10 }, func(t *testing.T, s *udpSim) {
-		p := s.device(t, deviceAddr)
-		s.begin2(t, p)
-		c := <-s.conns
-		for i := range 50 {
-			p.ask(get(fmt.Sprintf("/%d", i)))
-		}
-		rx := &c.dg.rx
-		if len(rx.order) > 10 || len(rx.byID) > 10 || rx.size > 8<<10 || len(rx.order) < 5 {
-			t.Fatalf("%d messages, %d bytes are kept", len(rx.order), rx.size)
-		}
-		p.again(confirmable, p.id, get("/49"))
-		p.read(acknowledgement)
-		p.again(confirmable, p.id-20, get("/29")) // forgotten: handled again
-		p.read(acknowledgement)
-		if calls["/49"] != 1 || calls["/29"] != 2 {
-			t.Fatalf("calls %v", calls)
-		}
-		<-time.After(5 * time.Minute)
-		c.dg.mu.Lock()
-		defer c.dg.mu.Unlock()
-		if rx.order != nil || rx.byID != nil || rx.size != 0 {
-			t.Fatalf("an idle session keeps %d messages, %d bytes", len(rx.order), rx.size)
-		}
-	})
+	for _, most := range []struct{ number, bytes int }{{5, 1 << 20}, {1000, 8 << 10}} {
+		calls := make(map[string]int)
+		h := handlerFuncs{request: func(_ context.Context, m *Message) Response {
+			calls[Path(m)]++
+			return Response{Code: codes.Content, Payload: body}
+		}}
+		udpBubble(t, h, func(c *Config) { c.MaxDuplicates, c.DuplicateBytes = most.number, most.bytes }, func(t *testing.T, s *udpSim) {
+			p := s.device(t, deviceAddr)
+			s.begin2(t, p)
+			c := <-s.conns
+			for i := range 50 {
+				p.ask(get(fmt.Sprintf("/%d", i)))
+			}
+			rx := &c.dg.rx
+			if len(rx.order) > most.number || len(rx.byID) > most.number || rx.size > most.bytes || len(rx.order) < 5 {
+				t.Fatalf("%d messages, %d bytes are kept", len(rx.order), rx.size)
+			}
+			p.again(confirmable, p.id, get("/49"))
+			p.read(acknowledgement)
+			p.again(confirmable, p.id-20, get("/29")) // forgotten: handled again
+			p.read(acknowledgement)
+			if calls["/49"] != 1 || calls["/29"] != 2 {
+				t.Fatalf("calls %v", calls)
+			}
+			<-time.After(5 * time.Minute)
+			c.dg.mu.Lock()
+			defer c.dg.mu.Unlock()
+			if rx.order != nil || rx.byID != nil || rx.size != 0 {
+				t.Fatalf("an idle session keeps %d messages, %d bytes", len(rx.order), rx.size)
+			}
+		})
+	}
 }
 
 // begin2 proves the address of a peer whose first answer is large.
