@@ -60,8 +60,7 @@ type Conn struct {
 	messagesIn   atomic.Uint64
 	messagesOut  atomic.Uint64
 	nextToken    atomic.Uint64
-	next         atomic.Pointer[chan struct{}] // of Next; nil when nobody asked
-	pingUnsettle bool                          // a Ping was sent and nothing came since; the wheel's alone
+	pingUnsettle bool // a Ping was sent and nothing came since; the wheel's alone
 
 	// mu guards what follows. Order of locks: mu before the wheel's, the budget's and the transport's.
 	mu           sync.Mutex
@@ -83,10 +82,11 @@ type Conn struct {
 	blocks blocks
 }
 
-// item is a request or a notification on its way to the handler.
+// item is a request or a notification on its way to the handler, or a reminder that an observer is to be told the state.
 type item struct {
-	msg         *Message
-	observation *Observation // nil: a request
+	msg         *Message     // nil: a reminder
+	observation *Observation // of a notification
+	observer    *Observer    // of a reminder
 	ended       bool
 	size        int        // taken from the budget
 	from        *reception // of a notification in a datagram, to be acknowledged when it has been handled
@@ -141,30 +141,10 @@ func (c *Conn) Stats() Stats {
 	}
 }
 
-// Next returns a channel that is closed when the peer says something next, or the connection is gone: the moment to reach a
-// device that sleeps most of the time. What came before the call does not count.
-func (c *Conn) Next() <-chan struct{} {
-	for {
-		if ch := c.next.Load(); ch != nil {
-			return *ch
-		}
-		ch := make(chan struct{})
-		if c.next.CompareAndSwap(nil, &ch) {
-			if c.ctx.Err() != nil {
-				c.spoke() // end may have looked before
-			}
-			return ch
-		}
-	}
-}
-
-// spoke tells who waits for Next.
-func (c *Conn) spoke() {
-	if c.next.Load() == nil {
-		return
-	}
-	if ch := c.next.Swap(nil); ch != nil {
-		close(*ch)
+// spoke tells the handler, if it wants to know, that the peer said something after so long a silence.
+func (c *Conn) spoke(silence time.Duration) {
+	if h, ok := c.handler.(Listener); ok {
+		c.Guard("Heard", func() { h.Heard(silence) })
 	}
 }
 
@@ -200,7 +180,6 @@ func (c *Conn) shut(err error, drain bool) {
 func (c *Conn) end(err error) {
 	c.shut(err, false)
 	c.cancel() // now handlers and callers that wait for the peer give up
-	c.spoke()
 	c.wg.Wait()
 	c.srv.wheel.stop(&c.timer)
 	c.mu.Lock()
@@ -279,7 +258,6 @@ func (c *Conn) tick() {
 func (c *Conn) receive(code codes.Code, token, body []byte, held int) error {
 	m := c.srv.metrics
 	c.messagesIn.Add(1)
-	c.spoke()
 	size := held
 	defer func() { c.srv.budget.give(held) }()
 
@@ -315,7 +293,7 @@ func (c *Conn) receive(code codes.Code, token, body []byte, held int) error {
 		return c.enqueue(item{msg: msg, size: size}, true)
 	case 2, 4, 5:
 		m.in[kindResponse].Inc()
-		it, what := c.response(msg, f, true)
+		it, what := c.response(msg, f, true, false)
 		if what != isNotification {
 			return nil
 		}
@@ -476,9 +454,12 @@ func (c *Conn) work() {
 
 		for len(items) > 0 && !c.stopped() {
 			n := 1
-			if items[0].observation == nil {
+			switch {
+			case items[0].observer != nil:
+				items[0].observer.tell()
+			case items[0].observation == nil:
 				c.serve(items[0].msg)
-			} else {
+			default:
 				for n < len(items) && items[n].observation != nil {
 					n++
 				}

@@ -355,6 +355,7 @@ func (d *datagram) tick() {
 	c, cfg := d.c, &d.c.srv.cfg
 	now := c.srv.now()
 	transfers := c.blocks.expire(now-cfg.TransferTimeout, c.srv.budget)
+	remind := c.remind(now)
 
 	d.mu.Lock()
 	d.due = 0
@@ -381,6 +382,9 @@ func (d *datagram) tick() {
 		quiet := time.Duration(c.lastIn.Load()) + d.silence()
 		if silent = now >= quiet; !silent {
 			d.schedule(quiet)
+		}
+		if remind != 0 {
+			d.schedule(remind)
 		}
 		if transfers {
 			d.schedule(now + cfg.TransferTimeout/2)
@@ -416,6 +420,7 @@ func (d *datagram) deliver(b []byte) bool {
 		return false
 	}
 	d.credit = min(d.credit+3*len(b), maxCredit)
+	silence := now - time.Duration(c.lastIn.Load())
 	switch {
 	case err != nil:
 		d.malformed(p)
@@ -432,6 +437,7 @@ func (d *datagram) deliver(b []byte) bool {
 		}
 		d.heard(now)
 		d.mu.Unlock()
+		c.spoke(silence)
 		switch {
 		case p.typ == reset:
 			t.fail(d, errReset)
@@ -447,7 +453,7 @@ func (d *datagram) deliver(b []byte) bool {
 		c.lastIn.Store(int64(now))
 		d.put(emptyPacket(reset, p.id))
 		d.mu.Unlock()
-		c.spoke()
+		c.spoke(silence)
 		return true
 	}
 	sum := maphash.Bytes(seed, b)
@@ -470,7 +476,7 @@ func (d *datagram) deliver(b []byte) bool {
 	}
 	d.mu.Unlock()
 	c.messagesIn.Add(1)
-	c.spoke()
+	c.spoke(silence)
 	d.dispatch(p, r, len(b), now)
 	return true
 }
@@ -555,12 +561,13 @@ func (d *datagram) piggybacked(p packet) {
 	m.in[kindResponse].Inc()
 	size := len(p.body) + 256
 	room := d.c.reserve(size)
-	it, what := d.c.response(msg, f, true)
-	if what == isNotification && room {
-		// The registration had its answer already, from a notification that was faster.
+	it, what := d.c.response(msg, f, room, true)
+	switch {
+	case what == isNotification:
+		// Of a refresh, or of a registration that had its answer already from a notification that was faster.
 		it.size = size
 		d.c.push(it)
-	} else if room {
+	case room:
 		d.c.unreserve(size)
 	}
 }
@@ -569,7 +576,7 @@ func (d *datagram) piggybacked(p packet) {
 func (d *datagram) response(msg *Message, f fault, r *reception, size int, now time.Duration) {
 	c := d.c
 	room := c.reserve(size)
-	it, what := c.response(msg, f, room)
+	it, what := c.response(msg, f, room, false)
 	if what != isNotification && room {
 		c.unreserve(size)
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -319,50 +320,39 @@ func TestUDPMethods(t *testing.T) {
 	})
 }
 
-// A device that sleeps is reached when it says something next.
-func TestNext(t *testing.T) {
-	waits := func(t *testing.T, ch <-chan struct{}) {
-		t.Helper()
-		synctest.Wait()
-		select {
-		case <-ch:
-			t.Fatal("it did not wait")
-		default:
-		}
-	}
-	came := func(t *testing.T, ch <-chan struct{}) {
-		t.Helper()
-		select {
-		case <-ch:
-		case <-time.After(time.Minute):
-			t.Fatal("it still waits")
-		}
-	}
-	udpBubble(t, handlerFuncs{}, nil, func(t *testing.T, s *udpSim) {
+// Whoever wants to reach a device that sleeps is told when it says something, and after how long.
+func TestHeard(t *testing.T) {
+	var heard []time.Duration
+	h := handlerFuncs{heard: func(silence time.Duration) { heard = append(heard, silence.Round(time.Second)) }}
+	udpBubble(t, h, nil, func(t *testing.T, s *udpSim) {
 		p := s.device(t, deviceAddr)
 		c := s.begin(t, p)
-		ch := c.Next()
-		waits(t, ch)
-		p.raw([]byte{0x80, 0, 0, 0}) // nothing of CoAP
-		waits(t, c.Next())
-		p.send(nonConfirmable, get("/awake"))
-		came(t, ch)
-		waits(t, c.Next())
-		ch = c.Next()
+		want := func(silences ...time.Duration) {
+			t.Helper()
+			synctest.Wait()
+			if !slices.Equal(heard, silences) {
+				t.Fatalf("heard after %v, want %v", heard, silences)
+			}
+			heard = nil
+		}
+		want(0, 0)
+		<-time.After(time.Minute)
+		p.raw([]byte{0x80, 0, 0, 0})    // nothing of CoAP
+		p.empty(acknowledgement, 12345) // of nothing
+		want()
+		id := p.send(nonConfirmable, get("/awake"))
+		p.again(nonConfirmable, id, get("/awake")) // a duplicate may be of long ago
+		p.read(nonConfirmable)
+		want(time.Minute)
+		<-time.After(6 * time.Hour)
 		p.empty(confirmable, 9)
-		came(t, ch)
-		ch = c.Next()
-		c.Close(nil)
-		came(t, ch)
-		s.reason(t)
-		came(t, c.Next())
-	})
-	bubble(t, handlerFuncs{}, nil, func(t *testing.T, s *sim) {
-		p := s.dial(t)
-		c := <-s.conns
-		ch := c.Next()
-		waits(t, ch)
-		p.ask(get("/awake"))
-		came(t, ch)
+		p.read(reset)
+		want(6 * time.Hour)
+		<-time.After(time.Hour)
+		r := do(c, t.Context(), get("/light"))
+		m := p.read(confirmable)
+		p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Content, "on")))
+		<-r
+		want(time.Hour) // an answer is one, too
 	})
 }

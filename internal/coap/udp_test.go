@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -846,6 +847,119 @@ func TestUDPObserveOvertaken(t *testing.T) {
 		if res := <-done; res.err != nil {
 			t.Fatal(res.err)
 		}
+	})
+}
+
+// RFC 7641, Sections 3.3.1 and 3.3.2: the registration is renewed with its token and the newest ETag; what is answered is a
+// notification, and newer than all before.
+func TestUDPRefresh(t *testing.T) {
+	var got []string
+	h := handlerFuncs{notifications: func(_ context.Context, ns []Notification) {
+		for _, n := range ns {
+			got = append(got, fmt.Sprintf("%d.%02d %s", n.Message.Code>>5, n.Message.Code&31, n.Message.Payload))
+			if n.Ended {
+				got = append(got, "end")
+			}
+		}
+	}}
+	udpBubble(t, h, nil, func(t *testing.T, s *udpSim) {
+		p := s.device(t, deviceAddr)
+		c := s.begin(t, p)
+		want := func(values ...string) {
+			t.Helper()
+			synctest.Wait()
+			if !slices.Equal(got, values) {
+				t.Fatalf("handled %q, want %q", got, values)
+			}
+			got = nil
+		}
+		registration := get("/light").with(URIQuery, 7)
+		r := start(func() result {
+			o, m, err := c.Observe(t.Context(), registration)
+			return result{msg: m, obs: o, err: err}
+		})
+		first := p.read(confirmable)
+		state := func(number, age uint32, etag byte, payload string) *Message {
+			m := p.notification(first.Token, number, payload)
+			m.Options = AddOption(AddUint(m.Options, MaxAge, age), ETagOption, []byte{etag})
+			return m
+		}
+		p.raw(appendPacket(nil, acknowledgement, first.id, state(100, 30, 1, "1")))
+		o := (<-r).obs
+		stale := func(d time.Duration) {
+			t.Helper()
+			if got := time.Until(o.Stale()).Round(time.Second); got != d {
+				t.Errorf("stale in %v, want %v", got, d)
+			}
+		}
+		stale(30 * time.Second)
+		p.notify(nonConfirmable, first.Token, 101, "no age, no ETag")
+		want("2.05 no age, no ETag")
+		stale(time.Minute)
+		refresh := func(etag []byte) (heardPacket, <-chan result) {
+			t.Helper()
+			r := start(func() result { return result{err: o.Refresh(t.Context())} })
+			m := p.read(confirmable)
+			v, ok := m.Uint(ObserveOption)
+			q, _ := m.Option(URIQuery)
+			if !ok || v != 0 || !bytes.Equal(m.Token, first.Token) || Path(m.Message) != "/light" || !bytes.Equal(q, []byte{7}) ||
+				!bytes.Equal(ETag(m.Message), etag) || len(m.Options) != len(first.Options)+len(etag) {
+				t.Fatalf("%s, want ETag %x", m, etag)
+			}
+			return m, r
+		}
+		m, r := refresh(nil)
+		p.raw(appendPacket(nil, acknowledgement, m.id, state(7, 90, 2, "2"))) // the device has rebooted, so its numbers began again
+		if res := <-r; res.err != nil {
+			t.Fatal(res.err)
+		}
+		want("2.05 2")
+		stale(90 * time.Second)
+		p.notify(nonConfirmable, first.Token, 101, "of before")
+		want("2.05 of before") // which, by the numbers, is newer
+		p.send(nonConfirmable, state(102, 60, 2, "2"))
+		want("2.05 2")
+
+		valid := func(number uint32, etag byte) *Message {
+			m := state(number, 80, etag, "")
+			m.Code = codes.Valid
+			return m
+		}
+		m, r = refresh([]byte{2})
+		p.raw(appendPacket(nil, acknowledgement, m.id, valid(103, 2)))
+		<-r
+		want("2.03 ")
+		stale(80 * time.Second)
+		// From now on a 2.03 may be a notification; one of what we do not have any more is worth nothing.
+		p.send(nonConfirmable, state(104, 60, 3, "3"))
+		p.send(nonConfirmable, valid(105, 2))
+		want("2.05 3", "5.04 ")
+
+		// Not answered: the observation goes on.
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		r = start(func() result { return result{err: o.Refresh(ctx)} })
+		wantKind(t, (<-r).err, hub.Deadline)
+		cancel()
+		for _, ok := p.next(time.Second); ok; _, ok = p.next(time.Second) {
+		}
+		p.send(nonConfirmable, state(106, 60, 3, "3"))
+		want("2.05 3")
+
+		// A separate answer; then one that ends it.
+		m, r = refresh([]byte{3})
+		p.empty(acknowledgement, m.id)
+		p.send(confirmable, state(107, 60, 4, "4"))
+		p.read(acknowledgement)
+		<-r
+		want("2.05 4")
+		m, r = refresh([]byte{4})
+		p.raw(appendPacket(nil, acknowledgement, m.id, &Message{Code: codes.NotFound, Token: m.Token}))
+		<-r
+		want("4.04 ", "end")
+		if err := o.Refresh(t.Context()); err != nil { // it is over
+			t.Fatal(err)
+		}
+		p.quiet(time.Minute)
 	})
 }
 
