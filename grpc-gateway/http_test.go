@@ -53,6 +53,7 @@ func TestGetDevicesListsWhatIsPublishedInOrder(t *testing.T) {
 	want(t, "protocol", conn["protocol"], any("COAPS_TCP"))
 	want(t, "connectedAt is a text", conn["connectedAt"], any(strconv.FormatInt(t0, 10)))
 	want(t, "state", meta["twinSynchronization"].(map[string]any)["state"], any("IN_SYNC"))
+	want(t, "contact", meta["contactInterval"], any("21600000000000"))
 	data := d["data"].(map[string]any)
 	want(t, "content is decoded", data["content"].(map[string]any)["n"], any("lamp A"))
 	want(t, "hubId", data["eventMetadata"].(map[string]any)["hubId"], any(hubID))
