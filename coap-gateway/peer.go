@@ -20,10 +20,12 @@ type peer struct {
 	cred credential
 	log  *slog.Logger
 
-	sess    *session    // nil when nobody is signed in
-	closing atomic.Bool // an answer was given after which the connection ends; the engine's refusals set it too
-	request uint64      // counts requests, for the log
-	helpers sync.WaitGroup
+	sess *session // nil when nobody is signed in
+	// listening is sess for Heard, which the connection's goroutine does not call.
+	listening atomic.Pointer[session]
+	closing   atomic.Bool // an answer was given after which the connection ends; the engine's refusals set it too
+	request   uint64      // counts requests, for the log
+	helpers   sync.WaitGroup
 }
 
 // Open implements coap.Handler.

@@ -30,7 +30,8 @@ type session struct {
 	ctx    context.Context // ends with the session
 	cancel context.CancelFunc
 	to     *deliverer
-	twin   *twin // nil when the device's twin is disabled
+	twin   *twin   // nil when the device's twin is disabled
+	rhythm *rhythm // when the device listens
 
 	// turn holds one token; whoever has it may write. It orders the session's writes and guards the fields below.
 	turn    chan struct{}
@@ -137,6 +138,7 @@ func (p *peer) renew(s *session, c hub.Claims) {
 func (p *peer) endSession(reason string, offline bool) {
 	s := p.sess
 	p.sess = nil
+	p.listening.Store(nil)
 	s.stop()
 	if offline {
 		// Neither the request's nor the connection's context: this must be recorded although both are over.
