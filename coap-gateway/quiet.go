@@ -119,6 +119,9 @@ func (t *twin) askQuiet(now time.Time, after time.Duration) (at time.Time, asked
 		return now.Add(wakeful), false // it is never asked: it reports when it wakes
 	}
 	if ok, again := t.s.rhythm.inReach(now); !ok {
+		if again.Before(now) { // it has just turned out to sleep
+			again = now.Add(quietLook)
+		}
 		return again, false
 	}
 	t.mu.Lock()
