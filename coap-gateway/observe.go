@@ -663,7 +663,7 @@ func (t *twin) observeBatch() (bool, error) {
 	defer cancel()
 	sent := time.Now()
 	o, m, err := s.conn.Observe(ctx, &coap.Message{Code: codes.GET, Options: options})
-	t.asked(sent, err)
+	t.s.asked(sent, err)
 	if err != nil {
 		s.log.Debug("the device did not answer the batch observation", "error", err)
 		return false, nil
@@ -713,7 +713,7 @@ func (t *twin) observe(l hub.Link) error {
 	} else {
 		m, err = s.conn.Do(ctx, req)
 	}
-	t.asked(sent, err)
+	t.s.asked(sent, err)
 	switch {
 	case hub.IsKind(err, hub.TooLarge):
 		// The device has more to say than we take: a status the application can see. The session lives.
@@ -779,7 +779,7 @@ func (t *twin) cancel(ctx context.Context, o *coap.Observation) {
 	defer stop()
 	sent := time.Now()
 	err := o.Cancel(ctx)
-	t.asked(sent, err)
+	t.s.asked(sent, err)
 	if err != nil {
 		t.s.log.Debug("the device did not answer a deregistration", "path", o.Path(), "error", err)
 	}
@@ -791,19 +791,9 @@ func (t *twin) ask(req *coap.Message) (*coap.Message, error) {
 	defer cancel()
 	sent := time.Now()
 	m, err := t.s.conn.Do(ctx, req)
-	t.asked(sent, err)
+	t.s.asked(sent, err)
 	return m, err
 }
-
-// asked notes how a request went that was sent then: whether it found anybody.
-func (t *twin) asked(sent time.Time, err error) {
-	if missedBy(err) && t.s.ctx.Err() == nil {
-		t.s.rhythm.missed(sent, time.Now())
-	}
-}
-
-// missedBy reports that a request was given up for want of an answer.
-func missedBy(err error) bool { return hub.IsKind(err, hub.Deadline) }
 
 // timeout is how long the device has to answer one request.
 func (t *twin) timeout(ctx context.Context) (context.Context, context.CancelFunc) {

@@ -154,7 +154,7 @@ func (t *twin) refresh(o *coap.Observation) {
 	defer cancel()
 	sent := time.Now()
 	err := o.Refresh(ctx)
-	t.asked(sent, err)
+	t.s.asked(sent, err)
 	outcome := "answered"
 	switch {
 	case err == nil:

@@ -172,6 +172,17 @@ func (p *peer) Heard(silence time.Duration) {
 	}
 }
 
+// asked notes how a request to the device went that was sent then: whether it found anybody. Whoever asks it something calls
+// it, and asks only while rhythm.inReach.
+func (s *session) asked(sent time.Time, err error) {
+	if missedBy(err) && s.ctx.Err() == nil {
+		s.rhythm.missed(sent, time.Now())
+	}
+}
+
+// missedBy reports that a request was given up for want of an answer.
+func missedBy(err error) bool { return hub.IsKind(err, hub.Deadline) }
+
 // wake goes on with what waited for the device. What did not answer because it slept is asked for at once.
 func (t *twin) wake(rested bool) {
 	t.mu.Lock()

@@ -60,7 +60,8 @@ type Conn struct {
 	messagesIn   atomic.Uint64
 	messagesOut  atomic.Uint64
 	nextToken    atomic.Uint64
-	pingUnsettle bool // a Ping was sent and nothing came since; the wheel's alone
+	next         atomic.Pointer[chan struct{}] // of Next; nil when nobody asked
+	pingUnsettle bool                          // a Ping was sent and nothing came since; the wheel's alone
 
 	// mu guards what follows. Order of locks: mu before the wheel's, the budget's and the transport's.
 	mu           sync.Mutex
@@ -141,8 +142,36 @@ func (c *Conn) Stats() Stats {
 	}
 }
 
-// spoke tells the handler, if it wants to know, that the peer said something after so long a silence.
-func (c *Conn) spoke(silence time.Duration) {
+// Next returns a channel that is closed when the peer says something next, or the connection is gone: the moment to reach a
+// device that sleeps most of the time. What came before the call does not count.
+func (c *Conn) Next() <-chan struct{} {
+	for {
+		if ch := c.next.Load(); ch != nil {
+			return *ch
+		}
+		ch := make(chan struct{})
+		if c.next.CompareAndSwap(nil, &ch) {
+			if c.ctx.Err() != nil {
+				c.spoke() // end may have looked before
+			}
+			return ch
+		}
+	}
+}
+
+// spoke tells who waits for Next.
+func (c *Conn) spoke() {
+	if c.next.Load() == nil {
+		return
+	}
+	if ch := c.next.Swap(nil); ch != nil {
+		close(*ch)
+	}
+}
+
+// hear is spoke for a peer over UDP or DTLS, which had said nothing for so long.
+func (c *Conn) hear(silence time.Duration) {
+	c.spoke()
 	if h, ok := c.handler.(Listener); ok {
 		c.Guard("Heard", func() { h.Heard(silence) })
 	}
@@ -180,6 +209,7 @@ func (c *Conn) shut(err error, drain bool) {
 func (c *Conn) end(err error) {
 	c.shut(err, false)
 	c.cancel() // now handlers and callers that wait for the peer give up
+	c.spoke()
 	c.wg.Wait()
 	c.srv.wheel.stop(&c.timer)
 	c.mu.Lock()
@@ -258,6 +288,7 @@ func (c *Conn) tick() {
 func (c *Conn) receive(code codes.Code, token, body []byte, held int) error {
 	m := c.srv.metrics
 	c.messagesIn.Add(1)
+	c.spoke()
 	size := held
 	defer func() { c.srv.budget.give(held) }()
 

@@ -437,7 +437,7 @@ func (d *datagram) deliver(b []byte) bool {
 		}
 		d.heard(now)
 		d.mu.Unlock()
-		c.spoke(silence)
+		c.hear(silence)
 		switch {
 		case p.typ == reset:
 			t.fail(d, errReset)
@@ -453,7 +453,7 @@ func (d *datagram) deliver(b []byte) bool {
 		c.lastIn.Store(int64(now))
 		d.put(emptyPacket(reset, p.id))
 		d.mu.Unlock()
-		c.spoke(silence)
+		c.hear(silence)
 		return true
 	}
 	sum := maphash.Bytes(seed, b)
@@ -476,7 +476,7 @@ func (d *datagram) deliver(b []byte) bool {
 	}
 	d.mu.Unlock()
 	c.messagesIn.Add(1)
-	c.spoke(silence)
+	c.hear(silence)
 	d.dispatch(p, r, len(b), now)
 	return true
 }

@@ -320,7 +320,55 @@ func TestUDPMethods(t *testing.T) {
 	})
 }
 
-// Whoever wants to reach a device that sleeps is told when it says something, and after how long.
+// A device that sleeps is reached when it says something next.
+func TestNext(t *testing.T) {
+	waits := func(t *testing.T, ch <-chan struct{}) {
+		t.Helper()
+		synctest.Wait()
+		select {
+		case <-ch:
+			t.Fatal("it did not wait")
+		default:
+		}
+	}
+	came := func(t *testing.T, ch <-chan struct{}) {
+		t.Helper()
+		select {
+		case <-ch:
+		case <-time.After(time.Minute):
+			t.Fatal("it still waits")
+		}
+	}
+	udpBubble(t, handlerFuncs{}, nil, func(t *testing.T, s *udpSim) {
+		p := s.device(t, deviceAddr)
+		c := s.begin(t, p)
+		ch := c.Next()
+		waits(t, ch)
+		p.raw([]byte{0x80, 0, 0, 0}) // nothing of CoAP
+		waits(t, c.Next())
+		p.send(nonConfirmable, get("/awake"))
+		came(t, ch)
+		waits(t, c.Next())
+		ch = c.Next()
+		p.empty(confirmable, 9)
+		came(t, ch)
+		ch = c.Next()
+		c.Close(nil)
+		came(t, ch)
+		s.reason(t)
+		came(t, c.Next())
+	})
+	bubble(t, handlerFuncs{}, nil, func(t *testing.T, s *sim) {
+		p := s.dial(t)
+		c := <-s.conns
+		ch := c.Next()
+		waits(t, ch)
+		p.ask(get("/awake"))
+		came(t, ch)
+	})
+}
+
+// The handler hears of each message, and after how long a silence it came.
 func TestHeard(t *testing.T) {
 	var heard []time.Duration
 	h := handlerFuncs{heard: func(silence time.Duration) { heard = append(heard, silence.Round(time.Second)) }}
