@@ -46,8 +46,8 @@ type deviceDoc struct {
 	SyncingAt    int64    `cbor:"19,keyasint,omitempty"`
 	InSyncAt     int64    `cbor:"20,keyasint,omitempty"`
 	ForcedAt     int64    `cbor:"21,keyasint,omitempty"`
-	Interval     int64    `cbor:"22,keyasint,omitempty"`
-	NextContact  int64    `cbor:"23,keyasint,omitempty"`
+	Interval     int64    `cbor:"30,keyasint,omitempty"`
+	NextContact  int64    `cbor:"31,keyasint,omitempty"`
 }
 
 type causeDoc struct {

@@ -698,8 +698,8 @@ type Device_Metadata struct {
 	Connection          *resourceaggregatepb.Connection          `protobuf:"bytes,1,opt,name=connection,proto3" json:"connection,omitempty"`
 	TwinSynchronization *resourceaggregatepb.TwinSynchronization `protobuf:"bytes,3,opt,name=twin_synchronization,json=twinSynchronization,proto3" json:"twin_synchronization,omitempty"`
 	TwinEnabled         bool                                     `protobuf:"varint,4,opt,name=twin_enabled,json=twinEnabled,proto3" json:"twin_enabled,omitempty"`
-	NextContact         *int64                                   `protobuf:"varint,208,opt,name=next_contact,json=nextContact,proto3,oneof" json:"next_contact,omitempty"`             // only of a device that sleeps: when it is expected, in Unix nanoseconds
-	ContactInterval     *int64                                   `protobuf:"varint,209,opt,name=contact_interval,json=contactInterval,proto3,oneof" json:"contact_interval,omitempty"` // likewise: nanoseconds from one waking to the next
+	NextContact         *int64                                   `protobuf:"varint,213,opt,name=next_contact,json=nextContact,proto3,oneof" json:"next_contact,omitempty"`             // only of a device that sleeps: when it is expected, in Unix nanoseconds
+	ContactInterval     *int64                                   `protobuf:"varint,214,opt,name=contact_interval,json=contactInterval,proto3,oneof" json:"contact_interval,omitempty"` // likewise: nanoseconds from one waking to the next
 	unknownFields       protoimpl.UnknownFields
 	sizeCache           protoimpl.SizeCache
 }
@@ -808,8 +808,8 @@ const file_grpc_gateway_devices_proto_rawDesc = "" +
 	"connection\x12\\\n" +
 	"\x14twin_synchronization\x18\x03 \x01(\v2).resourceaggregate.pb.TwinSynchronizationR\x13twinSynchronization\x12!\n" +
 	"\ftwin_enabled\x18\x04 \x01(\bR\vtwinEnabled\x12'\n" +
-	"\fnext_contact\x18\xd0\x01 \x01(\x03H\x00R\vnextContact\x88\x01\x01\x12/\n" +
-	"\x10contact_interval\x18\xd1\x01 \x01(\x03H\x01R\x0fcontactInterval\x88\x01\x01B\x0f\n" +
+	"\fnext_contact\x18\xd5\x01 \x01(\x03H\x00R\vnextContact\x88\x01\x01\x12/\n" +
+	"\x10contact_interval\x18\xd6\x01 \x01(\x03H\x01R\x0fcontactInterval\x88\x01\x01B\x0f\n" +
 	"\r_next_contactB\x13\n" +
 	"\x11_contact_intervalJ\x04\b\x02\x10\x03\"G\n" +
 	"\x0fOwnershipStatus\x12\v\n" +

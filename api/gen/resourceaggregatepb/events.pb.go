@@ -1244,8 +1244,8 @@ type DeviceMetadataUpdated struct {
 	TwinEnabled          bool                   `protobuf:"varint,8,opt,name=twin_enabled,json=twinEnabled,proto3" json:"twin_enabled,omitempty"`
 	OpenTelemetryCarrier map[string]string      `protobuf:"bytes,100,rep,name=open_telemetry_carrier,json=openTelemetryCarrier,proto3" json:"open_telemetry_carrier,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	Cursor               *string                `protobuf:"bytes,203,opt,name=cursor,proto3,oneof" json:"cursor,omitempty"`                                           // set on the last element of a page that a limit cut short
-	NextContact          *int64                 `protobuf:"varint,208,opt,name=next_contact,json=nextContact,proto3,oneof" json:"next_contact,omitempty"`             // only of a device that sleeps: when it is expected, in Unix nanoseconds
-	ContactInterval      *int64                 `protobuf:"varint,209,opt,name=contact_interval,json=contactInterval,proto3,oneof" json:"contact_interval,omitempty"` // likewise: nanoseconds from one waking to the next
+	NextContact          *int64                 `protobuf:"varint,213,opt,name=next_contact,json=nextContact,proto3,oneof" json:"next_contact,omitempty"`             // only of a device that sleeps: when it is expected, in Unix nanoseconds
+	ContactInterval      *int64                 `protobuf:"varint,214,opt,name=contact_interval,json=contactInterval,proto3,oneof" json:"contact_interval,omitempty"` // likewise: nanoseconds from one waking to the next
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
@@ -1722,8 +1722,8 @@ const file_resource_aggregate_events_proto_rawDesc = "" +
 	"\ftwin_enabled\x18\b \x01(\bR\vtwinEnabled\x12{\n" +
 	"\x16open_telemetry_carrier\x18d \x03(\v2E.resourceaggregate.pb.DeviceMetadataUpdated.OpenTelemetryCarrierEntryR\x14openTelemetryCarrier\x12\x1c\n" +
 	"\x06cursor\x18\xcb\x01 \x01(\tH\x00R\x06cursor\x88\x01\x01\x12'\n" +
-	"\fnext_contact\x18\xd0\x01 \x01(\x03H\x01R\vnextContact\x88\x01\x01\x12/\n" +
-	"\x10contact_interval\x18\xd1\x01 \x01(\x03H\x02R\x0fcontactInterval\x88\x01\x01\x1aG\n" +
+	"\fnext_contact\x18\xd5\x01 \x01(\x03H\x01R\vnextContact\x88\x01\x01\x12/\n" +
+	"\x10contact_interval\x18\xd6\x01 \x01(\x03H\x02R\x0fcontactInterval\x88\x01\x01\x1aG\n" +
 	"\x19OpenTelemetryCarrierEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\t\n" +
