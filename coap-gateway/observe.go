@@ -170,7 +170,6 @@ func (t *twin) ended(o *coap.Observation, href hub.Href, batch bool, code codes.
 		t.enqueue(w.link)
 	case code != codes.NotFound: // that one is unpublished
 		t.failed = t.later(t.failed, w.link)
-		t.arm()
 	}
 	t.start()
 }
@@ -661,9 +660,9 @@ func (t *twin) observeBatch() (bool, error) {
 	}
 	ctx, cancel := t.timeout(s.ctx)
 	defer cancel()
-	sent := time.Now()
+	q := s.ask()
 	o, m, err := s.conn.Observe(ctx, &coap.Message{Code: codes.GET, Options: options})
-	t.s.asked(sent, err)
+	t.s.asked(q, err)
 	if err != nil {
 		s.log.Debug("the device did not answer the batch observation", "error", err)
 		return false, nil
@@ -707,13 +706,13 @@ func (t *twin) observe(l hub.Link) error {
 	var err error
 	ctx, cancel := t.timeout(s.ctx)
 	defer cancel()
-	sent := time.Now()
+	q := s.ask()
 	if l.Policy&hub.Observable != 0 {
 		o, m, err = s.conn.Observe(ctx, req)
 	} else {
 		m, err = s.conn.Do(ctx, req)
 	}
-	t.s.asked(sent, err)
+	t.s.asked(q, err)
 	switch {
 	case hub.IsKind(err, hub.TooLarge):
 		// The device has more to say than we take: a status the application can see. The session lives.
@@ -777,9 +776,9 @@ func (t *twin) forget(p *peer) {
 func (t *twin) cancel(ctx context.Context, o *coap.Observation) {
 	ctx, stop := t.timeout(ctx)
 	defer stop()
-	sent := time.Now()
+	q := t.s.ask()
 	err := o.Cancel(ctx)
-	t.s.asked(sent, err)
+	t.s.asked(q, err)
 	if err != nil {
 		t.s.log.Debug("the device did not answer a deregistration", "path", o.Path(), "error", err)
 	}
@@ -789,9 +788,9 @@ func (t *twin) cancel(ctx context.Context, o *coap.Observation) {
 func (t *twin) ask(req *coap.Message) (*coap.Message, error) {
 	ctx, cancel := t.timeout(t.s.ctx)
 	defer cancel()
-	sent := time.Now()
+	q := t.s.ask()
 	m, err := t.s.conn.Do(ctx, req)
-	t.s.asked(sent, err)
+	t.s.asked(q, err)
 	return m, err
 }
 

@@ -152,9 +152,9 @@ func (t *twin) askQuiet(now time.Time, after time.Duration) (at time.Time, asked
 func (t *twin) refresh(o *coap.Observation) {
 	ctx, cancel := t.timeout(t.s.ctx)
 	defer cancel()
-	sent := time.Now()
+	q := t.s.ask()
 	err := o.Refresh(ctx)
-	t.s.asked(sent, err)
+	t.s.asked(q, err)
 	outcome := "answered"
 	switch {
 	case err == nil:

@@ -14,8 +14,8 @@ const (
 	// asleepAfter requests in a row without a sign of life, the device is taken to sleep, or to be cut off, which is the same
 	// from here: what else is for it waits for its next message.
 	asleepAfter = 2
-	// sleeperAfter such silences that the device itself ended, it is known to sleep. Then it is not even tried, and the
-	// directory knows when it is expected.
+	// sleeperAfter such silences that the device itself ended, it is known to sleep. Then it is not even tried before
+	// it is late, and the directory knows when it is expected.
 	sleeperAfter = 2
 	// nap is the shortest silence that counts as sleep: longer than a confirmable message is on its way (MAX_TRANSMIT_WAIT, 93
 	// s, RFC 7252, Section 4.8.2).
@@ -69,8 +69,8 @@ func (r *rhythm) slept(interval time.Duration) {
 	r.interval = max(r.intervals[0], r.intervals[1], r.intervals[2])
 }
 
-// hear notes that the device said something after so long a silence. begin says that there is work now: it was not in reach
-// before, or the directory is to be told; rested that it may have slept.
+// hear notes that the device said something after so long a silence. begin says that there may be work now: it was not in
+// reach before, or the directory is to be told; rested that it may have slept.
 func (r *rhythm) hear(silence time.Duration, now time.Time) (begin, rested bool) {
 	if r.stream {
 		return false, false
@@ -95,26 +95,50 @@ func (r *rhythm) hear(silence time.Duration, now time.Time) (begin, rested bool)
 			r.untold = true
 		}
 	case now.Sub(r.woke) >= wakeful:
-		if r.interval > 0 {
-			r.untold = true
-		}
-		r.interval, r.naps, r.open = 0, 0, openFor
-		r.intervals = [3]time.Duration{}
+		r.listens()
 	}
 	r.unanswered = 0
-	return !listened || r.untold, rested
+	return !listened || rested || r.untold, rested
 }
 
-// missed notes that a request, which was sent then, was given up.
-func (r *rhythm) missed(sent, now time.Time) {
+// question is a request to the device that is under way.
+type question struct {
+	sent    time.Time
+	silence time.Duration // before it
+}
+
+func (r *rhythm) ask(now time.Time) question {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.stream || r.heard.After(sent) {
+	return question{now, now.Sub(r.heard)}
+}
+
+// missed notes that a request was given up.
+func (r *rhythm) missed(q question, now time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.stream || r.heard.After(q.sent) {
 		return
 	}
 	r.unanswered++
 	r.gaveUp = now
-	r.open = max(openAtLeast, min(r.open, sent.Sub(r.heard)))
+	r.open = max(openAtLeast, min(r.open, q.silence))
+}
+
+// answered notes that a request was answered: after a long silence that is what a device does that does not sleep.
+func (r *rhythm) answered(q question) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.stream && q.silence >= nap {
+		r.listens()
+	}
+}
+
+// listens notes that the device does not sleep; r.mu is held.
+func (r *rhythm) listens() {
+	r.untold = r.untold || r.interval > 0
+	r.interval, r.naps, r.open = 0, 0, openFor
+	r.intervals = [3]time.Duration{}
 }
 
 // inReach reports whether the device is taken to listen. If not, again is when to try it nevertheless; the zero time is its
@@ -131,8 +155,12 @@ func (r *rhythm) inReach(now time.Time) (ok bool, again time.Time) {
 // reach is inReach; r.mu is held.
 func (r *rhythm) reach(now time.Time) (ok bool, again time.Time) {
 	switch {
-	case r.interval > 0:
+	case r.interval > 0 && r.unanswered > 0:
 		return r.unanswered < asleepAfter && now.Sub(r.heard) <= r.open, time.Time{}
+	case r.interval > 0:
+		// One that is late is tried once: if it answers, it does not sleep, and only had nothing to say.
+		again = r.woke.Add(r.interval + max(r.interval/4, time.Minute))
+		return now.Sub(r.heard) <= r.open || !now.Before(again), again
 	case r.unanswered < asleepAfter:
 		return true, time.Time{}
 	}
@@ -172,11 +200,17 @@ func (p *peer) Heard(silence time.Duration) {
 	}
 }
 
-// asked notes how a request to the device went that was sent then: whether it found anybody. Whoever asks it something calls
-// it, and asks only while rhythm.inReach.
-func (s *session) asked(sent time.Time, err error) {
-	if missedBy(err) && s.ctx.Err() == nil {
-		s.rhythm.missed(sent, time.Now())
+// ask is called by whoever sends the device a request, which is done only while rhythm.inReach, and asked when that is over.
+func (s *session) ask() question { return s.rhythm.ask(time.Now()) }
+
+// asked notes whether the request found anybody.
+func (s *session) asked(q question, err error) {
+	switch {
+	case s.ctx.Err() != nil:
+	case err == nil:
+		s.rhythm.answered(q)
+	case missedBy(err):
+		s.rhythm.missed(q, time.Now())
 	}
 }
 

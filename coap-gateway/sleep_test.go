@@ -160,6 +160,13 @@ func (d *dozer) sleep() {
 	d.set(func() { d.asleep, d.missed = true, 0 })
 }
 
+// twinOf is the hub's side of the only device.
+func twinOf(gw *Gateway) *twin {
+	gw.quiet.mu.Lock()
+	defer gw.quiet.mu.Unlock()
+	return gw.quiet.sessions[0].twin
+}
+
 // wake switches it on, behind another address.
 func (d *dozer) wake() {
 	d.nat.Rebind()
@@ -302,10 +309,7 @@ func TestSleeper(t *testing.T) {
 		after(time.Second)
 		inSync(1)
 		resync := func() { // stands for whatever is for the device
-			gw.quiet.mu.Lock()
-			tw := gw.quiet.sessions[0].twin
-			gw.quiet.mu.Unlock()
-			tw.resync()
+			twinOf(gw).resync()
 			synctest.Wait()
 		}
 		ping := func() {
@@ -579,6 +583,41 @@ func TestFailedObservationIsRenewed(t *testing.T) {
 	})
 }
 
+// A device that always listens, and that an outage of its network made look otherwise, is found out.
+func TestSleeperThatListens(t *testing.T) {
+	doze(t, []string{"/a*"}, func(c *Config) { c.DeviceTwin.AskQuietAfter = 1000 * time.Hour }, nil, func(t *testing.T, w *world, gw *Gateway, d *dozer) {
+		after(time.Second)
+		resync := func() {
+			twinOf(gw).resync()
+		}
+		for range 2 { // an outage of an hour
+			d.sleep()
+			resync()
+			after(time.Hour)
+			d.wake()
+			d.notify("/a", "2")
+			after(time.Second)
+		}
+		if c := w.contacts[lampID]; c.Interval < time.Hour || c.Interval > time.Hour+time.Minute {
+			t.Fatalf("expected every %v", c.Interval)
+		}
+		n := w.count("twin 3")
+		after(10 * time.Minute)
+		resync()
+		after(50 * time.Minute)
+		if w.count("twin 3") != n {
+			t.Fatal("it was asked before it was late")
+		}
+		after(16 * time.Minute)
+		if w.count("twin 3") != n+1 || w.contacts[lampID] != (hub.Contact{}) {
+			t.Errorf("it was not asked, or is still expected: %v; %q", w.contacts[lampID], w.log)
+		}
+		if x, _ := gw.Diagnostics(lampID); x.Contact != (hub.Contact{}) {
+			t.Errorf("diagnostics: %+v", x)
+		}
+	})
+}
+
 // How a device's rhythm is learnt, and unlearnt.
 func TestRhythm(t *testing.T) {
 	begin := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
@@ -590,9 +629,9 @@ func TestRhythm(t *testing.T) {
 	}
 	unanswered := func() {
 		now = now.Add(2 * time.Minute)
-		sent := now
+		q := r.ask(now)
 		now = now.Add(20 * time.Second)
-		r.missed(sent, now)
+		r.missed(q, now)
 	}
 	reach := func(want bool, again time.Duration) {
 		t.Helper()
@@ -613,10 +652,11 @@ func TestRhythm(t *testing.T) {
 	}
 	// Silence alone means nothing: it has nothing to say.
 	for range 5 {
-		if begin, _ := silence(time.Hour); begin {
-			t.Error("there is nothing to do")
-		}
+		silence(time.Hour)
 		reach(true, 0)
+	}
+	if _, ok := r.news(now); ok {
+		t.Error("told of a device that is quiet")
 	}
 	// Requests that find nobody do, with trials ever more rarely.
 	unanswered()
@@ -651,10 +691,11 @@ func TestRhythm(t *testing.T) {
 	// Now it is reached after its messages, for as long as it has turned out to listen.
 	reach(true, 0)
 	now = now.Add(openFor + 1)
-	reach(false, 0)
+	late := func() time.Duration { return r.woke.Add(r.interval + r.interval/4).Sub(now) }
+	reach(false, late())
 	silence(time.Second)
 	now = now.Add(30 * time.Second)
-	r.missed(now, now.Add(20*time.Second))
+	r.missed(r.ask(now), now.Add(20*time.Second))
 	now = now.Add(20 * time.Second)
 	reach(false, 0)
 	silence(time.Hour)
@@ -662,7 +703,14 @@ func TestRhythm(t *testing.T) {
 	now = now.Add(30 * time.Second)
 	reach(true, 0)
 	now = now.Add(1)
+	reach(false, late())
+	// When it is late it is tried, once.
+	now = now.Add(late())
+	reach(true, 0)
+	r.missed(r.ask(now), now.Add(20*time.Second))
 	reach(false, 0)
+	silence(5 * time.Hour)
+	r.news(now)
 	silence(5 * time.Minute)
 	if _, ok := r.news(now); ok {
 		t.Error("told twice in ten minutes")
@@ -674,6 +722,15 @@ func TestRhythm(t *testing.T) {
 	news(0)
 	now = now.Add(time.Hour)
 	reach(true, 0)
+	// Nor does one that answers after a long silence.
+	r.interval, r.naps = time.Hour, sleeperAfter
+	q := r.ask(now)
+	silence(time.Second)
+	r.answered(q)
+	news(0)
+	if r.naps != 0 {
+		t.Error("its naps count still")
+	}
 
 	// What was known before: the interval, and when it was last there.
 	before := hub.Contact{Interval: time.Hour, Next: now.Add(-time.Hour).UnixNano()}
