@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -239,29 +240,67 @@ next:
 	return out
 }
 
-// slot waits for its turn among the outstanding requests.
+// slot waits for its turn among the outstanding requests, first come, first served.
 func (c *Conn) slot(ctx context.Context, op string) error {
 	c.mu.Lock()
 	if c.reason != nil {
 		c.mu.Unlock()
 		return errGone.With(op, nil)
 	}
-	if c.slots == nil {
-		c.slots = make(chan struct{}, max(1, c.srv.cfg.MaxOutstanding))
+	if len(c.waiting) == 0 && c.outstanding < c.nstart() {
+		c.outstanding++
+		c.mu.Unlock()
+		return nil
 	}
-	slots := c.slots
+	turn := make(chan struct{})
+	c.waiting = append(c.waiting, turn)
 	c.mu.Unlock()
+	var err error
 	select {
-	case slots <- struct{}{}:
+	case <-turn:
 		return nil
 	case <-ctx.Done():
-		return contextError(ctx, op)
+		err = contextError(ctx, op)
 	case <-c.ctx.Done():
-		return errGone.With(op, nil)
+		err = errGone.With(op, nil)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if i := slices.Index(c.waiting, turn); i >= 0 {
+		c.waiting = slices.Delete(c.waiting, i, i+1)
+	} else { // its turn has just come
+		c.outstanding--
+		c.admit()
+	}
+	return err
+}
+
+func (c *Conn) release() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.outstanding--
+	c.admit()
+}
+
+// admit gives those their turn who may have it; mu is held.
+func (c *Conn) admit() {
+	for len(c.waiting) > 0 && c.outstanding < c.nstart() {
+		c.outstanding++
+		close(c.waiting[0])
+		c.waiting = c.waiting[1:]
+	}
+	if len(c.waiting) == 0 {
+		c.waiting = nil
 	}
 }
 
-func (c *Conn) release() { <-c.slots }
+// nstart is how many requests to the peer may be under way.
+func (c *Conn) nstart() int {
+	if c.dg != nil {
+		return int(c.dg.nstart.Load())
+	}
+	return max(1, c.srv.cfg.MaxOutstanding)
+}
 
 // token makes a token that none of our exchanges and observations has: a number that starts anywhere and is never repeated.
 func (c *Conn) token() []byte {

@@ -70,10 +70,11 @@ type Conn struct {
 	queuedBytes  int           //
 	space        chan struct{} // not nil while the reader waits for queue space
 	working      bool
-	reason       error // not nil: the connection is closing
-	ended        bool  // all is given back
-	drain        bool  // closing, but what is queued is still handled
-	slots        chan struct{}
+	reason       error           // not nil: the connection is closing
+	ended        bool            // all is given back
+	drain        bool            // closing, but what is queued is still handled
+	outstanding  int             // requests of ours that have no answer yet
+	waiting      []chan struct{} // those that wait for one of them, in order
 	exchanges    map[string]*exchange
 	observations map[string]*Observation
 	observers    map[string]*Observer // by token

@@ -8,6 +8,7 @@ import (
 	mathrand "math/rand/v2"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message/codes"
@@ -132,6 +133,8 @@ type datagram struct {
 	rx       receptions
 	sent     []*transmission // confirmable messages that are not settled, in order
 	inFlight int             // those of them that are under way
+	nstart   atomic.Int32    // how many may be; read without mu
+	clean    int             // requests in a row that were answered without a retransmission
 	nextID   uint16
 	usedIDs  [4]time.Duration // when the last ID of each quarter was used
 
@@ -174,6 +177,7 @@ func (g *sessions) start(link packetLink) (*datagram, error) {
 	c := s.newConn()
 	d := &datagram{c: c, g: g, link: link, proven: link.proven(), nextID: uint16(mathrand.Uint32())} //nolint:gosec // any 16 bits
 	d.timer.fire = d.tick
+	d.nstart.Store(int32(max(1, s.cfg.MaxOutstanding))) //nolint:gosec // small
 	c.tr, c.dg = d, d
 
 	g.mu.Lock()

@@ -583,6 +583,80 @@ func TestUDPOneOutstanding(t *testing.T) {
 	})
 }
 
+// RFC 7252, Section 4.7: a peer that answers gets more than one request at a time, until something is lost.
+func TestUDPProven(t *testing.T) {
+	udpBubble(t, handlerFuncs{}, func(c *Config) { c.MaxProven = 3 }, func(t *testing.T, s *udpSim) {
+		p := s.device(t, deviceAddr)
+		c := s.begin(t, p)
+		// atOnce has ten requests answered and returns how many of them were under way at most.
+		atOnce := func(separate bool) int {
+			t.Helper()
+			const all = 10
+			var results []<-chan result
+			for i := range all {
+				results = append(results, do(c, t.Context(), get(fmt.Sprintf("/%d", i))))
+				synctest.Wait() // in order
+			}
+			most := 0
+			for answered := 0; answered < all; {
+				var open []heardPacket
+				for m, ok := p.next(time.Millisecond); ok; m, ok = p.next(time.Millisecond) {
+					open = append(open, m)
+				}
+				most = max(most, len(open))
+				for _, m := range open {
+					if separate {
+						p.empty(acknowledgement, m.id)
+						p.send(nonConfirmable, reply(m.Message, codes.Content, Path(m.Message)))
+					} else {
+						p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Content, Path(m.Message))))
+					}
+					answered++
+				}
+				synctest.Wait()
+			}
+			for i, r := range results {
+				if got := <-r; got.err != nil || string(got.msg.Payload) != fmt.Sprintf("/%d", i) {
+					t.Fatalf("%d got %+v", i, got)
+				}
+			}
+			return most
+		}
+		if n := atOnce(false); n != 2 { // the fifth
+			t.Errorf("%d at once", n)
+		}
+		if n := atOnce(true); n != 3 { // four times two later
+			t.Errorf("%d at once", n)
+		}
+		if n := atOnce(false); n != 3 {
+			t.Errorf("%d at once", n)
+		}
+		// One is lost.
+		r := do(c, t.Context(), get("/lost"))
+		p.read(confirmable)
+		m := p.read(confirmable)
+		p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Content, "")))
+		<-r
+		a, b := do(c, t.Context(), get("/a")), (<-chan result)(nil)
+		m = p.read(confirmable)
+		b = do(c, t.Context(), get("/b"))
+		ctx, cancel := context.WithCancel(t.Context())
+		gaveUp := do(c, ctx, get("/never"))
+		synctest.Wait()
+		cancel()
+		wantKind(t, (<-gaveUp).err, hub.Unavailable)
+		p.quiet(100 * time.Millisecond)
+		p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Content, "a")))
+		<-a
+		m = p.read(confirmable)
+		p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Content, "b")))
+		if got := <-b; got.err != nil || string(got.msg.Payload) != "b" {
+			t.Fatalf("%+v", got)
+		}
+		p.quiet(time.Minute)
+	})
+}
+
 // An address that has not answered gets no more than three times what it sent; a longer answer waits until it has answered
 // an empty CON.
 func TestAmplification(t *testing.T) {
