@@ -180,5 +180,9 @@ func (a *assembly) device(_ context.Context, q deviceRequest) (DeviceStatus, err
 		at := d.EndedAt.UTC()
 		s.EndedAt = &at
 	}
+	if d.Contact.Interval > 0 {
+		next := time.Unix(0, d.Contact.Next).UTC()
+		s.NextContact, s.ContactInterval = &next, d.Contact.Interval.Seconds()
+	}
 	return s, nil
 }

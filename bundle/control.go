@@ -81,6 +81,10 @@ type DeviceStatus struct {
 	BytesIn        uint64    `json:"bytesIn"` // of its connection, CoAP without TLS
 	BytesOut       uint64    `json:"bytesOut"`
 	RoundTrip      float64   `json:"roundTripSeconds,omitempty"` // of the last answered ping
+	// NextContact is when a device that sleeps is expected to say something, ContactInterval how long it usually sleeps; absent
+	// for others.
+	NextContact     *time.Time `json:"nextContact,omitempty"`
+	ContactInterval float64    `json:"contactIntervalSeconds,omitempty"`
 	// EndedAt and EndReason are of the last session that ended: the one above, or the one before it.
 	EndedAt   *time.Time `json:"endedAt,omitempty"`
 	EndReason string     `json:"endReason,omitempty"`

@@ -139,6 +139,9 @@ type TwinConfig struct {
 	UseETags bool `yaml:"useETags"`
 	// MaxETagsCountInRequest is how many of the newest ETags it is told.
 	MaxETagsCountInRequest int `yaml:"maxETagsCountInRequest"`
+	// AskQuietAfter is how long, on average, after the Max-Age of what it reported last (60 s if it says none) a device over UDP
+	// or DTLS is asked for an observed resource: a report may be lost there. 0: never. Devices that sleep are not asked.
+	AskQuietAfter time.Duration `yaml:"askQuietAfter"`
 }
 
 // Default returns the configuration of a hub that nobody configured.
@@ -160,7 +163,7 @@ func Default() Config {
 				HandshakeTimeout: 120 * time.Second, FlightInterval: 9 * time.Second, MaxHandshakes: 1024, MaxHandshakesPerNetwork: 256,
 			},
 		}},
-		DeviceTwin: TwinConfig{UseETags: true, MaxETagsCountInRequest: 8},
+		DeviceTwin: TwinConfig{UseETags: true, MaxETagsCountInRequest: 8, AskQuietAfter: 10 * time.Second},
 	}
 }
 
@@ -252,6 +255,9 @@ func (c Config) Validate() []error {
 	}
 	if n := c.DeviceTwin.MaxETagsCountInRequest; n < 0 || n > 64 {
 		bad("coapGateway.deviceTwin.maxETagsCountInRequest", "%d is not between 0 and 64", n)
+	}
+	if d := c.DeviceTwin.AskQuietAfter; d != 0 && d < time.Second {
+		bad("coapGateway.deviceTwin.askQuietAfter", "%v is neither 0 nor at least 1s", d)
 	}
 	return errs
 }

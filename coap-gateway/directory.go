@@ -32,6 +32,8 @@ type Directory interface {
 	SetTwin(ctx context.Context, from hub.Stamp, state hub.TwinState) error
 	// SetLocalEndpoints records where the device is reached in its own network. The same again makes no event.
 	SetLocalEndpoints(ctx context.Context, from hub.Stamp, endpoints []string) error
+	// SetContact records when a device that sleeps is expected; the zero value is one that does not sleep.
+	SetContact(ctx context.Context, from hub.Stamp, to hub.Contact) error
 	// Device returns the current picture of a device if owner's stamp is on it, else NotFound.
 	Device(ctx context.Context, owner hub.Owner, dev hub.DeviceID) (*hub.Device, error)
 	// Devices yields pictures of those of the given devices that carry owner's stamp, in ID order.

@@ -39,6 +39,9 @@ func TestTroubleOfOursIsNever401(t *testing.T) {
 		"Directory.SetLocalEndpoints": func(w *world, err error) {
 			w.dir.setLocal = func(context.Context, hub.Stamp, []string) error { return err }
 		},
+		"Directory.SetContact": func(w *world, err error) {
+			w.dir.expect = func(context.Context, hub.Stamp, hub.Contact) error { return err }
+		},
 		"Directory.Device": func(w *world, err error) {
 			w.dir.device = func(context.Context, hub.Owner, hub.DeviceID) (*hub.Device, error) { return nil, err }
 		},

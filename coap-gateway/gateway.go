@@ -59,6 +59,7 @@ type Gateway struct {
 	refused  refusals
 	devices  *diagnostics
 	live     *live
+	quiet    *quietQueue
 	patience time.Duration // how long a write is tried again before a session is given up
 
 	mu        sync.Mutex // guards addresses
@@ -83,6 +84,7 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 	}
 	g := &Gateway{
 		cfg: cfg, deps: deps, log: log, metrics: newMetrics(reg), devices: newDiagnostics(), live: newLive(),
+		quiet: newQuietQueue(cfg.DeviceTwin.AskQuietAfter),
 		// Devices wait 4 s for a Pong and reconnect then (iotivity-lite); whatever is not stored by 3 s is better sent again.
 		patience: 3 * time.Second,
 	}
@@ -140,6 +142,7 @@ func (g *Gateway) Run(ctx context.Context, ready func()) error {
 	if plain.udp != nil {
 		group.Go(func() error { return g.engine.ServeUDP(ctx, plain.udp) })
 	}
+	group.Go(func() error { g.quiet.run(ctx); return nil })
 	ready()
 	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
 		return fmt.Errorf("serve CoAP: %w", err)

@@ -71,5 +71,8 @@ func control(r rune) bool { return r < 0x20 || r == 0x7f }
 func (s *session) ask(req *coap.Message) (*coap.Message, error) {
 	ctx, cancel := context.WithTimeout(s.ctx, s.gw.cfg.API.CoAP.KeepAlive.Timeout)
 	defer cancel()
-	return s.conn.Do(ctx, req)
+	q := s.question()
+	m, err := s.conn.Do(ctx, req)
+	s.asked(q, err)
+	return m, err
 }

@@ -13,6 +13,7 @@ type metrics struct {
 	tooLarge      prometheus.Counter
 	notStored     prometheus.Counter
 	syncs         *prometheus.CounterVec
+	quiet         *prometheus.CounterVec
 	sessionsEnded *prometheus.CounterVec
 }
 
@@ -44,12 +45,16 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 			"Synchronisations of twins by mode and outcome; late: what an incomplete one missed has answered since. Rising "+
 				"incomplete: devices do not answer, see the debug log."),
 			[]string{"mode", "outcome"}),
+		quiet: prometheus.NewCounterVec(opts("quiet_asked_total",
+			"Observed resources over UDP and DTLS that were not reported for longer than their Max-Age and were asked for, by outcome. "+
+				"Many: devices that could say a longer Max-Age. Rising refused: devices forget who observes them."),
+			[]string{"outcome"}),
 		sessionsEnded: prometheus.NewCounterVec(opts("sessions_ended_total",
 			"Sessions by why they ended. Rising second-session: devices reconnect without closing, or two share an identity; rising "+
 				"expired: devices do not refresh their tokens; revoked, key-replaced: their credentials were ended by somebody."), []string{"reason"}),
 	}
 	if reg != nil {
-		reg.MustRegister(m.sessions, m.requests, m.refused, m.changes, m.batchSkipped, m.tooLarge, m.notStored, m.syncs,
+		reg.MustRegister(m.sessions, m.requests, m.refused, m.changes, m.batchSkipped, m.tooLarge, m.notStored, m.syncs, m.quiet,
 			m.sessionsEnded)
 	}
 	return m

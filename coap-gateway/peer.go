@@ -20,11 +20,13 @@ type peer struct {
 	cred credential
 	log  *slog.Logger
 
-	sess    *session    // nil when nobody is signed in
-	closing atomic.Bool // an answer was given after which the connection ends; the engine's refusals set it too
-	request uint64      // counts requests, for the log
-	told    uint64      // how many ends of credentials were told when the account request under way began
-	helpers sync.WaitGroup
+	sess *session // nil when nobody is signed in
+	// listening is sess for Heard, which the connection's goroutine does not call.
+	listening atomic.Pointer[session]
+	closing   atomic.Bool // an answer was given after which the connection ends; the engine's refusals set it too
+	request   uint64      // counts requests, for the log
+	told      uint64      // how many ends of credentials were told when the account request under way began
+	helpers   sync.WaitGroup
 }
 
 // Open implements coap.Handler.

@@ -35,6 +35,7 @@ type session struct {
 	to     *deliverer
 	twin   *twin          // nil when the device's twin is disabled
 	asking sync.WaitGroup // then what asks the device where it is
+	rhythm *rhythm        // when the device listens
 
 	// turn holds one token; whoever has it may write. It orders the session's writes and guards the fields below.
 	turn    chan struct{}
@@ -142,6 +143,7 @@ func (p *peer) endSession(reason string, offline bool) {
 	s := p.sess
 	p.sess = nil
 	p.gw.live.leave(s)
+	p.listening.Store(nil)
 	s.stop()
 	if offline {
 		// Neither the request's nor the connection's context: this must be recorded although both are over.

@@ -99,11 +99,17 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 	case info.Secure:
 		d.TLSVersion = "DTLS 1.2" // the only one we have
 	}
+	if !info.Stream {
+		d.Contact = got.Contact
+	}
 	p.gw.devices.begin(d, p.conn.Stats)
 	s.log.Info("device came", "protocol", conn.Protocol.String()) // JSON would have its number
+	s.rhythm = newRhythm(info.Stream, got.Contact, time.Now())
 	if got.TwinEnabled {
 		s.twin = newTwin(s)
+		p.listening.Store(s)
 		s.twin.resync()
+		p.gw.quiet.watch(s.twin)
 	} else {
 		s.asking.Go(func() {
 			if !p.conn.Guard("local endpoints", func() {

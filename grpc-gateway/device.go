@@ -71,11 +71,12 @@ func (e deviceElement) endpoints() []string {
 }
 
 func (e deviceElement) message(cursor string) proto.Message {
+	next, interval := contactFields(e.meta.Contact)
 	m := &pb.Device{
 		Id: string(e.id), Types: e.link.Types, Name: e.name,
 		Metadata: &pb.Device_Metadata{
 			Connection: connectionMessage(e.meta.Connection), TwinSynchronization: twinMessage(e.meta.Twin, e.metaCause),
-			TwinEnabled: e.meta.Twin.Enabled,
+			TwinEnabled: e.meta.Twin.Enabled, NextContact: next, ContactInterval: interval,
 		},
 		ModelNumber: e.model, Interfaces: e.link.Interfaces, ProtocolIndependentId: e.piid, Data: e.data.message(),
 		OwnershipStatus: pb.Device_OWNED, Endpoints: e.endpoints(), Cursor: optional(cursor),
@@ -92,7 +93,8 @@ func (e deviceElement) appendJSON(b []byte, cursor string) []byte {
 	b = appendText(b, "name", e.name)
 	b = append(appendName(b, "metadata"), '{')
 	b = appendConnection(b, e.meta.Connection)
-	b = append(appendTwin(b, e.meta.Twin, e.metaCause), '}')
+	b = appendTwin(b, e.meta.Twin, e.metaCause)
+	b = append(appendContact(b, e.meta.Contact), '}')
 	if len(e.manufacturer) > 0 {
 		b = append(appendName(b, "manufacturerName"), '[')
 		first := true

@@ -53,6 +53,7 @@ func TestGetDevicesListsWhatIsPublishedInOrder(t *testing.T) {
 	want(t, "protocol", conn["protocol"], any("COAPS_TCP"))
 	want(t, "connectedAt is a text", conn["connectedAt"], any(strconv.FormatInt(t0, 10)))
 	want(t, "state", meta["twinSynchronization"].(map[string]any)["state"], any("IN_SYNC"))
+	want(t, "contact", meta["contactInterval"], any("21600000000000"))
 	data := d["data"].(map[string]any)
 	want(t, "content is decoded", data["content"].(map[string]any)["n"], any("lamp A"))
 	want(t, "hubId", data["eventMetadata"].(map[string]any)["hubId"], any(hubID))
@@ -386,6 +387,7 @@ func TestGetDevicesMetadata(t *testing.T) {
 	want(t, "canceled", rs[0]["canceled"], any(false))
 	want(t, "sequence", rs[0]["twinSynchronization"].(map[string]any)["commandMetadata"].(map[string]any)["sequence"], any("9"))
 	want(t, "offline", rs[1]["connection"].(map[string]any)["status"], any("OFFLINE"))
+	want(t, "when it is expected", rs[0]["nextContact"], any(strconv.FormatInt(t0+2, 10)))
 	want(t, "type", len(w.get(t, "/api/v1/devices-metadata?typeFilter=x.none").results()), 0)
 	want(t, "device", len(w.get(t, "/api/v1/devices-metadata?deviceIdFilter="+string(lampB)).results()), 1)
 }

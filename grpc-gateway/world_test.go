@@ -260,6 +260,7 @@ func lamp(id hub.DeviceID, name string, online bool) *hub.Device {
 		Metadata: hub.Metadata{
 			Connection: hub.Connection{Online: online, ID: "conn-1", ConnectedAt: t0, Protocol: hub.ProtocolCoAPSTCP, Service: "gw-1", LocalEndpoints: []string{"coaps://127.0.0.1:40001"}},
 			Twin:       hub.Twin{Enabled: true, State: hub.TwinInSync, SyncingAt: t0, InSyncAt: t0 + 1},
+			Contact:    hub.Contact{Interval: 6 * time.Hour, Next: t0 + 2},
 		},
 		Links: linkSet{
 			link("/a/events", "x.odd"), link("/cbor", "x.cbor"), link("/json", "x.json"), link("/late", "x.late"), link("/light/1", "core.light"),

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/fxamacker/cbor/v2"
 
@@ -45,6 +46,8 @@ type deviceDoc struct {
 	SyncingAt    int64    `cbor:"19,keyasint,omitempty"`
 	InSyncAt     int64    `cbor:"20,keyasint,omitempty"`
 	ForcedAt     int64    `cbor:"21,keyasint,omitempty"`
+	Interval     int64    `cbor:"30,keyasint,omitempty"`
+	NextContact  int64    `cbor:"31,keyasint,omitempty"`
 }
 
 type causeDoc struct {
@@ -245,6 +248,7 @@ func (s *state) deviceDoc() *deviceDoc {
 		Online: c.Online, Connection: c.ID, ConnectedAt: c.ConnectedAt, Protocol: uint8(c.Protocol), Service: c.Service,
 		Endpoints: c.LocalEndpoints, TwinEnabled: t.Enabled, TwinState: uint8(t.State), SyncingAt: t.SyncingAt,
 		InSyncAt: t.InSyncAt, ForcedAt: t.ForcedAt,
+		Interval: int64(s.meta.Contact.Interval), NextContact: s.meta.Contact.Next,
 	}
 }
 
@@ -262,6 +266,7 @@ func (s *state) setDevice(d *deviceDoc) {
 			Enabled: d.TwinEnabled, State: hub.TwinState(d.TwinState), SyncingAt: d.SyncingAt, InSyncAt: d.InSyncAt,
 			ForcedAt: d.ForcedAt,
 		},
+		Contact: hub.Contact{Interval: time.Duration(d.Interval), Next: d.NextContact},
 	}
 }
 

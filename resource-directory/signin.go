@@ -33,7 +33,7 @@ func (d *Directory) SignIn(
 		conn.LocalEndpoints = meta.Connection.LocalEndpoints
 		meta.Connection = conn
 		meta.Twin.State = outOfSync(meta.Twin)
-		sess = hub.Session{Device: own.Device, Owner: own.Owner, Number: s.seq + 1, TwinEnabled: meta.Twin.Enabled}
+		sess = hub.Session{Device: own.Device, Owner: own.Owner, Number: s.seq + 1, TwinEnabled: meta.Twin.Enabled, Contact: meta.Contact}
 		return []hub.Event{{
 			Kind: hub.MetadataUpdated, Session: sess.Number, Connection: conn.ID, User: user, Metadata: &meta,
 		}}, nil
@@ -188,6 +188,32 @@ func (d *Directory) SetLocalEndpoints(ctx context.Context, from hub.Stamp, endpo
 			return nil, nil
 		}
 		meta.Connection.LocalEndpoints = endpoints
+		return []hub.Event{{
+			Kind: hub.MetadataUpdated, Session: from.Session, Message: from.Message, Connection: meta.Connection.ID,
+			User: from.User, Metadata: &meta,
+		}}, nil
+	}
+	return d.do(ctx, r)
+}
+
+// SetContact records when a device that sleeps is expected next; the zero value says that it does not sleep. Recording the
+// same again makes no event. Precondition if the device is offline; Invalid for a negative interval or one without a time.
+func (d *Directory) SetContact(ctx context.Context, from hub.Stamp, to hub.Contact) error {
+	r := &request{dev: from.Device, op: "directory.SetContact"}
+	r.decide = func(s *state, _ int64) ([]hub.Event, error) {
+		if done, err := s.fence(from); done || err != nil {
+			return nil, err
+		}
+		meta := s.meta
+		switch {
+		case to.Interval < 0 || (to.Interval == 0) != (to.Next == 0):
+			return nil, hub.NewError(hub.Invalid, "contact-invalid", "an interval and a time are needed, or neither")
+		case !meta.Connection.Online:
+			return nil, hub.NewError(hub.Precondition, "device-offline", "the device is offline")
+		case meta.Contact == to:
+			return nil, nil
+		}
+		meta.Contact = to
 		return []hub.Event{{
 			Kind: hub.MetadataUpdated, Session: from.Session, Message: from.Message, Connection: meta.Connection.ID,
 			User: from.User, Metadata: &meta,

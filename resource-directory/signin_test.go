@@ -177,6 +177,36 @@ func TestTwinStates(t *testing.T) {
 		"meta 3 offline out-of-sync")
 }
 
+// When a device that sleeps is expected is kept over sessions and restarts, until it is told otherwise.
+func TestContact(t *testing.T) {
+	h := open(t)
+	x := h.registered(lamp)
+	six := hub.Contact{Interval: 6 * time.Hour, Next: 7}
+	h.must(h.d.SetContact(t.Context(), x.stamp(), six))
+	h.must(h.d.SetContact(t.Context(), x.same(), hub.Contact{Interval: 1, Next: 1})) // a repeat is no second event
+	h.must(h.d.SetContact(t.Context(), x.stamp(), six))
+	for _, bad := range []hub.Contact{{Interval: -1, Next: 1}, {Interval: 1}, {Next: 1}} {
+		wantKind(t, h.d.SetContact(t.Context(), x.stamp(), bad), hub.Invalid, "contact-invalid")
+	}
+	h.must(h.d.Offline(t.Context(), x.stamp()))
+	wantKind(t, h.d.SetContact(t.Context(), x.stamp(), six), hub.Precondition, "device-offline")
+	h.restart()
+	if got := h.device(alice, lamp).Metadata.Contact; got != six {
+		t.Errorf("after a restart %+v", got)
+	}
+	y := h.signIn(lamp, alice, 1, "conn-2")
+	if y.sess.Contact != six {
+		t.Errorf("the sign-in says %+v", y.sess.Contact)
+	}
+	wantKind(t, h.d.SetContact(t.Context(), x.stamp(), hub.Contact{}), hub.Precondition, "session-superseded")
+	h.must(h.d.SetContact(t.Context(), y.stamp(), hub.Contact{}))
+	if got := h.device(alice, lamp).Metadata.Contact; got != (hub.Contact{}) {
+		t.Errorf("it does not sleep any more: %+v", got)
+	}
+	h.expect(lamp, "registered", "meta 0 online out-of-sync", "meta 1 online out-of-sync", "meta 2 offline out-of-sync",
+		"meta 3 online out-of-sync", "meta 4 online out-of-sync")
+}
+
 func TestTwinThatIsOffStaysDisabled(t *testing.T) {
 	h := open(t)
 	x := h.registered(lamp)

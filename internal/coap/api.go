@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"net"
+	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
@@ -69,6 +70,13 @@ type ConnHandler interface {
 // is queued, from any goroutine, and must not block.
 type Refuser interface {
 	Refused(req *Message)
+}
+
+// Listener is implemented by a ConnHandler that wants to know when its peer over UDP or DTLS says something: the moment to reach
+// a device that sleeps most of the time. Heard is called for each message that is one of CoAP and no duplicate, before it is
+// handled, from one goroutine at a time, with how long the peer had said nothing before. It must not block.
+type Listener interface {
+	Heard(silence time.Duration)
 }
 
 // ConnInfo is what is known of a connection from its transport.

@@ -70,10 +70,11 @@ type Conn struct {
 	queuedBytes  int           //
 	space        chan struct{} // not nil while the reader waits for queue space
 	working      bool
-	reason       error // not nil: the connection is closing
-	ended        bool  // all is given back
-	drain        bool  // closing, but what is queued is still handled
-	slots        chan struct{}
+	reason       error           // not nil: the connection is closing
+	ended        bool            // all is given back
+	drain        bool            // closing, but what is queued is still handled
+	outstanding  int             // requests of ours that have no answer yet
+	waiting      []chan struct{} // those that wait for one of them, in order
 	exchanges    map[string]*exchange
 	observations map[string]*Observation
 	observers    map[string]*Observer // by token
@@ -85,10 +86,11 @@ type Conn struct {
 	blocks blocks
 }
 
-// item is a request or a notification on its way to the handler.
+// item is a request or a notification on its way to the handler, or a reminder that an observer is to be told the state.
 type item struct {
-	msg         *Message
-	observation *Observation // nil: a request
+	msg         *Message     // nil: a reminder
+	observation *Observation // of a notification
+	observer    *Observer    // of a reminder
 	ended       bool
 	size        int        // taken from the budget
 	from        *reception // of a notification in a datagram, to be acknowledged when it has been handled
@@ -170,6 +172,14 @@ func (c *Conn) spoke() {
 	}
 	if ch := c.next.Swap(nil); ch != nil {
 		close(*ch)
+	}
+}
+
+// hear is spoke for a peer over UDP or DTLS, which had said nothing for so long.
+func (c *Conn) hear(silence time.Duration) {
+	c.spoke()
+	if h, ok := c.handler.(Listener); ok {
+		c.Guard("Heard", func() { h.Heard(silence) })
 	}
 }
 
@@ -321,7 +331,7 @@ func (c *Conn) receive(code codes.Code, token, body []byte, held int) error {
 		return c.enqueue(item{msg: msg, size: size}, true)
 	case 2, 4, 5:
 		m.in[kindResponse].Inc()
-		it, what := c.response(msg, f, true)
+		it, what := c.response(msg, f, true, false)
 		if what != isNotification {
 			return nil
 		}
@@ -484,9 +494,12 @@ func (c *Conn) work() {
 
 		for len(items) > 0 && !c.stopped() {
 			n := 1
-			if items[0].observation == nil {
+			switch {
+			case items[0].observer != nil:
+				items[0].observer.tell()
+			case items[0].observation == nil:
 				c.serve(items[0].msg)
-			} else {
+			default:
 				for n < len(items) && items[n].observation != nil {
 					n++
 				}

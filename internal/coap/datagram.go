@@ -10,6 +10,7 @@ import (
 	mathrand "math/rand/v2"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message/codes"
@@ -134,6 +135,8 @@ type datagram struct {
 	rx       receptions
 	sent     []*transmission // confirmable messages that are not settled, in order
 	inFlight int             // those of them that are under way
+	nstart   atomic.Int32    // how many may be; read without mu
+	clean    int             // requests in a row that were answered without a retransmission
 	nextID   uint16
 	usedIDs  [4]time.Duration // when the last ID of each quarter was used
 
@@ -177,6 +180,7 @@ func (g *sessions) start(link packetLink) (*datagram, error) {
 	c := s.newConn()
 	d := &datagram{c: c, g: g, link: link, proven: link.proven(), nextID: uint16(mathrand.Uint32())} //nolint:gosec // any 16 bits
 	d.timer.fire = d.tick
+	d.nstart.Store(int32(max(1, s.cfg.MaxOutstanding))) //nolint:gosec // small
 	c.tr, c.dg = d, d
 
 	g.mu.Lock()
@@ -358,6 +362,7 @@ func (d *datagram) tick() {
 	c, cfg := d.c, &d.c.srv.cfg
 	now := c.srv.now()
 	transfers := c.blocks.expire(now-cfg.TransferTimeout, c.srv.budget)
+	remind := c.remind(now)
 
 	d.mu.Lock()
 	d.due = 0
@@ -384,6 +389,9 @@ func (d *datagram) tick() {
 		quiet := time.Duration(c.lastIn.Load()) + d.silence()
 		if silent = now >= quiet; !silent {
 			d.schedule(quiet)
+		}
+		if remind != 0 {
+			d.schedule(remind)
 		}
 		if transfers {
 			d.schedule(now + cfg.TransferTimeout/2)
@@ -419,6 +427,7 @@ func (d *datagram) deliver(b []byte) bool {
 		return false
 	}
 	d.credit = min(d.credit+3*len(b), maxCredit)
+	silence := now - time.Duration(c.lastIn.Load())
 	switch {
 	case err != nil:
 		d.malformed(p)
@@ -435,6 +444,7 @@ func (d *datagram) deliver(b []byte) bool {
 		}
 		d.heard(now)
 		d.mu.Unlock()
+		c.hear(silence)
 		switch {
 		case p.typ == reset:
 			t.fail(d, errReset)
@@ -450,7 +460,7 @@ func (d *datagram) deliver(b []byte) bool {
 		c.lastIn.Store(int64(now))
 		d.put(emptyPacket(reset, p.id))
 		d.mu.Unlock()
-		c.spoke()
+		c.hear(silence)
 		return true
 	}
 	sum := maphash.Bytes(seed, b)
@@ -473,7 +483,7 @@ func (d *datagram) deliver(b []byte) bool {
 	}
 	d.mu.Unlock()
 	c.messagesIn.Add(1)
-	c.spoke()
+	c.hear(silence)
 	d.dispatch(p, r, len(b), now)
 	return true
 }
@@ -560,12 +570,13 @@ func (d *datagram) piggybacked(p packet) {
 	m.in[kindResponse].Inc()
 	size := len(p.body) + 256
 	room := d.c.reserve(size)
-	it, what := d.c.response(msg, f, true)
-	if what == isNotification && room {
-		// The registration had its answer already, from a notification that was faster.
+	it, what := d.c.response(msg, f, room, true)
+	switch {
+	case what == isNotification:
+		// Of a refresh, or of a registration that had its answer already from a notification that was faster.
 		it.size = size
 		d.c.push(it)
-	} else if room {
+	case room:
 		d.c.unreserve(size)
 	}
 }
@@ -574,7 +585,7 @@ func (d *datagram) piggybacked(p packet) {
 func (d *datagram) response(msg *Message, f fault, r *reception, size int, now time.Duration) {
 	c := d.c
 	room := c.reserve(size)
-	it, what := c.response(msg, f, room)
+	it, what := c.response(msg, f, room, false)
 	if what != isNotification && room {
 		c.unreserve(size)
 	}

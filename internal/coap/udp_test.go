@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -589,6 +590,80 @@ func TestUDPOneOutstanding(t *testing.T) {
 	})
 }
 
+// RFC 7252, Section 4.7: a peer that answers gets more than one request at a time, until something is lost.
+func TestUDPProven(t *testing.T) {
+	udpBubble(t, handlerFuncs{}, func(c *Config) { c.MaxProven = 3 }, func(t *testing.T, s *udpSim) {
+		p := s.device(t, deviceAddr)
+		c := s.begin(t, p)
+		// atOnce has ten requests answered and returns how many of them were under way at most.
+		atOnce := func(separate bool) int {
+			t.Helper()
+			const all = 10
+			var results []<-chan result
+			for i := range all {
+				results = append(results, do(c, t.Context(), get(fmt.Sprintf("/%d", i))))
+				synctest.Wait() // in order
+			}
+			most := 0
+			for answered := 0; answered < all; {
+				var open []heardPacket
+				for m, ok := p.next(time.Millisecond); ok; m, ok = p.next(time.Millisecond) {
+					open = append(open, m)
+				}
+				most = max(most, len(open))
+				for _, m := range open {
+					if separate {
+						p.empty(acknowledgement, m.id)
+						p.send(nonConfirmable, reply(m.Message, codes.Content, Path(m.Message)))
+					} else {
+						p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Content, Path(m.Message))))
+					}
+					answered++
+				}
+				synctest.Wait()
+			}
+			for i, r := range results {
+				if got := <-r; got.err != nil || string(got.msg.Payload) != fmt.Sprintf("/%d", i) {
+					t.Fatalf("%d got %+v", i, got)
+				}
+			}
+			return most
+		}
+		if n := atOnce(false); n != 2 { // the fifth
+			t.Errorf("%d at once", n)
+		}
+		if n := atOnce(true); n != 3 { // four times two later
+			t.Errorf("%d at once", n)
+		}
+		if n := atOnce(false); n != 3 {
+			t.Errorf("%d at once", n)
+		}
+		// One is lost.
+		r := do(c, t.Context(), get("/lost"))
+		p.read(confirmable)
+		m := p.read(confirmable)
+		p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Content, "")))
+		<-r
+		a, b := do(c, t.Context(), get("/a")), (<-chan result)(nil)
+		m = p.read(confirmable)
+		b = do(c, t.Context(), get("/b"))
+		ctx, cancel := context.WithCancel(t.Context())
+		gaveUp := do(c, ctx, get("/never"))
+		synctest.Wait()
+		cancel()
+		wantKind(t, (<-gaveUp).err, hub.Unavailable)
+		p.quiet(100 * time.Millisecond)
+		p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Content, "a")))
+		<-a
+		m = p.read(confirmable)
+		p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Content, "b")))
+		if got := <-b; got.err != nil || string(got.msg.Payload) != "b" {
+			t.Fatalf("%+v", got)
+		}
+		p.quiet(time.Minute)
+	})
+}
+
 // An address that has not answered gets no more than three times what it sent; a longer answer waits until it has answered
 // an empty CON.
 func TestAmplification(t *testing.T) {
@@ -853,6 +928,119 @@ func TestUDPObserveOvertaken(t *testing.T) {
 		if res := <-done; res.err != nil {
 			t.Fatal(res.err)
 		}
+	})
+}
+
+// RFC 7641, Sections 3.3.1 and 3.3.2: the registration is renewed with its token and the newest ETag; what is answered is a
+// notification, and newer than all before.
+func TestUDPRefresh(t *testing.T) {
+	var got []string
+	h := handlerFuncs{notifications: func(_ context.Context, ns []Notification) {
+		for _, n := range ns {
+			got = append(got, fmt.Sprintf("%d.%02d %s", n.Message.Code>>5, n.Message.Code&31, n.Message.Payload))
+			if n.Ended {
+				got = append(got, "end")
+			}
+		}
+	}}
+	udpBubble(t, h, nil, func(t *testing.T, s *udpSim) {
+		p := s.device(t, deviceAddr)
+		c := s.begin(t, p)
+		want := func(values ...string) {
+			t.Helper()
+			synctest.Wait()
+			if !slices.Equal(got, values) {
+				t.Fatalf("handled %q, want %q", got, values)
+			}
+			got = nil
+		}
+		registration := get("/light").with(URIQuery, 7)
+		r := start(func() result {
+			o, m, err := c.Observe(t.Context(), registration)
+			return result{msg: m, obs: o, err: err}
+		})
+		first := p.read(confirmable)
+		state := func(number, age uint32, etag byte, payload string) *Message {
+			m := p.notification(first.Token, number, payload)
+			m.Options = AddOption(AddUint(m.Options, MaxAge, age), ETagOption, []byte{etag})
+			return m
+		}
+		p.raw(appendPacket(nil, acknowledgement, first.id, state(100, 30, 1, "1")))
+		o := (<-r).obs
+		stale := func(d time.Duration) {
+			t.Helper()
+			if got := time.Until(o.Stale()).Round(time.Second); got != d {
+				t.Errorf("stale in %v, want %v", got, d)
+			}
+		}
+		stale(30 * time.Second)
+		p.notify(nonConfirmable, first.Token, 101, "no age, no ETag")
+		want("2.05 no age, no ETag")
+		stale(time.Minute)
+		refresh := func(etag []byte) (heardPacket, <-chan result) {
+			t.Helper()
+			r := start(func() result { return result{err: o.Refresh(t.Context())} })
+			m := p.read(confirmable)
+			v, ok := m.Uint(ObserveOption)
+			q, _ := m.Option(URIQuery)
+			if !ok || v != 0 || !bytes.Equal(m.Token, first.Token) || Path(m.Message) != "/light" || !bytes.Equal(q, []byte{7}) ||
+				!bytes.Equal(ETag(m.Message), etag) || len(m.Options) != len(first.Options)+len(etag) {
+				t.Fatalf("%s, want ETag %x", m, etag)
+			}
+			return m, r
+		}
+		m, r := refresh(nil)
+		p.raw(appendPacket(nil, acknowledgement, m.id, state(7, 90, 2, "2"))) // the device has rebooted, so its numbers began again
+		if res := <-r; res.err != nil {
+			t.Fatal(res.err)
+		}
+		want("2.05 2")
+		stale(90 * time.Second)
+		p.notify(nonConfirmable, first.Token, 101, "of before")
+		want("2.05 of before") // which, by the numbers, is newer
+		p.send(nonConfirmable, state(102, 60, 2, "2"))
+		want("2.05 2")
+
+		valid := func(number uint32, etag byte) *Message {
+			m := state(number, 80, etag, "")
+			m.Code = codes.Valid
+			return m
+		}
+		m, r = refresh([]byte{2})
+		p.raw(appendPacket(nil, acknowledgement, m.id, valid(103, 2)))
+		<-r
+		want("2.03 ")
+		stale(80 * time.Second)
+		// From now on a 2.03 may be a notification; one of what we do not have any more is worth nothing.
+		p.send(nonConfirmable, state(104, 60, 3, "3"))
+		p.send(nonConfirmable, valid(105, 2))
+		want("2.05 3", "5.04 ")
+
+		// Not answered: the observation goes on.
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		r = start(func() result { return result{err: o.Refresh(ctx)} })
+		wantKind(t, (<-r).err, hub.Deadline)
+		cancel()
+		for _, ok := p.next(time.Second); ok; _, ok = p.next(time.Second) {
+		}
+		p.send(nonConfirmable, state(106, 60, 3, "3"))
+		want("2.05 3")
+
+		// A separate answer; then one that ends it.
+		m, r = refresh([]byte{3})
+		p.empty(acknowledgement, m.id)
+		p.send(confirmable, state(107, 60, 4, "4"))
+		p.read(acknowledgement)
+		<-r
+		want("2.05 4")
+		m, r = refresh([]byte{4})
+		p.raw(appendPacket(nil, acknowledgement, m.id, &Message{Code: codes.NotFound, Token: m.Token}))
+		<-r
+		want("4.04 ", "end")
+		if err := o.Refresh(t.Context()); err != nil { // it is over
+			t.Fatal(err)
+		}
+		p.quiet(time.Minute)
 	})
 }
 

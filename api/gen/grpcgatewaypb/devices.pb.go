@@ -698,6 +698,8 @@ type Device_Metadata struct {
 	Connection          *resourceaggregatepb.Connection          `protobuf:"bytes,1,opt,name=connection,proto3" json:"connection,omitempty"`
 	TwinSynchronization *resourceaggregatepb.TwinSynchronization `protobuf:"bytes,3,opt,name=twin_synchronization,json=twinSynchronization,proto3" json:"twin_synchronization,omitempty"`
 	TwinEnabled         bool                                     `protobuf:"varint,4,opt,name=twin_enabled,json=twinEnabled,proto3" json:"twin_enabled,omitempty"`
+	NextContact         *int64                                   `protobuf:"varint,213,opt,name=next_contact,json=nextContact,proto3,oneof" json:"next_contact,omitempty"`             // only of a device that sleeps: when it is expected, in Unix nanoseconds
+	ContactInterval     *int64                                   `protobuf:"varint,214,opt,name=contact_interval,json=contactInterval,proto3,oneof" json:"contact_interval,omitempty"` // likewise: nanoseconds from one waking to the next
 	unknownFields       protoimpl.UnknownFields
 	sizeCache           protoimpl.SizeCache
 }
@@ -753,6 +755,20 @@ func (x *Device_Metadata) GetTwinEnabled() bool {
 	return false
 }
 
+func (x *Device_Metadata) GetNextContact() int64 {
+	if x != nil && x.NextContact != nil {
+		return *x.NextContact
+	}
+	return 0
+}
+
+func (x *Device_Metadata) GetContactInterval() int64 {
+	if x != nil && x.ContactInterval != nil {
+		return *x.ContactInterval
+	}
+	return 0
+}
+
 var File_grpc_gateway_devices_proto protoreflect.FileDescriptor
 
 const file_grpc_gateway_devices_proto_rawDesc = "" +
@@ -769,7 +785,7 @@ const file_grpc_gateway_devices_proto_rawDesc = "" +
 	"\x06Status\x12\n" +
 	"\n" +
 	"\x06ONLINE\x10\x00\x12\v\n" +
-	"\aOFFLINE\x10\x01\"\xbc\x06\n" +
+	"\aOFFLINE\x10\x01\"\xbc\a\n" +
 	"\x06Device\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05types\x18\x02 \x03(\tR\x05types\x12\x12\n" +
@@ -785,13 +801,17 @@ const file_grpc_gateway_devices_proto_rawDesc = "" +
 	"\x10ownership_status\x18\n" +
 	" \x01(\x0e2&.grpcgateway.pb.Device.OwnershipStatusR\x0fownershipStatus\x12\x1c\n" +
 	"\tendpoints\x18\v \x03(\tR\tendpoints\x12\x1c\n" +
-	"\x06cursor\x18\xcb\x01 \x01(\tH\x00R\x06cursor\x88\x01\x01\x1a\xd3\x01\n" +
+	"\x06cursor\x18\xcb\x01 \x01(\tH\x00R\x06cursor\x88\x01\x01\x1a\xd3\x02\n" +
 	"\bMetadata\x12@\n" +
 	"\n" +
 	"connection\x18\x01 \x01(\v2 .resourceaggregate.pb.ConnectionR\n" +
 	"connection\x12\\\n" +
 	"\x14twin_synchronization\x18\x03 \x01(\v2).resourceaggregate.pb.TwinSynchronizationR\x13twinSynchronization\x12!\n" +
-	"\ftwin_enabled\x18\x04 \x01(\bR\vtwinEnabledJ\x04\b\x02\x10\x03\"G\n" +
+	"\ftwin_enabled\x18\x04 \x01(\bR\vtwinEnabled\x12'\n" +
+	"\fnext_contact\x18\xd5\x01 \x01(\x03H\x00R\vnextContact\x88\x01\x01\x12/\n" +
+	"\x10contact_interval\x18\xd6\x01 \x01(\x03H\x01R\x0fcontactInterval\x88\x01\x01B\x0f\n" +
+	"\r_next_contactB\x13\n" +
+	"\x11_contact_intervalJ\x04\b\x02\x10\x03\"G\n" +
 	"\x0fOwnershipStatus\x12\v\n" +
 	"\aUNKNOWN\x10\x00\x12\v\n" +
 	"\aUNOWNED\x10\x01\x12\t\n" +
@@ -877,6 +897,7 @@ func file_grpc_gateway_devices_proto_init() {
 		return
 	}
 	file_grpc_gateway_devices_proto_msgTypes[1].OneofWrappers = []any{}
+	file_grpc_gateway_devices_proto_msgTypes[8].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
