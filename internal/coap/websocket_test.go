@@ -344,20 +344,6 @@ func TestWebSocketNotServing(t *testing.T) {
 	})
 }
 
-func TestWebSocketHTTP2(t *testing.T) {
-	s := NewServer(DefaultConfig(), handlerFuncs{}, slog.New(slog.DiscardHandler), NewMetrics(nil))
-	ws := s.NewWebSocket(nil)
-	r, err := http.NewRequest(http.MethodGet, "https://example.org"+WebSocketPath, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	r.ProtoMajor, r.ProtoMinor = 2, 0
-	h := http.Header{}
-	if status, err := ws.check(r, h); status != http.StatusHTTPVersionNotSupported || err == nil || len(h) != 0 {
-		t.Errorf("%d %v %v", status, err, h)
-	}
-}
-
 // RFC 8323, Section 5.4 has the frames of the Ping and the Pong.
 func TestWebSocketExchange(t *testing.T) {
 	infos := make(chan ConnInfo, 1)
