@@ -248,6 +248,7 @@ func TestWebSocketHandshake(t *testing.T) {
 			{"as the RFC has it", opening, 101, ""},
 			{"lists and other cases", strings.NewReplacer("Upgrade: websocket", "upgrade: h2c, WebSocket", "Connection: Upgrade", "connection: keep-alive, upgrade",
 				"Protocol: coap", "Protocol: soap, coap").Replace(opening), 101, ""},
+			{"extensions are offered", with("Sec-WebSocket-Extensions: permessage-deflate"), 101, ""},
 			{"page of the same host", with("Origin: http://example.org"), 101, ""},
 			{"page that is configured", with("Origin: https://console.example.com"), 101, ""},
 			{"page of another scheme than configured", with("Origin: http://console.example.com"), 403, "websocket-origin"},
@@ -278,7 +279,7 @@ func TestWebSocketHandshake(t *testing.T) {
 			if tc.status == 101 {
 				// The value is that of the RFC's example.
 				if h.Get("Sec-WebSocket-Accept") != "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" || h.Get("Sec-WebSocket-Protocol") != "coap" ||
-					h.Get("Upgrade") != "websocket" || h.Get("Connection") != "Upgrade" {
+					h.Get("Upgrade") != "websocket" || h.Get("Connection") != "Upgrade" || len(h) != 4 {
 					t.Errorf("%s: header %v", tc.name, h)
 				}
 				continue
@@ -359,6 +360,11 @@ func TestWebSocketExchange(t *testing.T) {
 		p.raw(masked(0x82, unhex(t, "0001b36f6963027264")))
 		p.wantFrame(0x82, append(unhex(t, "0045ff"), "/oic/rd"...))
 		if m := p.ask(get("/a")); string(m.Payload) != "/a" {
+			t.Errorf("%v %q", m.Code, m.Payload)
+		}
+		elsewhere := get("/a")
+		elsewhere.Options = sortOptions(AddOption(elsewhere.Options, URIHost, []byte("other.example")))
+		if m := p.ask(elsewhere); string(m.Payload) != "/a" { // RFC 8323, Section 8.5: names choose nothing
 			t.Errorf("%v %q", m.Code, m.Payload)
 		}
 		var packet []byte
