@@ -537,6 +537,17 @@ func TestWebSocketFragments(t *testing.T) {
 			wantCode(t, p.read(), codes.Changed)
 			rounds++
 		}
+		// Room is made twice as large each time, or many fragments would be copied over and over.
+		for i := range 100 {
+			p.raw(masked(map[bool]byte{true: opBinary}[i == 0], b[i:i+1]))
+		}
+		synctest.Wait()
+		if n := s.count("buffered_bytes"); n != 128 {
+			t.Errorf("100 fragments of a byte take %v", n)
+		}
+		p.raw(masked(0x80, b[100:]))
+		wantCode(t, p.read(), codes.Changed)
+		rounds++
 		// The end may be a fragment of its own without bytes.
 		p.raw(masked(0x02, b))
 		synctest.Wait()
@@ -560,35 +571,36 @@ func TestWebSocketMalformed(t *testing.T) {
 		bytes  []byte
 		status int
 		why    error
+		says   string // in the diagnostic
 	}{
-		{"text", masked(0x81, good), statusUnsupported, ErrMalformed},
-		{"text, first fragment", masked(0x01, good), statusUnsupported, ErrMalformed},
-		{"no mask", unmasked, statusProtocolError, ErrMalformed},
-		{"reserved bit 1", masked(0xc2, good), statusProtocolError, ErrMalformed},
-		{"reserved bit 3", masked(0x92, good), statusProtocolError, ErrMalformed},
-		{"reserved data opcode", masked(0x83, good), statusProtocolError, ErrMalformed},
-		{"reserved control opcode", masked(0x8b, nil), statusProtocolError, ErrMalformed},
-		{"ping in fragments", masked(0x09, nil), statusProtocolError, ErrMalformed},
-		{"ping of 126 bytes", masked(0x89, pattern(126)), statusProtocolError, ErrMalformed},
-		{"length of two bytes for 125", append([]byte{0x82, 0xfe, 0, 125, 0, 0, 0, 0}, pattern(125)...), statusProtocolError, ErrMalformed},
-		{"length of eight bytes for 65535", []byte{0x82, 0xff, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0, 0, 0}, statusProtocolError, ErrMalformed},
-		{"length over 63 bits", []byte{0x82, 0xff, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}, statusProtocolError, ErrMalformed},
-		{"continuation of nothing", masked(0x80, good), statusProtocolError, ErrMalformed},
-		{"new message in the middle of one", append(masked(0x02, good), masked(0x82, good)...), statusProtocolError, ErrMalformed},
-		{"close of one byte", masked(0x88, []byte{3}), statusProtocolError, ErrMalformed},
-		{"close with 1005", masked(0x88, []byte{0x03, 0xed}), statusProtocolError, ErrMalformed},
-		{"close with 999", masked(0x88, []byte{0x03, 0xe7}), statusProtocolError, ErrMalformed},
-		{"close with no UTF-8", masked(0x88, []byte{0x03, 0xe8, 0xff}), statusProtocolError, ErrMalformed},
-		{"empty message", masked(0x82, nil), statusProtocolError, ErrMalformed},
-		{"message of one byte", masked(0x82, []byte{0}), statusProtocolError, ErrMalformed},
-		{"Len of 5", masked(0x82, unhex(t, "5001b16103")), statusProtocolError, ErrMalformed},
-		{"Len of 5 in fragments", append(masked(0x02, unhex(t, "50")), masked(0x80, unhex(t, "01b16103"))...), statusProtocolError, ErrMalformed},
-		{"token length 9", masked(0x82, unhex(t, "0901010203040506070809")), statusProtocolError, ErrMalformed},
-		{"token cut", masked(0x82, unhex(t, "04010102")), statusProtocolError, ErrMalformed},
-		{"option over the end", masked(0x82, unhex(t, "0001b561")), statusProtocolError, ErrMalformed},
-		{"marker without payload", masked(0x82, unhex(t, "0001ff")), statusProtocolError, ErrMalformed},
-		{"critical option in a Ping", masked(0x82, unhex(t, "00e210")), statusProtocolError, ErrBadSignal},
-		{"length of 4 GiB", []byte{0x82, 0xff, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0}, statusTooBig, ErrTooLarge},
+		{"text", masked(0x81, good), statusUnsupported, ErrMalformed, "text"},
+		{"text, first fragment", masked(0x01, good), statusUnsupported, ErrMalformed, ""},
+		{"no mask", unmasked, statusProtocolError, ErrMalformed, "mask"},
+		{"reserved bit 1", masked(0xc2, good), statusProtocolError, ErrMalformed, "reserved"},
+		{"reserved bit 3", masked(0x92, good), statusProtocolError, ErrMalformed, ""},
+		{"reserved data opcode", masked(0x83, good), statusProtocolError, ErrMalformed, ""},
+		{"reserved control opcode", masked(0x8b, nil), statusProtocolError, ErrMalformed, ""},
+		{"ping in fragments", masked(0x09, nil), statusProtocolError, ErrMalformed, "control"},
+		{"ping of 126 bytes", masked(0x89, pattern(126)), statusProtocolError, ErrMalformed, ""},
+		{"length of two bytes for 125", append([]byte{0x82, 0xfe, 0, 125, 0, 0, 0, 0}, pattern(125)...), statusProtocolError, ErrMalformed, "shortest"},
+		{"length of eight bytes for 65535", []byte{0x82, 0xff, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0, 0, 0}, statusProtocolError, ErrMalformed, ""},
+		{"length over 63 bits", []byte{0x82, 0xff, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}, statusProtocolError, ErrMalformed, ""},
+		{"continuation of nothing", masked(0x80, good), statusProtocolError, ErrMalformed, "order"},
+		{"new message in the middle of one", append(masked(0x02, good), masked(0x82, good)...), statusProtocolError, ErrMalformed, "order"},
+		{"close of one byte", masked(0x88, []byte{3}), statusProtocolError, ErrMalformed, ""},
+		{"close with 1005", masked(0x88, []byte{0x03, 0xed}), statusProtocolError, ErrMalformed, "Close"},
+		{"close with 999", masked(0x88, []byte{0x03, 0xe7}), statusProtocolError, ErrMalformed, ""},
+		{"close with no UTF-8", masked(0x88, []byte{0x03, 0xe8, 0xff}), statusProtocolError, ErrMalformed, ""},
+		{"empty message", masked(0x82, nil), statusProtocolError, ErrMalformed, "ends"},
+		{"message of one byte", masked(0x82, []byte{0}), statusProtocolError, ErrMalformed, ""},
+		{"Len of 5", masked(0x82, unhex(t, "5001b16103")), statusProtocolError, ErrMalformed, "Len"},
+		{"Len of 5 in fragments", append(masked(0x02, unhex(t, "50")), masked(0x80, unhex(t, "01b16103"))...), statusProtocolError, ErrMalformed, "Len"},
+		{"token length 9", masked(0x82, unhex(t, "0901010203040506070809")), statusProtocolError, ErrMalformed, "token"},
+		{"token cut", masked(0x82, unhex(t, "04010102")), statusProtocolError, ErrMalformed, "ends"},
+		{"option over the end", masked(0x82, unhex(t, "0001b561")), statusProtocolError, ErrMalformed, ""},
+		{"marker without payload", masked(0x82, unhex(t, "0001ff")), statusProtocolError, ErrMalformed, ""},
+		{"critical option in a Ping", masked(0x82, unhex(t, "00e210")), statusProtocolError, ErrBadSignal, "critical option 1"},
+		{"length of 4 GiB", []byte{0x82, 0xff, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0}, statusTooBig, ErrTooLarge, ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			var called atomic.Bool
@@ -596,11 +608,10 @@ func TestWebSocketMalformed(t *testing.T) {
 			bubbleWebSocket(t, h, nil, func(t *testing.T, s *wsSim) {
 				p := s.dial(t)
 				p.raw(tc.bytes)
-				if m := p.read(); tc.why != ErrBadSignal || m.Code != codes.Abort {
-					wantCode(t, m, codes.Abort)
-					if len(m.Payload) == 0 {
-						t.Error("Abort says nothing")
-					}
+				m := p.read()
+				wantCode(t, m, codes.Abort)
+				if !bytes.Contains(m.Payload, []byte(tc.says)) || len(m.Payload) == 0 {
+					t.Errorf("Abort says %q", m.Payload)
 				}
 				status, text := p.closed()
 				if status != tc.status || text == "" {
@@ -847,11 +858,18 @@ func TestWebSocketTimes(t *testing.T) {
 func TestWebSocketKeepAlive(t *testing.T) {
 	bubbleWebSocket(t, handlerFuncs{}, nil, func(t *testing.T, s *wsSim) {
 		p := s.dial(t)
-		p.ask(get("/a"))
-		for range 10 {
-			m := p.read()
-			wantCode(t, m, codes.Ping)
-			p.send(&Message{Code: codes.Pong, Token: m.Token})
+		b := body(get("/a"))
+		for _, frames := range [][]byte{masked(0x82, b), append(masked(0x02, b[:2]), masked(0x80, b[2:])...)} {
+			// A message that came in pieces is over once it is whole: none takes too long from then on.
+			p.raw(frames[:5])
+			synctest.Wait()
+			p.raw(frames[5:])
+			wantCode(t, p.read(), codes.Content)
+			for range 10 {
+				m := p.read()
+				wantCode(t, m, codes.Ping)
+				p.send(&Message{Code: codes.Pong, Token: m.Token})
+			}
 		}
 		wantCode(t, p.ask(get("/a")), codes.Content)
 	})
