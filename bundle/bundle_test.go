@@ -38,6 +38,11 @@ var client = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, T
 
 func get(t *testing.T, url, token string) (int, string) {
 	t.Helper()
+	return getWith(t, client, url, token)
+}
+
+func getWith(t *testing.T, client *http.Client, url, token string) (int, string) {
+	t.Helper()
 	r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
 	if err != nil {
 		t.Fatal(err)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"strings"
 	"time"
 
 	certificateauthority "github.com/coaphub/coaphub/certificate-authority"
@@ -107,6 +108,13 @@ func (a *assembly) endpoints() (e Endpoints) {
 		e.CoAPTCP = "coap+tcp://" + reach(at.Plain, a.external)
 	}
 	e.HTTP, e.GRPC = a.httpURL, a.grpcAddress
+	if a.devices.WebSocket() != nil {
+		if at, secure := strings.CutPrefix(a.httpURL, "https://"); secure {
+			e.CoAPSWS = "coaps+ws://" + at
+		} else {
+			e.CoAPWS = "coap+ws://" + strings.TrimPrefix(at, "http://")
+		}
+	}
 	if a.provider != nil {
 		e.OAuth = a.httpURL + issuerPath(a.provider.Issuer())
 	}

@@ -23,6 +23,8 @@ type Endpoints struct {
 	CoAPS    string `json:"coaps,omitempty"`
 	CoAPTCP  string `json:"coap+tcp,omitempty"`
 	CoAP     string `json:"coap,omitempty"`
+	CoAPSWS  string `json:"coaps+ws,omitempty"`
+	CoAPWS   string `json:"coap+ws,omitempty"`
 	HTTP     string `json:"http,omitempty"`
 	GRPC     string `json:"grpc,omitempty"` // host:port
 	Admin    string `json:"admin,omitempty"`

@@ -5,6 +5,7 @@ import (
 	"encoding/pem"
 	"fmt"
 	"net"
+	"net/url"
 	"os"
 	"slices"
 	"strconv"
@@ -47,6 +48,8 @@ type CoAPConfig struct {
 	MaxSilence time.Duration `yaml:"maxSilence"`
 	TLS        TLSConfig     `yaml:"tls"`
 	DTLS       DTLSConfig    `yaml:"dtls"`
+	// WebSocket lets browsers be devices, on the applications' HTTP listener.
+	WebSocket WebSocketConfig `yaml:"webSocket"`
 	// Authorization says how devices prove who they are.
 	Authorization AuthorizationConfig `yaml:"authorization"`
 }
@@ -90,6 +93,16 @@ type DTLSConfig struct {
 	MaxHandshakesPerNetwork int `yaml:"maxHandshakesPerNetwork"`
 	// Gateway is the first part of connection IDs, by which a load balancer can tell gateways apart.
 	Gateway uint16 `yaml:"gateway"`
+}
+
+// WebSocketConfig is everything below coapGateway.api.coap.webSocket.
+type WebSocketConfig struct {
+	// Enabled opens /.well-known/coap of grpcGateway.api.http for CoAP over WebSocket (RFC 8323). Off by default: no
+	// certificate is asked for there, so a token alone says which device it is, as on plainAddress.
+	Enabled bool `yaml:"enabled"`
+	// Origins are those of web pages that may connect, exactly as browsers send them, such as https://console.example.com;
+	// the hub's own pages always may. Programs that send no Origin are not browsers and need none.
+	Origins []string `yaml:"origins"`
 }
 
 // AuthorizationConfig is everything below coapGateway.api.coap.authorization.
@@ -175,8 +188,17 @@ func (c Config) Validate() []error {
 		errs = append(errs, fmt.Errorf("%s: %s", path, fmt.Sprintf(format, args...)))
 	}
 	co := c.API.CoAP
-	if co.Address == "" && co.PlainAddress == "" {
-		bad(api+"address", "at least one of address and plainAddress must be set")
+	if co.Address == "" && co.PlainAddress == "" && !co.WebSocket.Enabled {
+		bad(api+"address", "at least one of address, plainAddress and webSocket.enabled must be set")
+	}
+	for i, o := range co.WebSocket.Origins {
+		// A pattern, or a path, would never be equal to what a browser sends.
+		if u, err := url.Parse(o); err != nil || u.Scheme == "" || u.Host == "" || strings.ContainsAny(o, "*@?# ") || u.Path != "" {
+			bad(fmt.Sprintf("%swebSocket.origins[%d]", api, i), "%q is no origin; write scheme://host or scheme://host:port", o)
+		}
+	}
+	if len(co.WebSocket.Origins) > 0 && !co.WebSocket.Enabled {
+		bad(api+"webSocket.origins", "nobody reads them unless webSocket.enabled is true")
 	}
 	for _, a := range []struct{ path, value string }{
 		{"address", co.Address}, {"plainAddress", co.PlainAddress}, {"externalAddress", co.ExternalAddress},

@@ -11,7 +11,7 @@ func TestDefaultIsValid(t *testing.T) {
 		t.Error(errs)
 	}
 	c := Default().API.CoAP
-	if !c.TLS.ClientCertificateRequired || !c.TLS.IdentityPropertiesRequired || c.PlainAddress != "" || c.Authorization.StrictDeviceID {
+	if c.WebSocket.Enabled || !c.TLS.ClientCertificateRequired || !c.TLS.IdentityPropertiesRequired || c.PlainAddress != "" || c.Authorization.StrictDeviceID {
 		t.Errorf("the defaults are not the safe ones: %+v", c)
 	}
 }
@@ -32,6 +32,13 @@ func TestValidateNamesThePath(t *testing.T) {
 		"coapGateway.api.coap.dtls.maxHandshakes":  func(c *Config) { c.API.CoAP.DTLS.MaxHandshakes = 0 },
 		"coapGateway.api.coap.dtls.maxHandshakesPerNetwork": func(c *Config) {
 			c.API.CoAP.DTLS.MaxHandshakesPerNetwork = 0
+		},
+		"coapGateway.api.coap.webSocket.origins": func(c *Config) { c.API.CoAP.WebSocket.Origins = []string{"https://a.example"} },
+		"coapGateway.api.coap.webSocket.origins[0]": func(c *Config) {
+			c.API.CoAP.WebSocket = WebSocketConfig{Enabled: true, Origins: []string{"*"}}
+		},
+		"coapGateway.api.coap.webSocket.origins[1]": func(c *Config) {
+			c.API.CoAP.WebSocket = WebSocketConfig{Enabled: true, Origins: []string{"https://a.example:8443", "https://a.example/"}}
 		},
 		"coapGateway.api.coap.maxMessageSize":    func(c *Config) { c.API.CoAP.MaxMessageSize = 12 },
 		"coapGateway.api.coap.maxConnections":    func(c *Config) { c.API.CoAP.MaxConnections = 0 },

@@ -204,7 +204,8 @@ func (p *peer) Closed(err error) {
 	p.log.Debug("connection closed", "reason", reason, "error", err)
 }
 
-// protocol is how this connection shows in a device's metadata.
+// protocol is how this connection shows in a device's metadata. The client API has no number for WebSocket, which is TCP with
+// other frames.
 func (p *peer) protocol() hub.Protocol {
 	switch info := p.conn.Info(); {
 	case info.Stream && info.Secure:

@@ -61,6 +61,8 @@ func newStatus(p process) *cobra.Command {
 				{"coaps", s.Endpoints.CoAPS},
 				{"coap+tcp", s.Endpoints.CoAPTCP},
 				{"coap", s.Endpoints.CoAP},
+				{"coaps+ws", s.Endpoints.CoAPSWS},
+				{"coap+ws", s.Endpoints.CoAPWS},
 				{"http", s.Endpoints.HTTP},
 				{"grpc", s.Endpoints.GRPC},
 				{"admin", s.Endpoints.Admin},

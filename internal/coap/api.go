@@ -83,7 +83,8 @@ type Listener interface {
 type ConnInfo struct {
 	ID     string // random, never reused
 	Secure bool
-	Stream bool                 // TCP or TLS; else datagrams: UDP or DTLS
+	Stream bool                 // TCP, TLS or WebSocket; else datagrams: UDP or DTLS
+	Host   string               // of the handshake of a WebSocket, the default of Uri-Host there (RFC 8323, Section 8.5); else ""
 	TLS    *tls.ConnectionState // of TLS; else nil
 	Peer   PeerCredential       // of DTLS
 	Local  net.Addr

@@ -96,8 +96,8 @@ type Config struct {
 	Linger time.Duration
 
 	// Refused is told of each connection that did not become one: reason is a word of a small set ("handshake-failed",
-	// "handshake-timeout", "handshake-evicted", "max-connections", "handler"), detail is for people. May be nil; must not
-	// block.
+	// "handshake-timeout", "handshake-evicted", "websocket", "max-connections", "handler"), detail is for people. May be nil;
+	// must not block.
 	Refused func(remote net.Addr, reason, detail string)
 }
 

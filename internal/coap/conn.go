@@ -229,6 +229,13 @@ func (c *Conn) end(err error) {
 	c.Guard("Closed", func() { c.handler.Closed(reason) })
 }
 
+// ending returns why the connection is closing, nil while it is not.
+func (c *Conn) ending() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.reason
+}
+
 // wakeReader lets a reader that waits for queue space look again; mu is held.
 func (c *Conn) wakeReader() {
 	if c.space != nil {

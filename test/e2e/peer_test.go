@@ -17,6 +17,8 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 	"github.com/plgd-dev/go-coap/v3/tcp/coder"
+
+	"github.com/coaphub/coaphub/test/device"
 )
 
 // peer is a device as bytes on a connection: it sends what a test tells it to, malformed frames included, answers the
@@ -63,6 +65,20 @@ func dialPeer(ctx context.Context, addr string, conf *tls.Config) (*peer, error)
 		}
 		conn = tc
 	}
+	return startPeer(conn)
+}
+
+// dialWebSocket is a peer over WebSocket, at an endpoint of scheme coap+ws.
+func dialWebSocket(ctx context.Context, endpoint string) (*peer, error) {
+	conn, err := device.DialWebSocket(ctx, strings.TrimPrefix(endpoint, "coap+ws://"), nil)
+	if err != nil {
+		return nil, err
+	}
+	return startPeer(conn)
+}
+
+// startPeer makes a peer of a stream: it says what it takes.
+func startPeer(conn net.Conn) (*peer, error) {
 	p := newPeer(conn, nil)
 	csm := message.Message{Code: codes.CSM, Options: message.Options{{ID: message.OptionID(2), Value: []byte{0x10, 0, 0}}}}
 	if err := p.send(csm); err != nil {

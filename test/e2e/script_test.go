@@ -47,7 +47,7 @@ var update = flag.Bool("update", false, "write what came into the scripts")
 //	device NAME is closed by the hub              -> yes
 //	app WHO METHOD /path {body}                   -> 200 {body}
 //
-// A line that begins with "with certificates: " is left out where devices show none, over plain TCP and UDP.
+// A line that begins with "with certificates: " is left out where devices show none, over plain TCP and UDP and WebSocket.
 //
 // WHO is an account; "nobody", who has no token; a device, who takes the token of its last sign-up; or ACCOUNT-for-3s, whose
 // token lasts so long.
@@ -89,6 +89,7 @@ var transports = []transport{
 	{"psk", "coaps", "COAPS", true, true},
 	{"tcp", "coap+tcp", "COAP_TCP", false, false},
 	{"udp", "coap", "COAP", false, true},
+	{"ws", "coap+ws", "COAP_TCP", false, false}, // of COAP_TCP the client API knows no kinds
 }
 
 // says is what a line of a script, written for TLS, means over tr.
@@ -103,7 +104,10 @@ func play(t *testing.T, file string, tr transport) {
 		t.Fatal(err)
 	}
 	w := &world{t: t, over: tr, devices: map[string]*actor{}}
-	if !tr.secure {
+	switch {
+	case tr.name == "ws":
+		w.config = []string{"coapGateway.api.coap.webSocket.enabled=true"}
+	case !tr.secure:
 		w.config = []string{"coapGateway.api.coap.plainAddress=127.0.0.1:0"}
 	}
 	var out []string
@@ -377,6 +381,8 @@ func (w *world) connect(ctx context.Context, d *actor, how string) (string, erro
 		p, err = dialPSK(ctx, w.hub.CoAPSUDP, is.identity, is.key)
 	case "udp":
 		p, err = dialUDP(ctx, w.hub.CoAPPlainUDP)
+	case "ws":
+		p, err = dialWebSocket(ctx, w.hub.Endpoints.CoAPWS)
 	}
 	if err != nil {
 		return refusal(err), nil
@@ -580,7 +586,10 @@ func (w *world) names(s string) string {
 	if w.hub != nil {
 		s = strings.ReplaceAll(s, w.hub.ID, "HUB")
 		at := w.hub.CoAPS
-		if !w.over.secure {
+		switch {
+		case w.over.name == "ws":
+			at = strings.TrimPrefix(w.hub.Endpoints.CoAPWS, "coap+ws://")
+		case !w.over.secure:
 			at = w.hub.CoAPPlain
 		}
 		s = strings.ReplaceAll(s, at, "HUB-ADDRESS")
