@@ -590,7 +590,9 @@ func TestQuietDevicesAreAskedAtAPace(t *testing.T) {
 		for i := range devices {
 			id := hub.DeviceID(fmt.Sprintf("d0000000-0000-4000-8000-0000000001%02d", i))
 			w.own(id, "alice")
+			unlock := w.lock()
 			w.links[id] = links{"/a": {Href: "/a", Policy: 3}}
+			unlock()
 			sock, err := network.Listen(fmt.Sprintf("192.0.2.2:%d", 5000+i))
 			if err != nil {
 				t.Fatal(err)
