@@ -455,12 +455,12 @@ func TestQuietObservation(t *testing.T) {
 		if got = since(); len(got) != 1 || len(w.changes) != changes {
 			t.Fatalf("asked for %v, changed %v", got, w.changes[changes:])
 		}
-		after(590 * time.Second) // which the device said last
+		after(570 * time.Second) // which the device said last
 		if got = since(); len(got) != 0 {
 			t.Fatalf("asked for %v while it was fresh", got)
 		}
 		d.set(func() { d.value["/a"], d.maxAge = "2", 0 }) // the notification is lost
-		after(30 * time.Second)
+		after(50 * time.Second)
 		if got = since(); len(got) != 1 || string(w.twin[lampID]["/a"].Content.Data) != "2" {
 			t.Fatalf("asked for %v, the twin has %q", got, w.twin[lampID]["/a"].Content.Data)
 		}
