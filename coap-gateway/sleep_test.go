@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/tls"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"slices"
@@ -35,7 +36,7 @@ type askedFor struct {
 type dozer struct {
 	t     *testing.T
 	nat   *simnet.NAT
-	conn  *dtls.Conn
+	conn  io.ReadWriter // datagrams
 	begin time.Time
 
 	mu      sync.Mutex // guards all below
@@ -43,6 +44,7 @@ type dozer struct {
 	tired   bool // hears no more than the answers to what it asks
 	missed  int  // messages that came while it slept
 	asked   []askedFor
+	heard   func() // called for each request
 	number  uint32
 	value   map[string]string     // of each resource; the ETag is the same
 	refuse  map[string]codes.Code // Empty: a reset
@@ -51,6 +53,13 @@ type dozer struct {
 	tokens  map[string]message.Token
 	answers chan message.Message
 	next    int32
+}
+
+func newDozer(t *testing.T) *dozer {
+	return &dozer{
+		t: t, begin: time.Now(), value: map[string]string{}, refuse: map[string]codes.Code{}, plain: map[string]bool{},
+		tokens: map[string]message.Token{}, answers: make(chan message.Message, 1), next: 1000,
+	}
 }
 
 func (d *dozer) write(m message.Message) {
@@ -127,6 +136,9 @@ func (d *dozer) hear(m message.Message) (out message.Message, ok bool) {
 	observe, err := m.Options.Observe()
 	if err == nil && observe == 1 {
 		path = "end " + path
+	}
+	if d.heard != nil {
+		d.heard()
 	}
 	d.asked = append(d.asked, askedFor{time.Since(d.begin).Truncate(time.Second), path, string(etag), string(m.Token)})
 	code, refused := d.refuse[path]
@@ -257,10 +269,8 @@ func doze(t *testing.T, published []string, change func(*Config), prepare func(*
 		})
 		running.Go(func() { gw.quiet.run(ctx) })
 
-		d := &dozer{
-			t: t, nat: network.NAT("203.0.113.1", 0), begin: time.Now(), value: map[string]string{}, refuse: map[string]codes.Code{},
-			plain: map[string]bool{}, tokens: map[string]message.Token{}, answers: make(chan message.Message, 1), next: 1000,
-		}
+		d := newDozer(t)
+		d.nat = network.NAT("203.0.113.1", 0)
 		for href := range w.links[lampID] {
 			d.value[string(href)] = "1"
 		}
@@ -271,16 +281,17 @@ func doze(t *testing.T, published []string, change func(*Config), prepare func(*
 		if err != nil {
 			t.Fatal(err)
 		}
-		d.conn, err = dtls.ClientWithOptions(sock, net.Addr(simnet.Addr("192.0.2.1:5684")),
+		conn, err := dtls.ClientWithOptions(sock, net.Addr(simnet.Addr("192.0.2.1:5684")),
 			dtls.WithPSK(func([]byte) ([]byte, error) { return key, nil }), dtls.WithPSKIdentityHint([]byte(lampID)),
 			dtls.WithCipherSuites(dtls.TLS_PSK_WITH_AES_128_CCM_8), dtls.WithMTU(1200),
 			dtls.WithConnectionIDGenerator(dtls.OnlySendCIDGenerator()))
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := d.conn.HandshakeContext(ctx); err != nil {
+		if err := conn.HandshakeContext(ctx); err != nil {
 			t.Fatal(err)
 		}
+		d.conn = conn
 		running.Go(d.serve)
 		if a := d.ask(post("/oic/sec/session", 1, cborOf(t, h.device(lampID).session(nil)))); a.Code != codes.Changed {
 			t.Fatalf("sign-in: %v", a)
@@ -288,7 +299,7 @@ func doze(t *testing.T, published []string, change func(*Config), prepare func(*
 		defer func() {
 			cancel()
 			_ = sock.Close()
-			_ = d.conn.Close()
+			_ = conn.Close()
 			running.Wait()
 		}()
 		test(t, w, gw, d)
@@ -444,12 +455,12 @@ func TestQuietObservation(t *testing.T) {
 		if got = since(); len(got) != 1 || len(w.changes) != changes {
 			t.Fatalf("asked for %v, changed %v", got, w.changes[changes:])
 		}
-		after(590 * time.Second) // which the device said last
+		after(570 * time.Second) // which the device said last
 		if got = since(); len(got) != 0 {
 			t.Fatalf("asked for %v while it was fresh", got)
 		}
 		d.set(func() { d.value["/a"], d.maxAge = "2", 0 }) // the notification is lost
-		after(30 * time.Second)
+		after(50 * time.Second)
 		if got = since(); len(got) != 1 || string(w.twin[lampID]["/a"].Content.Data) != "2" {
 			t.Fatalf("asked for %v, the twin has %q", got, w.twin[lampID]["/a"].Content.Data)
 		}
@@ -531,6 +542,89 @@ func TestQuietObservationsAreAskedForOneByOne(t *testing.T) {
 		after(3 * time.Hour)
 		if got := d.heardOf(); len(got) != 0 {
 			t.Errorf("asked for %v", got)
+		}
+	})
+}
+
+// plainSocket is a device's end over plain UDP.
+type plainSocket struct {
+	net.PacketConn
+	hub net.Addr
+}
+
+func (p plainSocket) Write(b []byte) (int, error) { return p.WriteTo(b, p.hub) }
+func (p plainSocket) Read(b []byte) (int, error)  { n, _, err := p.ReadFrom(b); return n, err }
+
+// However many devices are quiet at once, they are asked one after the other.
+func TestQuietDevicesAreAskedAtAPace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const devices = 30
+		w := newWorld()
+		h := &hall{t: t, w: w}
+		cfg := Default()
+		cfg.API.CoAP.Address, cfg.API.CoAP.PlainAddress = "", "127.0.0.1:0"
+		gw, err := New(cfg, Deps{
+			Directory: &w.dir, Identities: &w.ids, Verifier: &w.ver, HubID: hubID, Service: "gateway-1",
+			Providers: []NamedProvider{{Name: "main", Provider: &w.prov}},
+		}, slog.New(slog.DiscardHandler), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		network := simnet.New(1, nil)
+		pc, err := network.Listen("192.0.2.1:5683")
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		var running sync.WaitGroup
+		defer running.Wait()
+		defer cancel()
+		running.Go(func() {
+			if err := gw.engine.ServeUDP(ctx, pc); err != nil {
+				t.Errorf("the engine ended with %v", err)
+			}
+		})
+		var mu sync.Mutex
+		var asked []time.Time
+		w.grant("token", hub.Claims{Expiry: time.Now().Add(10_000 * time.Hour)})
+		for i := range devices {
+			id := hub.DeviceID(fmt.Sprintf("d0000000-0000-4000-8000-0000000001%02d", i))
+			w.own(id, "alice")
+			unlock := w.lock()
+			w.links[id] = links{"/a": {Href: "/a", Policy: 3}}
+			unlock()
+			sock, err := network.Listen(fmt.Sprintf("192.0.2.2:%d", 5000+i))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = sock.Close() }()
+			d := newDozer(t)
+			d.conn, d.value["/a"] = plainSocket{sock, simnet.Addr("192.0.2.1:5683")}, "1"
+			d.heard = func() {
+				mu.Lock()
+				defer mu.Unlock()
+				asked = append(asked, time.Now())
+			}
+			running.Go(d.serve)
+			if a := d.ask(post("/oic/sec/session", 1, cborOf(t, h.device(id).session(nil)))); a.Code != codes.Changed {
+				t.Fatalf("sign-in: %v", a)
+			}
+		}
+		after(10 * time.Minute) // nobody asks yet, and all are stale
+		mu.Lock()
+		asked = nil
+		mu.Unlock()
+		running.Go(func() { gw.quiet.run(ctx) })
+		after(quietGap / 2)
+		mu.Lock()
+		defer mu.Unlock()
+		if len(asked) != devices {
+			t.Errorf("%d of %d were asked", len(asked), devices)
+		}
+		for i := 1; i < len(asked); i++ {
+			if gap := asked[i].Sub(asked[i-1]); gap < quietPace {
+				t.Errorf("question %d came %v after the one before", i, gap)
+			}
 		}
 	})
 }
