@@ -110,7 +110,8 @@ func TestWebSocketDoor(t *testing.T) {
 		t.Errorf("it is off, and says %d %s", code, body)
 	}
 
-	h := hubtest.Start(t, hubtest.WithConfig("coapGateway.api.coap.webSocket.enabled=true",
+	// The devices' door needs no other listener.
+	h := hubtest.Start(t, hubtest.WithConfig("coapGateway.api.coap.webSocket.enabled=true", "coapGateway.api.coap.address=",
 		"coapGateway.api.coap.webSocket.origins=[https://console.example]"))
 	url := "ws" + strings.TrimPrefix(h.HTTP, "http") + "/.well-known/coap"
 	dial := func(host, origin string) (*websocket.Conn, int) {

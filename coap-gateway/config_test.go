@@ -16,6 +16,15 @@ func TestDefaultIsValid(t *testing.T) {
 	}
 }
 
+// A hub may be there for browsers alone.
+func TestWebSocketAloneIsValid(t *testing.T) {
+	c := Default()
+	c.API.CoAP.Address, c.API.CoAP.WebSocket = "", WebSocketConfig{Enabled: true, Origins: []string{"https://console.example:8443"}}
+	if errs := c.Validate(); len(errs) > 0 {
+		t.Error(errs)
+	}
+}
+
 func TestValidateNamesThePath(t *testing.T) {
 	for path, spoil := range map[string]func(*Config){
 		"coapGateway.api.coap.address":         func(c *Config) { c.API.CoAP.Address = "" },

@@ -323,6 +323,9 @@ func (l *listener) serve(nc, raw net.Conn, ws *webSocket) {
 	defer s.gone()
 	c := s.newConn()
 	st := newStream(c, nc, raw, ws)
+	if ws != nil {
+		st.upgrade() // before anybody else can find the connection and say something on it
+	}
 
 	l.mu.Lock()
 	closing := l.closing
@@ -341,9 +344,6 @@ func (l *listener) serve(nc, raw net.Conn, ws *webSocket) {
 		l.mu.Unlock()
 	}()
 
-	if ws != nil {
-		st.upgrade()
-	}
 	// RFC 8323, Section 5.3: our first message; we do not wait for the peer's, some never send one.
 	_ = st.send(c.ctx, s.csm(), false)
 	var err error
