@@ -71,7 +71,6 @@ var (
 	errNoMethod     = hub.NewError(hub.MethodNotAllowed, "method-not-allowed", "Method Not Allowed")
 	errNotFound     = hub.NewError(hub.NotFound, "not-found", "not found")
 	errCommands     = hub.NewError(hub.Unsupported, "commands-not-available", "this hub does not carry out commands yet")
-	errSubscribe    = hub.NewError(hub.Unsupported, "subscriptions-not-available", "this hub has no subscriptions yet")
 	errDeleteAll    = hub.NewError(hub.Invalid, "filter-empty", "name the devices to delete, or ask for all of them with all=true")
 	errDeleteBoth   = hub.NewError(hub.Invalid, "filter-and-all", "all=true and a filter exclude each other")
 	errCursor       = hub.NewError(hub.Invalid, "cursor-invalid", "the cursor is not one of this call and this caller")

@@ -19,6 +19,7 @@ import (
 type request struct {
 	*http.Request
 	claims hub.Claims // zero for public operations
+	token  string     // what they were read from
 	vars   vars
 	query  query
 	proto  bool // protobuf's JSON instead of the simple form
@@ -67,6 +68,9 @@ func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 		method = http.MethodGet
 	}
 	op, found := routes[template][method]
+	if op.stream && r.Method == http.MethodHead { // a stream has no head to look at
+		op, found = operation{}, false
+	}
 	call := op.id
 	switch {
 	case page:
@@ -99,7 +103,9 @@ func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 		}
 		took := time.Since(begun)
 		g.metrics.requests.WithLabelValues("http", call, outcome).Inc()
-		g.metrics.seconds.WithLabelValues("http", call).Observe(took.Seconds())
+		if !op.stream { // how long somebody listened says nothing about us
+			g.metrics.seconds.WithLabelValues("http", call).Observe(took.Seconds())
+		}
 		g.log.LogAttrs(r.Context(), slog.LevelDebug, "request", slog.String("request", id), slog.String("method", r.Method), slog.String("call", call),
 			slog.Int("status", w.status), slog.String("outcome", outcome), slog.Duration("took", took))
 		if w.cut { // the last line says so; breaking off the connection says it to everybody
@@ -107,8 +113,12 @@ func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 			panic(http.ErrAbortHandler)
 		}
 	}()
-	ctx, cancel := context.WithTimeout(r.Context(), g.cfg.Limits.RequestTimeout)
-	defer cancel()
+	ctx := r.Context()
+	if !op.stream {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, g.cfg.Limits.RequestTimeout)
+		defer cancel()
+	}
 	if page {
 		err = nil
 		g.deps.Pages.ServeHTTP(w, r.WithContext(ctx))
@@ -126,11 +136,11 @@ func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 }
 
 func (g *Gateway) serve(ctx context.Context, w *writer, r *http.Request, template string, v vars, op operation, found bool, bad error) error {
-	authorization := r.Header.Get("Authorization")
+	presented := authorization(r)
 	switch {
 	case template == "":
 		if strings.HasPrefix(r.URL.Path, "/api/") { // strangers do not learn which paths there are
-			if _, err := g.authorize(ctx, authorization, hub.ScopeRead); err != nil {
+			if _, err := g.authorize(ctx, presented, hub.ScopeRead); err != nil {
 				return err
 			}
 		}
@@ -139,10 +149,10 @@ func (g *Gateway) serve(ctx context.Context, w *writer, r *http.Request, templat
 		w.Header().Set("Allow", allow(template))
 		return errNoMethod
 	}
-	req := &request{Request: r.WithContext(ctx), vars: v, proto: r.Header.Get("Accept") == "application/protojson"}
+	req := &request{Request: r.WithContext(ctx), token: bearer(presented), vars: v, proto: r.Header.Get("Accept") == "application/protojson"}
 	var err error
 	if op.scope != "" {
-		if req.claims, err = g.authorize(ctx, authorization, op.scope); err != nil {
+		if req.claims, err = g.authorize(ctx, presented, op.scope); err != nil {
 			return err
 		}
 		w.Header().Set("Cache-Control", "private, no-cache") // what it says belongs to one owner
@@ -167,7 +177,7 @@ func allow(template string) string {
 	var m []string
 	for method, op := range routes[template] {
 		m = append(m, method)
-		if method == http.MethodGet && op.later == nil {
+		if method == http.MethodGet && op.later == nil && !op.stream {
 			m = append(m, http.MethodHead)
 		}
 	}
