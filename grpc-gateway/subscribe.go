@@ -42,8 +42,9 @@ type stream struct {
 	send    func(told) error
 	work    sync.WaitGroup
 
-	mu   sync.Mutex
-	subs map[string]*subscription // guarded by mu
+	mu     sync.Mutex // guards all below
+	subs   map[string]*subscription
+	closed bool // close waits for those that run: no more begin
 }
 
 // newStream begins a stream. It ends when ctx does, when its token is no longer good, when the hub stops, or when something
@@ -58,6 +59,9 @@ func (g *Gateway) newStream(ctx context.Context, door string, claims hub.Claims,
 // close ends all subscriptions and waits for them.
 func (s *stream) close() {
 	s.end(context.Canceled)
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
 	s.work.Wait()
 }
 
@@ -183,8 +187,12 @@ func (s *stream) start(u *subscription) error {
 		return err
 	}
 	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		cancel()
+		return context.Cause(s.ctx)
+	}
 	s.subs[u.id] = u
-	s.mu.Unlock()
 	s.g.metrics.subscriptions.WithLabelValues(s.door).Inc()
 	s.work.Go(func() {
 		defer close(u.done)

@@ -533,7 +533,8 @@ func TestCurrentState(t *testing.T) {
 	resume(ack.Result.ResumeToken).expect("/light/1 3", "/light/1 6")
 	resume(half.Result.ResumeToken).expect("/light/1 3", "/light/1 6")
 	w.directory.happen(lampA, reports("/light/1", 4))
-	resume(after.Result.ResumeToken).expect("/light/1 4")
+	w.directory.happen(lampA, reports("/light/1", 5))
+	resume(after.Result.ResumeToken).expect("/light/1 4", "/light/1 5")
 }
 
 // All that a picture has is told.
