@@ -154,7 +154,7 @@ func modelSubscriptions(rt *rapid.T, base *world) {
 		return &Gateway{cfg: base.cfg, deps: deps, log: base.Gateway.log, metrics: base.metrics, closing: make(chan struct{})}
 	}
 	g := start()
-	var truth []hub.Fed // all that ever happened
+	var truth []hub.Fed                                                    // all that ever happened
 	versions := map[hub.Owner]map[resourcePlace]uint64{alice: {}, bob: {}} // what another owner sees is no gap
 	devices := []hub.DeviceID{lampA, lampB, bobs}
 	pick := func() hub.DeviceID { return rapid.SampledFrom(devices).Draw(rt, "device") }
