@@ -161,5 +161,8 @@ func httpStatus(err error) int {
 	return statusOf[hub.KindOf(err)]
 }
 
+// errGone ends a stream whose peer went away: its end is nobody's fault and nothing to log.
+var errGone = errors.New("the peer is gone")
+
 // gone reports whether the caller went away, which is nobody's fault and no error to log.
 func gone(ctx context.Context) bool { return errors.Is(context.Cause(ctx), context.Canceled) }

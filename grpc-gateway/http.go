@@ -3,6 +3,7 @@ package grpcgateway
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"log/slog"
 	"net"
 	"net/http"
@@ -96,7 +97,7 @@ func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 		}
 		outcome := "ok"
 		switch {
-		case err != nil && gone(r.Context()):
+		case err != nil && gone(r.Context()), errors.Is(err, errGone):
 			outcome = "gone"
 		case err != nil:
 			outcome = hub.KindOf(err).String()
@@ -127,7 +128,7 @@ func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 	if err = g.serve(ctx, w, r, template, v, op, found, err); err == nil {
 		return
 	}
-	if hub.KindOf(err) == hub.Internal {
+	if hub.KindOf(err) == hub.Internal && !errors.Is(err, errGone) {
 		g.log.Error("a request failed", "request", id, "call", call, "error", err)
 	}
 	if w.status == 0 {

@@ -2,7 +2,10 @@ package grpcgateway
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"net/http"
+	"os"
 	"strconv"
 	"time"
 
@@ -61,10 +64,17 @@ func (g *Gateway) subscribeSSE(w http.ResponseWriter, r *request) error {
 	w.WriteHeader(http.StatusOK)
 	flush := http.NewResponseController(w).Flush
 	write := func(b []byte) error {
-		if _, err := w.Write(b); err != nil {
-			return err
+		_, err := w.Write(b)
+		if err == nil {
+			err = flush()
 		}
-		return flush()
+		switch {
+		case err == nil:
+			return nil
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			return errStalled.With("sse.write", err)
+		}
+		return fmt.Errorf("%w: %w", errGone, err)
 	}
 	st.send = func(t told) error {
 		b := append(make([]byte, 0, 1024), "id: "...)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -15,7 +16,9 @@ import (
 	"time"
 
 	"github.com/coder/websocket"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
 	pb "github.com/coaphub/coaphub/api/gen/grpcgatewaypb"
@@ -747,5 +750,82 @@ func TestEncodingsAreSharedAndBounded(t *testing.T) {
 	}
 	if n := len(c.young) + len(c.older); n > 2*maxEncodings/len(big) {
 		t.Errorf("%d are kept", n)
+	}
+}
+
+// Who reads nothing for too long is cut off, at each door; who goes away is no error.
+func TestStreamsOfReadersThatStallOrGo(t *testing.T) {
+	w := newWorld(t, func(c *Config, _ *Deps) { c.Limits.StallTimeout = 200 * time.Millisecond })
+	w.run(t)
+	_, grpcAddr := w.Addresses()
+	conn, err := grpc.NewClient(grpcAddr.String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	l := w.listen(t, "alice", "")
+	l.say(`{"createSubscription":{}}`)
+	l.expect("OK")
+	s := w.events(t, "alice", "", "")
+	s.next()
+	g, err := pb.NewGrpcGatewayClient(conn).SubscribeToEvents(as(t, "alice"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := g.Send(&pb.SubscribeToEvents{Action: &pb.SubscribeToEvents_CreateSubscription_{CreateSubscription: &pb.SubscribeToEvents_CreateSubscription{}}}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := g.Recv(); err != nil {
+		t.Fatal(err)
+	}
+	// Nobody reads any more; sooner or later the connections take nothing more either.
+	ev := reports("/a", 1)
+	ev.Content.Data = []byte(`"` + strings.Repeat("x", 200<<10) + `"`)
+	doors := []string{"grpc", "websocket", "sse"}
+	ended := func() bool {
+		return !slices.ContainsFunc(doors, func(door string) bool { return w.gauge(t, "coaphub_api_subscriptions", door) > 0 })
+	}
+	for i := 0; i < 100; i++ { // 20 MB
+		w.directory.happen(lampA, ev)
+	}
+	w.until(t, "the stalled streams end", ended)
+	for _, of := range [][]string{{"subscribeWebSocket", "http"}, {"subscribeEvents", "http"}, {"SubscribeToEvents", "grpc"}} {
+		w.until(t, of[0]+" is counted as stalled", func() bool {
+			n := w.counter(t, "coaphub_api_requests_total", of[0], of[1], "deadline")
+			if of[0] == "subscribeEvents" { // net/http ends the request with the write that failed, as if the client had gone
+				n += w.counter(t, "coaphub_api_requests_total", of[0], of[1], "gone")
+			}
+			return n == 1
+		})
+	}
+	// And one that is simply gone.
+	before := w.counter(t, "coaphub_api_requests_total", "subscribeEvents", "http", "gone")
+	l = w.listen(t, "alice", "")
+	l.say(`{"createSubscription":{"eventFilter":["REGISTERED"]}}`)
+	l.expect("OK")
+	_ = l.CloseNow()
+	s = w.events(t, "alice", "eventFilter=REGISTERED", "")
+	s.next()
+	s.close()
+	w.until(t, "the streams that are gone end", func() bool {
+		return w.counter(t, "coaphub_api_requests_total", "subscribeWebSocket", "http", "gone")+w.counter(t, "coaphub_api_requests_total", "subscribeEvents", "http", "gone") == before+2
+	})
+	if log := w.log.String(); strings.Contains(log, "level=ERROR") {
+		t.Error(log)
+	}
+}
+
+// until polls until ok.
+func (w *world) until(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	poll := time.NewTicker(10 * time.Millisecond)
+	defer poll.Stop()
+	deadline := time.After(30 * time.Second)
+	for !ok() {
+		select {
+		case <-poll.C:
+		case <-deadline:
+			t.Fatalf("it never happened: %s", what)
+		}
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"net/url"
@@ -92,9 +93,8 @@ func (g *Gateway) subscribeWebSocket(w http.ResponseWriter, r *request) error {
 	<-st.ctx.Done()
 	err = context.Cause(st.ctx)
 	st.close() // nobody writes any more
-	var closed websocket.CloseError
 	code, text := websocket.StatusNormalClosure, ""
-	if !errors.As(err, &closed) && !errors.Is(err, io.EOF) && ctx.Err() == nil {
+	if !errors.Is(err, errGone) {
 		_ = s.write(append(appendError([]byte(`{"error":`), err), '}'))
 		code, text = closing(err)
 	}
@@ -102,9 +102,6 @@ func (g *Gateway) subscribeWebSocket(w http.ResponseWriter, r *request) error {
 	cancel()
 	last()
 	<-read
-	if code == websocket.StatusNormalClosure {
-		return nil
-	}
 	return err
 }
 
@@ -143,10 +140,21 @@ func (s *socket) send(t told) error {
 
 // write sends a message; a reader that takes nothing for too long is cut off.
 func (s *socket) write(b []byte) error {
-	ctx, cancel := context.WithTimeout(s.ctx, s.g.cfg.Limits.StallTimeout)
+	return s.inTime(func(ctx context.Context) error { return s.c.Write(ctx, websocket.MessageText, b) })
+}
+
+// inTime does something that waits for the peer. When that takes too long, the stream ends with this reason before the library
+// breaks the connection off, which its reader takes for a peer that is gone.
+func (s *socket) inTime(do func(context.Context) error) error {
+	ctx, cancel := context.WithCancel(s.ctx)
 	defer cancel()
-	if err := s.c.Write(ctx, websocket.MessageText, b); err != nil {
-		return &hub.Error{Kind: hub.Unavailable, Op: "websocket.write", Err: err}
+	stalled := time.AfterFunc(s.g.cfg.Limits.StallTimeout, func() {
+		s.st.end(errStalled)
+		cancel()
+	})
+	defer stalled.Stop()
+	if err := do(ctx); err != nil {
+		return fmt.Errorf("%w: %w", errGone, err)
 	}
 	return nil
 }
@@ -161,11 +169,8 @@ func (s *socket) keepAlive() {
 		case <-s.st.ctx.Done():
 			return
 		}
-		ctx, cancel := context.WithTimeout(s.st.ctx, s.g.cfg.Limits.StallTimeout)
-		err := s.c.Ping(ctx)
-		cancel()
-		if err != nil {
-			s.st.end(&hub.Error{Kind: hub.Unavailable, Op: "websocket.ping", Err: err})
+		if err := s.inTime(s.c.Ping); err != nil {
+			s.st.end(err)
 			return
 		}
 	}
@@ -176,17 +181,17 @@ func (s *socket) read() error {
 	limit := int64(s.g.cfg.Limits.MaxBodyBytes)
 	for {
 		_, r, err := s.c.Reader(s.ctx)
-		if err != nil {
-			return err
+		if err != nil { // it closed, in order or not
+			return fmt.Errorf("%w: %w", errGone, err)
 		}
 		b, err := io.ReadAll(io.LimitReader(r, limit+1))
 		if err != nil {
-			return err
+			return fmt.Errorf("%w: %w", errGone, err)
 		}
 		if int64(len(b)) > limit {
 			n, err := io.Copy(io.Discard, io.LimitReader(r, passOver*limit))
 			if err != nil {
-				return err
+				return fmt.Errorf("%w: %w", errGone, err)
 			}
 			if n == passOver*limit {
 				return errMessageLarge
