@@ -3,6 +3,7 @@ package grpcgateway
 import (
 	"fmt"
 	"net"
+	"net/url"
 	"strings"
 	"time"
 )
@@ -26,6 +27,9 @@ type HTTPConfig struct {
 	// Hosts are further names, without port, that requests may carry in Host, for example the name of a proxy in front. Others
 	// get 421. Loopback names and the external address are always allowed. Default empty.
 	Hosts []string `yaml:"hosts"`
+	// Origins of pages, besides the hub's own, that may open WebSockets, for example https://console.example; the port belongs to
+	// it unless it is the scheme's. Others get 403; what is no browser sends none. Default empty.
+	Origins []string `yaml:"origins"`
 }
 
 // GRPCConfig is the door for gRPC.
@@ -77,6 +81,12 @@ func (c Config) Validate() []error {
 	for i, h := range c.API.HTTP.Hosts {
 		if h == "" || strings.ContainsAny(h, "/ *") || strings.Contains(h, ":") && net.ParseIP(h) == nil {
 			errs = append(errs, fmt.Errorf("api.http.hosts[%d]: %q is not a host name without port", i, h))
+		}
+	}
+	for i, o := range c.API.HTTP.Origins {
+		u, err := url.Parse(o)
+		if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || o != u.Scheme+"://"+u.Host || o != strings.ToLower(o) {
+			errs = append(errs, fmt.Errorf("api.http.origins[%d]: %q is not an origin like https://console.example, in lower case", i, o))
 		}
 	}
 	for _, d := range []struct {

@@ -20,6 +20,7 @@ const (
 	listResources list = 3
 	listMetadata  list = 4
 	listEvents    list = 5
+	listFeed      list = 6 // resume tokens of subscriptions
 )
 
 // place is where a page ended: after this device, within it after this href (resources) or after this event of this commit

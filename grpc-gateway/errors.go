@@ -71,7 +71,6 @@ var (
 	errNoMethod     = hub.NewError(hub.MethodNotAllowed, "method-not-allowed", "Method Not Allowed")
 	errNotFound     = hub.NewError(hub.NotFound, "not-found", "not found")
 	errCommands     = hub.NewError(hub.Unsupported, "commands-not-available", "this hub does not carry out commands yet")
-	errSubscribe    = hub.NewError(hub.Unsupported, "subscriptions-not-available", "this hub has no subscriptions yet")
 	errDeleteAll    = hub.NewError(hub.Invalid, "filter-empty", "name the devices to delete, or ask for all of them with all=true")
 	errDeleteBoth   = hub.NewError(hub.Invalid, "filter-and-all", "all=true and a filter exclude each other")
 	errCursor       = hub.NewError(hub.Invalid, "cursor-invalid", "the cursor is not one of this call and this caller")
@@ -161,6 +160,9 @@ func httpStatus(err error) int {
 	}
 	return statusOf[hub.KindOf(err)]
 }
+
+// errGone ends a stream whose peer went away: its end is nobody's fault and nothing to log.
+var errGone = errors.New("the peer is gone")
 
 // gone reports whether the caller went away, which is nobody's fault and no error to log.
 func gone(ctx context.Context) bool { return errors.Is(context.Cause(ctx), context.Canceled) }

@@ -112,7 +112,9 @@ func (g *Gateway) end(ctx context.Context, method, id string, begun time.Time, e
 	}
 	took := time.Since(begun)
 	g.metrics.requests.WithLabelValues("grpc", call, outcome).Inc()
-	g.metrics.seconds.WithLabelValues("grpc", call).Observe(took.Seconds())
+	if method != pb.GrpcGateway_SubscribeToEvents_FullMethodName { // how long somebody listened says nothing about us
+		g.metrics.seconds.WithLabelValues("grpc", call).Observe(took.Seconds())
+	}
 	g.log.LogAttrs(ctx, slog.LevelDebug, "call", slog.String("request", id), slog.String("method", method), slog.String("outcome", outcome), slog.Duration("took", took))
 }
 
@@ -153,7 +155,7 @@ type contextStream struct {
 
 func (s *contextStream) Context() context.Context { return s.ctx }
 
-// server is the service over gRPC. Commands and subscriptions are answered with errors of the catalogue.
+// server is the service over gRPC. Commands are answered with errors of the catalogue.
 type server struct {
 	pb.UnimplementedGrpcGatewayServer
 	g *Gateway
@@ -247,8 +249,4 @@ func (s *server) CancelPendingCommands(context.Context, *pb.CancelPendingCommand
 
 func (s *server) CancelPendingMetadataUpdates(context.Context, *pb.CancelPendingMetadataUpdatesRequest) (*pb.CancelPendingCommandsResponse, error) {
 	return nil, errCommands
-}
-
-func (s *server) SubscribeToEvents(grpc.BidiStreamingServer[pb.SubscribeToEvents, pb.Event]) error {
-	return errSubscribe
 }

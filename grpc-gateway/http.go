@@ -3,6 +3,7 @@ package grpcgateway
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"log/slog"
 	"net"
 	"net/http"
@@ -19,6 +20,7 @@ import (
 type request struct {
 	*http.Request
 	claims hub.Claims // zero for public operations
+	token  string     // what they were read from
 	vars   vars
 	query  query
 	proto  bool // protobuf's JSON instead of the simple form
@@ -67,6 +69,9 @@ func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 		method = http.MethodGet
 	}
 	op, found := routes[template][method]
+	if op.stream && r.Method == http.MethodHead { // a stream has no head to look at
+		op, found = operation{}, false
+	}
 	call := op.id
 	switch {
 	case page:
@@ -92,14 +97,16 @@ func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 		}
 		outcome := "ok"
 		switch {
-		case err != nil && gone(r.Context()):
+		case err != nil && gone(r.Context()), errors.Is(err, errGone):
 			outcome = "gone"
 		case err != nil:
 			outcome = hub.KindOf(err).String()
 		}
 		took := time.Since(begun)
 		g.metrics.requests.WithLabelValues("http", call, outcome).Inc()
-		g.metrics.seconds.WithLabelValues("http", call).Observe(took.Seconds())
+		if !op.stream { // how long somebody listened says nothing about us
+			g.metrics.seconds.WithLabelValues("http", call).Observe(took.Seconds())
+		}
 		g.log.LogAttrs(r.Context(), slog.LevelDebug, "request", slog.String("request", id), slog.String("method", r.Method), slog.String("call", call),
 			slog.Int("status", w.status), slog.String("outcome", outcome), slog.Duration("took", took))
 		if w.cut { // the last line says so; breaking off the connection says it to everybody
@@ -107,8 +114,12 @@ func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 			panic(http.ErrAbortHandler)
 		}
 	}()
-	ctx, cancel := context.WithTimeout(r.Context(), g.cfg.Limits.RequestTimeout)
-	defer cancel()
+	ctx := r.Context()
+	if !op.stream {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, g.cfg.Limits.RequestTimeout)
+		defer cancel()
+	}
 	if page {
 		err = nil
 		g.deps.Pages.ServeHTTP(w, r.WithContext(ctx))
@@ -117,7 +128,7 @@ func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 	if err = g.serve(ctx, w, r, template, v, op, found, err); err == nil {
 		return
 	}
-	if hub.KindOf(err) == hub.Internal {
+	if hub.KindOf(err) == hub.Internal && !errors.Is(err, errGone) {
 		g.log.Error("a request failed", "request", id, "call", call, "error", err)
 	}
 	if w.status == 0 {
@@ -126,11 +137,11 @@ func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 }
 
 func (g *Gateway) serve(ctx context.Context, w *writer, r *http.Request, template string, v vars, op operation, found bool, bad error) error {
-	authorization := r.Header.Get("Authorization")
+	presented := authorization(r)
 	switch {
 	case template == "":
 		if strings.HasPrefix(r.URL.Path, "/api/") { // strangers do not learn which paths there are
-			if _, err := g.authorize(ctx, authorization, hub.ScopeRead); err != nil {
+			if _, err := g.authorize(ctx, presented, hub.ScopeRead); err != nil {
 				return err
 			}
 		}
@@ -139,10 +150,10 @@ func (g *Gateway) serve(ctx context.Context, w *writer, r *http.Request, templat
 		w.Header().Set("Allow", allow(template))
 		return errNoMethod
 	}
-	req := &request{Request: r.WithContext(ctx), vars: v, proto: r.Header.Get("Accept") == "application/protojson"}
+	req := &request{Request: r.WithContext(ctx), token: bearer(presented), vars: v, proto: r.Header.Get("Accept") == "application/protojson"}
 	var err error
 	if op.scope != "" {
-		if req.claims, err = g.authorize(ctx, authorization, op.scope); err != nil {
+		if req.claims, err = g.authorize(ctx, presented, op.scope); err != nil {
 			return err
 		}
 		w.Header().Set("Cache-Control", "private, no-cache") // what it says belongs to one owner
@@ -167,7 +178,7 @@ func allow(template string) string {
 	var m []string
 	for method, op := range routes[template] {
 		m = append(m, method)
-		if method == http.MethodGet && op.later == nil {
+		if method == http.MethodGet && op.later == nil && !op.stream {
 			m = append(m, http.MethodHead)
 		}
 	}

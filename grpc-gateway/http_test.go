@@ -357,7 +357,6 @@ func TestReadsOfTheDeviceAreNotThereYet(t *testing.T) {
 		want(t, c.method+" "+c.target, a.Code, 501)
 		want(t, c.method+" "+c.target, a.reason(), "commands-not-available")
 	}
-	want(t, "ws", w.get(t, "/api/v1/ws/events").reason(), "subscriptions-not-available")
 	want(t, "a reader may not command", w.do(t, "reader", "PUT", light).Code, 403)
 }
 

@@ -25,6 +25,8 @@ var queryNames = map[string]string{
 	"timestampfilter": "timestampFilter", "resourceinterface": "resourceInterface", "interface": "resourceInterface",
 	"twin": "twin", "onlycontent": "onlyContent", "etag": "etag", "accept": "accept",
 	"limit": "limit", "cursor": "cursor", "at": "at", "all": "all",
+	"eventfilter": "eventFilter", "hreffilter": "hrefFilter", "leadresourcetypefilter": "leadResourceTypeFilter",
+	"includecurrentstate": "includeCurrentState", "resumetoken": "resumeToken",
 }
 
 // parseQuery reads a query string. One that is malformed is refused as a whole: passing over a filter that cannot be read

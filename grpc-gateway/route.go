@@ -96,6 +96,8 @@ type operation struct {
 	scope string // "" = public
 	serve func(*Gateway, http.ResponseWriter, *request) error
 	later *hub.Error // answered instead, for what is not there yet; such operations are not described
+	// stream: it goes on for as long as the caller listens, so no time limit of a request applies.
+	stream bool
 }
 
 // routes are all paths of the API.
@@ -107,6 +109,9 @@ func init() { // not a literal: split reads what it leads to
 	}
 	write := func(id string, serve func(*Gateway, http.ResponseWriter, *request) error) operation {
 		return operation{id: id, scope: hub.ScopeWrite, serve: serve}
+	}
+	stream := func(id string, serve func(*Gateway, http.ResponseWriter, *request) error) operation {
+		return operation{id: id, scope: hub.ScopeRead, serve: serve, stream: true}
 	}
 	open := func(id string, serve func(*Gateway, http.ResponseWriter, *request) error) operation {
 		return operation{id: id, serve: serve}
@@ -143,6 +148,7 @@ func init() { // not a literal: split reads what it leads to
 		device + "/pending-metadata-updates/{correlationId}":          {"DELETE": writeCommand},
 		device + "/resources/{href}/pending-commands":                 {"GET": readCommand, "DELETE": writeCommand},
 		device + "/resources/{href}/pending-commands/{correlationId}": {"GET": readCommand, "DELETE": writeCommand},
-		"/api/v1/ws/events":                                           {"GET": {id: "subscribe", later: errSubscribe}},
+		"/api/v1/ws/events":                                           {"GET": stream("subscribeWebSocket", (*Gateway).subscribeWebSocket)},
+		"/api/v1/events/stream":                                       {"GET": stream("subscribeEvents", (*Gateway).subscribeSSE)},
 	}
 }

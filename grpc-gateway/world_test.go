@@ -43,6 +43,7 @@ type fakeDirectory struct {
 	devices  func(context.Context, hub.Owner, []hub.DeviceID) iter.Seq2[*hub.Device, error]
 	deviceAt func(context.Context, hub.Owner, hub.DeviceID, time.Time) (*hub.Device, error)
 	history  func(context.Context, hub.Owner, hub.DeviceID, time.Time) iter.Seq2[hub.Commit, error]
+	*fakeFeed
 }
 
 func (f *fakeDirectory) Devices(ctx context.Context, o hub.Owner, ids []hub.DeviceID) iter.Seq2[*hub.Device, error] {
@@ -141,6 +142,7 @@ func newWorld(t testing.TB, change ...func(*Config, *Deps)) *world {
 	}
 	w.pictures[bobs].Owner = bob
 	w.directory = &fakeDirectory{
+		fakeFeed: newFakeFeed(w),
 		devices: func(_ context.Context, o hub.Owner, ids []hub.DeviceID) iter.Seq2[*hub.Device, error] {
 			return func(yield func(*hub.Device, error) bool) {
 				for _, id := range ids {
@@ -429,6 +431,12 @@ func sameJSON(t testing.TB, b []byte) string {
 // counter returns a counter's value; its labels' values are given in the order of the labels' names.
 func (w *world) counter(t testing.TB, name string, labels ...string) float64 {
 	t.Helper()
+	c, _ := w.metric(t, name, labels)
+	return c
+}
+
+func (w *world) metric(t testing.TB, name string, labels []string) (counter, gauge float64) {
+	t.Helper()
 	families, err := w.registry.Gather()
 	if err != nil {
 		t.Fatal(err)
@@ -443,11 +451,18 @@ func (w *world) counter(t testing.TB, name string, labels ...string) float64 {
 				values = append(values, l.GetValue())
 			}
 			if slices.Equal(values, labels) {
-				return m.GetCounter().GetValue()
+				return m.GetCounter().GetValue(), m.GetGauge().GetValue()
 			}
 		}
 	}
-	return 0
+	return 0, 0
+}
+
+// gauge is counter for gauges.
+func (w *world) gauge(t testing.TB, name string, labels ...string) float64 {
+	t.Helper()
+	_, g := w.metric(t, name, labels)
+	return g
 }
 
 // logBuffer is what the gateway logged.

@@ -158,6 +158,9 @@ func (c *Checker) Check(method string, target *url.URL, status int, header http.
 		}
 		return nil
 	}
+	if status == http.StatusSwitchingProtocols { // what is described are the messages, see CheckMessage
+		return nil
+	}
 	mediaType, _, err := mime.ParseMediaType(header.Get("Content-Type"))
 	if err != nil {
 		return fail(fmt.Errorf("content type: %w", err))
@@ -177,6 +180,12 @@ func (c *Checker) Check(method string, target *url.URL, status int, header http.
 	if whole, ok := media.Extensions["x-without-onlyContent"].(string); ok && !onlyContent(target) {
 		schema = c.doc.Components.Schemas[whole].Value
 	}
+	if events, _ := media.Extensions["x-events"].(bool); events {
+		if err := checkEvents(schema, body); err != nil {
+			return fail(err)
+		}
+		return nil
+	}
 	if lines, _ := media.Extensions["x-lines"].(bool); !lines {
 		return wrap(fail, schema, body)
 	}
@@ -191,6 +200,44 @@ func (c *Checker) Check(method string, target *url.URL, status int, header http.
 		}
 	}
 	return nil
+}
+
+// CheckMessage reports what is wrong with one message that came over a WebSocket of an operation.
+func (c *Checker) CheckMessage(escapedPath string, message []byte) error {
+	op := c.Operation(http.MethodGet, escapedPath)
+	if op == nil || op.Responses.Status(http.StatusSwitchingProtocols) == nil {
+		return fmt.Errorf("%s: no WebSocket is described there", escapedPath)
+	}
+	media := op.Responses.Status(http.StatusSwitchingProtocols).Value.Content["application/json"]
+	return wrap(func(err error) error { return fmt.Errorf("message of %s: %w", escapedPath, err) }, media.Schema.Value, message)
+}
+
+// checkEvents checks server-sent events (WHATWG HTML, Section 9.2.6), each by itself. The last one may be cut off.
+func checkEvents(schema *openapi3.Schema, body []byte) error {
+	for n := 1; ; n++ {
+		event, rest, whole := bytes.Cut(body, []byte("\n\n"))
+		if !whole {
+			return nil
+		}
+		body = rest
+		var data []byte
+		for line := range bytes.SplitSeq(event, []byte("\n")) {
+			switch name, value, _ := bytes.Cut(line, []byte(": ")); {
+			case len(line) > 0 && line[0] == ':': // a comment
+			case string(name) == "data" && data == nil:
+				data = value
+			case string(name) == "id" && len(value) > 0:
+			default:
+				return fmt.Errorf("event %d: line %q", n, line)
+			}
+		}
+		if data == nil {
+			continue
+		}
+		if err := wrap(func(err error) error { return fmt.Errorf("event %d: %w", n, err) }, schema, data); err != nil {
+			return err
+		}
+	}
 }
 
 func onlyContent(target *url.URL) bool {

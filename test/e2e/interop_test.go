@@ -37,6 +37,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protodesc"
 	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/reflect/protoregistry"
 	"google.golang.org/protobuf/types/descriptorpb"
 	"google.golang.org/protobuf/types/dynamicpb"
 )
@@ -438,36 +439,10 @@ func TestStockGRPC(t *testing.T) {
 	if err != nil || h.GetStatus() != healthpb.HealthCheckResponse_SERVING {
 		t.Fatalf("health: %v %v", h, err)
 	}
-	stream, err := reflectionpb.NewServerReflectionClient(conn).ServerReflectionInfo(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	err = stream.Send(&reflectionpb.ServerReflectionRequest{
-		MessageRequest: &reflectionpb.ServerReflectionRequest_FileContainingSymbol{FileContainingSymbol: "grpcgateway.pb.GrpcGateway"},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	res, err := stream.Recv()
-	if err != nil {
-		t.Fatal(err)
-	}
-	// What came is all that this client knows of the service: it calls GetDevices with messages made of it.
-	var set descriptorpb.FileDescriptorSet
-	for _, raw := range res.GetFileDescriptorResponse().GetFileDescriptorProto() {
-		var f descriptorpb.FileDescriptorProto
-		if err := proto.Unmarshal(raw, &f); err != nil {
-			t.Fatal(err)
-		}
-		set.File = append(set.File, &f)
-	}
-	files, err := protodesc.NewFiles(&set)
-	if err != nil {
-		t.Fatalf("reflection does not give whole descriptions: %v", err)
-	}
+	files := reflected(ctx, t, conn)
 	found, err := files.FindDescriptorByName("grpcgateway.pb.GrpcGateway.GetDevices")
 	if err != nil {
-		t.Fatalf("reflection: %v in %v", err, res)
+		t.Fatalf("reflection: %v", err)
 	}
 	method := found.(protoreflect.MethodDescriptor)
 	if !method.IsStreamingServer() || method.IsStreamingClient() {
@@ -498,7 +473,39 @@ func TestStockGRPC(t *testing.T) {
 	if devices, err := getDevices(ctx); err != nil || !slices.Equal(devices, []string{deviceID(1)}) {
 		t.Errorf("GetDevices: %v, %v", devices, err)
 	}
+}
+
+// reflected is what a server says of its service. A stock client knows nothing else of it.
+func reflected(ctx context.Context, t *testing.T, conn *grpc.ClientConn) *protoregistry.Files {
+	t.Helper()
+	stream, err := reflectionpb.NewServerReflectionClient(conn).ServerReflectionInfo(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = stream.Send(&reflectionpb.ServerReflectionRequest{
+		MessageRequest: &reflectionpb.ServerReflectionRequest_FileContainingSymbol{FileContainingSymbol: "grpcgateway.pb.GrpcGateway"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	res, err := stream.Recv()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var set descriptorpb.FileDescriptorSet
+	for _, raw := range res.GetFileDescriptorResponse().GetFileDescriptorProto() {
+		var f descriptorpb.FileDescriptorProto
+		if err := proto.Unmarshal(raw, &f); err != nil {
+			t.Fatal(err)
+		}
+		set.File = append(set.File, &f)
+	}
+	files, err := protodesc.NewFiles(&set)
+	if err != nil {
+		t.Fatalf("reflection does not give whole descriptions: %v", err)
+	}
 	if err := stream.CloseSend(); err != nil {
 		t.Error(err)
 	}
+	return files
 }

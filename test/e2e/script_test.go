@@ -21,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/coder/websocket"
 	"github.com/fxamacker/cbor/v2"
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
@@ -46,6 +47,9 @@ var update = flag.Bool("update", false, "write what came into the scripts")
 //	device NAME disconnects
 //	device NAME is closed by the hub              -> yes
 //	app WHO METHOD /path {body}                   -> 200 {body}
+//	app WHO says {message}                        over a WebSocket, which it opens first
+//	app WHO hears                                 -> {message}
+//	app WHO hangs up
 //
 // A line that begins with "with certificates: " is left out where devices show none, over plain TCP and UDP and WebSocket.
 //
@@ -53,8 +57,8 @@ var update = flag.Bool("update", false, "write what came into the scripts")
 // token lasts so long.
 //
 // NAME in a path or body stands for that device's ID, CODE for a fresh authorization code, TOKEN-OF-NAME and
-// REFRESH-OF-NAME for what its last sign-up or refresh brought, APP-TOKEN for an application's access token. In what came,
-// IDs become names and values that change from run to run become words in capitals.
+// REFRESH-OF-NAME for what its last sign-up or refresh brought, APP-TOKEN for an application's access token, RESUME for the
+// resume token of what WHO heard last. In what came, IDs become names and values that change from run to run become words in capitals.
 func TestScripts(t *testing.T) {
 	t.Parallel()
 	files, err := filepath.Glob("../scripts/*.txt")
@@ -103,7 +107,7 @@ func play(t *testing.T, file string, tr transport) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &world{t: t, over: tr, devices: map[string]*actor{}}
+	w := &world{t: t, over: tr, devices: map[string]*actor{}, sockets: map[string]*socket{}}
 	switch {
 	case tr.name == "ws":
 		w.config = []string{"coapGateway.api.coap.webSocket.enabled=true"}
@@ -187,6 +191,7 @@ type world struct {
 	devices map[string]*actor
 	leaving []*peer // whom the hub has still to close
 	tokens  map[string]string
+	sockets map[string]*socket
 }
 
 // actor is one device of a script.
@@ -490,6 +495,10 @@ func decodeCBOR(b []byte, v any) error { return cbor.Unmarshal(b, v) }
 
 func (w *world) appLine(ctx context.Context, owner, rest string) (string, error) {
 	method, rest, _ := strings.Cut(rest, " ")
+	switch method {
+	case "says", "hears", "hangs":
+		return w.socketLine(ctx, owner, method, rest)
+	}
 	target, body, _ := strings.Cut(strings.TrimSpace(rest), " ")
 	h := w.start()
 	token, err := w.token(ctx, owner)
@@ -519,6 +528,66 @@ func (w *world) appLine(ctx context.Context, owner, rest string) (string, error)
 		}
 	}
 	return strings.TrimSpace(fmt.Sprintf("%d %s", res.StatusCode, strings.Join(parts, " "))), nil
+}
+
+// socket is a WebSocket of an application.
+type socket struct {
+	conn *websocket.Conn
+	last string // resume token
+}
+
+func (w *world) socketLine(ctx context.Context, owner, verb, rest string) (string, error) {
+	h := w.start()
+	s := w.sockets[owner]
+	if s == nil {
+		s = &socket{}
+		w.sockets[owner] = s
+	}
+	if verb == "hangs" {
+		_ = s.conn.Close(websocket.StatusNormalClosure, "") // the hub may have been faster
+		s.conn = nil
+		return "", nil
+	}
+	if s.conn == nil {
+		token, err := w.token(ctx, owner)
+		if err != nil {
+			return "", err
+		}
+		conn, _, err := websocket.Dial(ctx, "ws"+strings.TrimPrefix(h.HTTP, "http")+"/api/v1/ws/events", &websocket.DialOptions{Subprotocols: []string{"Bearer", token}})
+		if err != nil {
+			return "", err
+		}
+		w.t.Cleanup(func() { _ = conn.CloseNow() })
+		s.conn = conn
+	}
+	if verb == "says" {
+		v, err := w.value(strings.ReplaceAll(rest, "RESUME", s.last))
+		if err != nil {
+			return "", err
+		}
+		b, err := json.Marshal(v)
+		if err != nil {
+			return "", err
+		}
+		return "", s.conn.Write(ctx, websocket.MessageText, b)
+	}
+	_, b, err := s.conn.Read(ctx)
+	if err != nil {
+		return "", err
+	}
+	var m struct{ Result struct{ ResumeToken string } }
+	if err := json.Unmarshal(b, &m); err != nil {
+		return "", err
+	}
+	s.last = m.Result.ResumeToken
+	d, err := description()
+	if err != nil {
+		return "", err
+	}
+	if err := d.CheckMessage("/api/v1/ws/events", b); err != nil {
+		w.t.Errorf("%s: not as the description says: %v", b, err)
+	}
+	return w.renderJSON(b), nil
 }
 
 // token is what the caller named who shows. It is asked for once.
@@ -608,6 +677,7 @@ var changing = map[string]string{
 	"accesstoken": "TOKEN", "refreshtoken": "TOKEN", "expiresin": "SECONDS", "connectionId": "CONNECTION",
 	"timestamp": "TIME", "connectedAt": "TIME", "syncingAt": "TIME", "inSyncAt": "TIME", "forceSynchronizationAt": "TIME",
 	"serviceId": "GATEWAY", "sequence": "N", "currentTime": "TIME", "etag": "ETAG", "validUntil": "TIME", "connection.id": "CONNECTION",
+	"resumeToken": "RESUME",
 }
 
 // render writes a decoded body as a YAML flow value with sorted members.
