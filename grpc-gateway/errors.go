@@ -69,6 +69,7 @@ var (
 	errScopeMissing = hub.NewError(hub.Denied, "scope-missing", "the token lacks the scope for this")
 	errNoRoute      = hub.NewError(hub.NotFound, "no-such-path", "Not Found")
 	errNoMethod     = hub.NewError(hub.MethodNotAllowed, "method-not-allowed", "Method Not Allowed")
+	errNoCall       = hub.NewError(hub.MethodNotAllowed, "no-such-call", "this hub does not know the call")
 	errNotFound     = hub.NewError(hub.NotFound, "not-found", "not found")
 	errCommands     = hub.NewError(hub.Unsupported, "commands-not-available", "this hub does not carry out commands yet")
 	errSubscribe    = hub.NewError(hub.Unsupported, "subscriptions-not-available", "this hub has no subscriptions yet")
@@ -133,7 +134,10 @@ func appendError(b []byte, err error) []byte {
 }
 
 // writeError answers a request with an error whose answer has not begun yet.
-func writeError(w http.ResponseWriter, err error) {
+func writeError(w http.ResponseWriter, err error) { writeErrorAs(w, httpStatus(err), err) }
+
+// writeErrorAs is for errors whose status was decided elsewhere.
+func writeErrorAs(w http.ResponseWriter, status int, err error) {
 	h := w.Header()
 	h.Set("Content-Type", "application/json")
 	h.Set("X-Content-Type-Options", "nosniff")
@@ -151,7 +155,7 @@ func writeError(w http.ResponseWriter, err error) {
 	if after := retryAfter(err); after > 0 {
 		h.Set("Retry-After", strconv.Itoa(int(math.Ceil(after.Seconds()))))
 	}
-	w.WriteHeader(httpStatus(err))
+	w.WriteHeader(status)
 	_, _ = w.Write(append(appendError(nil, err), '\n')) // a client that has gone needs no answer
 }
 

@@ -50,6 +50,7 @@ type Gateway struct {
 	metrics *metrics
 	openapi []byte // the description as JSON
 	hosts   map[string]bool
+	origins map[string]bool // of pages that may call the API
 	handler http.Handler
 	grpc    *grpc.Server
 	health  *health.Server
@@ -66,7 +67,10 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 		deps.CursorKey = make([]byte, 32)
 		_, _ = rand.Read(deps.CursorKey) // never fails
 	}
-	g := &Gateway{cfg: cfg, deps: deps, log: log, metrics: newMetrics(reg), openapi: doc, hosts: map[string]bool{}}
+	g := &Gateway{cfg: cfg, deps: deps, log: log, metrics: newMetrics(reg), openapi: doc, hosts: map[string]bool{}, origins: map[string]bool{}}
+	for _, o := range cfg.API.HTTP.CORS.Origins {
+		g.origins[o] = true
+	}
 	for _, h := range append(append([]string{"localhost", "127.0.0.1", "::1"}, cfg.API.HTTP.Hosts...), deps.Hosts...) {
 		g.hosts[canonicalHost(h)] = true
 	}

@@ -38,6 +38,14 @@ func (g *Gateway) newHandler() http.Handler {
 			writeError(w, errHost)
 			return
 		}
+		if g.crossOrigin(w, r) { // of the configuration: what protects against the others would refuse it
+			if r.Method == http.MethodOptions {
+				preflight(w)
+				return
+			}
+			g.route(w, r)
+			return
+		}
 		inner.ServeHTTP(w, r)
 	})
 }
@@ -111,7 +119,7 @@ func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 	defer cancel()
 	if page {
 		err = nil
-		g.deps.Pages.ServeHTTP(w, r.WithContext(ctx))
+		g.deps.Pages.ServeHTTP(pagesFor(w, r), r.WithContext(ctx))
 		return
 	}
 	if err = g.serve(ctx, w, r, template, v, op, found, err); err == nil {
@@ -216,7 +224,11 @@ func writeOne(w http.ResponseWriter, r *request, e element) error {
 	if err != nil {
 		return err
 	}
-	return writeBody(w, r, r.contentType(), append(b, '\n'))
+	b = append(b, '\n')
+	if w.Header().Get("ETag") != "" { // a twin has its device's
+		return writeBody(w, r, r.contentType(), b)
+	}
+	return writeTagged(w, r, r.contentType(), b)
 }
 
 func writeBody(w http.ResponseWriter, r *request, contentType string, b []byte) error {

@@ -36,13 +36,14 @@ func appendMessage(b []byte, m proto.Message) ([]byte, error) {
 type reader = func(context.Context, hub.Owner, *filter) iter.Seq2[found, error]
 
 // writeList answers with a list: one line {"result":…} for each element, ended by one line feed in both forms. An error
-// before the first chunk gets its status and no wrapper; afterwards it is the last line, {"error":…}.
+// before the first chunk gets its status and no wrapper; afterwards it is the last line, {"error":…}. A list that fits into
+// one chunk has an ETag; of a longer one pages with a limit have.
 func (g *Gateway) writeList(w http.ResponseWriter, r *request, l list, f *filter, read reader) error {
 	var err error
 	if f.limit, err = r.query.limit(); err != nil {
 		return err
 	}
-	if f.from, err = g.place(l, r.claims.Owner, r.query.get("cursor")); err != nil {
+	if f.from, err = g.place(l, r.claims.Owner, f, r.query.get("cursor")); err != nil {
 		return err
 	}
 	var (
@@ -87,6 +88,9 @@ func (g *Gateway) writeList(w http.ResponseWriter, r *request, l list, f *filter
 		buf = append(appendError(append(buf[:0], `{"error":`...), err), '}', '\n')
 	}
 	if out == nil {
+		if unchanged(w, r, buf) { // it is whole; a longer one is on its way before its end is known
+			return nil
+		}
 		begin(len(buf))
 	}
 	_, _ = out.Write(buf)

@@ -225,7 +225,7 @@ func (g *Gateway) page(l list, owner hub.Owner, f *filter, all iter.Seq2[found, 
 			continue
 		}
 		if n == f.limit {
-			return send(held.element, g.cursor(l, owner, held.at))
+			return send(held.element, g.cursor(l, owner, f, held.at))
 		}
 		if held != nil {
 			if err := send(held.element, ""); err != nil {

@@ -12,6 +12,33 @@ import (
 type vars struct {
 	device string // as it stands, perhaps no UUID: such a device is not found, as on other hubs
 	href   hub.Href
+	name   string // of an account
+}
+
+// named finds the template of a path that names something other than a device's resource, "" if there is none.
+func named(path string) (template string, v vars) {
+	for _, n := range []struct {
+		prefix, variable string
+		value            *string
+	}{
+		{"/api/v1/things/", "{deviceId}", &v.device},
+		{"/api/v1/accounts/", "{name}", &v.name},
+	} {
+		rest, ok := strings.CutPrefix(path, n.prefix)
+		if !ok {
+			continue
+		}
+		name, below, more := strings.Cut(rest, "/")
+		template = n.prefix + n.variable
+		if more {
+			template += "/" + below
+		}
+		var err error
+		if *n.value, err = url.PathUnescape(name); err == nil && name != "" && routes[template] != nil && !strings.Contains(below, "{") {
+			return template, v
+		}
+	}
+	return "", vars{}
 }
 
 // split finds the template of an escaped path, "" if there is none. It is our own, since hrefs stand in the middle of paths
@@ -29,7 +56,8 @@ func split(path string) (template string, v vars, err error) {
 			path = "/"
 		}
 		if routes[path] == nil || strings.Contains(path, "{") {
-			return "", v, nil
+			template, v = named(path)
+			return template, v, nil
 		}
 		return path, v, nil
 	}
@@ -44,7 +72,7 @@ func split(path string) (template string, v vars, err error) {
 	kind, rest, more := strings.Cut(rest, "/")
 	template += "/" + kind
 	switch kind {
-	case "metadata", "pending-commands", "pending-metadata-updates", "events":
+	case "labels", "metadata", "pending-commands", "pending-metadata-updates", "events":
 		if more && kind == "pending-metadata-updates" && !strings.Contains(rest, "/") {
 			return template + "/{correlationId}", v, nil
 		}
@@ -119,7 +147,14 @@ func init() { // not a literal: split reads what it leads to
 		"/":                              {"GET": open("root", (*Gateway).getRoot)},
 		"/.well-known/configuration":     {"GET": open("getConfiguration", (*Gateway).getConfiguration)},
 		"/.well-known/hub-configuration": {"GET": open("getHubConfiguration", (*Gateway).getConfiguration)},
+		"/web_configuration.json":        {"GET": open("getWebConfiguration", (*Gateway).getWebConfiguration)},
 		"/api/v1/openapi.json":           {"GET": open("getOpenAPI", (*Gateway).getOpenAPI)},
+		"/api/v1/docs":                   {"GET": open("getDocs", docsFile("index.html"))},
+		"/api/v1/docs/docs.js":           {"GET": open("getDocsScript", docsFile("docs.js"))},
+		"/api/v1/docs/docs.css":          {"GET": open("getDocsStyle", docsFile("docs.css"))},
+
+		"/api/v1/things":            {"GET": read("getThings", (*Gateway).getThings)},
+		"/api/v1/things/{deviceId}": {"GET": read("getThing", (*Gateway).getThing)},
 
 		"/api/v1/devices":                   {"GET": read("getDevices", (*Gateway).getDevices), "DELETE": write("deleteDevices", (*Gateway).deleteAll)},
 		device:                              {"GET": read("getDevice", (*Gateway).getDevice), "DELETE": write("deleteDevice", (*Gateway).deleteOne)},

@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/json"
+	"fmt"
 	"iter"
 	"log/slog"
 	"net/http"
@@ -203,7 +204,7 @@ func newWorld(t testing.TB, change ...func(*Config, *Deps)) *world {
 		CursorKey: []byte("0123456789abcdef0123456789abcdef"),
 		HubInfo: func() HubConfiguration {
 			return HubConfiguration{
-				OwnerClaim: "sub", CoAPGateway: "coaps+tcp://localhost:5684", Authority: "https://localhost:8080",
+				OwnerClaim: "sub", HTTPGatewayAddress: "http://localhost:8080", CoAPGateway: "coaps+tcp://localhost:5684", Authority: "https://localhost:8080",
 				CertificateAuthorities: "-----BEGIN CERTIFICATE-----\n", DefaultCommandTTL: 10 * time.Second,
 				WebClient: &OAuthClient{ID: "web", Scopes: []string{"openid"}}, DeviceClient: &OAuthClient{ID: "device"},
 				Build: Build{Version: "v0"},
@@ -386,6 +387,38 @@ func ids(rs []map[string]any, field string) []string {
 		out = append(out, s)
 	}
 	return out
+}
+
+func insertLink(s linkSet, l hub.Link) linkSet {
+	s = slices.DeleteFunc(slices.Clone(s), func(o hub.Link) bool { return o.Href == l.Href })
+	i, _ := slices.BinarySearchFunc(s, l.Href, func(o hub.Link, h hub.Href) int { return cmp.Compare(o.Href, h) })
+	return slices.Insert(s, i, l)
+}
+
+func insertTwin(s resourceSet, r *hub.Resource) resourceSet {
+	s = slices.DeleteFunc(slices.Clone(s), func(o *hub.Resource) bool { return o.Href == r.Href })
+	i, _ := slices.BinarySearchFunc(s, r.Href, func(o *hub.Resource, h hub.Href) int { return cmp.Compare(o.Href, h) })
+	return slices.Insert(s, i, r)
+}
+
+// manyLamps gives alice n more lamps and returns the list of them.
+func manyLamps(w *world, n int) func(context.Context, hub.Owner) ([]hub.DeviceID, error) {
+	var ids []hub.DeviceID
+	for i := range n {
+		id := hub.DeviceID(fmt.Sprintf("d1000000-0000-4000-8000-%012x", i))
+		w.pictures[id] = lamp(id, fmt.Sprintf("lamp %d", i), true)
+		ids = append(ids, id)
+	}
+	return func(context.Context, hub.Owner) ([]hub.DeviceID, error) { return ids, nil }
+}
+
+func newRequest(method, target string, headers ...string) *http.Request {
+	r := httptest.NewRequest(method, target, nil)
+	for _, h := range headers {
+		name, value, _ := strings.Cut(h, ": ")
+		r.Header.Add(name, value)
+	}
+	return r
 }
 
 func newRecorder() *httptest.ResponseRecorder { return httptest.NewRecorder() }
