@@ -16,6 +16,9 @@ type Directory interface {
 	// DeviceAt returns the device as it was at t (time-travel read): NotFound if it had no owner's stamp then, or t is before
 	// what retention kept.
 	DeviceAt(ctx context.Context, owner hub.Owner, dev hub.DeviceID, t time.Time) (*hub.Device, error)
+	// SetLabels changes the labels of owner's device and returns them. NotFound if it does not carry owner's stamp; Invalid and
+	// TooLarge as hub.LabelChange.Apply.
+	SetLabels(ctx context.Context, owner hub.Owner, dev hub.DeviceID, change hub.LabelChange, user string) (hub.Labels, error)
 	// History yields the commits of the device that carry owner's stamp and are newer than after (zero: from the start), in
 	// order.
 	History(ctx context.Context, owner hub.Owner, dev hub.DeviceID, after time.Time) iter.Seq2[hub.Commit, error]

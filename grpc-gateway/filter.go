@@ -31,6 +31,8 @@ type filter struct {
 	offline   bool
 	after     time.Time // events newer than this
 	at        time.Time // the state at this time, zero = now
+	search    search    // for devices
+	order     order     // of devices
 	limit     uint32    // 0 = none
 	from      place
 }
@@ -131,7 +133,8 @@ func (f *filter) digest() []byte {
 		}
 	}
 	put(slices.Sorted(slices.Values(f.types))...)
-	put(fmt.Sprint(f.any, f.online, f.offline, f.after.UnixNano(), f.at.UnixNano()))
+	put(f.search...)
+	put(fmt.Sprint(f.order, f.any, f.online, f.offline, f.after.UnixNano(), f.at.UnixNano()))
 	return h.Sum(nil)
 }
 

@@ -179,6 +179,12 @@ func (s *server) GetDevices(r *pb.GetDevicesRequest, out grpc.ServerStreamingSer
 	}
 	f.types = r.GetTypeFilter()
 	f.setStatus(r.GetStatusFilter())
+	if f.search, err = newSearch(r.GetSearch()); err != nil {
+		return err
+	}
+	if f.order, err = newOrder(r.GetSort()); err != nil {
+		return err
+	}
 	return sendList(s.g, listDevices, out, f, r, s.g.devices)
 }
 

@@ -52,6 +52,12 @@ func (g *Gateway) getDevices(w http.ResponseWriter, r *request) error {
 		return err
 	}
 	f.setStatus(status)
+	if f.search, err = newSearch(r.query.get("search")); err != nil {
+		return err
+	}
+	if f.order, err = newOrder(r.query.get("sort")); err != nil {
+		return err
+	}
 	return g.writeList(w, r, listDevices, &f, g.devices)
 }
 

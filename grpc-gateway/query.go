@@ -24,7 +24,7 @@ var queryNames = map[string]string{
 	"httpresourceidfilter": "resourceIdFilter", "resourceidfilter": "resourceIdFilter", "resourceid": "resourceIdFilter",
 	"timestampfilter": "timestampFilter", "resourceinterface": "resourceInterface", "interface": "resourceInterface",
 	"twin": "twin", "onlycontent": "onlyContent", "etag": "etag", "accept": "accept",
-	"limit": "limit", "cursor": "cursor", "at": "at", "all": "all",
+	"limit": "limit", "cursor": "cursor", "at": "at", "all": "all", "search": "search", "sort": "sort",
 }
 
 // parseQuery reads a query string. One that is malformed is refused as a whole: passing over a filter that cannot be read

@@ -64,12 +64,16 @@ func (g *Gateway) candidates(ctx context.Context, owner hub.Owner, f *filter, ba
 }
 
 func (g *Gateway) devices(ctx context.Context, owner hub.Owner, f *filter) iter.Seq2[found, error] {
+	if f.order != (order{}) {
+		return g.sortedDevices(ctx, owner, f)
+	}
 	return each(g.pictures(ctx, owner, f), func(d *hub.Device, yield func(found) bool) bool {
 		if d.ID == f.from.device {
 			return true
 		}
 		e, ok := newDevice(d, g.deps.HubID)
-		if !ok || !f.wantsTypes(e.link.Types) || e.meta.Connection.Online && !f.online || !e.meta.Connection.Online && !f.offline {
+		if !ok || !f.wantsTypes(e.link.Types) || e.meta.Connection.Online && !f.online || !e.meta.Connection.Online && !f.offline ||
+			!f.search.found(&e) {
 			return true
 		}
 		return yield(found{e, place{device: d.ID}})

@@ -156,8 +156,12 @@ func init() { // not a literal: split reads what it leads to
 		"/api/v1/things":            {"GET": read("getThings", (*Gateway).getThings)},
 		"/api/v1/things/{deviceId}": {"GET": read("getThing", (*Gateway).getThing)},
 
-		"/api/v1/devices":                   {"GET": read("getDevices", (*Gateway).getDevices), "DELETE": write("deleteDevices", (*Gateway).deleteAll)},
-		device:                              {"GET": read("getDevice", (*Gateway).getDevice), "DELETE": write("deleteDevice", (*Gateway).deleteOne)},
+		"/api/v1/devices": {"GET": read("getDevices", (*Gateway).getDevices), "DELETE": write("deleteDevices", (*Gateway).deleteAll)},
+		device:            {"GET": read("getDevice", (*Gateway).getDevice), "DELETE": write("deleteDevice", (*Gateway).deleteOne)},
+		device + "/labels": {
+			"GET": read("getLabels", (*Gateway).getLabels), "PUT": write("putLabels", (*Gateway).putLabels),
+			"PATCH": write("patchLabels", (*Gateway).patchLabels),
+		},
 		"/api/v1/resource-links":            {"GET": read("getResourceLinks", (*Gateway).getLinks)},
 		device + "/resource-links":          {"GET": read("getResourceLinksOfDevice", (*Gateway).getLinksOfDevice)},
 		"/api/v1/resources":                 {"GET": read("getResources", (*Gateway).getResources)},

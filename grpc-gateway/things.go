@@ -245,13 +245,8 @@ func ownDescription(d *hub.Device) ownThing {
 
 // writeThing answers with a description, under its own media type for those who ask for that (TD 1.1, Section 10.1).
 func writeThing(w http.ResponseWriter, r *request, t thing) error {
-	b, err := json.Marshal(t)
-	if err != nil {
-		return &hub.Error{Kind: hub.Internal, Op: "http.thing", Err: err}
-	}
-	contentType := "application/json"
 	if strings.Contains(r.Header.Get("Accept"), "application/td+json") {
-		contentType = "application/td+json"
+		return writeJSONAs(w, r, "application/td+json", t)
 	}
-	return writeTagged(w, r, contentType, append(b, '\n'))
+	return writeJSON(w, r, t)
 }

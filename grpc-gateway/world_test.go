@@ -7,6 +7,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"io"
 	"iter"
 	"log/slog"
 	"net/http"
@@ -41,9 +42,10 @@ const (
 )
 
 type fakeDirectory struct {
-	devices  func(context.Context, hub.Owner, []hub.DeviceID) iter.Seq2[*hub.Device, error]
-	deviceAt func(context.Context, hub.Owner, hub.DeviceID, time.Time) (*hub.Device, error)
-	history  func(context.Context, hub.Owner, hub.DeviceID, time.Time) iter.Seq2[hub.Commit, error]
+	setLabels func(context.Context, hub.Owner, hub.DeviceID, hub.LabelChange, string) (hub.Labels, error)
+	devices   func(context.Context, hub.Owner, []hub.DeviceID) iter.Seq2[*hub.Device, error]
+	deviceAt  func(context.Context, hub.Owner, hub.DeviceID, time.Time) (*hub.Device, error)
+	history   func(context.Context, hub.Owner, hub.DeviceID, time.Time) iter.Seq2[hub.Commit, error]
 }
 
 func (f *fakeDirectory) Devices(ctx context.Context, o hub.Owner, ids []hub.DeviceID) iter.Seq2[*hub.Device, error] {
@@ -56,6 +58,10 @@ func (f *fakeDirectory) DeviceAt(ctx context.Context, o hub.Owner, d hub.DeviceI
 
 func (f *fakeDirectory) History(ctx context.Context, o hub.Owner, d hub.DeviceID, after time.Time) iter.Seq2[hub.Commit, error] {
 	return f.history(ctx, o, d, after)
+}
+
+func (f *fakeDirectory) SetLabels(ctx context.Context, o hub.Owner, d hub.DeviceID, c hub.LabelChange, user string) (hub.Labels, error) {
+	return f.setLabels(ctx, o, d, c, user)
 }
 
 type fakeIdentities struct {
@@ -156,6 +162,22 @@ func newWorld(t testing.TB, change ...func(*Config, *Deps)) *world {
 				return d, nil
 			}
 			return nil, hub.NewError(hub.NotFound, "", "")
+		},
+		setLabels: func(_ context.Context, o hub.Owner, id hub.DeviceID, c hub.LabelChange, user string) (hub.Labels, error) {
+			d := w.pictures[id]
+			if d == nil || d.Owner != o {
+				return nil, hub.NewError(hub.NotFound, "", "")
+			}
+			if user == "" {
+				t.Error("labels without a user")
+			}
+			labels, err := c.Apply(d.Labels)
+			if err == nil {
+				next := *d
+				next.Labels = labels
+				w.pictures[id] = &next
+			}
+			return labels, err
 		},
 		history: func(_ context.Context, o hub.Owner, id hub.DeviceID, after time.Time) iter.Seq2[hub.Commit, error] {
 			return func(yield func(hub.Commit, error) bool) {
@@ -357,7 +379,18 @@ func (a answer) reason() string {
 // do asks over HTTP; headers are "Name: value". Every answer is checked against the OpenAPI description.
 func (w *world) do(t testing.TB, token, method, target string, headers ...string) answer {
 	t.Helper()
-	r := httptest.NewRequest(method, target, nil)
+	return w.ask(t, token, method, target, nil, headers...)
+}
+
+// send asks with a JSON body.
+func (w *world) send(t testing.TB, token, method, target, body string) answer {
+	t.Helper()
+	return w.ask(t, token, method, target, strings.NewReader(body), "Content-Type: application/json")
+}
+
+func (w *world) ask(t testing.TB, token, method, target string, body io.Reader, headers ...string) answer {
+	t.Helper()
+	r := httptest.NewRequest(method, target, body)
 	if token != "" {
 		r.Header.Set("Authorization", "Bearer "+token)
 	}

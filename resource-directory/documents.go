@@ -45,6 +45,9 @@ type deviceDoc struct {
 	SyncingAt    int64    `cbor:"19,keyasint,omitempty"`
 	InSyncAt     int64    `cbor:"20,keyasint,omitempty"`
 	ForcedAt     int64    `cbor:"21,keyasint,omitempty"`
+
+	Labels      map[string]string `cbor:"40,keyasint,omitempty"`
+	LabelEvents uint64            `cbor:"41,keyasint,omitempty"`
 }
 
 type causeDoc struct {
@@ -245,6 +248,7 @@ func (s *state) deviceDoc() *deviceDoc {
 		Online: c.Online, Connection: c.ID, ConnectedAt: c.ConnectedAt, Protocol: uint8(c.Protocol), Service: c.Service,
 		Endpoints: c.LocalEndpoints, TwinEnabled: t.Enabled, TwinState: uint8(t.State), SyncingAt: t.SyncingAt,
 		InSyncAt: t.InSyncAt, ForcedAt: t.ForcedAt,
+		Labels: s.labels, LabelEvents: s.labelEvents,
 	}
 }
 
@@ -263,6 +267,7 @@ func (s *state) setDevice(d *deviceDoc) {
 			ForcedAt: d.ForcedAt,
 		},
 	}
+	s.labels, s.labelEvents = d.Labels, d.LabelEvents
 }
 
 func newCauseDoc(c hub.Cause) causeDoc {
