@@ -21,6 +21,9 @@ const (
 	listMetadata  list = 4
 	listEvents    list = 5
 	listThings    list = 17 // 6 to 16 are kept for lists of commands
+	listAudit     list = 18
+	listRefusals  list = 19
+	listAccounts  list = 20
 )
 
 // place is where a page ended: after this device, within it after this href (resources) or after this event of this commit

@@ -24,6 +24,10 @@ type Deps struct {
 	Directory  Directory
 	Identities Identities
 	Verifier   Verifier
+	// Administration is what administrators see and do. nil: their calls are 404.
+	Administration Administration
+	// Audit keeps which calls changed something. nil: nobody does.
+	Audit Audit
 	// HubID goes into the metadata of events.
 	HubID string
 	// HubInfo is asked for each GetHubConfiguration; it must be cheap.

@@ -138,7 +138,14 @@ func (g *Gateway) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo
 	if ctx, err = g.begin(ctx, info.FullMethod); err != nil {
 		return nil, err
 	}
-	return handle(ctx, req)
+	if !known[info.FullMethod] || reads[info.FullMethod] || public[info.FullMethod] {
+		return handle(ctx, req)
+	}
+	err = g.audited(ctx, auditGRPC(ctx, path.Base(info.FullMethod), id, req), claimsOf(ctx), func() (err error) {
+		resp, err = handle(ctx, req)
+		return err
+	})
+	return resp, err
 }
 
 func (g *Gateway) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) (err error) {

@@ -168,6 +168,10 @@ func (g *Gateway) serve(ctx context.Context, w *writer, r *http.Request, templat
 	if req.query, err = parseQuery(r.URL.RawQuery); err != nil {
 		return err
 	}
+	if op.changes(r.Method) {
+		entry := auditHTTP(r, op.id, w.Header().Get("X-Request-Id"))
+		return g.audited(ctx, entry, req.claims, func() error { return op.serve(g, w, req) })
+	}
 	return op.serve(g, w, req)
 }
 

@@ -133,6 +133,9 @@ func init() { // not a literal: split reads what it leads to
 	read := func(id string, serve func(*Gateway, http.ResponseWriter, *request) error) operation {
 		return operation{id: id, scope: hub.ScopeRead, serve: serve}
 	}
+	admin := func(id string, serve func(*Gateway, http.ResponseWriter, *request) error) operation {
+		return operation{id: id, scope: hub.ScopeAdmin, serve: serve}
+	}
 	write := func(id string, serve func(*Gateway, http.ResponseWriter, *request) error) operation {
 		return operation{id: id, scope: hub.ScopeWrite, serve: serve}
 	}
@@ -152,6 +155,12 @@ func init() { // not a literal: split reads what it leads to
 		"/api/v1/docs":                   {"GET": open("getDocs", docsFile("index.html"))},
 		"/api/v1/docs/docs.js":           {"GET": open("getDocsScript", docsFile("docs.js"))},
 		"/api/v1/docs/docs.css":          {"GET": open("getDocsStyle", docsFile("docs.css"))},
+
+		"/api/v1/audit":                    {"GET": admin("getAudit", (*Gateway).getAudit)},
+		"/api/v1/refusals":                 {"GET": admin("getRefusals", (*Gateway).getRefusals)},
+		"/api/v1/accounts":                 {"GET": admin("getAccounts", (*Gateway).getAccounts), "POST": admin("addAccount", (*Gateway).addAccount)},
+		"/api/v1/accounts/{name}/password": {"PUT": admin("putPassword", (*Gateway).putPassword)},
+		"/api/v1/accounts/{name}/roles":    {"PUT": admin("putRoles", (*Gateway).putRoles)},
 
 		"/api/v1/things":            {"GET": read("getThings", (*Gateway).getThings)},
 		"/api/v1/things/{deviceId}": {"GET": read("getThing", (*Gateway).getThing)},
