@@ -232,7 +232,9 @@ func (w *writer) operation(method, path string, item, op object) {
 			if m["schema"] != nil {
 				kind = w.kind(m["schema"])
 			}
-			if lines, _ := m["x-lines"].(bool); lines {
+			if lines, _ := m["x-lines"].(bool); media == "application/cbor-seq" {
+				kind = "items of " + kind
+			} else if lines {
 				kind = "lines of " + kind
 			}
 			rows = append(rows, []string{what, "`" + media + "`", kind, text(o, "description")})

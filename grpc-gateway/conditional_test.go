@@ -15,7 +15,7 @@ func TestReadsAreConditional(t *testing.T) {
 	history(w)
 	for template, methods := range routes {
 		op, ok := methods[http.MethodGet]
-		if !ok || op.later != nil || op.scope == hub.ScopeAdmin || slices.Contains([]string{"root", "getConfiguration", "getHubConfiguration"}, op.id) {
+		if !ok || op.serve == nil || op.scope == hub.ScopeAdmin || slices.Contains([]string{"root", "getConfiguration", "getHubConfiguration"}, op.id) {
 			continue
 		}
 		target := example(template)

@@ -59,6 +59,10 @@ func unchanged(w http.ResponseWriter, r *request, body []byte) bool {
 
 // writeTagged is writeBody with an ETag of the body.
 func writeTagged(w http.ResponseWriter, r *request, contentType string, b []byte) error {
+	contentType, b, err := r.inForm(contentType, b)
+	if err != nil {
+		return err
+	}
 	if unchanged(w, r, b) {
 		return nil
 	}

@@ -22,6 +22,7 @@ type request struct {
 	vars   vars
 	query  query
 	proto  bool // protobuf's JSON instead of the simple form
+	cbor   bool // CBOR instead of it
 }
 
 // newHandler is everything that applies to every request, from the outside in.
@@ -147,7 +148,7 @@ func (g *Gateway) serve(ctx context.Context, w *writer, r *http.Request, templat
 		w.Header().Set("Allow", allow(template))
 		return errNoMethod
 	}
-	req := &request{Request: r.WithContext(ctx), vars: v, proto: r.Header.Get("Accept") == "application/protojson"}
+	req := &request{Request: r.WithContext(ctx), vars: v, proto: r.Header.Get("Accept") == "application/protojson", cbor: wantsCBOR(r)}
 	var err error
 	if op.scope != "" {
 		if req.claims, err = g.authorize(ctx, authorization, op.scope); err != nil {
@@ -236,6 +237,10 @@ func writeOne(w http.ResponseWriter, r *request, e element) error {
 }
 
 func writeBody(w http.ResponseWriter, r *request, contentType string, b []byte) error {
+	contentType, b, err := r.inForm(contentType, b)
+	if err != nil {
+		return err
+	}
 	w.Header().Set("Content-Type", contentType)
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	out, done := compress(w, r.Request, len(b))

@@ -114,7 +114,7 @@ func TestSimpleAndProtobufForm(t *testing.T) {
 		{"application/json", "application/json"},
 		{"*/*", "application/json"},
 		{"text/html", "application/json"},
-		{"application/cbor", "application/json"},
+		{"application/cbor, application/json", "application/json"},
 		{"application/protojson, application/json;q=0.5", "application/json"}, // exactly, or not at all
 		{"application/protojson", "application/jsonpb"},
 	} {

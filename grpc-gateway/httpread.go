@@ -198,6 +198,9 @@ func writeContent(w http.ResponseWriter, r *request, c hub.Content) error {
 		}
 		return writeBody(w, r, r.contentType(), append(b, '\n'))
 	}
+	if r.cbor && isCBOR(mediaType(c)) { // as the device sent it, byte strings and all
+		return writeBody(w, r, cborType, c.Data)
+	}
 	b := []byte("null")
 	if len(c.Data) > 0 {
 		b = appendContent(nil, c)

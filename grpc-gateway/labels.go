@@ -92,7 +92,9 @@ func (g *Gateway) setLabels(w http.ResponseWriter, r *request, replace bool) err
 	return writeLabels(w, r, labels)
 }
 
-// readJSON reads a body that is one JSON document of ours. What it does not know is Invalid: a member that was misspelt would
+var errBodyForm = hub.NewError(hub.Invalid, "body-invalid", "the body is not the JSON or CBOR object that this call takes")
+
+// readJSON reads a body that is one document of ours, in JSON or, where Content-Type says so, in CBOR. What it does not know is Invalid: a member that was misspelt would
 // be passed over otherwise.
 func readJSON(r *request, v any) error {
 	b, err := io.ReadAll(r.Body)
@@ -103,6 +105,13 @@ func readJSON(r *request, v any) error {
 	case err != nil:
 		return &hub.Error{Kind: hub.Unavailable, Op: "http.body", Err: err} // the caller is gone
 	}
+	if c := (hub.Content{Type: r.Header.Get("Content-Type"), Data: b}); isCBOR(mediaType(c)) {
+		decoded, ok := appendDecoded(nil, c)
+		if !ok {
+			return errBodyForm
+		}
+		b = decoded
+	}
 	d := json.NewDecoder(bytes.NewReader(b))
 	d.DisallowUnknownFields()
 	err = d.Decode(v)
@@ -112,7 +121,7 @@ func readJSON(r *request, v any) error {
 		}
 	}
 	if err != nil {
-		return hub.NewError(hub.Invalid, "body-invalid", "the body is not the JSON object that this call takes").With("http.body", err)
+		return errBodyForm.With("http.body", err)
 	}
 	return nil
 }

@@ -184,7 +184,7 @@ func titleOf(l hub.Link) string {
 
 // writable reports whether the resource has an interface for it (OCF Core, Section 7.6.3), and this hub carries commands out.
 func writable(l hub.Link) bool {
-	if routes["/api/v1/devices/{deviceId}/resources/{href}"][http.MethodPut].later != nil {
+	if routes["/api/v1/devices/{deviceId}/resources/{href}"][http.MethodPut].serve == nil {
 		return false
 	}
 	return slices.Contains(l.Interfaces, "oic.if.rw") || slices.Contains(l.Interfaces, "oic.if.a")

@@ -14,10 +14,12 @@ import (
 	"mime"
 	"net/http"
 	"net/url"
+	"reflect"
 	"regexp"
 	"slices"
 	"strings"
 
+	"github.com/fxamacker/cbor/v2"
 	"github.com/getkin/kin-openapi/openapi3"
 	"github.com/klauspost/compress/zstd"
 )
@@ -180,6 +182,29 @@ func (c *Checker) Check(method string, target *url.URL, status int, header http.
 	if whole, ok := media.Extensions["x-without-onlyContent"].(string); ok && !onlyContent(target) {
 		schema = c.doc.Components.Schemas[whole].Value
 	}
+	switch mediaType {
+	case "application/cbor":
+		doc, rest, err := jsonOf(body)
+		if err == nil && len(rest) > 0 {
+			err = errors.New("more than one CBOR item")
+		}
+		if err != nil {
+			return fail(err)
+		}
+		return wrap(fail, schema, doc)
+	case "application/cbor-seq":
+		for n := 1; len(body) > 0; n++ {
+			doc, rest, err := jsonOf(body)
+			if err != nil {
+				return fail(fmt.Errorf("item %d: %w", n, err))
+			}
+			if err := wrap(fail, schema, doc); err != nil {
+				return fmt.Errorf("item %d: %w", n, err)
+			}
+			body = rest
+		}
+		return nil
+	}
 	if lines, _ := media.Extensions["x-lines"].(bool); !lines {
 		return wrap(fail, schema, body)
 	}
@@ -194,6 +219,20 @@ func (c *Checker) Check(method string, target *url.URL, status int, header http.
 		}
 	}
 	return nil
+}
+
+// jsonOf makes JSON of the first CBOR item.
+func jsonOf(b []byte) (doc, rest []byte, err error) {
+	mode, err := cbor.DecOptions{DefaultMapType: reflect.TypeFor[map[string]any]()}.DecMode()
+	if err != nil {
+		return nil, nil, err
+	}
+	var v any
+	if rest, err = mode.UnmarshalFirst(b, &v); err != nil {
+		return nil, nil, fmt.Errorf("no CBOR: %w", err)
+	}
+	doc, err = json.Marshal(v)
+	return doc, rest, err
 }
 
 func onlyContent(target *url.URL) bool {
