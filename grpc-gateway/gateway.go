@@ -58,6 +58,7 @@ type Gateway struct {
 	handler http.Handler
 	grpc    *grpc.Server
 	health  *health.Server
+	index   index
 	addrs   atomic.Pointer[[2]net.Addr]
 }
 

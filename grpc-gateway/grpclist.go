@@ -48,3 +48,5 @@ func (f *filter) setStatus(s []pb.GetDevicesRequest_Status) {
 	f.online = slices.Contains(s, pb.GetDevicesRequest_ONLINE)
 	f.offline = slices.Contains(s, pb.GetDevicesRequest_OFFLINE)
 }
+
+func (f *filter) wantsOnline(online bool) bool { return online && f.online || !online && f.offline }

@@ -12,8 +12,8 @@ import (
 	"github.com/coaphub/coaphub/hub"
 )
 
-// Searching and sorting devices. Both look at what a list of devices shows anyway, so they cost one walk over the caller's
-// devices and, however many there are, no more memory than the page that is asked for.
+// Searching and sorting devices. Both walk over what the index (index.go) says about the caller's devices and read only those
+// devices that are sent; however many there are, it takes no more memory than the page that is asked for.
 
 const (
 	maxSearch = 256 // bytes
@@ -39,19 +39,9 @@ func newSearch(s string) (search, error) {
 }
 
 // found reports whether each word occurs in the ID, the name, one of the types or one of the labels.
-func (s search) found(e *deviceElement) bool {
-	if len(s) == 0 {
-		return true
-	}
-	texts := []string{string(e.id), strings.ToLower(e.name)}
-	for _, t := range e.link.Types {
-		texts = append(texts, strings.ToLower(t))
-	}
-	for name, value := range e.labels {
-		texts = append(texts, strings.ToLower(name+"="+value))
-	}
+func (s search) found(d *summary) bool {
 	for _, w := range s {
-		if !slices.ContainsFunc(texts, func(t string) bool { return strings.Contains(t, w) }) {
+		if !d.has(w) {
 			return false
 		}
 	}
@@ -59,15 +49,13 @@ func (s search) found(e *deviceElement) bool {
 }
 
 // sortKeys are the fields that devices can be sorted by. Keys are texts whose bytes are in the order of the field.
-var sortKeys = map[string]func(*deviceElement) string{
-	"id":          func(*deviceElement) string { return "" }, // decides among equals anyway
-	"name":        func(e *deviceElement) string { return strings.ToLower(e.name) },
-	"modelNumber": func(e *deviceElement) string { return strings.ToLower(e.model) },
-	"connectedAt": func(e *deviceElement) string {
-		return fmt.Sprintf("%016x", uint64(max(e.meta.Connection.ConnectedAt, 0)))
-	},
-	"status": func(e *deviceElement) string {
-		if e.meta.Connection.Online {
+var sortKeys = map[string]func(*summary) string{
+	"id":          func(*summary) string { return "" }, // decides among equals anyway
+	"name":        func(d *summary) string { return d.name },
+	"modelNumber": func(d *summary) string { return d.model },
+	"connectedAt": func(d *summary) string { return fmt.Sprintf("%016x", uint64(max(d.connectedAt, 0))) },
+	"status": func(d *summary) string {
+		if d.online {
 			return "0" // ONLINE is 0 in the API too
 		}
 		return "1"
@@ -91,8 +79,8 @@ func newOrder(s string) (order, error) {
 	return order{field, down}, nil
 }
 
-func (o order) key(e *deviceElement) string {
-	k := sortKeys[o.field](e)
+func (o order) key(d *summary) string {
+	k := sortKeys[o.field](d)
 	return k[:min(len(k), maxKey)]
 }
 
@@ -105,16 +93,16 @@ func (o order) compare(a, b place) int {
 	return c
 }
 
-// first is a heap of the elements that come first, the last of them on top.
+// first is a heap of the places that come first, the last of them on top.
 type first struct {
 	order order
-	all   []found
+	all   []place
 }
 
 func (h *first) Len() int           { return len(h.all) }
-func (h *first) Less(i, j int) bool { return h.order.compare(h.all[i].at, h.all[j].at) > 0 }
+func (h *first) Less(i, j int) bool { return h.order.compare(h.all[i], h.all[j]) > 0 }
 func (h *first) Swap(i, j int)      { h.all[i], h.all[j] = h.all[j], h.all[i] }
-func (h *first) Push(x any)         { h.all = append(h.all, x.(found)) }
+func (h *first) Push(x any)         { h.all = append(h.all, x.(place)) }
 func (h *first) Pop() any {
 	last := h.all[len(h.all)-1]
 	h.all = h.all[:len(h.all)-1]
@@ -128,31 +116,76 @@ func (g *Gateway) sortedDevices(ctx context.Context, owner hub.Owner, f *filter)
 		f.limit = maxSorted // before the page is counted
 	}
 	return func(yield func(found, error) bool) {
-		whole := *f
-		whole.from, whole.order = place{}, order{} // a place in this order is none in the order of reading
-		h := &first{order: f.order}
-		for e, err := range g.devices(ctx, owner, &whole) {
-			if err == nil {
-				err = ctx.Err()
+		const tries = 3
+		for try := 1; ; try++ {
+			page, whole, err := g.sortedPage(ctx, owner, f)
+			if err == nil && !whole && try < tries { // a device changed between being chosen and being read: choose again
+				continue
 			}
+			for _, e := range page {
+				if err == nil && !yield(e, nil) {
+					return
+				}
+			}
+			if err != nil {
+				yield(found{}, err)
+			}
+			return
+		}
+	}
+}
+
+// sortedPage reports whether all devices that it chose could be read.
+func (g *Gateway) sortedPage(ctx context.Context, owner hub.Owner, f *filter) (page []found, whole bool, err error) {
+	all := *f
+	all.from = place{} // a place in this order is none in the order of reading
+	h := &first{order: f.order}
+	for d, err := range g.summaries(ctx, owner, &all) {
+		if err != nil {
+			return nil, false, err
+		}
+		at := place{device: d.id, href: hub.Href(f.order.key(d))}
+		if f.from.device != "" && f.order.compare(at, f.from) <= 0 {
+			continue
+		}
+		heap.Push(h, at)
+		if h.Len() > int(f.limit)+1 {
+			heap.Pop(h)
+		}
+	}
+	slices.SortFunc(h.all, f.order.compare)
+	chosen := filter{any: true, online: true, offline: true, at: f.at, devices: make(map[hub.DeviceID]bool, len(h.all))}
+	for _, at := range h.all {
+		chosen.devices[at.device] = true
+	}
+	read := make(map[hub.DeviceID]element, len(h.all))
+	for e, err := range g.devices(ctx, owner, &chosen) {
+		if err != nil {
+			return nil, false, err
+		}
+		read[e.at.device] = e.element
+	}
+	for _, at := range h.all {
+		if e, ok := read[at.device]; ok {
+			page = append(page, found{e, at})
+		}
+	}
+	return page, len(page) == len(h.all), nil
+}
+
+// searchedDevices yields the devices that are found, in ID order, and reads no others.
+func (g *Gateway) searchedDevices(ctx context.Context, owner hub.Owner, f *filter) iter.Seq2[found, error] {
+	return func(yield func(found, error) bool) {
+		for d, err := range g.summaries(ctx, owner, f) {
 			if err != nil {
 				yield(found{}, err)
 				return
 			}
-			d := e.element.(deviceElement)
-			e.at = place{device: d.id, href: hub.Href(f.order.key(&d))}
-			if f.from.device != "" && f.order.compare(e.at, f.from) <= 0 {
-				continue
-			}
-			heap.Push(h, e)
-			if h.Len() > int(f.limit)+1 {
-				heap.Pop(h)
-			}
-		}
-		slices.SortFunc(h.all, func(a, b found) int { return f.order.compare(a.at, b.at) })
-		for _, e := range h.all {
-			if !yield(e, nil) {
-				return
+			one := filter{any: true, online: true, offline: true, devices: map[hub.DeviceID]bool{d.id: true}}
+			for e, err := range g.devices(ctx, owner, &one) { // none if it went meanwhile
+				if !yield(e, err) || err != nil {
+					return
+				}
 			}
 		}
 	}

@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -42,6 +43,8 @@ const (
 )
 
 type fakeDirectory struct {
+	changes   func(hub.DeviceID) uint64 // nil: everything changes all the time
+	asked     uint64
 	setLabels func(context.Context, hub.Owner, hub.DeviceID, hub.LabelChange, string) (hub.Labels, error)
 	devices   func(context.Context, hub.Owner, []hub.DeviceID) iter.Seq2[*hub.Device, error]
 	deviceAt  func(context.Context, hub.Owner, hub.DeviceID, time.Time) (*hub.Device, error)
@@ -58,6 +61,13 @@ func (f *fakeDirectory) DeviceAt(ctx context.Context, o hub.Owner, d hub.DeviceI
 
 func (f *fakeDirectory) History(ctx context.Context, o hub.Owner, d hub.DeviceID, after time.Time) iter.Seq2[hub.Commit, error] {
 	return f.history(ctx, o, d, after)
+}
+
+func (f *fakeDirectory) Changes(d hub.DeviceID) uint64 {
+	if f.changes != nil {
+		return f.changes(d)
+	}
+	return atomic.AddUint64(&f.asked, 1)
 }
 
 func (f *fakeDirectory) SetLabels(ctx context.Context, o hub.Owner, d hub.DeviceID, c hub.LabelChange, user string) (hub.Labels, error) {

@@ -34,6 +34,7 @@ type Directory struct {
 	devices sync.Map
 	// loadedBytes is the sum of the workers' bytes.
 	loadedBytes atomic.Int64
+	changes     changes
 	closing     chan struct{} // closed when Run begins to end: nothing new is taken
 	stopped     chan struct{} // closed when no worker runs any more: nobody will answer
 }
