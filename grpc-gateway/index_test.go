@@ -60,6 +60,7 @@ func TestSearchAndSortReadOnlyWhatTheySend(t *testing.T) {
 func TestIndexIsOfItsOwner(t *testing.T) {
 	w := newWorld(t)
 	counted(w)
+	want(t, "bob asks first", len(w.do(t, "bob", "GET", "/api/v1/devices?search=lamp&deviceIdFilter="+string(lampA)).results()), 0)
 	want(t, "alice's", len(w.get(t, "/api/v1/devices?search=lamp&deviceIdFilter="+string(lampA)).results()), 1)
 	a := w.do(t, "bob", "GET", "/api/v1/devices?search=lamp&deviceIdFilter="+string(lampA))
 	want(t, "bob's", len(a.results()), 0)

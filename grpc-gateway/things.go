@@ -233,8 +233,7 @@ func ownDescription(d *hub.Device) ownThing {
 		for name, raw := range properties {
 			var p map[string]any
 			if json.Unmarshal(raw, &p) == nil && p != nil {
-				delete(p, "forms")
-				delete(p, "security")
+				delete(p, "security") // forms are replaced
 				own.Properties[name] = p
 			}
 		}

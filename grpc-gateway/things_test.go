@@ -119,7 +119,7 @@ func TestOwnDescriptionOfAThing(t *testing.T) {
 	d.Resources = insertTwin(d.Resources.(resourceSet), twin("/.well-known/wot", hub.Content{Type: "application/json", Format: 50, Data: []byte(`{
 		"title": 7, "description": "a lamp", "security": ["none"], "base": "http://evil.example/",
 		"properties": {
-			"/light/1": {"title": "Light", "type": "object", "properties": {"power": {"type": "integer"}}, "forms": [{"href": "http://evil.example/"}]},
+			"/light/1": {"title": "Light", "type": "object", "properties": {"power": {"type": "integer"}}, "security": ["none"], "forms": [{"href": "http://evil.example/"}]},
 			"json": {"type": "object"}, "/gone": {"title": "not published"}, "/types": 5}}`)}, ""))
 	a := w.get(t, "/api/v1/things/"+string(lampA))
 	thing := a.thing()
@@ -128,6 +128,7 @@ func TestOwnDescriptionOfAThing(t *testing.T) {
 	want(t, "its own title", thing.Properties["/light/1"]["title"], any("Light"))
 	want(t, "its own type", thing.Properties["/json"]["type"], any("object"))
 	want(t, "without the slash", thing.Properties["/light/1"]["properties"] != nil, true)
+	want(t, "its security", thing.Properties["/light/1"]["security"] == nil, true)
 	want(t, "not published", thing.Properties["/gone"] == nil, true)
 	want(t, "the description itself is no property", thing.Properties["/.well-known/wot"] == nil, true)
 	if strings.Contains(a.Body.String(), "evil") {
