@@ -625,6 +625,10 @@ func TestAdministrationOverTheAPI(t *testing.T) {
 
 	join(t, h, lamp)
 	send("PATCH", "/api/v1/devices/"+lamp+"/labels", `{"labels":{"room":"kitchen"}}`, 200)
+	if code, thing := get(t, h.HTTP+"/api/v1/things/"+lamp, admin); code != http.StatusOK || !strings.Contains(thing, `"base":"`+h.HTTP+`/api/v1/"`) ||
+		!strings.Contains(thing, `"href":"devices/`+lamp+`/resources/light/1?onlyContent=true"`) {
+		t.Errorf("thing: %d %s", code, thing)
+	}
 	// A device that is not let in is known to administrators.
 	o := h.Onboard(t, "d0000000-0000-4000-8000-0000000000bb")
 	conf, err := device.TLS([]byte(o.CA), []byte(o.Identity.Chain), []byte(o.Identity.Key), o.HubID)

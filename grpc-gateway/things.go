@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"iter"
+	"maps"
 	"net/http"
 	"net/url"
 	"slices"
@@ -233,13 +234,49 @@ func ownDescription(d *hub.Device) ownThing {
 		for name, raw := range properties {
 			var p map[string]any
 			if json.Unmarshal(raw, &p) == nil && p != nil {
-				delete(p, "security") // forms are replaced
+				maps.DeleteFunc(p, func(member string, value any) bool { return !ownMember(member, value) })
 				own.Properties[name] = p
 			}
 		}
 		break
 	}
 	return own
+}
+
+// ownMember reports whether a member of a property may be taken over: what says what the property is (TD 1.1, Sections 5.3.1.2
+// and 5.3.2), in the form that it must have. Forms and security are the hub's to say, and a description with a member of a
+// wrong type would be none.
+func ownMember(name string, value any) bool {
+	switch name {
+	case "title", "description", "unit", "format", "contentEncoding", "contentMediaType":
+		_, ok := value.(string)
+		return ok
+	case "titles", "descriptions":
+		texts, ok := value.(map[string]any)
+		for _, t := range texts {
+			_, is := t.(string)
+			ok = ok && is
+		}
+		return ok
+	case "type":
+		t, _ := value.(string)
+		return slices.Contains([]string{"boolean", "integer", "number", "string", "object", "array", "null"}, t)
+	case "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minItems", "maxItems", "minLength", "maxLength":
+		_, ok := value.(float64)
+		return ok
+	case "properties", "items":
+		_, ok := value.(map[string]any)
+		return ok
+	case "required", "oneOf":
+		_, ok := value.([]any)
+		return ok
+	case "enum":
+		list, ok := value.([]any)
+		return ok && len(list) > 0
+	case "const", "default":
+		return true
+	}
+	return false
 }
 
 // writeThing answers with a description, under its own media type for those who ask for that (TD 1.1, Section 10.1).

@@ -120,7 +120,8 @@ func TestOwnDescriptionOfAThing(t *testing.T) {
 		"title": 7, "description": "a lamp", "security": ["none"], "base": "http://evil.example/",
 		"properties": {
 			"/light/1": {"title": "Light", "type": "object", "properties": {"power": {"type": "integer"}}, "security": ["none"], "forms": [{"href": "http://evil.example/"}]},
-			"json": {"type": "object"}, "/gone": {"title": "not published"}, "/types": 5}}`)}, ""))
+			"json": {"type": "object"}, "/gone": {"title": "not published"}, "/types": 5,
+			"/text": {"title": 7, "description": [], "type": "text", "titles": {"en": 5}, "enum": [], "minimum": "1", "@type": "x", "default": null}}}`)}, ""))
 	a := w.get(t, "/api/v1/things/"+string(lampA))
 	thing := a.thing()
 	want(t, "description", thing.Description, "a lamp")
@@ -128,6 +129,9 @@ func TestOwnDescriptionOfAThing(t *testing.T) {
 	want(t, "its own title", thing.Properties["/light/1"]["title"], any("Light"))
 	want(t, "its own type", thing.Properties["/json"]["type"], any("object"))
 	want(t, "without the slash", thing.Properties["/light/1"]["properties"] != nil, true)
+	text := thing.Properties["/text"]
+	want(t, "what is of a wrong type is left out", len(text), 7) // title, description, readOnly, writeOnly, observable, forms, default
+	want(t, "title in its place", text["title"], any("/text"))
 	want(t, "its security", thing.Properties["/light/1"]["security"] == nil, true)
 	want(t, "not published", thing.Properties["/gone"] == nil, true)
 	want(t, "the description itself is no property", thing.Properties["/.well-known/wot"] == nil, true)
