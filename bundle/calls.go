@@ -26,6 +26,7 @@ func (a *assembly) calls() *http.ServeMux {
 	mux.HandleFunc("POST /users/roles", call(a.setRoles, a.log))
 	mux.HandleFunc("POST /checkpoint", call(a.checkpoint, a.log))
 	mux.HandleFunc("POST /checkpoint/release", call(a.releaseCheckpoint, a.log))
+	mux.HandleFunc("POST /audit", call(a.auditLog, a.log))
 	mux.HandleFunc("POST /ca/root", call(a.root, a.log))
 	mux.HandleFunc("POST /ca/issue", call(a.issue, a.log))
 	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
@@ -161,11 +162,7 @@ func (a *assembly) reachDevices(address string) string {
 }
 
 func (a *assembly) refused(context.Context, struct{}) ([]Refusal, error) {
-	out := []Refusal{} // an empty list for scripts, not null
-	for _, r := range a.devices.Refused() {
-		out = append(out, Refusal{Time: r.Time.UTC(), Remote: r.Remote, Device: string(r.Device), What: r.What, Reason: r.Reason})
-	}
-	return out, nil
+	return append([]Refusal{}, administration{a}.Refused()...), nil // an empty list for scripts, not null
 }
 
 // device says how a device is attached, or was until it went.

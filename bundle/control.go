@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"time"
 
+	grpcgateway "github.com/coaphub/coaphub/grpc-gateway"
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/obs"
 )
@@ -62,13 +63,7 @@ type Feed struct {
 }
 
 // Refusal is a connection, sign-up or sign-in that was refused.
-type Refusal struct {
-	Time   time.Time `json:"time"`
-	Remote string    `json:"remote"`
-	Device string    `json:"device,omitempty"`
-	What   string    `json:"what"`
-	Reason string    `json:"reason"`
-}
+type Refusal = grpcgateway.Refusal
 
 // DeviceStatus is how a device is attached, or was until it went; of this run of the hub only.
 type DeviceStatus struct {

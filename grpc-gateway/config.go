@@ -3,7 +3,6 @@ package grpcgateway
 import (
 	"fmt"
 	"net"
-	"net/url"
 	"strings"
 	"time"
 )
@@ -26,10 +25,8 @@ type HTTPConfig struct {
 	Address string `yaml:"address"`
 	// Hosts are further names, without port, that requests may carry in Host, for example the name of a proxy in front. Others
 	// get 421. Loopback names and the external address are always allowed. Default empty.
-	Hosts []string `yaml:"hosts"`
-	// Origins of pages, besides the hub's own, that may open WebSockets, for example https://console.example; the port belongs to
-	// it unless it is the scheme's. Others get 403; what is no browser sends none. Default empty.
-	Origins []string `yaml:"origins"`
+	Hosts []string   `yaml:"hosts"`
+	CORS  CORSConfig `yaml:"cors"`
 }
 
 // GRPCConfig is the door for gRPC.
@@ -83,10 +80,9 @@ func (c Config) Validate() []error {
 			errs = append(errs, fmt.Errorf("api.http.hosts[%d]: %q is not a host name without port", i, h))
 		}
 	}
-	for i, o := range c.API.HTTP.Origins {
-		u, err := url.Parse(o)
-		if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || o != u.Scheme+"://"+u.Host || o != strings.ToLower(o) {
-			errs = append(errs, fmt.Errorf("api.http.origins[%d]: %q is not an origin like https://console.example, in lower case", i, o))
+	for i, o := range c.API.HTTP.CORS.Origins {
+		if err := checkOrigin(o); err != nil {
+			errs = append(errs, fmt.Errorf("api.http.cors.origins[%d]: %w", i, err))
 		}
 	}
 	for _, d := range []struct {

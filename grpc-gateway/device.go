@@ -29,6 +29,7 @@ type deviceElement struct {
 	model        string
 	manufacturer []localized
 	piid         string
+	labels       hub.Labels
 }
 
 // newDevice makes the element of a device, or reports false for one that is not listed: never attached, /oic/d not
@@ -47,7 +48,7 @@ func newDevice(d *hub.Device, hubID string) (deviceElement, bool) {
 	if !ok || json.Unmarshal(doc, &members) != nil || members == nil {
 		return deviceElement{}, false
 	}
-	e := deviceElement{id: d.ID, meta: d.Metadata, metaCause: d.MetaCause, link: link, data: twinOf(d.ID, res, hubID)}
+	e := deviceElement{id: d.ID, meta: d.Metadata, metaCause: d.MetaCause, link: link, data: twinOf(d.ID, res, hubID), labels: d.Labels}
 	// A member of a wrong type stays empty: it must not hide the device.
 	_ = json.Unmarshal(members["n"], &e.name)
 	_ = json.Unmarshal(members["dmno"], &e.model)
@@ -80,6 +81,7 @@ func (e deviceElement) message(cursor string) proto.Message {
 		},
 		ModelNumber: e.model, Interfaces: e.link.Interfaces, ProtocolIndependentId: e.piid, Data: e.data.message(),
 		OwnershipStatus: pb.Device_OWNED, Endpoints: e.endpoints(), Cursor: optional(cursor),
+		Labels: e.labels,
 	}
 	for _, t := range e.manufacturer {
 		m.ManufacturerName = append(m.ManufacturerName, &pb.LocalizedString{Language: t.Language, Value: t.Value})
@@ -117,5 +119,6 @@ func (e deviceElement) appendJSON(b []byte, cursor string) []byte {
 	b = e.data.appendJSON(appendName(b, "data"))
 	b = appendEnum(b, "ownershipStatus", pb.Device_OwnershipStatus_name, int32(pb.Device_OWNED))
 	b = appendTexts(b, "endpoints", e.endpoints())
+	b = appendLabels(b, e.labels)
 	return append(appendText(b, "cursor", cursor), '}')
 }

@@ -69,6 +69,7 @@ var (
 	errScopeMissing = hub.NewError(hub.Denied, "scope-missing", "the token lacks the scope for this")
 	errNoRoute      = hub.NewError(hub.NotFound, "no-such-path", "Not Found")
 	errNoMethod     = hub.NewError(hub.MethodNotAllowed, "method-not-allowed", "Method Not Allowed")
+	errNoCall       = hub.NewError(hub.MethodNotAllowed, "no-such-call", "this hub does not know the call")
 	errNotFound     = hub.NewError(hub.NotFound, "not-found", "not found")
 	errCommands     = hub.NewError(hub.Unsupported, "commands-not-available", "this hub does not carry out commands yet")
 	errDeleteAll    = hub.NewError(hub.Invalid, "filter-empty", "name the devices to delete, or ask for all of them with all=true")
@@ -132,7 +133,10 @@ func appendError(b []byte, err error) []byte {
 }
 
 // writeError answers a request with an error whose answer has not begun yet.
-func writeError(w http.ResponseWriter, err error) {
+func writeError(w http.ResponseWriter, err error) { writeErrorAs(w, httpStatus(err), err) }
+
+// writeErrorAs is for errors whose status was decided elsewhere.
+func writeErrorAs(w http.ResponseWriter, status int, err error) {
 	h := w.Header()
 	h.Set("Content-Type", "application/json")
 	h.Set("X-Content-Type-Options", "nosniff")
@@ -150,7 +154,7 @@ func writeError(w http.ResponseWriter, err error) {
 	if after := retryAfter(err); after > 0 {
 		h.Set("Retry-After", strconv.Itoa(int(math.Ceil(after.Seconds()))))
 	}
-	w.WriteHeader(httpStatus(err))
+	w.WriteHeader(status)
 	_, _ = w.Write(append(appendError(nil, err), '\n')) // a client that has gone needs no answer
 }
 

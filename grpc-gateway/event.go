@@ -14,12 +14,13 @@ type eventElement struct {
 	hubID  string
 }
 
-// inHistory reports whether the API has a form for the event. Registered and Unregistered are told to subscribers only.
+// inHistory reports whether the API has a form for the event. Registered and Unregistered are told to
+// subscribers only; of labels it has the present ones.
 func inHistory(k hub.EventKind) bool {
 	switch k {
 	case hub.MetadataUpdated, hub.LinksPublished, hub.LinksUnpublished, hub.ResourceChanged:
 		return true
-	case hub.Registered, hub.Unregistered:
+	case hub.Registered, hub.Unregistered, hub.LabelsChanged:
 	}
 	return false
 }
@@ -67,7 +68,7 @@ func (e eventElement) message(cursor string) proto.Message {
 		m.Type = &pb.GetEventsResponse_ResourceChanged{ResourceChanged: e.changed().message()}
 	case hub.MetadataUpdated:
 		m.Type = &pb.GetEventsResponse_DeviceMetadataUpdated{DeviceMetadataUpdated: e.metadata().event("")}
-	case hub.Registered, hub.Unregistered: // inHistory keeps them out
+	case hub.Registered, hub.Unregistered, hub.LabelsChanged: // inHistory keeps them out
 	}
 	return m
 }
@@ -83,7 +84,7 @@ func (e eventElement) appendJSON(b []byte, cursor string) []byte {
 		b = e.changed().appendJSON(appendName(b, "resourceChanged"))
 	case hub.MetadataUpdated:
 		b = e.metadata().appendJSON(appendName(b, "deviceMetadataUpdated"), "")
-	case hub.Registered, hub.Unregistered: // inHistory keeps them out
+	case hub.Registered, hub.Unregistered, hub.LabelsChanged: // inHistory keeps them out
 	}
 	return append(appendText(b, "cursor", cursor), '}')
 }

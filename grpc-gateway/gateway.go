@@ -27,6 +27,10 @@ type Deps struct {
 	Directory  Directory
 	Identities Identities
 	Verifier   Verifier
+	// Administration is what administrators see and do. nil: their calls are 404.
+	Administration Administration
+	// Audit keeps which calls changed something. nil: nobody does.
+	Audit Audit
 	// HubID goes into the metadata of events.
 	HubID string
 	// HubInfo is asked for each GetHubConfiguration; it must be cheap.
@@ -53,9 +57,11 @@ type Gateway struct {
 	metrics *metrics
 	openapi []byte // the description as JSON
 	hosts   map[string]bool
+	origins map[string]bool // of pages that may call the API
 	handler http.Handler
 	grpc    *grpc.Server
 	health  *health.Server
+	index   index
 	addrs   atomic.Pointer[[2]net.Addr]
 
 	encodings encodings
@@ -73,7 +79,13 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 		deps.CursorKey = make([]byte, 32)
 		_, _ = rand.Read(deps.CursorKey) // never fails
 	}
-	g := &Gateway{cfg: cfg, deps: deps, log: log, metrics: newMetrics(reg), openapi: doc, hosts: map[string]bool{}, closing: make(chan struct{})}
+	g := &Gateway{
+		cfg: cfg, deps: deps, log: log, metrics: newMetrics(reg), openapi: doc, hosts: map[string]bool{}, origins: map[string]bool{},
+		closing: make(chan struct{}),
+	}
+	for _, o := range cfg.API.HTTP.CORS.Origins {
+		g.origins[o] = true
+	}
 	for _, h := range append(append([]string{"localhost", "127.0.0.1", "::1"}, cfg.API.HTTP.Hosts...), deps.Hosts...) {
 		g.hosts[canonicalHost(h)] = true
 	}

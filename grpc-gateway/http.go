@@ -24,6 +24,7 @@ type request struct {
 	vars   vars
 	query  query
 	proto  bool // protobuf's JSON instead of the simple form
+	cbor   bool // CBOR instead of it
 }
 
 // newHandler is everything that applies to every request, from the outside in.
@@ -38,6 +39,14 @@ func (g *Gateway) newHandler() http.Handler {
 		if !g.hosts[canonicalHost(r.Host)] { // DNS rebinding
 			g.metrics.refused.WithLabelValues("host").Inc()
 			writeError(w, errHost)
+			return
+		}
+		if g.crossOrigin(w, r) { // of the configuration: what protects against the others would refuse it
+			if r.Method == http.MethodOptions {
+				preflight(w)
+				return
+			}
+			g.route(w, r)
 			return
 		}
 		inner.ServeHTTP(w, r)
@@ -122,7 +131,7 @@ func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 	}
 	if page {
 		err = nil
-		g.deps.Pages.ServeHTTP(w, r.WithContext(ctx))
+		g.deps.Pages.ServeHTTP(pagesFor(w, r), r.WithContext(ctx))
 		return
 	}
 	if err = g.serve(ctx, w, r, template, v, op, found, err); err == nil {
@@ -150,7 +159,10 @@ func (g *Gateway) serve(ctx context.Context, w *writer, r *http.Request, templat
 		w.Header().Set("Allow", allow(template))
 		return errNoMethod
 	}
-	req := &request{Request: r.WithContext(ctx), token: bearer(presented), vars: v, proto: r.Header.Get("Accept") == "application/protojson"}
+	req := &request{
+		Request: r.WithContext(ctx), token: bearer(presented), vars: v,
+		proto: r.Header.Get("Accept") == "application/protojson", cbor: wantsCBOR(r),
+	}
 	var err error
 	if op.scope != "" {
 		if req.claims, err = g.authorize(ctx, presented, op.scope); err != nil {
@@ -170,6 +182,10 @@ func (g *Gateway) serve(ctx context.Context, w *writer, r *http.Request, templat
 	r.Body = http.MaxBytesReader(w, r.Body, int64(g.cfg.Limits.MaxBodyBytes))
 	if req.query, err = parseQuery(r.URL.RawQuery); err != nil {
 		return err
+	}
+	if op.changes(r.Method) {
+		entry := auditHTTP(r, op.id, w.Header().Get("X-Request-Id"))
+		return g.audited(ctx, entry, req.claims, func() error { return op.serve(g, w, req) })
 	}
 	return op.serve(g, w, req)
 }
@@ -227,10 +243,18 @@ func writeOne(w http.ResponseWriter, r *request, e element) error {
 	if err != nil {
 		return err
 	}
-	return writeBody(w, r, r.contentType(), append(b, '\n'))
+	b = append(b, '\n')
+	if w.Header().Get("ETag") != "" { // a twin has its device's
+		return writeBody(w, r, r.contentType(), b)
+	}
+	return writeTagged(w, r, r.contentType(), b)
 }
 
 func writeBody(w http.ResponseWriter, r *request, contentType string, b []byte) error {
+	contentType, b, err := r.inForm(contentType, b)
+	if err != nil {
+		return err
+	}
 	w.Header().Set("Content-Type", contentType)
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	out, done := compress(w, r.Request, len(b))

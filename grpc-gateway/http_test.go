@@ -74,8 +74,6 @@ func TestDeviceFilters(t *testing.T) {
 		{"deviceIdFilter=" + string(lampB) + "&deviceIdFilter=" + string(lampA), []hub.DeviceID{lampA, lampB}},
 		{"deviceIdFilter=" + string(unknown), nil},
 		{"deviceIdFilter=" + string(bobs), nil},
-		{"deviceIdFilter=abc", nil},
-		{"deviceIdFilter=", nil}, // given, and names nothing
 		{"statusFilter=ONLINE", []hub.DeviceID{lampA}},
 		{"status=OFFLINE", []hub.DeviceID{lampB}},
 		{"statusFilter=1", []hub.DeviceID{lampB}},
@@ -117,7 +115,7 @@ func TestSimpleAndProtobufForm(t *testing.T) {
 		{"application/json", "application/json"},
 		{"*/*", "application/json"},
 		{"text/html", "application/json"},
-		{"application/cbor", "application/json"},
+		{"application/cbor, application/json", "application/json"},
 		{"application/protojson, application/json;q=0.5", "application/json"}, // exactly, or not at all
 		{"application/protojson", "application/jsonpb"},
 	} {
@@ -173,10 +171,8 @@ func TestGetResources(t *testing.T) {
 		{"/api/v1/resources?httpResourceIdFilter=" + a + "/light/1", []string{"a1/light/1"}},
 		{"/api/v1/resources?resourceId=%2F" + a + "%2Flight%2F1", []string{"a1/light/1"}},
 		{"/api/v1/resources?resourceIdFilter=" + a, of("a1")},
-		{"/api/v1/resources?resourceIdFilter=garbage", nil},
 		{"/api/v1/resources?resourceIdFilter=" + a + "/nothing", nil},
 		{"/api/v1/resources?resourceIdFilter=" + a + "/hidden", nil}, // reported, not published
-		{"/api/v1/resources?resourceIdFilter=" + a + "/../light", nil},
 		{"/api/v1/resources?resourceIdFilter=" + string(bobs) + "/light/1", nil},
 		{"/api/v1/resources?deviceIdFilter=" + b + "&resourceIdFilter=" + a + "/light/1", append([]string{"a1/light/1"}, of("b2")...)}, // union
 	} {
@@ -195,7 +191,7 @@ func TestResourceWithoutReportHasNoData(t *testing.T) { // C24
 	want(t, "list", w.get(t, "/api/v1/resources?resourceIdFilter="+string(lampA)+"/late").Body.String(), `{"result":{"types":["x.late"]}}`+"\n")
 	a := w.get(t, "/api/v1/devices/"+string(lampA)+"/resources/late")
 	want(t, "single", a.Body.String(), `{"types":["x.late"]}`+"\n")
-	want(t, "no ETag", a.Header().Get("ETag"), "")
+	want(t, "no device's ETag", strings.HasPrefix(a.Header().Get("ETag"), `W/"#`), true)
 	want(t, "content alone", w.get(t, "/api/v1/devices/"+string(lampA)+"/resources/late?onlyContent=1").Body.String(), "null\n")
 }
 
@@ -504,6 +500,10 @@ func TestCursorIsBoundToCallAndOwner(t *testing.T) {
 		"damaged":       w.get(t, "/api/v1/devices?cursor="+string(damaged)),
 		"garbage":       w.get(t, "/api/v1/devices?cursor=***"),
 		"short":         w.get(t, "/api/v1/devices?cursor=AAAA"),
+		"another type":  w.get(t, "/api/v1/devices?typeFilter=oic.wk.d&cursor="+cursor),
+		"other devices": w.get(t, "/api/v1/devices?deviceIdFilter="+string(lampB)+"&cursor="+cursor),
+		"other states":  w.get(t, "/api/v1/devices?statusFilter=ONLINE&cursor="+cursor),
+		"another time":  w.get(t, "/api/v1/devices?at="+strconv.FormatInt(t0, 10)+"&cursor="+cursor),
 	} {
 		want(t, what, a.Code, 400)
 		want(t, what, a.reason(), "cursor-invalid")
@@ -546,8 +546,8 @@ func TestTimeTravel(t *testing.T) {
 
 func TestDeleteDevices(t *testing.T) {
 	w := newWorld(t)
-	a := w.do(t, "alice", "DELETE", "/api/v1/devices?deviceIdFilter="+string(lampB)+"&deviceIdFilter="+string(unknown)+"&deviceIdFilter="+string(bobs)+"&deviceIdFilter=abc")
-	want(t, "one of four", a.Body.String(), `{"deviceIds":["`+string(lampB)+`"]}`+"\n")
+	a := w.do(t, "alice", "DELETE", "/api/v1/devices?deviceIdFilter="+string(lampB)+"&deviceIdFilter="+string(unknown)+"&deviceIdFilter="+string(bobs))
+	want(t, "one of three", a.Body.String(), `{"deviceIds":["`+string(lampB)+`"]}`+"\n")
 	want(t, "again", w.do(t, "alice", "DELETE", "/api/v1/devices/"+string(lampB)).Body.String(), "{}\n")
 	want(t, "no UUID", w.do(t, "alice", "DELETE", "/api/v1/devices/abc").Body.String(), "{}\n")
 	want(t, "single", w.do(t, "alice", "DELETE", "/api/v1/devices/"+string(fresh), "Accept: application/protojson").json()["deviceIds"].([]any)[0], any(string(fresh)))
@@ -564,6 +564,7 @@ func TestDeleteNeedsAFilterOrAll(t *testing.T) { // C1
 		{"?all=maybe", "query-invalid"},
 		{"?all=true&deviceIdFilter=" + string(lampA), "filter-and-all"},
 		{"?deviceIdFilter=%zz", "query-invalid"},
+		{"?deviceIdFilter=abc&deviceIdFilter=" + string(lampA), "filter-invalid"},
 	} {
 		w := newWorld(t)
 		a := w.do(t, "alice", "DELETE", "/api/v1/devices"+c.query)

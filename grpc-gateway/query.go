@@ -24,7 +24,7 @@ var queryNames = map[string]string{
 	"httpresourceidfilter": "resourceIdFilter", "resourceidfilter": "resourceIdFilter", "resourceid": "resourceIdFilter",
 	"timestampfilter": "timestampFilter", "resourceinterface": "resourceInterface", "interface": "resourceInterface",
 	"twin": "twin", "onlycontent": "onlyContent", "etag": "etag", "accept": "accept",
-	"limit": "limit", "cursor": "cursor", "at": "at", "all": "all",
+	"limit": "limit", "cursor": "cursor", "at": "at", "all": "all", "search": "search", "sort": "sort",
 	"eventfilter": "eventFilter", "hreffilter": "hrefFilter", "leadresourcetypefilter": "leadResourceTypeFilter",
 	"includecurrentstate": "includeCurrentState", "resumetoken": "resumeToken",
 }

@@ -32,7 +32,7 @@ func (g *Gateway) resumeToken(owner hub.Owner, r resume) string {
 	b = binary.BigEndian.AppendUint32(b, r.at.After.Day)
 	b = binary.BigEndian.AppendUint64(b, r.at.After.N)
 	b = binary.BigEndian.AppendUint32(b, r.at.Skip)
-	return base64.RawURLEncoding.EncodeToString(append(b, g.cursorMAC(owner, b)...))
+	return base64.RawURLEncoding.EncodeToString(append(b, g.cursorMAC(owner, nil, b)...))
 }
 
 func (g *Gateway) resumeAt(owner hub.Owner, token string) (resume, error) {
@@ -44,7 +44,7 @@ func (g *Gateway) resumeAt(owner hub.Owner, token string) (resume, error) {
 		return resume{}, errResume
 	}
 	b, mac := b[:len(b)-cursorMAC], b[len(b)-cursorMAC:]
-	if b[0] != cursorVersion || b[1] != byte(listFeed) || !hmac.Equal(mac, g.cursorMAC(owner, b)) || len(b) != resumeHead+int(b[3])+16 {
+	if b[0] != cursorVersion || b[1] != byte(listFeed) || !hmac.Equal(mac, g.cursorMAC(owner, nil, b)) || len(b) != resumeHead+int(b[3])+16 {
 		return resume{}, errResume
 	}
 	log := string(b[resumeHead : resumeHead+int(b[3])])

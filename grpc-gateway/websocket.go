@@ -9,8 +9,8 @@ import (
 	"io"
 	"net/http"
 	"net/url"
-	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/coder/websocket"
@@ -44,7 +44,7 @@ func (g *Gateway) originAllowed(r *http.Request) bool {
 	if err != nil || u.Host == "" {
 		return false
 	}
-	return strings.EqualFold(u.Host, r.Host) || slices.Contains(g.cfg.API.HTTP.Origins, strings.ToLower(origin))
+	return strings.EqualFold(u.Host, r.Host) || g.origins[strings.ToLower(origin)]
 }
 
 // subscribeWebSocket is a stream of subscriptions over a WebSocket (RFC 6455): each message of either side is one JSON text.
@@ -128,6 +128,7 @@ type socket struct {
 	st    *stream
 	ctx   context.Context //nolint:containedctx // of reading and writing
 	proto bool
+	took  atomic.Bool // a message was taken since keepAlive looked
 }
 
 func (s *socket) send(t told) error {
@@ -140,7 +141,11 @@ func (s *socket) send(t told) error {
 
 // write sends a message; a reader that takes nothing for too long is cut off.
 func (s *socket) write(b []byte) error {
-	return s.inTime(func(ctx context.Context) error { return s.c.Write(ctx, websocket.MessageText, b) })
+	err := s.inTime(func(ctx context.Context) error { return s.c.Write(ctx, websocket.MessageText, b) })
+	if err == nil {
+		s.took.Store(true)
+	}
+	return err
 }
 
 // inTime does something that waits for the peer. When that takes too long, the stream ends with this reason before the library
@@ -168,6 +173,9 @@ func (s *socket) keepAlive() {
 		case <-tick.C:
 		case <-s.st.ctx.Done():
 			return
+		}
+		if s.took.Swap(false) {
+			continue // it is there; a slow reader finds the ping behind megabytes that are in the connection's buffers
 		}
 		if err := s.inTime(s.c.Ping); err != nil {
 			s.st.end(err)

@@ -6,6 +6,8 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/json"
+	"fmt"
+	"io"
 	"iter"
 	"log/slog"
 	"net/http"
@@ -13,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -40,9 +43,12 @@ const (
 )
 
 type fakeDirectory struct {
-	devices  func(context.Context, hub.Owner, []hub.DeviceID) iter.Seq2[*hub.Device, error]
-	deviceAt func(context.Context, hub.Owner, hub.DeviceID, time.Time) (*hub.Device, error)
-	history  func(context.Context, hub.Owner, hub.DeviceID, time.Time) iter.Seq2[hub.Commit, error]
+	changes   func(hub.DeviceID) uint64 // nil: everything changes all the time
+	asked     uint64
+	setLabels func(context.Context, hub.Owner, hub.DeviceID, hub.LabelChange, string) (hub.Labels, error)
+	devices   func(context.Context, hub.Owner, []hub.DeviceID) iter.Seq2[*hub.Device, error]
+	deviceAt  func(context.Context, hub.Owner, hub.DeviceID, time.Time) (*hub.Device, error)
+	history   func(context.Context, hub.Owner, hub.DeviceID, time.Time) iter.Seq2[hub.Commit, error]
 	*fakeFeed
 }
 
@@ -56,6 +62,17 @@ func (f *fakeDirectory) DeviceAt(ctx context.Context, o hub.Owner, d hub.DeviceI
 
 func (f *fakeDirectory) History(ctx context.Context, o hub.Owner, d hub.DeviceID, after time.Time) iter.Seq2[hub.Commit, error] {
 	return f.history(ctx, o, d, after)
+}
+
+func (f *fakeDirectory) Changes(d hub.DeviceID) uint64 {
+	if f.changes != nil {
+		return f.changes(d)
+	}
+	return atomic.AddUint64(&f.asked, 1)
+}
+
+func (f *fakeDirectory) SetLabels(ctx context.Context, o hub.Owner, d hub.DeviceID, c hub.LabelChange, user string) (hub.Labels, error) {
+	return f.setLabels(ctx, o, d, c, user)
 }
 
 type fakeIdentities struct {
@@ -158,6 +175,22 @@ func newWorld(t testing.TB, change ...func(*Config, *Deps)) *world {
 			}
 			return nil, hub.NewError(hub.NotFound, "", "")
 		},
+		setLabels: func(_ context.Context, o hub.Owner, id hub.DeviceID, c hub.LabelChange, user string) (hub.Labels, error) {
+			d := w.pictures[id]
+			if d == nil || d.Owner != o {
+				return nil, hub.NewError(hub.NotFound, "", "")
+			}
+			if user == "" {
+				t.Error("labels without a user")
+			}
+			labels, err := c.Apply(d.Labels)
+			if err == nil {
+				next := *d
+				next.Labels = labels
+				w.pictures[id] = &next
+			}
+			return labels, err
+		},
 		history: func(_ context.Context, o hub.Owner, id hub.DeviceID, after time.Time) iter.Seq2[hub.Commit, error] {
 			return func(yield func(hub.Commit, error) bool) {
 				for _, c := range w.commits[id] {
@@ -205,7 +238,7 @@ func newWorld(t testing.TB, change ...func(*Config, *Deps)) *world {
 		CursorKey: []byte("0123456789abcdef0123456789abcdef"),
 		HubInfo: func() HubConfiguration {
 			return HubConfiguration{
-				OwnerClaim: "sub", CoAPGateway: "coaps+tcp://localhost:5684", Authority: "https://localhost:8080",
+				OwnerClaim: "sub", HTTPGatewayAddress: "http://localhost:8080", CoAPGateway: "coaps+tcp://localhost:5684", Authority: "https://localhost:8080",
 				CertificateAuthorities: "-----BEGIN CERTIFICATE-----\n", DefaultCommandTTL: 10 * time.Second,
 				WebClient: &OAuthClient{ID: "web", Scopes: []string{"openid"}}, DeviceClient: &OAuthClient{ID: "device"},
 				Build: Build{Version: "v0"},
@@ -359,7 +392,18 @@ func (a answer) reason() string {
 // do asks over HTTP; headers are "Name: value". Every answer is checked against the OpenAPI description.
 func (w *world) do(t testing.TB, token, method, target string, headers ...string) answer {
 	t.Helper()
-	r := httptest.NewRequest(method, target, nil)
+	return w.ask(t, token, method, target, nil, headers...)
+}
+
+// send asks with a JSON body.
+func (w *world) send(t testing.TB, token, method, target, body string) answer {
+	t.Helper()
+	return w.ask(t, token, method, target, strings.NewReader(body), "Content-Type: application/json")
+}
+
+func (w *world) ask(t testing.TB, token, method, target string, body io.Reader, headers ...string) answer {
+	t.Helper()
+	r := httptest.NewRequest(method, target, body)
 	if token != "" {
 		r.Header.Set("Authorization", "Bearer "+token)
 	}
@@ -389,6 +433,38 @@ func ids(rs []map[string]any, field string) []string {
 		out = append(out, s)
 	}
 	return out
+}
+
+func insertLink(s linkSet, l hub.Link) linkSet {
+	s = slices.DeleteFunc(slices.Clone(s), func(o hub.Link) bool { return o.Href == l.Href })
+	i, _ := slices.BinarySearchFunc(s, l.Href, func(o hub.Link, h hub.Href) int { return cmp.Compare(o.Href, h) })
+	return slices.Insert(s, i, l)
+}
+
+func insertTwin(s resourceSet, r *hub.Resource) resourceSet {
+	s = slices.DeleteFunc(slices.Clone(s), func(o *hub.Resource) bool { return o.Href == r.Href })
+	i, _ := slices.BinarySearchFunc(s, r.Href, func(o *hub.Resource, h hub.Href) int { return cmp.Compare(o.Href, h) })
+	return slices.Insert(s, i, r)
+}
+
+// manyLamps gives alice n more lamps and returns the list of them.
+func manyLamps(w *world, n int) func(context.Context, hub.Owner) ([]hub.DeviceID, error) {
+	var ids []hub.DeviceID
+	for i := range n {
+		id := hub.DeviceID(fmt.Sprintf("d1000000-0000-4000-8000-%012x", i))
+		w.pictures[id] = lamp(id, fmt.Sprintf("lamp %d", i), true)
+		ids = append(ids, id)
+	}
+	return func(context.Context, hub.Owner) ([]hub.DeviceID, error) { return ids, nil }
+}
+
+func newRequest(method, target string, headers ...string) *http.Request {
+	r := httptest.NewRequest(method, target, nil)
+	for _, h := range headers {
+		name, value, _ := strings.Cut(h, ": ")
+		r.Header.Add(name, value)
+	}
+	return r
 }
 
 func newRecorder() *httptest.ResponseRecorder { return httptest.NewRecorder() }

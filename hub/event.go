@@ -11,6 +11,9 @@ const (
 	LinksPublished   EventKind = 4 // Event.Links: new or changed links only
 	LinksUnpublished EventKind = 5 // Event.Hrefs
 	ResourceChanged  EventKind = 6 // Event.Href, Content, Status, ETag, Types
+	// LabelsChanged carries all labels after the change, as a JSON object in Event.Content. Numbers below 32 are for what the
+	// client API has a form for.
+	LabelsChanged EventKind = 32
 )
 
 // Limits of a commit.

@@ -13,6 +13,7 @@ type Device struct {
 	Links      LinkSet
 	LinksCause Cause // of the last links event
 	Resources  ResourceSet
+	Labels     Labels // nobody changes them
 }
 
 // Cause is where the last event of an aggregate came from.

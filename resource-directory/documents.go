@@ -48,6 +48,9 @@ type deviceDoc struct {
 	ForcedAt     int64    `cbor:"21,keyasint,omitempty"`
 	Interval     int64    `cbor:"30,keyasint,omitempty"`
 	NextContact  int64    `cbor:"31,keyasint,omitempty"`
+
+	Labels      map[string]string `cbor:"40,keyasint,omitempty"`
+	LabelEvents uint64            `cbor:"41,keyasint,omitempty"`
 }
 
 type causeDoc struct {
@@ -249,6 +252,7 @@ func (s *state) deviceDoc() *deviceDoc {
 		Endpoints: c.LocalEndpoints, TwinEnabled: t.Enabled, TwinState: uint8(t.State), SyncingAt: t.SyncingAt,
 		InSyncAt: t.InSyncAt, ForcedAt: t.ForcedAt,
 		Interval: int64(s.meta.Contact.Interval), NextContact: s.meta.Contact.Next,
+		Labels: s.labels, LabelEvents: s.labelEvents,
 	}
 }
 
@@ -268,6 +272,7 @@ func (s *state) setDevice(d *deviceDoc) {
 		},
 		Contact: hub.Contact{Interval: time.Duration(d.Interval), Next: d.NextContact},
 	}
+	s.labels, s.labelEvents = d.Labels, d.LabelEvents
 }
 
 func newCauseDoc(c hub.Cause) causeDoc {

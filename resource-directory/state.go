@@ -33,6 +33,9 @@ type state struct {
 	linksCause hub.Cause
 	twins      tree[*twin]
 	twinBytes  int
+	// labels are replaced as a whole, never changed; labelEvents counts what brought them.
+	labels      hub.Labels
+	labelEvents uint64
 }
 
 // twin is a resource's last representation. index is its event's place in the commit: with Seq it orders ETags.
@@ -93,6 +96,9 @@ func (s *state) apply(c *hub.Commit, i int, changed []string) []string {
 			s.sent(ev)
 		}
 		s.meta, s.metaCause = *ev.Metadata, cause(c, ev)
+		return changed
+	case hub.LabelsChanged: // of no session, and in no document but the device's
+		s.labels, s.labelEvents = labelsOf(ev), ev.Version+1
 		return changed
 	}
 	s.sent(ev)
@@ -181,6 +187,8 @@ func (s *state) version(ev *hub.Event) uint64 {
 		if t, ok := s.twins.get(string(ev.Href)); ok {
 			return t.Version + 1
 		}
+	case hub.LabelsChanged:
+		return s.labelEvents
 	}
 	return 0
 }
@@ -212,7 +220,7 @@ var errSuperseded = hub.NewError(hub.Precondition, "session-superseded", "a newe
 func (s *state) picture() *hub.Device {
 	return &hub.Device{
 		ID: s.dev, Owner: s.owner, Generation: s.generation, Seq: s.seq, Metadata: s.meta, MetaCause: s.metaCause,
-		Links: linkSet{s.links}, LinksCause: s.linksCause, Resources: resourceSet{s.twins},
+		Links: linkSet{s.links}, LinksCause: s.linksCause, Resources: resourceSet{s.twins}, Labels: s.labels,
 	}
 }
 
@@ -264,11 +272,16 @@ const (
 	stateCost = 2 << 10
 	linkCost  = 224
 	twinCost  = 288
+	labelCost = 64
 )
 
 // bytes is about what the state takes of memory. States of one device share most of it; it is counted once.
 func (s *state) bytes() int64 {
-	return int64(stateCost + s.linkBytes + linkCost*s.links.n + s.twinBytes + twinCost*s.twins.n)
+	n := stateCost + s.linkBytes + linkCost*s.links.n + s.twinBytes + twinCost*s.twins.n
+	for name, value := range s.labels {
+		n += labelCost + len(name) + len(value)
+	}
+	return int64(n)
 }
 
 // Sizes are upper bounds of the stored form, so that no commit is refused by the store for its size.

@@ -387,6 +387,7 @@ func (w *worker) settle(errs []error) {
 		} else {
 			b.e.public.Store(nil)
 		}
+		w.d.changes.count(b) // after readers see it
 		w.weigh(b.e)
 		var again []*request
 		for _, q := range b.reqs {

@@ -213,6 +213,12 @@ func TestAgainstARunningHub(t *testing.T) {
 		t.Errorf("%+v", us)
 	}
 
+	on("audit").want(t, exitOK, `(?s)^TIME +USER +DOOR +CALL +TARGET +OUTCOME\n.*socket +POST /users/password +nobody +account-unknown.*POST /users/add +alice +ok`, "^$")
+	if es := as[[]hub.AuditEntry](t, on("audit", "--json", "--limit", "2")); len(es) != 2 || es[0].Target != "nobody" || es[0].Number != es[1].Number+1 {
+		t.Errorf("%+v", es)
+	}
+	on("audit", "--limit", "0").want(t, exitFailure, "^$", "from 1 to 10000.*limit-invalid")
+
 	token := on("token", "--owner", "alice", "--scope", hub.ScopeRead, "--ttl", "2h")
 	token.want(t, exitOK, `^[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\n$`, "^$")
 	file := filepath.Join(t.TempDir(), "token")
