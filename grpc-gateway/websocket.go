@@ -128,7 +128,8 @@ type socket struct {
 	st    *stream
 	ctx   context.Context //nolint:containedctx // of reading and writing
 	proto bool
-	took  atomic.Bool // a message was taken since keepAlive looked
+	// A message was taken since keepAlive looked; one is being written.
+	took, writing atomic.Bool
 }
 
 func (s *socket) send(t told) error {
@@ -141,6 +142,8 @@ func (s *socket) send(t told) error {
 
 // write sends a message; a reader that takes nothing for too long is cut off.
 func (s *socket) write(b []byte) error {
+	s.writing.Store(true)
+	defer s.writing.Store(false)
 	err := s.inTime(func(ctx context.Context) error { return s.c.Write(ctx, websocket.MessageText, b) })
 	if err == nil {
 		s.took.Store(true)
@@ -174,8 +177,10 @@ func (s *socket) keepAlive() {
 		case <-s.st.ctx.Done():
 			return
 		}
-		if s.took.Swap(false) {
-			continue // it is there; a slow reader finds the ping behind megabytes that are in the connection's buffers
+		if s.took.Swap(false) || s.writing.Load() {
+			// It is there, or write finds out. A slow reader finds a ping behind megabytes that are in the connection's
+			// buffers, and the library gives a ping five seconds to get there at all.
+			continue
 		}
 		if err := s.inTime(s.c.Ping); err != nil {
 			s.st.end(err)
