@@ -232,7 +232,7 @@ func (w *world) device(name string) *actor {
 
 // line does one thing and says what came of it.
 func (w *world) line(act string) string {
-	ctx, cancel := context.WithTimeout(w.t.Context(), 15*time.Second)
+	ctx, cancel := context.WithTimeout(w.t.Context(), 40*time.Second)
 	defer cancel()
 	who, rest, _ := strings.Cut(act, " ")
 	name, rest, _ := strings.Cut(strings.TrimSpace(rest), " ")
