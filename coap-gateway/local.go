@@ -66,13 +66,3 @@ func localEndpoints(links []byte) (at []string, ok bool) {
 }
 
 func control(r rune) bool { return r < 0x20 || r == 0x7f }
-
-// ask is one request to the device, which has keepAlive.timeout to answer it.
-func (s *session) ask(req *coap.Message) (*coap.Message, error) {
-	ctx, cancel := context.WithTimeout(s.ctx, s.gw.cfg.API.CoAP.KeepAlive.Timeout)
-	defer cancel()
-	q := s.question()
-	m, err := s.conn.Do(ctx, req)
-	s.asked(q, err)
-	return m, err
-}

@@ -662,11 +662,7 @@ func (t *twin) observeBatch() (bool, error) {
 		}
 		options = addETags(options, etags)
 	}
-	ctx, cancel := t.timeout(s.ctx)
-	defer cancel()
-	q := s.question()
-	o, m, err := s.conn.Observe(ctx, &coap.Message{Code: codes.GET, Options: options})
-	t.s.asked(q, err)
+	o, m, err := s.observe(&coap.Message{Code: codes.GET, Options: options})
 	if err != nil {
 		s.log.Debug("the device did not answer the batch observation", "error", err)
 		return false, nil
@@ -708,15 +704,11 @@ func (t *twin) observe(l hub.Link) error {
 	var o *coap.Observation
 	var m *coap.Message
 	var err error
-	ctx, cancel := t.timeout(s.ctx)
-	defer cancel()
-	q := s.question()
 	if l.Policy&hub.Observable != 0 {
-		o, m, err = s.conn.Observe(ctx, req)
+		o, m, err = s.observe(req)
 	} else {
-		m, err = s.conn.Do(ctx, req)
+		m, err = s.ask(req)
 	}
-	t.s.asked(q, err)
 	switch {
 	case hub.IsKind(err, hub.TooLarge):
 		// The device has more to say than we take: a status the application can see. The session lives.
@@ -778,19 +770,9 @@ func (t *twin) forget(p *peer) {
 
 // cancel ends an observation, at best also at the device.
 func (t *twin) cancel(ctx context.Context, o *coap.Observation) {
-	ctx, stop := t.timeout(ctx)
-	defer stop()
-	q := t.s.question()
-	err := o.Cancel(ctx)
-	t.s.asked(q, err)
-	if err != nil {
+	if err := t.s.request(ctx, o.Cancel); err != nil {
 		t.s.log.Debug("the device did not answer a deregistration", "path", o.Path(), "error", err)
 	}
-}
-
-// timeout is how long the device has to answer one request.
-func (t *twin) timeout(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeout(ctx, t.s.gw.cfg.API.CoAP.KeepAlive.Timeout)
 }
 
 // requestTo makes the options of a request to a resource of the device.

@@ -150,11 +150,7 @@ func (t *twin) askQuiet(now time.Time, after time.Duration) (at time.Time, asked
 
 // refresh asks for an observed resource once more. What the device answers comes as a notification does.
 func (t *twin) refresh(o *coap.Observation) {
-	ctx, cancel := t.timeout(t.s.ctx)
-	defer cancel()
-	q := t.s.question()
-	err := o.Refresh(ctx)
-	t.s.asked(q, err)
+	err := t.s.request(t.s.ctx, o.Refresh)
 	outcome := "answered"
 	switch {
 	case err == nil:

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/coap"
 )
 
 // How a device over UDP or DTLS is taken for one that sleeps. No protocol it speaks has a word for it (LwM2M has its queue
@@ -200,11 +201,13 @@ func (p *peer) Heard(silence time.Duration) {
 	}
 }
 
-// question is asked by whoever sends the device a request, which is done only while rhythm.inReach, and asked when that is over.
-func (s *session) question() question { return s.rhythm.ask(time.Now()) }
-
-// asked notes whether the request found anybody.
-func (s *session) asked(q question, err error) {
+// request has do send the device a request, which it has keepAlive.timeout to answer, and notes whether that found anybody.
+// What waits for the device to listen is sent only while rhythm.inReach.
+func (s *session) request(ctx context.Context, do func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, s.gw.cfg.API.CoAP.KeepAlive.Timeout)
+	defer cancel()
+	q := s.rhythm.ask(time.Now())
+	err := do(ctx)
 	switch {
 	case s.ctx.Err() != nil:
 	case err == nil:
@@ -212,6 +215,25 @@ func (s *session) asked(q question, err error) {
 	case missedBy(err):
 		s.rhythm.missed(q, time.Now())
 	}
+	return err
+}
+
+// ask is a request with one answer.
+func (s *session) ask(req *coap.Message) (m *coap.Message, err error) {
+	err = s.request(s.ctx, func(ctx context.Context) (err error) {
+		m, err = s.conn.Do(ctx, req)
+		return err
+	})
+	return m, err
+}
+
+// observe is a request that asks to be told of changes, too; no observation if the device does not take it on.
+func (s *session) observe(req *coap.Message) (o *coap.Observation, m *coap.Message, err error) {
+	err = s.request(s.ctx, func(ctx context.Context) (err error) {
+		o, m, err = s.conn.Observe(ctx, req)
+		return err
+	})
+	return o, m, err
 }
 
 // missedBy reports that a request was given up for want of an answer.
