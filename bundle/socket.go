@@ -109,11 +109,8 @@ func peerOf(c net.Conn) (cred *unix.Ucred, err error) {
 	return cred, err
 }
 
-// recordFunc adds an entry to the audit log.
+// recordFunc adds an entry to the audit log, also if the caller has gone.
 type recordFunc = func(context.Context, hub.AuditEntry) error
-
-// recordWait is how long an answer waits for its entry in the audit log.
-const recordWait = 10 * time.Second
 
 // audited counts each call and writes a line about it: at debug level for reading the status, which scripts do all the time.
 // Those that change something are in the audit log too. A panic ends one call.
@@ -138,14 +135,12 @@ func audited(h http.Handler, m *socketMetrics, record recordFunc, log *slog.Logg
 			if name == "unknown" || socketReads[name] {
 				return
 			}
-			ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), recordWait) // also if the caller has gone
-			defer cancel()
-			err := record(ctx, hub.AuditEntry{
+			err := record(r.Context(), hub.AuditEntry{
 				Door: "socket", Call: name, User: userOf(r.RemoteAddr), Remote: r.RemoteAddr, Target: rec.target,
 				Outcome: cmp.Or(rec.reason, "ok"),
 			})
 			if err != nil {
-				log.ErrorContext(ctx, "a call over the socket is missing in the audit log", "call", name, "error", err)
+				log.ErrorContext(r.Context(), "a call over the socket is missing in the audit log", "call", name, "error", err)
 			}
 		}()
 		if mux, ok := h.(*http.ServeMux); ok { // the pattern and not the path, which anybody chooses

@@ -5,7 +5,6 @@ import (
 	"iter"
 	"net/http"
 	"strings"
-	"time"
 
 	"google.golang.org/grpc/peer"
 	"google.golang.org/protobuf/proto"
@@ -16,14 +15,11 @@ import (
 
 // Audit is what the door needs of the audit log.
 type Audit interface {
-	// Record adds an entry, durably on return; number and time are set there.
+	// Record adds an entry, durably on return, whether or not ctx ended; number and time are set there.
 	Record(ctx context.Context, e hub.AuditEntry) error
 	// List returns entries with numbers below before (0: all), newest first, at most limit.
 	List(ctx context.Context, before uint64, limit int) ([]hub.AuditEntry, error)
 }
-
-// auditWait is how long an answer waits for its entry.
-const auditWait = 10 * time.Second
 
 // changes reports whether an operation is one that changes something: these are in the audit log. Reading is not, also not by
 // administrators.
@@ -40,8 +36,6 @@ func (g *Gateway) audited(ctx context.Context, e hub.AuditEntry, c hub.Claims, d
 	e.User, e.Owner, e.Client = c.Subject, c.Owner, c.ClientID
 	e.Outcome = hub.Internal.String() // unless it ends without a panic
 	defer func() {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), auditWait) // also if the caller has gone
-		defer cancel()
 		if failed := g.deps.Audit.Record(ctx, e); failed != nil {
 			g.log.ErrorContext(ctx, "a call is missing in the audit log", "request", e.Request, "call", e.Call, "user", e.User,
 				"target", e.Target, "outcome", e.Outcome, "error", failed)

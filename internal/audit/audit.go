@@ -33,6 +33,8 @@ const (
 	// maxText bounds each text of an entry, in bytes.
 	maxText  = 512
 	maxTries = 8
+	// maxWait is how long Record waits.
+	maxWait = 10 * time.Second
 )
 
 // Log is the audit log. All methods are safe for concurrent use.
@@ -127,9 +129,12 @@ func (l *Log) Run(ctx context.Context, ready func()) error {
 
 var errStopping = hub.NewError(hub.Unavailable, "audit-stopping", "the audit log is closed, since the hub is stopping")
 
-// Record adds an entry, durably on return; number and, if it is zero, time are set here. Texts are cut at 512 bytes. When
-// the store is slow callers wait for it, up to the end of ctx: then the outcome is not known.
+// Record adds an entry, durably on return; number and, if it is zero, time are set here. Texts are cut at 512 bytes. What is
+// recorded has happened, also if who did it has gone: the end of ctx does not matter. When the store is slow callers wait for
+// it, but not longer than ten seconds: then the outcome is not known.
 func (l *Log) Record(ctx context.Context, e hub.AuditEntry) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), maxWait)
+	defer cancel()
 	if e.Time.IsZero() {
 		e.Time = time.Now()
 	}

@@ -260,3 +260,19 @@ func TestDamagedPagesAreNoticed(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 }
+
+// What a caller did who has gone meanwhile is recorded too.
+func TestCallerThatHasGone(t *testing.T) {
+	s := pebble(t, vfs.NewMem())
+	defer s.Close()
+	l, stop := open(t, s, 0)
+	defer stop()
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := l.Record(ctx, hub.AuditEntry{Call: "done"}); err != nil {
+		t.Fatal(err)
+	}
+	if es, err := l.List(t.Context(), 0, 10); err != nil || len(es) != 1 || es[0].Call != "done" {
+		t.Errorf("recorded: %+v, %v", es, err)
+	}
+}
