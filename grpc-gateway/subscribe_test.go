@@ -612,7 +612,23 @@ func TestStreamEndsWithItsToken(t *testing.T) {
 	l.expect("OK")
 	s := w.events(t, "alice", "", "")
 	s.next()
-	g, err := pb.NewGrpcGatewayClient(w.dial(t)).SubscribeToEvents(as(t, "alice"))
+	g := w.streams(t, "alice")
+	close(revoked)
+	l.expect("error token-revoked")
+	_, _, err := l.Read(t.Context())
+	want(t, "WebSocket", websocket.CloseStatus(err), websocket.StatusPolicyViolation)
+	_, f := s.next()
+	want(t, "server-sent events", f.word(), "error token-revoked")
+	_, err = g.Recv()
+	code, reason := reasonOf(t, err)
+	want(t, "gRPC", code, codes.Unauthenticated)
+	want(t, "gRPC", reason, "token-revoked")
+}
+
+// streams opens a stream over gRPC, which is live when this returns.
+func (w *world) streams(t *testing.T, who string) grpc.BidiStreamingClient[pb.SubscribeToEvents, pb.Event] {
+	t.Helper()
+	g, err := pb.NewGrpcGatewayClient(w.dial(t)).SubscribeToEvents(as(t, who))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -622,16 +638,7 @@ func TestStreamEndsWithItsToken(t *testing.T) {
 	if _, err := g.Recv(); err != nil {
 		t.Fatal(err)
 	}
-	close(revoked)
-	l.expect("error token-revoked")
-	_, _, err = l.Read(t.Context())
-	want(t, "WebSocket", websocket.CloseStatus(err), websocket.StatusPolicyViolation)
-	_, f := s.next()
-	want(t, "server-sent events", f.word(), "error token-revoked")
-	_, err = g.Recv()
-	code, reason := reasonOf(t, err)
-	want(t, "gRPC", code, codes.Unauthenticated)
-	want(t, "gRPC", reason, "token-revoked")
+	return g
 }
 
 // A provider that cannot be asked ends nobody's stream.
@@ -664,20 +671,11 @@ func TestStopEndsStreams(t *testing.T) {
 	deaf.say(`{"createSubscription":{}}`)
 	s := w.events(t, "alice", "", "")
 	s.next()
-	g, err := pb.NewGrpcGatewayClient(w.dial(t)).SubscribeToEvents(as(t, "alice"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := g.Send(&pb.SubscribeToEvents{}); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := g.Recv(); err != nil {
-		t.Fatal(err)
-	}
+	g := w.streams(t, "alice")
 	stopped := make(chan error, 1)
 	go func() { stopped <- stop() }()
 	l.expect("error hub-stopping")
-	_, _, err = l.Read(t.Context())
+	_, _, err := l.Read(t.Context())
 	want(t, "WebSocket", websocket.CloseStatus(err), websocket.StatusGoingAway)
 	_, f := s.next()
 	want(t, "server-sent events", f.word(), "error hub-stopping")

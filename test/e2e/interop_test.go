@@ -15,6 +15,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"io"
+	"maps"
 	"math/big"
 	"net/http"
 	"net/url"
@@ -388,26 +389,9 @@ func TestCurl(t *testing.T) {
 func lamp(t *testing.T, p *process) {
 	t.Helper()
 	id := deviceID(1)
-	on := p.onboard(id)
-	pe, err := dialPeer(t.Context(), p.coaps(), on.tls)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(pe.close)
-	acc, err := signUp(t.Context(), pe, id, on.Code)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pe.serve("/oic/d", map[string]any{"di": id, "n": "lamp", "rt": []string{"oic.wk.d", "x.lamp"}})
-	pe.serve("/light", map[string]any{"power": 42})
-	if err := signIn(t.Context(), pe, id, acc); err != nil {
-		t.Fatal(err)
-	}
-	for _, href := range []string{"/oic/d", "/light"} {
-		if ok, err := publish(t.Context(), pe, id, 1, href); err != nil || !ok {
-			t.Fatalf("publish %s: %v %v", href, ok, err)
-		}
-	}
+	signedIn(t, p, id, map[string]any{
+		"/oic/d": map[string]any{"di": id, "n": "lamp", "rt": []string{"oic.wk.d", "x.lamp"}}, "/light": map[string]any{"power": 42},
+	})
 	// The hub asks for it on its own; until then the device may be unknown.
 	token := trim(p.run("token"))
 	for end := time.Now().Add(10 * time.Second); ; {
@@ -420,6 +404,33 @@ func lamp(t *testing.T, p *process) {
 			t.Fatalf("the lamp is not seen\n%s", p.log)
 		}
 	}
+}
+
+// signedIn is a device that has published what it serves.
+func signedIn(t *testing.T, p *process, id string, serves map[string]any) *peer {
+	t.Helper()
+	on := p.onboard(id)
+	pe, err := dialPeer(t.Context(), p.coaps(), on.tls)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(pe.close)
+	acc, err := signUp(t.Context(), pe, id, on.Code)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for href, v := range serves {
+		pe.serve(href, v)
+	}
+	if err := signIn(t.Context(), pe, id, acc); err != nil {
+		t.Fatal(err)
+	}
+	for _, href := range slices.Sorted(maps.Keys(serves)) {
+		if ok, err := publish(t.Context(), pe, id, 1, href); err != nil || !ok {
+			t.Fatalf("publish %s: %v %v", href, ok, err)
+		}
+	}
+	return pe
 }
 
 // TestStockGRPC uses what any gRPC client knows: health and reflection, and no generated code of ours.

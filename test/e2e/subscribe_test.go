@@ -48,23 +48,7 @@ func eventOf(b []byte) (e event, err error) {
 func seen(t *testing.T, p *process) *peer {
 	t.Helper()
 	id := deviceID(1)
-	on := p.onboard(id)
-	pe, err := dialPeer(t.Context(), p.coaps(), on.tls)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(pe.close)
-	acc, err := signUp(t.Context(), pe, id, on.Code)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pe.serve("/light", map[string]any{"power": 0})
-	if err := signIn(t.Context(), pe, id, acc); err != nil {
-		t.Fatal(err)
-	}
-	if ok, err := publish(t.Context(), pe, id, 1, "/light"); err != nil || !ok {
-		t.Fatalf("publish: %v %v", ok, err)
-	}
+	pe := signedIn(t, p, id, map[string]any{"/light": map[string]any{"power": 0}})
 	token := trim(p.run("token"))
 	if !eventually(t.Context(), 10*time.Second, func() bool {
 		status, _ := p.get(t.Context(), token, "/api/v1/devices/"+id+"/resources/light?onlyContent=true")
