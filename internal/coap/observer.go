@@ -143,9 +143,9 @@ func (o *Observer) finish() bool {
 }
 
 // Notify tells the observer of a new state; r needs no Observe option, and its Content-Format must be that of the answer that
-// registered (RFC 7641, Section 4.2). Over a stream it waits for room until ctx ends; over UDP
-// it never waits, and a state that is overtaken by a newer one may never be sent. An error code ends the entry (RFC 7641,
-// Section 4.2). Errors are of kind Unavailable (the entry or the connection is over, or there is no room) and Deadline.
+// registered (RFC 7641, Section 4.2). Over a stream it waits for room until ctx ends; over UDP it never waits, and a state
+// that is overtaken by a newer one may never be sent. An error code ends the entry (RFC 7641, Section 4.2). Errors are of kind
+// Unavailable (the entry or the connection is over, or there is no room) and Deadline.
 func (o *Observer) Notify(ctx context.Context, r Response) error {
 	const op = "coap.Notify"
 	c := o.c

@@ -23,8 +23,8 @@ const (
 
 var errQueueFull = errors.New("write queue is full")
 
-// stream is the transport of RFC 8323: frames over TCP or TLS, or messages over WebSocket (websocket.go). One goroutine reads; another writes, only while there is
-// something to write, everything that has collected in one call.
+// stream is the transport of RFC 8323: frames over TCP or TLS, or messages over WebSocket (websocket.go). One goroutine reads;
+// another writes, only while there is something to write, everything that has collected in one call.
 type stream struct {
 	c   *Conn
 	nc  net.Conn // what is read and written: TLS, or raw itself
