@@ -172,7 +172,7 @@ func TestDocsNameRealTests(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, doc := range []string{"docs/capabilities.md", "docs/protocol.md", "docs/divergences.md"} {
+	for _, doc := range []string{"docs/capabilities.md", "docs/protocol.md", "docs/conformance.md", "docs/divergences.md"} {
 		b, err := os.ReadFile(doc)
 		if err != nil {
 			t.Fatal(err)

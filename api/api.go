@@ -4,6 +4,7 @@
 package api
 
 //go:generate go run -C ../tools ./protogen
+//go:generate go test -run ^TestReference$ -count=1 . -update
 
 import (
 	_ "embed" // of the description

@@ -7,11 +7,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
+	grpcgateway "github.com/coaphub/coaphub/grpc-gateway"
 	"github.com/coaphub/coaphub/hub"
-	oauthserver "github.com/coaphub/coaphub/oauth-server"
 )
 
 // errNoProvider answers what only the embedded provider can do.
@@ -91,16 +90,16 @@ func (a *assembly) onboard(ctx context.Context, q OnboardRequest) (Onboarding, e
 		if o.PSK, err = a.psk.replace(ctx, dev); err != nil {
 			return Onboarding{}, err
 		}
+		a.devices.EndKey(dev) // whoever has the former one
 		o.PSKIdentity = string(dev)
 	}
 	return o, nil
 }
 
+// The socket's calls about accounts are the API's in other words.
+
 func (a *assembly) users(ctx context.Context, _ struct{}) ([]User, error) {
-	if a.provider == nil {
-		return nil, errNoProvider.With("users", nil)
-	}
-	accounts, err := a.provider.ListUsers(ctx)
+	accounts, err := administration{a}.Accounts(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -112,45 +111,21 @@ func (a *assembly) users(ctx context.Context, _ struct{}) ([]User, error) {
 }
 
 func (a *assembly) addUser(ctx context.Context, q UserRequest) (UserAnswer, error) {
-	if a.provider == nil {
-		return UserAnswer{}, errNoProvider.With("add user", nil)
-	}
-	oneTime, err := a.provider.AddUser(ctx, q.Name, q.Password, q.Roles)
-	return a.userAnswer(ctx, q.Name, oneTime, err)
+	acc, oneTime, err := administration{a}.AddAccount(ctx, q.Name, q.Password, q.Roles)
+	return UserAnswer{userFrom(acc), oneTime}, err
 }
 
 func (a *assembly) setPassword(ctx context.Context, q UserRequest) (UserAnswer, error) {
-	if a.provider == nil {
-		return UserAnswer{}, errNoProvider.With("set password", nil)
-	}
-	oneTime, err := a.provider.SetPassword(ctx, q.Name, q.Password)
-	return a.userAnswer(ctx, q.Name, oneTime, err)
+	acc, oneTime, err := administration{a}.SetPassword(ctx, q.Name, q.Password)
+	return UserAnswer{userFrom(acc), oneTime}, err
 }
 
 func (a *assembly) setRoles(ctx context.Context, q UserRequest) (UserAnswer, error) {
-	if a.provider == nil {
-		return UserAnswer{}, errNoProvider.With("set roles", nil)
-	}
-	return a.userAnswer(ctx, q.Name, "", a.provider.SetRoles(ctx, q.Name, q.Roles))
+	acc, err := administration{a}.SetRoles(ctx, q.Name, q.Roles)
+	return UserAnswer{User: userFrom(acc)}, err
 }
 
-func (a *assembly) userAnswer(ctx context.Context, name, oneTime string, err error) (UserAnswer, error) {
-	if err != nil {
-		return UserAnswer{}, err
-	}
-	us, err := a.users(ctx, struct{}{})
-	if err != nil {
-		return UserAnswer{}, err
-	}
-	for _, u := range us {
-		if strings.EqualFold(u.Name, name) {
-			return UserAnswer{u, oneTime}, nil
-		}
-	}
-	return UserAnswer{User: User{Name: name}, Password: oneTime}, nil // it is gone again
-}
-
-func userFrom(acc oauthserver.Account) User {
+func userFrom(acc grpcgateway.Account) User {
 	return User{Name: acc.Name, Roles: acc.Roles, MustChange: acc.MustChange}
 }
 

@@ -29,6 +29,8 @@ func (a *assembly) authorization(ctx context.Context) ([]coapgateway.NamedProvid
 	if a.cfg.Embedded() {
 		cfg := a.cfg.OAuthServer
 		cfg.BaseURL = a.httpURL
+		// No request comes before all parts are there, and with none of them nothing is revoked.
+		cfg.Ended = func(grant string) { a.devices.EndGrant(a.provider.Issuer(), grant) }
 		var err error
 		if a.provider, err = oauthserver.Open(ctx, cfg, a.documents, a.identities, a.log.With("part", "oauth-server"), a.registry); err != nil {
 			return nil, err
@@ -48,6 +50,7 @@ func (a *assembly) authorization(ctx context.Context) ([]coapgateway.NamedProvid
 				active, err := a.provider.Active(ctx, t.ID)
 				return !active, err
 			},
+			Grant: oauthserver.GrantOf,
 		})
 		providers = []coapgateway.NamedProvider{{Name: providerName, Provider: a.provider}}
 	}

@@ -38,6 +38,11 @@ var client = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, T
 
 func get(t *testing.T, url, token string) (int, string) {
 	t.Helper()
+	return getWith(t, client, url, token)
+}
+
+func getWith(t *testing.T, client *http.Client, url, token string) (int, string) {
+	t.Helper()
 	r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
 	if err != nil {
 		t.Fatal(err)
@@ -584,6 +589,99 @@ func TestAccountsAndTokens(t *testing.T) {
 	tok, err := h.Control.Token(ctx, bundle.TokenRequest{TTL: 30 * 24 * time.Hour})
 	if err != nil || time.Until(tok.ExpiresAt) < 29*24*time.Hour {
 		t.Errorf("a token for 30 days: %+v, %v", tok, err)
+	}
+}
+
+// What administrators do and see over the API, and that the audit log has it after a restart, beside the calls of the socket.
+func TestAdministrationOverTheAPI(t *testing.T) {
+	h := hubtest.Start(t)
+	admin := h.TokenOf(t, "admin", hub.ScopeAdmin, hub.ScopeRead, hub.ScopeWrite)
+	send := func(method, path, body string, code int) map[string]any {
+		t.Helper()
+		r, err := http.NewRequestWithContext(t.Context(), method, h.HTTP+path, strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Header.Set("Authorization", "Bearer "+admin)
+		resp, err := client.Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = resp.Body.Close() }()
+		var v map[string]any
+		if err := json.NewDecoder(resp.Body).Decode(&v); err != nil || resp.StatusCode != code {
+			t.Fatalf("%s %s: %s %v, %v", method, path, resp.Status, v, err)
+		}
+		return v
+	}
+	if a := send("POST", "/api/v1/accounts", `{"name":"carol","roles":["viewer"]}`, 200); a["password"] == nil {
+		t.Errorf("no one-time password: %v", a)
+	}
+	send("PUT", "/api/v1/accounts/carol/roles", `{"roles":["user"]}`, 200)
+	send("PUT", "/api/v1/accounts/carol/roles", `{"roles":["emperor"]}`, 400)
+	send("PUT", "/api/v1/accounts/carol/password", `{"password":"correct horse battery"}`, 200)
+	send("PUT", "/api/v1/accounts/nobody/password", `{}`, 404)
+	if _, list := get(t, h.HTTP+"/api/v1/accounts", admin); !strings.Contains(list, `"name":"carol","roles":["user"],"mustChange":false`) {
+		t.Errorf("accounts: %s", list)
+	}
+	if code, _ := get(t, h.HTTP+"/api/v1/accounts", h.TokenOf(t, "carol", hub.ScopeRead)); code != http.StatusForbidden {
+		t.Errorf("carol reads accounts: %d", code)
+	}
+
+	join(t, h, lamp)
+	send("PATCH", "/api/v1/devices/"+lamp+"/labels", `{"labels":{"room":"kitchen"}}`, 200)
+	if code, thing := get(t, h.HTTP+"/api/v1/things/"+lamp, admin); code != http.StatusOK || !strings.Contains(thing, `"base":"`+h.HTTP+`/api/v1/"`) ||
+		!strings.Contains(thing, `"href":"devices/`+lamp+`/resources/light/1?onlyContent=true"`) {
+		t.Errorf("thing: %d %s", code, thing)
+	}
+	// A device that is not let in is known to administrators.
+	o := h.Onboard(t, "d0000000-0000-4000-8000-0000000000bb")
+	conf, err := device.TLS([]byte(o.CA), []byte(o.Identity.Chain), []byte(o.Identity.Key), o.HubID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := device.New(device.Config{ID: o.DeviceID, HubAddr: o.Endpoints.CoAPSTCP, TLS: conf, Provider: o.AuthorizationProvider})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	if err := d.Connect(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if a, err := d.SignUp(t.Context(), "no-code"); err == nil && a.OK() {
+		t.Fatal("signed up without a code")
+	}
+	eventually(t, "the refusal is listed", func() bool {
+		_, list := get(t, h.HTTP+"/api/v1/refusals", admin)
+		return strings.Contains(list, `"what":"sign-up"`)
+	})
+
+	h.Restart(t)
+	admin = h.TokenOf(t, "admin", hub.ScopeAdmin, hub.ScopeRead, hub.ScopeWrite)
+	if _, list := get(t, h.HTTP+"/api/v1/devices?search=room%3Dkitchen", admin); !strings.Contains(list, `"labels":{"room":"kitchen"}`) {
+		t.Errorf("labels after a restart: %s", list)
+	}
+	_, log := get(t, h.HTTP+"/api/v1/audit", admin)
+	for _, want := range []string{
+		`"door":"http","call":"addAccount","target":"/api/v1/accounts","user":"admin","owner":"admin"`, `"call":"putRoles".*"outcome":"role-unknown"`,
+		`"call":"patchLabels","target":"/api/v1/devices/` + lamp + `/labels"`, `"door":"socket","call":"POST /token","target":"carol"`,
+		`"call":"POST /onboard","target":"` + lamp + `"`,
+	} {
+		if !regexp.MustCompile(want).MatchString(log) {
+			t.Errorf("the audit log has no %s:\n%s", want, log)
+		}
+	}
+	for _, secret := range []string{"eyJ", "battery"} {
+		if strings.Contains(log, secret) {
+			t.Errorf("%s is in the audit log", secret)
+		}
+	}
+	es, err := h.Control.Audit(t.Context(), 0, 1)
+	if err != nil || len(es) != 1 || es[0].Call != "POST /token" {
+		t.Errorf("over the socket: %+v, %v", es, err)
+	}
+	if _, err := h.Control.Audit(t.Context(), 0, 0); !hub.IsKind(err, hub.Invalid) {
+		t.Errorf("no limit: %v", err)
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"strings"
 	"time"
 
 	certificateauthority "github.com/coaphub/coaphub/certificate-authority"
@@ -25,6 +26,7 @@ func (a *assembly) calls() *http.ServeMux {
 	mux.HandleFunc("POST /users/roles", call(a.setRoles, a.log))
 	mux.HandleFunc("POST /checkpoint", call(a.checkpoint, a.log))
 	mux.HandleFunc("POST /checkpoint/release", call(a.releaseCheckpoint, a.log))
+	mux.HandleFunc("POST /audit", call(a.auditLog, a.log))
 	mux.HandleFunc("POST /ca/root", call(a.root, a.log))
 	mux.HandleFunc("POST /ca/issue", call(a.issue, a.log))
 	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
@@ -107,6 +109,13 @@ func (a *assembly) endpoints() (e Endpoints) {
 		e.CoAPTCP = "coap+tcp://" + reach(at.Plain, a.external)
 	}
 	e.HTTP, e.GRPC = a.httpURL, a.grpcAddress
+	if a.devices.WebSocket() != nil {
+		if at, secure := strings.CutPrefix(a.httpURL, "https://"); secure {
+			e.CoAPSWS = "coaps+ws://" + at
+		} else {
+			e.CoAPWS = "coap+ws://" + strings.TrimPrefix(at, "http://")
+		}
+	}
 	if a.provider != nil {
 		e.OAuth = a.httpURL + issuerPath(a.provider.Issuer())
 	}
@@ -153,11 +162,7 @@ func (a *assembly) reachDevices(address string) string {
 }
 
 func (a *assembly) refused(context.Context, struct{}) ([]Refusal, error) {
-	out := []Refusal{} // an empty list for scripts, not null
-	for _, r := range a.devices.Refused() {
-		out = append(out, Refusal{Time: r.Time.UTC(), Remote: r.Remote, Device: string(r.Device), What: r.What, Reason: r.Reason})
-	}
-	return out, nil
+	return append([]Refusal{}, administration{a}.Refused()...), nil // an empty list for scripts, not null
 }
 
 // device says how a device is attached, or was until it went.
@@ -179,6 +184,10 @@ func (a *assembly) device(_ context.Context, q deviceRequest) (DeviceStatus, err
 	if !d.EndedAt.IsZero() {
 		at := d.EndedAt.UTC()
 		s.EndedAt = &at
+	}
+	if d.Contact.Interval > 0 {
+		next := time.Unix(0, d.Contact.Next).UTC()
+		s.NextContact, s.ContactInterval = &next, d.Contact.Interval.Seconds()
 	}
 	return s, nil
 }

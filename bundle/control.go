@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"time"
 
+	grpcgateway "github.com/coaphub/coaphub/grpc-gateway"
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/obs"
 )
@@ -23,6 +24,8 @@ type Endpoints struct {
 	CoAPS    string `json:"coaps,omitempty"`
 	CoAPTCP  string `json:"coap+tcp,omitempty"`
 	CoAP     string `json:"coap,omitempty"`
+	CoAPSWS  string `json:"coaps+ws,omitempty"`
+	CoAPWS   string `json:"coap+ws,omitempty"`
 	HTTP     string `json:"http,omitempty"`
 	GRPC     string `json:"grpc,omitempty"` // host:port
 	Admin    string `json:"admin,omitempty"`
@@ -60,13 +63,7 @@ type Feed struct {
 }
 
 // Refusal is a connection, sign-up or sign-in that was refused.
-type Refusal struct {
-	Time   time.Time `json:"time"`
-	Remote string    `json:"remote"`
-	Device string    `json:"device,omitempty"`
-	What   string    `json:"what"`
-	Reason string    `json:"reason"`
-}
+type Refusal = grpcgateway.Refusal
 
 // DeviceStatus is how a device is attached, or was until it went; of this run of the hub only.
 type DeviceStatus struct {
@@ -81,6 +78,10 @@ type DeviceStatus struct {
 	BytesIn        uint64    `json:"bytesIn"` // of its connection, CoAP without TLS
 	BytesOut       uint64    `json:"bytesOut"`
 	RoundTrip      float64   `json:"roundTripSeconds,omitempty"` // of the last answered ping
+	// NextContact is when a device that sleeps is expected to say something, ContactInterval how long it usually sleeps; absent
+	// for others.
+	NextContact     *time.Time `json:"nextContact,omitempty"`
+	ContactInterval float64    `json:"contactIntervalSeconds,omitempty"`
 	// EndedAt and EndReason are of the last session that ended: the one above, or the one before it.
 	EndedAt   *time.Time `json:"endedAt,omitempty"`
 	EndReason string     `json:"endReason,omitempty"`

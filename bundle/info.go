@@ -8,6 +8,7 @@ import (
 
 	grpcgateway "github.com/coaphub/coaphub/grpc-gateway"
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/coap"
 	"github.com/coaphub/coaphub/internal/store"
 )
 
@@ -40,12 +41,27 @@ func (a *assembly) hubInfo() grpcgateway.HubConfiguration {
 	return c
 }
 
-// pages are what the HTTP door serves besides the API: the embedded provider, which knows its issuer's path.
+// pages are what the HTTP door serves besides the API: the embedded provider, which knows its issuer's path, and the way in
+// for devices over WebSocket.
 func (a *assembly) pages() http.Handler {
-	if a.provider == nil {
-		return nil
+	provider := http.NotFoundHandler()
+	if a.provider != nil {
+		provider = a.provider.Handler()
 	}
-	return a.provider.Handler()
+	ws := a.devices.WebSocket()
+	switch {
+	case ws == nil && a.provider == nil:
+		return nil
+	case ws == nil:
+		return provider
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == coap.WebSocketPath {
+			ws.ServeHTTP(w, r)
+			return
+		}
+		provider.ServeHTTP(w, r)
+	})
 }
 
 // secretKey returns a secret of 32 bytes, and makes it in a new hub. It outlives restarts.

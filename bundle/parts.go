@@ -22,6 +22,7 @@ func (a *assembly) parts() []run.Part {
 		}})
 	}
 	ps = append(ps,
+		run.Part{Name: "audit", Run: a.audit.Run}, // ends after the doors, whose last calls it still takes
 		run.Part{Name: "resource-directory", Run: a.directory.Run},
 		run.Part{Name: "identity-store", Run: a.identities.Run},
 	)
@@ -33,7 +34,7 @@ func (a *assembly) parts() []run.Part {
 		run.Part{Name: "coap-gateway", Run: a.runDevices},
 	)
 	ps = append(ps, run.Part{Name: "socket", Run: func(ctx context.Context, ready func()) error {
-		return serveSocket(ctx, a.folder, a.calls(), newSocketMetrics(a.registry), a.log.With("part", "socket"), ready)
+		return serveSocket(ctx, a.folder, a.calls(), newSocketMetrics(a.registry), a.audit.Record, a.log.With("part", "socket"), ready)
 	}})
 	return ps
 }

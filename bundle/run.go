@@ -95,6 +95,8 @@ func (a *assembly) readyLine(s Status) string {
 	add("coaps", s.Endpoints.CoAPS)
 	add("coap+tcp", s.Endpoints.CoAPTCP)
 	add("coap", s.Endpoints.CoAP)
+	add("coaps+ws", s.Endpoints.CoAPSWS)
+	add("coap+ws", s.Endpoints.CoAPWS)
 	add("http", s.Endpoints.HTTP)
 	add("grpc", s.Endpoints.GRPC)
 	add("admin", s.Endpoints.Admin)

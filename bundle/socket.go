@@ -1,6 +1,7 @@
 package bundle
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -42,7 +43,7 @@ func socketPath(data string) (path string, release func(), err error) {
 
 // serveSocket answers h on the folder's socket until ctx ends. Who may open the socket is decided by the folder's
 // permissions (0700) and the socket's own (0600): whoever can is administrator.
-func serveSocket(ctx context.Context, f *Folder, h http.Handler, m *socketMetrics, log *slog.Logger, ready func()) error {
+func serveSocket(ctx context.Context, f *Folder, h http.Handler, m *socketMetrics, record recordFunc, log *slog.Logger, ready func()) error {
 	path, release, err := socketPath(f.Path)
 	if err != nil {
 		return err
@@ -59,7 +60,7 @@ func serveSocket(ctx context.Context, f *Folder, h http.Handler, m *socketMetric
 	if err := os.Chmod(path, 0o600); err != nil {
 		return errors.Join(err, ln.Close())
 	}
-	return obs.ServeHTTP(ctx, peerListener{ln}, audit(h, m, log), 2*time.Second, log, ready)
+	return obs.ServeHTTP(ctx, peerListener{ln}, audited(h, m, record, log), 2*time.Second, log, ready)
 }
 
 // peerListener notes who is at the other end of each connection, as its remote address.
@@ -108,9 +109,12 @@ func peerOf(c net.Conn) (cred *unix.Ucred, err error) {
 	return cred, err
 }
 
-// audit counts each call and writes a line about it: at debug level for reading the status, which scripts do all the time. A
-// panic ends one call.
-func audit(h http.Handler, m *socketMetrics, log *slog.Logger) http.Handler {
+// recordFunc adds an entry to the audit log, also if the caller has gone.
+type recordFunc = func(context.Context, hub.AuditEntry) error
+
+// audited counts each call and writes a line about it: at debug level for reading the status, which scripts do all the time.
+// Those that change something are in the audit log too. A panic ends one call.
+func audited(h http.Handler, m *socketMetrics, record recordFunc, log *slog.Logger) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		name := "unknown"
 		rec := &statusRecorder{ResponseWriter: w, code: http.StatusOK}
@@ -128,6 +132,16 @@ func audit(h http.Handler, m *socketMetrics, log *slog.Logger) http.Handler {
 			}
 			log.Log(r.Context(), level, "administrator's call over the socket",
 				"peer", r.RemoteAddr, "user", userOf(r.RemoteAddr), "call", r.Method+" "+r.URL.Path, "answer", rec.code)
+			if name == "unknown" || socketReads[name] {
+				return
+			}
+			err := record(r.Context(), hub.AuditEntry{
+				Door: "socket", Call: name, User: userOf(r.RemoteAddr), Remote: r.RemoteAddr, Target: rec.target,
+				Outcome: cmp.Or(rec.reason, "ok"),
+			})
+			if err != nil {
+				log.ErrorContext(r.Context(), "a call over the socket is missing in the audit log", "call", name, "error", err)
+			}
 		}()
 		if mux, ok := h.(*http.ServeMux); ok { // the pattern and not the path, which anybody chooses
 			if _, pattern := mux.Handler(r); pattern != "" && pattern != "/" {
@@ -140,7 +154,9 @@ func audit(h http.Handler, m *socketMetrics, log *slog.Logger) http.Handler {
 
 type statusRecorder struct {
 	http.ResponseWriter
-	code int
+	code   int
+	reason string // stable code of the error that was answered
+	target string // what the call is about
 }
 
 func (r *statusRecorder) WriteHeader(code int) { r.code = code; r.ResponseWriter.WriteHeader(code) }
@@ -194,6 +210,9 @@ type wireError struct {
 
 func refuse(w http.ResponseWriter, err error) {
 	code, text := hub.Public(err)
+	if rec, ok := w.(*statusRecorder); ok {
+		rec.reason = code
+	}
 	reply(w, statusOf(hub.KindOf(err)), wireError{hub.KindOf(err), code, text})
 }
 
@@ -215,6 +234,11 @@ func call[Q, A any](do func(ctx context.Context, q Q) (A, error), log *slog.Logg
 		if err := dec.Decode(&q); err != nil && !errors.Is(err, io.EOF) {
 			refuse(w, &hub.Error{Kind: hub.Invalid, Code: "request-malformed", Text: "the call's body is not what was expected", Err: err})
 			return
+		}
+		if rec, ok := w.(*statusRecorder); ok {
+			if named, ok := any(q).(interface{ target() string }); ok {
+				rec.target = named.target()
+			}
 		}
 		a, err := do(r.Context(), q)
 		if err != nil {

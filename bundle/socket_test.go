@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"testing"
 
@@ -35,7 +36,11 @@ func TestCallsThatGoWrong(t *testing.T) {
 		return "hello " + q.Name, nil
 	}, logger))
 	m := newSocketMetrics(prometheus.NewRegistry())
-	h := audit(mux, m, logger)
+	var entries []hub.AuditEntry
+	h := audited(mux, m, func(_ context.Context, e hub.AuditEntry) error {
+		entries = append(entries, e)
+		return nil
+	}, logger)
 
 	for _, c := range []struct {
 		name, method, path, body string
@@ -72,6 +77,17 @@ func TestCallsThatGoWrong(t *testing.T) {
 				t.Errorf("%s is counted %v times", c.outcome, n-before)
 			}
 		})
+	}
+	var outcomes []string
+	for _, e := range entries { // all but the call that does not exist
+		if e.Door != "socket" || e.Call != "POST /ask" || e.User != "root" {
+			t.Errorf("in the audit log: %+v", e)
+		}
+		outcomes = append(outcomes, e.Outcome)
+	}
+	want := []string{"ok", "ok", "request-malformed", "request-malformed", "request-malformed", "thing-missing", "internal", "internal"}
+	if !slices.Equal(outcomes, want) {
+		t.Errorf("outcomes in the audit log: %v, want %v", outcomes, want)
 	}
 	for _, want := range []string{"hunter2", "oh no", "socket_test.go", "user=root"} {
 		if !strings.Contains(log.String(), want) {

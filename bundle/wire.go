@@ -17,6 +17,7 @@ import (
 	grpcgateway "github.com/coaphub/coaphub/grpc-gateway"
 	"github.com/coaphub/coaphub/hub"
 	identitystore "github.com/coaphub/coaphub/identity-store"
+	"github.com/coaphub/coaphub/internal/audit"
 	"github.com/coaphub/coaphub/internal/auth"
 	"github.com/coaphub/coaphub/internal/obs"
 	"github.com/coaphub/coaphub/internal/store"
@@ -45,6 +46,7 @@ type assembly struct {
 	store      *pebblestore.Store
 	documents  store.Documents // of the store, but secrets are files
 	authority  *certificateauthority.Authority
+	audit      *audit.Log
 	directory  *resourcedirectory.Directory
 	identities *identitystore.Store
 	provider   *oauthserver.Server // nil with external providers
@@ -113,6 +115,9 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	}
 	a.documents = &withSecrets{Documents: a.store, dir: folder.sub(keysFolder)}
 
+	if a.audit, err = audit.Open(ctx, a.store, log.With("part", "audit"), a.registry); err != nil {
+		return nil, err
+	}
 	// The same writer all along, another one after each start.
 	writer := uuid.NewString()
 	if a.directory, err = resourcedirectory.New(a.directoryConfig(), a.store, log.With("part", "resource-directory"), a.registry, writer); err != nil {
@@ -162,6 +167,7 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	}
 	a.apps, err = grpcgateway.New(cfg.GRPCGateway, grpcgateway.Deps{
 		Directory: a.directory, Identities: a.identities, Verifier: a.verifier, HubID: a.hubID, HubInfo: a.hubInfo,
+		Administration: administration{a}, Audit: a.audit,
 		Hosts: []string{a.external}, Pages: a.pages(), TLS: https, Listen: a.opened, CursorKey: cursors,
 	}, log.With("part", "grpc-gateway"), a.registry)
 	if err != nil {

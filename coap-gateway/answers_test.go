@@ -2,6 +2,7 @@ package coapgateway
 
 import (
 	"fmt"
+	"slices"
 	"testing"
 
 	"github.com/plgd-dev/go-coap/v3/message"
@@ -83,6 +84,17 @@ func (r *raw) answer(to message.Message, code codes.Code, v any, observe int) {
 	r.write(m)
 }
 
+// lists answers with the device's links, and then that it does not say where it is in its own network.
+func (r *raw) lists(to message.Message, links []body) {
+	r.t.Helper()
+	r.answer(to, codes.Content, links, -1)
+	where := r.readRequest("/oic/res")
+	if q, err := where.Options.Queries(); err != nil || !slices.Contains(q, "rt=oic.wk.d") {
+		r.t.Fatalf("the hub did not ask where the device is, but for %q, %v", q, err)
+	}
+	r.answer(where, codes.NotFound, nil, -1)
+}
+
 // noBatch is a device's own link that says it does not observe in batch.
 var noBatch = body{"href": "/oic/res", "p": body{"bm": 1}}
 
@@ -107,7 +119,7 @@ func TestPublishWhileTheDeviceListsItsLinks(t *testing.T) {
 	h.published("/ghost", "/back*")
 	r, list := h.signedIn()
 	r.ask(publishing(t, 2, "/late", "/back"), codes.Changed)
-	r.answer(list, codes.Content, []body{noBatch}, -1)
+	r.lists(list, []body{noBatch})
 	r.answer(r.readRequest("/back"), codes.Content, body{"n": 2}, 2)
 	r.answer(r.readRequest("/late"), codes.Content, body{"n": 3}, 2)
 	h.awaitValue("/back", 2)
@@ -126,7 +138,7 @@ func TestPublishOfMuchWhileTheDeviceListsItsLinks(t *testing.T) {
 	r, list := h.signedIn()
 	r.ask(publishing(t, 2, "/a", "/b"), codes.Changed)
 	r.ask(publishing(t, 3, "/c"), codes.Changed)
-	r.answer(list, codes.Content, []body{noBatch}, -1)
+	r.lists(list, []body{noBatch})
 	r.answer(r.readRequest("/a"), codes.Content, body{"n": 1}, 2)
 	h.awaitValue("/a", 1)
 	for _, l := range []string{"unpublished /a", "unpublished /b", "unpublished /c"} {
@@ -141,7 +153,7 @@ func TestPublishWhileTheResourceIsAskedFor(t *testing.T) {
 	h := start(t, nil)
 	h.published("/x")
 	r, list := h.signedIn()
-	r.answer(list, codes.Content, []body{noBatch, {"href": "/x"}}, -1)
+	r.lists(list, []body{noBatch, {"href": "/x"}})
 	first := r.readRequest("/x")
 	r.ask(publishing(t, 2, "/x"), codes.Changed)
 	r.answer(first, codes.NotFound, nil, -1)
@@ -161,7 +173,7 @@ func TestPublishWhileAnotherResourceIsAskedFor(t *testing.T) {
 	h := start(t, nil)
 	h.published("/a")
 	r, list := h.signedIn()
-	r.answer(list, codes.Content, []body{noBatch, {"href": "/a"}}, -1)
+	r.lists(list, []body{noBatch, {"href": "/a"}})
 	first := r.readRequest("/a")
 	r.ask(publishing(t, 2, "/x"), codes.Changed)
 	r.answer(first, codes.Content, body{"n": 1}, -1)
@@ -175,7 +187,7 @@ func TestUnpublishWhileTheBatchIsAskedFor(t *testing.T) {
 	h.published("/x*", "/y*")
 	r, list := h.signedIn()
 	inBatch := body{"href": "/oic/res", "if": []string{"oic.if.b"}, "p": body{"bm": 3}}
-	r.answer(list, codes.Content, []body{inBatch, {"href": "/x"}, {"href": "/y"}}, -1)
+	r.lists(list, []body{inBatch, {"href": "/x"}, {"href": "/y"}})
 	batch := r.readRequest("/oic/res")
 	r.ask(unpublishing(2, "/x"), codes.Deleted)
 	elements := []body{{"href": "/x", "rep": body{"n": 1}}, {"href": "/y", "rep": body{"n": 2}}}
@@ -192,7 +204,7 @@ func TestUnpublishWhileTheResourceIsAskedFor(t *testing.T) {
 	h := start(t, nil)
 	h.published("/a*", "/x*", "/z*")
 	r, list := h.signedIn()
-	r.answer(list, codes.Content, []body{noBatch, {"href": "/a"}, {"href": "/x"}, {"href": "/z"}}, -1)
+	r.lists(list, []body{noBatch, {"href": "/a"}, {"href": "/x"}, {"href": "/z"}})
 	r.answer(r.readRequest("/a"), codes.Content, body{"n": 1}, 2)
 	first := r.readRequest("/x")
 	r.ask(unpublishing(2, "/z"), codes.Deleted) // not asked for yet: it never is
@@ -215,7 +227,7 @@ func TestPublishedAnewAsObservable(t *testing.T) {
 	h := start(t, nil)
 	h.published("/x")
 	r, list := h.signedIn()
-	r.answer(list, codes.Content, []body{noBatch, {"href": "/x"}}, -1)
+	r.lists(list, []body{noBatch, {"href": "/x"}})
 	r.answer(r.readRequest("/x"), codes.Content, body{"n": 1}, -1)
 	h.awaitValue("/x", 1)
 	r.ask(publishing(t, 2, "/x"), codes.Changed)
@@ -235,7 +247,7 @@ func TestPublishWhileTheResourceIsBeingObserved(t *testing.T) {
 	h := start(t, nil)
 	h.published("/x*")
 	r, list := h.signedIn()
-	r.answer(list, codes.Content, []body{noBatch, {"href": "/x"}}, -1)
+	r.lists(list, []body{noBatch, {"href": "/x"}})
 	first := r.readRequest("/x")
 	r.ask(publishing(t, 2, "/x"), codes.Changed)
 	r.answer(first, codes.Content, body{"n": 1}, 2)
@@ -252,7 +264,7 @@ func TestNotificationAfterUnpublish(t *testing.T) {
 	h := start(t, nil)
 	h.published("/x*")
 	r, list := h.signedIn()
-	r.answer(list, codes.Content, []body{noBatch, {"href": "/x"}}, -1)
+	r.lists(list, []body{noBatch, {"href": "/x"}})
 	first := r.readRequest("/x")
 	r.answer(first, codes.Content, body{"n": 1}, 2)
 	h.awaitValue("/x", 1)

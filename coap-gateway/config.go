@@ -5,6 +5,7 @@ import (
 	"encoding/pem"
 	"fmt"
 	"net"
+	"net/url"
 	"os"
 	"slices"
 	"strconv"
@@ -45,11 +46,10 @@ type CoAPConfig struct {
 	// MaxSilence ends a session over DTLS whose device has said nothing for so long: such devices are not pinged, they may
 	// sleep. A session over plain UDP ends so, too, if its address has proven to be the device's.
 	MaxSilence time.Duration `yaml:"maxSilence"`
-	// SleepAfter is for devices that sleep, on UDP and DTLS: commands for one that has said nothing for so long wait for its next
-	// message. Else, or with 0, a device is taken to sleep once it did not react to a request. Default 0.
-	SleepAfter time.Duration `yaml:"sleepAfter"`
 	TLS        TLSConfig     `yaml:"tls"`
 	DTLS       DTLSConfig    `yaml:"dtls"`
+	// WebSocket lets browsers be devices, on the applications' HTTP listener.
+	WebSocket WebSocketConfig `yaml:"webSocket"`
 	// Authorization says how devices prove who they are.
 	Authorization AuthorizationConfig `yaml:"authorization"`
 }
@@ -93,6 +93,16 @@ type DTLSConfig struct {
 	MaxHandshakesPerNetwork int `yaml:"maxHandshakesPerNetwork"`
 	// Gateway is the first part of connection IDs, by which a load balancer can tell gateways apart.
 	Gateway uint16 `yaml:"gateway"`
+}
+
+// WebSocketConfig is everything below coapGateway.api.coap.webSocket.
+type WebSocketConfig struct {
+	// Enabled opens /.well-known/coap of grpcGateway.api.http for CoAP over WebSocket (RFC 8323). Off by default: no
+	// certificate is asked for there, so a token alone says which device it is, as on plainAddress.
+	Enabled bool `yaml:"enabled"`
+	// Origins are those of web pages that may connect, exactly as browsers send them, such as https://console.example.com;
+	// the hub's own pages always may. Programs that send no Origin are not browsers and need none.
+	Origins []string `yaml:"origins"`
 }
 
 // AuthorizationConfig is everything below coapGateway.api.coap.authorization.
@@ -142,6 +152,9 @@ type TwinConfig struct {
 	UseETags bool `yaml:"useETags"`
 	// MaxETagsCountInRequest is how many of the newest ETags it is told.
 	MaxETagsCountInRequest int `yaml:"maxETagsCountInRequest"`
+	// AskQuietAfter is how long, on average, after the Max-Age of what it reported last (60 s if it says none) a device over UDP
+	// or DTLS is asked for an observed resource: a report may be lost there. 0: never. Devices that sleep are not asked.
+	AskQuietAfter time.Duration `yaml:"askQuietAfter"`
 }
 
 // Default returns the configuration of a hub that nobody configured.
@@ -163,7 +176,7 @@ func Default() Config {
 				HandshakeTimeout: 120 * time.Second, FlightInterval: 9 * time.Second, MaxHandshakes: 1024, MaxHandshakesPerNetwork: 256,
 			},
 		}},
-		DeviceTwin: TwinConfig{UseETags: true, MaxETagsCountInRequest: 8},
+		DeviceTwin: TwinConfig{UseETags: true, MaxETagsCountInRequest: 8, AskQuietAfter: 10 * time.Second},
 	}
 }
 
@@ -175,8 +188,17 @@ func (c Config) Validate() []error {
 		errs = append(errs, fmt.Errorf("%s: %s", path, fmt.Sprintf(format, args...)))
 	}
 	co := c.API.CoAP
-	if co.Address == "" && co.PlainAddress == "" {
-		bad(api+"address", "at least one of address and plainAddress must be set")
+	if co.Address == "" && co.PlainAddress == "" && !co.WebSocket.Enabled {
+		bad(api+"address", "at least one of address, plainAddress and webSocket.enabled must be set")
+	}
+	for i, o := range co.WebSocket.Origins {
+		// A pattern, or a path, would never be equal to what a browser sends.
+		if u, err := url.Parse(o); err != nil || u.Scheme == "" || u.Host == "" || strings.ContainsAny(o, "*@?# ") || u.Path != "" {
+			bad(fmt.Sprintf("%swebSocket.origins[%d]", api, i), "%q is no origin; write scheme://host or scheme://host:port", o)
+		}
+	}
+	if len(co.WebSocket.Origins) > 0 && !co.WebSocket.Enabled {
+		bad(api+"webSocket.origins", "nobody reads them unless webSocket.enabled is true")
 	}
 	for _, a := range []struct{ path, value string }{
 		{"address", co.Address}, {"plainAddress", co.PlainAddress}, {"externalAddress", co.ExternalAddress},
@@ -217,9 +239,6 @@ func (c Config) Validate() []error {
 	if co.MaxSilence < time.Minute {
 		bad(api+"maxSilence", "%v is less than 1m", co.MaxSilence)
 	}
-	if co.SleepAfter < 0 {
-		bad(api+"sleepAfter", "%v is less than 0", co.SleepAfter)
-	}
 	if co.DTLS.HandshakeTimeout < time.Second {
 		bad(api+"dtls.handshakeTimeout", "%v is less than 1s", co.DTLS.HandshakeTimeout)
 	}
@@ -258,6 +277,9 @@ func (c Config) Validate() []error {
 	}
 	if n := c.DeviceTwin.MaxETagsCountInRequest; n < 0 || n > 64 {
 		bad("coapGateway.deviceTwin.maxETagsCountInRequest", "%d is not between 0 and 64", n)
+	}
+	if d := c.DeviceTwin.AskQuietAfter; d != 0 && d < time.Second {
+		bad("coapGateway.deviceTwin.askQuietAfter", "%v is neither 0 nor at least 1s", d)
 	}
 	return errs
 }

@@ -11,8 +11,17 @@ func TestDefaultIsValid(t *testing.T) {
 		t.Error(errs)
 	}
 	c := Default().API.CoAP
-	if !c.TLS.ClientCertificateRequired || !c.TLS.IdentityPropertiesRequired || c.PlainAddress != "" || c.Authorization.StrictDeviceID {
+	if c.WebSocket.Enabled || !c.TLS.ClientCertificateRequired || !c.TLS.IdentityPropertiesRequired || c.PlainAddress != "" || c.Authorization.StrictDeviceID {
 		t.Errorf("the defaults are not the safe ones: %+v", c)
+	}
+}
+
+// A hub may be there for browsers alone.
+func TestWebSocketAloneIsValid(t *testing.T) {
+	c := Default()
+	c.API.CoAP.Address, c.API.CoAP.WebSocket = "", WebSocketConfig{Enabled: true, Origins: []string{"https://console.example:8443"}}
+	if errs := c.Validate(); len(errs) > 0 {
+		t.Error(errs)
 	}
 }
 
@@ -25,7 +34,6 @@ func TestValidateNamesThePath(t *testing.T) {
 		"coapGateway.api.coap.protocols[0]":    func(c *Config) { c.API.CoAP.Protocols = []string{"sctp"} },
 		"coapGateway.api.coap.protocols[1]":    func(c *Config) { c.API.CoAP.Protocols = []string{"udp", "udp"} },
 		"coapGateway.api.coap.maxSilence":      func(c *Config) { c.API.CoAP.MaxSilence = time.Second },
-		"coapGateway.api.coap.sleepAfter":      func(c *Config) { c.API.CoAP.SleepAfter = -1 },
 		"coapGateway.api.coap.dtls.handshakeTimeout": func(c *Config) {
 			c.API.CoAP.DTLS.HandshakeTimeout = 0
 		},
@@ -33,6 +41,13 @@ func TestValidateNamesThePath(t *testing.T) {
 		"coapGateway.api.coap.dtls.maxHandshakes":  func(c *Config) { c.API.CoAP.DTLS.MaxHandshakes = 0 },
 		"coapGateway.api.coap.dtls.maxHandshakesPerNetwork": func(c *Config) {
 			c.API.CoAP.DTLS.MaxHandshakesPerNetwork = 0
+		},
+		"coapGateway.api.coap.webSocket.origins": func(c *Config) { c.API.CoAP.WebSocket.Origins = []string{"https://a.example"} },
+		"coapGateway.api.coap.webSocket.origins[0]": func(c *Config) {
+			c.API.CoAP.WebSocket = WebSocketConfig{Enabled: true, Origins: []string{"*"}}
+		},
+		"coapGateway.api.coap.webSocket.origins[1]": func(c *Config) {
+			c.API.CoAP.WebSocket = WebSocketConfig{Enabled: true, Origins: []string{"https://a.example:8443", "https://a.example/"}}
 		},
 		"coapGateway.api.coap.maxMessageSize":    func(c *Config) { c.API.CoAP.MaxMessageSize = 12 },
 		"coapGateway.api.coap.maxConnections":    func(c *Config) { c.API.CoAP.MaxConnections = 0 },

@@ -18,9 +18,6 @@ const (
 	// afterEnd is how long an answer is waited for after the command's end, to record that it came: until then nothing else is
 	// asked of the device.
 	afterEnd = time.Second
-	// noReaction is how long a device must say nothing to a request before it is taken to sleep: the first retransmission of it
-	// had its time (RFC 7252, Section 4.8: 3 s, then 6 s at most).
-	noReaction = 5 * time.Second
 	// askDirectoryAgain is the pause after the directory could not be asked, or told.
 	askDirectoryAgain = time.Second
 )
@@ -34,9 +31,9 @@ type outbox struct {
 	mu      sync.Mutex // guards all below
 	s       *session   // nil before the session has begun
 	running bool
-	waiting bool            // the directory has commands for us
-	hand    []hub.Command   // bound to the session, not begun; the directory hands over one, and only while we are ready
-	awake   <-chan struct{} // set while the device is taken to sleep: closed when it says something
+	waiting bool          // the directory has commands for us
+	hand    []hub.Command // bound to the session, not begun; the directory hands over one, and only while we are ready
+	timer   *time.Timer   // tries a device that sleeps; set only while the goroutine does not run and commands wait
 }
 
 // begin starts what waited for the session.
@@ -49,13 +46,22 @@ func (b *outbox) begin(s *session, waiting bool) {
 }
 
 // stop waits for the goroutine. The session's context is over, so nothing starts any more.
-func (b *outbox) stop() { b.done.Wait() }
+func (b *outbox) stop() {
+	b.mu.Lock()
+	b.disarm()
+	b.mu.Unlock()
+	b.done.Wait()
+}
 
 // ready reports whether a command could be sent at once.
 func (b *outbox) ready() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.s != nil && b.s.ctx.Err() == nil && !b.running && !b.waiting && !b.asleep()
+	if b.s == nil || b.s.ctx.Err() != nil || b.running || b.waiting {
+		return false
+	}
+	listens, _ := b.s.rhythm.inReach(time.Now())
+	return listens
 }
 
 func (b *outbox) deliver(c hub.Command) {
@@ -72,30 +78,19 @@ func (b *outbox) wake() {
 	b.start()
 }
 
-// asleep reports whether the device is taken to sleep: it did not react to a request, or has said nothing for sleepAfter, and
-// nothing since. b.mu is held.
-func (b *outbox) asleep() bool {
-	if b.s.conn.Info().Stream {
-		return false // the connection would be over
+// listens says that the device listens now: what waits for it goes out.
+func (b *outbox) listens() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.start()
+}
+
+// disarm stops the timer. b.mu is held.
+func (b *outbox) disarm() {
+	if b.timer != nil {
+		b.timer.Stop()
+		b.timer = nil
 	}
-	if b.awake != nil {
-		select {
-		case <-b.awake:
-			b.awake = nil
-		default:
-			return true
-		}
-	}
-	after := b.s.gw.cfg.API.CoAP.SleepAfter
-	if after == 0 {
-		return false
-	}
-	next := b.s.conn.Next() // before the look, so that nothing is missed in between
-	if time.Since(b.s.conn.Stats().LastActivity) < after {
-		return false
-	}
-	b.awake = next
-	return true
 }
 
 // start runs the goroutine unless it runs. b.mu is held.
@@ -104,6 +99,7 @@ func (b *outbox) start() {
 	if s == nil || b.running || !b.waiting && len(b.hand) == 0 || s.ctx.Err() != nil {
 		return
 	}
+	b.disarm()
 	b.running = true
 	b.done.Go(func() {
 		if !s.conn.Guard("commands", b.run) {
@@ -116,7 +112,6 @@ func (b *outbox) run() {
 	for {
 		b.mu.Lock()
 		var c *hub.Command
-		var sleep <-chan struct{}
 		switch {
 		case b.s.ctx.Err() != nil, len(b.hand) == 0 && !b.waiting:
 			b.running = false
@@ -125,21 +120,23 @@ func (b *outbox) run() {
 		case len(b.hand) > 0:
 			c = &b.hand[0]
 			b.hand = b.hand[1:]
-		case b.asleep():
-			sleep = b.awake
 		default:
+			// What is bound to the session and finds nobody is lost, so nothing is taken for a device that does not listen. Its
+			// next message, or the time to try it, starts this again.
+			if ok, again := b.s.rhythm.inReach(time.Now()); !ok {
+				if !again.IsZero() {
+					b.timer = time.AfterFunc(time.Until(again), b.listens)
+				}
+				b.running = false
+				b.mu.Unlock()
+				return
+			}
 			b.waiting = false
 		}
 		b.mu.Unlock()
-		switch {
-		case c != nil:
+		if c != nil {
 			b.carryOut(c)
-		case sleep != nil:
-			select {
-			case <-sleep:
-			case <-b.s.ctx.Done():
-			}
-		default:
+		} else {
 			b.take()
 		}
 	}
@@ -193,9 +190,13 @@ func (b *outbox) carryOut(c *hub.Command) {
 		return
 	}
 	begun := time.Now()
-	ctx, cancel := context.WithTimeout(s.ctx, min(left+afterEnd, s.gw.cfg.API.CoAP.KeepAlive.Timeout))
+	ctx, cancel := context.WithTimeout(s.ctx, left+afterEnd)
 	defer cancel()
-	m, err := s.conn.Do(ctx, req)
+	var m *coap.Message
+	err = s.request(ctx, func(ctx context.Context) (err error) {
+		m, err = s.conn.Do(ctx, req)
+		return err
+	})
 	if s.ctx.Err() != nil {
 		return // the session is over, and with it the command
 	}
@@ -203,7 +204,6 @@ func (b *outbox) carryOut(c *hub.Command) {
 	switch kind := hub.KindOf(err); {
 	case err == nil:
 	case kind == hub.Deadline:
-		b.silent(begun)
 		a = hub.Answer{End: hub.CommandUnavailable, Content: plainText("the device did not answer")}
 	case kind == hub.Unavailable:
 		a = hub.Answer{End: hub.CommandUnavailable, Content: plainText("the request could not be sent, or was not answered")}
@@ -223,17 +223,6 @@ func (b *outbox) carryOut(c *hub.Command) {
 		}
 	}
 	b.ended(c, a)
-}
-
-// silent takes the device to sleep until it says something, if it did not react at all for long enough: on a stream it is only
-// slow, and a device that acknowledged the request is awake.
-func (b *outbox) silent(begun time.Time) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	next := b.s.conn.Next() // before the look, so that nothing is missed in between
-	if !b.s.conn.Info().Stream && time.Since(begun) >= noReaction && b.s.conn.Stats().LastActivity.Before(begun) {
-		b.awake = next
-	}
 }
 
 // goneByCommand unpublishes a resource that the device says it does not have; its twin becomes NOT_FOUND.

@@ -4,15 +4,13 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"net"
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
-	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
-	"github.com/plgd-dev/go-coap/v3/udp/coder"
 
 	"github.com/coaphub/coaphub/hub"
 )
@@ -47,6 +45,11 @@ func (h *hall) awaitEnd(id string) hub.Answer {
 	return a
 }
 
+// commands returns what the device was asked, but for where it is, which every device is asked.
+func (d *device) commands() []string {
+	return slices.DeleteFunc(d.asks(), func(s string) bool { return s == "0.01 /oic/res ?if=oic.if.ll ?rt=oic.wk.d" })
+}
+
 func TestCommandsBecomeRequests(t *testing.T) {
 	h := start(t, nil)
 	h.w.off[lampID] = true // the twin asks nothing
@@ -74,7 +77,7 @@ func TestCommandsBecomeRequests(t *testing.T) {
 		if a.End != hub.CommandCompleted || a.Status != hub.StatusOK || !bytes.Equal(a.ETag, []byte{0xe7, 1}) || a.Content.Format != 10000 {
 			t.Errorf("%s: answer %+v", test.want, a)
 		}
-		if got := d.asks(); len(got) != i+1 || got[i] != test.want {
+		if got := d.commands(); len(got) != i+1 || got[i] != test.want {
 			t.Errorf("the device was asked %q, want %q", got, test.want)
 		}
 	}
@@ -139,7 +142,7 @@ func TestCommandsWaitTheirTurn(t *testing.T) {
 	if a := h.awaitEnd("1"); a.Status != hub.StatusOK {
 		t.Errorf("the first ended with %+v", a)
 	}
-	if got := d.asks(); !slices.Equal(got, []string{"0.02 /light", "0.02 /silent", "0.02 /light"}) {
+	if got := d.commands(); !slices.Equal(got, []string{"0.02 /light", "0.02 /silent", "0.02 /light"}) {
 		t.Errorf("the device was asked %q", got)
 	}
 	if i, j := slices.Index(h.w.log, "ended 1 1"), slices.Index(h.w.log, "taken 2"); i < 0 || i > j {
@@ -151,7 +154,7 @@ func TestCommandsWaitTheirTurn(t *testing.T) {
 func TestCommandOfASessionThatEnds(t *testing.T) {
 	h := start(t, nil)
 	h.w.off[lampID] = true
-	d := h.online(lampID, mute)
+	d := h.online(lampID, func(d *device) { d.res["/light"] = resource{silent: true} })
 	h.give(command("1", hub.CommandUpdate, "/light"), command("2", hub.CommandUpdate, "/light"))
 	d.awaitAsked("0.02 /light")
 	_ = d.conn.Close()
@@ -169,7 +172,7 @@ func TestCommandOutOfTime(t *testing.T) {
 	d := h.online(lampID, func(d *device) { d.res["/light"] = value(t, 1, false) })
 	h.give(command("old", hub.CommandUpdate, "/light", func(c *hub.Command) { c.ValidUntil = 1 }), command("new", hub.CommandRetrieve, "/light"))
 	h.awaitEnd("new")
-	if got := d.asks(); !slices.Equal(got, []string{"0.01 /light"}) {
+	if got := d.commands(); !slices.Equal(got, []string{"0.01 /light"}) {
 		t.Errorf("the device was asked %q", got)
 	}
 }
@@ -274,83 +277,77 @@ func TestCommandWhileTheDirectoryIsAway(t *testing.T) {
 	away = false
 	unlock()
 	h.awaitEnd("3")
-	if got := d.asks(); !slices.Equal(got, []string{"0.02 /light", "0.01 /light", "0.01 /light"}) {
+	if got := d.commands(); !slices.Equal(got, []string{"0.02 /light", "0.01 /light", "0.01 /light"}) {
 		t.Errorf("the device was asked %q", got)
 	}
 }
 
-// Over UDP a device that has said nothing for sleepAfter is asleep: what it is asked waits for its next message.
+// What a device that sleeps is asked waits for its next message, and is bound to no session before; also when its twin is off.
 func TestCommandsWaitForASleeper(t *testing.T) {
-	h := start(t, func(c *Config, _ *Deps) { c.API.CoAP.SleepAfter = 300 * time.Millisecond })
-	h.w.off[lampID] = true
-	h.w.own(lampID, "alice")
-	conn, err := net.Dial("udp", h.gw.Addresses().PlainUDP)
-	if err != nil {
-		t.Fatal(err)
+	for _, twin := range []string{"on", "off"} {
+		t.Run("twin "+twin, func(t *testing.T) {
+			doze(t, []string{"/light*"}, nil, func(d *dozer) {
+				d.w.off[lampID] = twin == "off"
+				d.w.contacts[lampID] = hub.Contact{Interval: time.Hour, Next: time.Now().UnixNano()}
+			}, func(t *testing.T, w *world, _ *Gateway, d *dozer) {
+				h := &hall{t: t, w: w}
+				after(openFor + time.Second)
+				if w.to[lampID].Ready() {
+					t.Fatal("a silent device is not asleep")
+				}
+				d.sleep()
+				long := func(c *hub.Command) { c.ValidUntil = time.Now().Add(time.Hour).UnixNano() }
+				h.give(command("1", hub.CommandUpdate, "/light", long), command("2", hub.CommandUpdate, "/light", long))
+				after(30 * time.Minute)
+				if n := d.missedSoFar(); n != 0 {
+					t.Errorf("a sleeper was sent %d messages", n)
+				}
+				if len(w.queue) != 2 {
+					t.Error("a command was bound to the session, where it would be lost")
+				}
+				d.wake()
+				d.ask(get("/oic/rd", 2))
+				synctest.Wait()
+				got := slices.DeleteFunc(d.heardOf(), func(s string) bool { return s != "update /light" })
+				if len(got) != 2 || w.ends["1"].Status != hub.StatusOK || w.ends["2"].Status != hub.StatusOK {
+					t.Errorf("the device woke and was asked %q; %v", got, w.ends)
+				}
+				if i, j := slices.Index(w.log, "ended 1 1"), slices.Index(w.log, "taken 2"); i < 0 || i > j {
+					t.Errorf("a command was bound before it could be sent: %q", w.log)
+				}
+				if got := w.count("sleeps 1h0m0s"); got != 2 {
+					t.Errorf("the directory was told %d times when the device is expected, want at each wake: %q", got, w.log)
+				}
+			})
+		})
 	}
-	defer func() { _ = conn.Close() }()
-	send := func(m message.Message) {
-		t.Helper()
-		buf := make([]byte, 1500)
-		n, err := coder.DefaultCoder.Encode(m, buf)
-		if err != nil {
-			t.Fatal(err)
+}
+
+// A device that was not known to sleep and finds itself without its commands' answers twice is left alone until it is tried,
+// later and later; a command whose time was too short for an answer says nothing about it.
+func TestCommandsFindNobody(t *testing.T) {
+	doze(t, nil, nil, func(d *dozer) { d.w.off[lampID] = true }, func(t *testing.T, w *world, _ *Gateway, d *dozer) {
+		h := &hall{t: t, w: w}
+		d.sleep()
+		short := func(c *hub.Command) { c.ValidUntil = time.Now().Add(time.Second).UnixNano() }
+		for _, id := range []string{"a", "b", "c"} {
+			h.give(command(id, hub.CommandUpdate, "/light", short))
+			after(10 * time.Second)
+			if w.ends[id].End != hub.CommandUnavailable || !w.to[lampID].Ready() {
+				t.Fatalf("a command in vain ended with %+v", w.ends[id])
+			}
 		}
-		if _, err := conn.Write(buf[:n]); err != nil {
-			t.Fatal(err)
+		h.give(command("1", hub.CommandUpdate, "/light"), command("2", hub.CommandUpdate, "/light"), command("3", hub.CommandUpdate, "/light", func(c *hub.Command) {
+			c.ValidUntil = time.Now().Add(time.Hour).UnixNano()
+		}))
+		after(45 * time.Second)
+		if w.ends["2"].End != hub.CommandUnavailable || len(w.queue) != 1 || w.to[lampID].Ready() {
+			t.Fatalf("after two commands in vain: %v, %d wait", w.ends, len(w.queue))
 		}
-	}
-	receive := func(wait time.Duration) (m message.Message, ok bool) {
-		t.Helper()
-		buf := make([]byte, 1500)
-		_ = conn.SetReadDeadline(time.Now().Add(wait))
-		n, err := conn.Read(buf)
-		if err != nil {
-			return m, false
+		d.set(func() { d.asleep = false }) // it says nothing by itself
+		after(askAgain[0])
+		if w.ends["3"].Status != hub.StatusOK {
+			t.Errorf("the device was not tried again: %v", w.ends)
 		}
-		m.Options = make(message.Options, 0, 16)
-		if _, err := coder.DefaultCoder.Decode(buf[:n], &m); err != nil {
-			t.Fatal(err)
-		}
-		return m, true
-	}
-	login := cborOf(t, body{"di": string(lampID), "uid": "alice", "accesstoken": h.w.grant("udp", hub.Claims{}), "login": true})
-	options := message.Options{{ID: message.URIPath, Value: []byte("oic")}, {ID: message.URIPath, Value: []byte("sec")}, {ID: message.URIPath, Value: []byte("session")}}
-	send(message.Message{Type: message.Confirmable, MessageID: 1, Code: codes.POST, Token: []byte{1}, Options: options, Payload: login})
-	if m, ok := receive(10 * time.Second); !ok || m.Code != codes.Changed {
-		t.Fatalf("sign-in: %v", m)
-	}
-	h.w.mu.Lock()
-	to := h.w.to[lampID]
-	h.w.mu.Unlock()
-	poll := time.NewTicker(10 * time.Millisecond)
-	defer poll.Stop()
-	for end := time.Now().Add(10 * time.Second); to.Ready(); {
-		if <-poll.C; time.Now().After(end) {
-			t.Fatal("a silent device is not asleep")
-		}
-	}
-	h.give(command("1", hub.CommandUpdate, "/light"))
-	if m, ok := receive(200 * time.Millisecond); ok {
-		t.Fatalf("a sleeper was sent %v", m)
-	}
-	h.w.mu.Lock()
-	if len(h.w.queue) != 1 {
-		t.Error("the command was bound to the session, where it would be lost")
-	}
-	h.w.mu.Unlock()
-	send(message.Message{Type: message.Confirmable, MessageID: 2, Code: codes.Empty}) // a ping (RFC 7252, Section 4.3)
-	for {
-		m, ok := receive(10 * time.Second)
-		if !ok {
-			t.Fatal("the device woke and was asked nothing")
-		}
-		if m.Code == codes.POST {
-			send(message.Message{Type: message.Acknowledgement, MessageID: m.MessageID, Code: codes.Changed, Token: m.Token})
-			break
-		}
-	}
-	if a := h.awaitEnd("1"); a.Status != hub.StatusOK {
-		t.Errorf("answer %+v", a)
-	}
+	})
 }

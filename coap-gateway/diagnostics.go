@@ -22,6 +22,7 @@ type Diagnostics struct {
 	TLSVersion     string // "" when not secure
 	Session        uint64
 	LastError      string // the code of the session's last error response, "" for none
+	Contact        hub.Contact
 	// Of the connection of the current or last session, as CoAP without TLS.
 	BytesIn, BytesOut uint64
 	RoundTrip         time.Duration // of the last answered Ping; zero before
@@ -64,6 +65,15 @@ func (d *diagnostics) failed(dev hub.DeviceID, session uint64, reason string) {
 	defer d.mu.Unlock()
 	if x := d.byDev[dev]; x != nil && x.Session == session {
 		x.LastError = reason
+	}
+}
+
+// expect notes when a device that sleeps is expected.
+func (d *diagnostics) expect(dev hub.DeviceID, session uint64, c hub.Contact) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if x := d.byDev[dev]; x != nil && x.Session == session {
+		x.Contact = c
 	}
 }
 

@@ -10,8 +10,8 @@ import (
 // Directory is what the gateway needs from the resource directory. Errors have hub's kinds; hub.Unavailable and
 // hub.Internal become 5.03, never 4.01.
 type Directory interface {
-	// SignIn records that the device is online on conn (its Online, ID, ConnectedAt, Protocol, Service and LocalEndpoints)
-	// and gives the session's number. to is how the directory reaches the session; a former session of the device is closed
+	// SignIn records that the device is online on conn (its Online, ID, ConnectedAt, Protocol and Service; LocalEndpoints
+	// stay what they were) and gives the session's number. to is how the directory reaches the session; a former session of the device is closed
 	// through its own Deliverer after the commit. Signing in again on a live session keeps its number: the gateway does not
 	// call SignIn for that. Kinds: Denied if own's owner or generation is not the device's current one.
 	SignIn(ctx context.Context, own hub.Ownership, conn hub.Connection, user string, to Deliverer) (hub.Session, error)
@@ -30,6 +30,10 @@ type Directory interface {
 	Notify(ctx context.Context, from hub.Stamp, changes []hub.Change) error
 	// SetTwin records the state of the twin's synchronisation.
 	SetTwin(ctx context.Context, from hub.Stamp, state hub.TwinState) error
+	// SetLocalEndpoints records where the device is reached in its own network. The same again makes no event.
+	SetLocalEndpoints(ctx context.Context, from hub.Stamp, endpoints []string) error
+	// SetContact records when a device that sleeps is expected; the zero value is one that does not sleep.
+	SetContact(ctx context.Context, from hub.Stamp, to hub.Contact) error
 	// TakeCommands binds at most n of the commands that wait for the device to the session, in order, and returns them; they may
 	// be sent once it has returned, to this session and to no other. have are those that the session knows. Message is not used.
 	TakeCommands(ctx context.Context, from hub.Stamp, have []string, n int) ([]hub.Command, error)

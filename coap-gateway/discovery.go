@@ -76,6 +76,9 @@ func (p *peer) externalEndpoint() string {
 	if info.Secure {
 		scheme = "coaps"
 	}
+	if info.Host != "" {
+		return scheme + "+ws://" + info.Host // RFC 8323, Sections 8.3 to 8.5
+	}
 	if info.Stream {
 		scheme += "+tcp"
 	}

@@ -52,6 +52,35 @@ func failure(err error) coap.Response {
 	return r
 }
 
+// problem is an error in the form of RFC 9290, Section 2.
+type problem struct {
+	Title  string `cbor:"-1,keyasint"` // the stable code
+	Detail string `cbor:"-2,keyasint"` // the sentence
+	Code   uint8  `cbor:"-4,keyasint"` // the response code as a number
+}
+
+// failure makes the response for err to a request on the route. It is a diagnostic payload, which every client can show, but
+// problem details for one that asks for them, or on our own paths for CBOR: on OCF's, devices name CBOR whatever they can read.
+// There 4.12 would be taken for success; elsewhere it is what RFC 7252, Section 5.10.8 demands.
+func (r route) failure(req *coap.Message, err error) coap.Response {
+	resp := failure(err)
+	if r.own && hub.IsKind(err, hub.Precondition) {
+		resp.Code = codes.PreconditionFailed
+	}
+	format, ok := coap.Accept(req)
+	if !ok || format != hub.FormatProblem && (format != hub.FormatCBOR || !r.own) {
+		return resp
+	}
+	code, text := hub.Public(err)
+	body, encodeErr := encoding.Marshal(problem{code, text, uint8(resp.Code)})
+	if encodeErr != nil {
+		return resp
+	}
+	resp.Options = coap.AddUint(resp.Options, message.ContentFormat, uint32(hub.FormatProblem))
+	resp.Payload = body
+	return resp
+}
+
 // uintOption is the shortest form of an unsigned option value (RFC 7252, Section 3.2).
 func uintOption(v uint32) []byte {
 	var b [4]byte

@@ -36,6 +36,12 @@ func TestTroubleOfOursIsNever401(t *testing.T) {
 		"Directory.SetTwin": func(w *world, err error) {
 			w.dir.setTwin = func(context.Context, hub.Stamp, hub.TwinState) error { return err }
 		},
+		"Directory.SetLocalEndpoints": func(w *world, err error) {
+			w.dir.setLocal = func(context.Context, hub.Stamp, []string) error { return err }
+		},
+		"Directory.SetContact": func(w *world, err error) {
+			w.dir.expect = func(context.Context, hub.Stamp, hub.Contact) error { return err }
+		},
 		"Directory.Device": func(w *world, err error) {
 			w.dir.device = func(context.Context, hub.Owner, hub.DeviceID) (*hub.Device, error) { return nil, err }
 		},

@@ -24,6 +24,8 @@ type fakeDirectory struct {
 	unpublish func(context.Context, hub.Stamp, []hub.Href) ([]hub.Href, error)
 	notify    func(context.Context, hub.Stamp, []hub.Change) error
 	setTwin   func(context.Context, hub.Stamp, hub.TwinState) error
+	setLocal  func(context.Context, hub.Stamp, []string) error
+	expect    func(context.Context, hub.Stamp, hub.Contact) error
 	device    func(context.Context, hub.Owner, hub.DeviceID) (*hub.Device, error)
 	devices   func(context.Context, hub.Owner, []hub.DeviceID) iter.Seq2[*hub.Device, error]
 	etags     func(context.Context, hub.DeviceID, int) ([][]byte, error)
@@ -65,6 +67,14 @@ func (f *fakeDirectory) Notify(ctx context.Context, from hub.Stamp, c []hub.Chan
 
 func (f *fakeDirectory) SetTwin(ctx context.Context, from hub.Stamp, s hub.TwinState) error {
 	return f.setTwin(ctx, from, s)
+}
+
+func (f *fakeDirectory) SetLocalEndpoints(ctx context.Context, from hub.Stamp, at []string) error {
+	return f.setLocal(ctx, from, at)
+}
+
+func (f *fakeDirectory) SetContact(ctx context.Context, from hub.Stamp, c hub.Contact) error {
+	return f.expect(ctx, from, c)
 }
 
 func (f *fakeDirectory) Device(ctx context.Context, o hub.Owner, d hub.DeviceID) (*hub.Device, error) {
@@ -147,25 +157,26 @@ type world struct {
 	ver  fakeVerifier
 	prov fakeProvider
 
-	mu      sync.Mutex // guards all below
-	bump    chan struct{}
-	tokens  map[string]hub.Claims
-	codes   map[string]hub.Tokens
-	refresh map[string]hub.Tokens
-	owned   map[hub.DeviceID]hub.Ownership
-	pins    map[hub.DeviceID]string
-	links   map[hub.DeviceID]links
-	current map[hub.DeviceID]uint64 // session numbers
-	last    map[hub.DeviceID]uint64 // highest message number of the session
-	to      map[hub.DeviceID]Deliverer
-	twin    map[hub.DeviceID]map[hub.Href]hub.Change
-	etag    [][]byte
-	changes []hub.Change // all, in order
-	stamps  []hub.Stamp  // of all writes, in order
-	log     []string     // what happened, in order
-	conns   []hub.Connection
-	revoked []string
-	seq     uint64
+	mu       sync.Mutex // guards all below
+	bump     chan struct{}
+	tokens   map[string]hub.Claims
+	codes    map[string]hub.Tokens
+	refresh  map[string]hub.Tokens
+	owned    map[hub.DeviceID]hub.Ownership
+	pins     map[hub.DeviceID]string
+	links    map[hub.DeviceID]links
+	current  map[hub.DeviceID]uint64 // session numbers
+	last     map[hub.DeviceID]uint64 // highest message number of the session
+	to       map[hub.DeviceID]Deliverer
+	twin     map[hub.DeviceID]map[hub.Href]hub.Change
+	contacts map[hub.DeviceID]hub.Contact
+	etag     [][]byte
+	changes  []hub.Change // all, in order
+	stamps   []hub.Stamp  // of all writes, in order
+	log      []string     // what happened, in order
+	conns    []hub.Connection
+	revoked  []string
+	seq      uint64
 
 	queue []hub.Command // that wait for their session
 	ends  map[string]hub.Answer
@@ -177,11 +188,13 @@ func newWorld() *world {
 		bump: make(chan struct{}), tokens: map[string]hub.Claims{}, codes: map[string]hub.Tokens{}, refresh: map[string]hub.Tokens{},
 		owned: map[hub.DeviceID]hub.Ownership{}, pins: map[hub.DeviceID]string{}, links: map[hub.DeviceID]links{},
 		current: map[hub.DeviceID]uint64{}, last: map[hub.DeviceID]uint64{}, to: map[hub.DeviceID]Deliverer{},
-		twin: map[hub.DeviceID]map[hub.Href]hub.Change{}, ends: map[string]hub.Answer{}, off: map[hub.DeviceID]bool{},
+		twin: map[hub.DeviceID]map[hub.Href]hub.Change{}, contacts: map[hub.DeviceID]hub.Contact{}, ends: map[string]hub.Answer{},
+		off: map[hub.DeviceID]bool{},
 	}
 	w.dir = fakeDirectory{
 		signIn: w.signIn, signOut: w.signOut, offline: w.offline, publish: w.publish, unpublish: w.unpublish, notify: w.notify,
-		take: w.take, end: w.end, setTwin: w.setTwin, device: w.device, devices: w.devices, etags: func(context.Context, hub.DeviceID, int) ([][]byte, error) {
+		take: w.take, end: w.end,
+		setTwin: w.setTwin, setLocal: w.setLocal, expect: w.expect, device: w.device, devices: w.devices, etags: func(context.Context, hub.DeviceID, int) ([][]byte, error) {
 			w.mu.Lock()
 			defer w.mu.Unlock()
 			return w.etag, nil
@@ -367,8 +380,10 @@ func (w *world) signIn(_ context.Context, own hub.Ownership, c hub.Connection, _
 	w.note("online %s", own.Device)
 	old := w.to[own.Device]
 	w.to[own.Device] = to
-	s := hub.Session{Device: own.Device, Owner: own.Owner, Number: w.seq, TwinEnabled: !w.off[own.Device]}
-	s.Commands = len(w.queue) > 0
+	s := hub.Session{
+		Device: own.Device, Owner: own.Owner, Number: w.seq, TwinEnabled: !w.off[own.Device], Commands: len(w.queue) > 0,
+		Contact: w.contacts[own.Device],
+	}
 	unlock()
 	if old != nil {
 		old.Close("second-session")
@@ -503,6 +518,25 @@ func (w *world) end(_ context.Context, from hub.Stamp, id string, a hub.Answer) 
 		w.off[from.Device] = id == "off"
 	}
 	w.note("ended %s %d", id, a.Status)
+	return nil
+}
+
+func (w *world) setLocal(_ context.Context, from hub.Stamp, at []string) error {
+	defer w.lock()()
+	if fresh, err := w.fence(from); err != nil || !fresh {
+		return err
+	}
+	w.note("local %q", at)
+	return nil
+}
+
+func (w *world) expect(_ context.Context, from hub.Stamp, c hub.Contact) error {
+	defer w.lock()()
+	if fresh, err := w.fence(from); err != nil || !fresh {
+		return err
+	}
+	w.contacts[from.Device] = c
+	w.note("sleeps %v", c.Interval.Round(time.Minute))
 	return nil
 }
 

@@ -54,10 +54,13 @@ type Gateway struct {
 	log      *slog.Logger
 	metrics  *metrics
 	engine   *coap.Server
-	tls      *tls.Config // nil when there is no secure listener
-	trusted  trusted     // who vouches for devices there
+	web      *coap.WebSocket // nil when it is off
+	tls      *tls.Config     // nil when there is no secure listener
+	trusted  trusted         // who vouches for devices there
 	refused  refusals
 	devices  *diagnostics
+	live     *live
+	quiet    *quietQueue
 	patience time.Duration // how long a write is tried again before a session is given up
 
 	mu        sync.Mutex // guards addresses
@@ -81,7 +84,8 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 		return nil, errors.New("coap-gateway needs at least one provider")
 	}
 	g := &Gateway{
-		cfg: cfg, deps: deps, log: log, metrics: newMetrics(reg), devices: newDiagnostics(),
+		cfg: cfg, deps: deps, log: log, metrics: newMetrics(reg), devices: newDiagnostics(), live: newLive(),
+		quiet: newQuietQueue(cfg.DeviceTwin.AskQuietAfter),
 		// Devices wait 4 s for a Pong and reconnect then (iotivity-lite); whatever is not stored by 3 s is better sent again.
 		patience: 3 * time.Second,
 	}
@@ -104,6 +108,9 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 		g.refuse(Refusal{Remote: remote.String(), What: "connection", Reason: reason})
 	}
 	g.engine = coap.NewServer(ec, g, log, coap.NewMetrics(reg))
+	if ws := cfg.API.CoAP.WebSocket; ws.Enabled {
+		g.web = g.engine.NewWebSocket(ws.Origins)
+	}
 	return g, nil
 }
 
@@ -139,6 +146,10 @@ func (g *Gateway) Run(ctx context.Context, ready func()) error {
 	if plain.udp != nil {
 		group.Go(func() error { return g.engine.ServeUDP(ctx, plain.udp) })
 	}
+	group.Go(func() error { g.quiet.run(ctx); return nil })
+	if g.web != nil {
+		group.Go(func() error { g.web.Serve(ctx); return nil })
+	}
 	ready()
 	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
 		return fmt.Errorf("serve CoAP: %w", err)
@@ -152,6 +163,10 @@ func (g *Gateway) Addresses() Addresses {
 	defer g.mu.Unlock()
 	return g.addresses
 }
+
+// WebSocket is the way in over WebSocket, for an HTTP server to mount at coap.WebSocketPath; nil when it is off. While the
+// gateway does not run it answers 503.
+func (g *Gateway) WebSocket() *coap.WebSocket { return g.web }
 
 // Refused returns the last refusals, newest first, at most 1000. Equal ones of one host are one, with their number.
 func (g *Gateway) Refused() []Refusal { return g.refused.newest() }
@@ -178,12 +193,12 @@ func (g *Gateway) provider(name string) (NamedProvider, error) {
 	return NamedProvider{}, unauthenticated("provider-unknown", "the authorization provider is not known here")
 }
 
-// rules are those of a connection: on a plain one nobody can show a certificate. A pre-shared key counts as one, also where
-// none is asked for.
+// rules are those of a connection: on a plain one nobody can show a certificate, nor over WebSocket, whose TLS is that of the
+// HTTP server. A pre-shared key counts as one, also where none is asked for.
 func (p *peer) rules() rules {
-	co := &p.gw.cfg.API.CoAP
+	co, info := &p.gw.cfg.API.CoAP, p.conn.Info()
 	return rules{
-		certificate: p.conn.Info().Secure && co.TLS.ClientCertificateRequired || p.cred.psk,
+		certificate: info.Secure && info.Host == "" && co.TLS.ClientCertificateRequired || p.cred.psk,
 		claim:       co.Authorization.DeviceIDClaim != "",
 		strict:      co.Authorization.StrictDeviceID,
 	}

@@ -23,6 +23,7 @@ type credential struct {
 	device hub.DeviceID      // from the identity certificate or the pre-shared key, "" when there is none
 	cert   *x509.Certificate // nil when there is none
 	psk    bool              // the device has its pre-shared key
+	key    [sha256.Size]byte // of that key
 	pin    string            // names the credential set: the certificate's root, "psk", or "token"
 }
 

@@ -13,6 +13,7 @@ type metrics struct {
 	tooLarge      prometheus.Counter
 	notStored     prometheus.Counter
 	syncs         *prometheus.CounterVec
+	quiet         *prometheus.CounterVec
 	sessionsEnded *prometheus.CounterVec
 
 	commands       *prometheus.CounterVec
@@ -47,12 +48,16 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 			"Synchronisations of twins by mode and outcome; late: what an incomplete one missed has answered since. Rising "+
 				"incomplete: devices do not answer, see the debug log."),
 			[]string{"mode", "outcome"}),
+		quiet: prometheus.NewCounterVec(opts("quiet_asked_total",
+			"Observed resources over UDP and DTLS that were not reported for longer than their Max-Age and were asked for, by outcome. "+
+				"Many: devices that could say a longer Max-Age. Rising refused: devices forget who observes them."),
+			[]string{"outcome"}),
 		sessionsEnded: prometheus.NewCounterVec(opts("sessions_ended_total",
 			"Sessions by why they ended. Rising second-session: devices reconnect without closing, or two share an identity; rising "+
-				"expired: devices do not refresh their tokens."), []string{"reason"}),
+				"expired: devices do not refresh their tokens; revoked, key-replaced: their credentials were ended by somebody."), []string{"reason"}),
 		commands: prometheus.NewCounterVec(opts("commands_total",
-			"Commands that were sent to devices, by kind and what came of it. Rising unanswered: devices are overloaded or asleep, see "+
-				"sleepAfter; rising failed: their answers are errors or break the protocol, see the debug log."), []string{"kind", "outcome"}),
+			"Commands that were sent to devices, by kind and what came of it. Rising unanswered: devices are overloaded, or begin to "+
+				"sleep; rising failed: their answers are errors or break the protocol, see the debug log."), []string{"kind", "outcome"}),
 		commandSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Namespace: "coaphub", Subsystem: "coap_gateway", Name: "command_seconds",
 			Help:    "How long devices take to answer a command. When it rises, devices or their networks are slow; the hub's own time is not in it.",
@@ -60,7 +65,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		}),
 	}
 	if reg != nil {
-		reg.MustRegister(m.sessions, m.requests, m.refused, m.changes, m.batchSkipped, m.tooLarge, m.notStored, m.syncs,
+		reg.MustRegister(m.sessions, m.requests, m.refused, m.changes, m.batchSkipped, m.tooLarge, m.notStored, m.syncs, m.quiet,
 			m.sessionsEnded, m.commands, m.commandSeconds)
 	}
 	return m

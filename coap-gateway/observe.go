@@ -28,6 +28,7 @@ type twin struct {
 	mu      sync.Mutex // guards all below
 	running bool
 	off     bool // switched off: nothing is asked, and what comes is not stored
+	turning bool // being switched off: the goroutine is waited for and does not start
 	full    bool // a synchronisation of everything is asked for
 	anew    bool // what was observed is observed anew then, and no ETags are sent
 	each    bool // resources are observed one by one
@@ -39,6 +40,10 @@ type twin struct {
 	seen map[hub.Href]watched
 	// over are observations of resources that are not published any more.
 	over []*coap.Observation
+	// stale is one that was not reported for long, to be asked for; turn is the session's place in the queue for that, set
+	// once, nil if it has none.
+	stale *coap.Observation
+	turn  *turn
 	// told has what the device published since the question to it that is under way was asked, and, as nil, what it
 	// unpublished. The answer to the question is older than that, whichever of them arrives first. At most MaxLinks; with
 	// more, deaf is set, and the answer unpublishes nothing.
@@ -48,14 +53,16 @@ type twin struct {
 	// are left to the next synchronisation. timer asks for them again; it is set only while the goroutine does not run and
 	// something is missing.
 	missing map[hub.Href]absent
-	timer   *time.Timer
-	behind  bool // SYNCING was reported and IN_SYNC not yet
+	// failed has what answered that it cannot be observed now, so that it is tried again; bounded as missing is.
+	failed map[hub.Href]absent
+	timer  *time.Timer
+	behind bool // SYNCING was reported and IN_SYNC not yet
 }
 
-// absent is a resource that did not answer.
+// absent is a resource that did not answer, or by an error.
 type absent struct {
 	link  hub.Link
-	tries int       // how often it did not answer
+	tries int       // how often
 	due   time.Time // when to ask again
 }
 
@@ -83,14 +90,16 @@ func (t *twin) isOff() bool {
 // under way.
 func (t *twin) turnOff() []*coap.Observation {
 	t.mu.Lock()
-	t.off = true
+	t.off, t.turning = true, true
 	t.disarm()
 	t.mu.Unlock()
 	t.done.Wait()
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.full, t.anew, t.behind, t.missing, t.told = false, false, false, nil, nil
+	t.full, t.anew, t.behind, t.missing, t.failed, t.told, t.stale = false, false, false, nil, nil, nil, nil
 	t.wait, t.order = map[hub.Href]hub.Link{}, nil
+	t.turning = false
+	t.start() // the directory may have to be told something
 	return t.takeAll()
 }
 
@@ -197,7 +206,7 @@ func (t *twin) published(links []hub.Link) {
 }
 
 // ended says that the device ended an observation. After a representation without Observe option (RFC 7641, Section 3.2) the
-// resource is there but no longer reported, so it is observed anew; after an error it is not.
+// resource is there but no longer reported, so it is observed anew; after an error it is, too, but later.
 func (t *twin) ended(o *coap.Observation, href hub.Href, batch bool, code codes.Code) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -206,12 +215,27 @@ func (t *twin) ended(o *coap.Observation, href hub.Href, batch bool, code codes.
 		return
 	}
 	delete(t.seen, href)
-	if batch {
+	switch {
+	case batch:
 		t.full = true // whatever the reason: without the batch nothing would be reported any more
-	} else if code == codes.Content {
+	case code>>5 == 2:
 		t.enqueue(w.link)
+	case code != codes.NotFound: // that one is unpublished
+		t.failed = t.later(t.failed, w.link)
 	}
 	t.start()
+}
+
+// lose is ended for an observation of which the device, asked, knows nothing.
+func (t *twin) lose(o *coap.Observation) {
+	href, err := hub.ParseHref(o.Path())
+	if err != nil {
+		return
+	}
+	t.mu.Lock()
+	t.over = append(t.over, o)
+	t.mu.Unlock()
+	t.ended(o, href, t.isBatch(href), codes.Empty)
 }
 
 // renew observes anew although the observation is not over: what it brought could not be used.
@@ -261,6 +285,7 @@ func (t *twin) unpublished(hrefs []hub.Href) {
 	for _, h := range hrefs {
 		delete(t.wait, h) // its place in order is skipped
 		delete(t.missing, h)
+		delete(t.failed, h)
 		if w := t.seen[h]; w.obs != nil {
 			t.over = append(t.over, w.obs)
 		}
@@ -275,34 +300,50 @@ func (t *twin) unpublished(hrefs []hub.Href) {
 func (t *twin) silent(l hub.Link) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	a, known := t.missing[l.Href]
+	if !t.dropped(l.Href) {
+		t.missing = t.later(t.missing, l)
+	}
+}
+
+// later puts a resource among those that are asked for again, ever more rarely. t.mu is held.
+func (t *twin) later(among map[hub.Href]absent, l hub.Link) map[hub.Href]absent {
+	a, known := among[l.Href]
 	switch {
-	case t.dropped(l.Href):
-		return
-	case !known && len(t.missing) >= t.s.gw.cfg.API.CoAP.MaxLinks:
-		t.s.log.Debug("a silent resource is not asked again: the session has too many", "href", l.Href)
-		return
-	case t.missing == nil:
-		t.missing = map[hub.Href]absent{}
+	case !known && len(among) >= t.s.gw.cfg.API.CoAP.MaxLinks:
+		t.s.log.Debug("a resource is not asked again: the session has too many", "href", l.Href)
+		return among
+	case among == nil:
+		among = map[hub.Href]absent{}
 	}
 	a.due = time.Now().Add(askAgain[min(a.tries, len(askAgain)-1)])
 	a.tries++
 	a.link = l
-	t.missing[l.Href] = a
+	among[l.Href] = a
+	return among
 }
 
-// arm sets the timer for what is to be asked again first; the goroutine, which is about to end, clears the one before.
-// t.mu is held.
+// arm sets the timer for what is to be asked again first, in place of the one before. While the device is not in reach that
+// is when it is tried again, which may be never: then its next message has everything go on. t.mu is held.
 func (t *twin) arm() {
 	t.disarm()
 	var first time.Time
-	for _, a := range t.missing {
-		if first.IsZero() || a.due.Before(first) {
-			first = a.due
+	for _, among := range []map[hub.Href]absent{t.missing, t.failed} {
+		for _, a := range among {
+			if first.IsZero() || a.due.Before(first) {
+				first = a.due
+			}
 		}
 	}
-	if first.IsZero() {
+	if len(t.missing) == 0 {
 		t.missing = nil // an idle session keeps no room for it
+	}
+	if ok, again := t.s.rhythm.inReach(time.Now()); !ok && (t.pending() || !first.IsZero()) {
+		if again.IsZero() {
+			return
+		}
+		first = again
+	}
+	if first.IsZero() {
 		return
 	}
 	t.timer = time.AfterFunc(time.Until(first), t.retry)
@@ -321,9 +362,21 @@ func (t *twin) retry() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	now := time.Now()
-	for h, a := range t.missing {
-		if a.due.After(now) {
+	due := func(a absent) bool { return !a.due.After(now) }
+	t.askFor(t.missing, due)
+	t.askFor(t.failed, due)
+	t.start()
+}
+
+// askFor has some of what is to be asked for again asked for now. t.mu is held.
+func (t *twin) askFor(among map[hub.Href]absent, which func(absent) bool) {
+	now := time.Now()
+	for h, a := range among {
+		if !which(a) {
 			continue
+		}
+		if w := t.seen[h]; w.obs == nil {
+			delete(t.seen, h) // it was seen to fail
 		}
 		if _, waits := t.wait[h]; !waits { // else it was published meanwhile, maybe with another policy
 			t.enqueue(a.link)
@@ -331,16 +384,19 @@ func (t *twin) retry() {
 		// Its answer, or its silence, changes this. Where it is not asked after all, because the session has too many, the
 		// timer must not fire over and over.
 		a.due = now.Add(askAgain[len(askAgain)-1])
-		t.missing[h] = a
+		among[h] = a
 	}
-	t.start()
 }
 
+// pending reports whether something waits to be asked. t.mu is held.
+func (t *twin) pending() bool { return t.full || len(t.over) > 0 || len(t.wait) > 0 }
+
 // caughtUp reports that all has answered of which the directory still thinks that something is missing. t.mu is held.
-func (t *twin) caughtUp() bool { return t.behind && len(t.missing) == 0 }
+func (t *twin) caughtUp() bool { return t.behind && len(t.missing) == 0 && !t.full && len(t.wait) == 0 }
 
 // stop ends the timer and waits for the goroutine. The session's context is over, so nothing starts any more.
 func (t *twin) stop() {
+	t.s.gw.quiet.leave(t)
 	t.mu.Lock()
 	t.disarm()
 	t.mu.Unlock()
@@ -349,7 +405,7 @@ func (t *twin) stop() {
 
 // start runs the goroutine unless it runs. t.mu is held.
 func (t *twin) start() {
-	if t.running || t.off || t.s.ctx.Err() != nil {
+	if t.running || t.turning || t.s.ctx.Err() != nil {
 		return
 	}
 	t.running = true
@@ -364,25 +420,37 @@ func (t *twin) run() {
 	for {
 		t.mu.Lock()
 		var link hub.Link
-		var over *coap.Observation
-		full, some, synced := t.full, false, false
+		var over, stale *coap.Observation
+		// What the device must answer waits until it listens; what is for the directory does not.
+		reach, _ := t.s.rhythm.inReach(time.Now())
+		full, some, synced := t.full && reach, false, false
+		contact, news := t.s.rhythm.news(time.Now())
 		switch {
-		case t.s.ctx.Err() != nil || t.off:
+		case t.s.ctx.Err() != nil || t.off && !news:
 			t.running = false
 			t.mu.Unlock()
 			return
+		case news:
+			full = false
 		case full:
 			t.full = false
-		case len(t.over) > 0:
+		case len(t.over) > 0 && reach:
 			over = t.over[0]
 			t.over = t.over[1:]
+		case t.stale != nil && reach:
+			stale, t.stale = t.stale, nil
 		default:
-			if link, some = t.next(); some {
-				break
+			if reach {
+				if link, some = t.next(); some {
+					break
+				}
 			}
 			if synced = t.caughtUp(); !synced {
 				t.arm()
-				t.order, t.over, t.told = nil, nil, nil // an idle session keeps no room for them
+				if !t.pending() {
+					t.order, t.over, t.told = nil, nil, nil // an idle session keeps no room for them
+				}
+				t.stale = nil
 				t.running = false
 				t.mu.Unlock()
 				return
@@ -391,10 +459,14 @@ func (t *twin) run() {
 		t.mu.Unlock()
 		var err error
 		switch {
+		case news:
+			err = t.expect(contact)
 		case full:
 			err = t.sync()
 		case over != nil:
 			t.cancel(t.s.ctx, over)
+		case stale != nil:
+			t.refresh(stale)
 		case some:
 			err = t.observe(link)
 		case synced:
@@ -464,8 +536,15 @@ func (t *twin) sync() error {
 	}
 	t.question()
 	offered, listed := t.list()
+	if t.fellAsleep(anew) {
+		return nil
+	}
 	if listed {
 		if err := t.prune(offered); err != nil {
+			return err
+		}
+		// Only of a device that answers: another would keep its twin waiting for nothing.
+		if err := s.learnEndpoints(); err != nil {
 			return err
 		}
 	}
@@ -478,6 +557,9 @@ func (t *twin) sync() error {
 		}
 	}
 	if !complete {
+		if t.fellAsleep(anew) {
+			return nil
+		}
 		mode = "resource"
 		var err error
 		if complete, err = t.observeEach(); err != nil {
@@ -512,9 +594,12 @@ func (t *twin) observeEach() (complete bool, _ error) {
 	}
 	t.mu.Unlock()
 	for {
+		if ok, _ := t.s.rhythm.inReach(time.Now()); !ok {
+			return false, nil // the rest is asked for when the device is back
+		}
 		t.mu.Lock()
 		l, ok := t.next()
-		complete = len(t.missing) == 0
+		complete = len(t.missing) == 0 && !t.off
 		t.mu.Unlock()
 		if !ok {
 			return complete, nil
@@ -525,9 +610,22 @@ func (t *twin) observeEach() (complete bool, _ error) {
 	}
 }
 
+// fellAsleep reports that the device is not in reach in the middle of a synchronisation, which begins again, and as it was
+// asked for, when it is.
+func (t *twin) fellAsleep(anew bool) bool {
+	if ok, _ := t.s.rhythm.inReach(time.Now()); ok {
+		return false
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.full, t.anew = true, t.anew || anew
+	t.s.gw.metrics.syncs.WithLabelValues("none", "incomplete").Inc()
+	return true
+}
+
 // list asks the device for its own links; false if it does not say.
 func (t *twin) list() ([]link, bool) {
-	m, err := t.ask(&coap.Message{Code: codes.GET, Options: requestTo(resHref, "if=oic.if.ll")})
+	m, err := t.s.ask(&coap.Message{Code: codes.GET, Options: requestTo(resHref, "if=oic.if.ll")})
 	if err != nil || m.Code != codes.Content {
 		t.s.log.Debug("the device did not list its links", "error", err)
 		return nil, false
@@ -575,6 +673,7 @@ func (t *twin) prune(offered []link) error {
 	t.mu.Lock()
 	for _, h := range gone {
 		delete(t.missing, h)
+		delete(t.failed, h)
 	}
 	t.mu.Unlock()
 	return s.writeInTurn(s.ctx, func(ctx context.Context, from hub.Stamp) error {
@@ -625,9 +724,7 @@ func (t *twin) observeBatch(useETags bool) (bool, error) {
 		}
 		options = addETags(options, etags)
 	}
-	ctx, cancel := t.timeout(s.ctx)
-	defer cancel()
-	o, m, err := s.conn.Observe(ctx, &coap.Message{Code: codes.GET, Options: options})
+	o, m, err := s.observe(&coap.Message{Code: codes.GET, Options: options})
 	if err != nil {
 		s.log.Debug("the device did not answer the batch observation", "error", err)
 		return false, nil
@@ -655,7 +752,7 @@ func (t *twin) observeBatch(useETags bool) (bool, error) {
 	}
 	t.mu.Lock()
 	t.each = false
-	t.missing = nil // the batch has it, or it comes with a notification
+	t.missing, t.failed = nil, nil // the batch has it, or it comes with a notification
 	t.seen[resHref] = watched{obs: o}
 	t.mu.Unlock()
 	return true, s.storeFirst(o, changes)
@@ -669,12 +766,10 @@ func (t *twin) observe(l hub.Link) error {
 	var o *coap.Observation
 	var m *coap.Message
 	var err error
-	ctx, cancel := t.timeout(s.ctx)
-	defer cancel()
 	if l.Policy&hub.Observable != 0 {
-		o, m, err = s.conn.Observe(ctx, req)
+		o, m, err = s.observe(req)
 	} else {
-		m, err = s.conn.Do(ctx, req)
+		m, err = s.ask(req)
 	}
 	switch {
 	case hub.IsKind(err, hub.TooLarge):
@@ -692,6 +787,11 @@ func (t *twin) observe(l hub.Link) error {
 	switch {
 	case !dropped:
 		t.seen[l.Href] = watched{l, o}
+		if err == nil && m.Code>>5 > 2 && m.Code != codes.NotFound && l.Policy&hub.Observable != 0 {
+			t.failed = t.later(t.failed, l) // it cannot be observed now
+		} else {
+			delete(t.failed, l.Href)
+		}
 	case o != nil:
 		t.over = append(t.over, o)
 	}
@@ -726,23 +826,9 @@ func (t *twin) forget(p *peer) {
 
 // cancel ends an observation, at best also at the device.
 func (t *twin) cancel(ctx context.Context, o *coap.Observation) {
-	ctx, stop := t.timeout(ctx)
-	defer stop()
-	if err := o.Cancel(ctx); err != nil {
+	if err := t.s.request(ctx, o.Cancel); err != nil {
 		t.s.log.Debug("the device did not answer a deregistration", "path", o.Path(), "error", err)
 	}
-}
-
-// ask is one request to the device.
-func (t *twin) ask(req *coap.Message) (*coap.Message, error) {
-	ctx, cancel := t.timeout(t.s.ctx)
-	defer cancel()
-	return t.s.conn.Do(ctx, req)
-}
-
-// timeout is how long the device has to answer one request.
-func (t *twin) timeout(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeout(ctx, t.s.gw.cfg.API.CoAP.KeepAlive.Timeout)
 }
 
 // requestTo makes the options of a request to a resource of the device.

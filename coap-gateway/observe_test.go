@@ -55,7 +55,7 @@ func TestPerResourceObservation(t *testing.T) {
 		d.res["/light"], d.res["/info"], d.res["/late"] = value(t, 1, true), value(t, 2, false), value(t, 3, true)
 	})
 	h.w.awaitLog(t, "twin 3")
-	want := []string{"0.01 /oic/res ?if=oic.if.ll", "0.01 /info", "0.01 /light observe=0"}
+	want := []string{"0.01 /oic/res ?if=oic.if.ll", "0.01 /oic/res ?if=oic.if.ll ?rt=oic.wk.d", "0.01 /info", "0.01 /light observe=0"}
 	if got := d.asks(); !slices.Equal(got, want) {
 		t.Errorf("the hub asked %q, want %q", got, want)
 	}
@@ -94,7 +94,7 @@ func TestBatchObservation(t *testing.T) {
 		}
 	})
 	h.w.awaitLog(t, "twin 3")
-	want := []string{"0.01 /oic/res ?if=oic.if.ll", "0.01 /oic/res observe=0 etag=e704 ?if=oic.if.b ?incChanges=5wM"}
+	want := []string{"0.01 /oic/res ?if=oic.if.ll", "0.01 /oic/res ?if=oic.if.ll ?rt=oic.wk.d", "0.01 /oic/res observe=0 etag=e704 ?if=oic.if.b ?incChanges=5wM"}
 	if got := d.asks(); !slices.Equal(got, want) {
 		t.Errorf("the hub asked %q, want %q", got, want)
 	}
@@ -110,7 +110,7 @@ func TestBatchObservation(t *testing.T) {
 	d.want(d.publish("/light*", "/more*"), "2.04", "")
 	d.notify("/oic/res", codes.Content, 60, cborOf(t, []body{element("/light", 8, 8)}), nil)
 	h.awaitValue("/light", 8)
-	if got := d.asks(); len(got) != 2 {
+	if got := d.asks(); len(got) != 3 {
 		t.Errorf("the hub asked for more: %q", got)
 	}
 }

@@ -20,10 +20,13 @@ type peer struct {
 	cred credential
 	log  *slog.Logger
 
-	sess    *session    // nil when nobody is signed in
-	closing atomic.Bool // an answer was given after which the connection ends; the engine's refusals set it too
-	request uint64      // counts requests, for the log
-	helpers sync.WaitGroup
+	sess *session // nil when nobody is signed in
+	// listening is sess for Heard, which the connection's goroutine does not call.
+	listening atomic.Pointer[session]
+	closing   atomic.Bool // an answer was given after which the connection ends; the engine's refusals set it too
+	request   uint64      // counts requests, for the log
+	told      uint64      // how many ends of credentials were told when the account request under way began
+	helpers   sync.WaitGroup
 }
 
 // Open implements coap.Handler.
@@ -42,6 +45,7 @@ const closeDelay = 100 * time.Millisecond
 type route struct {
 	session bool // needs a device that is signed in
 	account bool // any error is answered and then ends the connection
+	own     bool // no path of OCF's, which devices read their own way: clients are answered as the RFCs have it
 	methods map[codes.Code]method
 }
 
@@ -58,8 +62,8 @@ var routes = map[string]route{
 		codes.GET: (*peer).selector, codes.POST: (*peer).publish, codes.DELETE: (*peer).unpublish,
 	}},
 	"/oic/res":          {session: true, methods: map[codes.Code]method{codes.GET: (*peer).discover}},
-	"/x.plgd.dev/time":  {methods: map[codes.Code]method{codes.GET: (*peer).hubTime}},
-	"/.well-known/core": {methods: map[codes.Code]method{codes.GET: (*peer).core}},
+	"/x.plgd.dev/time":  {own: true, methods: map[codes.Code]method{codes.GET: (*peer).hubTime}},
+	"/.well-known/core": {own: true, methods: map[codes.Code]method{codes.GET: (*peer).core}},
 }
 
 // Request implements coap.ConnHandler. The order of refusals is path, method, session, format, body: a 4.01 costs a device
@@ -78,7 +82,7 @@ func (p *peer) Request(ctx context.Context, req *coap.Message) coap.Response {
 		err = &hub.Error{Kind: hub.Internal} // the engine would answer 5.00; here it is trouble of ours like any other
 	}
 	if err != nil {
-		resp = failure(err)
+		resp = r.failure(req, err)
 		if r.account || resp.Code == codes.Unauthorized {
 			p.close()
 		}
@@ -87,6 +91,7 @@ func (p *peer) Request(ctx context.Context, req *coap.Message) coap.Response {
 			p.gw.devices.failed(p.sess.own.Device, p.sess.number, code)
 		}
 	}
+	resp.Challenge = r.own
 	label := path
 	if !known {
 		label = "unknown" // paths are unbounded
@@ -145,6 +150,9 @@ func (p *peer) answer(ctx context.Context, r route, known bool, path string, req
 	if r.session && p.sess == nil {
 		return coap.Response{}, unauthenticated("not-signed-in", "nobody is signed in on this connection")
 	}
+	if !fulfilled(req) {
+		return coap.Response{}, &hub.Error{Kind: hub.Precondition}
+	}
 	var format int32
 	if path != "/.well-known/core" && req.Code != codes.DELETE { // they have their own format, and none
 		var err error
@@ -155,11 +163,35 @@ func (p *peer) answer(ctx context.Context, r route, known bool, path string, req
 	// Whatever a request waits for ends before the device gives up on it.
 	ctx, cancel := context.WithTimeout(ctx, p.gw.cfg.API.CoAP.KeepAlive.Timeout)
 	defer cancel()
-	resp, err := m(p, ctx, req, format)
-	if err != nil && r.account {
+	if !r.account {
+		return m(p, ctx, req, format)
+	}
+	p.told = p.gw.live.soFar() // before anything is checked
+	err := p.checkKey(ctx)
+	var resp coap.Response
+	if err == nil {
+		resp, err = m(p, ctx, req, format)
+	}
+	if err != nil {
 		err = accountError(err)
 	}
 	return resp, err
+}
+
+// fulfilled reports that the conditions of a request are (RFC 7252, Section 5.10.8). All our resources exist, and none has an
+// ETag that could be given.
+func fulfilled(req *coap.Message) bool {
+	matches, conditional := false, false
+	for i := range req.Options {
+		switch o := &req.Options[i]; o.ID {
+		case coap.IfNoneMatch:
+			return false
+		case coap.IfMatch:
+			conditional = true
+			matches = matches || len(o.Value) == 0
+		}
+	}
+	return matches || !conditional
 }
 
 // Closed implements coap.ConnHandler.
@@ -172,7 +204,8 @@ func (p *peer) Closed(err error) {
 	p.log.Debug("connection closed", "reason", reason, "error", err)
 }
 
-// protocol is how this connection shows in a device's metadata.
+// protocol is how this connection shows in a device's metadata. The client API has no number for WebSocket, which is TCP with
+// other frames.
 func (p *peer) protocol() hub.Protocol {
 	switch info := p.conn.Info(); {
 	case info.Stream && info.Secure:

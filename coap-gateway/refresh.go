@@ -70,6 +70,9 @@ func (p *peer) tryRefresh(ctx context.Context, req *coap.Message, format int32, 
 	}
 	if p.sess != nil && p.sess.own == own {
 		p.renew(p.sess, claims)
+		if err := p.entered(ctx, p.sess, tokens.Access); err != nil {
+			return coap.Response{}, dev, err
+		}
 	}
 	resp, err := success(codes.Changed, format, refreshResponse{
 		AccessToken: tokens.Access, RefreshToken: tokens.Refresh, ExpiresIn: tokenSeconds(tokens, claims),

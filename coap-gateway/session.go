@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -25,12 +26,16 @@ type session struct {
 	user   atomic.Pointer[string] // sub, for audit; renewed while the twin writes
 	uid    string                 // the owner as the device names it
 	claims hub.Claims
-	timer  *time.Timer // closes the connection when the credential expires
+	timer  *time.Timer  // closes the connection when the credential expires
+	grant  grant        // what live has it under; live guards both
+	key    hub.DeviceID // "": it did not come with a pre-shared key
 
 	ctx    context.Context // ends with the session
 	cancel context.CancelFunc
 	to     *deliverer
 	twin   *twin
+	asking sync.WaitGroup // what asks the device where it is, when the twin does not
+	rhythm *rhythm        // when the device listens
 
 	// turn holds one token; whoever has it may write. It orders the session's writes and guards the fields below.
 	turn    chan struct{}
@@ -147,6 +152,8 @@ func (p *peer) renew(s *session, c hub.Claims) {
 func (p *peer) endSession(reason string, offline bool) {
 	s := p.sess
 	p.sess = nil
+	p.gw.live.leave(s)
+	p.listening.Store(nil)
 	s.stop()
 	if offline {
 		// Neither the request's nor the connection's context: this must be recorded although both are over.
@@ -168,5 +175,6 @@ func (s *session) stop() {
 	s.timer.Stop()
 	s.cancel()
 	s.to.box.stop() // first: it may turn the twin
+	s.asking.Wait()
 	s.twin.stop()
 }

@@ -67,7 +67,7 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 	if s := p.sess; s != nil {
 		if s.own == own {
 			p.renew(s, claims) // repeated: it keeps its number, its observations and its ONLINE
-			return claims, dev, nil
+			return claims, dev, p.entered(ctx, s, body.Token)
 		}
 		p.endSession("other-sign-in", true) // the device or its ownership is another one
 	}
@@ -99,11 +99,31 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 	case info.Secure:
 		d.TLSVersion = "DTLS 1.2" // the only one we have
 	}
+	if !info.Stream {
+		d.Contact = got.Contact
+	}
 	p.gw.devices.begin(d, p.conn.Stats)
 	s.log.Info("device came", "protocol", conn.Protocol.String()) // JSON would have its number
+	s.rhythm = newRhythm(info.Stream, got.Contact, time.Now())
 	s.twin = newTwin(s, got.TwinEnabled)
+	p.listening.Store(s)
 	s.twin.resync()
-	s.to.box.begin(s, got.Commands)
+	p.gw.quiet.watch(s.twin)
+	if !got.TwinEnabled {
+		s.asking.Go(func() {
+			if !p.conn.Guard("local endpoints", func() {
+				if err := s.learnEndpoints(); err != nil && s.ctx.Err() == nil {
+					s.notStored(err)
+				}
+			}) {
+				p.conn.Close(coap.ErrPanic)
+			}
+		})
+	}
+	if err := p.entered(ctx, s, body.Token); err != nil {
+		return claims, dev, err
+	}
+	s.to.box.begin(s, got.Commands) // last: whoever may not stay gets no commands
 	return claims, dev, nil
 }
 

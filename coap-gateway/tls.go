@@ -49,6 +49,9 @@ func (g *Gateway) tlsConfig() (*tls.Config, trusted, error) {
 		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return is.certificate() },
 		// A resumed session would carry the identity of an earlier handshake past the CA set and the expiry of today.
 		SessionTicketsDisabled: true,
+		// RFC 8323, Section 8.2: a client on a port other than 5684 must give up when ALPN is not negotiated. One that does not
+		// speak of it is taken all the same.
+		NextProtos: []string{"coap"},
 	}
 	if !co.ClientCertificateRequired {
 		return conf, is, nil
@@ -158,7 +161,7 @@ func (g *Gateway) credentialOf(info coap.ConnInfo) credential {
 	switch {
 	case info.Peer.PSKIdentity != nil:
 		c.device, _ = hub.ParseDeviceID(string(info.Peer.PSKIdentity)) // or it would have no key
-		c.psk, c.pin = true, "psk"
+		c.psk, c.key, c.pin = true, info.Peer.PSKHash, "psk"
 		return c
 	case info.TLS != nil && len(info.TLS.VerifiedChains) > 0:
 		chain = info.TLS.VerifiedChains[0]

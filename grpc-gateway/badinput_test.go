@@ -38,6 +38,12 @@ func TestBadQueriesAreRefusedEverywhere(t *testing.T) {
 		}},
 		{"timestampFilter=now", "query-invalid", 400, []string{"/api/v1/events", device + "/events", light + "/events"}},
 		{"statusFilter=ASLEEP", "query-invalid", 400, []string{"/api/v1/devices"}},
+		{"deviceIdFilter=abc", "filter-invalid", 400, []string{
+			"/api/v1/devices", "/api/v1/resource-links", "/api/v1/resources", "/api/v1/devices-metadata", "/api/v1/events",
+		}},
+		{"deviceIdFilter=", "filter-invalid", 400, []string{"/api/v1/devices", "/api/v1/resources"}},
+		{"resourceIdFilter=abc/light", "filter-invalid", 400, []string{"/api/v1/resources", "/api/v1/events"}},
+		{"resourceIdFilter=" + string(lampA) + "/../light", "filter-invalid", 400, []string{"/api/v1/resources", "/api/v1/events"}},
 		{"x=%", "query-invalid", 400, []string{"/api/v1/devices", device, device + "/resources", light, "/api/v1/events"}},
 		// net/url reads no more parameters than a filter may have entries.
 		{long, "query-invalid", 400, []string{

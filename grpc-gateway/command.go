@@ -4,8 +4,6 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/json"
-	"errors"
-	"io"
 	"mime"
 	"net/http"
 	"strconv"
@@ -370,19 +368,6 @@ func (r *request) condition(o *hub.Order) error {
 	return nil
 }
 
-// body reads the request's body.
-func (r *request) body() ([]byte, error) {
-	b, err := io.ReadAll(r.Body)
-	var large *http.MaxBytesError
-	switch {
-	case errors.As(err, &large):
-		return nil, errBody
-	case err != nil:
-		return nil, hub.NewError(hub.Invalid, "body-unreadable", "the body could not be read").With("http.body", err)
-	}
-	return b, nil
-}
-
 // content reads a content: protobuf's message in JSON, CBOR if the header says so, and JSON whatever else it says, as on other
 // hubs. With the first the answer comes in protobuf's JSON too.
 func (r *request) content() (hub.Content, error) {
@@ -399,7 +384,7 @@ func (r *request) content() (hub.Content, error) {
 			return hub.Content{}, hub.NewError(hub.Invalid, "body-invalid", "the body is no Content in protobuf's JSON").With("http.content", err)
 		}
 		return contentOf(&m), nil
-	case mediaCBOR, mediaOCFCBOR:
+	case cborType, mediaOCFCBOR:
 		return hub.Content{Type: media, Format: hub.FormatNone, Data: b}, nil
 	}
 	return hub.Content{Type: mediaJSON, Format: hub.FormatNone, Data: b}, nil
@@ -471,7 +456,7 @@ func (g *Gateway) deleteResource(w http.ResponseWriter, r *request) error {
 
 // updateMetadata switches the twin. A body that says nothing must not switch it off.
 func (g *Gateway) updateMetadata(w http.ResponseWriter, r *request) error {
-	b, err := r.body()
+	b, err := r.document()
 	if err != nil {
 		return err
 	}

@@ -25,7 +25,8 @@ type HTTPConfig struct {
 	Address string `yaml:"address"`
 	// Hosts are further names, without port, that requests may carry in Host, for example the name of a proxy in front. Others
 	// get 421. Loopback names and the external address are always allowed. Default empty.
-	Hosts []string `yaml:"hosts"`
+	Hosts []string   `yaml:"hosts"`
+	CORS  CORSConfig `yaml:"cors"`
 }
 
 // GRPCConfig is the door for gRPC.
@@ -77,6 +78,11 @@ func (c Config) Validate() []error {
 	for i, h := range c.API.HTTP.Hosts {
 		if h == "" || strings.ContainsAny(h, "/ *") || strings.Contains(h, ":") && net.ParseIP(h) == nil {
 			errs = append(errs, fmt.Errorf("api.http.hosts[%d]: %q is not a host name without port", i, h))
+		}
+	}
+	for i, o := range c.API.HTTP.CORS.Origins {
+		if err := checkOrigin(o); err != nil {
+			errs = append(errs, fmt.Errorf("api.http.cors.origins[%d]: %w", i, err))
 		}
 	}
 	for _, d := range []struct {

@@ -1,6 +1,7 @@
 package grpcgateway
 
 import (
+	"net/http"
 	"strconv"
 	"time"
 
@@ -74,29 +75,7 @@ func (c configuration) message(string) proto.Message { return c.response() }
 // empty members stay.
 func (c configuration) appendJSON(b []byte, _ string) []byte {
 	text := func(name, v string) { b = appendString(appendName(b, name), v) }
-	client := func(name string, o *OAuthClient) {
-		b = appendName(b, name)
-		if o == nil {
-			b = append(b, "null"...)
-			return
-		}
-		b = append(b, '{')
-		text("clientId", o.ID)
-		text("audience", o.Audience)
-		b = append(appendName(b, "scopes"), '[')
-		for i, s := range o.Scopes {
-			if i > 0 {
-				b = append(b, ',')
-			}
-			b = appendString(b, s)
-		}
-		b = append(b, ']')
-		text("providerName", o.ProviderName)
-		text("clientAssertionType", o.AssertionType)
-		text("authority", o.Authority)
-		text("grantType", o.GrantType)
-		b = append(b, '}')
-	}
+	client := func(name string, o *OAuthClient) { b = appendClient(appendName(b, name), o) }
 	b = append(b, '{')
 	b = strconv.AppendInt(appendName(b, "currentTime"), c.now.UnixNano(), 10)
 	text("jwtOwnerClaim", c.OwnerClaim)
@@ -118,4 +97,64 @@ func (c configuration) appendJSON(b []byte, _ string) []byte {
 	text("commitDate", c.Build.CommitDate)
 	text("releaseUrl", c.Build.ReleaseURL)
 	return append(b, "}}"...)
+}
+
+// appendClient keeps empty members too.
+func appendClient(b []byte, o *OAuthClient) []byte {
+	if o == nil {
+		return append(b, "null"...)
+	}
+	text := func(name, v string) { b = appendString(appendName(b, name), v) }
+	b = append(b, '{')
+	text("clientId", o.ID)
+	text("audience", o.Audience)
+	b = append(appendName(b, "scopes"), '[')
+	for i, s := range o.Scopes {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = appendString(b, s)
+	}
+	b = append(b, ']')
+	text("providerName", o.ProviderName)
+	text("clientAssertionType", o.AssertionType)
+	text("authority", o.Authority)
+	text("grantType", o.GrantType)
+	return append(b, '}')
+}
+
+// Pages of plgd's console, by whether this hub has what they show.
+var (
+	consolePages = []string{"configuration", "devices", "docs"}
+	consoleNever = []string{
+		"apiTokens", "certificates", "chatRoom", "dashboard", "deviceFirmwareUpdate", "deviceLogs", "deviceProvisioning",
+		"integrations", "pendingCommands", "remoteClients", "schemaHub", "snippetService",
+	}
+)
+
+// appendWeb is what plgd's console asks for before anything else: where things are, how to log in, and which of its pages
+// to show.
+func (c configuration) appendWeb(b []byte) []byte {
+	text := func(name, v string) { b = appendString(appendName(b, name), v) }
+	b = append(b, '{')
+	text("authority", c.Authority)
+	text("httpGatewayAddress", c.HTTPGatewayAddress)
+	text("deviceProvisioningService", "")
+	text("snippetService", "")
+	b = appendClient(appendName(b, "webOauthClient"), c.WebClient)
+	b = appendClient(appendName(b, "deviceOauthClient"), c.DeviceClient)
+	b = appendClient(appendName(b, "m2mOauthClient"), c.M2MClient)
+	b = append(appendName(b, "visibility"), `{"mainSidebar":{`...)
+	for _, page := range consolePages {
+		b = appendBool(b, page, true)
+	}
+	for _, page := range consoleNever {
+		b = appendBool(b, page, false)
+	}
+	return append(b, "}}}"...)
+}
+
+func (g *Gateway) getWebConfiguration(w http.ResponseWriter, r *request) error {
+	w.Header().Set("Cache-Control", "no-cache")
+	return writeTagged(w, r, "application/json", append(g.configuration().appendWeb(nil), '\n'))
 }

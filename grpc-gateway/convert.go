@@ -19,7 +19,6 @@ import (
 
 const (
 	mediaJSON    = "application/json"
-	mediaCBOR    = "application/cbor"
 	mediaOCFCBOR = "application/vnd.ocf+cbor"
 )
 
@@ -72,7 +71,7 @@ func convert(c hub.Content, twin *hub.Resource) (hub.Content, error) {
 }
 
 func decodes(media string) bool {
-	return media == mediaJSON || media == mediaCBOR || media == mediaOCFCBOR
+	return media == mediaJSON || isCBOR(media)
 }
 
 var errJSON = errors.New("not JSON that CBOR can show")

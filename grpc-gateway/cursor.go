@@ -20,7 +20,12 @@ const (
 	listResources list = 3
 	listMetadata  list = 4
 	listEvents    list = 5
-	listPending   list = 6
+	listFeed      list = 6 // resume tokens of subscriptions
+	listPending   list = 7
+	listThings    list = 17
+	listAudit     list = 18
+	listRefusals  list = 19
+	listAccounts  list = 20
 )
 
 // place is where a page ended: after this device, within it after this href (resources) or after this event of this commit
@@ -33,18 +38,18 @@ type place struct {
 	index  uint32
 }
 
-const cursorVersion = 1
+const cursorVersion = 2 // 1 did not know the filters
 
-// cursor writes a place so that only the same owner can use it in the same call. It grants nothing by itself: the caller's
-// token and the stamps decide what is read.
-func (g *Gateway) cursor(l list, owner hub.Owner, p place) string {
+// cursor writes a place so that only the same owner can use it, in the same call with the same filters. It grants nothing by
+// itself: the caller's token and the stamps decide what is read.
+func (g *Gateway) cursor(l list, owner hub.Owner, f *filter, p place) string {
 	id, _ := hex.DecodeString(strings.ReplaceAll(string(p.device), "-", "")) // our own device ID cannot fail
 	b := append([]byte{cursorVersion, byte(l)}, id...)
 	b = binary.BigEndian.AppendUint64(b, p.seq)
 	b = binary.BigEndian.AppendUint64(b, uint64(p.time))
 	b = binary.BigEndian.AppendUint32(b, p.index)
 	b = append(b, p.href...)
-	return base64.RawURLEncoding.EncodeToString(append(b, g.cursorMAC(owner, b)...))
+	return base64.RawURLEncoding.EncodeToString(append(b, g.cursorMAC(owner, f, b)...))
 }
 
 const (
@@ -52,7 +57,7 @@ const (
 	cursorMAC  = 16
 )
 
-func (g *Gateway) place(l list, owner hub.Owner, cursor string) (place, error) {
+func (g *Gateway) place(l list, owner hub.Owner, f *filter, cursor string) (place, error) {
 	if cursor == "" {
 		return place{}, nil
 	}
@@ -61,7 +66,7 @@ func (g *Gateway) place(l list, owner hub.Owner, cursor string) (place, error) {
 		return place{}, errCursor
 	}
 	b, mac := b[:len(b)-cursorMAC], b[len(b)-cursorMAC:]
-	if b[0] != cursorVersion || b[1] != byte(l) || !hmac.Equal(mac, g.cursorMAC(owner, b)) {
+	if b[0] != cursorVersion || b[1] != byte(l) || !hmac.Equal(mac, g.cursorMAC(owner, f, b)) {
 		return place{}, errCursor
 	}
 	h := hex.EncodeToString(b[2:18])
@@ -74,12 +79,15 @@ func (g *Gateway) place(l list, owner hub.Owner, cursor string) (place, error) {
 	}, nil
 }
 
-func (g *Gateway) cursorMAC(owner hub.Owner, b []byte) []byte {
+func (g *Gateway) cursorMAC(owner hub.Owner, f *filter, b []byte) []byte {
 	m := hmac.New(sha256.New, g.deps.CursorKey)
 	var n [4]byte
 	binary.BigEndian.PutUint32(n[:], uint32(len(owner))) // so that no owner's text runs into the cursor's
 	m.Write(n[:])
 	m.Write([]byte(owner))
+	if f != nil { // a resume token is good for any
+		m.Write(f.digest())
+	}
 	m.Write(b)
 	return m.Sum(nil)[:cursorMAC]
 }

@@ -11,8 +11,8 @@ import (
 )
 
 // deleteDevices deletes the named devices, or with all every one of the owner's, and returns what was deleted. Names that
-// are no device of the owner are passed over. A filter that names nothing, because it is empty or holds an empty text, is
-// an error: a client that lost its variable must not lose its devices.
+// are no device of the owner are passed over, what is no UUID is Invalid. A filter that names nothing, because it is empty or
+// holds an empty text, is an error too: a client that lost its variable must not lose its devices.
 func (g *Gateway) deleteDevices(ctx context.Context, c hub.Claims, names []string, all bool) (deleted, error) {
 	var ids []hub.DeviceID
 	switch {
@@ -28,13 +28,11 @@ func (g *Gateway) deleteDevices(ctx context.Context, c hub.Claims, names []strin
 	case len(names) == 0 || slices.Contains(names, ""):
 		return deleted{}, errDeleteAll
 	default:
-		for _, n := range names {
-			if id, err := hub.ParseDeviceID(n); err == nil {
-				ids = append(ids, id)
-			}
+		f, err := newFilter(names, nil, nil)
+		if err != nil {
+			return deleted{}, err
 		}
-		slices.Sort(ids)
-		ids = slices.Compact(ids)
+		ids = f.ids()
 	}
 	var out deleted
 	for _, id := range ids {

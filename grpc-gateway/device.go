@@ -29,6 +29,7 @@ type deviceElement struct {
 	model        string
 	manufacturer []localized
 	piid         string
+	labels       hub.Labels
 }
 
 // newDevice makes the element of a device, or reports false for one that is not listed: never attached, /oic/d not
@@ -47,7 +48,7 @@ func newDevice(d *hub.Device, hubID string) (deviceElement, bool) {
 	if !ok || json.Unmarshal(doc, &members) != nil || members == nil {
 		return deviceElement{}, false
 	}
-	e := deviceElement{id: d.ID, meta: d.Metadata, metaCause: d.MetaCause, link: link, data: twinOf(d.ID, res, hubID)}
+	e := deviceElement{id: d.ID, meta: d.Metadata, metaCause: d.MetaCause, link: link, data: twinOf(d.ID, res, hubID), labels: d.Labels}
 	// A member of a wrong type stays empty: it must not hide the device.
 	_ = json.Unmarshal(members["n"], &e.name)
 	_ = json.Unmarshal(members["dmno"], &e.model)
@@ -71,14 +72,16 @@ func (e deviceElement) endpoints() []string {
 }
 
 func (e deviceElement) message(cursor string) proto.Message {
+	next, interval := contactFields(e.meta.Contact)
 	m := &pb.Device{
 		Id: string(e.id), Types: e.link.Types, Name: e.name,
 		Metadata: &pb.Device_Metadata{
 			Connection: connectionMessage(e.meta.Connection), TwinSynchronization: twinMessage(e.meta.Twin, e.metaCause),
-			TwinEnabled: e.meta.Twin.Enabled,
+			TwinEnabled: e.meta.Twin.Enabled, NextContact: next, ContactInterval: interval,
 		},
 		ModelNumber: e.model, Interfaces: e.link.Interfaces, ProtocolIndependentId: e.piid, Data: e.data.message(),
 		OwnershipStatus: pb.Device_OWNED, Endpoints: e.endpoints(), Cursor: optional(cursor),
+		Labels: e.labels,
 	}
 	for _, t := range e.manufacturer {
 		m.ManufacturerName = append(m.ManufacturerName, &pb.LocalizedString{Language: t.Language, Value: t.Value})
@@ -92,7 +95,8 @@ func (e deviceElement) appendJSON(b []byte, cursor string) []byte {
 	b = appendText(b, "name", e.name)
 	b = append(appendName(b, "metadata"), '{')
 	b = appendConnection(b, e.meta.Connection)
-	b = append(appendTwin(b, e.meta.Twin, e.metaCause), '}')
+	b = appendTwin(b, e.meta.Twin, e.metaCause)
+	b = append(appendContact(b, e.meta.Contact), '}')
 	if len(e.manufacturer) > 0 {
 		b = append(appendName(b, "manufacturerName"), '[')
 		first := true
@@ -115,5 +119,6 @@ func (e deviceElement) appendJSON(b []byte, cursor string) []byte {
 	b = e.data.appendJSON(appendName(b, "data"))
 	b = appendEnum(b, "ownershipStatus", pb.Device_OwnershipStatus_name, int32(pb.Device_OWNED))
 	b = appendTexts(b, "endpoints", e.endpoints())
+	b = appendLabels(b, e.labels)
 	return append(appendText(b, "cursor", cursor), '}')
 }

@@ -13,9 +13,15 @@ type Directory interface {
 	// Devices yields pictures of those of the given devices that carry owner's stamp, in ID order. An error is the last
 	// element.
 	Devices(ctx context.Context, owner hub.Owner, ids []hub.DeviceID) iter.Seq2[*hub.Device, error]
+	// Changes returns a number that differs from an earlier one if the device looks different in a list since: its ownership,
+	// metadata, links, labels or /oic/d. What was read after the number holds while the number does.
+	Changes(dev hub.DeviceID) uint64
 	// DeviceAt returns the device as it was at t (time-travel read): NotFound if it had no owner's stamp then, or t is before
 	// what retention kept.
 	DeviceAt(ctx context.Context, owner hub.Owner, dev hub.DeviceID, t time.Time) (*hub.Device, error)
+	// SetLabels changes the labels of owner's device and returns them. NotFound if it does not carry owner's stamp; Invalid and
+	// TooLarge as hub.LabelChange.Apply.
+	SetLabels(ctx context.Context, owner hub.Owner, dev hub.DeviceID, change hub.LabelChange, user string) (hub.Labels, error)
 	// History yields the commits of the device that carry owner's stamp and are newer than after (zero: from the start), in
 	// order.
 	History(ctx context.Context, owner hub.Owner, dev hub.DeviceID, after time.Time) iter.Seq2[hub.Commit, error]
@@ -26,6 +32,14 @@ type Directory interface {
 	// CancelCommands ends commands of a device and returns their IDs. Denied for a device that is not owner's, NotFound if
 	// there is nothing to cancel.
 	CancelCommands(ctx context.Context, owner hub.Owner, dev hub.DeviceID, pick hub.CommandPick, user, connection string) ([]string, error)
+	// FeedHead is the place behind everything that has happened to any device.
+	FeedHead(ctx context.Context) (hub.Cursor, error)
+	// Feed yields the commits behind the cursor that carry owner's stamp, and goes on with those that come, until ctx ends. An
+	// error is the last element: Precondition with code feed-lagged if commits behind the cursor are no longer kept. Nobody else
+	// waits for a slow caller.
+	Feed(ctx context.Context, owner hub.Owner, from hub.Cursor) iter.Seq2[hub.Fed, error]
+	// State is Devices, but each picture has all commits in it that FeedHead was behind when State was called.
+	State(ctx context.Context, owner hub.Owner, ids []hub.DeviceID) iter.Seq2[*hub.Device, error]
 }
 
 // Identities is what the door needs from the identity store.

@@ -70,9 +70,9 @@ var (
 	errScopeMissing = hub.NewError(hub.Denied, "scope-missing", "the token lacks the scope for this")
 	errNoRoute      = hub.NewError(hub.NotFound, "no-such-path", "Not Found")
 	errNoMethod     = hub.NewError(hub.MethodNotAllowed, "method-not-allowed", "Method Not Allowed")
+	errNoCall       = hub.NewError(hub.MethodNotAllowed, "no-such-call", "this hub does not know the call")
 	errNotFound     = hub.NewError(hub.NotFound, "not-found", "not found")
 	errNotYours     = hub.NewError(hub.Denied, "device-not-yours", "there is no such device, or it is not yours")
-	errSubscribe    = hub.NewError(hub.Unsupported, "subscriptions-not-available", "this hub has no subscriptions yet")
 	errDeleteAll    = hub.NewError(hub.Invalid, "filter-empty", "name the devices to delete, or ask for all of them with all=true")
 	errDeleteBoth   = hub.NewError(hub.Invalid, "filter-and-all", "all=true and a filter exclude each other")
 	errCursor       = hub.NewError(hub.Invalid, "cursor-invalid", "the cursor is not one of this call and this caller")
@@ -156,7 +156,10 @@ func appendError(b []byte, err error, proto bool) []byte {
 }
 
 // writeError answers a request with an error whose answer has not begun yet.
-func writeError(w http.ResponseWriter, err error) {
+func writeError(w http.ResponseWriter, err error) { writeErrorAs(w, httpStatus(err), err) }
+
+// writeErrorAs is for errors whose status was decided elsewhere.
+func writeErrorAs(w http.ResponseWriter, status int, err error) {
 	proto := false
 	if o, ok := w.(*writer); ok {
 		proto = o.proto
@@ -180,7 +183,7 @@ func writeError(w http.ResponseWriter, err error) {
 	if after := retryAfter(err); after > 0 {
 		h.Set("Retry-After", strconv.Itoa(int(math.Ceil(after.Seconds()))))
 	}
-	w.WriteHeader(httpStatus(err))
+	w.WriteHeader(status)
 	_, _ = w.Write(append(appendError(nil, err, proto), '\n')) // a client that has gone needs no answer
 }
 
@@ -199,6 +202,9 @@ func httpStatus(err error) int {
 	}
 	return statusOf[hub.KindOf(err)]
 }
+
+// errGone ends a stream whose peer went away: its end is nobody's fault and nothing to log.
+var errGone = errors.New("the peer is gone")
 
 // gone reports whether the caller went away, which is nobody's fault and no error to log.
 func gone(ctx context.Context) bool { return errors.Is(context.Cause(ctx), context.Canceled) }

@@ -15,12 +15,13 @@ type eventElement struct {
 	hubID  string
 }
 
-// inHistory reports whether the API has a form for the event. Registered and Unregistered are told to subscribers only.
+// inHistory reports whether the API has a form for the event. Registered and Unregistered are told to
+// subscribers only; of labels it has the present ones.
 func inHistory(k hub.EventKind) bool {
 	switch k {
 	case hub.MetadataUpdated, hub.LinksPublished, hub.LinksUnpublished, hub.ResourceChanged, hub.CommandPending, hub.CommandEnded:
 		return true
-	case hub.Registered, hub.Unregistered, hub.CommandBound, hub.CommandLate:
+	case hub.Registered, hub.Unregistered, hub.LabelsChanged, hub.CommandBound, hub.CommandLate:
 	}
 	return false
 }
@@ -124,7 +125,7 @@ func (e eventElement) message(cursor string) proto.Message {
 		e.pending().setEvent(m)
 	case hub.CommandEnded:
 		e.ended().setEvent(m)
-	case hub.Registered, hub.Unregistered, hub.CommandBound, hub.CommandLate: // inHistory keeps them out
+	case hub.Registered, hub.Unregistered, hub.LabelsChanged, hub.CommandBound, hub.CommandLate: // inHistory keeps them out
 	}
 	return m
 }
@@ -146,7 +147,7 @@ func (e eventElement) appendJSON(b []byte, cursor string) []byte {
 	case hub.CommandEnded:
 		o := e.ended()
 		b = o.appendEvent(appendName(b, o.name()), "")
-	case hub.Registered, hub.Unregistered, hub.CommandBound, hub.CommandLate: // inHistory keeps them out
+	case hub.Registered, hub.Unregistered, hub.LabelsChanged, hub.CommandBound, hub.CommandLate: // inHistory keeps them out
 	}
 	return append(appendText(b, "cursor", cursor), '}')
 }

@@ -2,7 +2,11 @@ package grpcgateway
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"encoding/base64"
+	"encoding/binary"
+	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -27,53 +31,76 @@ type filter struct {
 	offline   bool
 	after     time.Time // events newer than this
 	at        time.Time // the state at this time, zero = now
+	search    search    // for devices
+	order     order     // of devices
 	limit     uint32    // 0 = none
 	from      place
 	pending   pendingFilter // for the list of commands
 }
 
-// newFilter reads the filters that all lists share. Device IDs and hrefs that are none are kept out but count as given: who
-// asks for what cannot exist gets nothing, not everything.
+// newFilter reads the filters that all lists share. A device ID that is no UUID, and an href that is none, are Invalid with
+// the field's name: passing over them would answer another question than the one that was asked.
 func newFilter(devices []string, resources []*pb.ResourceIdFilter, httpResources []string) (filter, error) {
 	f := filter{any: len(devices)+len(resources)+len(httpResources) > 0, online: true, offline: true}
 	if len(devices) > maxFilter || len(resources) > maxFilter || len(httpResources) > maxFilter {
 		return f, hub.NewError(hub.TooLarge, "filter-too-long", "a filter has at most 10000 entries")
 	}
-	for _, d := range devices {
-		f.addDevice(d)
+	for i, d := range devices {
+		id, err := hub.ParseDeviceID(d)
+		if err != nil {
+			return f, badFilter("deviceIdFilter", i, err)
+		}
+		f.addDevice(id)
 	}
-	for _, r := range resources {
-		f.addResource(r.GetResourceId().GetDeviceId(), r.GetResourceId().GetHref(), r.GetEtag())
+	for i, r := range resources {
+		if err := f.addResource(r.GetResourceId().GetDeviceId(), r.GetResourceId().GetHref(), r.GetEtag()); err != nil {
+			return f, badFilter("resourceIdFilter", i, err)
+		}
 	}
-	for _, s := range httpResources {
+	for i, s := range httpResources {
 		r := parseResourceFilter(s)
-		f.addResource(r.GetResourceId().GetDeviceId(), r.GetResourceId().GetHref(), r.GetEtag())
+		if err := f.addResource(r.GetResourceId().GetDeviceId(), r.GetResourceId().GetHref(), r.GetEtag()); err != nil {
+			return f, badFilter("resourceIdFilter", i, err)
+		}
 	}
 	return f, nil
 }
 
-func (f *filter) addDevice(s string) {
-	if id, err := hub.ParseDeviceID(s); err == nil {
-		if f.devices == nil {
-			f.devices = map[hub.DeviceID]bool{}
-		}
-		f.devices[id] = true
+// badFilter says which entry of which filter cannot be read; a client with hundreds of them would search for it otherwise.
+func badFilter(field string, i int, err error) error {
+	_, text := hub.Public(err)
+	return hub.NewError(hub.Invalid, "filter-invalid", fmt.Sprintf("%s, entry %d: %s", field, i+1, text)).With("filter", err)
+}
+
+// deviceOf is the filter of a route below one device. What is no UUID is no device: such a path finds nothing.
+func deviceOf(name string) filter {
+	f := filter{any: true, online: true, offline: true}
+	if id, err := hub.ParseDeviceID(name); err == nil {
+		f.addDevice(id)
 	}
+	return f
+}
+
+func (f *filter) addDevice(id hub.DeviceID) {
+	if f.devices == nil {
+		f.devices = map[hub.DeviceID]bool{}
+	}
+	f.devices[id] = true
 }
 
 // addResource takes an empty href for the whole device.
-func (f *filter) addResource(device, href string, etags [][]byte) {
-	if href == "" {
-		f.addDevice(device)
-		return
-	}
+func (f *filter) addResource(device, href string, etags [][]byte) error {
 	id, err := hub.ParseDeviceID(device)
 	if err != nil {
-		return
+		return err
+	}
+	if href == "" {
+		f.addDevice(id)
+		return nil
 	}
 	h, err := hub.ParseHref(href)
 	if err != nil {
-		return
+		return err
 	}
 	if f.resources == nil {
 		f.resources = map[hub.DeviceID]map[hub.Href][][]byte{}
@@ -82,6 +109,36 @@ func (f *filter) addResource(device, href string, etags [][]byte) {
 		f.resources[id] = map[hub.Href][][]byte{}
 	}
 	f.resources[id][h] = append(f.resources[id][h], etags...)
+	return nil
+}
+
+// digest is of everything that decides which elements a list has, and in which order: a cursor goes on in that list only.
+func (f *filter) digest() []byte {
+	h := sha256.New()
+	put := func(texts ...string) {
+		var n [4]byte
+		binary.BigEndian.PutUint32(n[:], uint32(len(texts)))
+		h.Write(n[:])
+		for _, s := range texts {
+			binary.BigEndian.PutUint32(n[:], uint32(len(s)))
+			h.Write(n[:])
+			h.Write([]byte(s))
+		}
+	}
+	for _, id := range slices.Sorted(maps.Keys(f.devices)) {
+		put("device", string(id))
+	}
+	for _, id := range slices.Sorted(maps.Keys(f.resources)) {
+		for _, href := range slices.Sorted(maps.Keys(f.resources[id])) {
+			put("resource", string(id), string(href)) // ETags say what the caller has, not what is asked for
+		}
+	}
+	put(slices.Sorted(slices.Values(f.types))...)
+	put(f.search...)
+	put(f.pending.id)
+	put(fmt.Sprint(f.pending.kinds, f.pending.hidden))
+	put(fmt.Sprint(f.order, f.any, f.online, f.offline, f.after.UnixNano(), f.at.UnixNano()))
+	return h.Sum(nil)
 }
 
 // ids returns the devices that the filter names, in ID order.

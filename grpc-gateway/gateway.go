@@ -9,6 +9,8 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"runtime/debug"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -17,6 +19,7 @@ import (
 	"google.golang.org/grpc/health"
 
 	"github.com/coaphub/coaphub/api"
+	"github.com/coaphub/coaphub/hub"
 )
 
 // Deps is what the door needs of the rest of the hub. All fields without a remark must be set.
@@ -24,6 +27,10 @@ type Deps struct {
 	Directory  Directory
 	Identities Identities
 	Verifier   Verifier
+	// Administration is what administrators see and do. nil: their calls are 404.
+	Administration Administration
+	// Audit keeps which calls changed something. nil: nobody does.
+	Audit Audit
 	// HubID goes into the metadata of events.
 	HubID string
 	// HubInfo is asked for each GetHubConfiguration; it must be cheap.
@@ -50,10 +57,16 @@ type Gateway struct {
 	metrics *metrics
 	openapi []byte // the description as JSON
 	hosts   map[string]bool
+	origins map[string]bool // of pages that may call the API
 	handler http.Handler
 	grpc    *grpc.Server
 	health  *health.Server
+	index   index
 	addrs   atomic.Pointer[[2]net.Addr]
+
+	encodings encodings
+	closing   chan struct{}  // closed when the doors close: streams end
+	sockets   sync.WaitGroup // of WebSockets, which net/http does not wait for
 }
 
 // New makes a door that does not listen yet. The configuration must be valid.
@@ -66,7 +79,13 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 		deps.CursorKey = make([]byte, 32)
 		_, _ = rand.Read(deps.CursorKey) // never fails
 	}
-	g := &Gateway{cfg: cfg, deps: deps, log: log, metrics: newMetrics(reg), openapi: doc, hosts: map[string]bool{}}
+	g := &Gateway{
+		cfg: cfg, deps: deps, log: log, metrics: newMetrics(reg), openapi: doc, hosts: map[string]bool{}, origins: map[string]bool{},
+		closing: make(chan struct{}),
+	}
+	for _, o := range cfg.API.HTTP.CORS.Origins {
+		g.origins[o] = true
+	}
 	for _, h := range append(append([]string{"localhost", "127.0.0.1", "::1"}, cfg.API.HTTP.Hosts...), deps.Hosts...) {
 		g.hosts[canonicalHost(h)] = true
 	}
@@ -93,7 +112,8 @@ func (g *Gateway) Addresses() (http, grpc net.Addr) {
 // then, and its reader sees that it is not complete.
 const stopTime = 3 * time.Second
 
-// Run listens on both addresses, calls ready, and serves until ctx ends. It returns nil then, after all requests ended.
+// Run listens on both addresses, calls ready, and serves until ctx ends. It returns nil then, after all
+// requests ended. It can be called once.
 func (g *Gateway) Run(ctx context.Context, ready func()) error {
 	hl, err := g.listen(ctx, "grpcGateway.api.http.address (--http-address)", g.cfg.API.HTTP.Address, []string{"h2", "http/1.1"})
 	if err != nil {
@@ -112,6 +132,7 @@ func (g *Gateway) Run(ctx context.Context, ready func()) error {
 		MaxHeaderBytes:    g.cfg.Limits.MaxHeaderBytes,
 		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: g.cfg.Limits.MaxStreams},
 		ErrorLog:          slog.NewLogLogger(g.log.Handler(), slog.LevelDebug), // handshakes of strangers and the like
+		ConnState:         handedOver,
 		BaseContext:       func(net.Listener) context.Context { return context.WithoutCancel(ctx) },
 		// No WriteTimeout: it would end long answers. Each write has a deadline of its own instead.
 	}
@@ -127,6 +148,7 @@ func (g *Gateway) Run(ctx context.Context, ready func()) error {
 		running--
 	}
 	g.health.Shutdown() // watchers are told, before their streams end
+	close(g.closing)
 	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTime)
 	defer cancel()
 	hard := context.AfterFunc(stop, g.grpc.Stop)
@@ -135,6 +157,7 @@ func (g *Gateway) Run(ctx context.Context, ready func()) error {
 	}
 	g.grpc.GracefulStop()
 	hard()
+	g.sockets.Wait() // each ends soon after closing, see lastWords
 	for range running {
 		if e := <-failed; err == nil && e != nil && !errors.Is(e, http.ErrServerClosed) && !errors.Is(e, grpc.ErrServerStopped) {
 			err = e
@@ -170,4 +193,16 @@ func (g *Gateway) listen(ctx context.Context, what, address string, protocols []
 	cfg := g.deps.TLS.Clone()
 	cfg.NextProtos = protocols
 	return tls.NewListener(l, cfg), nil
+}
+
+// guarded runs what belongs to a stream: a panic ends that stream alone.
+func (g *Gateway) guarded(what string, do func() error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			g.metrics.panics.WithLabelValues(what).Inc()
+			g.log.Error("a stream ended in a panic", "what", what, "panic", p, "stack", string(debug.Stack()))
+			err = &hub.Error{Kind: hub.Internal, Op: what}
+		}
+	}()
+	return do()
 }

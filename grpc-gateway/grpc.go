@@ -5,7 +5,6 @@ import (
 	"log/slog"
 	"path"
 	"runtime/debug"
-	"strings"
 	"time"
 
 	"google.golang.org/grpc"
@@ -44,6 +43,19 @@ var reads = map[string]bool{
 	pb.GrpcGateway_SubscribeToEvents_FullMethodName:     true,
 }
 
+// known are the calls of the service.
+var known = func() map[string]bool {
+	out := map[string]bool{}
+	d := pb.GrpcGateway_ServiceDesc
+	for _, m := range d.Methods {
+		out["/"+d.ServiceName+"/"+m.MethodName] = true
+	}
+	for _, m := range d.Streams {
+		out["/"+d.ServiceName+"/"+m.StreamName] = true
+	}
+	return out
+}()
+
 func (g *Gateway) newGRPC() (*grpc.Server, *health.Server) {
 	s := grpc.NewServer(
 		grpc.ChainUnaryInterceptor(g.unary), grpc.ChainStreamInterceptor(g.stream),
@@ -55,6 +67,7 @@ func (g *Gateway) newGRPC() (*grpc.Server, *health.Server) {
 		// A peer that is gone without a word is noticed, and its streams end.
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: g.cfg.Limits.StallTimeout}),
 		grpc.WaitForHandlers(true),
+		grpc.UnknownServiceHandler(func(any, grpc.ServerStream) error { return errNoCall }), // with a reason, as all errors
 	)
 	pb.RegisterGrpcGatewayServer(s, &server{g: g})
 	h := health.NewServer()
@@ -75,7 +88,7 @@ func (g *Gateway) begin(ctx context.Context, method string) (context.Context, er
 		return ctx, nil
 	}
 	scope := hub.ScopeWrite
-	if reads[method] {
+	if reads[method] || !known[method] { // whoever may do anything learns that there is no such call
 		scope = hub.ScopeRead
 	}
 	var authorization string
@@ -107,12 +120,14 @@ func (g *Gateway) end(ctx context.Context, method, id string, begun time.Time, e
 		}
 	}
 	call := path.Base(method)
-	if !strings.HasPrefix(method, "/"+pb.GrpcGateway_ServiceDesc.ServiceName+"/") {
-		call = "other" // health and reflection
+	if !known[method] {
+		call = "other" // health, reflection, and what anybody makes up
 	}
 	took := time.Since(begun)
 	g.metrics.requests.WithLabelValues("grpc", call, outcome).Inc()
-	g.metrics.seconds.WithLabelValues("grpc", call).Observe(took.Seconds())
+	if method != pb.GrpcGateway_SubscribeToEvents_FullMethodName { // how long somebody listened says nothing about us
+		g.metrics.seconds.WithLabelValues("grpc", call).Observe(took.Seconds())
+	}
 	g.log.LogAttrs(ctx, slog.LevelDebug, "call", slog.String("request", id), slog.String("method", method), slog.String("outcome", outcome), slog.Duration("took", took))
 }
 
@@ -125,7 +140,14 @@ func (g *Gateway) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo
 	if ctx, err = g.begin(ctx, info.FullMethod); err != nil {
 		return nil, err
 	}
-	return handle(ctx, req)
+	if !known[info.FullMethod] || reads[info.FullMethod] || public[info.FullMethod] {
+		return handle(ctx, req)
+	}
+	err = g.audited(ctx, auditGRPC(ctx, path.Base(info.FullMethod), id, req), claimsOf(ctx), func() (err error) {
+		resp, err = handle(ctx, req)
+		return err
+	})
+	return resp, err
 }
 
 func (g *Gateway) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) (err error) {
@@ -153,7 +175,7 @@ type contextStream struct {
 
 func (s *contextStream) Context() context.Context { return s.ctx }
 
-// server is the service over gRPC. Subscriptions are answered with an error of the catalogue.
+// server is the service over gRPC.
 type server struct {
 	pb.UnimplementedGrpcGatewayServer
 	g *Gateway
@@ -166,6 +188,12 @@ func (s *server) GetDevices(r *pb.GetDevicesRequest, out grpc.ServerStreamingSer
 	}
 	f.types = r.GetTypeFilter()
 	f.setStatus(r.GetStatusFilter())
+	if f.search, err = newSearch(r.GetSearch()); err != nil {
+		return err
+	}
+	if f.order, err = newOrder(r.GetSort()); err != nil {
+		return err
+	}
 	return sendList(s.g, listDevices, out, f, r, s.g.devices)
 }
 
@@ -215,8 +243,4 @@ func (s *server) DeleteDevices(ctx context.Context, r *pb.DeleteDevicesRequest) 
 
 func (s *server) GetHubConfiguration(context.Context, *pb.HubConfigurationRequest) (*pb.HubConfigurationResponse, error) {
 	return s.g.configuration().response(), nil
-}
-
-func (s *server) SubscribeToEvents(grpc.BidiStreamingServer[pb.SubscribeToEvents, pb.Event]) error {
-	return errSubscribe
 }

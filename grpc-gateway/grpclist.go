@@ -21,11 +21,11 @@ func sendList[M any](g *Gateway, l list, out grpc.ServerStreamingServer[M], f fi
 	owner := claimsOf(ctx).Owner
 	var err error
 	f.limit = r.GetLimit()
-	if f.from, err = g.place(l, owner, r.GetCursor()); err != nil {
-		return err
-	}
 	if at, ok := r.(interface{ GetAt() int64 }); ok {
 		f.at = sinceNanos(at.GetAt())
+	}
+	if f.from, err = g.place(l, owner, &f, r.GetCursor()); err != nil {
+		return err
 	}
 	return g.page(l, owner, &f, read(ctx, owner, &f), func(e element, cursor string) error {
 		return out.SendMsg(e.message(cursor))
@@ -48,3 +48,5 @@ func (f *filter) setStatus(s []pb.GetDevicesRequest_Status) {
 	f.online = slices.Contains(s, pb.GetDevicesRequest_ONLINE)
 	f.offline = slices.Contains(s, pb.GetDevicesRequest_OFFLINE)
 }
+
+func (f *filter) wantsOnline(online bool) bool { return online && f.online || !online && f.offline }

@@ -3,6 +3,7 @@ package grpcgateway
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"log/slog"
 	"net"
 	"net/http"
@@ -19,9 +20,11 @@ import (
 type request struct {
 	*http.Request
 	claims hub.Claims // zero for public operations
+	token  string     // what they were read from
 	vars   vars
 	query  query
 	proto  bool // protobuf's JSON instead of the simple form
+	cbor   bool // CBOR instead of it
 }
 
 // newHandler is everything that applies to every request, from the outside in.
@@ -36,6 +39,14 @@ func (g *Gateway) newHandler() http.Handler {
 		if !g.hosts[canonicalHost(r.Host)] { // DNS rebinding
 			g.metrics.refused.WithLabelValues("host").Inc()
 			writeError(w, errHost)
+			return
+		}
+		if g.crossOrigin(w, r) { // of the configuration: what protects against the others would refuse it
+			if r.Method == http.MethodOptions {
+				preflight(w)
+				return
+			}
+			g.route(w, r)
 			return
 		}
 		inner.ServeHTTP(w, r)
@@ -67,6 +78,9 @@ func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 		method = http.MethodGet
 	}
 	op, found := routes[template][method]
+	if op.stream && r.Method == http.MethodHead { // a stream has no head to look at
+		op, found = operation{}, false
+	}
 	call := op.id
 	switch {
 	case page:
@@ -92,14 +106,16 @@ func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 		}
 		outcome := "ok"
 		switch {
-		case err != nil && gone(r.Context()):
+		case err != nil && gone(r.Context()), errors.Is(err, errGone):
 			outcome = "gone"
 		case err != nil:
 			outcome = hub.KindOf(err).String()
 		}
 		took := time.Since(begun)
 		g.metrics.requests.WithLabelValues("http", call, outcome).Inc()
-		g.metrics.seconds.WithLabelValues("http", call).Observe(took.Seconds())
+		if !op.stream { // how long somebody listened says nothing about us
+			g.metrics.seconds.WithLabelValues("http", call).Observe(took.Seconds())
+		}
 		g.log.LogAttrs(r.Context(), slog.LevelDebug, "request", slog.String("request", id), slog.String("method", r.Method), slog.String("call", call),
 			slog.Int("status", w.status), slog.String("outcome", outcome), slog.Duration("took", took))
 		if w.cut { // the last line says so; breaking off the connection says it to everybody
@@ -107,17 +123,21 @@ func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 			panic(http.ErrAbortHandler)
 		}
 	}()
-	ctx, cancel := context.WithTimeout(r.Context(), g.cfg.Limits.RequestTimeout)
-	defer cancel()
+	ctx := r.Context()
+	if !op.stream {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, g.cfg.Limits.RequestTimeout)
+		defer cancel()
+	}
 	if page {
 		err = nil
-		g.deps.Pages.ServeHTTP(w, r.WithContext(ctx))
+		g.deps.Pages.ServeHTTP(pagesFor(w, r), r.WithContext(ctx))
 		return
 	}
 	if err = g.serve(ctx, w, r, template, v, op, found, err); err == nil {
 		return
 	}
-	if hub.KindOf(err) == hub.Internal {
+	if hub.KindOf(err) == hub.Internal && !errors.Is(err, errGone) {
 		g.log.Error("a request failed", "request", id, "call", call, "error", err)
 	}
 	if w.status == 0 {
@@ -126,11 +146,11 @@ func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 }
 
 func (g *Gateway) serve(ctx context.Context, w *writer, r *http.Request, template string, v vars, op operation, found bool, bad error) error {
-	authorization := r.Header.Get("Authorization")
+	presented := authorization(r)
 	switch {
 	case template == "":
 		if strings.HasPrefix(r.URL.Path, "/api/") { // strangers do not learn which paths there are
-			if _, err := g.authorize(ctx, authorization, hub.ScopeRead); err != nil {
+			if _, err := g.authorize(ctx, presented, hub.ScopeRead); err != nil {
 				return err
 			}
 		}
@@ -139,10 +159,13 @@ func (g *Gateway) serve(ctx context.Context, w *writer, r *http.Request, templat
 		w.Header().Set("Allow", allow(template))
 		return errNoMethod
 	}
-	req := &request{Request: r.WithContext(ctx), vars: v, proto: r.Header.Get("Accept") == "application/protojson"}
+	req := &request{
+		Request: r.WithContext(ctx), token: bearer(presented), vars: v,
+		proto: r.Header.Get("Accept") == "application/protojson", cbor: wantsCBOR(r),
+	}
 	var err error
 	if op.scope != "" {
-		if req.claims, err = g.authorize(ctx, authorization, op.scope); err != nil {
+		if req.claims, err = g.authorize(ctx, presented, op.scope); err != nil {
 			return err
 		}
 		w.Header().Set("Cache-Control", "private, no-cache") // what it says belongs to one owner
@@ -153,15 +176,18 @@ func (g *Gateway) serve(ctx context.Context, w *writer, r *http.Request, templat
 		return bad
 	case r.ContentLength > int64(g.cfg.Limits.MaxBodyBytes):
 		return errBody
-	case op.later != nil:
-		return op.later
 	}
 	r.Body = http.MaxBytesReader(w, r.Body, int64(g.cfg.Limits.MaxBodyBytes))
 	if req.query, err = parseQuery(r.URL.RawQuery); err != nil {
 		return err
 	}
-	err = op.serve(g, w, req)
-	w.proto = req.proto
+	serve := func() error { return op.serve(g, w, req) }
+	if op.changes(r.Method) {
+		err = g.audited(ctx, auditHTTP(r, op.id, w.Header().Get("X-Request-Id")), req.claims, serve)
+	} else {
+		err = serve()
+	}
+	w.proto = req.proto // what the body is in says it too
 	return err
 }
 
@@ -169,7 +195,7 @@ func allow(template string) string {
 	var m []string
 	for method, op := range routes[template] {
 		m = append(m, method)
-		if method == http.MethodGet && op.later == nil {
+		if method == http.MethodGet && !op.stream {
 			m = append(m, http.MethodHead)
 		}
 	}
@@ -219,10 +245,18 @@ func writeOne(w http.ResponseWriter, r *request, e element) error {
 	if err != nil {
 		return err
 	}
-	return writeBody(w, r, r.contentType(), append(b, '\n'))
+	b = append(b, '\n')
+	if w.Header().Get("ETag") != "" { // a twin has its device's
+		return writeBody(w, r, r.contentType(), b)
+	}
+	return writeTagged(w, r, r.contentType(), b)
 }
 
 func writeBody(w http.ResponseWriter, r *request, contentType string, b []byte) error {
+	contentType, b, err := r.inForm(contentType, b)
+	if err != nil {
+		return err
+	}
 	w.Header().Set("Content-Type", contentType)
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	out, done := compress(w, r.Request, len(b))

@@ -53,6 +53,7 @@ func TestGetDevicesListsWhatIsPublishedInOrder(t *testing.T) {
 	want(t, "protocol", conn["protocol"], any("COAPS_TCP"))
 	want(t, "connectedAt is a text", conn["connectedAt"], any(strconv.FormatInt(t0, 10)))
 	want(t, "state", meta["twinSynchronization"].(map[string]any)["state"], any("IN_SYNC"))
+	want(t, "contact", meta["contactInterval"], any("21600000000000"))
 	data := d["data"].(map[string]any)
 	want(t, "content is decoded", data["content"].(map[string]any)["n"], any("lamp A"))
 	want(t, "hubId", data["eventMetadata"].(map[string]any)["hubId"], any(hubID))
@@ -73,8 +74,6 @@ func TestDeviceFilters(t *testing.T) {
 		{"deviceIdFilter=" + string(lampB) + "&deviceIdFilter=" + string(lampA), []hub.DeviceID{lampA, lampB}},
 		{"deviceIdFilter=" + string(unknown), nil},
 		{"deviceIdFilter=" + string(bobs), nil},
-		{"deviceIdFilter=abc", nil},
-		{"deviceIdFilter=", nil}, // given, and names nothing
 		{"statusFilter=ONLINE", []hub.DeviceID{lampA}},
 		{"status=OFFLINE", []hub.DeviceID{lampB}},
 		{"statusFilter=1", []hub.DeviceID{lampB}},
@@ -116,7 +115,7 @@ func TestSimpleAndProtobufForm(t *testing.T) {
 		{"application/json", "application/json"},
 		{"*/*", "application/json"},
 		{"text/html", "application/json"},
-		{"application/cbor", "application/json"},
+		{"application/cbor, application/json", "application/json"},
 		{"application/protojson, application/json;q=0.5", "application/json"}, // exactly, or not at all
 		{"application/protojson", "application/jsonpb"},
 	} {
@@ -172,10 +171,8 @@ func TestGetResources(t *testing.T) {
 		{"/api/v1/resources?httpResourceIdFilter=" + a + "/light/1", []string{"a1/light/1"}},
 		{"/api/v1/resources?resourceId=%2F" + a + "%2Flight%2F1", []string{"a1/light/1"}},
 		{"/api/v1/resources?resourceIdFilter=" + a, of("a1")},
-		{"/api/v1/resources?resourceIdFilter=garbage", nil},
 		{"/api/v1/resources?resourceIdFilter=" + a + "/nothing", nil},
 		{"/api/v1/resources?resourceIdFilter=" + a + "/hidden", nil}, // reported, not published
-		{"/api/v1/resources?resourceIdFilter=" + a + "/../light", nil},
 		{"/api/v1/resources?resourceIdFilter=" + string(bobs) + "/light/1", nil},
 		{"/api/v1/resources?deviceIdFilter=" + b + "&resourceIdFilter=" + a + "/light/1", append([]string{"a1/light/1"}, of("b2")...)}, // union
 	} {
@@ -194,7 +191,7 @@ func TestResourceWithoutReportHasNoData(t *testing.T) { // C24
 	want(t, "list", w.get(t, "/api/v1/resources?resourceIdFilter="+string(lampA)+"/late").Body.String(), `{"result":{"types":["x.late"]}}`+"\n")
 	a := w.get(t, "/api/v1/devices/"+string(lampA)+"/resources/late")
 	want(t, "single", a.Body.String(), `{"types":["x.late"]}`+"\n")
-	want(t, "no ETag", a.Header().Get("ETag"), "")
+	want(t, "no device's ETag", strings.HasPrefix(a.Header().Get("ETag"), `W/"#`), true)
 	want(t, "content alone", w.get(t, "/api/v1/devices/"+string(lampA)+"/resources/late?onlyContent=1").Body.String(), "null\n")
 }
 
@@ -332,11 +329,6 @@ func TestETags(t *testing.T) {
 	}
 }
 
-func TestSubscriptionsAreNotThereYet(t *testing.T) {
-	w := newWorld(t)
-	want(t, "ws", w.get(t, "/api/v1/ws/events").reason(), "subscriptions-not-available")
-}
-
 func TestGetLinks(t *testing.T) {
 	w := newWorld(t)
 	rs := w.get(t, "/api/v1/resource-links").results()
@@ -363,6 +355,7 @@ func TestGetDevicesMetadata(t *testing.T) {
 	want(t, "canceled", rs[0]["canceled"], any(false))
 	want(t, "sequence", rs[0]["twinSynchronization"].(map[string]any)["commandMetadata"].(map[string]any)["sequence"], any("9"))
 	want(t, "offline", rs[1]["connection"].(map[string]any)["status"], any("OFFLINE"))
+	want(t, "when it is expected", rs[0]["nextContact"], any(strconv.FormatInt(t0+2, 10)))
 	want(t, "type", len(w.get(t, "/api/v1/devices-metadata?typeFilter=x.none").results()), 0)
 	want(t, "device", len(w.get(t, "/api/v1/devices-metadata?deviceIdFilter="+string(lampB)).results()), 1)
 }
@@ -480,6 +473,10 @@ func TestCursorIsBoundToCallAndOwner(t *testing.T) {
 		"damaged":       w.get(t, "/api/v1/devices?cursor="+string(damaged)),
 		"garbage":       w.get(t, "/api/v1/devices?cursor=***"),
 		"short":         w.get(t, "/api/v1/devices?cursor=AAAA"),
+		"another type":  w.get(t, "/api/v1/devices?typeFilter=oic.wk.d&cursor="+cursor),
+		"other devices": w.get(t, "/api/v1/devices?deviceIdFilter="+string(lampB)+"&cursor="+cursor),
+		"other states":  w.get(t, "/api/v1/devices?statusFilter=ONLINE&cursor="+cursor),
+		"another time":  w.get(t, "/api/v1/devices?at="+strconv.FormatInt(t0, 10)+"&cursor="+cursor),
 	} {
 		want(t, what, a.Code, 400)
 		want(t, what, a.reason(), "cursor-invalid")
@@ -522,8 +519,8 @@ func TestTimeTravel(t *testing.T) {
 
 func TestDeleteDevices(t *testing.T) {
 	w := newWorld(t)
-	a := w.do(t, "alice", "DELETE", "/api/v1/devices?deviceIdFilter="+string(lampB)+"&deviceIdFilter="+string(unknown)+"&deviceIdFilter="+string(bobs)+"&deviceIdFilter=abc")
-	want(t, "one of four", a.Body.String(), `{"deviceIds":["`+string(lampB)+`"]}`+"\n")
+	a := w.do(t, "alice", "DELETE", "/api/v1/devices?deviceIdFilter="+string(lampB)+"&deviceIdFilter="+string(unknown)+"&deviceIdFilter="+string(bobs))
+	want(t, "one of three", a.Body.String(), `{"deviceIds":["`+string(lampB)+`"]}`+"\n")
 	want(t, "again", w.do(t, "alice", "DELETE", "/api/v1/devices/"+string(lampB)).Body.String(), "{}\n")
 	want(t, "no UUID", w.do(t, "alice", "DELETE", "/api/v1/devices/abc").Body.String(), "{}\n")
 	want(t, "single", w.do(t, "alice", "DELETE", "/api/v1/devices/"+string(fresh), "Accept: application/protojson").json()["deviceIds"].([]any)[0], any(string(fresh)))
@@ -540,6 +537,7 @@ func TestDeleteNeedsAFilterOrAll(t *testing.T) { // C1
 		{"?all=maybe", "query-invalid"},
 		{"?all=true&deviceIdFilter=" + string(lampA), "filter-and-all"},
 		{"?deviceIdFilter=%zz", "query-invalid"},
+		{"?deviceIdFilter=abc&deviceIdFilter=" + string(lampA), "filter-invalid"},
 	} {
 		w := newWorld(t)
 		a := w.do(t, "alice", "DELETE", "/api/v1/devices"+c.query)

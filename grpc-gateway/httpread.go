@@ -1,18 +1,19 @@
 package grpcgateway
 
 import (
-	"encoding/base64"
 	"net/http"
-	"slices"
-	"strconv"
-	"strings"
 
 	"github.com/coaphub/coaphub/hub"
 )
 
-// listFilter reads the filters of the lists over all devices.
-func (r *request) listFilter() (filter, error) {
-	f, err := newFilter(r.query["deviceIdFilter"], nil, r.query["resourceIdFilter"])
+// listFilter reads the filters of the lists over all devices. resources says whether the list has a filter for them; where
+// it has none, entries are passed over like every parameter that a call does not know.
+func (r *request) listFilter(resources bool) (filter, error) {
+	var named []string
+	if resources {
+		named = r.query["resourceIdFilter"]
+	}
+	f, err := newFilter(r.query["deviceIdFilter"], nil, named)
 	if err != nil {
 		return f, err
 	}
@@ -23,7 +24,7 @@ func (r *request) listFilter() (filter, error) {
 
 // deviceFilter is for the routes below one device; filters in the query other than the type are not theirs.
 func (r *request) deviceFilter() (filter, error) {
-	f, _ := newFilter([]string{r.vars.device}, nil, nil)
+	f := deviceOf(r.vars.device)
 	f.types = r.query["typeFilter"]
 	var err error
 	f.at, err = r.query.at()
@@ -42,7 +43,7 @@ func (g *Gateway) one(r *request, f *filter, read reader) (element, error) {
 }
 
 func (g *Gateway) getDevices(w http.ResponseWriter, r *request) error {
-	f, err := r.listFilter()
+	f, err := r.listFilter(false)
 	if err != nil {
 		return err
 	}
@@ -51,8 +52,12 @@ func (g *Gateway) getDevices(w http.ResponseWriter, r *request) error {
 		return err
 	}
 	f.setStatus(status)
-	f.resources = nil // this call has no such filter
-	f.any = len(r.query["deviceIdFilter"]) > 0
+	if f.search, err = newSearch(r.query.get("search")); err != nil {
+		return err
+	}
+	if f.order, err = newOrder(r.query.get("sort")); err != nil {
+		return err
+	}
 	return g.writeList(w, r, listDevices, &f, g.devices)
 }
 
@@ -70,12 +75,8 @@ func (g *Gateway) getDevice(w http.ResponseWriter, r *request) error {
 }
 
 func (g *Gateway) getLinks(w http.ResponseWriter, r *request) error {
-	f, err := newFilter(r.query["deviceIdFilter"], nil, nil)
+	f, err := r.listFilter(false)
 	if err != nil {
-		return err
-	}
-	f.types = r.query["typeFilter"]
-	if f.at, err = r.query.at(); err != nil {
 		return err
 	}
 	return g.writeList(w, r, listLinks, &f, g.links)
@@ -94,7 +95,7 @@ func (g *Gateway) getLinksOfDevice(w http.ResponseWriter, r *request) error {
 }
 
 func (g *Gateway) getResources(w http.ResponseWriter, r *request) error {
-	f, err := r.listFilter()
+	f, err := r.listFilter(true)
 	if err != nil {
 		return err
 	}
@@ -110,12 +111,8 @@ func (g *Gateway) getResourcesOfDevice(w http.ResponseWriter, r *request) error 
 }
 
 func (g *Gateway) getMetadata(w http.ResponseWriter, r *request) error {
-	f, err := newFilter(r.query["deviceIdFilter"], nil, nil)
+	f, err := r.listFilter(false)
 	if err != nil {
-		return err
-	}
-	f.types = r.query["typeFilter"]
-	if f.at, err = r.query.at(); err != nil {
 		return err
 	}
 	return g.writeList(w, r, listMetadata, &f, g.metadata)
@@ -130,13 +127,15 @@ func (g *Gateway) getEvents(w http.ResponseWriter, r *request) error {
 }
 
 func (g *Gateway) getEventsOfDevice(w http.ResponseWriter, r *request) error {
-	f, _ := newFilter([]string{r.vars.device}, nil, nil)
+	f := deviceOf(r.vars.device)
 	return g.writeEvents(w, r, &f)
 }
 
 func (g *Gateway) getEventsOfResource(w http.ResponseWriter, r *request) error {
 	f := filter{any: true}
-	f.addResource(r.vars.device, string(r.vars.href), nil)
+	if f.addResource(r.vars.device, string(r.vars.href), nil) != nil {
+		f = filter{any: true} // such a device has no events
+	}
 	return g.writeEvents(w, r, &f)
 }
 
@@ -199,34 +198,14 @@ func writeContent(w http.ResponseWriter, r *request, c hub.Content) error {
 		}
 		return writeBody(w, r, r.contentType(), append(b, '\n'))
 	}
+	if r.cbor && isCBOR(mediaType(c)) { // as the device sent it, byte strings and all
+		return writeBody(w, r, cborType, c.Data)
+	}
 	b := []byte("null")
 	if len(c.Data) > 0 {
 		b = appendContent(nil, c)
 	}
 	return writeBody(w, r, r.contentType(), append(b, '\n'))
-}
-
-// entityTag is the ETag of answers that show a twin: the device's, or if it gave none the commit that brought it, marked
-// with an @, which no base64 has. It is weak, since there are several forms of the same state (RFC 9110, Section 8.8.1).
-func entityTag(res *hub.Resource) string {
-	if len(res.ETag) > 0 {
-		return `W/"` + base64.StdEncoding.EncodeToString(res.ETag) + `"`
-	}
-	return `W/"@` + strconv.FormatUint(res.Seq, 10) + `"`
-}
-
-// matches compares weakly (RFC 9110, Section 13.1.2).
-func matches(ifNoneMatch []string, tag string) bool {
-	tag = strings.TrimPrefix(tag, "W/")
-	return slices.ContainsFunc(ifNoneMatch, func(h string) bool {
-		for part := range strings.SplitSeq(h, ",") { // our tags have no comma in them
-			part = strings.TrimSpace(part)
-			if part == "*" || strings.TrimPrefix(part, "W/") == tag {
-				return true
-			}
-		}
-		return false
-	})
 }
 
 func (g *Gateway) deleteAll(w http.ResponseWriter, r *request) error {
@@ -242,6 +221,9 @@ func (g *Gateway) deleteAll(w http.ResponseWriter, r *request) error {
 }
 
 func (g *Gateway) deleteOne(w http.ResponseWriter, r *request) error {
+	if _, err := hub.ParseDeviceID(r.vars.device); err != nil {
+		return writeOne(w, r, deleted{}) // no device has such a name
+	}
 	d, err := g.deleteDevices(r.Context(), r.claims, []string{r.vars.device}, false)
 	if err != nil {
 		return err
@@ -264,7 +246,7 @@ func (g *Gateway) getConfiguration(w http.ResponseWriter, r *request) error {
 }
 
 func (g *Gateway) getOpenAPI(w http.ResponseWriter, r *request) error {
-	return writeBody(w, r, "application/json", g.openapi)
+	return writeTagged(w, r, "application/json", g.openapi)
 }
 
 // getRoot answers probes, and people who want to know what this is.

@@ -1,7 +1,9 @@
 package grpcgateway
 
 import (
+	"crypto/tls"
 	"net"
+	"net/http"
 	"sync"
 )
 
@@ -36,6 +38,28 @@ func (l *limitListener) Close() error {
 type limitConn struct {
 	net.Conn
 	release func()
+}
+
+// CloseWrite ends our direction, so that what was said last is read before the connection ends.
+func (c *limitConn) CloseWrite() error {
+	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
+	}
+	return c.Conn.Close()
+}
+
+// handedOver gives the slot of a connection back that is none of the door's any more: whoever took it over has bounds of his
+// own, and must not take the places of those who only ask.
+func handedOver(c net.Conn, state http.ConnState) {
+	if state != http.StateHijacked {
+		return
+	}
+	if tc, ok := c.(*tls.Conn); ok {
+		c = tc.NetConn()
+	}
+	if lc, ok := c.(*limitConn); ok {
+		lc.release()
+	}
 }
 
 func (c *limitConn) Close() error {

@@ -21,9 +21,10 @@ func (m metadataUpdated) message(cursor string) proto.Message { return m.event(c
 
 func (m metadataUpdated) event(cursor string) *rapb.DeviceMetadataUpdated {
 	audit, meta := causeMessages(m.cause, m.hubID)
+	next, interval := contactFields(m.meta.Contact)
 	return &rapb.DeviceMetadataUpdated{
 		DeviceId: string(m.device), Connection: connectionMessage(m.meta.Connection),
-		TwinSynchronization: twinMessage(m.meta.Twin, m.cause), TwinEnabled: m.meta.Twin.Enabled,
+		TwinSynchronization: twinMessage(m.meta.Twin, m.cause), TwinEnabled: m.meta.Twin.Enabled, NextContact: next, ContactInterval: interval,
 		AuditContext: audit, EventMetadata: meta, Canceled: m.canceled, Cursor: optional(cursor),
 	}
 }
@@ -32,6 +33,7 @@ func (m metadataUpdated) appendJSON(b []byte, cursor string) []byte {
 	b = appendText(append(b, '{'), "deviceId", string(m.device))
 	b = appendConnection(b, m.meta.Connection)
 	b = appendTwin(b, m.meta.Twin, m.cause)
+	b = appendContact(b, m.meta.Contact)
 	b = appendCause(b, m.cause, m.hubID)
 	b = appendBool(b, "canceled", m.canceled)
 	return append(appendText(b, "cursor", cursor), '}')
@@ -67,6 +69,22 @@ func twinMessage(t hub.Twin, c hub.Cause) *rapb.TwinSynchronization {
 		CommandMetadata:        &rapb.CommandMetadata{ConnectionId: c.Connection, Sequence: c.Message},
 		ForceSynchronizationAt: t.ForcedAt,
 	}
+}
+
+// contactFields are nil for a device that is not known to sleep.
+func contactFields(c hub.Contact) (next, interval *int64) {
+	if c == (hub.Contact{}) {
+		return nil, nil
+	}
+	i := int64(c.Interval)
+	return &c.Next, &i
+}
+
+func appendContact(b []byte, c hub.Contact) []byte {
+	if c == (hub.Contact{}) {
+		return b
+	}
+	return appendInt(appendInt(b, "nextContact", c.Next), "contactInterval", int64(c.Interval))
 }
 
 // appendTwin appends twinSynchronization and twinEnabled.

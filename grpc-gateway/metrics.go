@@ -7,6 +7,10 @@ type metrics struct {
 	seconds  *prometheus.HistogramVec
 	panics   *prometheus.CounterVec
 	refused  *prometheus.CounterVec
+
+	subscriptions *prometheus.GaugeVec
+	told          *prometheus.CounterVec
+	lagged        prometheus.Counter
 }
 
 func newMetrics(reg prometheus.Registerer) *metrics {
@@ -33,6 +37,19 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 				"page of another origin). If host rises after a change of names or proxies, add the name to the list.",
 		}, []string{"why"}),
 	}
-	reg.MustRegister(m.requests, m.seconds, m.panics, m.refused)
+	m.subscriptions = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "coaphub_api_subscriptions",
+		Help: "Subscriptions by door (grpc, websocket, sse). A sudden fall is a lost network or provider: look at the log of debug level.",
+	}, []string{"door"})
+	m.told = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "coaphub_api_subscription_messages_total",
+		Help: "Messages sent to subscribers by door (grpc, websocket, sse).",
+	}, []string{"door"})
+	m.lagged = prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "coaphub_api_subscriptions_lagged_total",
+		Help: "Times that a subscriber came so late that what it had not seen was no longer kept; it got the current state. If it " +
+			"rises, keep more history (resourceDirectory.history) or find out which reader is too slow.",
+	})
+	reg.MustRegister(m.requests, m.seconds, m.panics, m.refused, m.subscriptions, m.told, m.lagged)
 	return m
 }

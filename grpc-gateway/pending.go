@@ -317,7 +317,7 @@ func (r *request) resourceKinds() ([]pb.GetPendingCommandsRequest_Command, error
 }
 
 func (g *Gateway) getPendingOfDevice(w http.ResponseWriter, r *request) error {
-	f, _ := newFilter([]string{r.vars.device}, nil, nil)
+	f := deviceOf(r.vars.device)
 	f.types = r.query["typeFilter"]
 	var err error
 	f.pending.kinds, err = r.resourceKinds()
@@ -326,7 +326,9 @@ func (g *Gateway) getPendingOfDevice(w http.ResponseWriter, r *request) error {
 
 func (g *Gateway) getPendingOfResource(w http.ResponseWriter, r *request) error {
 	f := filter{any: true}
-	f.addResource(r.vars.device, string(r.vars.href), nil)
+	if f.addResource(r.vars.device, string(r.vars.href), nil) != nil {
+		f = filter{any: true} // such a device has no commands
+	}
 	f.pending.id, f.pending.hidden = r.vars.correlation, true // whoever names the resource means it
 	var err error
 	f.pending.kinds, err = r.resourceKinds()
@@ -334,7 +336,7 @@ func (g *Gateway) getPendingOfResource(w http.ResponseWriter, r *request) error 
 }
 
 func (g *Gateway) getPendingMetadata(w http.ResponseWriter, r *request) error {
-	f, _ := newFilter([]string{r.vars.device}, nil, nil)
+	f := deviceOf(r.vars.device)
 	f.pending.kinds = []pb.GetPendingCommandsRequest_Command{pb.GetPendingCommandsRequest_DEVICE_METADATA_UPDATE}
 	return g.writePending(w, r, f, nil)
 }

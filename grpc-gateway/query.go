@@ -28,7 +28,9 @@ var queryNames = map[string]string{
 	"commandfilter": "commandFilter", "command": "commandFilter", "includehiddenresources": "includeHiddenResources",
 	"correlationidfilter": "correlationIdFilter", "correlationid": "correlationIdFilter",
 	"resourceid.deviceid": "resourceId.deviceId", "resourceid.href": "resourceId.href",
-	"limit": "limit", "cursor": "cursor", "at": "at", "all": "all",
+	"limit": "limit", "cursor": "cursor", "at": "at", "all": "all", "search": "search", "sort": "sort",
+	"eventfilter": "eventFilter", "hreffilter": "hrefFilter", "leadresourcetypefilter": "leadResourceTypeFilter",
+	"includecurrentstate": "includeCurrentState", "resumetoken": "resumeToken",
 }
 
 // parseQuery reads a query string. One that is malformed is refused as a whole: passing over a filter that cannot be read

@@ -64,12 +64,19 @@ func (g *Gateway) candidates(ctx context.Context, owner hub.Owner, f *filter, ba
 }
 
 func (g *Gateway) devices(ctx context.Context, owner hub.Owner, f *filter) iter.Seq2[found, error] {
+	switch {
+	case f.order != (order{}):
+		return g.sortedDevices(ctx, owner, f)
+	case len(f.search) > 0 && f.at.IsZero():
+		return g.searchedDevices(ctx, owner, f)
+	}
 	return each(g.pictures(ctx, owner, f), func(d *hub.Device, yield func(found) bool) bool {
 		if d.ID == f.from.device {
 			return true
 		}
 		e, ok := newDevice(d, g.deps.HubID)
-		if !ok || !f.wantsTypes(e.link.Types) || e.meta.Connection.Online && !f.online || !e.meta.Connection.Online && !f.offline {
+		if !ok || !f.wantsTypes(e.link.Types) || !f.wantsOnline(e.meta.Connection.Online) ||
+			len(f.search) > 0 && !f.search.found(newSummary(&e)) {
 			return true
 		}
 		return yield(found{e, place{device: d.ID}})
@@ -196,7 +203,7 @@ func (f *filter) wantsEvent(id hub.DeviceID, e hub.Event) bool {
 		return ok
 	case hub.CommandPending, hub.CommandEnded:
 		return ok && !e.Command.Kind.OfTwin()
-	case hub.Registered, hub.Unregistered, hub.MetadataUpdated, hub.LinksPublished, hub.LinksUnpublished, hub.CommandBound, hub.CommandLate:
+	case hub.Registered, hub.Unregistered, hub.MetadataUpdated, hub.LinksPublished, hub.LinksUnpublished, hub.LabelsChanged, hub.CommandBound, hub.CommandLate:
 	}
 	return false
 }
@@ -232,7 +239,7 @@ func (g *Gateway) page(l list, owner hub.Owner, f *filter, all iter.Seq2[found, 
 			continue
 		}
 		if n == f.limit {
-			return send(held.element, g.cursor(l, owner, held.at))
+			return send(held.element, g.cursor(l, owner, f, held.at))
 		}
 		if held != nil {
 			if err := send(held.element, ""); err != nil {

@@ -14,6 +14,33 @@ type vars struct {
 	href   hub.Href
 	// correlation is the ID of one command.
 	correlation string
+	name        string // of an account
+}
+
+// named finds the template of a path that names something other than a device's resource, "" if there is none.
+func named(path string) (template string, v vars) {
+	for _, n := range []struct {
+		prefix, variable string
+		value            *string
+	}{
+		{"/api/v1/things/", "{deviceId}", &v.device},
+		{"/api/v1/accounts/", "{name}", &v.name},
+	} {
+		rest, ok := strings.CutPrefix(path, n.prefix)
+		if !ok {
+			continue
+		}
+		name, below, more := strings.Cut(rest, "/")
+		template = n.prefix + n.variable
+		if more {
+			template += "/" + below
+		}
+		var err error
+		if *n.value, err = url.PathUnescape(name); err == nil && name != "" && routes[template] != nil && !strings.Contains(below, "{") {
+			return template, v
+		}
+	}
+	return "", vars{}
 }
 
 // split finds the template of an escaped path, "" if there is none. It is our own, since hrefs stand in the middle of paths
@@ -31,7 +58,8 @@ func split(path string) (template string, v vars, err error) {
 			path = "/"
 		}
 		if routes[path] == nil || strings.Contains(path, "{") {
-			return "", v, nil
+			template, v = named(path)
+			return template, v, nil
 		}
 		return path, v, nil
 	}
@@ -46,7 +74,7 @@ func split(path string) (template string, v vars, err error) {
 	kind, rest, more := strings.Cut(rest, "/")
 	template += "/" + kind
 	switch kind {
-	case "metadata", "pending-commands", "pending-metadata-updates", "events":
+	case "labels", "metadata", "pending-commands", "pending-metadata-updates", "events":
 		if more && kind == "pending-metadata-updates" && !strings.Contains(rest, "/") {
 			v.correlation, err = url.PathUnescape(rest)
 			if err != nil || rest == "" {
@@ -104,7 +132,8 @@ type operation struct {
 	id    string // operationId of the OpenAPI description and label of metrics
 	scope string // "" = public
 	serve func(*Gateway, http.ResponseWriter, *request) error
-	later *hub.Error // answered instead, for what is not there yet; such operations are not described
+	// stream: it goes on for as long as the caller listens, so no time limit of a request applies.
+	stream bool
 }
 
 // routes are all paths of the API.
@@ -114,8 +143,14 @@ func init() { // not a literal: split reads what it leads to
 	read := func(id string, serve func(*Gateway, http.ResponseWriter, *request) error) operation {
 		return operation{id: id, scope: hub.ScopeRead, serve: serve}
 	}
+	admin := func(id string, serve func(*Gateway, http.ResponseWriter, *request) error) operation {
+		return operation{id: id, scope: hub.ScopeAdmin, serve: serve}
+	}
 	write := func(id string, serve func(*Gateway, http.ResponseWriter, *request) error) operation {
 		return operation{id: id, scope: hub.ScopeWrite, serve: serve}
+	}
+	stream := func(id string, serve func(*Gateway, http.ResponseWriter, *request) error) operation {
+		return operation{id: id, scope: hub.ScopeRead, serve: serve, stream: true}
 	}
 	open := func(id string, serve func(*Gateway, http.ResponseWriter, *request) error) operation {
 		return operation{id: id, serve: serve}
@@ -126,10 +161,27 @@ func init() { // not a literal: split reads what it leads to
 		"/":                              {"GET": open("root", (*Gateway).getRoot)},
 		"/.well-known/configuration":     {"GET": open("getConfiguration", (*Gateway).getConfiguration)},
 		"/.well-known/hub-configuration": {"GET": open("getHubConfiguration", (*Gateway).getConfiguration)},
+		"/web_configuration.json":        {"GET": open("getWebConfiguration", (*Gateway).getWebConfiguration)},
 		"/api/v1/openapi.json":           {"GET": open("getOpenAPI", (*Gateway).getOpenAPI)},
+		"/api/v1/docs":                   {"GET": open("getDocs", docsFile("index.html"))},
+		"/api/v1/docs/docs.js":           {"GET": open("getDocsScript", docsFile("docs.js"))},
+		"/api/v1/docs/docs.css":          {"GET": open("getDocsStyle", docsFile("docs.css"))},
 
-		"/api/v1/devices":                   {"GET": read("getDevices", (*Gateway).getDevices), "DELETE": write("deleteDevices", (*Gateway).deleteAll)},
-		device:                              {"GET": read("getDevice", (*Gateway).getDevice), "DELETE": write("deleteDevice", (*Gateway).deleteOne)},
+		"/api/v1/audit":                    {"GET": admin("getAudit", (*Gateway).getAudit)},
+		"/api/v1/refusals":                 {"GET": admin("getRefusals", (*Gateway).getRefusals)},
+		"/api/v1/accounts":                 {"GET": admin("getAccounts", (*Gateway).getAccounts), "POST": admin("addAccount", (*Gateway).addAccount)},
+		"/api/v1/accounts/{name}/password": {"PUT": admin("putPassword", (*Gateway).putPassword)},
+		"/api/v1/accounts/{name}/roles":    {"PUT": admin("putRoles", (*Gateway).putRoles)},
+
+		"/api/v1/things":            {"GET": read("getThings", (*Gateway).getThings)},
+		"/api/v1/things/{deviceId}": {"GET": read("getThing", (*Gateway).getThing)},
+
+		"/api/v1/devices": {"GET": read("getDevices", (*Gateway).getDevices), "DELETE": write("deleteDevices", (*Gateway).deleteAll)},
+		device:            {"GET": read("getDevice", (*Gateway).getDevice), "DELETE": write("deleteDevice", (*Gateway).deleteOne)},
+		device + "/labels": {
+			"GET": read("getLabels", (*Gateway).getLabels), "PUT": write("putLabels", (*Gateway).putLabels),
+			"PATCH": write("patchLabels", (*Gateway).patchLabels),
+		},
 		"/api/v1/resource-links":            {"GET": read("getResourceLinks", (*Gateway).getLinks)},
 		device + "/resource-links":          {"GET": read("getResourceLinksOfDevice", (*Gateway).getLinksOfDevice)},
 		"/api/v1/resources":                 {"GET": read("getResources", (*Gateway).getResources)},
@@ -165,6 +217,8 @@ func init() { // not a literal: split reads what it leads to
 			"GET":    read("getPendingCommand", (*Gateway).getPendingOfResource),
 			"DELETE": write("cancelPendingCommand", (*Gateway).cancelPendingOfResource),
 		},
-		"/api/v1/ws/events": {"GET": {id: "subscribe", later: errSubscribe}},
+
+		"/api/v1/ws/events":     {"GET": stream("subscribeWebSocket", (*Gateway).subscribeWebSocket)},
+		"/api/v1/events/stream": {"GET": stream("subscribeEvents", (*Gateway).subscribeSSE)},
 	}
 }

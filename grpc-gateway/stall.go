@@ -9,7 +9,7 @@ import (
 	"github.com/coaphub/coaphub/hub"
 )
 
-var errStalled = &hub.Error{Kind: hub.Deadline, Op: "grpc.send", Text: "nothing was read for too long"}
+var errStalled = &hub.Error{Kind: hub.Deadline, Op: "send", Text: "nothing was read for too long"}
 
 // listStream is the stream of a list: it ends when its reader takes nothing for a while. gRPC has no deadline for one message, and
 // a reader that takes nothing but answers pings would hold the list, and the device it stands at, for ever.

@@ -6,6 +6,8 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/json"
+	"fmt"
+	"io"
 	"iter"
 	"log/slog"
 	"net/http"
@@ -13,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -40,11 +43,15 @@ const (
 )
 
 type fakeDirectory struct {
-	devices  func(context.Context, hub.Owner, []hub.DeviceID) iter.Seq2[*hub.Device, error]
-	deviceAt func(context.Context, hub.Owner, hub.DeviceID, time.Time) (*hub.Device, error)
-	history  func(context.Context, hub.Owner, hub.DeviceID, time.Time) iter.Seq2[hub.Commit, error]
-	command  func(context.Context, hub.Owner, hub.Order) (hub.Outcome, error)
-	cancel   func(context.Context, hub.Owner, hub.DeviceID, hub.CommandPick) ([]string, error)
+	changes   func(hub.DeviceID) uint64 // nil: everything changes all the time
+	asked     uint64
+	setLabels func(context.Context, hub.Owner, hub.DeviceID, hub.LabelChange, string) (hub.Labels, error)
+	devices   func(context.Context, hub.Owner, []hub.DeviceID) iter.Seq2[*hub.Device, error]
+	deviceAt  func(context.Context, hub.Owner, hub.DeviceID, time.Time) (*hub.Device, error)
+	history   func(context.Context, hub.Owner, hub.DeviceID, time.Time) iter.Seq2[hub.Commit, error]
+	*fakeFeed
+	command func(context.Context, hub.Owner, hub.Order) (hub.Outcome, error)
+	cancel  func(context.Context, hub.Owner, hub.DeviceID, hub.CommandPick) ([]string, error)
 }
 
 func (f *fakeDirectory) Command(ctx context.Context, owner hub.Owner, o hub.Order) (hub.Outcome, error) {
@@ -65,6 +72,17 @@ func (f *fakeDirectory) DeviceAt(ctx context.Context, o hub.Owner, d hub.DeviceI
 
 func (f *fakeDirectory) History(ctx context.Context, o hub.Owner, d hub.DeviceID, after time.Time) iter.Seq2[hub.Commit, error] {
 	return f.history(ctx, o, d, after)
+}
+
+func (f *fakeDirectory) Changes(d hub.DeviceID) uint64 {
+	if f.changes != nil {
+		return f.changes(d)
+	}
+	return atomic.AddUint64(&f.asked, 1)
+}
+
+func (f *fakeDirectory) SetLabels(ctx context.Context, o hub.Owner, d hub.DeviceID, c hub.LabelChange, user string) (hub.Labels, error) {
+	return f.setLabels(ctx, o, d, c, user)
 }
 
 type fakeIdentities struct {
@@ -154,6 +172,7 @@ func newWorld(t testing.TB, change ...func(*Config, *Deps)) *world {
 	}
 	w.pictures[bobs].Owner = bob
 	w.directory = &fakeDirectory{
+		fakeFeed: newFakeFeed(w),
 		devices: func(_ context.Context, o hub.Owner, ids []hub.DeviceID) iter.Seq2[*hub.Device, error] {
 			return func(yield func(*hub.Device, error) bool) {
 				for _, id := range ids {
@@ -168,6 +187,22 @@ func newWorld(t testing.TB, change ...func(*Config, *Deps)) *world {
 				return d, nil
 			}
 			return nil, hub.NewError(hub.NotFound, "", "")
+		},
+		setLabels: func(_ context.Context, o hub.Owner, id hub.DeviceID, c hub.LabelChange, user string) (hub.Labels, error) {
+			d := w.pictures[id]
+			if d == nil || d.Owner != o {
+				return nil, hub.NewError(hub.NotFound, "", "")
+			}
+			if user == "" {
+				t.Error("labels without a user")
+			}
+			labels, err := c.Apply(d.Labels)
+			if err == nil {
+				next := *d
+				next.Labels = labels
+				w.pictures[id] = &next
+			}
+			return labels, err
 		},
 		history: func(_ context.Context, o hub.Owner, id hub.DeviceID, after time.Time) iter.Seq2[hub.Commit, error] {
 			return func(yield func(hub.Commit, error) bool) {
@@ -246,7 +281,7 @@ func newWorld(t testing.TB, change ...func(*Config, *Deps)) *world {
 		CursorKey: []byte("0123456789abcdef0123456789abcdef"),
 		HubInfo: func() HubConfiguration {
 			return HubConfiguration{
-				OwnerClaim: "sub", CoAPGateway: "coaps+tcp://localhost:5684", Authority: "https://localhost:8080",
+				OwnerClaim: "sub", HTTPGatewayAddress: "http://localhost:8080", CoAPGateway: "coaps+tcp://localhost:5684", Authority: "https://localhost:8080",
 				CertificateAuthorities: "-----BEGIN CERTIFICATE-----\n", DefaultCommandTTL: 10 * time.Second,
 				WebClient: &OAuthClient{ID: "web", Scopes: []string{"openid"}}, DeviceClient: &OAuthClient{ID: "device"},
 				Build: Build{Version: "v0"},
@@ -303,6 +338,7 @@ func lamp(id hub.DeviceID, name string, online bool) *hub.Device {
 		Metadata: hub.Metadata{
 			Connection: hub.Connection{Online: online, ID: "conn-1", ConnectedAt: t0, Protocol: hub.ProtocolCoAPSTCP, Service: "gw-1", LocalEndpoints: []string{"coaps://127.0.0.1:40001"}},
 			Twin:       hub.Twin{Enabled: true, State: hub.TwinInSync, SyncingAt: t0, InSyncAt: t0 + 1},
+			Contact:    hub.Contact{Interval: 6 * time.Hour, Next: t0 + 2},
 		},
 		Links: linkSet{
 			link("/a/events", "x.odd"), link("/cbor", "x.cbor"), link("/json", "x.json"), link("/late", "x.late"), link("/light/1", "core.light"),
@@ -399,13 +435,21 @@ func (a answer) reason() string {
 // do asks over HTTP; headers are "Name: value". Every answer is checked against the OpenAPI description.
 func (w *world) do(t testing.TB, token, method, target string, headers ...string) answer {
 	t.Helper()
-	return w.send(t, token, method, target, "", headers...)
+	return w.ask(t, token, method, target, nil, headers...)
 }
 
-// send is do with a body.
+// send asks with a JSON body, unless a header says what it is.
 func (w *world) send(t testing.TB, token, method, target, body string, headers ...string) answer {
 	t.Helper()
-	r := httptest.NewRequest(method, target, strings.NewReader(body))
+	if !slices.ContainsFunc(headers, func(h string) bool { return strings.HasPrefix(h, "Content-Type: ") }) {
+		headers = append(slices.Clone(headers), "Content-Type: application/json")
+	}
+	return w.ask(t, token, method, target, strings.NewReader(body), headers...)
+}
+
+func (w *world) ask(t testing.TB, token, method, target string, body io.Reader, headers ...string) answer {
+	t.Helper()
+	r := httptest.NewRequest(method, target, body)
 	if token != "" {
 		r.Header.Set("Authorization", "Bearer "+token)
 	}
@@ -435,6 +479,38 @@ func ids(rs []map[string]any, field string) []string {
 		out = append(out, s)
 	}
 	return out
+}
+
+func insertLink(s linkSet, l hub.Link) linkSet {
+	s = slices.DeleteFunc(slices.Clone(s), func(o hub.Link) bool { return o.Href == l.Href })
+	i, _ := slices.BinarySearchFunc(s, l.Href, func(o hub.Link, h hub.Href) int { return cmp.Compare(o.Href, h) })
+	return slices.Insert(s, i, l)
+}
+
+func insertTwin(s resourceSet, r *hub.Resource) resourceSet {
+	s = slices.DeleteFunc(slices.Clone(s), func(o *hub.Resource) bool { return o.Href == r.Href })
+	i, _ := slices.BinarySearchFunc(s, r.Href, func(o *hub.Resource, h hub.Href) int { return cmp.Compare(o.Href, h) })
+	return slices.Insert(s, i, r)
+}
+
+// manyLamps gives alice n more lamps and returns the list of them.
+func manyLamps(w *world, n int) func(context.Context, hub.Owner) ([]hub.DeviceID, error) {
+	var ids []hub.DeviceID
+	for i := range n {
+		id := hub.DeviceID(fmt.Sprintf("d1000000-0000-4000-8000-%012x", i))
+		w.pictures[id] = lamp(id, fmt.Sprintf("lamp %d", i), true)
+		ids = append(ids, id)
+	}
+	return func(context.Context, hub.Owner) ([]hub.DeviceID, error) { return ids, nil }
+}
+
+func newRequest(method, target string, headers ...string) *http.Request {
+	r := httptest.NewRequest(method, target, nil)
+	for _, h := range headers {
+		name, value, _ := strings.Cut(h, ": ")
+		r.Header.Add(name, value)
+	}
+	return r
 }
 
 func newRecorder() *httptest.ResponseRecorder { return httptest.NewRecorder() }
@@ -477,6 +553,12 @@ func sameJSON(t testing.TB, b []byte) string {
 // counter returns a counter's value; its labels' values are given in the order of the labels' names.
 func (w *world) counter(t testing.TB, name string, labels ...string) float64 {
 	t.Helper()
+	c, _ := w.metric(t, name, labels)
+	return c
+}
+
+func (w *world) metric(t testing.TB, name string, labels []string) (counter, gauge float64) {
+	t.Helper()
 	families, err := w.registry.Gather()
 	if err != nil {
 		t.Fatal(err)
@@ -491,11 +573,18 @@ func (w *world) counter(t testing.TB, name string, labels ...string) float64 {
 				values = append(values, l.GetValue())
 			}
 			if slices.Equal(values, labels) {
-				return m.GetCounter().GetValue()
+				return m.GetCounter().GetValue(), m.GetGauge().GetValue()
 			}
 		}
 	}
-	return 0
+	return 0, 0
+}
+
+// gauge is counter for gauges.
+func (w *world) gauge(t testing.TB, name string, labels ...string) float64 {
+	t.Helper()
+	_, g := w.metric(t, name, labels)
+	return g
 }
 
 // logBuffer is what the gateway logged.

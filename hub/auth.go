@@ -21,6 +21,9 @@ type Claims struct {
 	Owner    Owner  // principal: issuer and owner claim folded into one; never empty
 	ClientID string
 	TokenID  string // jti, may be empty
+	// Grant names what the token was issued on, in its issuer's words: the issuer tells by it that all tokens of a grant ended
+	// before their time. Empty if the issuer does not.
+	Grant    string
 	Scopes   []string
 	Audience []string
 	// DeviceID is the raw value of the configured device ID claim; empty when none is configured or the token has none.

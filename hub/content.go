@@ -13,6 +13,7 @@ const (
 	FormatOctets  int32 = 42
 	FormatJSON    int32 = 50
 	FormatCBOR    int32 = 60
+	FormatProblem int32 = 257 // RFC 9290
 	FormatOCFCBOR int32 = 10000
 )
 
@@ -27,7 +28,8 @@ var mediaTypes = map[int32]string{
 	FormatText: "text/plain; charset=utf-8", FormatLink: "application/link-format", 41: "application/xml",
 	FormatOctets: "application/octet-stream", 47: "application/exi", FormatJSON: "application/json",
 	FormatCBOR: "application/cbor", 110: "application/senml+json", 112: "application/senml+cbor",
-	11542: "application/vnd.oma.lwm2m+tlv", 11543: "application/vnd.oma.lwm2m+json", FormatOCFCBOR: "application/vnd.ocf+cbor",
+	FormatProblem: "application/concise-problem-details+cbor",
+	11542:         "application/vnd.oma.lwm2m+tlv", 11543: "application/vnd.oma.lwm2m+json", FormatOCFCBOR: "application/vnd.ocf+cbor",
 }
 
 // MediaType returns the media type of a CoAP Content-Format, or "" if it is unknown or FormatNone.

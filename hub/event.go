@@ -16,6 +16,9 @@ const (
 	CommandBound   EventKind = 8  // it is about to be sent to Command.Session, and never to another one
 	CommandEnded   EventKind = 9  // Href, Types, Status, Content, ETag; for those of the twin Metadata is the whole metadata
 	CommandLate    EventKind = 10 // the device answered after the command's end: Href, Status, Content, ETag
+	// LabelsChanged carries all labels after the change, as a JSON object in Event.Content. Numbers below 32 are for what the
+	// client API has a form for.
+	LabelsChanged EventKind = 32
 )
 
 // Limits of a commit.

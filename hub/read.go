@@ -14,6 +14,7 @@ type Device struct {
 	LinksCause Cause // of the last links event
 	Resources  ResourceSet
 	Commands   []Command // that have not ended, in order
+	Labels     Labels    // nobody changes them
 }
 
 // Cause is where the last event of an aggregate came from.

@@ -1,5 +1,7 @@
 package hub
 
+import "time"
+
 // Protocol is how a device is attached, with the numbers of the client API.
 type Protocol uint8
 
@@ -48,8 +50,8 @@ type Connection struct {
 	ID             string // random, of the session's connection; kept when the device goes offline
 	ConnectedAt    int64  // Unix nanoseconds
 	Protocol       Protocol
-	Service        string // the gateway instance that holds it; empty when offline
-	LocalEndpoints []string
+	Service        string   // the gateway instance that holds it; empty when offline
+	LocalEndpoints []string // where the device says that it is reached in its own network; kept from session to session
 }
 
 // Twin is the state of the twin's synchronisation.
@@ -61,10 +63,18 @@ type Twin struct {
 	ForcedAt  int64
 }
 
+// Contact is the rhythm of a device that sleeps most of the time, as the hub has learnt it. The zero value is that of a device
+// that is not known to sleep.
+type Contact struct {
+	Interval time.Duration // from one waking to the next; above zero for a device that sleeps
+	Next     int64         // Unix nanoseconds: when it is expected to say something
+}
+
 // Metadata is everything about a device that is neither link nor resource.
 type Metadata struct {
 	Connection Connection
 	Twin       Twin
+	Contact    Contact // also of a device that is offline: when it was expected
 }
 
 // Session is what a sign-in gave the device: its number is the seq of the sign-in's commit, so later sessions are higher.
@@ -73,7 +83,8 @@ type Session struct {
 	Owner       Owner
 	Number      uint64
 	TwinEnabled bool
-	Commands    bool // commands wait that the session may take
+	Commands    bool    // commands wait that the session may take
+	Contact     Contact // as it was known before
 }
 
 // Stamp says which message of which session asks for a write. Writes of lower sessions than the device's current one are

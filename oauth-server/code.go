@@ -232,7 +232,7 @@ func (s *Server) Revoke(ctx context.Context, t hub.Tokens) error {
 		}
 	}
 	if id, ok := unverifiedTokenID(t.Access); ok {
-		return s.revokeGrant(ctx, grantOf(id), anyGrant)
+		return s.revokeGrant(ctx, GrantOf(id), anyGrant)
 	}
 	return nil
 }

@@ -43,6 +43,9 @@ type Config struct {
 	// BaseURL is where the hub's HTTP listener is reached now; set by whoever wires the parts. Endpoints are published below
 	// it, at the issuer's path.
 	BaseURL string `yaml:"-"`
+	// Ended is told that the tokens of a grant (GrantOf) ended before their time, once that is stored; for one grant maybe more
+	// than once. It must not block. Nil: nobody wants to know.
+	Ended func(grant string) `yaml:"-"`
 }
 
 // ClientsConfig are the clients that every hub has.

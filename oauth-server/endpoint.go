@@ -217,7 +217,7 @@ func (s *Server) revoke(w http.ResponseWriter, r *http.Request) {
 	} else {
 		var claims accessClaims
 		if claims, ok, err = s.verify(r.Context(), token); err == nil && ok {
-			err = s.revokeGrant(r.Context(), grantOf(claims.ID), func(g grant) bool { return g.Client == c.id })
+			err = s.revokeGrant(r.Context(), GrantOf(claims.ID), func(g grant) bool { return g.Client == c.id })
 		}
 	}
 	if err != nil {

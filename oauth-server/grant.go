@@ -116,14 +116,15 @@ func (s *Server) privateClaims(g grant, scopes []string) map[string]any {
 // A jti is the grant's ID, a dot, and what tells its tokens apart.
 func newTokenID(id string) string { return id + "." + hex.EncodeToString(random(8)) }
 
-func grantOf(tokenID string) string {
+// GrantOf returns the grant that the token with this jti was issued on.
+func GrantOf(tokenID string) string {
 	id, _, _ := strings.Cut(tokenID, ".")
 	return id
 }
 
 // Active reports whether the grant behind a verified token's jti still stands. Tokens of other issuers are not active.
 func (s *Server) Active(ctx context.Context, tokenID string) (bool, error) {
-	_, ok, err := s.activeGrant(ctx, grantOf(tokenID))
+	_, ok, err := s.activeGrant(ctx, GrantOf(tokenID))
 	return ok, err
 }
 
@@ -176,6 +177,7 @@ func (s *Server) rotate(ctx context.Context, token string, check func(grant) err
 	case errors.Is(err, unchanged):
 		err = nil
 	case err == nil && replayed:
+		s.tellEnded(id)
 		s.metrics.replays.Inc()
 		s.log.WarnContext(ctx, "a used-up refresh token came back, its grant is revoked", "owner", g.Subject, "client", g.Client)
 		err = errRefresh.With(op, errors.New("replayed"))
@@ -189,17 +191,30 @@ func (s *Server) rotate(ctx context.Context, token string, check func(grant) err
 // revokeGrant ends a grant. Unknown ones are ended already.
 func (s *Server) revokeGrant(ctx context.Context, id string, may func(grant) bool) error {
 	unchanged := errors.New("nothing to store")
+	over := false
 	err := change(ctx, s.docs, collGrants, id, func(g *grant, rev uint64) error {
-		if rev == 0 || g.Revoked || !may(*g) {
+		over = rev != 0 && may(*g)
+		if !over || g.Revoked {
 			return unchanged
 		}
 		g.Revoked = true
 		return nil
 	}, grantIndex)
 	if errors.Is(err, unchanged) {
-		return nil
+		err = nil
+	}
+	if err == nil && over {
+		// Also if it had ended before: that may have been stored by a call that failed after it, and told nobody.
+		s.tellEnded(id)
 	}
 	return err
+}
+
+// tellEnded says that a grant's tokens are good no more, after that was stored.
+func (s *Server) tellEnded(id string) {
+	if s.cfg.Ended != nil {
+		s.cfg.Ended(id)
+	}
 }
 
 // revokeSubject ends the subject's grants that which names.

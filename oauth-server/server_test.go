@@ -383,6 +383,65 @@ func TestRevokeEndsTokens(t *testing.T) {
 	}
 }
 
+// Who lives on tokens of a grant is told of its end, whatever ended it, and once that is stored; a token that took the place of
+// another is no end.
+func TestEndedGrantsAreTold(t *testing.T) {
+	var s *Server
+	var told []string
+	cfg, docs := config(), newMemory()
+	cfg.Ended = func(id string) {
+		if ok, err := s.Active(t.Context(), id); ok || err != nil {
+			t.Errorf("told of a grant that stands: %v, %v", ok, err)
+		}
+		told = append(told, id)
+	}
+	s = openServer(t, cfg, docs, owners(nobody))
+	if _, err := s.AddUser(t.Context(), "vera", "viewers password", []string{RoleUser}); err != nil {
+		t.Fatal(err)
+	}
+	device := func() (hub.Tokens, string) {
+		tokens := must[hub.Tokens](t)(s.Exchange(t.Context(), lamp, "", onboard(t, s, lamp)))
+		return tokens, GrantOf(verify(t, s, tokens.Access)["jti"].(string))
+	}
+	want := func(what string, ids ...string) {
+		t.Helper()
+		if !slices.Equal(told, ids) {
+			t.Fatalf("%s: told of %q, want %q", what, told, ids)
+		}
+		told = nil
+	}
+	tokens, id := device()
+	second := must[hub.Tokens](t)(s.Refresh(t.Context(), lamp, tokens.Refresh))
+	must[hub.Tokens](t)(s.Refresh(t.Context(), lamp, second.Refresh))
+	want("a refresh")
+	_, err := s.Refresh(t.Context(), lamp, tokens.Refresh)
+	wantKind(t, err, hub.Unauthenticated, "refresh-token-invalid")
+	want("a used-up refresh token that came back", id)
+
+	tokens, id = device()
+	for range 2 { // the first call may have ended after it was stored and before anybody was told
+		if err := s.Revoke(t.Context(), hub.Tokens{Access: tokens.Access}); err != nil {
+			t.Fatal(err)
+		}
+		want("a revocation", id)
+	}
+	if err := s.Revoke(t.Context(), hub.Tokens{Refresh: refreshToken(newGrantID(), make([]byte, 32))}); err != nil {
+		t.Fatal(err)
+	}
+	want("a grant that never was")
+
+	_, id = device()
+	text := must[string](t)(s.IssueToken(t.Context(), "vera", nil, time.Hour))
+	if err := s.setPassword(t.Context(), "vera", "another password", false); err != nil {
+		t.Fatal(err)
+	}
+	want("a password", GrantOf(verify(t, s, text)["jti"].(string)))
+	if err := s.revokeSubject(t.Context(), firstAccount, func(g grant) bool { return g.Device == lamp && !g.Revoked }); err != nil {
+		t.Fatal(err)
+	}
+	want("all of a subject's devices", id)
+}
+
 func TestIssueToken(t *testing.T) {
 	s := newServer(t)
 	if _, err := s.AddUser(t.Context(), "Vera", "viewers password", []string{RoleViewer}); err != nil {

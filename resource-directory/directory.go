@@ -35,6 +35,8 @@ type Directory struct {
 	// loadedBytes is the sum of the workers' bytes.
 	loadedBytes atomic.Int64
 	waiters     waiters
+	tail        tail
+	changes     changes
 	closing     chan struct{} // closed when Run begins to end: nothing new is taken
 	stopped     chan struct{} // closed when no worker runs any more: nobody will answer
 }

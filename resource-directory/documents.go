@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/fxamacker/cbor/v2"
 
@@ -48,6 +49,11 @@ type deviceDoc struct {
 	ForcedAt     int64    `cbor:"21,keyasint,omitempty"`
 	MetaSkip     uint64   `cbor:"22,keyasint,omitempty"`
 	Loose        uint64   `cbor:"23,keyasint,omitempty"`
+	Interval     int64    `cbor:"30,keyasint,omitempty"`
+	NextContact  int64    `cbor:"31,keyasint,omitempty"`
+
+	Labels      map[string]string `cbor:"40,keyasint,omitempty"`
+	LabelEvents uint64            `cbor:"41,keyasint,omitempty"`
 }
 
 type causeDoc struct {
@@ -298,6 +304,8 @@ func (s *state) deviceDoc() *deviceDoc {
 		Online: c.Online, Connection: c.ID, ConnectedAt: c.ConnectedAt, Protocol: uint8(c.Protocol), Service: c.Service,
 		Endpoints: c.LocalEndpoints, TwinEnabled: t.Enabled, TwinState: uint8(t.State), SyncingAt: t.SyncingAt,
 		InSyncAt: t.InSyncAt, ForcedAt: t.ForcedAt, MetaSkip: s.metaSkip, Loose: s.loose,
+		Interval: int64(s.meta.Contact.Interval), NextContact: s.meta.Contact.Next,
+		Labels: s.labels, LabelEvents: s.labelEvents,
 	}
 }
 
@@ -316,7 +324,9 @@ func (s *state) setDevice(d *deviceDoc) {
 			Enabled: d.TwinEnabled, State: hub.TwinState(d.TwinState), SyncingAt: d.SyncingAt, InSyncAt: d.InSyncAt,
 			ForcedAt: d.ForcedAt,
 		},
+		Contact: hub.Contact{Interval: time.Duration(d.Interval), Next: d.NextContact},
 	}
+	s.labels, s.labelEvents = d.Labels, d.LabelEvents
 }
 
 func newCauseDoc(c hub.Cause) causeDoc {

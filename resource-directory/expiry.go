@@ -195,7 +195,7 @@ func (w *worker) told(c *hub.Commit, s *state) {
 		case hub.CommandEnded:
 			w.unwatch(ev.Correlation)
 			w.d.waiters.tell(c.Device, ev.Correlation, hub.OutcomeOf(c, i))
-		case hub.Registered, hub.Unregistered, hub.MetadataUpdated, hub.LinksPublished, hub.LinksUnpublished, hub.ResourceChanged,
+		case hub.Registered, hub.Unregistered, hub.MetadataUpdated, hub.LinksPublished, hub.LinksUnpublished, hub.LabelsChanged, hub.ResourceChanged,
 			hub.CommandBound, hub.CommandLate:
 		}
 	}

@@ -209,7 +209,6 @@ func (e *end) why(t tb) string {
 func conn(id string) hub.Connection {
 	return hub.Connection{
 		ID: id, ConnectedAt: 1000, Protocol: hub.ProtocolCoAPSTCP, Service: "gateway-1",
-		LocalEndpoints: []string{"coaps+tcp://192.0.2.1:5684"},
 	}
 }
 

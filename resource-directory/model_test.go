@@ -23,9 +23,11 @@ type model struct {
 	current  bool      // the last one still counts
 	online   bool
 	twin     hub.TwinState
+	places   []string            // local endpoints
 	links    map[hub.Href]string // title
 	twins    map[hub.Href]string // content, "" is NOT_FOUND
 	versions map[hub.Href]uint64
+	labels   hub.Labels
 	past     map[uint64]*model // by seq
 	seq      uint64
 	skips    map[hub.Href]uint64 // events of commands since the last change
@@ -44,14 +46,15 @@ type modelCommand struct {
 
 func (m *model) clone() *model {
 	c := *m
-	c.links, c.twins, c.past = maps.Clone(m.links), maps.Clone(m.twins), nil
+	c.links, c.twins, c.labels, c.past = maps.Clone(m.links), maps.Clone(m.twins), maps.Clone(m.labels), nil
 	c.commands, c.ended = nil, nil
 	return &c
 }
 
 func (m *model) clear() {
+	m.labels = nil
 	m.links, m.twins, m.versions = map[hub.Href]string{}, map[hub.Href]string{}, map[hub.Href]uint64{}
-	m.current, m.online, m.twin = false, false, hub.TwinOutOfSync
+	m.current, m.online, m.twin, m.places = false, false, hub.TwinOutOfSync, nil
 	m.skips, m.loose = map[hub.Href]uint64{}, 0
 }
 
@@ -269,6 +272,43 @@ func TestDirectoryAgainstAModel(t *testing.T) {
 					rt.Fatalf("removed %v, want %v", removed, want)
 				}
 			},
+			"label": func(rt *rapid.T) {
+				names := []string{"room", "floor"}
+				change := hub.LabelChange{Replace: rapid.Bool().Draw(rt, "replace"), Set: hub.Labels{}}
+				for _, name := range names {
+					switch rapid.IntRange(0, 2).Draw(rt, name) {
+					case 1:
+						change.Set[name] = strconv.Itoa(rapid.IntRange(1, 2).Draw(rt, "value"))
+					case 2:
+						change.Remove = append(change.Remove, name)
+					}
+				}
+				owner := rapid.SampledFrom([]hub.Owner{alice, bob}).Draw(rt, "owner")
+				got, err := h.d.SetLabels(ctx, owner, lamp, change, "u")
+				if owner != m.owner {
+					if !hub.IsKind(err, hub.NotFound) {
+						rt.Fatalf("%s labelled what is not theirs: %v", owner, err)
+					}
+					return
+				}
+				h.must(err)
+				if change.Replace {
+					m.labels = nil
+				}
+				m.labels = maps.Clone(m.labels)
+				for _, name := range change.Remove {
+					delete(m.labels, name)
+				}
+				for name, value := range change.Set {
+					if m.labels == nil {
+						m.labels = hub.Labels{}
+					}
+					m.labels[name] = value
+				}
+				if !got.Equal(m.labels) {
+					rt.Fatalf("answered %v, want %v", got, m.labels)
+				}
+			},
 			"offline": func(rt *rapid.T) {
 				x, valid := someSession()
 				h.must(h.d.Offline(ctx, x.stamp()))
@@ -292,6 +332,18 @@ func TestDirectoryAgainstAModel(t *testing.T) {
 				expect(h.d.SetTwin(ctx, x.stamp(), to), valid)
 				if valid {
 					m.twin = to
+				}
+			},
+			"local endpoints": func(rt *rapid.T) {
+				x, valid := someSession()
+				to := rapid.SampledFrom([][]string{nil, {"coap://a"}, {"coap://a", "coaps://a"}}).Draw(rt, "endpoints")
+				before := len(h.events(lamp))
+				expect(h.d.SetLocalEndpoints(ctx, x.stamp(), to), valid)
+				if changed := len(h.events(lamp)) > before; changed != (valid && !slices.Equal(to, m.places)) {
+					rt.Fatalf("%q after %q: an event %t", to, m.places, changed)
+				}
+				if valid {
+					m.places = to
 				}
 			},
 			"another process writes": func(rt *rapid.T) {
@@ -462,6 +514,9 @@ func (m *model) check(rt *rapid.T, h *house) {
 		if c := d.Metadata.Connection; c.Online != m.online || m.online && c.ID != strconv.Itoa(len(m.sessions)-1) {
 			rt.Fatalf("connection %+v, online should be %t", c, m.online)
 		}
+		if got := d.Metadata.Connection.LocalEndpoints; !slices.Equal(got, m.places) {
+			rt.Fatalf("local endpoints %q, want %q", got, m.places)
+		}
 		if d.Metadata.Twin.State != m.twin {
 			rt.Fatalf("twin state %d, want %d", d.Metadata.Twin.State, m.twin)
 		}
@@ -518,6 +573,9 @@ func (m *model) same(rt *rapid.T, d *hub.Device) {
 	}
 	for r := range d.Resources.All() {
 		twins[r.Href] = string(r.Content.Data)
+	}
+	if !d.Labels.Equal(m.labels) {
+		rt.Fatalf("seq %d: labels %v, want %v", d.Seq, d.Labels, m.labels)
 	}
 	if !maps.Equal(links, m.links) || !maps.Equal(twins, m.twins) {
 		rt.Fatalf("seq %d: links %v and twins %v, want %v and %v", d.Seq, links, twins, m.links, m.twins)

@@ -7,7 +7,8 @@ import (
 	"github.com/coaphub/coaphub/hub"
 )
 
-// SignIn records that the device is online on conn and gives the session's number, the seq of the commit. A former session
+// SignIn records that the device is online on conn, whose LocalEndpoints are not looked at, and gives the session's number, the
+// seq of the commit. A former session
 // of the device is closed through its own Deliverer afterwards, with reason "second-session". Denied with code
 // "ownership-stale" if own is not the device's current ownership.
 //
@@ -28,9 +29,11 @@ func (d *Directory) SignIn(
 			return nil, errStale
 		}
 		meta := s.meta
+		// It says later where it is now; mostly that is where it was, and nobody is told of a change that is none.
+		conn.LocalEndpoints = meta.Connection.LocalEndpoints
 		meta.Connection = conn
 		meta.Twin.State = outOfSync(meta.Twin)
-		sess = hub.Session{Device: own.Device, Owner: own.Owner, Number: s.seq + 1, TwinEnabled: meta.Twin.Enabled}
+		sess = hub.Session{Device: own.Device, Owner: own.Owner, Number: s.seq + 1, TwinEnabled: meta.Twin.Enabled, Contact: meta.Contact}
 		sess.Commands = slices.ContainsFunc(s.commands, func(c *hub.Command) bool { return c.Session == 0 })
 		return append(s.endBound(sess.Number), hub.Event{
 			Kind: hub.MetadataUpdated, Session: sess.Number, Connection: conn.ID, User: user, Metadata: &meta,
@@ -164,6 +167,54 @@ func (d *Directory) SetTwin(ctx context.Context, from hub.Stamp, to hub.TwinStat
 		case hub.TwinInSync:
 			meta.Twin.InSyncAt = now
 		}
+		return []hub.Event{{
+			Kind: hub.MetadataUpdated, Session: from.Session, Message: from.Message, Connection: meta.Connection.ID,
+			User: from.User, Metadata: &meta,
+		}}, nil
+	}
+	return d.do(ctx, r)
+}
+
+// SetLocalEndpoints records where the device says that it is reached in its own network; nil and empty are nowhere. They stay
+// over the end of the session, until others are recorded or the device changes hands. Recording the same again makes no event.
+// Nobody may change the slice afterwards.
+func (d *Directory) SetLocalEndpoints(ctx context.Context, from hub.Stamp, endpoints []string) error {
+	r := &request{dev: from.Device, op: "directory.SetLocalEndpoints"}
+	r.decide = func(s *state, _ int64) ([]hub.Event, error) {
+		if done, err := s.fence(from); done || err != nil {
+			return nil, err
+		}
+		meta := s.meta
+		if slices.Equal(meta.Connection.LocalEndpoints, endpoints) {
+			return nil, nil
+		}
+		meta.Connection.LocalEndpoints = endpoints
+		return []hub.Event{{
+			Kind: hub.MetadataUpdated, Session: from.Session, Message: from.Message, Connection: meta.Connection.ID,
+			User: from.User, Metadata: &meta,
+		}}, nil
+	}
+	return d.do(ctx, r)
+}
+
+// SetContact records when a device that sleeps is expected next; the zero value says that it does not sleep. Recording the
+// same again makes no event. Precondition if the device is offline; Invalid for a negative interval or one without a time.
+func (d *Directory) SetContact(ctx context.Context, from hub.Stamp, to hub.Contact) error {
+	r := &request{dev: from.Device, op: "directory.SetContact"}
+	r.decide = func(s *state, _ int64) ([]hub.Event, error) {
+		if done, err := s.fence(from); done || err != nil {
+			return nil, err
+		}
+		meta := s.meta
+		switch {
+		case to.Interval < 0 || (to.Interval == 0) != (to.Next == 0):
+			return nil, hub.NewError(hub.Invalid, "contact-invalid", "an interval and a time are needed, or neither")
+		case !meta.Connection.Online:
+			return nil, hub.NewError(hub.Precondition, "device-offline", "the device is offline")
+		case meta.Contact == to:
+			return nil, nil
+		}
+		meta.Contact = to
 		return []hub.Event{{
 			Kind: hub.MetadataUpdated, Session: from.Session, Message: from.Message, Connection: meta.Connection.ID,
 			User: from.User, Metadata: &meta,

@@ -22,7 +22,7 @@ func TestSessionNumberIsTheSeqOfTheSignInsCommit(t *testing.T) {
 	want := conn("conn-1")
 	want.Online = true
 	if c := m.Metadata.Connection; c.ID != want.ID || !c.Online || c.Service != want.Service || c.Protocol != want.Protocol ||
-		c.ConnectedAt != want.ConnectedAt || !slices.Equal(c.LocalEndpoints, want.LocalEndpoints) {
+		c.ConnectedAt != want.ConnectedAt {
 		t.Errorf("connection %+v", c)
 	}
 	if m.MetaCause.User != "user-1" || m.MetaCause.Connection != "conn-1" || m.MetaCause.Owner != alice {
@@ -126,7 +126,7 @@ func TestOfflineKeepsTheConnectionsFacts(t *testing.T) {
 		"meta 3 offline out-of-sync")
 	m := h.device(alice, lamp).Metadata
 	if c := m.Connection; c.ID != "conn-1" || c.ConnectedAt != 1000 || c.Protocol != hub.ProtocolCoAPSTCP ||
-		len(c.LocalEndpoints) != 1 || c.Service != "" {
+		c.Service != "" {
 		t.Errorf("connection %+v", c)
 	}
 	if m.Twin.SyncingAt == 0 || m.Twin.InSyncAt < m.Twin.SyncingAt {
@@ -175,6 +175,36 @@ func TestTwinStates(t *testing.T) {
 	wantKind(t, h.d.SetTwin(t.Context(), x.stamp(), hub.TwinInSync), hub.Precondition, "device-offline")
 	h.expect(lamp, "registered", "meta 0 online out-of-sync", "meta 1 online syncing", "meta 2 online out-of-sync",
 		"meta 3 offline out-of-sync")
+}
+
+// When a device that sleeps is expected is kept over sessions and restarts, until it is told otherwise.
+func TestContact(t *testing.T) {
+	h := open(t)
+	x := h.registered(lamp)
+	six := hub.Contact{Interval: 6 * time.Hour, Next: 7}
+	h.must(h.d.SetContact(t.Context(), x.stamp(), six))
+	h.must(h.d.SetContact(t.Context(), x.same(), hub.Contact{Interval: 1, Next: 1})) // a repeat is no second event
+	h.must(h.d.SetContact(t.Context(), x.stamp(), six))
+	for _, bad := range []hub.Contact{{Interval: -1, Next: 1}, {Interval: 1}, {Next: 1}} {
+		wantKind(t, h.d.SetContact(t.Context(), x.stamp(), bad), hub.Invalid, "contact-invalid")
+	}
+	h.must(h.d.Offline(t.Context(), x.stamp()))
+	wantKind(t, h.d.SetContact(t.Context(), x.stamp(), six), hub.Precondition, "device-offline")
+	h.restart()
+	if got := h.device(alice, lamp).Metadata.Contact; got != six {
+		t.Errorf("after a restart %+v", got)
+	}
+	y := h.signIn(lamp, alice, 1, "conn-2")
+	if y.sess.Contact != six {
+		t.Errorf("the sign-in says %+v", y.sess.Contact)
+	}
+	wantKind(t, h.d.SetContact(t.Context(), x.stamp(), hub.Contact{}), hub.Precondition, "session-superseded")
+	h.must(h.d.SetContact(t.Context(), y.stamp(), hub.Contact{}))
+	if got := h.device(alice, lamp).Metadata.Contact; got != (hub.Contact{}) {
+		t.Errorf("it does not sleep any more: %+v", got)
+	}
+	h.expect(lamp, "registered", "meta 0 online out-of-sync", "meta 1 online out-of-sync", "meta 2 offline out-of-sync",
+		"meta 3 online out-of-sync", "meta 4 online out-of-sync")
 }
 
 func TestTwinThatIsOffStaysDisabled(t *testing.T) {
@@ -303,4 +333,39 @@ func TestSignInNeedsTheIndex(t *testing.T) {
 	_, err := h.d.SignIn(t.Context(), own(lamp, alice, 1), conn("conn-1"), "", newEnd())
 	wantKind(t, err, hub.Unavailable, "")
 	h.expect(lamp, "registered") // nothing half done
+}
+
+// What a device said of its own network stays over sessions and restarts, is recorded again only when it differs, and is the
+// owner's: the next one does not see it.
+func TestLocalEndpoints(t *testing.T) {
+	h := open(t)
+	x := h.registered(lamp)
+	want := func(what string, events int, endpoints ...string) {
+		t.Helper()
+		if got := h.device(alice, lamp).Metadata.Connection.LocalEndpoints; !slices.Equal(got, endpoints) {
+			t.Errorf("%s: the endpoints are %q, want %q", what, got, endpoints)
+		}
+		if got := len(h.events(lamp)); got != events {
+			t.Errorf("%s: %d events, want %d: %q", what, got, events, h.events(lamp))
+		}
+	}
+	h.must(h.d.SetLocalEndpoints(t.Context(), x.stamp(), nil))
+	want("none, as before", 2)
+	h.must(h.d.SetLocalEndpoints(t.Context(), x.stamp(), []string{"coap://192.0.2.1:5683", "coaps://192.0.2.1:5684"}))
+	want("two", 3, "coap://192.0.2.1:5683", "coaps://192.0.2.1:5684")
+	h.must(h.d.SetLocalEndpoints(t.Context(), x.stamp(), []string{"coap://192.0.2.1:5683", "coaps://192.0.2.1:5684"}))
+	want("the same", 3, "coap://192.0.2.1:5683", "coaps://192.0.2.1:5684")
+	if ev := h.commits(lamp)[2].Events[0]; ev.Metadata == nil || !ev.Metadata.Connection.Online || ev.Session != x.sess.Number {
+		t.Errorf("the event is %+v", ev)
+	}
+	h.must(h.d.SignOut(t.Context(), x.stamp()))
+	h.restart()
+	y := h.signIn(lamp, alice, 1, "conn-2")
+	want("another session", 5, "coap://192.0.2.1:5683", "coaps://192.0.2.1:5684")
+	wantKind(t, h.d.SetLocalEndpoints(t.Context(), x.stamp(), nil), hub.Precondition, "session-superseded")
+	h.must(h.d.SetLocalEndpoints(t.Context(), y.stamp(), []string{}))
+	want("nowhere", 6)
+	h.must(h.d.SetLocalEndpoints(t.Context(), y.stamp(), []string{"coap://192.0.2.7"}))
+	h.must(h.d.Register(t.Context(), own(lamp, alice, 2), ""))
+	want("registered anew", 8)
 }

@@ -41,6 +41,9 @@ type state struct {
 	// of them: whoever may name any href must not make the device grow.
 	metaSkip uint64
 	loose    uint64
+	// labels are replaced as a whole, never changed; labelEvents counts what brought them.
+	labels      hub.Labels
+	labelEvents uint64
 }
 
 // twin is a resource's last representation. index is its event's place in the commit: with Seq it orders ETags. skip is how
@@ -104,6 +107,9 @@ func (s *state) apply(c *hub.Commit, i int, changed []string) []string {
 			s.sent(ev)
 		}
 		s.meta, s.metaCause, s.metaSkip = *ev.Metadata, hub.CauseOf(c, i), 0
+		return changed
+	case hub.LabelsChanged: // of no session, and in no document but the device's
+		s.labels, s.labelEvents = labelsOf(ev), ev.Version+1
 		return changed
 	}
 	s.sent(ev)
@@ -197,6 +203,8 @@ func (s *state) version(ev *hub.Event) uint64 {
 		return s.resourceVersion(ev.Href)
 	case hub.ResourceChanged:
 		return s.resourceVersion(ev.Href)
+	case hub.LabelsChanged:
+		return s.labelEvents
 	}
 	return 0
 }
@@ -229,6 +237,7 @@ func (s *state) picture() *hub.Device {
 	return &hub.Device{
 		ID: s.dev, Owner: s.owner, Generation: s.generation, Seq: s.seq, Metadata: s.meta, MetaCause: s.metaCause,
 		Links: linkSet{s.links}, LinksCause: s.linksCause, Resources: resourceSet{s.twins}, Commands: s.picturedCommands(),
+		Labels: s.labels,
 	}
 }
 
@@ -281,11 +290,15 @@ const (
 	linkCost  = 224
 	twinCost  = 288
 	keyCost   = 640
+	labelCost = 64
 )
 
 // bytes is about what the state takes of memory. States of one device share most of it; it is counted once.
 func (s *state) bytes() int64 {
 	n := stateCost + s.linkBytes + linkCost*s.links.n + s.twinBytes + twinCost*s.twins.n + keyCost*s.keys.byKey.n
+	for name, value := range s.labels {
+		n += labelCost + len(name) + len(value)
+	}
 	for _, c := range s.commands {
 		n += commandSize(c)
 	}

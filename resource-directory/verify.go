@@ -156,7 +156,7 @@ func (s *state) breaksCommand(ev *hub.Event) string {
 		if len(s.commands) > 0 {
 			return s.commands[0].ID + " is left behind by a change of ownership"
 		}
-	case hub.MetadataUpdated, hub.LinksPublished, hub.LinksUnpublished, hub.ResourceChanged, hub.CommandLate:
+	case hub.MetadataUpdated, hub.LinksPublished, hub.LinksUnpublished, hub.ResourceChanged, hub.LabelsChanged, hub.CommandLate:
 	}
 	return ""
 }

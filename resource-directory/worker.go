@@ -393,6 +393,7 @@ func (w *worker) settle(errs []error) {
 		} else {
 			b.e.public.Store(nil)
 		}
+		w.d.changes.count(b) // after readers see it
 		for _, c := range b.commits[:n] {
 			w.told(&c.c, c.after)
 		}

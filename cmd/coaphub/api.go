@@ -142,8 +142,13 @@ type failure struct {
 
 func (f failure) err() error {
 	e := &hub.Error{Kind: hub.Invalid, Code: "hub-refused", Text: f.Message}
-	if codes.Code(f.Code) == codes.NotFound {
+	switch codes.Code(f.Code) {
+	case codes.NotFound:
 		e.Kind = hub.NotFound
+	case codes.Unauthenticated:
+		e.Kind = hub.Unauthenticated
+	case codes.Unavailable, codes.ResourceExhausted:
+		e.Kind = hub.Unavailable
 	}
 	for _, d := range f.Details {
 		if d.Reason != "" {
@@ -156,39 +161,52 @@ func (f failure) err() error {
 // maxLine bounds one element of a list: content of 256 KiB, in JSON.
 const maxLine = 4 << 20
 
-// each reads a list or a single object and hands on each element. An error in the middle of a list ends it.
-func (a *api) each(ctx context.Context, path string, do func(json.RawMessage) error) error {
-	return a.call(ctx, http.MethodGet, path, "", nil, do)
-}
-
-// call is each for any method, with a body of the content type if it is not nil.
-func (a *api) call(ctx context.Context, method, path, contentType string, body []byte, do func(json.RawMessage) error) error {
+// request asks the hub; a body comes in JSON, header is further names and values. An answer that is no success is an error.
+func (a *api) request(ctx context.Context, method, path, accept string, body []byte, header ...string) (*http.Response, error) {
 	r, err := http.NewRequestWithContext(ctx, method, a.base+path, bytes.NewReader(body))
 	if err != nil {
-		return usage("%s: %w", a.base, err)
+		return nil, usage("%s: %w", a.base, err)
 	}
 	if body != nil {
-		r.Header.Set("Content-Type", contentType)
+		r.Header.Set("Content-Type", "application/json")
 	}
 	r.Header.Set("Authorization", "Bearer "+a.token)
-	r.Header.Set("Accept", "application/json")
+	r.Header.Set("Accept", accept)
+	for i := 0; i < len(header); i += 2 {
+		r.Header.Set(header[i], header[i+1])
+	}
 	resp, err := a.http.Do(r)
 	if err != nil {
 		var u *url.Error
 		if errors.As(err, &u) {
 			err = u.Err
 		}
-		return &hub.Error{Kind: hub.Unavailable, Code: "hub-unreachable", Text: "the hub at " + a.base + " cannot be reached: " + err.Error(), Err: err}
+		return nil, &hub.Error{Kind: hub.Unavailable, Code: "hub-unreachable", Text: "the hub at " + a.base + " cannot be reached: " + err.Error(), Err: err}
+	}
+	if resp.StatusCode == http.StatusOK {
+		return resp, nil
 	}
 	defer func() { _ = resp.Body.Close() }()
-	if resp.StatusCode != http.StatusOK {
-		var f failure
-		b, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
-		if err := json.Unmarshal(b, &f); err != nil || f.Message == "" {
-			return &hub.Error{Kind: hub.Invalid, Code: "hub-refused", Text: "the hub answered " + resp.Status}
-		}
-		return f.err()
+	var f failure
+	b, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
+	if err := json.Unmarshal(b, &f); err != nil || f.Message == "" {
+		return nil, &hub.Error{Kind: hub.Invalid, Code: "hub-refused", Text: "the hub answered " + resp.Status}
 	}
+	return nil, f.err()
+}
+
+// each reads a list or a single object and hands on each element. An error in the middle of a list ends it.
+func (a *api) each(ctx context.Context, path string, do func(json.RawMessage) error) error {
+	return a.call(ctx, http.MethodGet, path, nil, do)
+}
+
+// call is each for any method, with a body in JSON if it is not nil.
+func (a *api) call(ctx context.Context, method, path string, body []byte, do func(json.RawMessage) error) error {
+	resp, err := a.request(ctx, method, path, "application/json", body)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = resp.Body.Close() }()
 	lines := bufio.NewScanner(resp.Body)
 	lines.Buffer(nil, maxLine)
 	for lines.Scan() {

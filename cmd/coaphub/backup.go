@@ -59,7 +59,8 @@ func newRestore(p process) *cobra.Command {
 		Use:   "restore DIR",
 		Short: "Make a data folder of a backup",
 		Long: "restore makes the data folder named by --data of a backup; it must be empty or not there. Subscribers of the\n" +
-			"original start from the current state. Without --with-keys the next start makes new keys.",
+			"original start from the current state. Without --with-keys the next start makes new keys,\n" +
+			"and certificates and pre-shared keys that were given out are good no more.",
 		Args: exactly(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			passphrase, err := readPassphrase(p, withKeys, passphraseFile, false)

@@ -73,9 +73,9 @@ func (f *commandFlags) run(cmd *cobra.Command, p process, method, path string, c
 		return err
 	}
 	if f.asJSON {
-		return a.call(cmd.Context(), method, path, "application/json", content, line(p.out))
+		return a.call(cmd.Context(), method, path, content, line(p.out))
 	}
-	return a.call(cmd.Context(), method, path, "application/json", content, func(m json.RawMessage) error {
+	return a.call(cmd.Context(), method, path, content, func(m json.RawMessage) error {
 		var r struct {
 			Data *change `json:"data"`
 		}
@@ -280,7 +280,7 @@ func pendingRow(t *table, m json.RawMessage) error {
 }
 
 func cancelCommands(cmd *cobra.Command, p process, a *api, path string, asJSON bool) error {
-	return a.call(cmd.Context(), http.MethodDelete, path, "", nil, func(m json.RawMessage) error {
+	return a.call(cmd.Context(), http.MethodDelete, path, nil, func(m json.RawMessage) error {
 		if asJSON {
 			return line(p.out)(m)
 		}

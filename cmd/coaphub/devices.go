@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/url"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -57,12 +58,18 @@ func newDevices(p process) *cobra.Command {
 						Twin struct {
 							State string `json:"state"`
 						} `json:"twinSynchronization"`
+						NextContact     int64 `json:"nextContact,string"`
+						ContactInterval int64 `json:"contactInterval,string"`
 					} `json:"metadata"`
 				}
 				if err := json.Unmarshal(m, &d); err != nil {
 					return fmt.Errorf("the hub's answer was not understood: %w", err)
 				}
-				t.row(d.ID, d.Name, strings.ToLower(d.Metadata.Connection.Status), strings.ToLower(strings.ReplaceAll(d.Metadata.Twin.State, "_", "-")), strings.Join(d.Types, " "))
+				status := strings.ToLower(d.Metadata.Connection.Status)
+				if m := d.Metadata; m.ContactInterval > 0 {
+					status += ", " + expected(time.Unix(0, m.NextContact), time.Duration(m.ContactInterval), time.Now())
+				}
+				t.row(d.ID, d.Name, status, strings.ToLower(strings.ReplaceAll(d.Metadata.Twin.State, "_", "-")), strings.Join(d.Types, " "))
 				return nil
 			})
 			if err == nil && t.rows == 1 {

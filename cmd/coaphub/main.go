@@ -132,9 +132,9 @@ func newRoot(p process) *cobra.Command {
 	root.PersistentFlags().String("data", data, "data folder; also "+bundle.EnvData)
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(
-		newServe(p), newStatus(p), newOnboard(p), newToken(p), newUser(p), newCA(p), newDevices(p), newGet(p), newHistory(p),
+		newServe(p), newStatus(p), newAudit(p), newOnboard(p), newToken(p), newUser(p), newCA(p), newDevices(p), newGet(p), newWatch(p),
 		newSet(p), newCreate(p), newDelete(p), newCommands(p),
-		newSimulate(p), newConfig(p), newVerify(p), newBackup(p), newRestore(p), newVersion(p),
+		newHistory(p), newSimulate(p), newConfig(p), newVerify(p), newBackup(p), newRestore(p), newVersion(p),
 	)
 	return root
 }

@@ -8,6 +8,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -211,6 +213,12 @@ func TestAgainstARunningHub(t *testing.T) {
 		t.Errorf("%+v", us)
 	}
 
+	on("audit").want(t, exitOK, `(?s)^TIME +USER +DOOR +CALL +TARGET +OUTCOME\n.*socket +POST /users/password +nobody +account-unknown.*POST /users/add +alice +ok`, "^$")
+	if es := as[[]hub.AuditEntry](t, on("audit", "--json", "--limit", "2")); len(es) != 2 || es[0].Target != "nobody" || es[0].Number != es[1].Number+1 {
+		t.Errorf("%+v", es)
+	}
+	on("audit", "--limit", "0").want(t, exitFailure, "^$", "from 1 to 10000.*limit-invalid")
+
 	token := on("token", "--owner", "alice", "--scope", hub.ScopeRead, "--ttl", "2h")
 	token.want(t, exitOK, `^[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\n$`, "^$")
 	file := filepath.Join(t.TempDir(), "token")
@@ -407,4 +415,28 @@ func TestTextsAreSafeForTerminalsAndShells(t *testing.T) {
 			t.Errorf("bytesText(%d) = %q", in, got)
 		}
 	}
+}
+
+// A device that sleeps is not simply online: when it will be back is what people ask.
+func TestDevicesThatSleep(t *testing.T) {
+	now := time.Now()
+	api := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		for i, next := range []time.Time{now.Add(time.Hour), now.Add(-time.Hour), now.Add(-2 * time.Hour)} {
+			_, _ = fmt.Fprintf(w, `{"result":{"id":"%d","metadata":{"connection":{"status":"ONLINE"},"twinSynchronization":{"state":"IN_SYNC"},`+
+				`"nextContact":"%d","contactInterval":"%d"}}}`+"\n", i, next.UnixNano(), 6*time.Hour)
+		}
+		_, _ = fmt.Fprintln(w, `{"result":{"id":"3","metadata":{"connection":{"status":"ONLINE"},"twinSynchronization":{"state":"IN_SYNC"}}}}`)
+	}))
+	defer api.Close()
+	at := func(d time.Duration) string { return now.Add(d).Local().Format(time.DateTime) }
+	runs(t, "devices", "--server", api.URL, "--token", "x").want(t, exitOK,
+		`(?s)0 +online, expected at `+at(time.Hour)+` +in-sync.*1 +online, expected at `+at(-time.Hour)+` .*2 +online, overdue since `+at(-2*time.Hour)+` .*3 +online +in-sync`, "^$")
+
+	var out bytes.Buffer
+	next := now.Add(time.Hour)
+	d := bundle.DeviceStatus{DeviceID: lamp, Online: true, NextContact: &next, ContactInterval: 6 * 3600}
+	if err := printDevice(process{out: &out}, d); err != nil {
+		t.Fatal(err)
+	}
+	result{out: out.String()}.want(t, 0, `(?s)^device +`+lamp+`\nstate +online, expected at `+at(time.Hour)+`\nsleeps +for 6h0m0s at a time\n`, "")
 }

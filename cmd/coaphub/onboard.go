@@ -70,7 +70,7 @@ func newOnboard(p process) *cobra.Command {
 
 func printOnboarding(p process, o bundle.Onboarding, out string) error {
 	t := newTable(p.out, "hub", o.HubID)
-	for _, uri := range []string{o.Endpoints.CoAPSTCP, o.Endpoints.CoAPS, o.Endpoints.CoAPTCP, o.Endpoints.CoAP} {
+	for _, uri := range []string{o.Endpoints.CoAPSTCP, o.Endpoints.CoAPS, o.Endpoints.CoAPTCP, o.Endpoints.CoAP, o.Endpoints.CoAPSWS, o.Endpoints.CoAPWS} {
 		if uri != "" {
 			t.row("endpoint", uri)
 		}

@@ -61,6 +61,8 @@ func newStatus(p process) *cobra.Command {
 				{"coaps", s.Endpoints.CoAPS},
 				{"coap+tcp", s.Endpoints.CoAPTCP},
 				{"coap", s.Endpoints.CoAP},
+				{"coaps+ws", s.Endpoints.CoAPSWS},
+				{"coap+ws", s.Endpoints.CoAPWS},
 				{"http", s.Endpoints.HTTP},
 				{"grpc", s.Endpoints.GRPC},
 				{"admin", s.Endpoints.Admin},
@@ -94,6 +96,16 @@ func newStatus(p process) *cobra.Command {
 	return cmd
 }
 
+// expected says when a device that sleeps should be back. It may be late by a quarter of its sleep, at least a minute, before
+// that is worth a word: clocks of small devices are no good.
+func expected(next time.Time, interval time.Duration, now time.Time) string {
+	word := "expected at "
+	if now.After(next.Add(max(interval/4, time.Minute))) {
+		word = "overdue since "
+	}
+	return word + next.Local().Format(time.DateTime)
+}
+
 func deviceStatus(ctx context.Context, p process, c *bundle.Control, id string, asJSON bool) error {
 	d, err := c.Device(ctx, id)
 	if err != nil {
@@ -102,6 +114,10 @@ func deviceStatus(ctx context.Context, p process, c *bundle.Control, id string, 
 	if asJSON {
 		return printJSON(p.out, d)
 	}
+	return printDevice(p, d)
+}
+
+func printDevice(p process, d bundle.DeviceStatus) error {
 	state := "offline"
 	if d.Online {
 		state = "online"
@@ -111,7 +127,14 @@ func deviceStatus(ctx context.Context, p process, c *bundle.Control, id string, 
 		protocol += ", " + d.TLS
 	}
 	t := newTable(p.out, "device", d.DeviceID)
-	t.row("state", state)
+	if d.NextContact != nil {
+		interval := time.Duration(d.ContactInterval * float64(time.Second))
+		state += ", " + expected(*d.NextContact, interval, time.Now())
+		t.row("state", state)
+		t.row("sleeps", "for "+interval.Round(time.Second).String()+" at a time")
+	} else {
+		t.row("state", state)
+	}
 	t.row("protocol", protocol)
 	t.row("from", d.Remote)
 	t.row("connected", "since "+d.ConnectedSince.Local().Format(time.DateTime)+", session "+strconv.FormatUint(d.Session, 10))

@@ -14,10 +14,12 @@ import (
 	"mime"
 	"net/http"
 	"net/url"
+	"reflect"
 	"regexp"
 	"slices"
 	"strings"
 
+	"github.com/fxamacker/cbor/v2"
 	"github.com/getkin/kin-openapi/openapi3"
 	"github.com/klauspost/compress/zstd"
 )
@@ -137,6 +139,9 @@ func (c *Checker) Check(method string, target *url.URL, status int, header http.
 			return fmt.Errorf("%s %s: status %d is not described", method, escapedPath, status)
 		}
 	} else {
+		if method == http.MethodOptions && status == http.StatusNoContent && header.Get("Access-Control-Allow-Origin") != "" && len(body) == 0 {
+			return nil // a preflight is between a browser and the hub (Fetch, Section 4.8), not a call of the API
+		}
 		if status < 400 {
 			return fmt.Errorf("%s %s: answered with %d, but no operation describes it", method, escapedPath, status)
 		}
@@ -158,6 +163,9 @@ func (c *Checker) Check(method string, target *url.URL, status int, header http.
 		}
 		return nil
 	}
+	if status == http.StatusSwitchingProtocols { // what is described are the messages, see CheckMessage
+		return nil
+	}
 	mediaType, _, err := mime.ParseMediaType(header.Get("Content-Type"))
 	if err != nil {
 		return fail(fmt.Errorf("content type: %w", err))
@@ -166,7 +174,7 @@ func (c *Checker) Check(method string, target *url.URL, status int, header http.
 	if media == nil {
 		return fail(fmt.Errorf("content type %s is not described", mediaType))
 	}
-	if method == http.MethodHead {
+	if method == http.MethodHead || media.Schema == nil { // pages for people are no JSON
 		return nil
 	}
 	if body, err = decompress(header.Get("Content-Encoding"), body); err != nil {
@@ -176,6 +184,35 @@ func (c *Checker) Check(method string, target *url.URL, status int, header http.
 	// Any JSON value may be a content; without onlyContent the answer must be the whole message.
 	if whole, ok := media.Extensions["x-without-onlyContent"].(string); ok && !onlyContent(target) {
 		schema = c.doc.Components.Schemas[whole].Value
+	}
+	if events, _ := media.Extensions["x-events"].(bool); events {
+		if err := checkEvents(schema, body); err != nil {
+			return fail(err)
+		}
+		return nil
+	}
+	switch mediaType {
+	case "application/cbor":
+		doc, rest, err := jsonOf(body)
+		if err == nil && len(rest) > 0 {
+			err = errors.New("more than one CBOR item")
+		}
+		if err != nil {
+			return fail(err)
+		}
+		return wrap(fail, schema, doc)
+	case "application/cbor-seq":
+		for n := 1; len(body) > 0; n++ {
+			doc, rest, err := jsonOf(body)
+			if err != nil {
+				return fail(fmt.Errorf("item %d: %w", n, err))
+			}
+			if err := wrap(fail, schema, doc); err != nil {
+				return fmt.Errorf("item %d: %w", n, err)
+			}
+			body = rest
+		}
+		return nil
 	}
 	if lines, _ := media.Extensions["x-lines"].(bool); !lines {
 		return wrap(fail, schema, body)
@@ -191,6 +228,58 @@ func (c *Checker) Check(method string, target *url.URL, status int, header http.
 		}
 	}
 	return nil
+}
+
+// CheckMessage reports what is wrong with one message that came over a WebSocket of an operation.
+func (c *Checker) CheckMessage(escapedPath string, message []byte) error {
+	op := c.Operation(http.MethodGet, escapedPath)
+	if op == nil || op.Responses.Status(http.StatusSwitchingProtocols) == nil {
+		return fmt.Errorf("%s: no WebSocket is described there", escapedPath)
+	}
+	media := op.Responses.Status(http.StatusSwitchingProtocols).Value.Content["application/json"]
+	return wrap(func(err error) error { return fmt.Errorf("message of %s: %w", escapedPath, err) }, media.Schema.Value, message)
+}
+
+// checkEvents checks server-sent events (WHATWG HTML, Section 9.2.6), each by itself. The last one may be cut off.
+func checkEvents(schema *openapi3.Schema, body []byte) error {
+	for n := 1; ; n++ {
+		event, rest, whole := bytes.Cut(body, []byte("\n\n"))
+		if !whole {
+			return nil
+		}
+		body = rest
+		var data []byte
+		for line := range bytes.SplitSeq(event, []byte("\n")) {
+			switch name, value, _ := bytes.Cut(line, []byte(": ")); {
+			case len(line) > 0 && line[0] == ':': // a comment
+			case string(name) == "data" && data == nil:
+				data = value
+			case string(name) == "id" && len(value) > 0:
+			default:
+				return fmt.Errorf("event %d: line %q", n, line)
+			}
+		}
+		if data == nil {
+			continue
+		}
+		if err := wrap(func(err error) error { return fmt.Errorf("event %d: %w", n, err) }, schema, data); err != nil {
+			return err
+		}
+	}
+}
+
+// jsonOf makes JSON of the first CBOR item.
+func jsonOf(b []byte) (doc, rest []byte, err error) {
+	mode, err := cbor.DecOptions{DefaultMapType: reflect.TypeFor[map[string]any]()}.DecMode()
+	if err != nil {
+		return nil, nil, err
+	}
+	var v any
+	if rest, err = mode.UnmarshalFirst(b, &v); err != nil {
+		return nil, nil, fmt.Errorf("no CBOR: %w", err)
+	}
+	doc, err = json.Marshal(v)
+	return doc, rest, err
 }
 
 func onlyContent(target *url.URL) bool {

@@ -172,6 +172,9 @@ func (is *trusted) check(c claimSet, now time.Time, skew time.Duration) (hub.Cla
 		Issuer: is.Authority, Subject: sub, Owner: hub.Owner(is.OwnerPrefix + owner), ClientID: client, TokenID: jti,
 		Scopes: scopes, Audience: aud, DeviceID: dev, Expiry: exp,
 	}
+	if is.Grant != nil {
+		out.Grant = is.Grant(jti)
+	}
 	out.Device = dev != "" || out.Has(hub.ScopeDevice) || client != "" && overlap([]string{client}, is.DeviceClients)
 	out.MarksDevices = is.DeviceIDClaim != "" || len(is.DeviceClients) > 0
 	return out, iat, nil

@@ -56,6 +56,8 @@ type IssuerConfig struct {
 	// Revoked reports whether a token with these claims was revoked before its end; nil: none is. It is asked for every
 	// token, also for a remembered one, so it must be quick.
 	Revoked func(context.Context, Token) (bool, error) `yaml:"-"`
+	// Grant returns what a token with this jti was issued on, which becomes hub.Claims.Grant; nil: the issuer tells no ends.
+	Grant func(tokenID string) string `yaml:"-"`
 }
 
 // Token is what a Revoked function may look at.

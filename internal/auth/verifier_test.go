@@ -638,3 +638,17 @@ func FuzzVerify(f *testing.F) {
 		}
 	})
 }
+
+func TestTokenNamesItsGrant(t *testing.T) {
+	is := issuer.New(t)
+	token := is.Mint(map[string]any{"jti": "grant.1"})
+	if c := mustVerify(t, newVerifier(t, nil, is), token); c.Grant != "" {
+		t.Errorf("an issuer that tells no ends gave the grant %q", c.Grant)
+	}
+	v := newVerifier(t, func(c *IssuerConfig) { c.Grant = func(jti string) string { return "of " + jti } }, is)
+	for range 2 { // verified, and remembered
+		if c := mustVerify(t, v, token); c.Grant != "of grant.1" {
+			t.Errorf("the grant is %q", c.Grant)
+		}
+	}
+}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"net"
+	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
@@ -16,7 +17,8 @@ type Message struct {
 	Options message.Options // sorted by number
 	Payload []byte          // nil when there is none
 
-	from *reception // the datagram that a request came in, and that an answer answers; nil on streams
+	from      *reception // the datagram that a request came in, and that an answer answers; nil on streams
+	challenge bool       // of an answer: Response.Challenge
 }
 
 // Response is what a handler answers. The engine adds the token and cuts it into blocks where needed.
@@ -26,6 +28,10 @@ type Response struct {
 	Payload []byte
 	// Close ends the connection once the response has been written (OCF devices rely on it after a refused account request).
 	Close bool
+	// Challenge has the engine answer 4.01 with an Echo option (RFC 9175, Section 2.3) in place of this, if this is more than
+	// three times as long as the request and the peer has not proven its address; that happens over plain UDP alone. Without it
+	// such an answer waits until the address has answered an empty CON, which is for paths where 4.01 means something else.
+	Challenge bool
 	// Silent sends nothing: the connection is ending, and the request was not carried out.
 	Silent bool
 }
@@ -66,11 +72,19 @@ type Refuser interface {
 	Refused(req *Message)
 }
 
+// Listener is implemented by a ConnHandler that wants to know when its peer over UDP or DTLS says something: the moment to reach
+// a device that sleeps most of the time. Heard is called for each message that is one of CoAP and no duplicate, before it is
+// handled, from one goroutine at a time, with how long the peer had said nothing before. It must not block.
+type Listener interface {
+	Heard(silence time.Duration)
+}
+
 // ConnInfo is what is known of a connection from its transport.
 type ConnInfo struct {
 	ID     string // random, never reused
 	Secure bool
-	Stream bool                 // TCP or TLS; else datagrams: UDP or DTLS
+	Stream bool                 // TCP, TLS or WebSocket; else datagrams: UDP or DTLS
+	Host   string               // of the handshake of a WebSocket, the default of Uri-Host there (RFC 8323, Section 8.5); else ""
 	TLS    *tls.ConnectionState // of TLS; else nil
 	Peer   PeerCredential       // of DTLS
 	Local  net.Addr

@@ -100,6 +100,7 @@ type transfer struct {
 	used time.Duration
 	body []byte
 	resp Response // of an answer: code and options of each block
+	none bool     // of a request: its first block had If-None-Match
 }
 
 // take removes and returns the transfer with that key.
@@ -156,8 +157,12 @@ func (b *blocks) clear(from *budget) {
 func cacheKey(m *Message) string {
 	b := []byte{byte(m.Code)}
 	for _, o := range m.Options {
-		switch o.ID {
-		case Block1, Block2, Size1, Size2, ObserveOption, NoResponse:
+		switch {
+		case o.ID == Block1, o.ID == Block2, o.ID == ObserveOption, o.ID == NoResponse:
+			continue
+		case o.ID == IfNoneMatch: // RFC 7959, Section 2.10: only on the first block
+			continue
+		case o.ID&0x1e == 0x1c: // RFC 7252, Section 5.4.6: NoCacheKey, such as the sizes and Echo
 			continue
 		}
 		b = binary.BigEndian.AppendUint16(b, uint16(o.ID))
@@ -264,6 +269,7 @@ func (c *Conn) assemble(m *Message, b block) (whole *Message, r Response, done b
 			t.give(len(up.body)) // RFC 7959, Section 2.5: block 0 begins anew
 		}
 		up = &transfer{key: key}
+		_, up.none = m.Option(IfNoneMatch)
 		if size, ok := m.Uint(Size1); ok && int64(size) > int64(cfg.MaxBody) {
 			return drop(c.tooLarge())
 		}
@@ -289,7 +295,11 @@ func (c *Conn) assemble(m *Message, b block) (whole *Message, r Response, done b
 		t.give(put(&c.blocks.uploads, up, cfg.MaxTransfers))
 		return nil, Response{Code: codes.Continue, Options: echo}, false
 	}
-	return &Message{Code: m.Code, Token: m.Token, Options: without(slices.Clone(m.Options), Block1, Size1), Payload: up.body}, Response{}, true
+	opts := without(slices.Clone(m.Options), Block1, Size1, IfNoneMatch)
+	if up.none {
+		opts = AddOption(opts, IfNoneMatch, nil)
+	}
+	return &Message{Code: m.Code, Token: m.Token, Options: opts, Payload: up.body}, Response{}, true
 }
 
 // busy is 5.03 with a time to retry (RFC 7252, Section 5.9.3.4).
@@ -360,7 +370,7 @@ func (c *Conn) respond(m *Message, r Response) {
 			return
 		}
 	}
-	out.from = m.from
+	out.from, out.challenge = m.from, r.Challenge
 	if err := c.tr.send(c.ctx, out, true); err != nil {
 		c.srv.metrics.dropped.WithLabelValues("unsent").Inc()
 	}
@@ -454,6 +464,8 @@ func (c *Conn) upload(ctx context.Context, op string, m *Message) (*Message, err
 		part.Options = AddOption(slices.Clone(base), Block1, b.value())
 		if offset == 0 {
 			part.Options = AddUint(part.Options, Size1, uint32(len(m.Payload))) //nolint:gosec // bounded by memory of ours
+		} else {
+			part.Options = without(part.Options, IfNoneMatch) // RFC 7959, Section 2.10
 		}
 		part.Payload = m.Payload[offset:end]
 		answer, err := send(part)

@@ -1,9 +1,11 @@
 package coap
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -18,6 +20,7 @@ type exchange struct {
 	answer      chan answer  // capacity 1
 	observation *Observation // to be registered when the answer has an Observe option
 	cancel      bool         // notifications with the same token may still come first
+	refresh     bool         // the answer is a notification, too
 }
 
 type answer struct {
@@ -35,9 +38,12 @@ type Observation struct {
 	tag       atomic.Value
 	cancelled atomic.Bool
 
-	// Over UDP: the newest Observe value and when it came (RFC 7641, Section 3.4); guarded by Conn.mu.
+	// Over UDP: the newest Observe value and when it came (RFC 7641, Section 3.4), the ETag of the newest representation, nil
+	// for none, and when its Max-Age is over; guarded by Conn.mu.
 	number uint32
 	seen   time.Duration
+	etag   []byte
+	stale  time.Duration
 
 	fetch  *fetch // the newest notification that came in blocks; guarded by Conn.mu
 	listed bool   // is in Conn.fetches
@@ -83,8 +89,8 @@ func (c *Conn) Do(ctx context.Context, req *Message) (*Message, error) {
 // Observe registers for a resource (RFC 7641, Section 3.1): it sends req, a GET or FETCH, with Observe 0 and returns the
 // first answer, an error code included. The observation is nil if the answer has no Observe option. Notifications may reach
 // ConnHandler.Notifications before Observe returns; Observation.Path tells them apart even then. A notification with
-// more than Config.MaxBody arrives as 4.13 without payload, one whose further blocks cannot be fetched as 5.04, both not
-// ended; one with a critical option that is not understood as 4.02, ended. Errors are those of Do, and Exhausted when the
+// more than Config.MaxBody arrives as 4.13 without payload, one whose further blocks cannot be fetched as 5.04, as does a
+// 2.03 for a representation that is not the newest known, all not ended; one with a critical option that is not understood as 4.02, ended. Errors are those of Do, and Exhausted when the
 // connection has Config.MaxObservations.
 func (c *Conn) Observe(ctx context.Context, req *Message) (*Observation, *Message, error) {
 	const op = "coap.Observe"
@@ -126,6 +132,45 @@ func (c *Conn) Observe(ctx context.Context, req *Message) (*Observation, *Messag
 		return o, whole, nil // also if its last notification has come already: the handler saw Ended
 	}
 	return nil, whole, nil
+}
+
+// Stale returns when the Max-Age of what the peer said last is over: from then on nobody knows whether that still holds (RFC
+// 7641, Section 3.3.1). Over a stream it is the zero time: there one Ping tells of all observations (RFC 8323, Section 7.3).
+func (o *Observation) Stale() time.Time {
+	c := o.c
+	if c.dg == nil {
+		return time.Time{}
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.since.Add(o.stale - c.born)
+}
+
+// Refresh asks for the resource once more and renews the registration, by the request that began it, with its token (RFC 7641,
+// Section 3.3.1) and with the ETag of the newest representation, so that the peer may say 2.03. What it answers comes to
+// ConnHandler.Notifications, in order with all others and newer than those before: with Ended if it is an error or has no
+// Observe option. Errors are those of Do; the observation goes on. Refreshing one that is over does nothing.
+func (o *Observation) Refresh(ctx context.Context) error {
+	const op = "coap.Refresh"
+	c := o.c
+	if err := c.slot(ctx, op); err != nil {
+		return err
+	}
+	defer c.release()
+	m := clone(o.req)
+	m.Token = o.req.Token
+	c.mu.Lock()
+	known := c.observations[string(m.Token)] == o
+	if len(o.etag) > 0 {
+		// All options are those of the registration but for the ETags.
+		m.Options = AddOption(without(m.Options, ETagOption), ETagOption, o.etag)
+	}
+	c.mu.Unlock()
+	if !known {
+		return nil
+	}
+	_, err := c.roundTrip(ctx, op, m, &exchange{answer: make(chan answer, 1), refresh: true})
+	return err
 }
 
 // Cancel ends the observation: no notifications are delivered from now on (one call of Notifications may be under way), and
@@ -195,37 +240,106 @@ next:
 	return out
 }
 
-// slot waits for its turn among the outstanding requests.
+// slot waits for its turn among the outstanding requests, first come, first served.
 func (c *Conn) slot(ctx context.Context, op string) error {
 	c.mu.Lock()
 	if c.reason != nil {
 		c.mu.Unlock()
 		return errGone.With(op, nil)
 	}
-	if c.slots == nil {
-		c.slots = make(chan struct{}, max(1, c.srv.cfg.MaxOutstanding))
+	if len(c.waiting) == 0 && c.outstanding < c.nstart() {
+		c.outstanding++
+		c.mu.Unlock()
+		return nil
 	}
-	slots := c.slots
+	turn := make(chan struct{})
+	c.waiting = append(c.waiting, turn)
 	c.mu.Unlock()
+	var err error
 	select {
-	case slots <- struct{}{}:
+	case <-turn:
 		return nil
 	case <-ctx.Done():
-		return contextError(ctx, op)
+		err = contextError(ctx, op)
 	case <-c.ctx.Done():
-		return errGone.With(op, nil)
+		err = errGone.With(op, nil)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if i := slices.Index(c.waiting, turn); i >= 0 {
+		c.waiting = slices.Delete(c.waiting, i, i+1)
+	} else { // its turn has just come
+		c.outstanding--
+		c.admit()
+	}
+	return err
+}
+
+func (c *Conn) release() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.outstanding--
+	c.admit()
+}
+
+// admit gives those their turn who may have it; mu is held.
+func (c *Conn) admit() {
+	for len(c.waiting) > 0 && c.outstanding < c.nstart() {
+		c.outstanding++
+		close(c.waiting[0])
+		c.waiting = c.waiting[1:]
+	}
+	if len(c.waiting) == 0 {
+		c.waiting = nil
 	}
 }
 
-func (c *Conn) release() { <-c.slots }
+// nstart is how many requests to the peer may be under way.
+func (c *Conn) nstart() int {
+	if c.dg != nil {
+		return int(c.dg.nstart.Load())
+	}
+	return max(1, c.srv.cfg.MaxOutstanding)
+}
 
 // token makes a token that none of our exchanges and observations has: a number that starts anywhere and is never repeated.
 func (c *Conn) token() []byte {
 	return binary.BigEndian.AppendUint64(nil, c.nextToken.Add(1))
 }
 
-// roundTrip sends one request and waits for its answer. The token must be set.
+// roundTrip sends one request and waits for its answer. The token must be set. A peer that wants to know first that we are
+// who asks gets the request once more, with the value it gave (RFC 9175, Section 2.3).
 func (c *Conn) roundTrip(ctx context.Context, op string, m *Message, x *exchange) (*Message, error) {
+	answer, err := c.attempt(ctx, op, c.echoing(m, false), x)
+	if err != nil || answer.Code != codes.Unauthorized {
+		return answer, err
+	}
+	if _, asked := answer.Option(EchoOption); asked {
+		answer, err = c.attempt(ctx, op, c.echoing(m, true), x)
+	}
+	return answer, err
+}
+
+// echoing returns m with the peer's last Echo value if that goes with the next request: it need not, unless the peer has asked
+// for it.
+func (c *Conn) echoing(m *Message, asked bool) *Message {
+	c.mu.Lock()
+	v := c.echo
+	c.echo = nil
+	c.mu.Unlock()
+	if v == nil {
+		return m
+	}
+	with := *m
+	with.Options = AddOption(append(make(message.Options, 0, len(m.Options)+1), m.Options...), EchoOption, v)
+	if largest, _ := c.tr.limits(); !asked && c.tr.size(&with) > largest {
+		return m
+	}
+	return &with
+}
+
+// attempt sends one request and waits for its answer.
+func (c *Conn) attempt(ctx context.Context, op string, m *Message, x *exchange) (*Message, error) {
 	if largest, _ := c.tr.limits(); c.tr.size(m) > largest {
 		return nil, errPeerLimit.With(op, nil)
 	}
@@ -304,12 +418,14 @@ const (
 )
 
 // response brings a response to whoever waits for it. A notification that is to be handled comes back as an item, if there is
-// room for it.
-func (c *Conn) response(m *Message, f fault, room bool) (item, verdict) {
+// room for it. settles says that the message layer knows m for the answer to the newest request with its token.
+func (c *Conn) response(m *Message, f fault, room, settles bool) (item, verdict) {
 	_, observed := m.Option(ObserveOption)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if x := c.exchanges[string(m.Token)]; x != nil && !(x.cancel && observed) {
+	x := c.exchanges[string(m.Token)]
+	refreshed := x != nil && x.refresh
+	if x != nil && !refreshed && !(x.cancel && observed) {
 		delete(c.exchanges, string(m.Token))
 		if x.observation != nil && observed && m.Code>>5 == 2 && !f.bad() {
 			// Here and not in Observe: the next notification may be right behind.
@@ -318,29 +434,51 @@ func (c *Conn) response(m *Message, f fault, room bool) (item, verdict) {
 			}
 			c.observations[string(m.Token)] = x.observation
 		}
+		if v, ok := m.Option(EchoOption); ok {
+			c.echo = bytes.Clone(v)
+		}
 		if x.observation != nil && observed {
 			x.observation.newer(m, c.srv.now())
+			x.observation.learn(m, c.srv.now())
 		}
 		x.answer <- answer{msg: m, fault: f}
 		return item{}, isAnswer
 	}
 	o := c.observations[string(m.Token)]
+	if o == nil && refreshed { // it was cancelled meanwhile
+		delete(c.exchanges, string(m.Token))
+		x.answer <- answer{msg: m, fault: f}
+		return item{}, isAnswer
+	}
 	if o == nil || c.reason != nil {
 		// RFC 8323 has no Reset: an answer that nobody waits for is dropped.
 		c.srv.metrics.dropped.WithLabelValues("late").Inc()
 		return item{}, isUnknown
 	}
+	it := item{msg: m, observation: o, ended: !observed || m.Code>>5 != 2}
 	// RFC 8323, Section 7.1: the stream keeps the order, so the value of the Observe option says nothing.
 	if c.dg != nil {
 		if !room {
 			return item{}, isWithheld
 		}
+		if settles && refreshed {
+			// It was made after the question, so it is newer than all before whatever its number: the peer may have rebooted.
+			o.seen = 0
+		}
 		if observed && !o.newer(m, c.srv.now()) {
 			c.srv.metrics.dropped.WithLabelValues("stale").Inc()
 			return item{}, isTaken
 		}
+		if !f.bad() && !o.learn(m, c.srv.now()) {
+			// RFC 7641, Section 3.3.2: what the ETag stands for is valid again, and we do not have it any more.
+			it.msg = &Message{Code: codes.GatewayTimeout, Token: m.Token}
+		}
 	}
-	it := item{msg: m, observation: o, ended: !observed || m.Code>>5 != 2}
+	if refreshed {
+		// Also if it is a notification that was under way: it is newer than what we had, and the answer comes behind it.
+		delete(c.exchanges, string(m.Token))
+		x.answer <- answer{msg: m, fault: f}
+	}
 	switch {
 	case f.bad():
 		it.msg, it.ended = &Message{Code: codes.BadOption, Token: m.Token, Payload: []byte(f.String())}, true
@@ -366,7 +504,9 @@ func (c *Conn) response(m *Message, f fault, room bool) (item, verdict) {
 		// exchange at a time (NSTART) could not answer before.
 		return item{}, isTaken
 	}
-	o.fetch = nil // this one is newer than what is being fetched
+	if m.Code != codes.Valid { // else it says of what is being fetched that it is the newest
+		o.fetch = nil
+	}
 	return it, isNotification
 }
 
@@ -384,6 +524,30 @@ func (o *Observation) newer(m *Message, now time.Duration) bool {
 		}
 	}
 	o.number, o.seen = v, now
+	return true
+}
+
+// learn notes what a notification says of itself, and reports whether it can be understood: not if it is a 2.03 of another
+// representation than the newest. Conn.mu is held.
+func (o *Observation) learn(m *Message, now time.Duration) bool {
+	if m.Code>>5 != 2 {
+		return true
+	}
+	const defaultMaxAge = 60 // RFC 7252, Section 5.10.5
+	age, ok := m.Uint(MaxAge)
+	if !ok {
+		age = defaultMaxAge
+	}
+	o.stale = now + time.Duration(age)*time.Second
+	tag := ETag(m)
+	if m.Code == codes.Valid {
+		if known := len(o.etag) > 0; known && len(tag) > 0 && !bytes.Equal(tag, o.etag) {
+			return false
+		} else if known {
+			return true
+		}
+	}
+	o.etag = bytes.Clone(tag) // not the message's memory
 	return true
 }
 

@@ -52,6 +52,9 @@ type Config struct {
 	// MaxOutstanding bounds the requests to one peer that have no answer yet (NSTART of RFC 7252, Section 4.7); further
 	// calls of Do wait. Default 1.
 	MaxOutstanding int
+	// MaxProven is what MaxOutstanding grows to for a peer over UDP or DTLS that answers without a retransmission; the first
+	// one begins anew. Default 4.
+	MaxProven int
 	// MaxObservations bounds the observations of one connection. Default 1024.
 	MaxObservations int
 	// MaxTransfers bounds the block-wise transfers kept for one connection in each direction; a new one replaces the oldest.
@@ -93,8 +96,8 @@ type Config struct {
 	Linger time.Duration
 
 	// Refused is told of each connection that did not become one: reason is a word of a small set ("handshake-failed",
-	// "handshake-timeout", "handshake-evicted", "max-connections", "handler"), detail is for people. May be nil; must not
-	// block.
+	// "handshake-timeout", "handshake-evicted", "websocket", "max-connections", "handler"), detail is for people. May be nil;
+	// must not block.
 	Refused func(remote net.Addr, reason, detail string)
 }
 
@@ -116,6 +119,7 @@ func DefaultConfig() Config {
 		OverloadTimeout:     3 * time.Second,
 		MaxBuffered:         256 << 20,
 		MaxOutstanding:      1,
+		MaxProven:           4,
 		MaxObservations:     1024,
 		MaxTransfers:        4,
 		TransferTimeout:     time.Minute,

@@ -70,23 +70,27 @@ type Conn struct {
 	queuedBytes  int           //
 	space        chan struct{} // not nil while the reader waits for queue space
 	working      bool
-	reason       error // not nil: the connection is closing
-	ended        bool  // all is given back
-	drain        bool  // closing, but what is queued is still handled
-	slots        chan struct{}
+	reason       error           // not nil: the connection is closing
+	ended        bool            // all is given back
+	drain        bool            // closing, but what is queued is still handled
+	outstanding  int             // requests of ours that have no answer yet
+	waiting      []chan struct{} // those that wait for one of them, in order
 	exchanges    map[string]*exchange
 	observations map[string]*Observation
 	observers    map[string]*Observer // by token
+	echo         []byte               // the Echo value of the peer's last answer, until the next request (RFC 9175, Section 2.3)
+	lastNumber   uint32               // no number of an observation that is over was higher (RFC 7641, Section 4.4)
 	fetches      []*Observation       // observations with a fetch to do; at most one entry each
 	fetching     bool
 
 	blocks blocks
 }
 
-// item is a request or a notification on its way to the handler.
+// item is a request or a notification on its way to the handler, or a reminder that an observer is to be told the state.
 type item struct {
-	msg         *Message
-	observation *Observation // nil: a request
+	msg         *Message     // nil: a reminder
+	observation *Observation // of a notification
+	observer    *Observer    // of a reminder
 	ended       bool
 	size        int        // taken from the budget
 	from        *reception // of a notification in a datagram, to be acknowledged when it has been handled
@@ -104,6 +108,9 @@ func (s *Server) newConn() *Conn {
 	c.timer.fire = c.tick
 	c.nextToken.Store(mathrand.Uint64()) // no secret: tokens are only matched within the connection
 	c.lastIn.Store(int64(c.born))
+	// RFC 7641, Section 4.4: the same client, token and resource must not see a number again, also from another session or
+	// process. Nobody is told something every second for long, so the clock is ahead of what was used.
+	c.lastNumber = uint32(c.since.Unix()) //nolint:gosec // 24 bits are used
 	return c
 }
 
@@ -168,6 +175,14 @@ func (c *Conn) spoke() {
 	}
 }
 
+// hear is spoke for a peer over UDP or DTLS, which had said nothing for so long.
+func (c *Conn) hear(silence time.Duration) {
+	c.spoke()
+	if h, ok := c.handler.(Listener); ok {
+		c.Guard("Heard", func() { h.Heard(silence) })
+	}
+}
+
 // Close ends the connection soon and does not block: what waits to be written is written first, bounded by
 // Config.CloseTimeout; what was received but not yet handled is dropped. err is what Closed will be told; nil means
 // ErrClosed. Only the first call counts.
@@ -212,6 +227,13 @@ func (c *Conn) end(err error) {
 	c.blocks.clear(c.srv.budget)
 	c.srv.metrics.closed.WithLabelValues(Reason(reason)).Inc()
 	c.Guard("Closed", func() { c.handler.Closed(reason) })
+}
+
+// ending returns why the connection is closing, nil while it is not.
+func (c *Conn) ending() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.reason
 }
 
 // wakeReader lets a reader that waits for queue space look again; mu is held.
@@ -295,6 +317,7 @@ func (c *Conn) receive(code codes.Code, token, body []byte, held int) error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrMalformed, err)
 	}
+	f.misplaced(code, in.Options)
 	msg := &in.Message
 	if size == 0 {
 		size = len(body) + 256 // what the message costs besides its bytes, roughly
@@ -315,7 +338,7 @@ func (c *Conn) receive(code codes.Code, token, body []byte, held int) error {
 		return c.enqueue(item{msg: msg, size: size}, true)
 	case 2, 4, 5:
 		m.in[kindResponse].Inc()
-		it, what := c.response(msg, f, true)
+		it, what := c.response(msg, f, true, false)
 		if what != isNotification {
 			return nil
 		}
@@ -335,6 +358,8 @@ func refuse(f fault) (*Message, bool) {
 	switch {
 	case f.bad(): // RFC 7252, Section 5.4.1
 		return &Message{Code: codes.BadOption, Payload: []byte(f.String())}, true
+	case f.hops: // RFC 8768, Section 3
+		return &Message{Code: codes.BadRequest, Payload: []byte(f.String())}, true
 	case f.proxy: // RFC 7252, Section 5.10.2
 		return &Message{Code: codes.ProxyingNotSupported, Payload: []byte(f.String())}, true
 	}
@@ -476,9 +501,12 @@ func (c *Conn) work() {
 
 		for len(items) > 0 && !c.stopped() {
 			n := 1
-			if items[0].observation == nil {
+			switch {
+			case items[0].observer != nil:
+				items[0].observer.tell()
+			case items[0].observation == nil:
 				c.serve(items[0].msg)
-			} else {
+			default:
 				for n < len(items) && items[n].observation != nil {
 					n++
 				}

@@ -1,13 +1,16 @@
 package coap
 
 import (
+	"bytes"
 	"context"
+	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"hash/maphash"
 	mathrand "math/rand/v2"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message/codes"
@@ -132,6 +135,8 @@ type datagram struct {
 	rx       receptions
 	sent     []*transmission // confirmable messages that are not settled, in order
 	inFlight int             // those of them that are under way
+	nstart   atomic.Int32    // how many may be; read without mu
+	clean    int             // requests in a row that were answered without a retransmission
 	nextID   uint16
 	usedIDs  [4]time.Duration // when the last ID of each quarter was used
 
@@ -141,6 +146,7 @@ type datagram struct {
 	credit    int           // bytes that may go to an address that is not proven
 	held      []*reception  // answers that wait for the proof
 	probing   *transmission // the ping that asks for it
+	echo      []byte        // a request with this proves it, too; nil before the first challenge
 
 	// What we said on our own account since we last heard anything.
 	silentSince time.Duration
@@ -174,6 +180,7 @@ func (g *sessions) start(link packetLink) (*datagram, error) {
 	c := s.newConn()
 	d := &datagram{c: c, g: g, link: link, proven: link.proven(), nextID: uint16(mathrand.Uint32())} //nolint:gosec // any 16 bits
 	d.timer.fire = d.tick
+	d.nstart.Store(int32(max(1, s.cfg.MaxOutstanding))) //nolint:gosec // small
 	c.tr, c.dg = d, d
 
 	g.mu.Lock()
@@ -355,6 +362,7 @@ func (d *datagram) tick() {
 	c, cfg := d.c, &d.c.srv.cfg
 	now := c.srv.now()
 	transfers := c.blocks.expire(now-cfg.TransferTimeout, c.srv.budget)
+	remind := c.remind(now)
 
 	d.mu.Lock()
 	d.due = 0
@@ -381,6 +389,9 @@ func (d *datagram) tick() {
 		quiet := time.Duration(c.lastIn.Load()) + d.silence()
 		if silent = now >= quiet; !silent {
 			d.schedule(quiet)
+		}
+		if remind != 0 {
+			d.schedule(remind)
 		}
 		if transfers {
 			d.schedule(now + cfg.TransferTimeout/2)
@@ -416,6 +427,7 @@ func (d *datagram) deliver(b []byte) bool {
 		return false
 	}
 	d.credit = min(d.credit+3*len(b), maxCredit)
+	silence := now - time.Duration(c.lastIn.Load())
 	switch {
 	case err != nil:
 		d.malformed(p)
@@ -432,12 +444,13 @@ func (d *datagram) deliver(b []byte) bool {
 		}
 		d.heard(now)
 		d.mu.Unlock()
+		c.hear(silence)
 		switch {
 		case p.typ == reset:
 			t.fail(d, errReset)
 		case t.settled != nil:
 			t.settled(nil)
-		case p.code != codes.Empty:
+		case p.code != codes.Empty && t.request:
 			c.messagesIn.Add(1)
 			d.piggybacked(p)
 		}
@@ -447,7 +460,7 @@ func (d *datagram) deliver(b []byte) bool {
 		c.lastIn.Store(int64(now))
 		d.put(emptyPacket(reset, p.id))
 		d.mu.Unlock()
-		c.spoke()
+		c.hear(silence)
 		return true
 	}
 	sum := maphash.Bytes(seed, b)
@@ -470,7 +483,7 @@ func (d *datagram) deliver(b []byte) bool {
 	}
 	d.mu.Unlock()
 	c.messagesIn.Add(1)
-	c.spoke()
+	c.hear(silence)
 	d.dispatch(p, r, len(b), now)
 	return true
 }
@@ -503,6 +516,7 @@ func (d *datagram) dispatch(p packet, r *reception, size int, now time.Duration)
 	}
 	m.in[kindRequest].Inc()
 	in.from = r
+	d.echoed(in, now)
 	refusal, bad := refuse(f)
 	switch {
 	case bad && f.bad() && p.typ == nonConfirmable: // RFC 7252, Section 5.4.1
@@ -541,6 +555,7 @@ func decodePacket(p packet) (*Message, fault, error) {
 	var f fault
 	var err error
 	in.Options, in.Payload, f, err = decodeBody(own[p.tkl:], in.room[:0], false)
+	f.misplaced(p.code, in.Options)
 	return &in.Message, f, err
 }
 
@@ -555,12 +570,13 @@ func (d *datagram) piggybacked(p packet) {
 	m.in[kindResponse].Inc()
 	size := len(p.body) + 256
 	room := d.c.reserve(size)
-	it, what := d.c.response(msg, f, true)
-	if what == isNotification && room {
-		// The registration had its answer already, from a notification that was faster.
+	it, what := d.c.response(msg, f, room, true)
+	switch {
+	case what == isNotification:
+		// Of a refresh, or of a registration that had its answer already from a notification that was faster.
 		it.size = size
 		d.c.push(it)
-	} else if room {
+	case room:
 		d.c.unreserve(size)
 	}
 }
@@ -569,7 +585,7 @@ func (d *datagram) piggybacked(p packet) {
 func (d *datagram) response(msg *Message, f fault, r *reception, size int, now time.Duration) {
 	c := d.c
 	room := c.reserve(size)
-	it, what := c.response(msg, f, room)
+	it, what := c.response(msg, f, room, false)
 	if what != isNotification && room {
 		c.unreserve(size)
 	}
@@ -583,7 +599,11 @@ func (d *datagram) response(msg *Message, f fault, r *reception, size int, now t
 		// RFC 7252, Section 4.2 wants the ACK of what was accepted; accepted is what has been stored, so the ACK comes
 		// when the handler is done. A peer whose ACK is late sends it again, which changes nothing.
 		it.size = size
-		it.from = r
+		if f.bad() && r.con { // RFC 7252, Section 5.4.1: rejected; the observation ends with it (RFC 7641, Section 3.6)
+			d.reject(r)
+		} else {
+			it.from = r
+		}
 		c.push(it)
 	case isAnswer, isTaken:
 		if f.bad() && r.con { // RFC 7252, Section 5.4.1: a response with an unknown critical option is rejected
@@ -694,6 +714,9 @@ func (d *datagram) send(_ context.Context, m *Message, _ bool) error {
 		return d.confirm(m, nil)
 	}
 	r := m.from
+	if m.challenge && !d.proven && !d.link.proven() && d.size(m) > 3*r.size {
+		m = d.challenge(m)
+	}
 	d.c.messagesOut.Add(1)
 	d.c.srv.metrics.out[kindOf(m.Code)].Inc()
 	switch {
@@ -719,6 +742,29 @@ func (d *datagram) send(_ context.Context, m *Message, _ bool) error {
 	d.rx.keep(r, appendPacket(nil, acknowledgement, r.id, m), &d.c.srv.cfg, d.c.srv.budget)
 	d.reply(r)
 	return nil
+}
+
+// challenge is the answer that stands for m until the address is proven (RFC 9175, Section 2.4, item 3). It is shorter than
+// three times any request. The value is of this session, which is one address's; mu is held.
+func (d *datagram) challenge(m *Message) *Message {
+	if d.echo == nil {
+		d.echo = make([]byte, 8)
+		_, _ = rand.Read(d.echo) // never fails
+	}
+	return &Message{Code: codes.Unauthorized, Token: m.Token, Options: AddOption(nil, EchoOption, d.echo), from: m.from}
+}
+
+// echoed takes a request that has the value of a challenge for a proof of the address: nobody else has read it.
+func (d *datagram) echoed(m *Message, now time.Duration) {
+	v, ok := m.Option(EchoOption)
+	if !ok {
+		return
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !d.proven && d.echo != nil && bytes.Equal(v, d.echo) {
+		d.heard(now)
+	}
 }
 
 // quiet settles a request that gets no answer (RFC 7967, Section 2): a confirmable one is still acknowledged.

@@ -4,6 +4,7 @@ import (
 	"container/list"
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/binary"
@@ -19,6 +20,7 @@ import (
 type PeerCredential struct {
 	Certificates []*x509.Certificate // as sent, leaf first; verified against DTLSConfig's CAs
 	PSKIdentity  []byte              // whose key the peer has (RFC 4279); nil without one
+	PSKHash      [sha256.Size]byte   // of that key, to tell it from one that replaced it
 }
 
 // DTLSConfig is what ServeDTLS needs besides Config. Start from DefaultDTLSConfig.
@@ -136,7 +138,7 @@ func (l *dtlsListener) key(a *association, identity []byte) ([]byte, error) {
 		_, _ = rand.Read(key) // never fails
 	}
 	a.mu.Lock()
-	a.asked = true
+	a.asked, a.keyHash = true, sha256.Sum256(key)
 	a.mu.Unlock()
 	return key, nil
 }
@@ -152,10 +154,10 @@ func (l *dtlsListener) verify(a *association, s *dtls.State) error {
 		peer.Certificates = append(peer.Certificates, cert)
 	}
 	a.mu.Lock()
-	asked := a.asked
+	asked, hash := a.asked, a.keyHash
 	a.mu.Unlock()
 	if asked {
-		peer.PSKIdentity = append([]byte{}, s.IdentityHint...)
+		peer.PSKIdentity, peer.PSKHash = append([]byte{}, s.IdentityHint...), hash
 	}
 	if l.conf.Verify != nil {
 		if err := l.conf.Verify(peer); err != nil {

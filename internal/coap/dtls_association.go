@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"container/list"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"io"
 	"net"
@@ -113,10 +114,11 @@ type association struct {
 	flight  [][]byte // what we sent since we last took something
 	flown   int
 	repeats int
-	nextSeq uint64 // of epoch 0
-	asked   bool   // the key of an identity was asked for
-	sealed  int    // encrypted records since
-	said    []byte // an alert of the peer that proves nothing
+	nextSeq uint64            // of epoch 0
+	asked   bool              // the key of an identity was asked for
+	keyHash [sha256.Size]byte // of that key
+	sealed  int               // encrypted records since
+	said    []byte            // an alert of the peer that proves nothing
 }
 
 // arrival is a datagram of one association, without what is not for pion.

@@ -335,6 +335,16 @@ func TestDTLSFlood(t *testing.T) {
 		if n := s.count("handshakes_total", "evicted"); n < 80 {
 			t.Errorf("%v were given up", n)
 		}
+		// Nor do many networks that ask twice get more than there is.
+		for range 2 {
+			for i := range 200 {
+				s.forge(t, fmt.Sprintf("172.16.%d.1:9", i), hello(500+i))
+			}
+			<-time.After(time.Second)
+		}
+		if n := halfOpen(); n != 50 {
+			t.Errorf("%d handshakes, want 50", n)
+		}
 		// Many networks, for a minute, while a device begins.
 		flood := func() {
 			for i := range 60_000 {

@@ -6,6 +6,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -444,7 +445,8 @@ func TestDTLSSuites(t *testing.T) {
 				}
 				d.ask("/a")
 				info := s.conn(t).Info()
-				if !info.Secure || info.Stream || string(info.Peer.PSKIdentity) != "lamp" || info.Peer.Certificates != nil {
+				if !info.Secure || info.Stream || string(info.Peer.PSKIdentity) != "lamp" || info.Peer.Certificates != nil ||
+					info.Peer.PSKHash != sha256.Sum256(testKey) {
 					t.Fatalf("info %+v", info)
 				}
 				d.close()

@@ -27,7 +27,7 @@ var (
 	ErrOverload  = &CloseError{"overload", "the peer sent more than the hub could handle in time"}
 	ErrMalformed = &CloseError{"malformed", "the peer sent bytes that are no CoAP message"}
 	ErrTooLarge  = &CloseError{"too-large", "the peer sent a message over the limit"}
-	ErrBadSignal = &CloseError{"bad-signal", "the peer sent a critical signalling option that is not understood"}
+	ErrBadSignal = &CloseError{"bad-signal", "the peer sent a signalling option that is not understood or makes no sense"}
 	ErrReleased  = &CloseError{"released", "the peer released the connection"}
 	ErrAborted   = &CloseError{"aborted", "the peer aborted the connection"}
 	ErrAnswered  = &CloseError{"answered", "closed after an answer that ends the connection"}

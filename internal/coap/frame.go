@@ -177,6 +177,22 @@ type fault struct {
 	option message.OptionID // the first critical option that is not understood; 0 if none
 	many   bool             // more than maxOptions
 	proxy  bool             // Proxy-Uri or Proxy-Scheme
+	hops   bool             // a Hop-Limit that is not 1 to 255
+}
+
+// misplaced notes the critical options that say something of a request alone when they are in a response (RFC 7252, Section
+// 5.4: they are treated as not recognised). OCF's version options may be in both.
+func (f *fault) misplaced(code codes.Code, opts message.Options) {
+	if code>>5 == 0 || f.option != 0 {
+		return
+	}
+	for i := range opts {
+		switch id := opts[i].ID; id {
+		case IfMatch, URIHost, IfNoneMatch, URIPort, URIPath, URIQuery, AcceptOption, ProxyURI, ProxyScheme:
+			f.option = id
+			return
+		}
+	}
 }
 
 func (f fault) bad() bool { return f.option != 0 || f.many }
@@ -187,6 +203,8 @@ func (f fault) String() string {
 		return fmt.Sprintf("more than %d options", maxOptions)
 	case f.option != 0:
 		return fmt.Sprintf("critical option %d is not understood", f.option)
+	case f.hops:
+		return "Hop-Limit must be between 1 and 255"
 	case f.proxy:
 		return "this is no proxy"
 	}
@@ -236,6 +254,9 @@ func decodeBody(b []byte, opts message.Options, signal bool) (_ message.Options,
 		if count++; count > maxOptions {
 			f.many = true // go on only to tell a malformed message from one that asks too much
 			continue
+		}
+		if !signal && id == HopLimit && (l != 1 || value[0] == 0) {
+			f.hops = true
 		}
 		if !signal && !understood(id, l, number == last) {
 			// RFC 7252, Sections 5.4.1 and 5.4.3: a wrong length makes an option unrecognised; Section 5.4.5: so does a
@@ -299,7 +320,7 @@ var definitions = map[message.OptionID]definition{
 	ContentFormatOpt:  {0, 2, false},
 	MaxAge:            {0, 4, false},
 	URIQuery:          {0, 255, true},
-	HopLimit:          {1, 1, false}, // for proxies; nothing to an endpoint
+	HopLimit:          {1, 1, false}, // for proxies: an endpoint only sees to its range
 	AcceptOption:      {0, 2, false},
 	LocationQuery:     {0, 255, true},
 	Block2:            {0, 3, false},
@@ -308,6 +329,7 @@ var definitions = map[message.OptionID]definition{
 	ProxyURI:          {1, 1034, false},
 	ProxyScheme:       {1, 255, false},
 	Size1:             {0, 4, false},
+	EchoOption:        {1, 40, false},
 	NoResponse:        {0, 1, false},
 	RequestTag:        {0, 8, true},
 	OCFAcceptVersion:  {0, 2, false},

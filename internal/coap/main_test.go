@@ -37,6 +37,7 @@ type handlerFuncs struct {
 	notifications func(context.Context, []Notification)
 	closed        func(error)
 	refused       func(*Message)
+	heard         func(time.Duration)
 }
 
 func (h handlerFuncs) Open(c *Conn) (ConnHandler, error) {
@@ -64,6 +65,12 @@ func (h handlerFuncs) Notifications(ctx context.Context, ns []Notification) {
 func (h handlerFuncs) Refused(m *Message) {
 	if h.refused != nil {
 		h.refused(m)
+	}
+}
+
+func (h handlerFuncs) Heard(silence time.Duration) {
+	if h.heard != nil {
+		h.heard(silence)
 	}
 }
 

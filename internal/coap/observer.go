@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"time"
 
 	"github.com/coaphub/coaphub/hub"
 )
@@ -13,14 +14,16 @@ import (
 // rejects a notification or does not acknowledge it.
 //
 // Over UDP every notification is confirmable: so none overtakes another, a peer that is gone is noticed, and congestion
-// control is that of all confirmable messages (RFC 7641, Section 4.5 asks for one at least every 24 h). While one is under
-// way only the newest of the others is kept (Section 4.5.2).
+// control is that of all confirmable messages. While one is under way only the newest of the others is kept (RFC 7641, Section
+// 4.5.2). An observer that was told nothing for almost 24 h is told the state once more, so that one that went away does not
+// stay in the list (Section 4.5).
 type Observer struct {
 	c     *Conn
 	req   *Message
 	ended func()
 
 	// Guarded by Conn.mu.
+	told    time.Duration // when the last notification, or the registration, was
 	number  uint32
 	over    bool
 	busy    bool      // a notification is under way
@@ -33,9 +36,10 @@ type Observer struct {
 // of kind Exhausted when there are Config.MaxObservations.
 func (c *Conn) AddObserver(req *Message, ended func()) (*Observer, error) {
 	const op = "coap.AddObserver"
-	o := &Observer{c: c, req: clone(req), ended: ended, number: 1}
+	o := &Observer{c: c, req: clone(req), ended: ended, told: c.srv.now()}
 	o.req.Token, o.req.Payload = req.Token, nil
 	c.mu.Lock()
+	o.number = c.lastNumber + 1
 	old := c.observers[string(req.Token)]
 	if old == nil && len(c.observers) >= c.srv.cfg.MaxObservations {
 		c.mu.Unlock()
@@ -51,10 +55,58 @@ func (c *Conn) AddObserver(req *Message, ended func()) (*Observer, error) {
 		o.number = old.number + 1
 	}
 	c.mu.Unlock()
+	if c.dg != nil {
+		c.dg.mu.Lock()
+		c.dg.schedule(o.told + confirmEvery)
+		c.dg.mu.Unlock()
+	}
 	if old != nil && old.ended != nil {
 		old.ended()
 	}
 	return o, nil
+}
+
+// confirmEvery is how long an observer over UDP may be told nothing: less than the 24 h of RFC 7641, Section 4.5 by what the
+// message layer may take.
+const confirmEvery = 24*time.Hour - 10*time.Minute
+
+// remind has those told once more who were told nothing for too long, and returns when it is to look again, zero for never.
+// The state is what the handler answers to the request of the registration, without its Observe option.
+func (c *Conn) remind(now time.Duration) (next time.Duration) {
+	var due []*Observer
+	c.mu.Lock()
+	for _, o := range c.observers {
+		if now-o.told >= confirmEvery {
+			o.told = now // also if there is no room for it now: then it is for the next day
+			due = append(due, o)
+		}
+		if at := o.told + confirmEvery; next == 0 || at < next {
+			next = at
+		}
+	}
+	c.mu.Unlock()
+	for _, o := range due {
+		if c.reserve(reminderSize) {
+			c.push(item{observer: o, size: reminderSize})
+		}
+	}
+	return next
+}
+
+// reminderSize is what a reminder takes in the queue, roughly.
+const reminderSize = 256
+
+// tell sends the observer the state as the handler says it now.
+func (o *Observer) tell() {
+	m := clone(o.req)
+	m.Token, m.Options = o.req.Token, without(m.Options, ObserveOption)
+	r := o.c.request(m)
+	if r.Silent {
+		return
+	}
+	if err := o.Notify(o.c.ctx, r); err != nil {
+		o.c.srv.metrics.dropped.WithLabelValues("unsent").Inc()
+	}
 }
 
 // Observer returns the peer's entry with the token of req, which has Observe 1, nil if there is none; the handler cancels it
@@ -83,15 +135,17 @@ func (o *Observer) finish() bool {
 		return false
 	}
 	o.over, o.waiting = true, nil
+	o.c.lastNumber = max(o.c.lastNumber, o.number)
 	if o.c.observers[string(o.req.Token)] == o {
 		delete(o.c.observers, string(o.req.Token))
 	}
 	return true
 }
 
-// Notify tells the observer of a new state; r needs no Observe option. Over a stream it waits for room until ctx ends; over UDP
-// it never waits, and a state that is overtaken by a newer one may never be sent. An error code ends the entry (RFC 7641,
-// Section 4.2). Errors are of kind Unavailable (the entry or the connection is over, or there is no room) and Deadline.
+// Notify tells the observer of a new state; r needs no Observe option, and its Content-Format must be that of the answer that
+// registered (RFC 7641, Section 4.2). Over a stream it waits for room until ctx ends; over UDP it never waits, and a state
+// that is overtaken by a newer one may never be sent. An error code ends the entry (RFC 7641, Section 4.2). Errors are of kind
+// Unavailable (the entry or the connection is over, or there is no room) and Deadline.
 func (o *Observer) Notify(ctx context.Context, r Response) error {
 	const op = "coap.Notify"
 	c := o.c
@@ -107,6 +161,7 @@ func (o *Observer) Notify(ctx context.Context, r Response) error {
 	}
 	o.busy = c.dg != nil
 	o.number++
+	o.told = c.srv.now()
 	number := o.number
 	c.mu.Unlock()
 

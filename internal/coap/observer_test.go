@@ -165,6 +165,58 @@ func TestObserverUDP(t *testing.T) {
 	})
 }
 
+// RFC 7641, Section 4.5: at least every 24 h a confirmable notification, so that an observer that is gone does not stay. It is
+// what a GET brings, with the Max-Age that the handler gives it.
+func TestObserverIsReminded(t *testing.T) {
+	h := &observable{}
+	f := h.funcs()
+	answer := f.request
+	f.request = func(ctx context.Context, m *Message) Response {
+		r := answer(ctx, m)
+		r.Options = AddUint(r.Options, MaxAge, 3600)
+		return r
+	}
+	udpBubble(t, f, func(c *Config) { c.MaxSilence = 1000 * time.Hour }, func(t *testing.T, s *udpSim) {
+		h.added = make(chan *Observer, 10)
+		p := s.device(t, deviceAddr)
+		s.begin(t, p)
+		first := p.ask(register(1, 0))
+		o := <-h.added
+		last := number(first.Message)
+		for _, quiet := range []time.Duration{0, time.Hour} {
+			<-time.After(quiet)
+			if quiet > 0 { // what was told meanwhile makes it later
+				if err := o.Notify(t.Context(), Response{Code: codes.Content, Payload: []byte("told")}); err != nil {
+					t.Fatal(err)
+				}
+				m := p.read(confirmable)
+				p.empty(acknowledgement, m.id)
+				last = number(m.Message)
+			}
+			p.quiet(23 * time.Hour)
+			m, ok := p.next(time.Hour)
+			if !ok || m.typ != confirmable || string(m.Payload) != "first" || number(m.Message) <= last {
+				t.Fatalf("%v %+v", ok, m)
+			}
+			if age, _ := m.Uint(MaxAge); age != 3600 {
+				t.Errorf("Max-Age %d", age)
+			}
+			last = number(m.Message)
+			p.empty(acknowledgement, m.id)
+		}
+		p.quiet(23 * time.Hour)
+		for range 5 { // nobody acknowledges it
+			if _, ok := p.next(time.Hour); !ok {
+				t.Fatal("it is not sent again")
+			}
+		}
+		p.quiet(25 * time.Hour)
+		if h.ended != 1 {
+			t.Errorf("%d ended", h.ended)
+		}
+	})
+}
+
 // Over a stream every notification is written, in order.
 func TestObserverTCP(t *testing.T) {
 	h := &observable{}

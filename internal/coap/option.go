@@ -29,6 +29,7 @@ const (
 	ProxyURI          message.OptionID = 35
 	ProxyScheme       message.OptionID = 39
 	Size1             message.OptionID = 60
+	EchoOption        message.OptionID = 252
 	NoResponse        message.OptionID = 258
 	RequestTag        message.OptionID = 292
 	OCFAcceptVersion  message.OptionID = 2049

@@ -71,7 +71,7 @@ func (d *datagram) transmit(t *transmission, m *Message) error {
 
 // advance starts what may start: at most NSTART messages are under way (RFC 7252, Section 4.7).
 func (d *datagram) advance(now time.Duration) {
-	most := max(1, d.c.srv.cfg.MaxOutstanding)
+	most := int(d.nstart.Load())
 	for _, t := range d.sent {
 		if d.inFlight >= most {
 			return
@@ -114,6 +114,7 @@ func (d *datagram) fire(t *transmission, now time.Duration) {
 		t.wait = cfg.AckTimeout + time.Duration(mathrand.Float64()*(cfg.AckRandomFactor-1)*float64(cfg.AckTimeout)) //nolint:gosec // no secret
 	} else {
 		t.wait *= 2
+		d.congested()
 		d.c.srv.metrics.retransmitted.Inc()
 	}
 	t.due = now + t.wait
@@ -178,13 +179,13 @@ func (d *datagram) remove(t *transmission) {
 }
 
 // settle finds the message of ours that p acknowledges or rejects; mu is held. A response in an ACK must be for the request
-// that the ACK is for (RFC 7252, Section 5.3.2).
+// that the ACK is for (RFC 7252, Section 5.3.2); what is in one for another message of ours says nothing (Section 5.2.2).
 func (d *datagram) settle(p packet) *transmission {
 	for _, t := range d.sent {
 		if t.id != p.id || t.tries == 0 {
 			continue
 		}
-		if p.code != codes.Empty && (!t.request || t.token != string(p.body[:p.tkl])) {
+		if p.code != codes.Empty && t.request && t.token != string(p.body[:p.tkl]) {
 			return nil
 		}
 		if t == d.probing {
@@ -196,6 +197,7 @@ func (d *datagram) settle(p packet) *transmission {
 		now := d.c.srv.now()
 		if t.tries == 1 { // of a copy nobody knows which one was answered (Karn)
 			d.c.pingTime.Store(int64(now - (t.due - t.wait)))
+			d.proved(t)
 		}
 		d.remove(t)
 		d.advance(now)
@@ -212,12 +214,36 @@ func (d *datagram) answered(token []byte, now time.Duration) {
 			if !t.stale {
 				d.moved = false
 			}
+			if t.tries == 1 {
+				d.proved(t)
+			}
 			d.remove(t)
 			break
 		}
 	}
 	d.heard(now)
 	d.advance(now)
+}
+
+// proved notes that t was settled at the first try. A peer that answered four times as many requests so as it may have
+// at once may have one more, up to Config.MaxProven: RFC 7252, Section 4.7 wants more than one only where something tells of
+// congestion, and here the first retransmission does. mu is held.
+func (d *datagram) proved(t *transmission) {
+	if !t.request {
+		return
+	}
+	now := int(d.nstart.Load())
+	if d.clean++; now >= d.c.srv.cfg.MaxProven || d.clean < 4*now {
+		return
+	}
+	d.nstart.Store(int32(now + 1)) //nolint:gosec // small
+	d.clean = 0
+}
+
+// congested begins anew: something was lost, or the peer has too much to do. mu is held.
+func (d *datagram) congested() {
+	d.clean = 0
+	d.nstart.Store(int32(max(1, d.c.srv.cfg.MaxOutstanding))) //nolint:gosec // small
 }
 
 // abandon stops a request that nobody waits for any more.

@@ -28,7 +28,7 @@ type Server struct {
 	budget  *budget
 
 	mu       sync.Mutex // guards what follows
-	serving  int        // calls of ServeTCP; the wheel turns while there is one
+	serving  int        // listeners that serve; the wheel turns while there is one
 	stop     chan struct{}
 	stopped  chan struct{}
 	count    int                  // connections, complete or not
@@ -59,7 +59,7 @@ func NewServer(cfg Config, h Handler, log *slog.Logger, m *Metrics) *Server {
 // never.
 func (s *Server) now() time.Duration { return time.Since(s.start) + 1 }
 
-// listener is one call of ServeTCP.
+// listener is one call of ServeTCP, or of WebSocket.Serve.
 type listener struct {
 	srv *Server
 	tls *tls.Config
@@ -142,7 +142,7 @@ func (l *listener) accept(ctx context.Context, ln net.Listener) error {
 		}
 		if l.tls == nil {
 			l.wg.Add(1)
-			go l.serve(raw, raw)
+			go l.serve(raw, raw, nil)
 			continue
 		}
 		h := l.begin(ctx, raw)
@@ -305,7 +305,7 @@ func (l *listener) handshake(h *handshake) {
 		return
 	}
 	s.metrics.handshakes.WithLabelValues("ok").Inc()
-	go l.serve(tc, h.raw) // takes over this goroutine's place in l.wg
+	go l.serve(tc, h.raw, nil) // takes over this goroutine's place in l.wg
 }
 
 // withoutAddresses is a network's error without both ends' addresses, so that equal causes read alike.
@@ -316,13 +316,16 @@ func withoutAddresses(err error) error {
 	return err
 }
 
-// serve owns a complete connection from Open to Closed.
-func (l *listener) serve(nc, raw net.Conn) {
+// serve owns a complete connection from Open to Closed. ws is nil unless it is a WebSocket.
+func (l *listener) serve(nc, raw net.Conn, ws *webSocket) {
 	s := l.srv
 	defer l.wg.Done()
 	defer s.gone()
 	c := s.newConn()
-	st := newStream(c, nc, raw)
+	st := newStream(c, nc, raw, ws)
+	if ws != nil {
+		st.upgrade() // before anybody else can find the connection and say something on it
+	}
 
 	l.mu.Lock()
 	closing := l.closing

@@ -58,7 +58,11 @@ func (s *stream) signal(code codes.Code, token, body []byte) error {
 			case o.ID == csmMaxMessageSize && len(o.Value) <= 4:
 				var v [4]byte
 				copy(v[4-len(o.Value):], o.Value)
-				s.peerMax.Store(binary.BigEndian.Uint32(v[:]))
+				most := binary.BigEndian.Uint32(v[:])
+				if most < maxHeader+maxToken {
+					return &badSignal{option: o.ID, code: m.Code, absurd: true} // RFC 8323, Section 5.6: not even an error fits
+				}
+				s.peerMax.Store(most)
 			case o.ID == csmBlockWise && len(o.Value) == 0:
 				s.peerBlocks.Store(true)
 			}
@@ -102,13 +106,17 @@ func (c *Conn) settled() bool {
 	return c.queued == 0 && !c.fetching
 }
 
-// badSignal is a critical signalling option that is not understood.
+// badSignal is a critical signalling option that is not understood, or one whose value is absurd.
 type badSignal struct {
 	option message.OptionID
 	code   codes.Code
+	absurd bool
 }
 
 func (e *badSignal) Error() string {
+	if e.absurd {
+		return fmt.Sprintf("the value of option %d in a signalling message with code 7.%02d leaves no room for any message", e.option, e.code&0x1f)
+	}
 	return fmt.Sprintf("critical option %d in a signalling message with code 7.%02d is not understood", e.option, e.code&0x1f)
 }
 

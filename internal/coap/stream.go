@@ -23,12 +23,13 @@ const (
 
 var errQueueFull = errors.New("write queue is full")
 
-// stream is the transport of RFC 8323: frames over TCP or TLS. One goroutine reads; another writes, only while there is
-// something to write, everything that has collected in one call.
+// stream is the transport of RFC 8323: frames over TCP or TLS, or messages over WebSocket (websocket.go). One goroutine reads;
+// another writes, only while there is something to write, everything that has collected in one call.
 type stream struct {
 	c   *Conn
 	nc  net.Conn // what is read and written: TLS, or raw itself
 	raw net.Conn
+	ws  *webSocket // nil: frames follow each other without anything between them
 
 	peerMax    atomic.Uint32 // from the peer's CSM
 	peerBlocks atomic.Bool
@@ -51,8 +52,8 @@ var (
 	writeBuffers = sync.Pool{New: func() any { b := make([]byte, 0, 4<<10); return &b }}
 )
 
-func newStream(c *Conn, nc, raw net.Conn) *stream {
-	s := &stream{c: c, nc: nc, raw: raw, done: make(chan struct{})}
+func newStream(c *Conn, nc, raw net.Conn, ws *webSocket) *stream {
+	s := &stream{c: c, nc: nc, raw: raw, ws: ws, done: make(chan struct{})}
 	s.peerMax.Store(baseMessageSize)
 	c.tr = s
 	return s
@@ -64,10 +65,18 @@ func (s *stream) info() ConnInfo {
 		state := tc.ConnectionState()
 		info.Secure, info.TLS = true, &state
 	}
+	if s.ws != nil {
+		info.Host = s.ws.host
+	}
 	return info
 }
 
-func (s *stream) size(m *Message) int { return frameSize(m) }
+func (s *stream) size(m *Message) int {
+	if s.ws != nil {
+		return 2 + len(m.Token) + bodySize(m) // RFC 8323, Section 4.2: no extended length
+	}
+	return frameSize(m)
+}
 
 func (s *stream) limits() (int, bool) {
 	largest := s.peerMax.Load()
@@ -92,7 +101,11 @@ func (s *stream) expired(now time.Duration) error {
 // run owns the connection: it reads until the end, then takes everything down in order.
 func (s *stream) run() {
 	c := s.c
-	err := s.read()
+	read := s.read
+	if s.ws != nil {
+		read = s.readWebSocket
+	}
+	err := read()
 	var ce *CloseError
 	switch {
 	case errors.As(err, &ce):
@@ -124,92 +137,114 @@ func (s *stream) discard() {
 	}
 }
 
+// intake is what has arrived and is not taken yet: buf[r:w]. An idle connection reads into the stream's small buffer, a busy
+// one into a large one that it borrows.
+type intake struct {
+	s    *stream
+	buf  []byte
+	r, w int
+	big  *[]byte
+}
+
+func (s *stream) intake() *intake { return &intake{s: s, buf: s.small[:]} }
+
+// bytes returns what is there.
+func (in *intake) bytes() []byte { return in.buf[in.r:in.w] }
+
+// free gives the large buffer back.
+func (in *intake) free() {
+	if in.big != nil {
+		readBuffers.Put(in.big)
+		in.big, in.buf = nil, in.s.small[:]
+	}
+}
+
+// enlarge makes room behind what is there.
+func (in *intake) enlarge() {
+	rest := in.bytes()
+	if in.big == nil {
+		in.big = readBuffers.Get().(*[]byte)
+		in.buf = *in.big
+	}
+	in.r, in.w = 0, copy(in.buf, rest)
+}
+
+// more reads more bytes behind those that are there. The end of the stream behind an unfinished message is
+// io.ErrUnexpectedEOF.
+func (in *intake) more() error {
+	s := in.s
+	if in.r == in.w {
+		// A busy connection keeps the large buffer; an idle one gives it back at its next short read.
+		full := in.w == len(in.buf) || in.w > smallBuffer
+		in.r, in.w = 0, 0
+		if full && in.big == nil {
+			in.enlarge()
+		} else if !full {
+			in.free()
+		}
+	} else {
+		s.begin()
+		in.enlarge()
+	}
+	n, err := s.nc.Read(in.buf[in.w:])
+	if n > 0 {
+		s.arrived(n)
+		in.w += n
+		return nil
+	}
+	if in.w > 0 && errors.Is(err, io.EOF) {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// begin notes since when the message that is arriving does.
+func (s *stream) begin() {
+	if s.frameSince.Load() == 0 {
+		s.frameSince.Store(int64(s.c.srv.now()))
+	}
+}
+
 // read reads frames until the connection fails or a message ends it.
 func (s *stream) read() error {
-	c, cfg := s.c, &s.c.srv.cfg
-	buf := s.small[:]
-	var big *[]byte
-	defer func() {
-		if big != nil {
-			readBuffers.Put(big)
-		}
-	}()
-	enlarge := func(r, w int) {
-		if big == nil {
-			big = readBuffers.Get().(*[]byte)
-			copy(*big, buf[r:w])
-			buf = *big
-		} else {
-			copy(buf, buf[r:w])
-		}
-	}
-	r, w := 0, 0
+	in := s.intake()
+	defer in.free()
 	for {
-		for r < w {
-			h, ok, err := parseHeader(buf[r:w])
-			if err != nil {
-				return fmt.Errorf("%w: %w", ErrMalformed, err)
-			}
-			if !ok {
-				break
-			}
-			n := h.whole()
-			if n > cfg.MaxMessageSize || n < 0 {
-				return fmt.Errorf("%w: %d bytes", ErrTooLarge, n)
-			}
-			start := r + h.size
-			if w-r >= n {
-				own := append(make([]byte, 0, n-h.size), buf[start:r+n]...)
-				r += n
-				s.frameSince.Store(0)
-				if err := s.deliver(h, own, 0); err != nil {
-					return err
-				}
-				continue
-			}
-			if n <= bigBuffer || w < start {
-				break
-			}
-			// A large message gets its own memory at once, and no more of it than has arrived.
-			own, held, err := s.readLarge(buf[start:w], n-h.size)
-			r, w = 0, 0
-			if err != nil {
-				c.srv.budget.give(held)
-				return err
-			}
-			s.frameSince.Store(0)
-			if err := s.deliver(h, own, held); err != nil {
-				return err
-			}
+		b := in.bytes()
+		h, ok, err := parseHeader(b)
+		if err != nil {
+			return fmt.Errorf("%w: %w", ErrMalformed, err)
 		}
+		if !ok {
+			if err := in.more(); err != nil {
+				return err
+			}
+			continue
+		}
+		n := h.whole()
+		if n > s.c.srv.cfg.MaxMessageSize || n < 0 {
+			return fmt.Errorf("%w: %d bytes", ErrTooLarge, n)
+		}
+		var own []byte
+		held := 0
 		switch {
-		case r == w:
-			full := w == len(buf)
-			if w > smallBuffer {
-				full = true // a busy connection keeps the large buffer; an idle one gives it back at its next short read
+		case len(b) >= n:
+			own = append(make([]byte, 0, n-h.size), b[h.size:n]...)
+			in.r += n
+		case n <= bigBuffer:
+			if err := in.more(); err != nil {
+				return err
 			}
-			r, w = 0, 0
-			if full && big == nil {
-				enlarge(0, 0)
-			} else if !full && big != nil {
-				readBuffers.Put(big)
-				big, buf = nil, s.small[:]
+			continue
+		default: // a large message gets its own memory at once, and no more of it than has arrived
+			in.r += h.size
+			if own, held, err = in.gather(nil, 0, n-h.size, true); err != nil {
+				s.c.srv.budget.give(held)
+				return err
 			}
-		default:
-			if s.frameSince.Load() == 0 {
-				s.frameSince.Store(int64(c.srv.now()))
-			}
-			enlarge(r, w)
-			r, w = 0, w-r
 		}
-		n, err := s.nc.Read(buf[w:])
-		if n > 0 {
-			s.arrived(n)
-			w += n
-		} else if err != nil {
-			if w > 0 && errors.Is(err, io.EOF) {
-				return io.ErrUnexpectedEOF
-			}
+		s.frameSince.Store(0)
+		if err := s.deliver(h, own, held); err != nil {
 			return err
 		}
 	}
@@ -223,39 +258,44 @@ func (s *stream) arrived(n int) {
 	s.c.lastIn.Store(int64(s.c.srv.now()))
 }
 
-// readLarge reads the rest of a message of n bytes (token and body) of which head has arrived. Memory grows with what has
-// arrived, and is taken from the budget; held is what was taken, also with an error.
-func (s *stream) readLarge(head []byte, n int) (own []byte, held int, err error) {
-	if s.frameSince.Load() == 0 {
-		s.frameSince.Store(int64(s.c.srv.now()))
-	}
-	own = append(own, head...)
-	for {
-		step := min(n, max(4*bigBuffer, 2*len(own)))
-		for !s.c.srv.budget.take(step - held) {
-			if err := s.c.waitBudget(step - held); err != nil {
-				return nil, held, err
+// gather takes n more bytes behind own, which ends with them if last is set. Memory grows with what has arrived, and is taken
+// from the budget; held is what was taken, before and after, also with an error.
+func (in *intake) gather(own []byte, held, n int, last bool) ([]byte, int, error) {
+	s := in.s
+	s.begin()
+	for need := len(own) + n; len(own) < need; {
+		if have := len(own); have == cap(own) {
+			step := need
+			if !last {
+				step = max(need, 2*have) // or many small pieces would be copied over and over
 			}
-		}
-		held = step
-		grown := make([]byte, step)
-		have := copy(grown, own)
-		for own = grown; have < step; {
-			m, err := s.nc.Read(own[have:])
-			if m > 0 {
-				s.arrived(m)
-				have += m
-			} else if err != nil {
-				if errors.Is(err, io.EOF) {
-					err = io.ErrUnexpectedEOF
+			step = min(step, max(4*bigBuffer, 2*have))
+			for !s.c.srv.budget.take(step - held) {
+				if err := s.c.waitBudget(step - held); err != nil {
+					return nil, held, err
 				}
-				return nil, held, err
 			}
+			held = step
+			own = append(make([]byte, 0, step), own...)
 		}
-		if step == n {
-			return own, held, nil
+		room := own[len(own):min(need, cap(own))]
+		if k := copy(room, in.bytes()); k > 0 {
+			in.r += k
+			own = own[:len(own)+k]
+			continue
+		}
+		k, err := s.nc.Read(room)
+		if k > 0 {
+			s.arrived(k)
+			own = own[:len(own)+k]
+		} else if err != nil {
+			if errors.Is(err, io.EOF) {
+				err = io.ErrUnexpectedEOF
+			}
+			return nil, held, err
 		}
 	}
+	return own, held, nil
 }
 
 // deliver hands a whole message on: own is token and body.
@@ -320,15 +360,24 @@ func (s *stream) send(ctx context.Context, m *Message, wait bool) error {
 		s.mu.Unlock()
 		return net.ErrClosed
 	}
-	if s.pending == nil {
-		s.pending = *(writeBuffers.Get().(*[]byte))
+	if s.ws != nil {
+		s.pending = appendWebSocketMessage(s.buffer(), m)
+	} else {
+		s.pending = appendFrame(s.buffer(), m)
 	}
-	s.pending = appendFrame(s.pending, m)
 	s.startWriter()
 	s.mu.Unlock()
 	s.c.messagesOut.Add(1)
 	s.c.srv.metrics.out[kindOf(m.Code)].Inc()
 	return nil
+}
+
+// buffer returns what is pending, to append to; mu is held.
+func (s *stream) buffer() []byte {
+	if s.pending == nil {
+		s.pending = *(writeBuffers.Get().(*[]byte))
+	}
+	return s.pending
 }
 
 func (s *stream) startWriter() {
@@ -339,9 +388,16 @@ func (s *stream) startWriter() {
 }
 
 func (s *stream) finish() {
+	var why error
+	if s.ws != nil {
+		why = s.c.ending()
+	}
 	s.mu.Lock()
 	if !s.finished {
 		s.finished = true
+		if s.ws != nil { // the last thing we say (RFC 6455, Section 5.5.1)
+			s.pending = s.ws.appendClose(s.buffer(), why)
+		}
 		s.wakeSenders()
 		s.startWriter()
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -364,5 +365,42 @@ func TestNext(t *testing.T) {
 		waits(t, ch)
 		p.ask(get("/awake"))
 		came(t, ch)
+	})
+}
+
+// The handler hears of each message, and after how long a silence it came.
+func TestHeard(t *testing.T) {
+	var heard []time.Duration
+	h := handlerFuncs{heard: func(silence time.Duration) { heard = append(heard, silence.Round(time.Second)) }}
+	udpBubble(t, h, nil, func(t *testing.T, s *udpSim) {
+		p := s.device(t, deviceAddr)
+		c := s.begin(t, p)
+		want := func(silences ...time.Duration) {
+			t.Helper()
+			synctest.Wait()
+			if !slices.Equal(heard, silences) {
+				t.Fatalf("heard after %v, want %v", heard, silences)
+			}
+			heard = nil
+		}
+		want(0, 0)
+		<-time.After(time.Minute)
+		p.raw([]byte{0x80, 0, 0, 0})    // nothing of CoAP
+		p.empty(acknowledgement, 12345) // of nothing
+		want()
+		id := p.send(nonConfirmable, get("/awake"))
+		p.again(nonConfirmable, id, get("/awake")) // a duplicate may be of long ago
+		p.read(nonConfirmable)
+		want(time.Minute)
+		<-time.After(6 * time.Hour)
+		p.empty(confirmable, 9)
+		p.read(reset)
+		want(6 * time.Hour)
+		<-time.After(time.Hour)
+		r := do(c, t.Context(), get("/light"))
+		m := p.read(confirmable)
+		p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Content, "on")))
+		<-r
+		want(time.Hour) // an answer is one, too
 	})
 }

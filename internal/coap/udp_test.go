@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -339,7 +340,12 @@ func TestNonConfirmable(t *testing.T) {
 
 // RFC 7252, Sections 4.2, 4.3 and 3: what is wrong with a datagram never ends a session, its own or another's.
 func TestUDPBadInput(t *testing.T) {
-	udpBubble(t, handlerFuncs{}, nil, func(t *testing.T, s *udpSim) {
+	largest := 0
+	h := handlerFuncs{request: func(_ context.Context, m *Message) Response {
+		largest = max(largest, len(m.Payload))
+		return Response{Code: codes.Content}
+	}}
+	udpBubble(t, h, nil, func(t *testing.T, s *udpSim) {
 		p := s.device(t, deviceAddr)
 		c := s.begin(t, p)
 		o := observe(c, t.Context(), "/light")
@@ -400,8 +406,8 @@ func TestUDPBadInput(t *testing.T) {
 		}
 		big := append([]byte{0x40, 1, 1, 1, 0xff}, make([]byte, maxUDP-5)...)
 		p.raw(big)
-		if m, ok := p.next(time.Second); !ok || m.packet.code != codes.Content {
-			t.Errorf("the largest datagram got %v", m)
+		if m, ok := p.next(time.Second); !ok || m.packet.code != codes.Content || largest != maxUDP-5 {
+			t.Errorf("the largest datagram got %v, the handler %d bytes", m, largest)
 		}
 		wantCode(t, p.ask(get("/still")).Message, codes.Content)
 		if len(s.conns) != 0 || len(s.closed) != 0 {
@@ -534,7 +540,9 @@ func TestDoUDP(t *testing.T) {
 		p.raw(appendPacket(nil, acknowledgement, m.id+1, reply(m.Message, codes.Content, "forged")))
 		p.raw(appendPacket(nil, acknowledgement, m.id, reply(get("/x"), codes.Content, "forged")))
 		p.empty(reset, m.id+1)
-		p.raw(append(emptyPacket(acknowledgement, m.id), 1)) // and an empty message that is not empty
+		p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.POST, "forged"))) // a request in an ACK
+		p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, 3<<5|1, "forged")))     // a reserved class
+		p.raw(append(emptyPacket(acknowledgement, m.id), 1))                                    // and an empty message that is not empty
 		p.raw(appendPacket(nil, reset, m.id, reply(m.Message, codes.Content, "forged")))
 		p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Content, "e")))
 		want(r, "e")
@@ -579,6 +587,80 @@ func TestUDPOneOutstanding(t *testing.T) {
 		if m := p.read(confirmable); m.packet.code != codes.Empty {
 			t.Fatalf("%s", m)
 		}
+	})
+}
+
+// RFC 7252, Section 4.7: a peer that answers gets more than one request at a time, until something is lost.
+func TestUDPProven(t *testing.T) {
+	udpBubble(t, handlerFuncs{}, func(c *Config) { c.MaxProven = 3 }, func(t *testing.T, s *udpSim) {
+		p := s.device(t, deviceAddr)
+		c := s.begin(t, p)
+		// atOnce has ten requests answered and returns how many of them were under way at most.
+		atOnce := func(separate bool) int {
+			t.Helper()
+			const all = 10
+			var results []<-chan result
+			for i := range all {
+				results = append(results, do(c, t.Context(), get(fmt.Sprintf("/%d", i))))
+				synctest.Wait() // in order
+			}
+			most := 0
+			for answered := 0; answered < all; {
+				var open []heardPacket
+				for m, ok := p.next(time.Millisecond); ok; m, ok = p.next(time.Millisecond) {
+					open = append(open, m)
+				}
+				most = max(most, len(open))
+				for _, m := range open {
+					if separate {
+						p.empty(acknowledgement, m.id)
+						p.send(nonConfirmable, reply(m.Message, codes.Content, Path(m.Message)))
+					} else {
+						p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Content, Path(m.Message))))
+					}
+					answered++
+				}
+				synctest.Wait()
+			}
+			for i, r := range results {
+				if got := <-r; got.err != nil || string(got.msg.Payload) != fmt.Sprintf("/%d", i) {
+					t.Fatalf("%d got %+v", i, got)
+				}
+			}
+			return most
+		}
+		if n := atOnce(false); n != 2 { // the fifth
+			t.Errorf("%d at once", n)
+		}
+		if n := atOnce(true); n != 3 { // four times two later
+			t.Errorf("%d at once", n)
+		}
+		if n := atOnce(false); n != 3 {
+			t.Errorf("%d at once", n)
+		}
+		// One is lost.
+		r := do(c, t.Context(), get("/lost"))
+		p.read(confirmable)
+		m := p.read(confirmable)
+		p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Content, "")))
+		<-r
+		a, b := do(c, t.Context(), get("/a")), (<-chan result)(nil)
+		m = p.read(confirmable)
+		b = do(c, t.Context(), get("/b"))
+		ctx, cancel := context.WithCancel(t.Context())
+		gaveUp := do(c, ctx, get("/never"))
+		synctest.Wait()
+		cancel()
+		wantKind(t, (<-gaveUp).err, hub.Unavailable)
+		p.quiet(100 * time.Millisecond)
+		p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Content, "a")))
+		<-a
+		m = p.read(confirmable)
+		p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Content, "b")))
+		if got := <-b; got.err != nil || string(got.msg.Payload) != "b" {
+			t.Fatalf("%+v", got)
+		}
+		p.quiet(time.Minute)
 	})
 }
 
@@ -849,6 +931,119 @@ func TestUDPObserveOvertaken(t *testing.T) {
 	})
 }
 
+// RFC 7641, Sections 3.3.1 and 3.3.2: the registration is renewed with its token and the newest ETag; what is answered is a
+// notification, and newer than all before.
+func TestUDPRefresh(t *testing.T) {
+	var got []string
+	h := handlerFuncs{notifications: func(_ context.Context, ns []Notification) {
+		for _, n := range ns {
+			got = append(got, fmt.Sprintf("%d.%02d %s", n.Message.Code>>5, n.Message.Code&31, n.Message.Payload))
+			if n.Ended {
+				got = append(got, "end")
+			}
+		}
+	}}
+	udpBubble(t, h, nil, func(t *testing.T, s *udpSim) {
+		p := s.device(t, deviceAddr)
+		c := s.begin(t, p)
+		want := func(values ...string) {
+			t.Helper()
+			synctest.Wait()
+			if !slices.Equal(got, values) {
+				t.Fatalf("handled %q, want %q", got, values)
+			}
+			got = nil
+		}
+		registration := get("/light").with(URIQuery, 7)
+		r := start(func() result {
+			o, m, err := c.Observe(t.Context(), registration)
+			return result{msg: m, obs: o, err: err}
+		})
+		first := p.read(confirmable)
+		state := func(number, age uint32, etag byte, payload string) *Message {
+			m := p.notification(first.Token, number, payload)
+			m.Options = AddOption(AddUint(m.Options, MaxAge, age), ETagOption, []byte{etag})
+			return m
+		}
+		p.raw(appendPacket(nil, acknowledgement, first.id, state(100, 30, 1, "1")))
+		o := (<-r).obs
+		stale := func(d time.Duration) {
+			t.Helper()
+			if got := time.Until(o.Stale()).Round(time.Second); got != d {
+				t.Errorf("stale in %v, want %v", got, d)
+			}
+		}
+		stale(30 * time.Second)
+		p.notify(nonConfirmable, first.Token, 101, "no age, no ETag")
+		want("2.05 no age, no ETag")
+		stale(time.Minute)
+		refresh := func(etag []byte) (heardPacket, <-chan result) {
+			t.Helper()
+			r := start(func() result { return result{err: o.Refresh(t.Context())} })
+			m := p.read(confirmable)
+			v, ok := m.Uint(ObserveOption)
+			q, _ := m.Option(URIQuery)
+			if !ok || v != 0 || !bytes.Equal(m.Token, first.Token) || Path(m.Message) != "/light" || !bytes.Equal(q, []byte{7}) ||
+				!bytes.Equal(ETag(m.Message), etag) || len(m.Options) != len(first.Options)+len(etag) {
+				t.Fatalf("%s, want ETag %x", m, etag)
+			}
+			return m, r
+		}
+		m, r := refresh(nil)
+		p.raw(appendPacket(nil, acknowledgement, m.id, state(7, 90, 2, "2"))) // the device has rebooted, so its numbers began again
+		if res := <-r; res.err != nil {
+			t.Fatal(res.err)
+		}
+		want("2.05 2")
+		stale(90 * time.Second)
+		p.notify(nonConfirmable, first.Token, 101, "of before")
+		want("2.05 of before") // which, by the numbers, is newer
+		p.send(nonConfirmable, state(102, 60, 2, "2"))
+		want("2.05 2")
+
+		valid := func(number uint32, etag byte) *Message {
+			m := state(number, 80, etag, "")
+			m.Code = codes.Valid
+			return m
+		}
+		m, r = refresh([]byte{2})
+		p.raw(appendPacket(nil, acknowledgement, m.id, valid(103, 2)))
+		<-r
+		want("2.03 ")
+		stale(80 * time.Second)
+		// From now on a 2.03 may be a notification; one of what we do not have any more is worth nothing.
+		p.send(nonConfirmable, state(104, 60, 3, "3"))
+		p.send(nonConfirmable, valid(105, 2))
+		want("2.05 3", "5.04 ")
+
+		// Not answered: the observation goes on.
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		r = start(func() result { return result{err: o.Refresh(ctx)} })
+		wantKind(t, (<-r).err, hub.Deadline)
+		cancel()
+		for _, ok := p.next(time.Second); ok; _, ok = p.next(time.Second) {
+		}
+		p.send(nonConfirmable, state(106, 60, 3, "3"))
+		want("2.05 3")
+
+		// A separate answer; then one that ends it.
+		m, r = refresh([]byte{3})
+		p.empty(acknowledgement, m.id)
+		p.send(confirmable, state(107, 60, 4, "4"))
+		p.read(acknowledgement)
+		<-r
+		want("2.05 4")
+		m, r = refresh([]byte{4})
+		p.raw(appendPacket(nil, acknowledgement, m.id, &Message{Code: codes.NotFound, Token: m.Token}))
+		<-r
+		want("4.04 ", "end")
+		if err := o.Refresh(t.Context()); err != nil { // it is over
+			t.Fatal(err)
+		}
+		p.quiet(time.Minute)
+	})
+}
+
 // A handler that closes the session because nothing could be stored leaves the notification unacknowledged.
 func TestUDPNotStored(t *testing.T) {
 	var c *Conn
@@ -988,36 +1183,38 @@ func TestUDPMaxConnections(t *testing.T) {
 // The memory for duplicates is bounded, in number and in bytes.
 func TestDuplicateBounds(t *testing.T) {
 	body := pattern(900)
-	calls := make(map[string]int)
-	h := handlerFuncs{request: func(_ context.Context, m *Message) Response {
-		calls[Path(m)]++
-		return Response{Code: codes.Content, Payload: body}
-	}}
-	udpBubble(t, h, func(c *Config) { c.MaxDuplicates = 10; c.DuplicateBytes = 8 << 10 }, func(t *testing.T, s *udpSim) {
-		p := s.device(t, deviceAddr)
-		s.begin2(t, p)
-		c := <-s.conns
-		for i := range 50 {
-			p.ask(get(fmt.Sprintf("/%d", i)))
-		}
-		rx := &c.dg.rx
-		if len(rx.order) > 10 || len(rx.byID) > 10 || rx.size > 8<<10 || len(rx.order) < 5 {
-			t.Fatalf("%d messages, %d bytes are kept", len(rx.order), rx.size)
-		}
-		p.again(confirmable, p.id, get("/49"))
-		p.read(acknowledgement)
-		p.again(confirmable, p.id-20, get("/29")) // forgotten: handled again
-		p.read(acknowledgement)
-		if calls["/49"] != 1 || calls["/29"] != 2 {
-			t.Fatalf("calls %v", calls)
-		}
-		<-time.After(5 * time.Minute)
-		c.dg.mu.Lock()
-		defer c.dg.mu.Unlock()
-		if rx.order != nil || rx.byID != nil || rx.size != 0 {
-			t.Fatalf("an idle session keeps %d messages, %d bytes", len(rx.order), rx.size)
-		}
-	})
+	for _, most := range []struct{ number, bytes int }{{5, 1 << 20}, {1000, 8 << 10}} {
+		calls := make(map[string]int)
+		h := handlerFuncs{request: func(_ context.Context, m *Message) Response {
+			calls[Path(m)]++
+			return Response{Code: codes.Content, Payload: body}
+		}}
+		udpBubble(t, h, func(c *Config) { c.MaxDuplicates, c.DuplicateBytes = most.number, most.bytes }, func(t *testing.T, s *udpSim) {
+			p := s.device(t, deviceAddr)
+			s.begin2(t, p)
+			c := <-s.conns
+			for i := range 50 {
+				p.ask(get(fmt.Sprintf("/%d", i)))
+			}
+			rx := &c.dg.rx
+			if len(rx.order) > most.number || len(rx.byID) > most.number || rx.size > most.bytes || len(rx.order) < 5 {
+				t.Fatalf("%d messages, %d bytes are kept", len(rx.order), rx.size)
+			}
+			p.again(confirmable, p.id, get("/49"))
+			p.read(acknowledgement)
+			p.again(confirmable, p.id-20, get("/29")) // forgotten: handled again
+			p.read(acknowledgement)
+			if calls["/49"] != 1 || calls["/29"] != 2 {
+				t.Fatalf("calls %v", calls)
+			}
+			<-time.After(5 * time.Minute)
+			c.dg.mu.Lock()
+			defer c.dg.mu.Unlock()
+			if rx.order != nil || rx.byID != nil || rx.size != 0 {
+				t.Fatalf("an idle session keeps %d messages, %d bytes", len(rx.order), rx.size)
+			}
+		})
+	}
 }
 
 // begin2 proves the address of a peer whose first answer is large.

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"math"
+	"time"
 
 	"github.com/coaphub/coaphub/hub"
 )
@@ -156,6 +157,9 @@ func appendMetadata(b []byte, m *hub.Metadata) []byte {
 	if m.Twin.Enabled {
 		flags |= 2
 	}
+	if m.Contact != (hub.Contact{}) {
+		flags |= 4
+	}
 	b = append(b, flags)
 	b = appendText(b, m.Connection.ID)
 	b = binary.AppendVarint(b, m.Connection.ConnectedAt)
@@ -165,7 +169,12 @@ func appendMetadata(b []byte, m *hub.Metadata) []byte {
 	b = append(b, byte(m.Twin.State))
 	b = binary.AppendVarint(b, m.Twin.SyncingAt)
 	b = binary.AppendVarint(b, m.Twin.InSyncAt)
-	return binary.AppendVarint(b, m.Twin.ForcedAt)
+	b = binary.AppendVarint(b, m.Twin.ForcedAt)
+	if flags&4 != 0 {
+		b = binary.AppendVarint(b, int64(m.Contact.Interval))
+		b = binary.AppendVarint(b, m.Contact.Next)
+	}
+	return b
 }
 
 func appendText[T ~string | ~[]byte](b []byte, s T) []byte {
@@ -409,7 +418,7 @@ func (r *reader) link(l *hub.Link) {
 
 func (r *reader) metadata() *hub.Metadata {
 	flags := r.byte()
-	if flags > 3 {
+	if flags > 7 {
 		r.fail()
 	}
 	m := &hub.Metadata{}
@@ -423,5 +432,8 @@ func (r *reader) metadata() *hub.Metadata {
 	m.Twin.SyncingAt = r.varint()
 	m.Twin.InSyncAt = r.varint()
 	m.Twin.ForcedAt = r.varint()
+	if flags&4 != 0 {
+		m.Contact.Interval, m.Contact.Next = time.Duration(r.varint()), r.varint()
+	}
 	return m
 }

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/url"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -34,9 +35,9 @@ const (
 type Config struct {
 	ID   string // UUID
 	Name string // n of /oic/d; empty: "simulated"
-	// HubAddr is coaps+tcp://host:port, or coap+tcp://host:port without TLS.
+	// HubAddr is coaps+tcp://host:port or coaps+ws://host:port, without TLS coap+tcp://host:port or coap+ws://host:port.
 	HubAddr string
-	TLS     *tls.Config // for coaps+tcp: see TLS and TLSFiles
+	TLS     *tls.Config // for coaps+tcp, see TLS and TLSFiles, and for coaps+ws, where the hub is known by its host's name
 	// Provider is the authprovider of sign-up and refresh; empty: not sent.
 	Provider string
 	// Resources is how many /sensor/N there are besides /light/1 and /info.
@@ -65,6 +66,7 @@ type Device struct {
 	stats *Stats
 	addr  string // host:port
 	tls   bool
+	ws    bool
 	lost  string // code of a sign-up without answer; of Run's goroutine
 
 	mu        sync.Mutex // guards all below; held while writing to the hub, for writeTimeout at most
@@ -101,15 +103,18 @@ type Stats struct {
 // New makes a device; it does not connect.
 func New(cfg Config) (*Device, error) {
 	u, err := url.Parse(cfg.HubAddr)
-	if err != nil || u.Host == "" || u.Scheme != "coaps+tcp" && u.Scheme != "coap+tcp" {
-		return nil, fmt.Errorf("the hub's address %q is not coaps+tcp://host:port or coap+tcp://host:port", cfg.HubAddr)
+	// RFC 8323, 8.1 to 8.4.
+	ports := map[string]string{"coaps+tcp": "5684", "coap+tcp": "5683", "coap+ws": "80", "coaps+ws": "443"}
+	if err != nil || u.Host == "" || ports[u.Scheme] == "" {
+		return nil, fmt.Errorf("the hub's address %q is not coaps+tcp://host:port, coap+tcp://host:port, or one with +ws", cfg.HubAddr)
 	}
-	if u.Scheme == "coaps+tcp" && cfg.TLS == nil {
-		return nil, errors.New("coaps+tcp needs a TLS configuration")
+	secure := strings.HasPrefix(u.Scheme, "coaps")
+	if secure && cfg.TLS == nil {
+		return nil, fmt.Errorf("%s needs a TLS configuration", u.Scheme)
 	}
 	host, port := u.Hostname(), u.Port()
 	if port == "" {
-		port = map[string]string{"coaps+tcp": "5684", "coap+tcp": "5683"}[u.Scheme] // RFC 8323, 8.1 and 8.2
+		port = ports[u.Scheme]
 	}
 	if cfg.ID == "" {
 		return nil, errors.New("a device needs an ID")
@@ -118,7 +123,8 @@ func New(cfg Config) (*Device, error) {
 		cfg.Name = "simulated"
 	}
 	d := &Device{
-		cfg: cfg, log: cfg.Log, stats: cfg.Stats, addr: net.JoinHostPort(host, port), tls: u.Scheme == "coaps+tcp",
+		cfg: cfg, log: cfg.Log, stats: cfg.Stats, addr: net.JoinHostPort(host, port), tls: secure,
+		ws:        strings.HasSuffix(u.Scheme, "+ws"),
 		observers: map[string]*observer{}, instances: map[string]int64{},
 		// ETags of a device that starts again must be new ones, or the hub would take old values for current.
 		etag: uint64(time.Now().UnixNano()),
@@ -197,6 +203,13 @@ func (d *Device) dial(ctx context.Context) (net.Conn, error) {
 	defer stop()
 	var raw net.Conn
 	var err error
+	if d.ws {
+		var conf *tls.Config
+		if d.tls {
+			conf = d.cfg.TLS
+		}
+		return DialWebSocket(ctx, d.addr, conf)
+	}
 	if d.tls {
 		raw, err = (&tls.Dialer{Config: d.cfg.TLS}).DialContext(ctx, "tcp", d.addr)
 	} else {

@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"math"
 	"net"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -198,14 +199,68 @@ func (p *peer) takeDatagram(m message.Message) {
 	p.take(m)
 }
 
+// TestReplacedPSKEndsTheSession: who has a key that was replaced is out at once, signed in or not.
+func TestReplacedPSKEndsTheSession(t *testing.T) {
+	h := hubtest.Start(t)
+	lamp := deviceID(1)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	var key []byte
+	connect := func() *peer {
+		t.Helper()
+		p, err := dialPSK(ctx, h.CoAPSUDP, lamp, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(p.close)
+		return p
+	}
+	ask := func(p *peer, path string, body map[string]any) message.Message {
+		t.Helper()
+		b, err := cbor.Marshal(body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		res, closed, err := p.do(ctx, request(codes.POST, path, b))
+		if err != nil || closed {
+			t.Fatalf("POST %s: %v, closed %v", path, err, closed)
+		}
+		return res
+	}
+	_, key = h.PSK(t, lamp)
+	p, idle := connect(), connect()
+	var tokens struct {
+		Access string `cbor:"accesstoken"`
+	}
+	if res := ask(p, "/oic/sec/account", map[string]any{"accesstoken": h.Code(t, lamp)}); cbor.Unmarshal(res.Payload, &tokens) != nil || tokens.Access == "" {
+		t.Fatalf("sign-up: %s %q", codeText(res.Code), res.Payload)
+	}
+	signIn := map[string]any{"uid": "admin", "accesstoken": tokens.Access, "login": true}
+	if res := ask(p, "/oic/sec/session", signIn); res.Code != codes.Changed {
+		t.Fatalf("sign-in: %s %q", codeText(res.Code), res.Payload)
+	}
+	_, key = h.PSK(t, lamp)
+	if !p.waitClosed(5 * time.Second) {
+		t.Error("the session goes on with a key that was replaced")
+	}
+	if res := ask(idle, "/oic/sec/session", signIn); res.Code != codes.Unauthorized || !strings.HasPrefix(string(res.Payload), "key-replaced:") {
+		t.Errorf("sign-in with a key that was replaced: %s %q", codeText(res.Code), res.Payload)
+	}
+	if res := ask(connect(), "/oic/sec/session", signIn); res.Code != codes.Changed {
+		t.Errorf("sign-in with the newer key: %s %q", codeText(res.Code), res.Payload)
+	}
+}
+
 // TestPSK: a key given out by the hub is good for one device, and until the next one is given out.
 func TestPSK(t *testing.T) {
 	t.Parallel()
 	h := hubtest.Start(t)
 	lamp, fan := deviceID(1), deviceID(2)
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	ask := func(identity string, key []byte) (message.Message, error) {
+		ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+		defer cancel()
 		p, err := dialPSK(ctx, h.CoAPSUDP, identity, key)
 		if err != nil {
 			return message.Message{}, err

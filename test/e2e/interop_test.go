@@ -15,6 +15,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"io"
+	"maps"
 	"math/big"
 	"net/http"
 	"net/url"
@@ -37,6 +38,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protodesc"
 	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/reflect/protoregistry"
 	"google.golang.org/protobuf/types/descriptorpb"
 	"google.golang.org/protobuf/types/dynamicpb"
 )
@@ -387,26 +389,9 @@ func TestCurl(t *testing.T) {
 func lamp(t *testing.T, p *process) {
 	t.Helper()
 	id := deviceID(1)
-	on := p.onboard(id)
-	pe, err := dialPeer(t.Context(), p.coaps(), on.tls)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(pe.close)
-	acc, err := signUp(t.Context(), pe, id, on.Code)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pe.serve("/oic/d", map[string]any{"di": id, "n": "lamp", "rt": []string{"oic.wk.d", "x.lamp"}})
-	pe.serve("/light", map[string]any{"power": 42})
-	if err := signIn(t.Context(), pe, id, acc); err != nil {
-		t.Fatal(err)
-	}
-	for _, href := range []string{"/oic/d", "/light"} {
-		if ok, err := publish(t.Context(), pe, id, 1, href); err != nil || !ok {
-			t.Fatalf("publish %s: %v %v", href, ok, err)
-		}
-	}
+	signedIn(t, p, id, map[string]any{
+		"/oic/d": map[string]any{"di": id, "n": "lamp", "rt": []string{"oic.wk.d", "x.lamp"}}, "/light": map[string]any{"power": 42},
+	})
 	// The hub asks for it on its own; until then the device may be unknown.
 	token := trim(p.run("token"))
 	for end := time.Now().Add(10 * time.Second); ; {
@@ -419,6 +404,33 @@ func lamp(t *testing.T, p *process) {
 			t.Fatalf("the lamp is not seen\n%s", p.log)
 		}
 	}
+}
+
+// signedIn is a device that has published what it serves.
+func signedIn(t *testing.T, p *process, id string, serves map[string]any) *peer {
+	t.Helper()
+	on := p.onboard(id)
+	pe, err := dialPeer(t.Context(), p.coaps(), on.tls)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(pe.close)
+	acc, err := signUp(t.Context(), pe, id, on.Code)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for href, v := range serves {
+		pe.serve(href, v)
+	}
+	if err := signIn(t.Context(), pe, id, acc); err != nil {
+		t.Fatal(err)
+	}
+	for _, href := range slices.Sorted(maps.Keys(serves)) {
+		if ok, err := publish(t.Context(), pe, id, 1, href); err != nil || !ok {
+			t.Fatalf("publish %s: %v %v", href, ok, err)
+		}
+	}
+	return pe
 }
 
 // TestStockGRPC uses what any gRPC client knows: health and reflection, and no generated code of ours.
@@ -438,36 +450,10 @@ func TestStockGRPC(t *testing.T) {
 	if err != nil || h.GetStatus() != healthpb.HealthCheckResponse_SERVING {
 		t.Fatalf("health: %v %v", h, err)
 	}
-	stream, err := reflectionpb.NewServerReflectionClient(conn).ServerReflectionInfo(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	err = stream.Send(&reflectionpb.ServerReflectionRequest{
-		MessageRequest: &reflectionpb.ServerReflectionRequest_FileContainingSymbol{FileContainingSymbol: "grpcgateway.pb.GrpcGateway"},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	res, err := stream.Recv()
-	if err != nil {
-		t.Fatal(err)
-	}
-	// What came is all that this client knows of the service: it calls GetDevices with messages made of it.
-	var set descriptorpb.FileDescriptorSet
-	for _, raw := range res.GetFileDescriptorResponse().GetFileDescriptorProto() {
-		var f descriptorpb.FileDescriptorProto
-		if err := proto.Unmarshal(raw, &f); err != nil {
-			t.Fatal(err)
-		}
-		set.File = append(set.File, &f)
-	}
-	files, err := protodesc.NewFiles(&set)
-	if err != nil {
-		t.Fatalf("reflection does not give whole descriptions: %v", err)
-	}
+	files := reflected(ctx, t, conn)
 	found, err := files.FindDescriptorByName("grpcgateway.pb.GrpcGateway.GetDevices")
 	if err != nil {
-		t.Fatalf("reflection: %v in %v", err, res)
+		t.Fatalf("reflection: %v", err)
 	}
 	method := found.(protoreflect.MethodDescriptor)
 	if !method.IsStreamingServer() || method.IsStreamingClient() {
@@ -498,7 +484,39 @@ func TestStockGRPC(t *testing.T) {
 	if devices, err := getDevices(ctx); err != nil || !slices.Equal(devices, []string{deviceID(1)}) {
 		t.Errorf("GetDevices: %v, %v", devices, err)
 	}
+}
+
+// reflected is what a server says of its service. A stock client knows nothing else of it.
+func reflected(ctx context.Context, t *testing.T, conn *grpc.ClientConn) *protoregistry.Files {
+	t.Helper()
+	stream, err := reflectionpb.NewServerReflectionClient(conn).ServerReflectionInfo(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = stream.Send(&reflectionpb.ServerReflectionRequest{
+		MessageRequest: &reflectionpb.ServerReflectionRequest_FileContainingSymbol{FileContainingSymbol: "grpcgateway.pb.GrpcGateway"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	res, err := stream.Recv()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var set descriptorpb.FileDescriptorSet
+	for _, raw := range res.GetFileDescriptorResponse().GetFileDescriptorProto() {
+		var f descriptorpb.FileDescriptorProto
+		if err := proto.Unmarshal(raw, &f); err != nil {
+			t.Fatal(err)
+		}
+		set.File = append(set.File, &f)
+	}
+	files, err := protodesc.NewFiles(&set)
+	if err != nil {
+		t.Fatalf("reflection does not give whole descriptions: %v", err)
+	}
 	if err := stream.CloseSend(); err != nil {
 		t.Error(err)
 	}
+	return files
 }

@@ -18,6 +18,8 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 	"github.com/plgd-dev/go-coap/v3/tcp/coder"
+
+	"github.com/coaphub/coaphub/test/device"
 )
 
 // peer is a device as bytes on a connection: it sends what a test tells it to, malformed frames included, answers the
@@ -35,6 +37,7 @@ type peer struct {
 	wait      map[string]chan message.Message // answers by token
 	next      uint32
 	resources map[string]*served
+	endpoints []string // where it says that it is
 	requests  []string // what the hub asked, "GET /oic/res?if=oic.if.ll"
 }
 
@@ -64,6 +67,20 @@ func dialPeer(ctx context.Context, addr string, conf *tls.Config) (*peer, error)
 		}
 		conn = tc
 	}
+	return startPeer(conn)
+}
+
+// dialWebSocket is a peer over WebSocket, at an endpoint of scheme coap+ws.
+func dialWebSocket(ctx context.Context, endpoint string) (*peer, error) {
+	conn, err := device.DialWebSocket(ctx, strings.TrimPrefix(endpoint, "coap+ws://"), nil)
+	if err != nil {
+		return nil, err
+	}
+	return startPeer(conn)
+}
+
+// startPeer makes a peer of a stream: it says what it takes.
+func startPeer(conn net.Conn) (*peer, error) {
 	p := newPeer(conn, nil)
 	csm := message.Message{Code: codes.CSM, Options: message.Options{{ID: message.OptionID(2), Value: []byte{0x10, 0, 0}}}}
 	if err := p.send(csm); err != nil {
@@ -200,7 +217,15 @@ func (p *peer) answer(req message.Message) (message.Message, bool) {
 	if path == "/oic/res" {
 		var links []map[string]any
 		for href := range p.resources {
-			links = append(links, map[string]any{"href": href, "p": map[string]any{"bm": 3}})
+			link := map[string]any{"href": href, "p": map[string]any{"bm": 3}}
+			if href == "/oic/d" {
+				var eps []map[string]any
+				for _, e := range p.endpoints {
+					eps = append(eps, map[string]any{"ep": e, "pri": 1})
+				}
+				link["rt"], link["eps"] = []string{"oic.wk.d"}, eps
+			}
+			links = append(links, link)
 		}
 		res.Payload, _ = cbor.Marshal(links)
 		res.Options = withFormat(nil, message.AppOcfCbor)
@@ -306,6 +331,13 @@ func (p *peer) serve(href string, value any) {
 		p.resources[href] = r
 	}
 	r.value = value
+}
+
+// livesAt makes the device say where it is in its own network.
+func (p *peer) livesAt(endpoints ...string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.endpoints = endpoints
 }
 
 // drop takes a resource away.

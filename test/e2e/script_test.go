@@ -11,6 +11,7 @@ import (
 	"io"
 	"maps"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -20,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/coder/websocket"
 	"github.com/fxamacker/cbor/v2"
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
@@ -47,15 +49,18 @@ var update = flag.Bool("update", false, "write what came into the scripts")
 //	device NAME disconnects
 //	device NAME is closed by the hub              -> yes
 //	app WHO METHOD /path {body}                   -> 200 {body}
+//	app WHO says {message}                        over a WebSocket, which it opens first
+//	app WHO hears                                 -> {message}
+//	app WHO hangs up
 //
-// A line that begins with "with certificates: " is left out where devices show none, over plain TCP and UDP.
+// A line that begins with "with certificates: " is left out where devices show none, over plain TCP and UDP and WebSocket.
 //
-// WHO is an account; "nobody", who has no token; a device, who takes the token of its last sign-up; or ACCOUNT-for-1s, whose
+// WHO is an account; "nobody", who has no token; a device, who takes the token of its last sign-up; or ACCOUNT-for-3s, whose
 // token lasts so long.
 //
 // NAME in a path or body stands for that device's ID, CODE for a fresh authorization code, TOKEN-OF-NAME and
-// REFRESH-OF-NAME for what its last sign-up or refresh brought, APP-TOKEN for an application's access token. In what came,
-// IDs become names and values that change from run to run become words in capitals.
+// REFRESH-OF-NAME for what its last sign-up or refresh brought, APP-TOKEN for an application's access token, RESUME for the
+// resume token of what WHO heard last. In what came, IDs become names and values that change from run to run become words in capitals.
 func TestScripts(t *testing.T) {
 	t.Parallel()
 	files, err := filepath.Glob("../scripts/*.txt")
@@ -90,6 +95,7 @@ var transports = []transport{
 	{"psk", "coaps", "COAPS", true, true},
 	{"tcp", "coap+tcp", "COAP_TCP", false, false},
 	{"udp", "coap", "COAP", false, true},
+	{"ws", "coap+ws", "COAP_TCP", false, false}, // of COAP_TCP the client API knows no kinds
 }
 
 // says is what a line of a script, written for TLS, means over tr.
@@ -103,8 +109,11 @@ func play(t *testing.T, file string, tr transport) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &world{t: t, over: tr, devices: map[string]*actor{}}
-	if !tr.secure {
+	w := &world{t: t, over: tr, devices: map[string]*actor{}, sockets: map[string]*socket{}}
+	switch {
+	case tr.name == "ws":
+		w.config = []string{"coapGateway.api.coap.webSocket.enabled=true"}
+	case !tr.secure:
 		w.config = []string{"coapGateway.api.coap.plainAddress=127.0.0.1:0"}
 	}
 	var out []string
@@ -184,6 +193,7 @@ type world struct {
 	devices map[string]*actor
 	leaving []*peer // whom the hub has still to close
 	tokens  map[string]string
+	sockets map[string]*socket
 }
 
 // actor is one device of a script.
@@ -224,7 +234,7 @@ func (w *world) device(name string) *actor {
 
 // line does one thing and says what came of it.
 func (w *world) line(act string) string {
-	ctx, cancel := context.WithTimeout(w.t.Context(), 15*time.Second)
+	ctx, cancel := context.WithTimeout(w.t.Context(), 40*time.Second)
 	defer cancel()
 	who, rest, _ := strings.Cut(act, " ")
 	name, rest, _ := strings.Cut(strings.TrimSpace(rest), " ")
@@ -232,7 +242,7 @@ func (w *world) line(act string) string {
 	got, err := func() (string, error) {
 		switch who {
 		case "hub":
-			return w.hubLine(name, rest)
+			return w.hubLine(ctx, name, rest)
 		case "device":
 			return w.deviceLine(ctx, w.device(name), rest)
 		case "app":
@@ -246,7 +256,7 @@ func (w *world) line(act string) string {
 	return got
 }
 
-func (w *world) hubLine(what, rest string) (string, error) {
+func (w *world) hubLine(ctx context.Context, what, rest string) (string, error) {
 	switch what {
 	case "config":
 		w.config = append(w.config, strings.Fields(rest)...)
@@ -257,8 +267,29 @@ func (w *world) hubLine(what, rest string) (string, error) {
 	case "restarts":
 		w.start().Restart(w.t)
 		return "", nil
+	case "onboards": // once more: the code of the first time is used up
+		d := w.device(rest)
+		d.onboard.Code = w.hub.Code(w.t, d.id)
+		return "", nil
+	case "revokes":
+		return w.revoke(ctx, w.device(rest))
 	}
 	return "", fmt.Errorf("a hub does not %q", what)
+}
+
+// revoke ends what a device's token stands on (RFC 7009), as whoever lost the device would.
+func (w *world) revoke(ctx context.Context, d *actor) (string, error) {
+	form := url.Values{"token": {d.access}, "client_id": {"coaphub-device"}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, w.hub.Issuer+"/revoke", strings.NewReader(form.Encode()))
+	if err != nil {
+		return "", err
+	}
+	req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return "", err
+	}
+	return strconv.Itoa(res.StatusCode), res.Body.Close()
 }
 
 func (w *world) deviceLine(ctx context.Context, d *actor, what string) (string, error) {
@@ -271,6 +302,9 @@ func (w *world) deviceLine(ctx context.Context, d *actor, what string) (string, 
 		return "", nil
 	case "is":
 		return w.closed(ctx, d)
+	case "lives":
+		d.peer.livesAt(strings.Fields(strings.TrimPrefix(rest, "at "))...)
+		return "", nil
 	case "serves", "notifies":
 		href, body, _ := strings.Cut(rest, " ")
 		v, err := w.value(body)
@@ -362,6 +396,8 @@ func (w *world) connect(ctx context.Context, d *actor, how string) (string, erro
 		p, err = dialPSK(ctx, w.hub.CoAPSUDP, is.identity, is.key)
 	case "udp":
 		p, err = dialUDP(ctx, w.hub.CoAPPlainUDP)
+	case "ws":
+		p, err = dialWebSocket(ctx, w.hub.Endpoints.CoAPWS)
 	}
 	if err != nil {
 		return refusal(err), nil
@@ -469,6 +505,10 @@ func decodeCBOR(b []byte, v any) error { return cbor.Unmarshal(b, v) }
 
 func (w *world) appLine(ctx context.Context, owner, rest string) (string, error) {
 	method, rest, _ := strings.Cut(rest, " ")
+	switch method {
+	case "says", "hears", "hangs":
+		return w.socketLine(ctx, owner, method, rest)
+	}
 	target, body, _ := strings.Cut(strings.TrimSpace(rest), " ")
 	h := w.start()
 	token, err := w.token(ctx, owner)
@@ -498,6 +538,66 @@ func (w *world) appLine(ctx context.Context, owner, rest string) (string, error)
 		}
 	}
 	return strings.TrimSpace(fmt.Sprintf("%d %s", res.StatusCode, strings.Join(parts, " "))), nil
+}
+
+// socket is a WebSocket of an application.
+type socket struct {
+	conn *websocket.Conn
+	last string // resume token
+}
+
+func (w *world) socketLine(ctx context.Context, owner, verb, rest string) (string, error) {
+	h := w.start()
+	s := w.sockets[owner]
+	if s == nil {
+		s = &socket{}
+		w.sockets[owner] = s
+	}
+	if verb == "hangs" {
+		_ = s.conn.Close(websocket.StatusNormalClosure, "") // the hub may have been faster
+		s.conn = nil
+		return "", nil
+	}
+	if s.conn == nil {
+		token, err := w.token(ctx, owner)
+		if err != nil {
+			return "", err
+		}
+		conn, _, err := websocket.Dial(ctx, "ws"+strings.TrimPrefix(h.HTTP, "http")+"/api/v1/ws/events", &websocket.DialOptions{Subprotocols: []string{"Bearer", token}})
+		if err != nil {
+			return "", err
+		}
+		w.t.Cleanup(func() { _ = conn.CloseNow() })
+		s.conn = conn
+	}
+	if verb == "says" {
+		v, err := w.value(strings.ReplaceAll(rest, "RESUME", s.last))
+		if err != nil {
+			return "", err
+		}
+		b, err := json.Marshal(v)
+		if err != nil {
+			return "", err
+		}
+		return "", s.conn.Write(ctx, websocket.MessageText, b)
+	}
+	_, b, err := s.conn.Read(ctx)
+	if err != nil {
+		return "", err
+	}
+	var m struct{ Result struct{ ResumeToken string } }
+	if err := json.Unmarshal(b, &m); err != nil {
+		return "", err
+	}
+	s.last = m.Result.ResumeToken
+	d, err := description()
+	if err != nil {
+		return "", err
+	}
+	if err := d.CheckMessage("/api/v1/ws/events", b); err != nil {
+		w.t.Errorf("%s: not as the description says: %v", b, err)
+	}
+	return w.renderJSON(b), nil
 }
 
 // token is what the caller named who shows. It is asked for once.
@@ -565,7 +665,10 @@ func (w *world) names(s string) string {
 	if w.hub != nil {
 		s = strings.ReplaceAll(s, w.hub.ID, "HUB")
 		at := w.hub.CoAPS
-		if !w.over.secure {
+		switch {
+		case w.over.name == "ws":
+			at = strings.TrimPrefix(w.hub.Endpoints.CoAPWS, "coap+ws://")
+		case !w.over.secure:
 			at = w.hub.CoAPPlain
 		}
 		s = strings.ReplaceAll(s, at, "HUB-ADDRESS")
@@ -584,6 +687,7 @@ var changing = map[string]string{
 	"accesstoken": "TOKEN", "refreshtoken": "TOKEN", "expiresin": "SECONDS", "connectionId": "CONNECTION",
 	"timestamp": "TIME", "connectedAt": "TIME", "syncingAt": "TIME", "inSyncAt": "TIME", "forceSynchronizationAt": "TIME",
 	"serviceId": "GATEWAY", "sequence": "N", "currentTime": "TIME", "etag": "ETAG", "validUntil": "TIME", "connection.id": "CONNECTION",
+	"resumeToken": "RESUME",
 }
 
 // render writes a decoded body as a YAML flow value with sorted members.

@@ -255,7 +255,7 @@ var testName = regexp.MustCompile("`((?:Test|Fuzz|Example)[A-Za-z0-9_]*(?:/[^`|]
 // namedInDocs returns the tests that the tables of docs/ name in backquotes.
 func namedInDocs(root string) ([]string, error) {
 	seen := map[string]bool{}
-	for _, f := range []string{"capabilities.md", "protocol.md", "divergences.md"} {
+	for _, f := range []string{"capabilities.md", "protocol.md", "conformance.md", "divergences.md"} {
 		b, err := os.ReadFile(filepath.Join(root, "docs", f))
 		if err != nil {
 			return nil, err

@@ -97,14 +97,15 @@ func TestTestsNamedInDocs(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, text := range map[string]string{
-		"capabilities.md": "| `TestGood`, `TestGood/sub` | TestUnquoted |", "protocol.md": "| `FuzzX` | `TestGood` |", "divergences.md": "`notATest`",
+		"capabilities.md": "| `TestGood`, `TestGood/sub` | TestUnquoted |", "protocol.md": "| `FuzzX` | `TestGood` |",
+		"conformance.md": "| `TestOther` |", "divergences.md": "`notATest`",
 	} {
 		if err := os.WriteFile(filepath.Join(root, "docs", name), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
 	named, err := namedInDocs(root)
-	if want := []string{"FuzzX", "TestGood", "TestGood/sub"}; err != nil || !slices.Equal(named, want) {
+	if want := []string{"FuzzX", "TestGood", "TestGood/sub", "TestOther"}; err != nil || !slices.Equal(named, want) {
 		t.Errorf("%q, %v, want %q", named, err, want)
 	}
 	if err := os.Remove(filepath.Join(root, "docs", "protocol.md")); err != nil {

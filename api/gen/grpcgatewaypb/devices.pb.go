@@ -133,6 +133,8 @@ type GetDevicesRequest struct {
 	Limit          uint32                     `protobuf:"varint,202,opt,name=limit,proto3" json:"limit,omitempty"`  // at most this many elements, 0 = no limit
 	Cursor         string                     `protobuf:"bytes,203,opt,name=cursor,proto3" json:"cursor,omitempty"` // go on after the element that carried this cursor
 	At             int64                      `protobuf:"varint,207,opt,name=at,proto3" json:"at,omitempty"`        // Unix nanoseconds: as it was then; 0 = now
+	Search         string                     `protobuf:"bytes,210,opt,name=search,proto3" json:"search,omitempty"` // words that must all occur in the ID, the name, a type or a label (name=value), in any case
+	Sort           string                     `protobuf:"bytes,211,opt,name=sort,proto3" json:"sort,omitempty"`     // id, name, modelNumber, connectedAt or status, with "-" before it from the largest down; empty: by ID
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -209,6 +211,20 @@ func (x *GetDevicesRequest) GetAt() int64 {
 	return 0
 }
 
+func (x *GetDevicesRequest) GetSearch() string {
+	if x != nil {
+		return x.Search
+	}
+	return ""
+}
+
+func (x *GetDevicesRequest) GetSort() string {
+	if x != nil {
+		return x.Sort
+	}
+	return ""
+}
+
 // A device that has published /oic/d.
 type Device struct {
 	state                 protoimpl.MessageState               `protogen:"open.v1"`
@@ -222,8 +238,9 @@ type Device struct {
 	ProtocolIndependentId string                               `protobuf:"bytes,8,opt,name=protocol_independent_id,json=protocolIndependentId,proto3" json:"protocol_independent_id,omitempty"`
 	Data                  *resourceaggregatepb.ResourceChanged `protobuf:"bytes,9,opt,name=data,proto3" json:"data,omitempty"` // last representation of /oic/d
 	OwnershipStatus       Device_OwnershipStatus               `protobuf:"varint,10,opt,name=ownership_status,json=ownershipStatus,proto3,enum=grpcgateway.pb.Device_OwnershipStatus" json:"ownership_status,omitempty"`
-	Endpoints             []string                             `protobuf:"bytes,11,rep,name=endpoints,proto3" json:"endpoints,omitempty"`  // local endpoints of the /oic/d link
-	Cursor                *string                              `protobuf:"bytes,203,opt,name=cursor,proto3,oneof" json:"cursor,omitempty"` // set on the last element of a page that a limit cut short
+	Endpoints             []string                             `protobuf:"bytes,11,rep,name=endpoints,proto3" json:"endpoints,omitempty"`                                                                      // local endpoints of the /oic/d link
+	Cursor                *string                              `protobuf:"bytes,203,opt,name=cursor,proto3,oneof" json:"cursor,omitempty"`                                                                     // set on the last element of a page that a limit cut short
+	Labels                map[string]string                    `protobuf:"bytes,212,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // what the owner wrote on it
 	unknownFields         protoimpl.UnknownFields
 	sizeCache             protoimpl.SizeCache
 }
@@ -340,6 +357,13 @@ func (x *Device) GetCursor() string {
 		return *x.Cursor
 	}
 	return ""
+}
+
+func (x *Device) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
 }
 
 // A text in one language (RFC 5646 tag).
@@ -698,6 +722,8 @@ type Device_Metadata struct {
 	Connection          *resourceaggregatepb.Connection          `protobuf:"bytes,1,opt,name=connection,proto3" json:"connection,omitempty"`
 	TwinSynchronization *resourceaggregatepb.TwinSynchronization `protobuf:"bytes,3,opt,name=twin_synchronization,json=twinSynchronization,proto3" json:"twin_synchronization,omitempty"`
 	TwinEnabled         bool                                     `protobuf:"varint,4,opt,name=twin_enabled,json=twinEnabled,proto3" json:"twin_enabled,omitempty"`
+	NextContact         *int64                                   `protobuf:"varint,213,opt,name=next_contact,json=nextContact,proto3,oneof" json:"next_contact,omitempty"`             // only of a device that sleeps: when it is expected, in Unix nanoseconds
+	ContactInterval     *int64                                   `protobuf:"varint,214,opt,name=contact_interval,json=contactInterval,proto3,oneof" json:"contact_interval,omitempty"` // likewise: nanoseconds from one waking to the next
 	unknownFields       protoimpl.UnknownFields
 	sizeCache           protoimpl.SizeCache
 }
@@ -753,11 +779,25 @@ func (x *Device_Metadata) GetTwinEnabled() bool {
 	return false
 }
 
+func (x *Device_Metadata) GetNextContact() int64 {
+	if x != nil && x.NextContact != nil {
+		return *x.NextContact
+	}
+	return 0
+}
+
+func (x *Device_Metadata) GetContactInterval() int64 {
+	if x != nil && x.ContactInterval != nil {
+		return *x.ContactInterval
+	}
+	return 0
+}
+
 var File_grpc_gateway_devices_proto protoreflect.FileDescriptor
 
 const file_grpc_gateway_devices_proto_rawDesc = "" +
 	"\n" +
-	"\x1agrpc-gateway/devices.proto\x12\x0egrpcgateway.pb\x1a\x1fresource-aggregate/events.proto\x1a!resource-aggregate/metadata.proto\"\x91\x02\n" +
+	"\x1agrpc-gateway/devices.proto\x12\x0egrpcgateway.pb\x1a\x1fresource-aggregate/events.proto\x1a!resource-aggregate/metadata.proto\"\xbf\x02\n" +
 	"\x11GetDevicesRequest\x12\x1f\n" +
 	"\vtype_filter\x18\x01 \x03(\tR\n" +
 	"typeFilter\x12M\n" +
@@ -765,11 +805,13 @@ const file_grpc_gateway_devices_proto_rawDesc = "" +
 	"\x10device_id_filter\x18\x03 \x03(\tR\x0edeviceIdFilter\x12\x15\n" +
 	"\x05limit\x18\xca\x01 \x01(\rR\x05limit\x12\x17\n" +
 	"\x06cursor\x18\xcb\x01 \x01(\tR\x06cursor\x12\x0f\n" +
-	"\x02at\x18\xcf\x01 \x01(\x03R\x02at\"!\n" +
+	"\x02at\x18\xcf\x01 \x01(\x03R\x02at\x12\x17\n" +
+	"\x06search\x18\xd2\x01 \x01(\tR\x06search\x12\x13\n" +
+	"\x04sort\x18\xd3\x01 \x01(\tR\x04sort\"!\n" +
 	"\x06Status\x12\n" +
 	"\n" +
 	"\x06ONLINE\x10\x00\x12\v\n" +
-	"\aOFFLINE\x10\x01\"\xbc\x06\n" +
+	"\aOFFLINE\x10\x01\"\xb4\b\n" +
 	"\x06Device\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05types\x18\x02 \x03(\tR\x05types\x12\x12\n" +
@@ -785,13 +827,21 @@ const file_grpc_gateway_devices_proto_rawDesc = "" +
 	"\x10ownership_status\x18\n" +
 	" \x01(\x0e2&.grpcgateway.pb.Device.OwnershipStatusR\x0fownershipStatus\x12\x1c\n" +
 	"\tendpoints\x18\v \x03(\tR\tendpoints\x12\x1c\n" +
-	"\x06cursor\x18\xcb\x01 \x01(\tH\x00R\x06cursor\x88\x01\x01\x1a\xd3\x01\n" +
+	"\x06cursor\x18\xcb\x01 \x01(\tH\x00R\x06cursor\x88\x01\x01\x12;\n" +
+	"\x06labels\x18\xd4\x01 \x03(\v2\".grpcgateway.pb.Device.LabelsEntryR\x06labels\x1a\xd3\x02\n" +
 	"\bMetadata\x12@\n" +
 	"\n" +
 	"connection\x18\x01 \x01(\v2 .resourceaggregate.pb.ConnectionR\n" +
 	"connection\x12\\\n" +
 	"\x14twin_synchronization\x18\x03 \x01(\v2).resourceaggregate.pb.TwinSynchronizationR\x13twinSynchronization\x12!\n" +
-	"\ftwin_enabled\x18\x04 \x01(\bR\vtwinEnabledJ\x04\b\x02\x10\x03\"G\n" +
+	"\ftwin_enabled\x18\x04 \x01(\bR\vtwinEnabled\x12'\n" +
+	"\fnext_contact\x18\xd5\x01 \x01(\x03H\x00R\vnextContact\x88\x01\x01\x12/\n" +
+	"\x10contact_interval\x18\xd6\x01 \x01(\x03H\x01R\x0fcontactInterval\x88\x01\x01B\x0f\n" +
+	"\r_next_contactB\x13\n" +
+	"\x11_contact_intervalJ\x04\b\x02\x10\x03\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"G\n" +
 	"\x0fOwnershipStatus\x12\v\n" +
 	"\aUNKNOWN\x10\x00\x12\v\n" +
 	"\aUNOWNED\x10\x01\x12\t\n" +
@@ -837,7 +887,7 @@ func file_grpc_gateway_devices_proto_rawDescGZIP() []byte {
 }
 
 var file_grpc_gateway_devices_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_grpc_gateway_devices_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_grpc_gateway_devices_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_grpc_gateway_devices_proto_goTypes = []any{
 	(GetDevicesRequest_Status)(0),                     // 0: grpcgateway.pb.GetDevicesRequest.Status
 	(Device_OwnershipStatus)(0),                       // 1: grpcgateway.pb.Device.OwnershipStatus
@@ -850,25 +900,27 @@ var file_grpc_gateway_devices_proto_goTypes = []any{
 	(*UpdateDeviceMetadataRequest)(nil),               // 8: grpcgateway.pb.UpdateDeviceMetadataRequest
 	(*UpdateDeviceMetadataResponse)(nil),              // 9: grpcgateway.pb.UpdateDeviceMetadataResponse
 	(*Device_Metadata)(nil),                           // 10: grpcgateway.pb.Device.Metadata
-	(*resourceaggregatepb.ResourceChanged)(nil),       // 11: resourceaggregate.pb.ResourceChanged
-	(*resourceaggregatepb.DeviceMetadataUpdated)(nil), // 12: resourceaggregate.pb.DeviceMetadataUpdated
-	(*resourceaggregatepb.Connection)(nil),            // 13: resourceaggregate.pb.Connection
-	(*resourceaggregatepb.TwinSynchronization)(nil),   // 14: resourceaggregate.pb.TwinSynchronization
+	nil,                                               // 11: grpcgateway.pb.Device.LabelsEntry
+	(*resourceaggregatepb.ResourceChanged)(nil),       // 12: resourceaggregate.pb.ResourceChanged
+	(*resourceaggregatepb.DeviceMetadataUpdated)(nil), // 13: resourceaggregate.pb.DeviceMetadataUpdated
+	(*resourceaggregatepb.Connection)(nil),            // 14: resourceaggregate.pb.Connection
+	(*resourceaggregatepb.TwinSynchronization)(nil),   // 15: resourceaggregate.pb.TwinSynchronization
 }
 var file_grpc_gateway_devices_proto_depIdxs = []int32{
 	0,  // 0: grpcgateway.pb.GetDevicesRequest.status_filter:type_name -> grpcgateway.pb.GetDevicesRequest.Status
 	10, // 1: grpcgateway.pb.Device.metadata:type_name -> grpcgateway.pb.Device.Metadata
 	4,  // 2: grpcgateway.pb.Device.manufacturer_name:type_name -> grpcgateway.pb.LocalizedString
-	11, // 3: grpcgateway.pb.Device.data:type_name -> resourceaggregate.pb.ResourceChanged
+	12, // 3: grpcgateway.pb.Device.data:type_name -> resourceaggregate.pb.ResourceChanged
 	1,  // 4: grpcgateway.pb.Device.ownership_status:type_name -> grpcgateway.pb.Device.OwnershipStatus
-	12, // 5: grpcgateway.pb.UpdateDeviceMetadataResponse.data:type_name -> resourceaggregate.pb.DeviceMetadataUpdated
-	13, // 6: grpcgateway.pb.Device.Metadata.connection:type_name -> resourceaggregate.pb.Connection
-	14, // 7: grpcgateway.pb.Device.Metadata.twin_synchronization:type_name -> resourceaggregate.pb.TwinSynchronization
-	8,  // [8:8] is the sub-list for method output_type
-	8,  // [8:8] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	11, // 5: grpcgateway.pb.Device.labels:type_name -> grpcgateway.pb.Device.LabelsEntry
+	13, // 6: grpcgateway.pb.UpdateDeviceMetadataResponse.data:type_name -> resourceaggregate.pb.DeviceMetadataUpdated
+	14, // 7: grpcgateway.pb.Device.Metadata.connection:type_name -> resourceaggregate.pb.Connection
+	15, // 8: grpcgateway.pb.Device.Metadata.twin_synchronization:type_name -> resourceaggregate.pb.TwinSynchronization
+	9,  // [9:9] is the sub-list for method output_type
+	9,  // [9:9] is the sub-list for method input_type
+	9,  // [9:9] is the sub-list for extension type_name
+	9,  // [9:9] is the sub-list for extension extendee
+	0,  // [0:9] is the sub-list for field type_name
 }
 
 func init() { file_grpc_gateway_devices_proto_init() }
@@ -877,13 +929,14 @@ func file_grpc_gateway_devices_proto_init() {
 		return
 	}
 	file_grpc_gateway_devices_proto_msgTypes[1].OneofWrappers = []any{}
+	file_grpc_gateway_devices_proto_msgTypes[8].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_grpc_gateway_devices_proto_rawDesc), len(file_grpc_gateway_devices_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   9,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

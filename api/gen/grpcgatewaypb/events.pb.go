@@ -679,7 +679,7 @@ type Event struct {
 	//	*Event_DeviceMetadataUpdatePending
 	//	*Event_DeviceMetadataUpdated
 	Type          isEvent_Type `protobuf_oneof:"type"`
-	ResumeToken   string       `protobuf:"bytes,200,opt,name=resume_token,json=resumeToken,proto3" json:"resume_token,omitempty"` // resume after this event
+	ResumeToken   string       `protobuf:"bytes,200,opt,name=resume_token,json=resumeToken,proto3" json:"resume_token,omitempty"` // to go on after this; empty where a subscription is over or there is none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1275,6 +1275,7 @@ func (x *Event_DeviceUnregistered) GetOpenTelemetryCarrier() map[string]string {
 type Event_OperationProcessed struct {
 	state         protoimpl.MessageState                `protogen:"open.v1"`
 	ErrorStatus   *Event_OperationProcessed_ErrorStatus `protobuf:"bytes,2,opt,name=error_status,json=errorStatus,proto3" json:"error_status,omitempty"`
+	Lagged        *bool                                 `protobuf:"varint,208,opt,name=lagged,proto3,oneof" json:"lagged,omitempty"` // what came next is no longer kept: the current state follows, then events go on
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1314,6 +1315,13 @@ func (x *Event_OperationProcessed) GetErrorStatus() *Event_OperationProcessed_Er
 		return x.ErrorStatus
 	}
 	return nil
+}
+
+func (x *Event_OperationProcessed) GetLagged() bool {
+	if x != nil && x.Lagged != nil {
+		return *x.Lagged
+	}
+	return false
 }
 
 // The subscription is over.
@@ -1481,7 +1489,7 @@ const file_grpc_gateway_events_proto_rawDesc = "" +
 	"\x10RESOURCE_CHANGED\x10\x10\x1a=\n" +
 	"\x12CancelSubscription\x12'\n" +
 	"\x0fsubscription_id\x18\x01 \x01(\tR\x0esubscriptionIdB\b\n" +
-	"\x06action\"\xa9\x15\n" +
+	"\x06action\"\xd2\x15\n" +
 	"\x05Event\x12'\n" +
 	"\x0fsubscription_id\x18\x01 \x01(\tR\x0esubscriptionId\x12%\n" +
 	"\x0ecorrelation_id\x18\x02 \x01(\tR\rcorrelationId\x12U\n" +
@@ -1519,16 +1527,18 @@ const file_grpc_gateway_events_proto_rawDesc = "" +
 	"\x16open_telemetry_carrier\x18d \x03(\v2B.grpcgateway.pb.Event.DeviceUnregistered.OpenTelemetryCarrierEntryR\x14openTelemetryCarrier\x1aG\n" +
 	"\x19OpenTelemetryCarrierEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a\x90\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a\xb9\x02\n" +
 	"\x12OperationProcessed\x12W\n" +
-	"\ferror_status\x18\x02 \x01(\v24.grpcgateway.pb.Event.OperationProcessed.ErrorStatusR\verrorStatus\x1a\xa0\x01\n" +
+	"\ferror_status\x18\x02 \x01(\v24.grpcgateway.pb.Event.OperationProcessed.ErrorStatusR\verrorStatus\x12\x1c\n" +
+	"\x06lagged\x18\xd0\x01 \x01(\bH\x00R\x06lagged\x88\x01\x01\x1a\xa0\x01\n" +
 	"\vErrorStatus\x12M\n" +
 	"\x04code\x18\x01 \x01(\x0e29.grpcgateway.pb.Event.OperationProcessed.ErrorStatus.CodeR\x04code\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\"(\n" +
 	"\x04Code\x12\x06\n" +
 	"\x02OK\x10\x00\x12\t\n" +
 	"\x05ERROR\x10\x01\x12\r\n" +
-	"\tNOT_FOUND\x10\x02\x1a.\n" +
+	"\tNOT_FOUND\x10\x02B\t\n" +
+	"\a_lagged\x1a.\n" +
 	"\x14SubscriptionCanceled\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reasonB\x06\n" +
 	"\x04typeB2Z0github.com/coaphub/coaphub/api/gen/grpcgatewaypbb\x06proto3"
@@ -1681,6 +1691,7 @@ func file_grpc_gateway_events_proto_init() {
 		(*Event_DeviceMetadataUpdatePending)(nil),
 		(*Event_DeviceMetadataUpdated)(nil),
 	}
+	file_grpc_gateway_events_proto_msgTypes[8].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

@@ -1243,7 +1243,9 @@ type DeviceMetadataUpdated struct {
 	TwinSynchronization  *TwinSynchronization   `protobuf:"bytes,7,opt,name=twin_synchronization,json=twinSynchronization,proto3" json:"twin_synchronization,omitempty"`
 	TwinEnabled          bool                   `protobuf:"varint,8,opt,name=twin_enabled,json=twinEnabled,proto3" json:"twin_enabled,omitempty"`
 	OpenTelemetryCarrier map[string]string      `protobuf:"bytes,100,rep,name=open_telemetry_carrier,json=openTelemetryCarrier,proto3" json:"open_telemetry_carrier,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	Cursor               *string                `protobuf:"bytes,203,opt,name=cursor,proto3,oneof" json:"cursor,omitempty"` // set on the last element of a page that a limit cut short
+	Cursor               *string                `protobuf:"bytes,203,opt,name=cursor,proto3,oneof" json:"cursor,omitempty"`                                           // set on the last element of a page that a limit cut short
+	NextContact          *int64                 `protobuf:"varint,213,opt,name=next_contact,json=nextContact,proto3,oneof" json:"next_contact,omitempty"`             // only of a device that sleeps: when it is expected, in Unix nanoseconds
+	ContactInterval      *int64                 `protobuf:"varint,214,opt,name=contact_interval,json=contactInterval,proto3,oneof" json:"contact_interval,omitempty"` // likewise: nanoseconds from one waking to the next
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
@@ -1339,6 +1341,20 @@ func (x *DeviceMetadataUpdated) GetCursor() string {
 		return *x.Cursor
 	}
 	return ""
+}
+
+func (x *DeviceMetadataUpdated) GetNextContact() int64 {
+	if x != nil && x.NextContact != nil {
+		return *x.NextContact
+	}
+	return 0
+}
+
+func (x *DeviceMetadataUpdated) GetContactInterval() int64 {
+	if x != nil && x.ContactInterval != nil {
+		return *x.ContactInterval
+	}
+	return 0
 }
 
 // A change of the metadata waits for the device.
@@ -1693,7 +1709,7 @@ const file_resource_aggregate_events_proto_rawDesc = "" +
 	"\x18resource_delete_pendings\x18\x06 \x03(\v2+.resourceaggregate.pb.ResourceDeletePendingR\x16resourceDeletePendings\x12G\n" +
 	"\raudit_context\x18\a \x01(\v2\".resourceaggregate.pb.AuditContextR\fauditContext\x12J\n" +
 	"\x0eevent_metadata\x18\b \x01(\v2#.resourceaggregate.pb.EventMetadataR\reventMetadata\x12%\n" +
-	"\x0eresource_types\x18\t \x03(\tR\rresourceTypes\"\x9d\x05\n" +
+	"\x0eresource_types\x18\t \x03(\tR\rresourceTypes\"\x9d\x06\n" +
 	"\x15DeviceMetadataUpdated\x12\x1b\n" +
 	"\tdevice_id\x18\x01 \x01(\tR\bdeviceId\x12@\n" +
 	"\n" +
@@ -1705,11 +1721,15 @@ const file_resource_aggregate_events_proto_rawDesc = "" +
 	"\x14twin_synchronization\x18\a \x01(\v2).resourceaggregate.pb.TwinSynchronizationR\x13twinSynchronization\x12!\n" +
 	"\ftwin_enabled\x18\b \x01(\bR\vtwinEnabled\x12{\n" +
 	"\x16open_telemetry_carrier\x18d \x03(\v2E.resourceaggregate.pb.DeviceMetadataUpdated.OpenTelemetryCarrierEntryR\x14openTelemetryCarrier\x12\x1c\n" +
-	"\x06cursor\x18\xcb\x01 \x01(\tH\x00R\x06cursor\x88\x01\x01\x1aG\n" +
+	"\x06cursor\x18\xcb\x01 \x01(\tH\x00R\x06cursor\x88\x01\x01\x12'\n" +
+	"\fnext_contact\x18\xd5\x01 \x01(\x03H\x01R\vnextContact\x88\x01\x01\x12/\n" +
+	"\x10contact_interval\x18\xd6\x01 \x01(\x03H\x02R\x0fcontactInterval\x88\x01\x01\x1aG\n" +
 	"\x19OpenTelemetryCarrierEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\t\n" +
-	"\a_cursorJ\x04\b\x03\x10\x04\"\xba\x04\n" +
+	"\a_cursorB\x0f\n" +
+	"\r_next_contactB\x13\n" +
+	"\x11_contact_intervalJ\x04\b\x03\x10\x04\"\xba\x04\n" +
 	"\x1bDeviceMetadataUpdatePending\x12\x1b\n" +
 	"\tdevice_id\x18\x01 \x01(\tR\bdeviceId\x12G\n" +
 	"\raudit_context\x18\x03 \x01(\v2\".resourceaggregate.pb.AuditContextR\fauditContext\x12J\n" +

@@ -69,7 +69,8 @@ func FullCommit(dev hub.DeviceID, seq uint64) hub.Commit {
 			Connection: hub.Connection{
 				Online: true, ID: "c2", ConnectedAt: 5, Protocol: hub.ProtocolCoAPSTCP, Service: "gw", LocalEndpoints: []string{"coap://x"},
 			},
-			Twin: hub.Twin{Enabled: true, State: hub.TwinSyncing, SyncingAt: 1, InSyncAt: 2, ForcedAt: -3},
+			Twin:    hub.Twin{Enabled: true, State: hub.TwinSyncing, SyncingAt: 1, InSyncAt: 2, ForcedAt: -3},
+			Contact: hub.Contact{Interval: 4, Next: 5},
 		}},
 		hub.Event{Kind: hub.ResourceChanged, Href: "/none", Content: hub.Content{Format: hub.FormatNone}},
 		hub.Event{Kind: hub.CommandEnded, Href: "/none", Command: &hub.CommandEvent{

@@ -1,0 +1,135 @@
+package coapgateway
+
+import (
+	"context"
+	"crypto/sha256"
+	"maps"
+	"slices"
+	"sync"
+
+	"github.com/coaphub/coaphub/hub"
+)
+
+// live finds the sessions that stand on a credential which ends before its time: on the grant of their token, or on a device's
+// pre-shared key. It holds sessions and nothing else, so connections bound it, and it costs nothing as long as nothing ends:
+// nobody asks again and again for 100 000 tokens.
+//
+// That no end is missed rests on an order. Whoever ends a credential stores that first and tells it then. A session's
+// credential is checked, then the session enters, and if anything was told since before that check, it is checked once more.
+type live struct {
+	mu     sync.Mutex // guards all below
+	told   uint64     // how many ends were told
+	grants map[grant]sessions
+	keys   map[hub.DeviceID]sessions
+}
+
+// grant is what tokens of an issuer were issued on.
+type grant struct{ issuer, id string }
+
+type sessions map[*session]struct{}
+
+func newLive() *live { return &live{grants: map[grant]sessions{}, keys: map[hub.DeviceID]sessions{}} }
+
+// soFar counts the ends that were told.
+func (l *live) soFar() uint64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.told
+}
+
+// enter makes s stand on the credentials that it has now; those that it stood on before are forgotten. A token whose issuer
+// names no grant is not found again: nobody could tell its end.
+func (l *live) enter(s *session, key hub.DeviceID) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.remove(s)
+	s.grant, s.key = grant{s.claims.Issuer, s.claims.Grant}, key
+	if s.grant.id != "" {
+		add(l.grants, s.grant, s)
+	}
+	if key != "" {
+		add(l.keys, key, s)
+	}
+}
+
+func (l *live) leave(s *session) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.remove(s)
+}
+
+func (l *live) remove(s *session) {
+	drop(l.grants, s.grant, s)
+	drop(l.keys, s.key, s)
+}
+
+func add[K comparable](m map[K]sessions, k K, s *session) {
+	if m[k] == nil {
+		m[k] = sessions{}
+	}
+	m[k][s] = struct{}{}
+}
+
+func drop[K comparable](m map[K]sessions, k K, s *session) {
+	delete(m[k], s)
+	if len(m[k]) == 0 {
+		delete(m, k)
+	}
+}
+
+// ended notes that an end was told and returns who stands on what ended.
+func ended[K comparable](l *live, m map[K]sessions, k K) []*session {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.told++
+	return slices.Collect(maps.Keys(m[k]))
+}
+
+// EndGrant ends the sessions whose token was issued on a grant of the issuer (hub.Claims), as if the token had expired. It is
+// called once the grant's end is stored, so that the same token signs nobody in again; it does not block. It may be called
+// more than once, and for grants that no session stands on.
+func (g *Gateway) EndGrant(issuer, id string) {
+	for _, s := range ended(g.live, g.live.grants, grant{issuer, id}) {
+		s.conn.Close(closing{"revoked"})
+	}
+}
+
+// EndKey ends the sessions of a device that came with its pre-shared key, after another key was stored. It does not block.
+func (g *Gateway) EndKey(dev hub.DeviceID) {
+	for _, s := range ended(g.live, g.live.keys, dev) {
+		s.conn.Close(closing{"key-replaced"})
+	}
+}
+
+// checkKey refuses whoever came with a pre-shared key that was replaced since: its association outlives the key. Others pass.
+func (p *peer) checkKey(ctx context.Context) error {
+	if !p.cred.psk {
+		return nil
+	}
+	key, err := p.gw.deps.PSK(ctx, p.cred.device)
+	if err != nil {
+		return err
+	}
+	if sha256.Sum256(key) != p.cred.key {
+		return unauthenticated("key-replaced", "the pre-shared key was replaced by another one")
+	}
+	return nil
+}
+
+// entered makes the session stand on what the peer has proven and on its token, and checks both once more if the end of
+// anything was told since they were checked first.
+func (p *peer) entered(ctx context.Context, s *session, token string) error {
+	var key hub.DeviceID
+	if p.cred.psk {
+		key = p.cred.device
+	}
+	p.gw.live.enter(s, key)
+	if p.gw.live.soFar() == p.told {
+		return nil
+	}
+	if err := p.checkKey(ctx); err != nil {
+		return err
+	}
+	_, err := p.gw.deps.Verifier.Verify(ctx, token)
+	return err
+}

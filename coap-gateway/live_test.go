@@ -1,0 +1,139 @@
+package coapgateway
+
+import (
+	"context"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
+	"github.com/coaphub/coaphub/hub"
+)
+
+// awaitEnded waits until a device's session ended for a reason and the device is offline.
+func (h *hall) awaitEnded(d *device, reason string) {
+	h.t.Helper()
+	d.awaitClosed()
+	h.w.awaitLog(h.t, "offline "+string(d.id))
+	h.w.await(h.t, "the reason "+reason, func() bool { x, _ := h.gw.Diagnostics(d.id); return x.EndReason == reason })
+}
+
+func TestRevokedGrantEndsTheSession(t *testing.T) {
+	h := start(t, nil)
+	h.w.own(lampID, "alice")
+	h.w.own(fanID, "alice")
+	h.w.grant("of-lamp", hub.Claims{Issuer: "i", Grant: "1"})
+	h.w.grant("of-fan", hub.Claims{Issuer: "i", Grant: "2"})
+	h.w.grant("newer-of-fan", hub.Claims{Issuer: "i", Grant: "3"})
+	lamp, fan := h.plain(lampID), h.plain(fanID)
+	lamp.want(lamp.signIn("of-lamp"), "2.04", "")
+	fan.want(fan.signIn("of-fan"), "2.04", "")
+	h.gw.EndGrant("i", "1")
+	h.awaitEnded(lamp, "revoked")
+	fan.alive()
+	h.gw.EndGrant("another", "2") // a principal is of one issuer
+	fan.want(fan.signIn("newer-of-fan"), "2.04", "")
+	h.gw.EndGrant("i", "2") // the session stands on another grant now
+	fan.alive()
+	h.gw.EndGrant("i", "3")
+	h.awaitEnded(fan, "revoked")
+	if n := len(h.gw.live.grants) + len(h.gw.live.keys); n != 0 {
+		t.Errorf("%d entries are left of sessions that are over", n)
+	}
+}
+
+// A refresh puts the session on the new token's grant, and nothing ends that still stands: the older token may be the only one
+// that the device got to know of.
+func TestRefreshMovesTheSessionToItsGrant(t *testing.T) {
+	h := start(t, nil)
+	h.w.own(lampID, "alice")
+	h.w.grant("first", hub.Claims{Issuer: "i", Grant: "1"})
+	h.w.grant("same", hub.Claims{Issuer: "i", Grant: "1"})
+	h.w.grant("other", hub.Claims{Issuer: "i", Grant: "2"})
+	h.w.mu.Lock()
+	h.w.refresh["to-same"] = hub.Tokens{Access: "same", Refresh: "to-other", Expiry: time.Now().Add(time.Hour)}
+	h.w.refresh["to-other"] = hub.Tokens{Access: "other", Refresh: "r", Expiry: time.Now().Add(time.Hour)}
+	h.w.mu.Unlock()
+	d := h.plain(lampID)
+	d.want(d.signIn("first"), "2.04", "")
+	for _, token := range []string{"to-same", "to-other"} {
+		d.want(d.post("/oic/sec/tokenrefresh", body{"di": string(lampID), "uid": "alice", "refreshtoken": token}), "2.04", "")
+		d.want(d.do(codes.GET, "/oic/rd", nil), "2.05", "")
+	}
+	h.gw.EndGrant("i", "1")
+	d.alive()
+	h.gw.EndGrant("i", "2")
+	h.awaitEnded(d, "revoked")
+}
+
+// A grant may end between the moment its token was found good and the one the session could be found by it.
+func TestGrantEndsDuringSignIn(t *testing.T) {
+	var h *hall
+	during := func() {}
+	h = start(t, func(_ *Config, deps *Deps) {
+		world := deps.Verifier.(*fakeVerifier).verify
+		deps.Verifier = &fakeVerifier{verify: func(ctx context.Context, token string) (hub.Claims, error) {
+			c, err := world(ctx, token)
+			during()
+			return c, err
+		}}
+	})
+	h.w.own(lampID, "alice")
+	h.w.own(fanID, "alice")
+	revoke := func(token, id string) func() {
+		return func() {
+			unlock := h.w.lock()
+			delete(h.w.tokens, token)
+			unlock()
+			h.gw.EndGrant("i", id)
+			during = func() {}
+		}
+	}
+	h.w.grant("first", hub.Claims{Issuer: "i", Grant: "1"})
+	during = revoke("first", "1")
+	d := h.plain(lampID)
+	d.want(d.signIn("first"), "4.01", "token-invalid: ")
+	d.awaitClosed()
+	h.w.awaitLog(t, "offline "+string(lampID))
+	// The end of another's grant at the same moment costs one more look and nothing else.
+	h.w.grant("second", hub.Claims{Issuer: "i", Grant: "2"})
+	during = revoke("unknown", "3")
+	d = h.plain(fanID)
+	d.want(d.signIn("second"), "2.04", "")
+	// A refresh on the session is looked at in the same way.
+	h.w.grant("third", hub.Claims{Issuer: "i", Grant: "4"})
+	unlock := h.w.lock()
+	h.w.refresh["r"] = hub.Tokens{Access: "third", Refresh: "r", Expiry: time.Now().Add(time.Hour)}
+	unlock()
+	during = revoke("third", "4")
+	d.want(d.post("/oic/sec/tokenrefresh", body{"di": string(fanID), "uid": "alice", "refreshtoken": "r"}), "4.01", "token-invalid: ")
+	d.awaitClosed()
+}
+
+// BenchmarkLive has 100 000 sessions; entering and leaving is what each of them costs, ending what a revocation does.
+func BenchmarkLive(b *testing.B) {
+	const fleet = 100_000
+	l := newLive()
+	all := make([]session, fleet)
+	for i := range all {
+		all[i].claims = hub.Claims{Issuer: "https://hub.example/oauth", Grant: fmt.Sprintf("%032x", i)}
+		l.enter(&all[i], "")
+	}
+	b.Run("session", func(b *testing.B) {
+		b.ReportAllocs()
+		for i := range b.N {
+			s := &all[i%fleet]
+			l.leave(s)
+			l.enter(s, "")
+		}
+	})
+	b.Run("revocation", func(b *testing.B) {
+		for i := range b.N {
+			s := &all[i%fleet]
+			if len(ended(l, l.grants, s.grant)) != 1 {
+				b.Fatal("the session is not found")
+			}
+		}
+	})
+}

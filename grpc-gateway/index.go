@@ -1,0 +1,148 @@
+package grpcgateway
+
+import (
+	"context"
+	"iter"
+	"strings"
+	"sync"
+
+	"github.com/coaphub/coaphub/hub"
+)
+
+// maxIndexed bounds the devices that the index remembers, at some 500 bytes each; beyond it some are read again each time.
+const maxIndexed = 100_000
+
+// summary is what devices are searched and sorted by. Texts are in lower case, since searching and sorting have no case.
+type summary struct {
+	id          hub.DeviceID
+	name, model string
+	plainTypes  []string // as they are, for the filter
+	texts       []string // all that is searched, besides the ID
+	online      bool
+	connectedAt int64 // Unix nanoseconds
+}
+
+func newSummary(e *deviceElement) *summary {
+	d := &summary{
+		id: e.id, name: strings.ToLower(e.name), model: strings.ToLower(e.model), plainTypes: e.link.Types,
+		online: e.meta.Connection.Online, connectedAt: e.meta.Connection.ConnectedAt,
+	}
+	d.texts = append(d.texts, d.name)
+	for _, t := range e.link.Types {
+		d.texts = append(d.texts, strings.ToLower(t))
+	}
+	for name, value := range e.labels {
+		d.texts = append(d.texts, strings.ToLower(name+"="+value))
+	}
+	return d
+}
+
+// has reports whether the word, in lower case, occurs.
+func (d *summary) has(word string) bool {
+	if strings.Contains(string(d.id), word) {
+		return true
+	}
+	for _, t := range d.texts {
+		if strings.Contains(t, word) {
+			return true
+		}
+	}
+	return false
+}
+
+// index remembers the summaries of devices, so that looking for one does not read and decode them all. An entry holds while
+// Directory.Changes says the same number as before the device was read. The zero value is empty.
+type index struct {
+	mu      sync.Mutex // guards what follows
+	devices map[hub.DeviceID]indexed
+}
+
+type indexed struct {
+	changes uint64
+	owner   hub.Owner
+	summary *summary // nil: the device is in no list
+}
+
+func (x *index) get(id hub.DeviceID, owner hub.Owner, changes uint64) (*summary, bool) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	e, ok := x.devices[id]
+	return e.summary, ok && e.changes == changes && e.owner == owner
+}
+
+func (x *index) put(id hub.DeviceID, e indexed) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.devices == nil {
+		x.devices = map[hub.DeviceID]indexed{}
+	}
+	if _, there := x.devices[id]; !there && len(x.devices) >= maxIndexed {
+		for other := range x.devices { // whichever comes first
+			delete(x.devices, other)
+			break
+		}
+	}
+	x.devices[id] = e
+}
+
+// summaries yields what is known of the devices that the filter wants, in ID order, from the place on.
+func (g *Gateway) summaries(ctx context.Context, owner hub.Owner, f *filter) iter.Seq2[*summary, error] {
+	return func(yield func(*summary, error) bool) {
+		if !f.at.IsZero() { // of the past nothing is remembered
+			then := *f
+			then.order = order{}
+			for e, err := range g.devices(ctx, owner, &then) {
+				if err != nil {
+					yield(nil, err)
+					return
+				}
+				d := e.element.(deviceElement)
+				if !yield(newSummary(&d), nil) {
+					return
+				}
+			}
+			return
+		}
+		ids, err := g.candidates(ctx, owner, f, false)
+		for _, id := range ids {
+			if err = ctx.Err(); err != nil {
+				break
+			}
+			if id == f.from.device {
+				continue
+			}
+			var d *summary
+			if d, err = g.summary(ctx, owner, id); err != nil {
+				break
+			}
+			if d == nil || !f.wantsTypes(d.plainTypes) || !f.wantsOnline(d.online) || !f.search.found(d) {
+				continue
+			}
+			if !yield(d, nil) {
+				return
+			}
+		}
+		if err != nil {
+			yield(nil, err)
+		}
+	}
+}
+
+// summary returns what is known of a device, nil if it is in no list of owner's.
+func (g *Gateway) summary(ctx context.Context, owner hub.Owner, id hub.DeviceID) (*summary, error) {
+	changes := g.deps.Directory.Changes(id) // before it is read: see index
+	if d, ok := g.index.get(id, owner, changes); ok {
+		return d, nil
+	}
+	var d *summary
+	for picture, err := range g.deps.Directory.Devices(ctx, owner, []hub.DeviceID{id}) {
+		if err != nil {
+			return nil, err
+		}
+		if e, ok := newDevice(picture, g.deps.HubID); ok {
+			d = newSummary(&e)
+		}
+	}
+	g.index.put(id, indexed{changes, owner, d})
+	return d, nil
+}

@@ -1,0 +1,125 @@
+package grpcgateway
+
+import (
+	"context"
+	"fmt"
+	"iter"
+	"testing"
+
+	"github.com/coaphub/coaphub/hub"
+)
+
+// counted makes the directory say how many devices were read, and lets them change only when changed is called.
+func counted(w *world) (reads *int, changed func(hub.DeviceID)) {
+	n, number := 0, map[hub.DeviceID]uint64{}
+	devices := w.directory.devices
+	w.directory.devices = func(ctx context.Context, o hub.Owner, ids []hub.DeviceID) iter.Seq2[*hub.Device, error] {
+		n += len(ids)
+		return devices(ctx, o, ids)
+	}
+	w.directory.changes = func(id hub.DeviceID) uint64 { return number[id] }
+	return &n, func(id hub.DeviceID) { number[id]++ }
+}
+
+// Once the devices are known, searching and sorting read only those that are sent, until one changes.
+func TestSearchAndSortReadOnlyWhatTheySend(t *testing.T) {
+	w := newWorld(t)
+	fleet(w, 200)
+	reads, changed := counted(w)
+	get := func(query string, elements, read int) []map[string]any {
+		t.Helper()
+		*reads = 0
+		rs := w.get(t, "/api/v1/devices?"+query).results()
+		want(t, query+": elements", len(rs), elements)
+		want(t, query+": devices read", *reads, read)
+		return rs
+	}
+	get("sort=name&limit=10", 10, 200+11) // one more, to know whether there is a next page
+	get("sort=name&limit=10", 10, 11)
+	get("sort=-connectedAt&limit=5", 5, 6)
+	get("search=000000000007", 1, 1)
+	get("search=nothing", 0, 0)
+	get("search=zo&sort=name&status=OFFLINE&limit=3", 3, 4)
+	get("sort=name&deviceIdFilter="+string(lampA), 0, 1) // unknown
+
+	const one hub.DeviceID = "d2000000-0000-4000-8000-000000000007"
+	w.pictures[one] = lamp(one, "aaa", true)
+	w.pictures[one].Labels = hub.Labels{"room": "attic"}
+	get("search=attic", 0, 0) // it has not said so yet
+	changed(one)
+	get("search=attic", 1, 2)
+	rs := get("sort=name&limit=1&search=a", 1, 2)
+	want(t, "the first by name is another", rs[0]["id"] != any(string(one)), true) // names can be empty
+	get("search=aaa&sort=name", 1, 1)
+	delete(w.pictures, one)
+	changed(one)
+	get("search=attic", 0, 0) // it is nobody's any more, whatever the index says
+}
+
+// A device that is another owner's now is not found by what its former owner knew.
+func TestIndexIsOfItsOwner(t *testing.T) {
+	w := newWorld(t)
+	counted(w)
+	want(t, "bob asks first", len(w.do(t, "bob", "GET", "/api/v1/devices?search=lamp&deviceIdFilter="+string(lampA)).results()), 0)
+	want(t, "alice's", len(w.get(t, "/api/v1/devices?search=lamp&deviceIdFilter="+string(lampA)).results()), 1)
+	a := w.do(t, "bob", "GET", "/api/v1/devices?search=lamp&deviceIdFilter="+string(lampA))
+	want(t, "bob's", len(a.results()), 0)
+	want(t, "alice's again", len(w.get(t, "/api/v1/devices?search=lamp&deviceIdFilter="+string(lampA)).results()), 1)
+}
+
+// A device that goes between being chosen and being read costs the page nothing but itself.
+func TestDeviceThatGoesWhileItIsSorted(t *testing.T) {
+	w := newWorld(t)
+	fleet(w, 9)
+	_, changed := counted(w)
+	w.get(t, "/api/v1/devices?sort=id")
+	const gone hub.DeviceID = "d2000000-0000-4000-8000-000000000002"
+	devices := w.directory.devices
+	w.directory.devices = func(ctx context.Context, o hub.Owner, ids []hub.DeviceID) iter.Seq2[*hub.Device, error] {
+		if len(ids) > 1 && w.pictures[gone] != nil { // the page is read
+			delete(w.pictures, gone)
+			changed(gone)
+		}
+		return devices(ctx, o, ids)
+	}
+	rs := w.get(t, "/api/v1/devices?sort=id&limit=4").results()
+	want(t, "a whole page", len(rs), 4)
+	for i, n := range []int{0, 1, 3, 4} {
+		want(t, "device", rs[i]["id"].(string), fmt.Sprintf("d2000000-0000-4000-8000-%012x", n))
+	}
+	want(t, "and there is more", rs[3]["cursor"] != nil, true)
+}
+
+func TestIndexIsBounded(t *testing.T) {
+	var x index
+	for i := range maxIndexed + 10 {
+		x.put(hub.DeviceID(fmt.Sprint(i)), indexed{changes: 1, owner: alice})
+	}
+	want(t, "devices", len(x.devices), maxIndexed)
+	_, ok := x.get(hub.DeviceID(fmt.Sprint(maxIndexed+9)), alice, 1)
+	want(t, "the newest is there", ok, true)
+}
+
+// BenchmarkSearch looks for one among 10 000 devices that are known.
+func BenchmarkSearch(b *testing.B) {
+	w := newWorld(b)
+	fleet(w, 10_000)
+	counted(w)
+	ids, err := w.identities.devices(b.Context(), alice)
+	if err != nil {
+		b.Fatal(err)
+	}
+	w.identities.devices = func(context.Context, hub.Owner) ([]hub.DeviceID, error) { return ids, nil }
+	f := &filter{online: true, offline: true, search: search{"000000000007"}}
+	find := func() {
+		for _, err := range w.devices(b.Context(), alice, f) {
+			if err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+	find() // reads them all
+	for b.Loop() {
+		find()
+	}
+}

@@ -1,0 +1,368 @@
+package grpcgateway
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+
+	pb "github.com/coaphub/coaphub/api/gen/grpcgatewaypb"
+	"github.com/coaphub/coaphub/hub"
+)
+
+const (
+	// maxSubscriptions bounds the subscriptions of one stream.
+	maxSubscriptions = 100
+	// checkEvery is how often a stream's token is looked at again: a token that ended or was revoked ends its stream.
+	checkEvery = time.Second
+	// linksPiece bounds the links of one event of a current state, so that it fits the message of a client with small limits.
+	linksPiece = 1000
+)
+
+var (
+	errStopping = hub.NewError(hub.Unavailable, "hub-stopping", "the hub is stopping, come again and resume")
+	errTooMany  = hub.NewError(hub.Exhausted, "subscriptions-limit", "a stream has at most 100 subscriptions")
+	errNoAction = hub.NewError(hub.Invalid, "action-missing", "neither createSubscription nor cancelSubscription is set")
+)
+
+// stream is what an application has open: its subscriptions, whatever door they came through. It knows how to send and
+// nothing of the door.
+type stream struct {
+	g       *Gateway
+	claims  hub.Claims
+	token   string
+	door    string
+	ctx     context.Context //nolint:containedctx // it is the stream's life, which its subscriptions share
+	end     context.CancelCauseFunc
+	sending sync.Mutex // guards send, which is for one at a time
+	send    func(told) error
+	work    sync.WaitGroup
+
+	mu     sync.Mutex // guards all below
+	subs   map[string]*subscription
+	closed bool // close waits for those that run: no more begin
+}
+
+// newStream begins a stream. It ends when ctx does, when its token is no longer good, when the hub stops, or when something
+// cannot be sent; context.Cause(s.ctx) says why. The caller must close it.
+func (g *Gateway) newStream(ctx context.Context, door string, claims hub.Claims, token string) *stream {
+	s := &stream{g: g, claims: claims, token: token, door: door, subs: map[string]*subscription{}}
+	s.ctx, s.end = context.WithCancelCause(ctx)
+	s.work.Go(s.guard)
+	return s
+}
+
+// close ends all subscriptions and waits for them.
+func (s *stream) close() {
+	s.end(context.Canceled)
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	s.work.Wait()
+}
+
+// guard ends the stream with its token, or with the hub.
+func (s *stream) guard() {
+	tick := time.NewTicker(checkEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-s.g.closing:
+			s.end(errStopping)
+			return
+		case <-tick.C:
+		}
+		// That it cannot be found out is no reason to end: the token was good.
+		if _, err := s.g.deps.Verifier.Verify(s.ctx, s.token); hub.IsKind(err, hub.Unauthenticated) || hub.IsKind(err, hub.Denied) {
+			s.end(err)
+			return
+		}
+	}
+}
+
+// tell sends one message. What cannot be sent ends the stream: its reader resumes.
+func (s *stream) tell(t told) error {
+	s.sending.Lock()
+	defer s.sending.Unlock()
+	if err := context.Cause(s.ctx); err != nil {
+		return err
+	}
+	if err := s.send(t); err != nil {
+		s.end(err)
+		return err
+	}
+	s.g.metrics.told.WithLabelValues(s.door).Inc()
+	return nil
+}
+
+// handle carries out what the application asked for. An error ends the stream; what is wrong with the request is answered.
+func (s *stream) handle(m *pb.SubscribeToEvents) error {
+	corr := m.GetCorrelationId()
+	switch {
+	case m.GetCreateSubscription() != nil:
+		u, err := s.open(m.GetCreateSubscription(), corr)
+		if err != nil {
+			return s.tell(refused("", corr, pb.Event_OperationProcessed_ErrorStatus_ERROR, err))
+		}
+		return s.start(u)
+	case m.GetCancelSubscription() != nil:
+		id := m.GetCancelSubscription().GetSubscriptionId()
+		s.mu.Lock()
+		u := s.subs[id]
+		s.mu.Unlock()
+		if u == nil {
+			return s.tell(refused(id, corr, pb.Event_OperationProcessed_ErrorStatus_NOT_FOUND,
+				hub.NewError(hub.NotFound, "subscription-unknown", "the stream has no such subscription")))
+		}
+		u.cancel()
+		<-u.done
+		if err := s.tell(told{sub: id, corr: corr, canceled: true}); err != nil {
+			return err
+		}
+		return s.tell(told{sub: id, corr: corr, processed: &pb.Event_OperationProcessed{ErrorStatus: &pb.Event_OperationProcessed_ErrorStatus{}}})
+	}
+	return s.tell(refused("", corr, pb.Event_OperationProcessed_ErrorStatus_ERROR, errNoAction))
+}
+
+// refused answers a request that was not carried out. The protocol has one text for it: it begins with the stable code, as
+// over CoAP.
+func refused(id, corr string, code pb.Event_OperationProcessed_ErrorStatus_Code, err error) told {
+	reason, text := hub.Public(err)
+	return told{sub: id, corr: corr, processed: &pb.Event_OperationProcessed{
+		ErrorStatus: &pb.Event_OperationProcessed_ErrorStatus{Code: code, Message: reason + ": " + text},
+	}}
+}
+
+// subscription is one of a stream's. Its goroutine alone touches what is below cancel.
+type subscription struct {
+	s        *stream
+	id, corr string
+	filter   *eventFilter
+	cancel   context.CancelFunc
+	done     chan struct{}
+
+	resume
+	// seen is up to which seq the current state has each device; it is nil once the feed is behind until.
+	seen  map[hub.DeviceID]uint64
+	until hub.Position
+}
+
+// open makes a subscription that does not run yet. Where it begins is decided here: everything that happens from now on will
+// be told, so it is live before anybody hears of it.
+func (s *stream) open(m *pb.SubscribeToEvents_CreateSubscription, corr string) (*subscription, error) {
+	u := &subscription{s: s, id: uuid.NewString(), corr: corr, done: make(chan struct{})}
+	var err error
+	if u.filter, err = newEventFilter(m); err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	n := len(s.subs)
+	s.mu.Unlock()
+	if n >= maxSubscriptions {
+		return nil, errTooMany
+	}
+	if token := m.GetResumeToken(); token != "" {
+		u.resume, err = s.g.resumeAt(s.claims.Owner, token)
+		return u, err
+	}
+	u.state = m.GetIncludeCurrentState()
+	u.at, err = s.g.deps.Directory.FeedHead(s.ctx)
+	return u, err
+}
+
+// start acknowledges the subscription and lets it run.
+func (s *stream) start(u *subscription) error {
+	ctx, cancel := context.WithCancel(s.ctx)
+	u.cancel = cancel
+	if err := s.tell(told{sub: u.id, corr: u.corr, token: u.token(), processed: &pb.Event_OperationProcessed{
+		ErrorStatus: &pb.Event_OperationProcessed_ErrorStatus{},
+	}}); err != nil {
+		cancel()
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		cancel()
+		return context.Cause(s.ctx)
+	}
+	s.subs[u.id] = u
+	s.g.metrics.subscriptions.WithLabelValues(s.door).Inc()
+	s.work.Go(func() {
+		defer close(u.done)
+		defer cancel()
+		defer func() {
+			s.mu.Lock()
+			delete(s.subs, u.id)
+			s.mu.Unlock()
+			s.g.metrics.subscriptions.WithLabelValues(s.door).Dec()
+		}()
+		if err := s.g.guarded("subscription", func() error { return u.run(ctx) }); ctx.Err() == nil {
+			s.end(err)
+		}
+	})
+	return nil
+}
+
+// run tells what there is to tell until ctx ends; it returns with an error.
+func (u *subscription) run(ctx context.Context) error {
+	for {
+		if u.state {
+			if err := u.tellState(ctx); err != nil {
+				return err
+			}
+		}
+		err := u.follow(ctx)
+		if code, _ := hub.Public(err); code != "feed-lagged" {
+			return err
+		}
+		// What came next is gone. It is said, never passed over, and the current state has what is worth knowing of it.
+		u.s.g.metrics.lagged.Inc()
+		u.state = true
+		lagged := true
+		_, text := hub.Public(err)
+		if err := u.s.tell(told{sub: u.id, corr: u.corr, token: u.token(), processed: &pb.Event_OperationProcessed{
+			ErrorStatus: &pb.Event_OperationProcessed_ErrorStatus{Message: "feed-lagged: " + text}, Lagged: &lagged,
+		}}); err != nil {
+			return err
+		}
+	}
+}
+
+// token is where a reader goes on that has all that was told so far.
+func (u *subscription) token() string { return u.s.g.resumeToken(u.s.claims.Owner, u.resume) }
+
+// follow tells the events behind u.at, as they come. It returns with an error.
+func (u *subscription) follow(ctx context.Context) error {
+	for f, err := range u.s.g.deps.Directory.Feed(ctx, u.s.claims.Owner, u.at) {
+		if err != nil {
+			return err
+		}
+		if u.seen != nil && f.At.Compare(u.until) > 0 {
+			u.seen, u.state = nil, false
+		}
+		if f.Commit.Seq <= u.seen[f.Commit.Device] {
+			continue // the current state had it
+		}
+		for i := f.Skip; i < len(f.Commit.Events); i++ {
+			ev := &f.Commit.Events[i]
+			k, ok := subscribables[kindOfEvent(ev)]
+			if !ok || !u.filter.wants(&k, f.Commit.Device, ev) {
+				continue
+			}
+			u.at = f.Cursor(u.at.Log, i)
+			if err := ctx.Err(); err != nil { // it was cancelled
+				return err
+			}
+			if err := u.tellEvent(eventElement{f.Commit, i, u.s.g.deps.HubID}, true); err != nil {
+				return err
+			}
+		}
+	}
+	return fmt.Errorf("follow the feed: %w", errors.Join(ctx.Err(), errors.New("it ended")))
+}
+
+func (u *subscription) tellEvent(e eventElement, shared bool) error {
+	return u.s.tell(told{sub: u.id, corr: u.corr, token: u.token(), event: e, shared: shared})
+}
+
+// tellState tells the current state of the owner's devices and sets where the feed goes on behind it.
+//
+// The head comes before the pictures, so nothing is missed; a picture may have commits that the feed brings again, which its
+// seq tells. Until those are behind it, and as long as not all of it was told, a reader that resumes gets the state anew.
+func (u *subscription) tellState(ctx context.Context) error {
+	g, owner := u.s.g, u.s.claims.Owner
+	head, err := g.deps.Directory.FeedHead(ctx)
+	if err != nil {
+		return err
+	}
+	ids, err := g.deps.Identities.Devices(ctx, owner)
+	if err != nil {
+		return err
+	}
+	u.at, u.seen = head, map[hub.DeviceID]uint64{}
+	var held *eventElement // the last one carries another token
+	for d, err := range g.deps.Directory.State(ctx, owner, ids) {
+		if err != nil {
+			return err
+		}
+		u.seen[d.ID] = d.Seq
+		for c := range stateOf(d) {
+			ev := &c.Events[0]
+			k := subscribables[kindOfEvent(ev)]
+			if !u.filter.wants(&k, d.ID, ev) {
+				continue
+			}
+			if held != nil {
+				if err := u.tellEvent(*held, false); err != nil {
+					return err
+				}
+			}
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			held = &eventElement{c, 0, g.deps.HubID}
+		}
+	}
+	now, err := g.deps.Directory.FeedHead(ctx)
+	if err != nil {
+		return err
+	}
+	if u.until = now.After; now == head {
+		u.seen, u.state = nil, false
+	}
+	if held != nil {
+		return u.tellEvent(*held, false)
+	}
+	return nil
+}
+
+// stateOf makes events of a device's picture: that it is the owner's, its metadata, its links, the last representation of each
+// of its resources, and the commands that wait. Their versions are those of the events that they come from.
+func stateOf(d *hub.Device) iter.Seq[*hub.Commit] {
+	return func(yield func(*hub.Commit) bool) {
+		event := func(c hub.Cause, ev hub.Event) bool {
+			ev.Version, ev.Session, ev.Message = c.Version, c.Session, c.Message
+			ev.Connection, ev.User, ev.Correlation = c.Connection, c.User, c.Correlation
+			return yield(&hub.Commit{Device: d.ID, Seq: d.Seq, Time: c.Time, Owner: d.Owner, Generation: d.Generation, Events: []hub.Event{ev}})
+		}
+		if !event(hub.Cause{}, hub.Event{Kind: hub.Registered}) {
+			return
+		}
+		if d.MetaCause.Known && !event(d.MetaCause, hub.Event{Kind: hub.MetadataUpdated, Metadata: &d.Metadata}) {
+			return
+		}
+		var links []hub.Link
+		for l := range d.Links.All() {
+			if links = append(links, l); len(links) == linksPiece {
+				if !event(d.LinksCause, hub.Event{Kind: hub.LinksPublished, Links: links}) {
+					return
+				}
+				links = nil
+			}
+		}
+		if len(links) > 0 && !event(d.LinksCause, hub.Event{Kind: hub.LinksPublished, Links: links}) {
+			return
+		}
+		for r := range d.Resources.All() {
+			c := hub.Cause{
+				Version: r.Version, Time: r.Time, Session: r.Session, Message: r.Message, Connection: r.Connection, User: r.User, Correlation: r.Correlation,
+			}
+			if !event(c, hub.Event{Kind: hub.ResourceChanged, Href: r.Href, Status: r.Status, Content: r.Content, ETag: r.ETag, Types: r.Types}) {
+				return
+			}
+		}
+		for i := range d.Commands {
+			c := &d.Commands[i]
+			if !event(c.Cause, hub.Event{Kind: hub.CommandPending, Href: c.Href, Content: c.Content, Types: c.Types, Command: &c.CommandEvent}) {
+				return
+			}
+		}
+	}
+}
