@@ -436,6 +436,57 @@ func TestSleepInTheMiddle(t *testing.T) {
 	})
 }
 
+// A synchronisation that was asked for anew stays that when the device falls asleep in it: no ETag saves it from telling all.
+func TestSleepInAForcedSynchronisation(t *testing.T) {
+	doze(t, []string{"/a*"}, nil, func(d *dozer) { d.w.etag = [][]byte{{7}} }, func(t *testing.T, w *world, _ *Gateway, d *dozer) {
+		h := &hall{t: t, w: w}
+		after(time.Second)
+		tagged := func() (n int) {
+			d.set(func() {
+				for _, a := range d.asked {
+					if a.etag == "\x07" {
+						n++
+					}
+				}
+			})
+			return n
+		}
+		if w.count("twin 3") != 1 || tagged() != 1 {
+			t.Fatalf("asked for %v; %q", d.asked, w.log)
+		}
+		d.sleep()
+		h.give(command("sync", hub.CommandTwinSync, ""))
+		after(10 * time.Minute)
+		if w.ends["sync"].Status != hub.StatusOK || w.count("twin 3") != 1 {
+			t.Fatalf("%v; %q", w.ends, w.log)
+		}
+		d.wake()
+		d.ask(get("/oic/rd", 2))
+		synctest.Wait()
+		if w.count("twin 3") != 2 || tagged() != 0 || !slices.Contains(d.heardOf(), "/a") {
+			t.Errorf("asked for %v; %q", d.asked, w.log)
+		}
+	})
+}
+
+// A twin that is switched off in the middle of a synchronisation is never said to be in sync.
+func TestTwinIsSwitchedOffInASynchronisation(t *testing.T) {
+	doze(t, []string{"/a*", "/b*", "/c*"}, nil, func(d *dozer) {
+		d.heard = func() {
+			if len(d.asked) == 3 { // all but the first of them is still to be asked for
+				d.heard = nil
+				go (&hall{t: d.t, w: d.w}).give(command("off", hub.CommandTwinOff, ""))
+				synctest.Wait()
+			}
+		}
+	}, func(t *testing.T, w *world, _ *Gateway, d *dozer) {
+		after(time.Minute)
+		if w.count("twin 2") != 1 || w.count("twin 3") != 0 || w.ends["off"].Status != hub.StatusOK || slices.Contains(d.heardOf(), "/c") {
+			t.Errorf("asked for %q; %q", d.heardOf(), w.log)
+		}
+	})
+}
+
 // What a device has not reported for longer than its Max-Age is asked for.
 func TestQuietObservation(t *testing.T) {
 	doze(t, []string{"/a*", "/b"}, nil, nil, func(t *testing.T, w *world, _ *Gateway, d *dozer) {
