@@ -453,6 +453,14 @@ func TestPendingCommands(t *testing.T) {
 		}
 	}
 	want(t, "pages", strings.Join(pages, " "), "c1 c2 c3 c4 c5")
+	cursor := func(target string) string { return w.get(t, target+"limit=1").results()[0]["cursor"].(string) }
+	for target, from := range map[string]string{
+		"/api/v1/pending-commands?commandFilter=RESOURCE_UPDATE": "/api/v1/pending-commands?",
+		"/api/v1/pending-commands?includeHiddenResources=true":   "/api/v1/pending-commands?",
+		light + "/pending-commands/c2?":                          light + "/pending-commands?",
+	} {
+		want(t, "a cursor of "+from+" in "+target, w.get(t, target+"&cursor="+cursor(from)).reason(), "cursor-invalid")
+	}
 	c := pb.NewGrpcGatewayClient(w.dial(t))
 	all, err := all(c.GetPendingCommands(as(t, "reader"), &pb.GetPendingCommandsRequest{IncludeHiddenResources: true, Limit: 5}))
 	want(t, "over gRPC", err == nil && len(all) == 5 && all[4].GetCursor() != "" && all[0].GetResourceUpdatePending().GetResourceInterface() == "oic.if.rw", true)
