@@ -92,6 +92,7 @@ var arrows = []struct{ from, to, why string }{
 	{"oauth-server", "resource-directory", "services do not import each other"},
 	{"certificate-authority", "internal/coap", "the authority does not know CoAP"},
 	{"certificate-authority", "net/http", "the authority does not know HTTP"},
+	{"client", "", "applications import it: it adds nothing of ours but itself"},
 	{"test/device", "internal/coap", "simulated devices are built on another engine: we must not only agree with ourselves"},
 	{"test/device", "bundle", "simulated devices see the hub from outside only"},
 	{"test/device", "coap-gateway", "simulated devices see the hub from outside only"},

@@ -9,7 +9,13 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"html"
+	"io"
+	"net/http"
+	"net/http/cookiejar"
+	"net/url"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -216,6 +222,40 @@ func (h *Hub) User(t testing.TB, name, password string, roles ...string) {
 	if _, err := h.Control.AddUser(t.Context(), bundle.UserRequest{Name: name, Password: password, Roles: roles}); err != nil {
 		t.Fatalf("account %s: %v", name, err)
 	}
+}
+
+var csrfField = regexp.MustCompile(`name="csrf" value="([^"]+)"`)
+
+// Approve signs an account in on the page that the device grant of a program shows (client.Prompt): a person with a browser.
+func (h *Hub) Approve(t testing.TB, page, code, name, password string) {
+	t.Helper()
+	jar, err := cookiejar.New(nil)
+	if err != nil {
+		t.Fatalf("approve a login: %v", err)
+	}
+	browser := &http.Client{Jar: jar, Transport: &http.Transport{DisableKeepAlives: true}}
+	ask := func(method string, form url.Values) string {
+		req, err := http.NewRequestWithContext(t.Context(), method, page, strings.NewReader(form.Encode()))
+		if err != nil {
+			t.Fatalf("approve a login: %v", err)
+		}
+		req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+		resp, err := browser.Do(req)
+		if err != nil {
+			t.Fatalf("approve a login: %v", err)
+		}
+		defer func() { _ = resp.Body.Close() }()
+		b, err := io.ReadAll(resp.Body)
+		if err != nil || resp.StatusCode != http.StatusOK {
+			t.Fatalf("approve a login: %s, %v: %s", resp.Status, err, b)
+		}
+		return string(b)
+	}
+	found := csrfField.FindStringSubmatch(ask(http.MethodGet, nil))
+	if found == nil {
+		t.Fatalf("%s has no form", page)
+	}
+	ask(http.MethodPost, url.Values{"csrf": {html.UnescapeString(found[1])}, "user_code": {code}, "username": {name}, "password": {password}})
 }
 
 // Log is what the hub logged so far.
