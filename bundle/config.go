@@ -18,10 +18,12 @@ import (
 	resourcedirectory "github.com/coaphub/coaphub/resource-directory"
 )
 
-// EnvPrefix is what the environment variables of keys begin with; EnvData is the data folder's and no key.
+// EnvPrefix is what the environment variables of keys begin with; EnvData is the data folder's and no key, nor is EnvToken,
+// an access token for the command line.
 const (
 	EnvPrefix = "COAPHUB_"
 	EnvData   = EnvPrefix + "DATA"
+	EnvToken  = EnvPrefix + "TOKEN"
 )
 
 //go:generate go test -run ^TestConfigReference$ -count=1 . -update
@@ -215,7 +217,7 @@ var foreign = map[string]string{
 // is put over it by the caller, who then calls Validate. Warnings are for the log.
 func LoadConfig(file string, env []string) (c Config, warnings []string, err error) {
 	c = Default()
-	src := conf.Source{Name: file, Env: env, Prefix: EnvPrefix, Except: []string{EnvData}, Foreign: foreign}
+	src := conf.Source{Name: file, Env: env, Prefix: EnvPrefix, Except: []string{EnvData, EnvToken}, Foreign: foreign}
 	if file != "" {
 		if src.YAML, err = os.ReadFile(file); err != nil {
 			return c, nil, &hub.Error{Kind: hub.Invalid, Code: "config-unreadable", Text: "the configuration file cannot be read: " + cause(err), Err: err}

@@ -11,6 +11,7 @@ import (
 	"iter"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -283,31 +284,98 @@ func page(ctx context.Context, c *Client, r Request) (elements []json.RawMessage
 		return nil, "", err
 	}
 	defer func() { _ = resp.Body.Close() }()
-	lines := bufio.NewScanner(resp.Body)
-	lines.Buffer(nil, maxLine)
-	for lines.Scan() {
-		if len(bytes.TrimSpace(lines.Bytes())) == 0 {
-			continue
+	for raw, err := range c.Elements(resp) {
+		if err != nil {
+			return elements, "", err
 		}
-		var line struct {
-			Result json.RawMessage `json:"result"`
-			Error  *status         `json:"error"`
-		}
-		if err := json.Unmarshal(lines.Bytes(), &line); err != nil {
-			return elements, "", strange(err)
-		}
-		if line.Error != nil {
-			return elements, "", line.Error.err()
-		}
-		elements = append(elements, line.Result)
-	}
-	if err := lines.Err(); err != nil {
-		return elements, "", c.brokeOff(ctx, err)
+		elements = append(elements, raw)
 	}
 	if n := len(elements); n > 0 {
 		elements[n-1], cursor, err = withoutCursor(elements[n-1])
 	}
 	return elements, cursor, err
+}
+
+// Elements reads an answer of Do in JSON, or as server-sent events: the elements of a list, the messages of a stream, or the
+// one document that it is. What has a member "result" is that, and an "error" ends it: for a content alone (onlyContent),
+// which may have such members of its own, it is the wrong reader. The caller closes the body.
+func (c *Client) Elements(resp *http.Response) iter.Seq2[json.RawMessage, error] {
+	return func(yield func(json.RawMessage, error) bool) {
+		body := &bounded{r: resp.Body}
+		next := json.NewDecoder(body).Decode
+		if strings.HasPrefix(resp.Header.Get("Content-Type"), "text/event-stream") {
+			next = messages(resp.Body)
+		}
+		for {
+			body.n = 0
+			var raw json.RawMessage
+			if err := next(&raw); err != nil {
+				var syntax *json.SyntaxError
+				switch {
+				case errors.Is(err, io.EOF):
+					return
+				case errors.As(err, &syntax):
+					err = strange(err)
+				default:
+					err = c.brokeOff(resp.Request.Context(), err)
+				}
+				yield(nil, err)
+				return
+			}
+			var element struct {
+				Result json.RawMessage `json:"result"`
+				Error  *status         `json:"error"`
+			}
+			if raw[0] == '{' {
+				if err := json.Unmarshal(raw, &element); err != nil {
+					yield(nil, strange(err))
+					return
+				}
+			}
+			switch {
+			case element.Error != nil:
+				yield(nil, element.Error.err())
+				return
+			case element.Result != nil:
+				raw = element.Result
+			}
+			if !yield(raw, nil) {
+				return
+			}
+		}
+	}
+}
+
+// bounded reads so much for one document.
+type bounded struct {
+	r io.Reader
+	n int
+}
+
+func (b *bounded) Read(p []byte) (int, error) {
+	if b.n > maxLine {
+		return 0, bufio.ErrTooLong
+	}
+	n, err := b.r.Read(p)
+	b.n += n
+	return n, err
+}
+
+// messages reads the data of server-sent events: one line each, as the hub writes them.
+func messages(r io.Reader) func(any) error {
+	lines := bufio.NewScanner(r)
+	lines.Buffer(nil, maxLine)
+	return func(v any) error {
+		for lines.Scan() {
+			if data, ok := bytes.CutPrefix(lines.Bytes(), []byte("data:")); ok {
+				return json.Unmarshal(data, v)
+			}
+		}
+		if err := lines.Err(); err != nil {
+			return err
+		}
+		return io.EOF
+	}
 }
 
 // withoutCursor takes the cursor out of the last element of a page: it is of the page, not of what the element is about.
@@ -319,6 +387,10 @@ func withoutCursor(raw json.RawMessage) (json.RawMessage, string, error) {
 	var cursor string
 	if members["cursor"] == nil || json.Unmarshal(members["cursor"], &cursor) != nil {
 		return raw, "", nil
+	}
+	// The hub has it last; the others stay in their order.
+	if rest, ok := bytes.CutSuffix(raw, slices.Concat([]byte(`,"cursor":`), members["cursor"], []byte("}"))); ok {
+		return append(rest, '}'), cursor, nil
 	}
 	delete(members, "cursor")
 	raw, err := encode(members)

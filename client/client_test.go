@@ -350,9 +350,16 @@ func TestPages(t *testing.T) {
 		for i := range min(2, len(asked)*100) {
 			cursor := ""
 			if i == 1 && len(asked) < 4 {
-				cursor = fmt.Sprintf(`,"cursor":"after%d"`, len(asked))
+				cursor = fmt.Sprintf(`"cursor":"after%d"`, len(asked))
 			}
-			_, _ = fmt.Fprintf(w, `{"result":{"id":"%d","name":"<&>"%s}}`+"\n", i, cursor)
+			if len(asked) == 1 && cursor != "" {
+				_, _ = fmt.Fprintf(w, `{"result":{"name":"<&>","id":"%d",%s}}`+"\n", i, cursor)
+				continue
+			}
+			if cursor != "" { // not where our hub has it
+				cursor += ","
+			}
+			_, _ = fmt.Fprintf(w, `{"result":{%s"id":"%d","name":"<&>"}}`+"\n", cursor, i)
 		}
 	}))
 	defer srv.Close()
@@ -362,8 +369,8 @@ func TestPages(t *testing.T) {
 	}
 	defer c.Close()
 	all := collect(t, c.ListDevices(t.Context(), client.DeviceQuery{Search: "x"}))
-	if len(all) != 8 || string(all[1].Raw) != `{"id":"1","name":"<&>"}` || all[1].Name != "<&>" {
-		t.Errorf("%s", all[1].Raw)
+	if len(all) != 8 || string(all[1].Raw) != `{"name":"<&>","id":"1"}` || string(all[3].Raw) != `{"id":"1","name":"<&>"}` || all[3].Name != "<&>" {
+		t.Errorf("%s, %s", all[1].Raw, all[3].Raw)
 	}
 	if want := []string{"200x", "200after1x", "200after2x", "200after3x"}; !slices.Equal(asked, want) {
 		t.Errorf("asked %q", asked)

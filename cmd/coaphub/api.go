@@ -1,36 +1,24 @@
 package main
 
 import (
-	"bufio"
-	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
-	"net/http"
-	"net/url"
 	"os"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
-	"google.golang.org/grpc/codes"
 
 	"github.com/coaphub/coaphub/bundle"
+	"github.com/coaphub/coaphub/client"
 	"github.com/coaphub/coaphub/hub"
 )
 
-// api is a client of a hub's HTTP API: of the hub of this data folder, or of any with --server and a token.
-type api struct {
-	base  string
-	token string
-	http  *http.Client
-}
-
-// apiFlags are where the hub is and who asks.
+// apiFlags are where the hub is and who asks: the hub of this data folder, or any with --server and a token or a login.
 type apiFlags struct {
 	server, token, tokenFile, ca string
 	asJSON                       bool
@@ -38,60 +26,114 @@ type apiFlags struct {
 
 func (f *apiFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.server, "server", "", "base URL of a hub's HTTP API (default the hub of this data folder)")
-	cmd.Flags().StringVar(&f.token, "token", "", "access token for --server; other users of this machine may see it, see --token-file")
+	cmd.Flags().StringVar(&f.token, "token", "", "access token for --server (default "+bundle.EnvToken+", else the login of coaphub login); other users of this machine may see it")
 	cmd.Flags().StringVar(&f.tokenFile, "token-file", "", "file with the access token for --server; - is standard input")
 	cmd.Flags().StringVar(&f.ca, "ca", "", "file with the CA of --server's certificate (PEM), besides the system's")
 	cmd.Flags().BoolVar(&f.asJSON, "json", false, "print JSON, one object a line")
 }
 
-// open finds the hub and gets a token.
-func (f *apiFlags) open(cmd *cobra.Command, p process, scopes ...string) (*api, error) {
+// open makes a client of the hub. Scopes are what a token of this data folder's hub is for.
+func (f *apiFlags) open(cmd *cobra.Command, p process, scopes ...string) (*client.Client, error) {
 	if f.server == "" {
-		if f.token != "" || f.tokenFile != "" {
-			return nil, usage("--token and --token-file belong to --server")
+		if f.token != "" || f.tokenFile != "" || f.ca != "" {
+			return nil, usage("--token, --token-file and --ca belong to --server")
 		}
 		return openLocal(cmd, scopes)
 	}
-	u, err := url.Parse(f.server)
-	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
+	token, err := f.givenToken(p)
+	if err != nil {
+		return nil, err
+	}
+	ca, err := readCA(f.ca)
+	if err != nil {
+		return nil, err
+	}
+	cfg := client.Config{Server: f.server, Token: client.Static(token)}
+	if token == "" {
+		in, err := readLogin(p, f.server)
+		if err != nil {
+			return nil, err
+		}
+		if ca == "" {
+			ca = in.CA
+		}
+		if in.TLS, err = trust(ca); err != nil {
+			return nil, err
+		}
+		cfg.Token = in.Source(func(g client.Grant) error {
+			in.Grant = g
+			return in.write(p)
+		})
+	}
+	if cfg.TLS, err = trust(ca); err != nil {
+		return nil, err
+	}
+	c, err := client.New(cfg)
+	if err != nil {
 		return nil, usage("--server: %q is not a URL like https://hub.example:8080", f.server)
 	}
-	token := f.token
-	switch f.tokenFile {
-	case "":
-	case "-":
-		b, err := io.ReadAll(io.LimitReader(p.in, 64<<10))
-		if err != nil {
-			return nil, fmt.Errorf("read the token: %w", err)
-		}
-		token = strings.TrimSpace(string(b))
-	default:
-		b, err := os.ReadFile(f.tokenFile)
-		if err != nil {
-			return nil, fmt.Errorf("read the token: %w", err)
-		}
-		token = strings.TrimSpace(string(b))
-	}
-	if token == "" {
-		return nil, usage("--server needs a token: --token or --token-file (on the hub's machine: coaphub token)")
-	}
-	var pool *x509.CertPool
-	if f.ca != "" {
-		pem, err := os.ReadFile(f.ca)
-		if err != nil {
-			return nil, fmt.Errorf("read the CA: %w", err)
-		}
-		if pool, err = x509.SystemCertPool(); err != nil {
-			pool = x509.NewCertPool()
-		}
-		if !pool.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("--ca: %s has no certificate", f.ca)
-		}
-	}
-	return newAPI(f.server, token, pool), nil
+	return c, nil
 }
 
-func openLocal(cmd *cobra.Command, scopes []string) (*api, error) {
+// givenToken is the token that the command line or the environment has, empty if none.
+func (f *apiFlags) givenToken(p process) (string, error) {
+	var b []byte
+	var err error
+	switch {
+	case f.token != "" && f.tokenFile != "":
+		return "", usage("--token and --token-file exclude each other")
+	case f.token != "":
+		return f.token, nil
+	case f.tokenFile == "-":
+		b, err = io.ReadAll(io.LimitReader(p.in, 64<<10))
+	case f.tokenFile != "":
+		b, err = os.ReadFile(f.tokenFile)
+	default:
+		return strings.TrimSpace(p.getenv(bundle.EnvToken)), nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("read the token: %w", err)
+	}
+	token := strings.TrimSpace(string(b))
+	if token == "" {
+		return "", usage("--token-file: there is no token in it")
+	}
+	return token, nil
+}
+
+// readCA reads a file of certificates; no name gives none.
+func readCA(file string) (string, error) {
+	if file == "" {
+		return "", nil
+	}
+	pem, err := os.ReadFile(file)
+	if err != nil {
+		return "", fmt.Errorf("read the CA: %w", err)
+	}
+	if !x509.NewCertPool().AppendCertsFromPEM(pem) {
+		return "", fmt.Errorf("--ca: %s has no certificate", file)
+	}
+	return string(pem), nil
+}
+
+// trust is the system's authorities and those of ca (PEM); nil if there is none.
+func trust(ca string) (*tls.Config, error) {
+	if ca == "" {
+		return nil, nil
+	}
+	pool, err := x509.SystemCertPool()
+	if err != nil {
+		pool = x509.NewCertPool()
+	}
+	if !pool.AppendCertsFromPEM([]byte(ca)) {
+		return nil, fmt.Errorf("the CA of the hub's certificate is not PEM")
+	}
+	return &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}, nil
+}
+
+// openLocal makes a client of the hub of this data folder. Its ports may change when it restarts, and its tokens are short:
+// both are asked for again when need be.
+func openLocal(cmd *cobra.Command, scopes []string) (*client.Client, error) {
 	c, err := control(cmd)
 	if err != nil {
 		return nil, err
@@ -100,172 +142,106 @@ func openLocal(cmd *cobra.Command, scopes []string) (*api, error) {
 	if err != nil {
 		return nil, err
 	}
-	t, err := c.Token(cmd.Context(), bundle.TokenRequest{Scopes: scopes, TTL: 5 * time.Minute})
-	if code, text := hub.Public(err); code == "no-embedded-provider" {
-		return nil, &hub.Error{Kind: hub.Precondition, Code: code, Text: text + "; get one there, and name it with --server " + s.Endpoints.HTTP + " --token-file FILE", Err: err}
+	if s.Endpoints.OAuth == "" {
+		return nil, &hub.Error{
+			Kind: hub.Precondition, Code: "no-embedded-provider",
+			Text: "the hub's tokens come from another provider: sign in with coaphub login --server " + s.Endpoints.HTTP + ", then use --server",
+		}
 	}
-	if err != nil {
-		return nil, err
+	cfg := client.Config{
+		Locate: func(ctx context.Context) (string, error) {
+			s, err := c.Status(ctx)
+			return s.Endpoints.HTTP, gone(err)
+		},
+		Token: func(ctx context.Context) (client.Token, error) {
+			t, err := c.Token(ctx, bundle.TokenRequest{Scopes: scopes, TTL: 5 * time.Minute})
+			return client.Token{Access: t.AccessToken, Expires: t.ExpiresAt}, gone(err)
+		},
 	}
-	var pool *x509.CertPool
 	if strings.HasPrefix(s.Endpoints.HTTP, "https:") {
 		pem, err := c.Root(cmd.Context(), "https")
 		if err != nil {
 			return nil, err
 		}
-		pool = x509.NewCertPool()
-		pool.AppendCertsFromPEM([]byte(pem))
-	}
-	return newAPI(s.Endpoints.HTTP, t.AccessToken, pool), nil
-}
-
-func newAPI(base, token string, pool *x509.CertPool) *api {
-	return &api{strings.TrimRight(base, "/"), token, &http.Client{
-		Transport: &http.Transport{
-			TLSClientConfig: &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}, Proxy: http.ProxyFromEnvironment,
-			// Longer than the hub waits for any device.
-			ResponseHeaderTimeout: 6 * time.Minute, DisableKeepAlives: true,
-		},
-		// A redirect would carry the token to wherever it points.
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}}
-}
-
-// failure is the body of an error answer, and the error in a stream.
-type failure struct {
-	Code    int    `json:"code"`
-	Message string `json:"message"`
-	Details []struct {
-		Reason string `json:"reason"`
-	} `json:"details"`
-}
-
-func (f failure) err() error {
-	e := &hub.Error{Kind: hub.Invalid, Code: "hub-refused", Text: f.Message}
-	switch codes.Code(f.Code) {
-	case codes.NotFound:
-		e.Kind = hub.NotFound
-	case codes.Unauthenticated:
-		e.Kind = hub.Unauthenticated
-	case codes.Unavailable, codes.ResourceExhausted:
-		e.Kind = hub.Unavailable
-	}
-	for _, d := range f.Details {
-		if d.Reason != "" {
-			e.Code = d.Reason
+		if cfg.TLS, err = trust(pem); err != nil {
+			return nil, err
 		}
 	}
-	return e
+	return client.New(cfg)
 }
 
-// maxLine bounds one element of a list: content of 256 KiB, in JSON.
-const maxLine = 4 << 20
-
-// request asks the hub; a body comes in JSON, header is further names and values. An answer that is no success is an error.
-func (a *api) request(ctx context.Context, method, path, accept string, body []byte, header ...string) (*http.Response, error) {
-	r, err := http.NewRequestWithContext(ctx, method, a.base+path, bytes.NewReader(body))
-	if err != nil {
-		return nil, usage("%s: %w", a.base, err)
-	}
-	if body != nil {
-		r.Header.Set("Content-Type", "application/json")
-	}
-	r.Header.Set("Authorization", "Bearer "+a.token)
-	r.Header.Set("Accept", accept)
-	for i := 0; i < len(header); i += 2 {
-		r.Header.Set(header[i], header[i+1])
-	}
-	resp, err := a.http.Do(r)
-	if err != nil {
-		var u *url.Error
-		if errors.As(err, &u) {
-			err = u.Err
-		}
-		return nil, &hub.Error{Kind: hub.Unavailable, Code: "hub-unreachable", Text: "the hub at " + a.base + " cannot be reached: " + err.Error(), Err: err}
-	}
-	if resp.StatusCode == http.StatusOK {
-		return resp, nil
-	}
-	defer func() { _ = resp.Body.Close() }()
-	var f failure
-	b, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
-	if err := json.Unmarshal(b, &f); err != nil || f.Message == "" {
-		return nil, &hub.Error{Kind: hub.Invalid, Code: "hub-refused", Text: "the hub answered " + resp.Status}
-	}
-	return nil, f.err()
-}
-
-// each reads a list or a single object and hands on each element. An error in the middle of a list ends it.
-func (a *api) each(ctx context.Context, path string, do func(json.RawMessage) error) error {
-	return a.call(ctx, http.MethodGet, path, nil, do)
-}
-
-// call is each for any method, with a body in JSON if it is not nil.
-func (a *api) call(ctx context.Context, method, path string, body []byte, do func(json.RawMessage) error) error {
-	resp, err := a.request(ctx, method, path, "application/json", body)
-	if err != nil {
+// gone makes of a hub that does not answer on its socket what a client takes for one: it may come back.
+func gone(err error) error {
+	if !hub.IsKind(err, hub.Unavailable) {
 		return err
 	}
-	defer func() { _ = resp.Body.Close() }()
-	lines := bufio.NewScanner(resp.Body)
-	lines.Buffer(nil, maxLine)
-	for lines.Scan() {
-		if len(bytes.TrimSpace(lines.Bytes())) == 0 {
-			continue
-		}
-		var element struct {
-			Result json.RawMessage `json:"result"`
-			Error  *failure        `json:"error"`
-		}
-		if err := json.Unmarshal(lines.Bytes(), &element); err != nil {
-			return fmt.Errorf("the hub's answer is not JSON: %w", err)
-		}
-		switch {
-		case element.Error != nil:
-			return element.Error.err()
-		case element.Result == nil: // one object, not an element of a list
-			element.Result = bytes.Clone(lines.Bytes())
-		}
-		if err := do(element.Result); err != nil {
+	code, text := hub.Public(err)
+	return &client.Error{Kind: client.Unavailable, Code: client.Code(code), Message: text, Err: err}
+}
+
+// lines prints what a list brought: as the hub sent it if asJSON, else by row.
+func lines[T any](p process, asJSON bool, seq func(func(T, error) bool), raw func(*T) json.RawMessage, row func(*T)) error {
+	for v, err := range seq {
+		if err != nil {
 			return err
 		}
-	}
-	if err := lines.Err(); err != nil {
-		return fmt.Errorf("the hub's answer was cut short: %w", err)
+		if !asJSON {
+			row(&v)
+			continue
+		}
+		if err := line(p.out, raw(&v)); err != nil {
+			return err
+		}
 	}
 	return nil
 }
 
-// line prints an element as it came, for scripts.
-func line(w io.Writer) func(json.RawMessage) error {
-	return func(m json.RawMessage) error {
-		_, err := fmt.Fprintf(w, "%s\n", bytes.TrimSpace(m))
-		return err
-	}
+// line prints one JSON document as it came, for scripts.
+func line(w io.Writer, raw json.RawMessage) error {
+	_, err := fmt.Fprintf(w, "%s\n", raw)
+	return err
 }
 
-// devicePath is the API's path of a device; the ID is checked, so that a slip is not taken for a strange answer.
-func devicePath(id string) (string, error) {
+// deviceArg checks a device's ID, so that a slip is not taken for a strange answer.
+func deviceArg(id string) (string, error) {
 	dev, err := hub.ParseDeviceID(id)
 	if err != nil {
 		return "", usage("%q is not a device ID (a UUID); coaphub devices lists them", id)
 	}
-	return "/api/v1/devices/" + string(dev), nil
+	return string(dev), nil
 }
 
-// hrefPath is a resource's href in a path. Its slashes stay; everything else that means something in a URL is escaped.
-func hrefPath(href string) (string, error) {
+func hrefArg(href string) (string, error) {
 	h, err := hub.ParseHref(href)
 	if err != nil {
 		_, text := hub.Public(err)
 		return "", usage("%q: %s", href, text)
 	}
-	var b strings.Builder
-	for seg := range strings.SplitSeq(strings.TrimPrefix(string(h), "/"), "/") {
-		b.WriteByte('/')
-		b.WriteString(url.PathEscape(seg))
+	return string(h), nil
+}
+
+// resourceArgs reads [DEVICE [HREF]]; what is missing is empty.
+func resourceArgs(args []string) (device, href string, err error) {
+	if len(args) > 0 {
+		if device, err = deviceArg(args[0]); err != nil {
+			return "", "", err
+		}
 	}
-	return b.String(), nil
+	if len(args) > 1 {
+		href, err = hrefArg(args[1])
+	}
+	return device, href, err
+}
+
+// about is a device, one of its resources, or with neither everything, as queries have it.
+func about(device, href string) (devices []string, resources []client.ResourceID) {
+	switch {
+	case href != "":
+		return nil, []client.ResourceID{{DeviceID: device, Href: href}}
+	case device != "":
+		return []string{device}, nil
+	}
+	return nil, nil
 }
 
 // completeResources completes a device's ID, with its name beside it, and then an href: nobody types a UUID. A shell waits for
@@ -279,36 +255,33 @@ func completeResources(f *apiFlags, p process) cobra.CompletionFunc {
 		ctx, cancel := context.WithTimeout(cmd.Context(), 2*time.Second)
 		defer cancel()
 		cmd.SetContext(ctx)
-		a, err := f.open(cmd, p, hub.ScopeRead)
+		c, err := f.open(cmd, p, hub.ScopeRead)
 		if err != nil {
 			return nil, none
 		}
-		path := "/api/v1/devices"
-		if len(args) == 1 {
-			if path, err = devicePath(args[0]); err != nil {
-				return nil, none
+		defer c.Close()
+		add := func(text, about string) {
+			if strings.HasPrefix(text, begun) {
+				found = append(found, cobra.CompletionWithDesc(plain(text), plain(about)))
 			}
-			path += "/resources"
 		}
-		_ = a.each(ctx, path, func(m json.RawMessage) error { // what was read until an error is better than nothing
-			var one struct {
-				ID   string `json:"id"`
-				Name string `json:"name"`
-				Data change `json:"data"`
+		if len(args) == 0 { // what was read until an error is better than nothing
+			for d, err := range c.ListDevices(ctx, client.DeviceQuery{}) {
+				if err != nil {
+					break
+				}
+				add(d.ID, d.Name)
 			}
-			if err := json.Unmarshal(m, &one); err != nil {
-				return err
+			return found, none
+		}
+		for r, err := range c.ListResources(ctx, client.ResourceQuery{DeviceIDs: args[:1]}) {
+			if err != nil {
+				break
 			}
-			text := one.ID
-			if len(args) == 1 {
-				text = one.Data.ResourceID.Href
+			if r.Data != nil {
+				add(r.Data.Resource.Href, "")
 			}
-			if !strings.HasPrefix(text, begun) {
-				return nil
-			}
-			found = append(found, cobra.CompletionWithDesc(plain(text), plain(one.Name)))
-			return nil
-		})
+		}
 		return found, none
 	}
 }

@@ -5,14 +5,12 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net/http"
-	"net/url"
-	"strconv"
+	"slices"
 	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/coaphub/coaphub/client"
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/conf"
 )
@@ -32,70 +30,58 @@ func (f *commandFlags) add(cmd *cobra.Command) {
 	cmd.Flags().BoolVar(&f.force, "force", false, "also for a resource that the hub does not know")
 }
 
-// path is that of a command: the device's, kind and the href, with the flags as its query.
-func (f *commandFlags) path(device, kind, href string) (string, error) {
-	path, err := devicePath(device)
-	if err != nil {
-		return "", err
-	}
-	if href, err = hrefPath(href); err != nil {
-		return "", err
-	}
-	q := url.Values{}
+// options are the flags as the API takes them.
+func (f *commandFlags) options() (o client.CommandOptions, err error) {
 	if f.ttl != "" {
-		d, err := conf.ParseDuration(f.ttl)
-		if err != nil || d < hub.MinCommandTTL || d > hub.MaxCommandTTL {
-			return "", usage("--ttl: %q is not a duration from 100ms to a year", f.ttl)
-		}
-		q.Set("timeToLive", strconv.FormatInt(int64(d), 10))
-	}
-	for name, value := range map[string]string{"idempotencyKey": f.key, "resourceInterface": f.iface} {
-		if value != "" {
-			q.Set(name, value)
+		o.TTL, err = conf.ParseDuration(f.ttl)
+		if err != nil || o.TTL < hub.MinCommandTTL || o.TTL > hub.MaxCommandTTL {
+			return o, usage("--ttl: %q is not a duration from 100ms to a year", f.ttl)
 		}
 	}
-	for name, on := range map[string]bool{"async": f.async, "force": f.force, "supersede": f.supersede} {
-		if on {
-			q.Set(name, "true")
-		}
-	}
-	path += "/" + kind + href
-	if len(q) > 0 {
-		path += "?" + q.Encode()
-	}
-	return path, nil
+	o.Key, o.Interface, o.Async, o.Force, o.Supersede = f.key, f.iface, f.async, f.force, f.supersede
+	return o, nil
 }
 
-// run gives the command and says what came of it.
-func (f *commandFlags) run(cmd *cobra.Command, p process, method, path string, content []byte) error {
-	a, err := f.open(cmd, p, hub.ScopeWrite)
+// order gives one command.
+type order func(c *client.Client, device, href string, o client.CommandOptions) (*client.Change, error)
+
+// run reads the arguments, gives the command and says what came of it.
+func (f *commandFlags) run(cmd *cobra.Command, p process, args []string, give order) error {
+	device, href, err := resourceArgs(args[:2])
 	if err != nil {
 		return err
 	}
-	if f.asJSON {
-		return a.call(cmd.Context(), method, path, content, line(p.out))
-	}
-	return a.call(cmd.Context(), method, path, content, func(m json.RawMessage) error {
-		var r struct {
-			Data *change `json:"data"`
-		}
-		if err := json.Unmarshal(m, &r); err != nil {
-			return fmt.Errorf("the hub's answer was not understood: %w", err)
-		}
-		text := "accepted; coaphub commands shows whether it still waits"
-		if r.Data != nil {
-			text = r.Data.Status
-			if c := string(r.Data.Content); c != "" && !strings.HasPrefix(c, `{"coapContentFormat":-1`) {
-				text += " " + c
-			}
-		}
-		_, err := fmt.Fprintln(p.out, plain(text))
+	o, err := f.options()
+	if err != nil {
 		return err
-	})
+	}
+	c, err := f.open(cmd, p, hub.ScopeWrite)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	r, err := give(c, device, href, o)
+	switch {
+	case err != nil:
+		return err
+	case f.asJSON && r == nil:
+		return line(p.out, json.RawMessage("{}"))
+	case f.asJSON:
+		return line(p.out, slices.Concat(json.RawMessage(`{"data":`), r.Raw, json.RawMessage("}"))) // as the API has it
+	}
+	text := "accepted; coaphub commands shows whether it still waits"
+	if r != nil {
+		text = r.Status
+		if c := string(r.Content); c != "" && !strings.HasPrefix(c, `{"coapContentFormat":-1`) {
+			text += " " + c
+		}
+	}
+	_, err = fmt.Fprintln(p.out, plain(text))
+	return err
 }
 
 // contentArg reads a content: JSON as it stands, - for standard input, and a bare word for a text.
-func contentArg(p process, arg string) ([]byte, error) {
+func contentArg(p process, arg string) (json.RawMessage, error) {
 	b := []byte(arg)
 	if arg == "-" {
 		var err error
@@ -119,15 +105,13 @@ func newSet(p process) *cobra.Command {
 		Example: `  coaphub set 46239566-ce3e-558c-936e-94e34a3c62b5 /light/1 '{"state":true}'`,
 		Args:    exactly(3), ValidArgsFunction: completeResources(&f.apiFlags, p),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			path, err := f.path(args[0], "resources", args[1])
-			if err != nil {
-				return err
-			}
 			content, err := contentArg(p, args[2])
 			if err != nil {
 				return err
 			}
-			return f.run(cmd, p, http.MethodPut, path, content)
+			return f.run(cmd, p, args, func(c *client.Client, device, href string, o client.CommandOptions) (*client.Change, error) {
+				return c.UpdateResource(cmd.Context(), device, href, content, o)
+			})
 		},
 	}
 	f.add(cmd)
@@ -144,15 +128,13 @@ func newCreate(p process) *cobra.Command {
 		Long:  "create sends JSON (- reads it from standard input) to a collection of a device and shows what the device made of it.",
 		Args:  exactly(3), ValidArgsFunction: completeResources(&f.apiFlags, p),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			path, err := f.path(args[0], "resource-links", args[1])
-			if err != nil {
-				return err
-			}
 			content, err := contentArg(p, args[2])
 			if err != nil {
 				return err
 			}
-			return f.run(cmd, p, http.MethodPost, path, content)
+			return f.run(cmd, p, args, func(c *client.Client, device, href string, o client.CommandOptions) (*client.Change, error) {
+				return c.CreateResource(cmd.Context(), device, href, content, o)
+			})
 		},
 	}
 	f.add(cmd)
@@ -167,31 +149,14 @@ func newDelete(p process) *cobra.Command {
 		Long:  "delete asks a device to delete one of its resources. It does not delete the device from the hub.",
 		Args:  exactly(2), ValidArgsFunction: completeResources(&f.apiFlags, p),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			path, err := f.path(args[0], "resource-links", args[1])
-			if err != nil {
-				return err
-			}
-			return f.run(cmd, p, http.MethodDelete, path, nil)
+			return f.run(cmd, p, args, func(c *client.Client, device, href string, o client.CommandOptions) (*client.Change, error) {
+				return c.DeleteResource(cmd.Context(), device, href, o)
+			})
 		},
 	}
 	f.add(cmd)
 	cmd.Flags().StringVar(&f.iface, "interface", "", "OCF interface of the resource, such as oic.if.rw")
 	return cmd
-}
-
-// pending is a command as the API's simple JSON has it.
-type pending struct {
-	ResourceID struct {
-		DeviceID string `json:"deviceId"`
-		Href     string `json:"href"`
-	} `json:"resourceId"`
-	DeviceID string          `json:"deviceId"` // of one about the twin
-	Content  json.RawMessage `json:"content"`
-	Twin     *bool           `json:"twinEnabled"`
-	Until    string          `json:"validUntil"`
-	Audit    struct {
-		ID string `json:"correlationId"`
-	} `json:"auditContext"`
 }
 
 func newCommands(p process) *cobra.Command {
@@ -204,42 +169,40 @@ func newCommands(p process) *cobra.Command {
 			"ends one of a resource, or all of it with --cancel all. One that was sent may be carried out all the same.",
 		Args: between(0, 2), ValidArgsFunction: completeResources(&f, p),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			path, scope := "/api/v1/pending-commands?includeHiddenResources=true", hub.ScopeRead
-			if len(args) > 0 {
-				device, err := devicePath(args[0])
-				if err != nil {
-					return err
-				}
-				path += "&deviceIdFilter=" + strings.TrimPrefix(device, "/api/v1/devices/")
-				if len(args) == 2 {
-					href, err := hrefPath(args[1])
-					if err != nil {
-						return err
-					}
-					path = device + "/resources" + href + "/pending-commands"
-				}
-			}
-			if cancel != "" {
-				scope = hub.ScopeWrite
-				if len(args) < 2 {
-					return usage("--cancel needs DEVICE and HREF")
-				}
-				if cancel != "all" {
-					path += "/" + url.PathEscape(cancel)
-				}
-			}
-			a, err := f.open(cmd, p, scope)
+			device, href, err := resourceArgs(args)
 			if err != nil {
 				return err
 			}
+			scope := hub.ScopeRead
 			if cancel != "" {
-				return cancelCommands(cmd, p, a, path, f.asJSON)
+				scope = hub.ScopeWrite
+				if href == "" {
+					return usage("--cancel needs DEVICE and HREF")
+				}
 			}
-			if f.asJSON {
-				return a.each(cmd.Context(), path, line(p.out))
+			c, err := f.open(cmd, p, scope)
+			if err != nil {
+				return err
 			}
+			defer c.Close()
+			if cancel != "" {
+				return cancelCommands(cmd, p, c, device, href, cancel, f.asJSON)
+			}
+			var q client.CommandQuery
+			q.DeviceIDs, q.Resources = about(device, href)
 			t := newTable(p.out, "ID", "DEVICE", "COMMAND", "HREF", "ENDS", "CONTENT")
-			err = a.each(cmd.Context(), path, func(m json.RawMessage) error { return pendingRow(t, m) })
+			raw := func(w *client.Command) json.RawMessage { return w.Raw }
+			err = lines(p, f.asJSON, c.ListCommands(cmd.Context(), q), raw, func(w *client.Command) {
+				kind := strings.ToLower(strings.TrimSuffix(strings.TrimPrefix(string(w.Kind), "resource"), "Pending"))
+				content := string(w.Content)
+				if w.Kind == client.MetadataUpdatePending {
+					kind, content = "twin", twinCommand(w)
+				}
+				t.row(w.By.CorrelationID, w.Resource.DeviceID, kind, w.Resource.Href, w.Until.Local().Format("2006-01-02 15:04:05"), content)
+			})
+			if f.asJSON {
+				return err
+			}
 			if err == nil && t.rows == 1 {
 				t.note = "no commands wait"
 			}
@@ -251,50 +214,38 @@ func newCommands(p process) *cobra.Command {
 	return cmd
 }
 
-func pendingRow(t *table, m json.RawMessage) error {
-	var one map[string]json.RawMessage
-	if err := json.Unmarshal(m, &one); err != nil {
-		return fmt.Errorf("the hub's answer was not understood: %w", err)
+// twinCommand says what a command about a twin asks for.
+func twinCommand(c *client.Command) string {
+	switch {
+	case c.TwinEnabled == nil:
+		return "synchronise"
+	case *c.TwinEnabled:
+		return "on"
 	}
-	for kind, raw := range one {
-		var c pending
-		if json.Unmarshal(raw, &c) != nil { // a member beside the command
-			continue
-		}
-		ns, err := strconv.ParseInt(c.Until, 10, 64)
-		if err != nil {
-			continue
-		}
-		kind = strings.TrimSuffix(strings.TrimPrefix(kind, "resource"), "Pending")
-		device, what := c.ResourceID.DeviceID, string(c.Content)
-		if c.DeviceID != "" {
-			device, kind = c.DeviceID, "twin"
-			what = "synchronise"
-			if c.Twin != nil {
-				what = map[bool]string{true: "on", false: "off"}[*c.Twin]
-			}
-		}
-		t.row(c.Audit.ID, device, strings.ToLower(kind), c.ResourceID.Href, time.Unix(0, ns).Local().Format("2006-01-02 15:04:05"), what)
-	}
-	return nil
+	return "off"
 }
 
-func cancelCommands(cmd *cobra.Command, p process, a *api, path string, asJSON bool) error {
-	return a.call(cmd.Context(), http.MethodDelete, path, nil, func(m json.RawMessage) error {
+func cancelCommands(cmd *cobra.Command, p process, c *client.Client, device, href, which string, asJSON bool) error {
+	var ids []string // none: all
+	if which != "all" {
+		ids = []string{which}
+	}
+	ids, err := c.CancelCommands(cmd.Context(), device, href, ids...)
+	if err != nil {
+		return err
+	}
+	for _, id := range ids {
+		text := "cancelled " + plain(id)
 		if asJSON {
-			return line(p.out)(m)
-		}
-		var r struct {
-			IDs []string `json:"correlationIds"`
-		}
-		if err := json.Unmarshal(m, &r); err != nil {
-			return fmt.Errorf("the hub's answer was not understood: %w", err)
-		}
-		for _, id := range r.IDs {
-			if _, err := fmt.Fprintln(p.out, "cancelled "+plain(id)); err != nil {
+			b, err := json.Marshal(map[string]string{"correlationId": id})
+			if err != nil {
 				return err
 			}
+			text = string(b)
 		}
-		return nil
-	})
+		if _, err := fmt.Fprintln(p.out, text); err != nil {
+			return err
+		}
+	}
+	return nil
 }

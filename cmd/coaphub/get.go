@@ -2,22 +2,13 @@ package main
 
 import (
 	"encoding/json"
-	"fmt"
+	"errors"
 
 	"github.com/spf13/cobra"
 
+	"github.com/coaphub/coaphub/client"
 	"github.com/coaphub/coaphub/hub"
 )
-
-// change is a resource_changed as the API's simple JSON has it.
-type change struct {
-	ResourceID struct {
-		DeviceID string `json:"deviceId"`
-		Href     string `json:"href"`
-	} `json:"resourceId"`
-	Status  string          `json:"status"`
-	Content json.RawMessage `json:"content"`
-}
 
 func newGet(p process) *cobra.Command {
 	var f apiFlags
@@ -28,41 +19,44 @@ func newGet(p process) *cobra.Command {
 			"Without HREF it shows all resources whose value is known.",
 		Args: between(1, 2), ValidArgsFunction: completeResources(&f, p),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			path, err := devicePath(args[0])
+			device, href, err := resourceArgs(args)
 			if err != nil {
 				return err
 			}
-			path += "/resources"
-			if len(args) == 2 {
-				href, err := hrefPath(args[1])
-				if err != nil {
-					return err
-				}
-				path += href
-			}
-			a, err := f.open(cmd, p, hub.ScopeRead)
+			c, err := f.open(cmd, p, hub.ScopeRead)
 			if err != nil {
 				return err
 			}
-			if f.asJSON {
-				return a.each(cmd.Context(), path, line(p.out))
-			}
+			defer c.Close()
 			t := newTable(p.out, "HREF", "STATUS", "CONTENT")
-			err = a.each(cmd.Context(), path, func(m json.RawMessage) error {
-				var r struct {
-					Data change `json:"data"`
+			row := func(r *client.Resource) {
+				if r.Data != nil { // else it never reported
+					t.row(r.Data.Resource.Href, r.Data.Status, string(r.Data.Content))
 				}
-				if err := json.Unmarshal(m, &r); err != nil {
-					return fmt.Errorf("the hub's answer was not understood: %w", err)
+			}
+			if href != "" {
+				r, err := c.GetResource(cmd.Context(), device, href)
+				switch {
+				case errors.Is(err, client.NotFound):
+					return &hub.Error{
+						Kind: hub.NotFound, Code: "not-found", Err: err,
+						Text: "the hub knows no value of " + args[1] + " of this device; coaphub get " + args[0] + " shows what it knows",
+					}
+				case err != nil:
+					return err
+				case f.asJSON:
+					return line(p.out, r.Raw)
 				}
-				t.row(r.Data.ResourceID.Href, r.Data.Status, string(r.Data.Content))
-				return nil
-			})
-			if hub.IsKind(err, hub.NotFound) && len(args) == 2 {
-				return &hub.Error{
-					Kind: hub.NotFound, Code: "not-found", Err: err,
-					Text: "the hub knows no value of " + args[1] + " of this device; coaphub get " + args[0] + " shows what it knows",
+				row(&r)
+				if t.rows == 1 {
+					t.note = "the device has not reported this resource yet"
 				}
+				return t.finish(p.err, nil)
+			}
+			seq := c.ListResources(cmd.Context(), client.ResourceQuery{DeviceIDs: []string{device}})
+			err = lines(p, f.asJSON, seq, func(r *client.Resource) json.RawMessage { return r.Raw }, row)
+			if f.asJSON {
+				return err
 			}
 			if err == nil && t.rows == 1 {
 				t.note = "the hub knows no values of this device; coaphub devices lists the devices"

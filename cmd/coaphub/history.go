@@ -2,16 +2,12 @@ package main
 
 import (
 	"encoding/json"
-	"fmt"
-	"maps"
-	"net/url"
-	"slices"
-	"strconv"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/coaphub/coaphub/client"
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/conf"
 )
@@ -26,41 +22,30 @@ func newHistory(p process) *cobra.Command {
 			"it reported, when it came and went. How long events are kept is resourceDirectory.history in the configuration.",
 		Args: between(1, 2), ValidArgsFunction: completeResources(&f, p),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			path, err := devicePath(args[0])
+			device, href, err := resourceArgs(args)
 			if err != nil {
 				return err
 			}
-			if len(args) == 2 {
-				href, err := hrefPath(args[1])
-				if err != nil {
-					return err
-				}
-				path += "/resources" + href
-			}
-			path += "/events"
+			var q client.EventQuery
+			q.DeviceIDs, q.Resources = about(device, href)
 			if since != "" {
-				at, err := sinceTime(since, time.Now())
-				if err != nil {
+				if q.After, err = sinceTime(since, time.Now()); err != nil {
 					return err
 				}
-				path += "?" + url.Values{"timestampFilter": {strconv.FormatInt(at.UnixNano(), 10)}}.Encode()
 			}
-			a, err := f.open(cmd, p, hub.ScopeRead)
+			c, err := f.open(cmd, p, hub.ScopeRead)
 			if err != nil {
 				return err
 			}
-			if f.asJSON {
-				return a.each(cmd.Context(), path, line(p.out))
-			}
+			defer c.Close()
 			t := newTable(p.out, "TIME", "EVENT", "WHAT")
-			err = a.each(cmd.Context(), path, func(m json.RawMessage) error {
-				at, kind, what, err := event(m)
-				if err != nil {
-					return err
-				}
-				t.row(at.Local().Format("2006-01-02 15:04:05.000"), kind, what)
-				return nil
+			raw := func(e *client.Event) json.RawMessage { return e.Raw }
+			err = lines(p, f.asJSON, c.ListEvents(cmd.Context(), q), raw, func(e *client.Event) {
+				t.row(e.Time.Local().Format("2006-01-02 15:04:05.000"), string(e.Kind), what(e))
 			})
+			if f.asJSON {
+				return err
+			}
 			if err == nil && t.rows == 1 {
 				t.note = "no events; coaphub devices lists the devices"
 				if since != "" {
@@ -88,50 +73,23 @@ func sinceTime(s string, now time.Time) (time.Time, error) {
 	return now.Add(-d), nil
 }
 
-// event reads one event of the API: an object with one key, its kind.
-func event(m json.RawMessage) (at time.Time, kind, what string, err error) {
-	var one map[string]json.RawMessage
-	if err := json.Unmarshal(m, &one); err != nil {
-		return at, "", "", fmt.Errorf("the hub's answer was not understood: %w", err)
+// what says what an event tells.
+func what(e *client.Event) string {
+	switch {
+	case e.Change != nil:
+		return strings.TrimSpace(e.Href() + " " + e.Change.Status + " " + string(e.Change.Content))
+	case e.Command != nil && e.Href() != "":
+		return strings.TrimSpace(e.Href() + "  " + string(e.Command.Content))
+	case e.Command != nil:
+		return twinCommand(e.Command)
+	case e.Links != nil:
+		var hrefs []string
+		for _, l := range e.Links.Resources {
+			hrefs = append(hrefs, l.Href)
+		}
+		return strings.Join(hrefs, " ")
+	case e.Metadata != nil:
+		return e.Metadata.Connection.Status + ", twin " + e.Metadata.Twin.State
 	}
-	for _, key := range slices.Sorted(maps.Keys(one)) {
-		var e struct {
-			change
-			Resources []struct {
-				Href string `json:"href"`
-			} `json:"resources"`
-			Hrefs      []string `json:"hrefs"`
-			Connection struct {
-				Status string `json:"status"`
-			} `json:"connection"`
-			Twin struct {
-				State string `json:"state"`
-			} `json:"twinSynchronization"`
-			Metadata struct {
-				Timestamp json.Number `json:"timestamp"`
-			} `json:"eventMetadata"`
-		}
-		if json.Unmarshal(one[key], &e) != nil { // a field beside the event
-			continue
-		}
-		ns, _ := strconv.ParseInt(strings.Trim(e.Metadata.Timestamp.String(), `"`), 10, 64)
-		what := e.Connection.Status
-		if e.Twin.State != "" {
-			what += ", twin " + e.Twin.State
-		}
-		switch {
-		case e.ResourceID.Href != "":
-			what = strings.TrimSpace(e.ResourceID.Href + " " + e.Status + " " + string(e.Content))
-		case len(e.Hrefs) > 0:
-			what = strings.Join(e.Hrefs, " ")
-		case len(e.Resources) > 0:
-			var hrefs []string
-			for _, r := range e.Resources {
-				hrefs = append(hrefs, r.Href)
-			}
-			what = strings.Join(hrefs, " ")
-		}
-		return time.Unix(0, ns), key, what, nil
-	}
-	return at, "", "", fmt.Errorf("the hub sent an event of no kind: %s", m)
+	return strings.Join(e.Unpublished, " ")
 }

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/coaphub/coaphub/bundle"
+	"github.com/coaphub/coaphub/client"
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/conf"
 )
@@ -61,6 +62,10 @@ const (
 	exitOK      = 0
 	exitFailure = 1 // it could not be done
 	exitUsage   = 2 // it was asked in a way that cannot be understood
+	// What a hub's API answered to a command that is its client:
+	exitDenied   = 3 // there is no good token, or it does not allow this
+	exitNotFound = 4 // there is no such thing
+	exitLater    = 5 // not now: the hub or the device is away, busy or late
 )
 
 // usageError is a mistake in the command line.
@@ -84,6 +89,17 @@ func execute(ctx context.Context, args []string, p process) int {
 	if !errors.Is(err, errSaid) {
 		_, _ = fmt.Fprintln(p.err, "coaphub: "+sentence(err))
 	}
+	var answer *client.Error
+	if errors.As(err, &answer) {
+		switch answer.Kind {
+		case client.Unauthenticated, client.Denied:
+			return exitDenied
+		case client.NotFound:
+			return exitNotFound
+		case client.Unavailable, client.Exhausted, client.Deadline:
+			return exitLater
+		}
+	}
 	return exitFailure
 }
 
@@ -98,7 +114,12 @@ func sentence(err error) string {
 		return ps.Error()
 	}
 	var e *hub.Error
-	if !errors.As(err, &e) {
+	var answer *client.Error
+	switch {
+	case errors.As(err, &e):
+	case errors.As(err, &answer):
+		return answer.Error()
+	default:
 		return err.Error()
 	}
 	// The outermost error that was given words says it best; those around it only say where it passed.
@@ -119,7 +140,9 @@ func newRoot(p process) *cobra.Command {
 		Use:   "coaphub",
 		Short: "A hub for constrained devices that speak CoAP",
 		Long: "coaphub is a hub for constrained devices that speak CoAP: they sign up, publish and notify,\n" +
-			"applications see and query them over HTTP and gRPC. \"coaphub serve\" is the whole hub.",
+			"applications see and query them over HTTP and gRPC. \"coaphub serve\" is the whole hub.\n\n" +
+			"Commands end with 0 when it is done, 1 when it could not be, 2 when they were not understood; clients of a hub's API\n" +
+			"with 3 when they may not, 4 when there is no such thing, and 5 when it may work later.",
 		SilenceErrors: true, SilenceUsage: true,
 	}
 	root.SetIn(p.in)
@@ -134,6 +157,7 @@ func newRoot(p process) *cobra.Command {
 	root.AddCommand(
 		newServe(p), newStatus(p), newAudit(p), newOnboard(p), newToken(p), newUser(p), newCA(p), newDevices(p), newGet(p), newWatch(p),
 		newSet(p), newCreate(p), newDelete(p), newCommands(p),
+		newThings(p), newCall(p), newLogin(p), newLogout(p),
 		newHistory(p), newSimulate(p), newConfig(p), newVerify(p), newBackup(p), newRestore(p), newVersion(p),
 	)
 	return root

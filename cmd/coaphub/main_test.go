@@ -93,7 +93,7 @@ func TestExitCodesAndWhatToDoNext(t *testing.T) {
 		{"devices --token x", exitUsage, `belong to --server`},
 		{"devices --server nonsense --token x", exitUsage, `is not a URL`},
 		{"devices --server http://127.0.0.1:1", exitUsage, `needs a token`},
-		{"devices --server http://127.0.0.1:1 --token x", exitFailure, `cannot be reached.*connection refused`},
+		{"devices --server http://127.0.0.1:1 --token x", exitLater, `cannot be reached.*connection refused`},
 		{"get", exitUsage, `an argument is missing; write coaphub get DEVICE \[HREF\]`},
 		{"get lamp", exitUsage, `"lamp" is not a device ID`},
 		{"get " + lamp + " ..", exitUsage, `dot segment`},
@@ -214,10 +214,8 @@ func TestAgainstARunningHub(t *testing.T) {
 	}
 
 	on("audit").want(t, exitOK, `(?s)^TIME +USER +DOOR +CALL +TARGET +OUTCOME\n.*socket +POST /users/password +nobody +account-unknown.*POST /users/add +alice +ok`, "^$")
-	if es := as[[]hub.AuditEntry](t, on("audit", "--json", "--limit", "2")); len(es) != 2 || es[0].Target != "nobody" || es[0].Number != es[1].Number+1 {
-		t.Errorf("%+v", es)
-	}
-	on("audit", "--limit", "0").want(t, exitFailure, "^$", "from 1 to 10000.*limit-invalid")
+	on("audit", "--json", "--limit", "2").want(t, exitOK, `^\{"number":"\d+".*"target":"nobody".*\}\n\{"number":.*\}\n$`, "^$")
+	on("audit", "--limit", "0").want(t, exitUsage, "^$", "--limit is from 1 to 10000")
 
 	token := on("token", "--owner", "alice", "--scope", hub.ScopeRead, "--ttl", "2h")
 	token.want(t, exitOK, `^[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\n$`, "^$")
@@ -227,7 +225,7 @@ func TestAgainstARunningHub(t *testing.T) {
 	}
 	runs(t, "devices", "--server", h.HTTP, "--token-file", file).want(t, exitOK, "^DEVICE", "no devices")
 	runsWith(t, token.out, nil, "devices", "--server", h.HTTP+"/", "--token-file", "-").want(t, exitOK, "^DEVICE", "no devices")
-	runs(t, "devices", "--server", h.HTTP, "--token", "nonsense").want(t, exitFailure, "", `coaphub: .*\[`)
+	runs(t, "devices", "--server", h.HTTP, "--token", "nonsense").want(t, exitDenied, "", `coaphub: .*\[`)
 
 	// Devices that behave, for a moment.
 	on("simulate", "--devices", "2", "--duration", "3s", "--rate", "20").want(t, exitOK, `devices 2 .*signed up 2 `, "^$")
@@ -243,13 +241,13 @@ func TestAgainstARunningHub(t *testing.T) {
 	on("get", dev.ID).want(t, exitOK, `(?s)HREF.*/light/1 +OK +\{.*"power":\d+`, "^$")
 	on("get", dev.ID, "/light/1").want(t, exitOK, `^HREF.*\n/light/1 +OK +\{.*\n$`, "^$")
 	on("get", dev.ID, "light//1/", "--json").want(t, exitOK, `"href":"/light/1"`, "^$")
-	on("get", dev.ID, "/nothing").want(t, exitFailure, "^$", `knows no value of /nothing of this device; coaphub get `+dev.ID+` shows`)
+	on("get", dev.ID, "/nothing").want(t, exitNotFound, "^$", `knows no value of /nothing of this device; coaphub get `+dev.ID+` shows`)
 	on("get", lamp).want(t, exitOK, `^HREF +STATUS +CONTENT\n$`, "^the hub knows no values of this device; coaphub devices")
 	on("history", lamp).want(t, exitOK, `^TIME +EVENT +WHAT\n$`, "^no events; coaphub devices")
 	runs(t, "__complete", "--data", h.Data, "get", dev.ID[:4]).want(t, exitOK, "^"+dev.ID+`\tsimulated`, "")
 	runs(t, "__complete", "--data", h.Data, "history", dev.ID, "/li").want(t, exitOK, `^/light/1\n`, "")
 	runs(t, "__complete", "get", "--data", t.TempDir(), "").want(t, exitOK, "^:4\n", "")
-	on("history", dev.ID).want(t, exitOK, `(?s)resourceLinksPublished +.*/light/1.*resourceChanged +/light/1 OK`, "^$")
+	on("history", dev.ID).want(t, exitOK, `(?s)resourcePublished +.*/light/1.*resourceChanged +/light/1 OK`, "^$")
 	on("history", dev.ID, "/light/1", "--since", "1h").want(t, exitOK, `(?s)resourceChanged +/light/1 OK .*\n.*resourceChanged`, "^$")
 	on("history", dev.ID, "--since", "2200-01-01T00:00:00Z").want(t, exitOK, `^TIME +EVENT +WHAT\n$`, "^no events since then\n$")
 	on("history", dev.ID, "--json").want(t, exitOK, `"resourceChanged":\{`, "^$")

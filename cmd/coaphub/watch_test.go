@@ -51,15 +51,18 @@ func (s *shown) until(t *testing.T, pattern string) {
 	}
 }
 
-// watching runs a watch; stop interrupts it and returns its exit code.
-func watching(t *testing.T, args ...string) (out, errs *shown, stop func() int) {
+// executing runs a command that goes on; stop interrupts it and returns its exit code.
+func executing(t *testing.T, args ...string) (out, errs *shown, stop func() int) {
+	t.Helper()
+	return executingWith(t, nil, args...)
+}
+
+func executingWith(t *testing.T, env []string, args ...string) (out, errs *shown, stop func() int) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	out, errs = &shown{}, &shown{}
 	ended := make(chan int, 1)
-	go func() {
-		ended <- execute(ctx, append([]string{"watch"}, args...), process{strings.NewReader(""), out, errs, nil})
-	}()
+	go func() { ended <- execute(ctx, args, process{strings.NewReader(""), out, errs, env}) }() // ends with cancel
 	stop = sync.OnceValue(func() int { cancel(); return <-ended })
 	t.Cleanup(func() { stop() })
 	return out, errs, stop
@@ -72,8 +75,8 @@ func TestWatch(t *testing.T) {
 		t.Helper()
 		runs(t, "simulate", "--devices", "1", "--duration", "2s", "--rate", "20", "--data", h.Data).want(t, exitOK, "devices 1 ", "^$")
 	}
-	out, errs, stop := watching(t, "--data", h.Data, "--state")
-	asJSON, _, stopJSON := watching(t, "--data", h.Data, "--state", "--kind", "resource-changed", "--json")
+	out, errs, stop := executing(t, "watch", "--data", h.Data, "--state")
+	asJSON, _, stopJSON := executing(t, "watch", "--data", h.Data, "--state", "--kind", "resource-changed", "--json")
 	simulate()
 	const at, id = `(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}  `, `[0-9a-f-]{36}`
 	for _, what := range []string{`deviceRegistered$`, `deviceMetadataUpdated  ONLINE, twin OUT_OF_SYNC$`, `resourcePublished +/.*/light/1.*$`, `resourceChanged +/light/1 OK \{.*\}$`, `deviceMetadataUpdated  OFFLINE.*$`} {
@@ -112,8 +115,8 @@ func TestWatchMistakes(t *testing.T) {
 	runs(t, "watch", "lamp", "--data", h.Data).want(t, exitUsage, "^$", "is not a device ID")
 	runs(t, "watch", lamp, "/a/../b", "--data", h.Data).want(t, exitUsage, "^$", "dot segment")
 	runs(t, "watch", "--kind", "nope", "--data", h.Data).want(t, exitFailure, "^$", `no kind of events \[query-invalid\]`)
-	runs(t, "watch", "--server", h.HTTP, "--token", "nonsense").want(t, exitFailure, "^$", `\[`)
-	runs(t, "watch", "--server", "http://127.0.0.1:1", "--token", "x").want(t, exitFailure, "^$", `hub-unreachable`)
+	runs(t, "watch", "--server", h.HTTP, "--token", "nonsense").want(t, exitDenied, "^$", `\[`)
+	runs(t, "watch", "--server", "http://127.0.0.1:1", "--token", "x").want(t, exitLater, "^$", `hub-unreachable`)
 }
 
 // What a hub says that lost what came next, and that refuses to go on.
