@@ -37,7 +37,7 @@ lint: ## bug finders, import arrows, and whether generated files are up to date
 	if [ "$$before" != "$$after" ]; then git status --short; echo "make gen changed files: commit what it made"; exit 1; fi
 
 .PHONY: gen
-gen: ## make the generated files: api/gen, docs/api.md, docs/config.md
+gen: ## make the generated files (api/gen, docs/api.md, docs/config.md), and check that no client of api/proto would break
 	go generate ./...
 
 .PHONY: bench

@@ -1,5 +1,6 @@
 // Command protogen makes the Go code of api/gen from api/proto. It compiles the files itself, so no protoc has to be
-// installed, and runs the plugins at the versions that tools/go.mod pins.
+// installed, and runs the plugins at the versions that tools/go.mod pins. Before that it lints the files, and refuses changes
+// that would break clients made from an earlier version, which api/image.binpb remembers.
 //
 // Run it in the repository's root: go run -C tools ./protogen
 package main
@@ -79,6 +80,15 @@ func generate(ctx context.Context, root string) error {
 	}
 	for _, f := range files {
 		add(f)
+	}
+	image := &descriptorpb.FileDescriptorSet{}
+	for _, f := range req.ProtoFile {
+		f := proto.CloneOf(f)
+		f.SourceCodeInfo = nil // a change of a comment is none of the API
+		image.File = append(image.File, f)
+	}
+	if err := check(root, image); err != nil {
+		return err
 	}
 	in, err := proto.Marshal(req)
 	if err != nil {
