@@ -24,9 +24,12 @@ test: ## run all tests of all modules with the race detector, and say what was l
 	@go run -C tools ./testrun
 
 .PHONY: nightly
-nightly: ## the long doses: 200 rounds of kill -9, the ten-minute fleet, each fuzzer for FUZZTIME
+nightly: ## the long doses: 200 rounds of kill -9, the ten-minute fleet, the TypeScript client, each fuzzer for FUZZTIME
 	@tools/need coap-client-openssl libcoap3-bin
 	@COAPHUB_NIGHTLY=1 go run -C tools ./testrun -timeout 60m
+	@tools/need node nodejs
+	@tools/need npm npm
+	go test -tags typescript ./test/typescript
 	@$(MAKE) --no-print-directory fuzz
 
 .PHONY: lint
@@ -37,7 +40,7 @@ lint: ## bug finders, import arrows, and whether generated files are up to date
 	if [ "$$before" != "$$after" ]; then git status --short; echo "make gen changed files: commit what it made"; exit 1; fi
 
 .PHONY: gen
-gen: ## make the generated files (api/gen, docs/api.md, docs/config.md), and check that no client of api/proto would break
+gen: ## make the generated files (api/gen, api/typescript, docs/api.md, docs/config.md), and check that no client of api/proto would break
 	go generate ./...
 
 .PHONY: bench

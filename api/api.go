@@ -5,6 +5,7 @@ package api
 
 //go:generate go run -C ../tools ./protogen
 //go:generate go test -run ^TestReference$ -count=1 . -update
+//go:generate ./typescript/generate
 
 import (
 	_ "embed" // of the description
