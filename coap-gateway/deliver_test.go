@@ -323,8 +323,8 @@ func TestCommandsWaitForASleeper(t *testing.T) {
 	}
 }
 
-// A device that was not known to sleep and finds itself without its commands' answers twice is left alone until it is tried,
-// later and later; a command whose time was too short for an answer says nothing about it.
+// A device that was not known to sleep loses one command: it is asked for a sign of life before it is given another, ever more
+// rarely. A command whose time was too short for an answer says nothing about it.
 func TestCommandsFindNobody(t *testing.T) {
 	doze(t, nil, nil, func(d *dozer) { d.w.off[lampID] = true }, func(t *testing.T, w *world, _ *Gateway, d *dozer) {
 		h := &hall{t: t, w: w}
@@ -337,17 +337,33 @@ func TestCommandsFindNobody(t *testing.T) {
 				t.Fatalf("a command in vain ended with %+v", w.ends[id])
 			}
 		}
-		h.give(command("1", hub.CommandUpdate, "/light"), command("2", hub.CommandUpdate, "/light"), command("3", hub.CommandUpdate, "/light", func(c *hub.Command) {
-			c.ValidUntil = time.Now().Add(time.Hour).UnixNano()
-		}))
-		after(45 * time.Second)
-		if w.ends["2"].End != hub.CommandUnavailable || len(w.queue) != 1 || w.to[lampID].Ready() {
-			t.Fatalf("after two commands in vain: %v, %d wait", w.ends, len(w.queue))
+		long := func(c *hub.Command) { c.ValidUntil = time.Now().Add(24 * time.Hour).UnixNano() }
+		h.give(command("1", hub.CommandUpdate, "/light", long), command("2", hub.CommandUpdate, "/light", long), command("3", hub.CommandUpdate, "/light", long))
+		after(3 * time.Hour)
+		if w.ends["1"].End != hub.CommandUnavailable || len(w.queue) != 2 || w.to[lampID].Ready() {
+			t.Fatalf("after a command in vain: %v, %d wait", w.ends, len(w.queue))
+		}
+		if n := d.missedSoFar(); n > 80 { // at most five transmissions of each
+			t.Errorf("it was sent %d messages", n)
 		}
 		d.set(func() { d.asleep = false }) // it says nothing by itself
-		after(askAgain[0])
-		if w.ends["3"].Status != hub.StatusOK {
-			t.Errorf("the device was not tried again: %v", w.ends)
+		after(askAgain[len(askAgain)-1] + time.Minute)
+		if w.ends["2"].Status != hub.StatusOK || w.ends["3"].Status != hub.StatusOK {
+			t.Errorf("the device was not asked for a sign of life: %v", w.ends)
+		}
+		if i, j := slices.Index(d.heardOf(), "/oic/res"), slices.Index(d.heardOf(), "update /light"); i < 0 || i > j {
+			t.Errorf("it was asked %q", d.heardOf())
+		}
+		// Once more, but now it speaks first.
+		d.sleep()
+		d.set(func() { d.asked = nil })
+		h.give(command("4", hub.CommandUpdate, "/light", long), command("5", hub.CommandUpdate, "/light", long))
+		after(2 * time.Hour)
+		d.wake()
+		d.ask(get("/oic/rd", 2))
+		synctest.Wait()
+		if w.ends["4"].End != hub.CommandUnavailable || w.ends["5"].Status != hub.StatusOK || !slices.Equal(d.heardOf(), []string{"update /light"}) {
+			t.Errorf("the device spoke and was asked %q; %v", d.heardOf(), w.ends)
 		}
 	})
 }
