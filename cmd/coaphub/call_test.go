@@ -71,7 +71,7 @@ func TestCall(t *testing.T) {
 
 	// The Web of Things.
 	on("things").want(t, exitOK, `^THING +TITLE +PROPERTIES\n`+dev.ID+` +simulated .*/light/1.*\n$`, "^$")
-	on("things", dev.ID).want(t, exitOK, `(?s)^PROPERTY +TITLE +TYPE +ACCESS\n.*/light/1 .*read, write`, "^$")
+	on("things", dev.ID).want(t, exitOK, `(?s)^PROPERTY +TITLE +ACCESS\n.*/light/1 .*read, write`, "^$")
 	on("things", "--json").want(t, exitOK, `^\{.*"@context":.*\}\n$`, "^$")
 	on("things", lamp).want(t, exitNotFound, "^$", `\[not-found\]`)
 	// What a stream says is shown as it comes; it ends when it is interrupted.

@@ -118,7 +118,11 @@ func sentence(err error) string {
 	switch {
 	case errors.As(err, &e):
 	case errors.As(err, &answer):
-		return answer.Error()
+		text := answer.Message
+		if answer.Outcome != nil {
+			text += ": " + plain(answer.Outcome.Status) // that of the device
+		}
+		return text + " [" + string(answer.Code) + "]"
 	default:
 		return err.Error()
 	}

@@ -19,7 +19,6 @@ type description struct {
 	Properties map[string]struct {
 		Title    string `json:"title"`
 		ReadOnly bool   `json:"readOnly"`
-		Type     string `json:"type"`
 	} `json:"properties"`
 }
 
@@ -68,13 +67,13 @@ func newThings(p process) *cobra.Command {
 				if err != nil || f.asJSON {
 					return err
 				}
-				t := newTable(p.out, "PROPERTY", "TITLE", "TYPE", "ACCESS")
+				t := newTable(p.out, "PROPERTY", "TITLE", "ACCESS")
 				for _, name := range slices.Sorted(maps.Keys(d.Properties)) {
 					access, q := "read, write", d.Properties[name]
 					if q.ReadOnly {
 						access = "read"
 					}
-					t.row(name, q.Title, q.Type, access)
+					t.row(name, q.Title, access)
 				}
 				return t.end()
 			}
