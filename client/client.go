@@ -208,13 +208,16 @@ func (c *Client) once(ctx context.Context, r Request, token string) (*http.Respo
 	return nil, failure(resp, b)
 }
 
-// value makes a call whose answer is one JSON document.
+// value makes a call whose answer is one JSON document; with 304 there is none.
 func value[T any, P document[T]](ctx context.Context, c *Client, r Request) (v T, header http.Header, err error) {
 	resp, err := c.Do(ctx, r)
 	if err != nil {
 		return v, nil, err
 	}
 	defer func() { _ = resp.Body.Close() }()
+	if resp.StatusCode == http.StatusNotModified {
+		return v, resp.Header, nil
+	}
 	b, err := io.ReadAll(io.LimitReader(resp.Body, maxLine))
 	if err != nil {
 		return v, nil, c.brokeOff(ctx, err)

@@ -214,6 +214,19 @@ func TestErrors(t *testing.T) {
 	fails(t, err, client.Invalid, "content-invalid")
 	_, err = w.c.UpdateResource(ctx, lamp, "/a", 1, client.CommandOptions{})
 	fails(t, err, client.Denied, "device-not-yours")
+	odd := []client.ResourceID{{DeviceID: lamp, Href: "/a?etag=x"}}
+	if got := collect(t, w.c.ListEvents(ctx, client.EventQuery{Resources: odd})); len(got) != 0 { // one is in the path
+		t.Errorf("%+v", got)
+	}
+	for _, err := range w.c.ListResources(ctx, client.ResourceQuery{Resources: odd}) {
+		fails(t, err, client.Invalid, "href-invalid")
+	}
+	for _, err := range w.c.Watch(ctx, client.EventFilter{Resources: odd}) {
+		fails(t, err, client.Invalid, "href-invalid")
+	}
+	for _, err := range w.c.ListCommands(ctx, client.CommandQuery{Resources: []client.ResourceID{{DeviceID: lamp}}}) {
+		fails(t, err, client.Invalid, "href-invalid")
+	}
 	for _, err := range w.c.ListDevices(ctx, client.DeviceQuery{Sort: "colour"}) {
 		fails(t, err, client.Invalid, "query-invalid")
 	}
@@ -292,6 +305,10 @@ func TestStrangeAnswers(t *testing.T) {
 	var e *client.Error
 	if errors.As(err, &e); e.RetryAfter != 3500*time.Millisecond {
 		t.Errorf("%+v", e)
+	}
+	say(304, "")
+	if got, err := c.RetrieveResource(t.Context(), lamp, "/a", client.CommandOptions{}); err != nil || got.Status != "NOT_MODIFIED" || got.Resource.Href != "/a" {
+		t.Errorf("%+v, %v", got, err)
 	}
 	say(200, `not JSON`)
 	_, err = c.GetDevice(t.Context(), lamp)

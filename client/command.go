@@ -75,9 +75,12 @@ type outcome struct {
 	Data *Change `json:"data"`
 }
 
-// give gives a command.
-func (c *Client) give(ctx context.Context, r Request) (*Change, error) {
+// give gives a command about a resource.
+func (c *Client) give(ctx context.Context, r Request, about ResourceID) (*Change, error) {
 	v, _, err := value[outcome](ctx, c, r)
+	if err == nil && v.Raw == nil { // 304: the device answered that nothing has changed
+		return &Change{Resource: about, Status: "NOT_MODIFIED"}, nil
+	}
 	if v.Data != nil {
 		var members map[string]json.RawMessage
 		if json.Unmarshal(v.Raw, &members) == nil {
@@ -100,7 +103,7 @@ func (c *Client) UpdateResource(ctx context.Context, deviceID, href string, cont
 	if err := r.content(content); err != nil {
 		return nil, err
 	}
-	return c.give(ctx, r)
+	return c.give(ctx, r, ResourceID{deviceID, href})
 }
 
 // CreateResource creates a resource in a collection of a device, as UpdateResource.
@@ -113,7 +116,7 @@ func (c *Client) CreateResource(ctx context.Context, deviceID, href string, cont
 	if err := r.content(content); err != nil {
 		return nil, err
 	}
-	return c.give(ctx, r)
+	return c.give(ctx, r, ResourceID{deviceID, href})
 }
 
 // DeleteResource asks a device to delete one of its resources, as UpdateResource. The device stays in the hub.
@@ -122,7 +125,7 @@ func (c *Client) DeleteResource(ctx context.Context, deviceID, href string, o Co
 	if err != nil {
 		return nil, err
 	}
-	return c.give(ctx, o.request(http.MethodDelete, path))
+	return c.give(ctx, o.request(http.MethodDelete, path), ResourceID{deviceID, href})
 }
 
 // RetrieveResource asks the device itself for a resource, where GetResource reads what the hub knows; as UpdateResource.
@@ -133,7 +136,7 @@ func (c *Client) RetrieveResource(ctx context.Context, deviceID, href string, o 
 	}
 	r := o.request(http.MethodGet, path)
 	r.Query.Set("twin", "false")
-	return c.give(ctx, r)
+	return c.give(ctx, r, ResourceID{deviceID, href})
 }
 
 // TwinUpdate is a command about a device's twin.
@@ -170,9 +173,8 @@ type CommandQuery struct {
 
 // ListCommands lists commands that have not ended, device by device, each in the order of sending.
 func (c *Client) ListCommands(ctx context.Context, q CommandQuery) iter.Seq2[Command, error] {
-	v := ResourceQuery{DeviceIDs: q.DeviceIDs, Resources: q.Resources}.values()
-	v.Set("includeHiddenResources", "true")
-	return list[Command](ctx, c, "/api/v1/pending-commands", v, q.Limit)
+	about := ResourceQuery{DeviceIDs: q.DeviceIDs, Resources: q.Resources, Limit: q.Limit}
+	return listOf[Command](ctx, c, about, "/api/v1/pending-commands", "/pending-commands", url.Values{"includeHiddenResources": {"true"}})
 }
 
 // CancelCommands cancels commands of a resource, those with these IDs (Command.By.CorrelationID) or all; with an empty href

@@ -4,9 +4,11 @@ import (
 	"context"
 	"encoding/json"
 	"iter"
+	"maps"
 	"net/http"
 	"net/url"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -112,32 +114,63 @@ type ResourceQuery struct {
 	Limit     int // at most so many; 0: no limit
 }
 
-func (q ResourceQuery) values() url.Values {
+func (q ResourceQuery) values() (url.Values, error) {
 	v := url.Values{}
 	v["deviceIdFilter"] = q.DeviceIDs
 	for _, r := range q.Resources {
+		if strings.Contains(r.Href, "?") { // what is behind it would be taken for ETags
+			return nil, &Error{Kind: Invalid, Code: "href-invalid", Message: "an href with a question mark cannot be one of several"}
+		}
 		v.Add("resourceIdFilter", r.DeviceID+r.Href)
 	}
 	v["typeFilter"] = q.Types
 	at(v, q.At)
-	return v
+	return v, nil
+}
+
+// only is the path of the one resource that a query is about, empty if it is about more.
+func (q ResourceQuery) only() (string, error) {
+	if len(q.DeviceIDs) > 0 || len(q.Resources) != 1 {
+		return "", nil
+	}
+	return ResourcePath(q.Resources[0].DeviceID, "resources", q.Resources[0].Href)
+}
+
+// listOf reads a list of a query: at path, or at below that of the one resource that it is about.
+func listOf[T any, P document[T]](ctx context.Context, c *Client, q ResourceQuery, path, below string, more url.Values) iter.Seq2[T, error] {
+	only, err := q.only()
+	if below != "" && only != "" {
+		path, q.Resources = only+below, nil
+	}
+	v := url.Values{}
+	if err == nil {
+		v, err = q.values()
+	}
+	if err != nil {
+		return func(yield func(T, error) bool) {
+			var none T
+			yield(none, err)
+		}
+	}
+	maps.Copy(v, more)
+	return list[T, P](ctx, c, path, v, q.Limit)
 }
 
 // ListLinks lists what devices publish, one element a device.
 func (c *Client) ListLinks(ctx context.Context, q ResourceQuery) iter.Seq2[Links, error] {
 	q.Resources = nil
-	return list[Links](ctx, c, "/api/v1/resource-links", q.values(), q.Limit)
+	return listOf[Links](ctx, c, q, "/api/v1/resource-links", "", nil)
 }
 
 // ListResources lists twins: what published resources reported last. The devices may be asleep or away.
 func (c *Client) ListResources(ctx context.Context, q ResourceQuery) iter.Seq2[Resource, error] {
-	return list[Resource](ctx, c, "/api/v1/resources", q.values(), q.Limit)
+	return listOf[Resource](ctx, c, q, "/api/v1/resources", "", nil)
 }
 
 // ListMetadata lists how devices are connected.
 func (c *Client) ListMetadata(ctx context.Context, q ResourceQuery) iter.Seq2[Metadata, error] {
 	q.Resources = nil
-	return list[Metadata](ctx, c, "/api/v1/devices-metadata", q.values(), q.Limit)
+	return listOf[Metadata](ctx, c, q, "/api/v1/devices-metadata", "", nil)
 }
 
 // GetResource reads the twin of one resource, with its Tag. A resource that the hub does not know is NotFound.
@@ -161,11 +194,12 @@ type EventQuery struct {
 
 // ListEvents lists what happened, device by device, each in its order.
 func (c *Client) ListEvents(ctx context.Context, q EventQuery) iter.Seq2[Event, error] {
-	v := ResourceQuery{DeviceIDs: q.DeviceIDs, Resources: q.Resources}.values()
+	more := url.Values{}
 	if !q.After.IsZero() {
-		v.Set("timestampFilter", nanoseconds(q.After))
+		more.Set("timestampFilter", nanoseconds(q.After))
 	}
-	return list[Event](ctx, c, "/api/v1/events", v, q.Limit)
+	about := ResourceQuery{DeviceIDs: q.DeviceIDs, Resources: q.Resources, Limit: q.Limit}
+	return listOf[Event](ctx, c, about, "/api/v1/events", "/events", more)
 }
 
 // GetConfiguration reads what everybody may know of the hub; it needs no token.

@@ -50,8 +50,15 @@ func Login(ctx context.Context, p Provider, scopes []string, tell func(Prompt) e
 // error of it is that of the call the token was for, since a provider may take a refresh token once only. Nil: it need not be
 // kept.
 func (g Grant) Source(keep func(Grant) error) TokenSource {
-	first := true // the grant's own token was not used yet
+	turn := make(chan struct{}, 1) // several clients may share it; whoever fills it has g and first
+	first := true                  // the grant's own token was not used yet
 	return func(ctx context.Context) (Token, error) {
+		select {
+		case turn <- struct{}{}:
+		case <-ctx.Done():
+			return Token{}, context.Cause(ctx)
+		}
+		defer func() { <-turn }()
 		if first && (g.Expires.IsZero() || time.Until(g.Expires) > early) {
 			first = false
 			return g.Token, nil

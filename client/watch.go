@@ -36,8 +36,11 @@ type EventFilter struct {
 	Broken func(error)
 }
 
-func (f EventFilter) values() url.Values {
-	v := ResourceQuery{DeviceIDs: f.DeviceIDs, Resources: f.Resources}.values()
+func (f EventFilter) values() (url.Values, error) {
+	v, err := ResourceQuery{DeviceIDs: f.DeviceIDs, Resources: f.Resources}.values()
+	if err != nil {
+		return nil, err
+	}
 	for _, k := range f.Kinds {
 		v.Add("eventFilter", k.filter())
 	}
@@ -46,7 +49,7 @@ func (f EventFilter) values() url.Values {
 	if f.State {
 		v.Set("includeCurrentState", "true")
 	}
-	return v
+	return v, nil
 }
 
 // Watch hears events as they happen: each once, in each device's order, for as long as the loop goes on. When the connection
@@ -58,7 +61,12 @@ func (f EventFilter) values() url.Values {
 // of ctx's end.
 func (c *Client) Watch(ctx context.Context, f EventFilter) iter.Seq2[Event, error] {
 	return func(yield func(Event, error) bool) {
-		w := &watch{c: c, query: f.values(), last: f.Resume, yield: yield}
+		query, err := f.values()
+		if err != nil {
+			yield(Event{}, err)
+			return
+		}
+		w := &watch{c: c, query: query, last: f.Resume, yield: yield}
 		if err := w.run(ctx, f.Broken); err != nil && !w.left {
 			yield(Event{}, err)
 		}
