@@ -13,6 +13,7 @@ import (
 )
 
 func TestCall(t *testing.T) {
+	t.Parallel()
 	h := hubtest.Start(t)
 	on := func(args ...string) result { t.Helper(); return runs(t, append(args, "--data", h.Data)...) }
 	runs(t, "simulate", "--devices", "1", "--duration", "2s", "--data", h.Data).want(t, exitOK, "devices 1 ", "^$")
@@ -84,6 +85,7 @@ func TestCall(t *testing.T) {
 
 // Every command that is a client works against a hub elsewhere, with a token of the environment and with a login.
 func TestAHubElsewhere(t *testing.T) {
+	t.Parallel()
 	h := hubtest.Start(t)
 	runs(t, "simulate", "--devices", "1", "--duration", "2s", "--data", h.Data).want(t, exitOK, "devices 1 ", "^$")
 	var dev struct{ ID string }

@@ -30,6 +30,7 @@ func TestMistakesInCommands(t *testing.T) {
 
 // People act on a device of another make (the simulator's engine is go-coap's).
 func TestCommandsOfPeople(t *testing.T) {
+	t.Parallel()
 	h := hubtest.Start(t)
 	on := func(args ...string) result { return runs(t, append(args, "--data", h.Data)...) }
 	o := h.Onboard(t, lamp)

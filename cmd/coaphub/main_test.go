@@ -162,6 +162,7 @@ func TestConfig(t *testing.T) {
 }
 
 func TestAgainstARunningHub(t *testing.T) {
+	t.Parallel()
 	h := hubtest.Start(t)
 	on := func(args ...string) result { t.Helper(); return runs(t, append(args, "--data", h.Data)...) }
 
@@ -270,6 +271,7 @@ func TestAgainstARunningHub(t *testing.T) {
 }
 
 func TestOneSimulatedDevice(t *testing.T) {
+	t.Parallel()
 	h := hubtest.Start(t)
 	dir := filepath.Join(t.TempDir(), "lamp")
 	r := runs(t, "onboard", "--device-id", lamp, "--out", dir, "--data", h.Data)
@@ -334,6 +336,7 @@ func TestServeInProcess(t *testing.T) {
 
 // TestTheRealBinary builds coaphub as users do, and shows what only a process of its own can: signals.
 func TestTheRealBinary(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	binary := filepath.Join(dir, "coaphub")
 	build := exec.CommandContext(t.Context(), "go", "build", "-ldflags", "-X main.version=v1.2.3", "-o", binary, ".")

@@ -34,6 +34,7 @@ var varies = []struct {
 // somebody types, what follows is what it prints, standard error behind standard output, and "exit N" unless N is 0. LAMP is
 // the device; "~" in place of "$" asks again until it prints what the script has.
 func TestClientScript(t *testing.T) {
+	t.Parallel()
 	const file = "testdata/client.txt"
 	h := hubtest.Start(t)
 	o := h.Onboard(t, lamp)
