@@ -96,6 +96,17 @@ var transports = []transport{
 	{"ws", "coap+ws", "COAP_TCP", false, false}, // of COAP_TCP the client API knows no kinds
 }
 
+// config is what a hub must be told so that devices may come over tr.
+func (tr transport) config() []string {
+	switch {
+	case tr.name == "ws":
+		return []string{"coapGateway.api.coap.webSocket.enabled=true"}
+	case !tr.secure:
+		return []string{"coapGateway.api.coap.plainAddress=127.0.0.1:0"}
+	}
+	return nil
+}
+
 // says is what a line of a script, written for TLS, means over tr.
 func (tr transport) says(want string) string {
 	want = strings.ReplaceAll(want, "coaps+tcp://", tr.scheme+"://")
@@ -107,13 +118,7 @@ func play(t *testing.T, file string, tr transport) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &world{t: t, over: tr, devices: map[string]*actor{}, sockets: map[string]*socket{}}
-	switch {
-	case tr.name == "ws":
-		w.config = []string{"coapGateway.api.coap.webSocket.enabled=true"}
-	case !tr.secure:
-		w.config = []string{"coapGateway.api.coap.plainAddress=127.0.0.1:0"}
-	}
+	w := &world{t: t, over: tr, config: tr.config(), devices: map[string]*actor{}, sockets: map[string]*socket{}}
 	var out []string
 	for i, line := range strings.Split(strings.TrimRight(string(b), "\n"), "\n") {
 		act, want, arrow := split(line)
