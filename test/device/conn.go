@@ -243,8 +243,11 @@ func (see monitor) UDPClientApply(cfg *udpclient.Config) {
 
 // dtlsOptions is the device's side of the handshake.
 func (d *Device) dtlsOptions() []dtls.ClientOption {
-	// Devices behind NAT ask for a connection ID, which outlives a change of their address (RFC 9146).
-	out := []dtls.ClientOption{dtls.WithConnectionIDGenerator(dtls.OnlySendCIDGenerator())}
+	var out []dtls.ClientOption
+	if !d.cfg.NoConnectionID {
+		// Devices behind NAT ask for a connection ID, which outlives a change of their address (RFC 9146).
+		out = append(out, dtls.WithConnectionIDGenerator(dtls.OnlySendCIDGenerator()))
+	}
 	if k := d.cfg.PSK; k != nil {
 		return append(out, dtls.WithPSK(func([]byte) ([]byte, error) { return k.Key, nil }),
 			dtls.WithPSKIdentityHint([]byte(k.Identity)), dtls.WithCipherSuites(dtls.TLS_PSK_WITH_AES_128_CCM_8))

@@ -50,6 +50,8 @@ type Config struct {
 	// NoCSMOptions makes it send an empty CSM, as go-coap does by itself: the base size 1152 holds for what it takes. There is
 	// none over UDP and DTLS.
 	NoCSMOptions bool
+	// NoConnectionID makes it ask for no connection ID over DTLS (RFC 9146): another address of it is then another device's.
+	NoConnectionID bool
 	// Log takes what goes wrong; nil: nowhere.
 	Log *slog.Logger
 	// Stats counts what happens; nil: the device counts for itself. Devices may share one.

@@ -96,6 +96,10 @@ var transports = []transport{
 	{"ws", "coap+ws", "COAP_TCP", false, false}, // of COAP_TCP the client API knows no kinds
 }
 
+func transportOf(name string) transport {
+	return transports[slices.IndexFunc(transports, func(tr transport) bool { return tr.name == name })]
+}
+
 // config is what a hub must be told so that devices may come over tr.
 func (tr transport) config() []string {
 	switch {

@@ -20,7 +20,10 @@ func TestSimulatedDevice(t *testing.T) {
 			t.Parallel()
 			h := hubtest.Start(t, hubtest.WithConfig(tr.config()...))
 			id := deviceID(1)
-			d := simulated(t, h, tr, id)
+			d, err := device.New(simulation(t, h, tr, id))
+			if err != nil {
+				t.Fatal(err)
+			}
 			ctx, leave := context.WithCancel(t.Context())
 			ended := make(chan error, 1)
 			code := h.Code(t, id)
@@ -46,8 +49,8 @@ func TestSimulatedDevice(t *testing.T) {
 	}
 }
 
-// simulated makes a device that comes over tr.
-func simulated(t *testing.T, h *hubtest.Hub, tr transport, id string) *device.Device {
+// simulation is a device that comes over tr.
+func simulation(t *testing.T, h *hubtest.Hub, tr transport, id string) device.Config {
 	t.Helper()
 	e := h.Endpoints
 	cfg := device.Config{ID: id, HubAddr: map[string]string{
@@ -64,11 +67,7 @@ func simulated(t *testing.T, h *hubtest.Hub, tr transport, id string) *device.De
 			t.Fatal(err)
 		}
 	}
-	d, err := device.New(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return d
+	return cfg
 }
 
 // app is an application that uses the HTTP door.
