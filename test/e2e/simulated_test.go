@@ -72,12 +72,15 @@ func simulation(t *testing.T, h *hubtest.Hub, tr transport, id string) device.Co
 
 // app is an application that uses the HTTP door.
 type app struct {
-	t     *testing.T
-	base  string
-	token string
+	t      *testing.T
+	base   string
+	token  string
+	accept string // the form that it asks for; empty: simple JSON
 }
 
-func application(t *testing.T, h *hubtest.Hub) *app { return &app{t, h.HTTP, h.Token(t)} }
+func application(t *testing.T, h *hubtest.Hub) *app {
+	return &app{t: t, base: h.HTTP, token: h.Token(t)}
+}
 
 // ask asks and decodes what came into v, if v is not nil.
 func (a *app) ask(method, path, body string, v any) int {
@@ -89,6 +92,9 @@ func (a *app) ask(method, path, body string, v any) int {
 	req.Header.Set("Authorization", "Bearer "+a.token)
 	if body != "" {
 		req.Header.Set("Content-Type", "application/json")
+	}
+	if a.accept != "" {
+		req.Header.Set("Accept", a.accept)
 	}
 	resp, err := checked(a.t).Do(req)
 	if err != nil {
