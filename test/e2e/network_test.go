@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
 	"github.com/coaphub/coaphub/test/device"
 	"github.com/coaphub/coaphub/test/hubtest"
 )
@@ -257,8 +259,8 @@ var (
 )
 
 // TestPortChanges: a device with a connection ID stays signed in although its router gives it another port, in both
-// directions and as often as it likes (RFC 9146). One without is a stranger at its new port: its session waits where it was
-// until the device has come again.
+// directions and as often as it likes (RFC 9146). One without, or over plain UDP, is a stranger at its new port: its session
+// waits where it was until the device has come again.
 func TestPortChanges(t *testing.T) {
 	for _, tr := range []transport{overDTLS, overPSK} {
 		t.Run(tr.name, func(t *testing.T) {
@@ -297,6 +299,28 @@ func TestPortChanges(t *testing.T) {
 		stop()
 		if err := <-heard; err == nil {
 			t.Error("the hub answered a stranger")
+		}
+		if now := a.connection(d.ID()); now != was || a.twin(d.ID()) != "ONLINE IN_SYNC" {
+			t.Errorf("%s on %s, was on %s", a.twin(d.ID()), now, was)
+		}
+		come(t, h, a, d, "/oic/d", "/light/1")
+		a.shows(d, "again", 1)
+		if a.connection(d.ID()) == was {
+			t.Error("it is the same session")
+		}
+	})
+	t.Run("udp", func(t *testing.T) {
+		t.Parallel()
+		h := hubtest.Start(t, hubtest.WithConfig(overUDP.config()...))
+		a := application(t, h)
+		l := newRelay(t, h, overUDP).line()
+		d := onLine(t, h, overUDP, l, deviceID(1), func(c *device.Config) { c.PerResource = true })
+		come(t, h, a, d, "/oic/d", "/light/1")
+		was := a.connection(d.ID())
+		l.rebind()
+		// The keep-alive of a stranger: he has to sign in.
+		if is, err := d.Do(t.Context(), device.Request{Code: codes.GET, Path: "/oic/rd"}); err != nil || is.Code != codes.Unauthorized {
+			t.Errorf("%v, %v", is, err)
 		}
 		if now := a.connection(d.ID()); now != was || a.twin(d.ID()) != "ONLINE IN_SYNC" {
 			t.Errorf("%s on %s, was on %s", a.twin(d.ID()), now, was)
