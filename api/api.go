@@ -10,6 +10,7 @@ import (
 	_ "embed" // of the description
 	"encoding/json"
 	"fmt"
+	"sync"
 
 	"go.yaml.in/yaml/v3"
 )
@@ -17,11 +18,11 @@ import (
 //go:embed openapi.yaml
 var openapi []byte
 
-// JSON returns the OpenAPI 3.1 description of the HTTP API.
-func JSON() ([]byte, error) {
+// JSON returns the OpenAPI 3.1 description of the HTTP API. The bytes are shared by all callers: do not change them.
+var JSON = sync.OnceValues(func() ([]byte, error) {
 	var doc any
 	if err := yaml.Unmarshal(openapi, &doc); err != nil {
 		return nil, fmt.Errorf("openapi.yaml: %w", err)
 	}
 	return json.Marshal(doc)
-}
+})

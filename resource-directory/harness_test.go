@@ -23,7 +23,7 @@ import (
 
 func TestMain(m *testing.M) {
 	// A dose that fits every day, and one for `make nightly`; -rapid.checks=N on the command line comes later and wins.
-	checks := "20"
+	checks := "12"
 	if os.Getenv("COAPHUB_NIGHTLY") != "" {
 		checks = "500"
 	}

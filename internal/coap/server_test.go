@@ -396,7 +396,9 @@ func TestWheel(t *testing.T) {
 		}
 		got = nil
 		mu.Unlock()
-		// After a rest, and again from within.
+		// After a rest, while a later one is waited for, and again from within.
+		w.set(&timers[3], 51*time.Second)
+		<-time.After(10 * time.Second)
 		again := 0
 		timers[0].fire = func() {
 			if again++; again < 3 {

@@ -1,6 +1,7 @@
 package coap
 
 import (
+	"math"
 	"sync"
 	"time"
 )
@@ -12,10 +13,14 @@ type wheel struct {
 	mu    sync.Mutex
 	slots [wheelSlots]timer // heads of rings
 	hand  int64             // the last tick that was served
+	next  int64             // the tick that run waits for
 	count int
 	start time.Time
-	wake  chan struct{} // capacity 1: the first timer was set
+	wake  chan struct{} // capacity 1: next came nearer
 }
+
+// never is a tick that does not come.
+const never = math.MaxInt64
 
 const (
 	wheelTick  = 100 * time.Millisecond
@@ -30,7 +35,7 @@ type timer struct {
 }
 
 func newWheel() *wheel {
-	w := &wheel{start: time.Now(), wake: make(chan struct{}, 1)}
+	w := &wheel{next: never, start: time.Now(), wake: make(chan struct{}, 1)}
 	for i := range w.slots {
 		h := &w.slots[i]
 		h.next, h.prev = h, h
@@ -46,10 +51,6 @@ func (w *wheel) set(t *timer, d time.Duration) {
 	now := time.Since(w.start)
 	if w.count == 0 {
 		w.hand = int64(now / wheelTick) // the hand stood still while there was nothing to do
-		select {
-		case w.wake <- struct{}{}:
-		default:
-		}
 	}
 	t.due = int64((now + d + wheelTick - 1) / wheelTick)
 	if t.due <= w.hand {
@@ -59,6 +60,13 @@ func (w *wheel) set(t *timer, d time.Duration) {
 	t.prev, t.next = h.prev, h
 	t.prev.next, h.prev = t, t
 	w.count++
+	if t.due < w.next {
+		w.next = t.due
+		select {
+		case w.wake <- struct{}{}:
+		default:
+		}
+	}
 }
 
 // stop disarms t. Its fire may still be running.
@@ -77,30 +85,27 @@ func (t *timer) unlink(w *wheel) {
 	w.count--
 }
 
-// run turns the wheel until done is closed. With no timer set it sleeps.
+// run turns the wheel until done is closed. It sleeps while no timer is near: a hub with few connections wakes a few times
+// a minute, not ten times a second.
 func (w *wheel) run(done <-chan struct{}) {
+	sleep := time.NewTimer(0)
+	defer sleep.Stop()
 	for {
 		select {
 		case <-done:
 			return
 		case <-w.wake:
+		case <-sleep.C:
 		}
-		tick := time.NewTicker(wheelTick)
-		for busy := true; busy; {
-			select {
-			case <-done:
-				tick.Stop()
-				return
-			case <-tick.C:
-				busy = w.turn()
-			}
+		if d, ok := w.turn(); ok {
+			sleep.Reset(d)
 		}
-		tick.Stop()
 	}
 }
 
-// turn serves all ticks up to now and reports whether timers are left.
-func (w *wheel) turn() bool {
+// turn serves all ticks up to now. It returns how long nothing is to be done, which is at most one round, or false if no
+// timer is left.
+func (w *wheel) turn() (time.Duration, bool) {
 	w.mu.Lock()
 	now := int64(time.Since(w.start) / wheelTick)
 	if now-w.hand > wheelSlots {
@@ -123,16 +128,15 @@ func (w *wheel) turn() bool {
 			t = next
 		}
 	}
-	left := w.count > 0
-	if left {
-		w.mu.Unlock()
-		return true
+	defer w.mu.Unlock()
+	w.next = never
+	if w.count == 0 {
+		return 0, false
 	}
-	// A wake-up that came while timers were set is stale: set sends a new one when count leaves zero, under this lock.
-	select {
-	case <-w.wake:
-	default:
+	for n := w.hand + 1; w.next == never; n++ { // each timer is in one of the slots
+		if h := &w.slots[n%wheelSlots]; h.next != h {
+			w.next = n
+		}
 	}
-	w.mu.Unlock()
-	return false
+	return time.Duration(w.next)*wheelTick - time.Since(w.start), true
 }
