@@ -5,7 +5,6 @@ import (
 	"crypto/rand"
 	"fmt"
 	"net/http"
-	"time"
 
 	grpcgateway "github.com/coaphub/coaphub/grpc-gateway"
 	"github.com/coaphub/coaphub/hub"
@@ -13,15 +12,12 @@ import (
 	"github.com/coaphub/coaphub/internal/store"
 )
 
-// commandTTL is how long a command lives that says nothing about it.
-const commandTTL = 10 * time.Second
-
 // hubInfo is what everybody may know: GetHubConfiguration. It is asked often, so it only puts together what is known.
 func (a *assembly) hubInfo() grpcgateway.HubConfiguration {
 	e := a.endpoints()
 	c := grpcgateway.HubConfiguration{
 		OwnerClaim: a.cfg.Authorization.OwnerClaim, DeviceIDClaim: a.cfg.CoAPGateway.API.CoAP.Authorization.DeviceIDClaim,
-		CoAPGateway: e.CoAPSTCP, CertificateAuthorities: a.deviceRoot, HTTPGatewayAddress: a.httpURL, DefaultCommandTTL: commandTTL,
+		CoAPGateway: e.CoAPSTCP, CertificateAuthorities: a.deviceRoot, HTTPGatewayAddress: a.httpURL, DefaultCommandTTL: a.cfg.ResourceDirectory.DefaultCommandTimeToLive,
 		Build: grpcgateway.Build{Version: a.build.Version, Commit: a.build.Commit, CommitDate: a.build.Date},
 	}
 	if a.provider == nil {

@@ -34,6 +34,11 @@ type Directory interface {
 	SetLocalEndpoints(ctx context.Context, from hub.Stamp, endpoints []string) error
 	// SetContact records when a device that sleeps is expected; the zero value is one that does not sleep.
 	SetContact(ctx context.Context, from hub.Stamp, to hub.Contact) error
+	// TakeCommands binds at most n of the commands that wait for the device to the session, in order, and returns them; they may
+	// be sent once it has returned, to this session and to no other. have are those that the session knows. Message is not used.
+	TakeCommands(ctx context.Context, from hub.Stamp, have []string, n int) ([]hub.Command, error)
+	// EndCommand records what the device answered to a command that is bound to the session, or that it did not.
+	EndCommand(ctx context.Context, from hub.Stamp, id string, a hub.Answer) error
 	// Device returns the current picture of a device if owner's stamp is on it, else NotFound.
 	Device(ctx context.Context, owner hub.Owner, dev hub.DeviceID) (*hub.Device, error)
 	// Devices yields pictures of those of the given devices that carry owner's stamp, in ID order.

@@ -29,6 +29,16 @@ type fakeDirectory struct {
 	device    func(context.Context, hub.Owner, hub.DeviceID) (*hub.Device, error)
 	devices   func(context.Context, hub.Owner, []hub.DeviceID) iter.Seq2[*hub.Device, error]
 	etags     func(context.Context, hub.DeviceID, int) ([][]byte, error)
+	take      func(context.Context, hub.Stamp, []string, int) ([]hub.Command, error)
+	end       func(context.Context, hub.Stamp, string, hub.Answer) error
+}
+
+func (f *fakeDirectory) TakeCommands(ctx context.Context, from hub.Stamp, have []string, n int) ([]hub.Command, error) {
+	return f.take(ctx, from, have, n)
+}
+
+func (f *fakeDirectory) EndCommand(ctx context.Context, from hub.Stamp, id string, a hub.Answer) error {
+	return f.end(ctx, from, id, a)
 }
 
 func (f *fakeDirectory) SignIn(ctx context.Context, own hub.Ownership, c hub.Connection, user string, to Deliverer) (hub.Session, error) {
@@ -167,6 +177,10 @@ type world struct {
 	conns    []hub.Connection
 	revoked  []string
 	seq      uint64
+
+	queue []hub.Command // that wait for their session
+	ends  map[string]hub.Answer
+	off   map[hub.DeviceID]bool // twins that are switched off
 }
 
 func newWorld() *world {
@@ -174,10 +188,12 @@ func newWorld() *world {
 		bump: make(chan struct{}), tokens: map[string]hub.Claims{}, codes: map[string]hub.Tokens{}, refresh: map[string]hub.Tokens{},
 		owned: map[hub.DeviceID]hub.Ownership{}, pins: map[hub.DeviceID]string{}, links: map[hub.DeviceID]links{},
 		current: map[hub.DeviceID]uint64{}, last: map[hub.DeviceID]uint64{}, to: map[hub.DeviceID]Deliverer{},
-		twin: map[hub.DeviceID]map[hub.Href]hub.Change{}, contacts: map[hub.DeviceID]hub.Contact{},
+		twin: map[hub.DeviceID]map[hub.Href]hub.Change{}, contacts: map[hub.DeviceID]hub.Contact{}, ends: map[string]hub.Answer{},
+		off: map[hub.DeviceID]bool{},
 	}
 	w.dir = fakeDirectory{
 		signIn: w.signIn, signOut: w.signOut, offline: w.offline, publish: w.publish, unpublish: w.unpublish, notify: w.notify,
+		take: w.take, end: w.end,
 		setTwin: w.setTwin, setLocal: w.setLocal, expect: w.expect, device: w.device, devices: w.devices, etags: func(context.Context, hub.DeviceID, int) ([][]byte, error) {
 			w.mu.Lock()
 			defer w.mu.Unlock()
@@ -364,7 +380,10 @@ func (w *world) signIn(_ context.Context, own hub.Ownership, c hub.Connection, _
 	w.note("online %s", own.Device)
 	old := w.to[own.Device]
 	w.to[own.Device] = to
-	s := hub.Session{Device: own.Device, Owner: own.Owner, Number: w.seq, TwinEnabled: true, Contact: w.contacts[own.Device]}
+	s := hub.Session{
+		Device: own.Device, Owner: own.Owner, Number: w.seq, TwinEnabled: !w.off[own.Device], Commands: len(w.queue) > 0,
+		Contact: w.contacts[own.Device],
+	}
 	unlock()
 	if old != nil {
 		old.Close("second-session")
@@ -466,7 +485,39 @@ func (w *world) setTwin(_ context.Context, from hub.Stamp, s hub.TwinState) erro
 	if fresh, err := w.fence(from); err != nil || !fresh {
 		return err
 	}
+	if w.off[from.Device] {
+		return hub.NewError(hub.Precondition, "twin-disabled", "the device's twin is switched off")
+	}
 	w.note("twin %d", s)
+	return nil
+}
+
+func (w *world) take(_ context.Context, from hub.Stamp, _ []string, n int) ([]hub.Command, error) {
+	defer w.lock()()
+	if w.current[from.Device] != from.Session {
+		return nil, hub.NewError(hub.Precondition, "session-superseded", "a newer session of the device exists")
+	}
+	n = min(n, len(w.queue))
+	out := slices.Clone(w.queue[:n])
+	w.queue = w.queue[n:]
+	for i := range out {
+		out[i].Session = from.Session
+		w.note("taken %s", out[i].ID)
+	}
+	return out, nil
+}
+
+func (w *world) end(_ context.Context, from hub.Stamp, id string, a hub.Answer) error {
+	defer w.lock()()
+	if fresh, err := w.fence(from); err != nil || !fresh {
+		return err
+	}
+	w.ends[id] = a
+	switch id { // of these the ID says what they do
+	case "off", "on", "sync":
+		w.off[from.Device] = id == "off"
+	}
+	w.note("ended %s %d", id, a.Status)
 	return nil
 }
 
@@ -490,7 +541,9 @@ func (w *world) expect(_ context.Context, from hub.Stamp, c hub.Contact) error {
 }
 
 func (w *world) picture(id hub.DeviceID) *hub.Device {
-	return &hub.Device{ID: id, Owner: w.owned[id].Owner, Links: maps.Clone(w.links[id])}
+	return &hub.Device{
+		ID: id, Owner: w.owned[id].Owner, Links: maps.Clone(w.links[id]), Metadata: hub.Metadata{Twin: hub.Twin{Enabled: !w.off[id]}},
+	}
 }
 
 func (w *world) device(_ context.Context, owner hub.Owner, id hub.DeviceID) (*hub.Device, error) {

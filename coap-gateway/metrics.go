@@ -15,6 +15,9 @@ type metrics struct {
 	syncs         *prometheus.CounterVec
 	quiet         *prometheus.CounterVec
 	sessionsEnded *prometheus.CounterVec
+
+	commands       *prometheus.CounterVec
+	commandSeconds prometheus.Histogram
 }
 
 func newMetrics(reg prometheus.Registerer) *metrics {
@@ -52,10 +55,18 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		sessionsEnded: prometheus.NewCounterVec(opts("sessions_ended_total",
 			"Sessions by why they ended. Rising second-session: devices reconnect without closing, or two share an identity; rising "+
 				"expired: devices do not refresh their tokens; revoked, key-replaced: their credentials were ended by somebody."), []string{"reason"}),
+		commands: prometheus.NewCounterVec(opts("commands_total",
+			"Commands that were sent to devices, by kind and what came of it. Rising unanswered: devices are overloaded, or begin to "+
+				"sleep; rising failed: their answers are errors or break the protocol, see the debug log."), []string{"kind", "outcome"}),
+		commandSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Namespace: "coaphub", Subsystem: "coap_gateway", Name: "command_seconds",
+			Help:    "How long devices take to answer a command. When it rises, devices or their networks are slow; the hub's own time is not in it.",
+			Buckets: prometheus.ExponentialBuckets(0.001, 2, 15),
+		}),
 	}
 	if reg != nil {
 		reg.MustRegister(m.sessions, m.requests, m.refused, m.changes, m.batchSkipped, m.tooLarge, m.notStored, m.syncs, m.quiet,
-			m.sessionsEnded)
+			m.sessionsEnded, m.commands, m.commandSeconds)
 	}
 	return m
 }

@@ -14,7 +14,7 @@ import (
 // no answer, so if it cannot be stored the connection is closed, and the device reports again on its next one.
 func (p *peer) Notifications(_ context.Context, ns []coap.Notification) {
 	s := p.sess
-	if s == nil || s.twin == nil {
+	if s == nil || s.twin.isOff() {
 		return // late ones of a session that is over
 	}
 	if err := s.notified(s.ctx, ns); err != nil {
@@ -120,11 +120,10 @@ func (s *session) storeFirst(o *coap.Observation, changes []hub.Change) error {
 		delete(s.early, o)
 		o.SetTag(s)
 	}
-	if t := s.twin; t != nil {
-		t.mu.Lock()
-		changes = slices.DeleteFunc(changes, func(c hub.Change) bool { return t.dropped(c.Href) })
-		t.mu.Unlock()
-	}
+	t := s.twin
+	t.mu.Lock()
+	changes = slices.DeleteFunc(changes, func(c hub.Change) bool { return t.dropped(c.Href) })
+	t.mu.Unlock()
 	return s.storeInTurn(s.ctx, changes)
 }
 

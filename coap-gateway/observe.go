@@ -27,7 +27,10 @@ type twin struct {
 
 	mu      sync.Mutex // guards all below
 	running bool
+	off     bool // switched off: nothing is asked, and what comes is not stored
+	turning bool // being switched off: the goroutine is waited for and does not start
 	full    bool // a synchronisation of everything is asked for
+	anew    bool // what was observed is observed anew then, and no ETags are sent
 	each    bool // resources are observed one by one
 	// wait has the links that are to be observed, by href, and order their order; at most MaxLinks, then further ones are
 	// left to the next synchronisation.
@@ -73,15 +76,61 @@ type watched struct {
 	obs  *coap.Observation // nil if it was only read
 }
 
-func newTwin(s *session) *twin {
-	return &twin{s: s, wait: map[hub.Href]hub.Link{}, seen: map[hub.Href]watched{}}
+func newTwin(s *session, on bool) *twin {
+	return &twin{s: s, off: !on, wait: map[hub.Href]hub.Link{}, seen: map[hub.Href]watched{}}
+}
+
+func (t *twin) isOff() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.off
+}
+
+// turnOff ends all work of the twin and returns the observations that are to be cancelled. It waits for the question that is
+// under way.
+func (t *twin) turnOff() []*coap.Observation {
+	t.mu.Lock()
+	t.off, t.turning = true, true
+	t.disarm()
+	t.mu.Unlock()
+	t.done.Wait()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.full, t.anew, t.behind, t.missing, t.failed, t.told, t.stale = false, false, false, nil, nil, nil, nil
+	t.wait, t.order = map[hub.Href]hub.Link{}, nil
+	t.turning = false
+	t.start() // the directory may have to be told something
+	return t.takeAll()
+}
+
+// turnOn has everything synchronised; anew, also what is observed already.
+func (t *twin) turnOn(anew bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !t.off && !anew {
+		return
+	}
+	t.off, t.full, t.anew = false, true, anew
+	t.start()
+}
+
+// takeAll takes all observations out of the books. t.mu is held.
+func (t *twin) takeAll() []*coap.Observation {
+	all := t.over
+	for _, w := range t.seen {
+		if w.obs != nil {
+			all = append(all, w.obs)
+		}
+	}
+	t.over, t.seen = nil, map[hub.Href]watched{}
+	return all
 }
 
 // resync asks for a synchronisation of everything.
 func (t *twin) resync() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.full = true
+	t.full = !t.off
 	t.start()
 }
 
@@ -97,6 +146,9 @@ func (t *twin) question() {
 func (t *twin) tell(links []hub.Link, published bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if t.off {
+		return
+	}
 	for i := range links {
 		l := &links[i]
 		if _, ok := t.told[l.Href]; !ok && len(t.told) >= t.s.gw.cfg.API.CoAP.MaxLinks {
@@ -140,7 +192,7 @@ func (t *twin) again(l hub.Link) {
 func (t *twin) published(links []hub.Link) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if !t.each {
+	if !t.each || t.off {
 		return // the batch brings them, or the synchronisation that has not got so far yet
 	}
 	for _, l := range links {
@@ -353,7 +405,7 @@ func (t *twin) stop() {
 
 // start runs the goroutine unless it runs. t.mu is held.
 func (t *twin) start() {
-	if t.running || t.s.ctx.Err() != nil {
+	if t.running || t.turning || t.s.ctx.Err() != nil {
 		return
 	}
 	t.running = true
@@ -374,7 +426,7 @@ func (t *twin) run() {
 		full, some, synced := t.full && reach, false, false
 		contact, news := t.s.rhythm.news(time.Now())
 		switch {
-		case t.s.ctx.Err() != nil:
+		case t.s.ctx.Err() != nil || t.off && !news:
 			t.running = false
 			t.mu.Unlock()
 			return
@@ -430,7 +482,7 @@ func (t *twin) run() {
 
 // next takes the next link to be observed, and begins the question about it. t.mu is held.
 func (t *twin) next() (hub.Link, bool) {
-	for len(t.order) > 0 {
+	for len(t.order) > 0 && !t.off {
 		l, ok := t.wait[t.order[0]]
 		delete(t.wait, t.order[0])
 		t.order = t.order[1:]
@@ -469,13 +521,22 @@ func (t *twin) sync() error {
 	s := t.s
 	t.mu.Lock()
 	t.behind = true
+	anew := t.anew
+	t.anew = false
+	var over []*coap.Observation
+	if anew {
+		over = t.takeAll()
+	}
 	t.mu.Unlock()
+	for _, o := range over { // first: the device may know them by the resource only
+		t.cancel(s.ctx, o)
+	}
 	if err := t.report(hub.TwinSyncing); err != nil {
 		return err
 	}
 	t.question()
 	offered, listed := t.list()
-	if t.fellAsleep() {
+	if t.fellAsleep(anew) {
 		return nil
 	}
 	if listed {
@@ -491,12 +552,12 @@ func (t *twin) sync() error {
 	if wantsBatch(offered, listed) {
 		t.question()
 		var err error
-		if complete, err = t.observeBatch(); err != nil {
+		if complete, err = t.observeBatch(!anew); err != nil {
 			return err
 		}
 	}
 	if !complete {
-		if t.fellAsleep() {
+		if t.fellAsleep(anew) {
 			return nil
 		}
 		mode = "resource"
@@ -538,7 +599,7 @@ func (t *twin) observeEach() (complete bool, _ error) {
 		}
 		t.mu.Lock()
 		l, ok := t.next()
-		complete = len(t.missing) == 0
+		complete = len(t.missing) == 0 && !t.off
 		t.mu.Unlock()
 		if !ok {
 			return complete, nil
@@ -549,14 +610,15 @@ func (t *twin) observeEach() (complete bool, _ error) {
 	}
 }
 
-// fellAsleep reports that the device is not in reach in the middle of a synchronisation, which begins anew when it is.
-func (t *twin) fellAsleep() bool {
+// fellAsleep reports that the device is not in reach in the middle of a synchronisation, which begins again, and as it was
+// asked for, when it is.
+func (t *twin) fellAsleep(anew bool) bool {
 	if ok, _ := t.s.rhythm.inReach(time.Now()); ok {
 		return false
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.full = true
+	t.full, t.anew = true, t.anew || anew
 	t.s.gw.metrics.syncs.WithLabelValues("none", "incomplete").Inc()
 	return true
 }
@@ -648,10 +710,10 @@ func wantsBatch(offered []link, listed bool) bool {
 }
 
 // observeBatch observes /oic/res in batch; false if the device does not do it properly after all.
-func (t *twin) observeBatch() (bool, error) {
+func (t *twin) observeBatch(useETags bool) (bool, error) {
 	s := t.s
 	options := requestTo(resHref, "if=oic.if.b")
-	if c := s.gw.cfg.DeviceTwin; c.UseETags && c.MaxETagsCountInRequest > 0 {
+	if c := s.gw.cfg.DeviceTwin; useETags && c.UseETags && c.MaxETagsCountInRequest > 0 {
 		var etags [][]byte
 		err := retry(s.ctx, s.gw.patience, func() (err error) {
 			etags, err = s.gw.deps.Directory.ETags(s.ctx, s.own.Device, c.MaxETagsCountInRequest)
@@ -749,13 +811,7 @@ func (t *twin) observe(l hub.Link) error {
 // forget cancels all observations without anybody waiting for it.
 func (t *twin) forget(p *peer) {
 	t.mu.Lock()
-	all := t.over
-	for _, w := range t.seen {
-		if w.obs != nil {
-			all = append(all, w.obs)
-		}
-	}
-	t.over, t.seen = nil, map[hub.Href]watched{}
+	all := t.takeAll()
 	t.mu.Unlock()
 	ctx := p.conn.Context()
 	if len(all) == 0 || ctx.Err() != nil {

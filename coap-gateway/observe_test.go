@@ -371,6 +371,7 @@ func TestFirstAnswerDoesNotOverwriteNotifications(t *testing.T) {
 		early: map[*coap.Observation]map[hub.Href]bool{o: {"/x": true}},
 	}
 	s.user.Store(new(string))
+	s.twin = newTwin(s, true)
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	defer s.cancel()
 	octet := hub.Content{Format: 42, Data: []byte{1}}

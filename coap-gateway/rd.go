@@ -51,7 +51,7 @@ func (p *peer) publish(ctx context.Context, req *coap.Message, format int32) (co
 	}
 	var stored []hub.Link
 	err = s.write(ctx, func(ctx context.Context, from hub.Stamp) (err error) {
-		if stored, err = p.gw.deps.Directory.Publish(ctx, from, links); err == nil && s.twin != nil {
+		if stored, err = p.gw.deps.Directory.Publish(ctx, from, links); err == nil {
 			s.twin.tell(links, true)
 		}
 		return err
@@ -69,9 +69,7 @@ func (p *peer) publish(ctx context.Context, req *coap.Message, format int32) (co
 		l.Href, l.Device, l.Instance = string(href), string(s.own.Device), href.InstanceID()
 	}
 	body.Device = string(s.own.Device)
-	if s.twin != nil {
-		s.twin.published(links)
-	}
+	s.twin.published(links)
 	return success(codes.Changed, format, body)
 }
 
@@ -108,7 +106,7 @@ func (p *peer) unpublish(ctx context.Context, req *coap.Message, _ int32) (coap.
 	var removed []hub.Href
 	if len(want) == 0 || len(hrefs) > 0 { // an empty list would mean all
 		err = s.write(ctx, func(ctx context.Context, from hub.Stamp) (err error) {
-			if removed, err = p.gw.deps.Directory.Unpublish(ctx, from, hrefs); err == nil && s.twin != nil {
+			if removed, err = p.gw.deps.Directory.Unpublish(ctx, from, hrefs); err == nil {
 				gone := make([]hub.Link, len(removed))
 				for i, h := range removed {
 					gone[i].Href = h
@@ -124,9 +122,7 @@ func (p *peer) unpublish(ctx context.Context, req *coap.Message, _ int32) (coap.
 	if len(removed) == 0 {
 		return coap.Response{}, invalid("nothing-published", "nothing that the query names is published")
 	}
-	if s.twin != nil {
-		s.twin.unpublished(removed)
-	}
+	s.twin.unpublished(removed)
 	return coap.Response{Code: codes.Deleted}, nil
 }
 

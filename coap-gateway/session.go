@@ -33,8 +33,8 @@ type session struct {
 	ctx    context.Context // ends with the session
 	cancel context.CancelFunc
 	to     *deliverer
-	twin   *twin          // nil when the device's twin is disabled
-	asking sync.WaitGroup // then what asks the device where it is
+	twin   *twin
+	asking sync.WaitGroup // what asks the device where it is, when the twin does not
 	rhythm *rhythm        // when the device listens
 
 	// turn holds one token; whoever has it may write. It orders the session's writes and guards the fields below.
@@ -61,6 +61,7 @@ func closeReason(err error) string {
 // deliverer is how the directory reaches a session.
 type deliverer struct {
 	conn *coap.Conn
+	box  outbox
 	// detached is set while the session itself asks for its device's deletion: the answer must still go out, and the
 	// connection stays open after it.
 	detached atomic.Bool
@@ -76,6 +77,15 @@ func (d *deliverer) Close(reason string) {
 	}
 	d.conn.Close(closing{reason})
 }
+
+// Ready implements hub.Deliverer.
+func (d *deliverer) Ready() bool { return d.box.ready() }
+
+// Deliver implements hub.Deliverer.
+func (d *deliverer) Deliver(c hub.Command) { d.box.deliver(c) }
+
+// Wake implements hub.Deliverer.
+func (d *deliverer) Wake() { d.box.wake() }
 
 // write runs do with the next message number, after all earlier writes of the session and before all later ones. An outcome
 // that is unknown, or an overload that may pass, is tried again with the same number until the gateway's patience ends: the
@@ -153,9 +163,7 @@ func (p *peer) endSession(reason string, offline bool) {
 			s.log.Warn("could not record that the device is offline", "error", err)
 		}
 	}
-	if s.twin != nil {
-		s.twin.forget(p)
-	}
+	s.twin.forget(p)
 	p.gw.metrics.sessions.Dec()
 	p.gw.metrics.sessionsEnded.WithLabelValues(reason).Inc()
 	p.gw.devices.end(s.own.Device, s.number, reason, time.Now())
@@ -166,8 +174,7 @@ func (p *peer) endSession(reason string, offline bool) {
 func (s *session) stop() {
 	s.timer.Stop()
 	s.cancel()
+	s.to.box.stop() // first: it may turn the twin
 	s.asking.Wait()
-	if s.twin != nil {
-		s.twin.stop()
-	}
+	s.twin.stop()
 }

@@ -117,12 +117,11 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 	p.gw.devices.begin(d, p.conn.Stats)
 	s.log.Info("device came", "protocol", conn.Protocol.String()) // JSON would have its number
 	s.rhythm = newRhythm(info.Stream, got.Contact, time.Now())
-	if got.TwinEnabled {
-		s.twin = newTwin(s)
-		p.listening.Store(s)
-		s.twin.resync()
-		p.gw.quiet.watch(s.twin)
-	} else {
+	s.twin = newTwin(s, got.TwinEnabled)
+	p.listening.Store(s)
+	s.twin.resync()
+	p.gw.quiet.watch(s.twin)
+	if !got.TwinEnabled {
 		s.asking.Go(func() {
 			if !p.conn.Guard("local endpoints", func() {
 				if err := s.learnEndpoints(); err != nil && s.ctx.Err() == nil {
@@ -133,7 +132,11 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 			}
 		})
 	}
-	return claims, dev, p.entered(ctx, s, body.Token)
+	if err := p.entered(ctx, s, body.Token); err != nil {
+		return claims, dev, err
+	}
+	s.to.box.begin(s, got.Commands) // last: whoever may not stay gets no commands
+	return claims, dev, nil
 }
 
 // authenticate verifies a token and says which device it is used for. uid must be the token's owner.

@@ -27,6 +27,9 @@ const (
 	// MAX_TRANSMIT_WAIT, which LwM2M 1.1, Section 6.5 recommends to devices; never less than openAtLeast.
 	openFor     = 93 * time.Second
 	openAtLeast = 5 * time.Second
+	// noReaction is how long a device must say nothing to a request to be found away: one or two retransmissions had their time
+	// (RFC 7252, Section 4.8: the first is due after 3 s at most). Commands may have less time than that.
+	noReaction = 5 * time.Second
 	// tellAtMost is how often a device's rhythm is recorded, each time an event: devices that sleep for shorter than that are
 	// expected later in the directory than here.
 	tellAtMost = 10 * time.Minute
@@ -169,6 +172,17 @@ func (r *rhythm) reach(now time.Time) (ok bool, again time.Time) {
 	return !now.Before(again), again
 }
 
+// awake reports whether the device is so likely to listen that it can be sent what would be lost otherwise: it has left nothing
+// unanswered, and it is not the time at which it sleeps. What may be asked again is sent whenever it is inReach.
+func (r *rhythm) awake(now time.Time) bool {
+	if r.stream {
+		return true
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.unanswered == 0 && (r.interval == 0 || now.Sub(r.heard) <= r.open)
+}
+
 // sleeper reports whether the device is known to sleep.
 func (r *rhythm) sleeper() bool {
 	r.mu.Lock()
@@ -193,11 +207,12 @@ func (r *rhythm) news(now time.Time) (hub.Contact, bool) {
 // Heard implements coap.Listener: what waits for the device goes out now, while it listens.
 func (p *peer) Heard(silence time.Duration) {
 	s := p.listening.Load()
-	if s == nil || s.twin == nil {
+	if s == nil {
 		return
 	}
 	if begin, rested := s.rhythm.hear(silence, time.Now()); begin {
 		s.twin.wake(rested)
+		s.to.box.listens()
 	}
 }
 
@@ -212,7 +227,7 @@ func (s *session) request(ctx context.Context, do func(context.Context) error) e
 	case s.ctx.Err() != nil:
 	case err == nil:
 		s.rhythm.answered(q)
-	case missedBy(err):
+	case missedBy(err) && time.Since(q.sent) >= min(noReaction, s.gw.cfg.API.CoAP.KeepAlive.Timeout):
 		s.rhythm.missed(q, time.Now())
 	}
 	return err

@@ -30,6 +30,7 @@ type askedFor struct {
 // dozer is a device over DTLS, behind a NAT, that hears nothing while it sleeps.
 type dozer struct {
 	t     *testing.T
+	w     *world // the hub's side, for those who prepare it
 	nat   *simnet.NAT
 	conn  io.ReadWriter // datagrams
 	begin time.Time
@@ -117,6 +118,10 @@ func (d *dozer) hear(m message.Message) (out message.Message, ok bool) {
 		return out, false
 	case m.Code == codes.Empty && m.Type == message.Confirmable: // asks for a sign of life
 		return message.Message{Type: message.Reset, MessageID: m.MessageID}, true
+	case m.Code == codes.POST:
+		path, _ := m.Options.Path()
+		d.asked = append(d.asked, askedFor{at: time.Since(d.begin).Truncate(time.Second), path: "update " + path})
+		return message.Message{Type: message.Acknowledgement, Code: codes.Changed, MessageID: m.MessageID, Token: m.Token}, true
 	case m.Code != codes.GET:
 		select {
 		case d.answers <- m:
@@ -260,6 +265,7 @@ func doze(t *testing.T, published []string, change func(*Config), prepare func(*
 		f.running.Go(func() { f.gw.quiet.run(f.ctx) })
 
 		d := newDozer(t)
+		d.w = w
 		d.nat = f.net.NAT("203.0.113.1", 0)
 		for href := range w.links[lampID] {
 			d.value[string(href)] = "1"
@@ -406,6 +412,57 @@ func TestSleepInTheMiddle(t *testing.T) {
 		w.await(t, "the synchronisation", func() bool { return slices.Contains(w.log, "twin 3") })
 		if took := time.Since(began); took > 0 || len(w.twin[lampID]) != 3 || w.count("online "+string(lampID)) != 1 {
 			t.Errorf("after %v: %q", took, w.log)
+		}
+	})
+}
+
+// A synchronisation that was asked for anew stays that when the device falls asleep in it: no ETag saves it from telling all.
+func TestSleepInAForcedSynchronisation(t *testing.T) {
+	doze(t, []string{"/a*"}, nil, func(d *dozer) { d.w.etag = [][]byte{{7}} }, func(t *testing.T, w *world, _ *Gateway, d *dozer) {
+		h := &hall{t: t, w: w}
+		after(time.Second)
+		tagged := func() (n int) {
+			d.set(func() {
+				for _, a := range d.asked {
+					if a.etag == "\x07" {
+						n++
+					}
+				}
+			})
+			return n
+		}
+		if w.count("twin 3") != 1 || tagged() != 1 {
+			t.Fatalf("asked for %v; %q", d.asked, w.log)
+		}
+		d.sleep()
+		h.give(command("sync", hub.CommandTwinSync, ""))
+		after(10 * time.Minute)
+		if w.ends["sync"].Status != hub.StatusOK || w.count("twin 3") != 1 {
+			t.Fatalf("%v; %q", w.ends, w.log)
+		}
+		d.wake()
+		d.ask(get("/oic/rd", 2))
+		synctest.Wait()
+		if w.count("twin 3") != 2 || tagged() != 0 || !slices.Contains(d.heardOf(), "/a") {
+			t.Errorf("asked for %v; %q", d.asked, w.log)
+		}
+	})
+}
+
+// A twin that is switched off in the middle of a synchronisation is never said to be in sync.
+func TestTwinIsSwitchedOffInASynchronisation(t *testing.T) {
+	doze(t, []string{"/a*", "/b*", "/c*"}, nil, func(d *dozer) {
+		d.heard = func() {
+			if len(d.asked) == 3 { // all but the first of them is still to be asked for
+				d.heard = nil
+				go (&hall{t: d.t, w: d.w}).give(command("off", hub.CommandTwinOff, ""))
+				synctest.Wait()
+			}
+		}
+	}, func(t *testing.T, w *world, _ *Gateway, d *dozer) {
+		after(time.Minute)
+		if w.count("twin 2") != 1 || w.count("twin 3") != 0 || w.ends["off"].Status != hub.StatusOK || slices.Contains(d.heardOf(), "/c") {
+			t.Errorf("asked for %q; %q", d.heardOf(), w.log)
 		}
 	})
 }

@@ -83,4 +83,4 @@ func withNumbers(v any) any {
 }
 
 // isCBOR reports whether a media type is one of CBOR.
-func isCBOR(media string) bool { return media == cborType || media == "application/vnd.ocf+cbor" }
+func isCBOR(media string) bool { return media == cborType || media == mediaOCFCBOR }

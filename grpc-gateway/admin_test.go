@@ -9,6 +9,7 @@ import (
 	"time"
 
 	pb "github.com/coaphub/coaphub/api/gen/grpcgatewaypb"
+	rapb "github.com/coaphub/coaphub/api/gen/resourceaggregatepb"
 	"github.com/coaphub/coaphub/hub"
 )
 
@@ -189,6 +190,20 @@ func TestCallsThatChangeSomethingAreAudited(t *testing.T) {
 	if _, err := c.DeleteDevices(as(t, "bob"), &pb.DeleteDevicesRequest{All: true}); err != nil {
 		t.Fatal(err)
 	}
+	other := "/api/v1/devices/" + string(nameless) + "/resources/light/1"
+	if _, err := c.UpdateResource(as(t, "alice"), &pb.UpdateResourceRequest{
+		ResourceId: &rapb.ResourceId{DeviceId: string(nameless), Href: "/light/1"}, Content: &pb.Content{ContentType: mediaJSON, Data: []byte(`{}`)},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	w.send(t, "alice", "PUT", other, `{`)
+	w.get(t, other+"?twin=false") // asks the device, and changes nothing
+	if _, err := c.GetResourceFromDevice(as(t, "alice"), &pb.GetResourceFromDeviceRequest{
+		ResourceId: &rapb.ResourceId{DeviceId: string(nameless), Href: "/light/1"},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	w.do(t, "alice", "DELETE", "/api/v1/devices/"+string(nameless)+"/pending-metadata-updates")
 	wantList(t, "entries", log.lines(),
 		"http deleteDevice /api/v1/devices/"+string(lampA)+" alice-sub alice  ok",
 		"http deleteDevices /api/v1/devices?deviceIdFilter= alice-sub alice  filter-empty",
@@ -196,6 +211,9 @@ func TestCallsThatChangeSomethingAreAudited(t *testing.T) {
 		"http patchLabels /api/v1/devices/"+string(lampA)+"/labels alice-sub alice  not-found",
 		"grpc DeleteDevices "+string(lampB)+" alice-sub alice  ok",
 		"grpc DeleteDevices all bob-sub bob  ok",
+		"grpc UpdateResource "+string(nameless)+"/light/1 alice-sub alice  ok",
+		"http updateResource "+other+" alice-sub alice  content-invalid",
+		"http cancelPendingMetadataUpdates /api/v1/devices/"+string(nameless)+"/pending-metadata-updates alice-sub alice  ok",
 	)
 	first := log.entries[0]
 	want(t, "request", first.Request, a.Header().Get("X-Request-Id"))
@@ -211,7 +229,7 @@ func TestCallsThatChangeSomethingAreAudited(t *testing.T) {
 			break
 		}
 	}
-	wantList(t, "newest first, in pages", numbers, "6", "5", "4", "3", "2", "1")
+	wantList(t, "newest first, in pages", numbers, "9", "8", "7", "6", "5", "4", "3", "2", "1")
 }
 
 // A call that ended in a panic is in the log, and one whose entry cannot be written is answered all the same.

@@ -20,8 +20,9 @@ const (
 	listResources list = 3
 	listMetadata  list = 4
 	listEvents    list = 5
-	listFeed      list = 6  // resume tokens of subscriptions
-	listThings    list = 17 // 7 to 16 are kept for lists of commands
+	listFeed      list = 6 // resume tokens of subscriptions
+	listPending   list = 7
+	listThings    list = 17
 	listAudit     list = 18
 	listRefusals  list = 19
 	listAccounts  list = 20

@@ -25,6 +25,13 @@ type Directory interface {
 	// History yields the commits of the device that carry owner's stamp and are newer than after (zero: from the start), in
 	// order.
 	History(ctx context.Context, owner hub.Owner, dev hub.DeviceID, after time.Time) iter.Seq2[hub.Commit, error]
+	// Command stores a command, has it delivered, and returns how it ended; with Async, as soon as it is stored. Denied for a
+	// device that is not owner's, NotFound for a resource that is not there, Precondition for a condition that is not met,
+	// Exhausted when too many commands of the device wait, Deadline when it expired.
+	Command(ctx context.Context, owner hub.Owner, o hub.Order) (hub.Outcome, error)
+	// CancelCommands ends commands of a device and returns their IDs. Denied for a device that is not owner's, NotFound if
+	// there is nothing to cancel.
+	CancelCommands(ctx context.Context, owner hub.Owner, dev hub.DeviceID, pick hub.CommandPick, user, connection string) ([]string, error)
 	// FeedHead is the place behind everything that has happened to any device.
 	FeedHead(ctx context.Context) (hub.Cursor, error)
 	// Feed yields the commits behind the cursor that carry owner's stamp, and goes on with those that come, until ctx ends. An

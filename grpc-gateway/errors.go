@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/protoadapt"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/durationpb"
 
@@ -71,7 +72,7 @@ var (
 	errNoMethod     = hub.NewError(hub.MethodNotAllowed, "method-not-allowed", "Method Not Allowed")
 	errNoCall       = hub.NewError(hub.MethodNotAllowed, "no-such-call", "this hub does not know the call")
 	errNotFound     = hub.NewError(hub.NotFound, "not-found", "not found")
-	errCommands     = hub.NewError(hub.Unsupported, "commands-not-available", "this hub does not carry out commands yet")
+	errNotYours     = hub.NewError(hub.Denied, "device-not-yours", "there is no such device, or it is not yours")
 	errDeleteAll    = hub.NewError(hub.Invalid, "filter-empty", "name the devices to delete, or ask for all of them with all=true")
 	errDeleteBoth   = hub.NewError(hub.Invalid, "filter-and-all", "all=true and a filter exclude each other")
 	errCursor       = hub.NewError(hub.Invalid, "cursor-invalid", "the cursor is not one of this call and this caller")
@@ -96,11 +97,28 @@ func retryAfter(err error) time.Duration {
 	return defaultRetry
 }
 
+// codeOfError is the gRPC code of an error.
+func codeOfError(err error) codes.Code {
+	var device *deviceError
+	if errors.As(err, &device) {
+		if code, _, ok := device.codes(); ok {
+			return code
+		}
+	}
+	return codeOf[hub.KindOf(err)]
+}
+
 // toStatus makes of an error what outsiders may see of it.
 func toStatus(err error) *status.Status {
 	code, text := hub.Public(err)
-	s := status.New(codeOf[hub.KindOf(err)], text)
+	s := status.New(codeOfError(err), text)
 	info := &errdetails.ErrorInfo{Reason: code, Domain: domain}
+	var device *deviceError
+	if errors.As(err, &device) { // first: clients of other hubs look there
+		if d, err := s.WithDetails(protoadapt.MessageV1Of(device.event())); err == nil {
+			s = d
+		}
+	}
 	if after := retryAfter(err); after > 0 {
 		if d, err := s.WithDetails(info, &errdetails.RetryInfo{RetryDelay: durationpb.New(after)}); err == nil {
 			return d
@@ -112,14 +130,19 @@ func toStatus(err error) *status.Status {
 	return s
 }
 
-// appendError appends the google.rpc.Status of an error as JSON; both JSON forms are the same here.
-func appendError(b []byte, err error) []byte {
+// appendError appends the google.rpc.Status of an error as JSON. Both forms are the same but for the event of a command.
+func appendError(b []byte, err error, proto bool) []byte {
 	code, text := hub.Public(err)
 	b = append(b, `{"code":`...)
-	b = strconv.AppendInt(b, int64(codeOf[hub.KindOf(err)]), 10)
+	b = strconv.AppendInt(b, int64(codeOfError(err)), 10)
 	b = append(b, `,"message":`...)
 	b = appendString(b, text)
-	b = append(b, `,"details":[{"@type":"type.googleapis.com/google.rpc.ErrorInfo","reason":`...)
+	b = append(b, `,"details":[`...)
+	var device *deviceError
+	if errors.As(err, &device) {
+		b = append(device.appendDetail(b, proto), ',')
+	}
+	b = append(b, `{"@type":"type.googleapis.com/google.rpc.ErrorInfo","reason":`...)
 	b = appendString(b, code)
 	b = append(b, `,"domain":"`+domain+`"}`...)
 	if after := retryAfter(err); after > 0 {
@@ -137,15 +160,21 @@ func writeError(w http.ResponseWriter, err error) { writeErrorAs(w, httpStatus(e
 
 // writeErrorAs is for errors whose status was decided elsewhere.
 func writeErrorAs(w http.ResponseWriter, status int, err error) {
+	proto := false
+	if o, ok := w.(*writer); ok {
+		proto = o.proto
+	}
 	h := w.Header()
 	h.Set("Content-Type", "application/json")
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Cache-Control", "no-store")
 	h.Del("ETag")
 	code, _ := hub.Public(err)
+	var device *deviceError
 	switch kind := hub.KindOf(err); {
-	case kind == hub.Unauthenticated && code == errTokenMissing.Code:
-		h.Set("WWW-Authenticate", `Bearer realm="coaphub"`) // RFC 6750, Section 3.1: no error code if nothing was presented
+	case kind == hub.Unauthenticated && (code == errTokenMissing.Code || errors.As(err, &device)):
+		// RFC 6750, Section 3.1: no error code if nothing was presented; nor if it is the device that wants something else.
+		h.Set("WWW-Authenticate", `Bearer realm="coaphub"`)
 	case kind == hub.Unauthenticated:
 		h.Set("WWW-Authenticate", `Bearer realm="coaphub", error="invalid_token"`)
 	case code == errScopeMissing.Code:
@@ -155,12 +184,21 @@ func writeErrorAs(w http.ResponseWriter, status int, err error) {
 		h.Set("Retry-After", strconv.Itoa(int(math.Ceil(after.Seconds()))))
 	}
 	w.WriteHeader(status)
-	_, _ = w.Write(append(appendError(nil, err), '\n')) // a client that has gone needs no answer
+	_, _ = w.Write(append(appendError(nil, err, proto), '\n')) // a client that has gone needs no answer
 }
 
 func httpStatus(err error) int {
 	if errors.Is(err, errHost) {
 		return http.StatusMisdirectedRequest // RFC 9110, Section 15.5.20
+	}
+	var device *deviceError
+	if errors.As(err, &device) {
+		if _, status, ok := device.codes(); ok {
+			return status
+		}
+	}
+	if code, _ := hub.Public(err); code == "etag-mismatch" {
+		return http.StatusPreconditionFailed // RFC 9110, Section 13.1.1
 	}
 	return statusOf[hub.KindOf(err)]
 }

@@ -35,6 +35,7 @@ type filter struct {
 	order     order     // of devices
 	limit     uint32    // 0 = none
 	from      place
+	pending   pendingFilter // for the list of commands
 }
 
 // newFilter reads the filters that all lists share. A device ID that is no UUID, and an href that is none, are Invalid with
@@ -134,6 +135,8 @@ func (f *filter) digest() []byte {
 	}
 	put(slices.Sorted(slices.Values(f.types))...)
 	put(f.search...)
+	put(f.pending.id)
+	put(fmt.Sprint(f.pending.kinds, f.pending.hidden))
 	put(fmt.Sprint(f.order, f.any, f.online, f.offline, f.after.UnixNano(), f.at.UnixNano()))
 	return h.Sum(nil)
 }

@@ -175,7 +175,7 @@ type contextStream struct {
 
 func (s *contextStream) Context() context.Context { return s.ctx }
 
-// server is the service over gRPC. Commands are answered with errors of the catalogue.
+// server is the service over gRPC.
 type server struct {
 	pb.UnimplementedGrpcGatewayServer
 	g *Gateway
@@ -243,36 +243,4 @@ func (s *server) DeleteDevices(ctx context.Context, r *pb.DeleteDevicesRequest) 
 
 func (s *server) GetHubConfiguration(context.Context, *pb.HubConfigurationRequest) (*pb.HubConfigurationResponse, error) {
 	return s.g.configuration().response(), nil
-}
-
-func (s *server) GetResourceFromDevice(context.Context, *pb.GetResourceFromDeviceRequest) (*pb.GetResourceFromDeviceResponse, error) {
-	return nil, errCommands
-}
-
-func (s *server) UpdateResource(context.Context, *pb.UpdateResourceRequest) (*pb.UpdateResourceResponse, error) {
-	return nil, errCommands
-}
-
-func (s *server) CreateResource(context.Context, *pb.CreateResourceRequest) (*pb.CreateResourceResponse, error) {
-	return nil, errCommands
-}
-
-func (s *server) DeleteResource(context.Context, *pb.DeleteResourceRequest) (*pb.DeleteResourceResponse, error) {
-	return nil, errCommands
-}
-
-func (s *server) UpdateDeviceMetadata(context.Context, *pb.UpdateDeviceMetadataRequest) (*pb.UpdateDeviceMetadataResponse, error) {
-	return nil, errCommands
-}
-
-func (s *server) GetPendingCommands(*pb.GetPendingCommandsRequest, grpc.ServerStreamingServer[pb.PendingCommand]) error {
-	return errCommands
-}
-
-func (s *server) CancelPendingCommands(context.Context, *pb.CancelPendingCommandsRequest) (*pb.CancelPendingCommandsResponse, error) {
-	return nil, errCommands
-}
-
-func (s *server) CancelPendingMetadataUpdates(context.Context, *pb.CancelPendingMetadataUpdatesRequest) (*pb.CancelPendingCommandsResponse, error) {
-	return nil, errCommands
 }

@@ -254,24 +254,9 @@ func TestGRPCAuthorization(t *testing.T) {
 	want(t, "when to try again", retry.GetRetryDelay().AsDuration(), time.Second)
 }
 
-func TestGRPCCommandsAreNotThereYet(t *testing.T) {
+func TestGRPCReaderMayNotCommand(t *testing.T) {
 	w := newWorld(t)
 	c := pb.NewGrpcGatewayClient(w.dial(t))
-	ctx := as(t, "alice")
-	errs := map[string]error{}
-	_, errs["retrieve"] = c.GetResourceFromDevice(ctx, &pb.GetResourceFromDeviceRequest{})
-	_, errs["update"] = c.UpdateResource(ctx, &pb.UpdateResourceRequest{})
-	_, errs["create"] = c.CreateResource(ctx, &pb.CreateResourceRequest{})
-	_, errs["delete"] = c.DeleteResource(ctx, &pb.DeleteResourceRequest{})
-	_, errs["metadata"] = c.UpdateDeviceMetadata(ctx, &pb.UpdateDeviceMetadataRequest{})
-	_, errs["cancel"] = c.CancelPendingCommands(ctx, &pb.CancelPendingCommandsRequest{})
-	_, errs["cancel metadata"] = c.CancelPendingMetadataUpdates(ctx, &pb.CancelPendingMetadataUpdatesRequest{})
-	_, errs["pending"] = all(c.GetPendingCommands(ctx, &pb.GetPendingCommandsRequest{}))
-	for what, err := range errs {
-		code, reason := reasonOf(t, err)
-		want(t, what, code, codes.Unimplemented)
-		want(t, what, reason, "commands-not-available")
-	}
 	_, err := c.UpdateResource(as(t, "reader"), &pb.UpdateResourceRequest{})
 	want(t, "a reader may not command", status.Code(err), codes.PermissionDenied)
 }

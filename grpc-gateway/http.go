@@ -176,25 +176,26 @@ func (g *Gateway) serve(ctx context.Context, w *writer, r *http.Request, templat
 		return bad
 	case r.ContentLength > int64(g.cfg.Limits.MaxBodyBytes):
 		return errBody
-	case op.later != nil:
-		return op.later
 	}
 	r.Body = http.MaxBytesReader(w, r.Body, int64(g.cfg.Limits.MaxBodyBytes))
 	if req.query, err = parseQuery(r.URL.RawQuery); err != nil {
 		return err
 	}
+	serve := func() error { return op.serve(g, w, req) }
 	if op.changes(r.Method) {
-		entry := auditHTTP(r, op.id, w.Header().Get("X-Request-Id"))
-		return g.audited(ctx, entry, req.claims, func() error { return op.serve(g, w, req) })
+		err = g.audited(ctx, auditHTTP(r, op.id, w.Header().Get("X-Request-Id")), req.claims, serve)
+	} else {
+		err = serve()
 	}
-	return op.serve(g, w, req)
+	w.proto = req.proto // what the body is in says it too
+	return err
 }
 
 func allow(template string) string {
 	var m []string
 	for method, op := range routes[template] {
 		m = append(m, method)
-		if method == http.MethodGet && op.later == nil && !op.stream {
+		if method == http.MethodGet && !op.stream {
 			m = append(m, http.MethodHead)
 		}
 	}
@@ -209,6 +210,7 @@ type writer struct {
 	control *http.ResponseController
 	stall   time.Duration
 	status  int
+	proto   bool // an error is told in protobuf's JSON
 	cut     bool // the answer ended with an error after it had begun
 }
 

@@ -329,33 +329,6 @@ func TestETags(t *testing.T) {
 	}
 }
 
-func TestReadsOfTheDeviceAreNotThereYet(t *testing.T) {
-	w := newWorld(t)
-	dev := "/api/v1/devices/" + string(lampA)
-	for _, c := range []struct{ method, target string }{
-		{"GET", light + "?twin=false"},
-		{"GET", light + "?twin=maybe"},
-		{"GET", light + "?resourceInterface=oic.if.baseline"},
-		{"GET", light + "?interface=oic.if.baseline"},
-		{"PUT", light},
-		{"POST", dev + "/resource-links/switches"},
-		{"DELETE", dev + "/resource-links/switches/1"},
-		{"PUT", dev + "/metadata"},
-		{"GET", "/api/v1/pending-commands"},
-		{"DELETE", "/api/v1/pending-commands"},
-		{"GET", dev + "/pending-commands"},
-		{"GET", dev + "/pending-metadata-updates"},
-		{"DELETE", dev + "/pending-metadata-updates/c1"},
-		{"GET", dev + "/resources/light/1/pending-commands"},
-		{"DELETE", dev + "/resources/light/1/pending-commands/c1"},
-	} {
-		a := w.do(t, "alice", c.method, c.target)
-		want(t, c.method+" "+c.target, a.Code, 501)
-		want(t, c.method+" "+c.target, a.reason(), "commands-not-available")
-	}
-	want(t, "a reader may not command", w.do(t, "reader", "PUT", light).Code, 403)
-}
-
 func TestGetLinks(t *testing.T) {
 	w := newWorld(t)
 	rs := w.get(t, "/api/v1/resource-links").results()

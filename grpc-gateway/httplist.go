@@ -106,7 +106,7 @@ func (g *Gateway) writeList(w http.ResponseWriter, r *request, l list, f *filter
 			return err
 		}
 		w.(*writer).cut = true
-		buf = append(appendError(append(buf[:0], `{"error":`...), err), '}', '\n')
+		buf = append(appendError(append(buf[:0], `{"error":`...), err, r.proto), '}', '\n')
 		if r.cbor {
 			if c, bad := cborFrom(buf); bad == nil {
 				buf = c

@@ -151,7 +151,7 @@ func (g *Gateway) writeEvents(w http.ResponseWriter, r *request, f *filter) erro
 // getResource reads one twin. A read of the device itself (twin=false, or an interface) is a command.
 func (g *Gateway) getResource(w http.ResponseWriter, r *request) error {
 	if !r.query.flag("twin", true) || r.query.get("resourceInterface") != "" {
-		return errCommands
+		return g.readDevice(w, r)
 	}
 	id, err := hub.ParseDeviceID(r.vars.device)
 	if err != nil {

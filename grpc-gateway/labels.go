@@ -97,20 +97,9 @@ var errBodyForm = hub.NewError(hub.Invalid, "body-invalid", "the body is not the
 // readJSON reads a body that is one document of ours, in JSON or, where Content-Type says so, in CBOR. What it does not know is Invalid: a member that was misspelt would
 // be passed over otherwise.
 func readJSON(r *request, v any) error {
-	b, err := io.ReadAll(r.Body)
-	var tooLarge *http.MaxBytesError
-	switch {
-	case errors.As(err, &tooLarge):
-		return errBody
-	case err != nil:
-		return &hub.Error{Kind: hub.Unavailable, Op: "http.body", Err: err} // the caller is gone
-	}
-	if c := (hub.Content{Type: r.Header.Get("Content-Type"), Data: b}); isCBOR(mediaType(c)) {
-		decoded, ok := appendDecoded(nil, c)
-		if !ok {
-			return errBodyForm
-		}
-		b = decoded
+	b, err := r.document()
+	if err != nil {
+		return err
 	}
 	d := json.NewDecoder(bytes.NewReader(b))
 	d.DisallowUnknownFields()
@@ -124,6 +113,35 @@ func readJSON(r *request, v any) error {
 		return errBodyForm.With("http.body", err)
 	}
 	return nil
+}
+
+// document reads a body in JSON or CBOR as JSON.
+func (r *request) document() ([]byte, error) {
+	b, err := r.body()
+	if err != nil {
+		return nil, err
+	}
+	if c := (hub.Content{Type: r.Header.Get("Content-Type"), Data: b}); len(b) > 0 && isCBOR(mediaType(c)) {
+		decoded, ok := appendDecoded(nil, c)
+		if !ok {
+			return nil, errBodyForm
+		}
+		b = decoded
+	}
+	return b, nil
+}
+
+// body reads the request's body.
+func (r *request) body() ([]byte, error) {
+	b, err := io.ReadAll(r.Body)
+	var tooLarge *http.MaxBytesError
+	switch {
+	case errors.As(err, &tooLarge):
+		return nil, errBody
+	case err != nil:
+		return nil, &hub.Error{Kind: hub.Unavailable, Op: "http.body", Err: err} // the caller is gone
+	}
+	return b, nil
 }
 
 // writeJSON answers with a document of ours, which has one form only.

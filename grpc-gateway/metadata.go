@@ -13,6 +13,8 @@ type metadataUpdated struct {
 	meta   hub.Metadata
 	cause  hub.Cause
 	hubID  string
+	// canceled: of a command that did not change it.
+	canceled bool
 }
 
 func (m metadataUpdated) message(cursor string) proto.Message { return m.event(cursor) }
@@ -23,7 +25,7 @@ func (m metadataUpdated) event(cursor string) *rapb.DeviceMetadataUpdated {
 	return &rapb.DeviceMetadataUpdated{
 		DeviceId: string(m.device), Connection: connectionMessage(m.meta.Connection),
 		TwinSynchronization: twinMessage(m.meta.Twin, m.cause), TwinEnabled: m.meta.Twin.Enabled, NextContact: next, ContactInterval: interval,
-		AuditContext: audit, EventMetadata: meta, Cursor: optional(cursor),
+		AuditContext: audit, EventMetadata: meta, Canceled: m.canceled, Cursor: optional(cursor),
 	}
 }
 
@@ -33,7 +35,7 @@ func (m metadataUpdated) appendJSON(b []byte, cursor string) []byte {
 	b = appendTwin(b, m.meta.Twin, m.cause)
 	b = appendContact(b, m.meta.Contact)
 	b = appendCause(b, m.cause, m.hubID)
-	b = appendBool(b, "canceled", false)
+	b = appendBool(b, "canceled", m.canceled)
 	return append(appendText(b, "cursor", cursor), '}')
 }
 

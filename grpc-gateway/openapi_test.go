@@ -46,12 +46,6 @@ func TestRoutesAndOpenAPIAgree(t *testing.T) {
 	var routed []string
 	for template, methods := range routes {
 		for method, op := range methods {
-			if op.later != nil {
-				if c.Operation(method, example(template)) != nil && !strings.Contains(template, "pending") {
-					t.Errorf("%s %s is described but not there", method, template)
-				}
-				continue
-			}
 			routed = append(routed, method+" "+template)
 			described := c.Operation(method, example(template))
 			if described == nil {

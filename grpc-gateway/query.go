@@ -24,6 +24,10 @@ var queryNames = map[string]string{
 	"httpresourceidfilter": "resourceIdFilter", "resourceidfilter": "resourceIdFilter", "resourceid": "resourceIdFilter",
 	"timestampfilter": "timestampFilter", "resourceinterface": "resourceInterface", "interface": "resourceInterface",
 	"twin": "twin", "onlycontent": "onlyContent", "etag": "etag", "accept": "accept",
+	"timetolive": "timeToLive", "force": "force", "async": "async", "supersede": "supersede", "idempotencykey": "idempotencyKey",
+	"commandfilter": "commandFilter", "command": "commandFilter", "includehiddenresources": "includeHiddenResources",
+	"correlationidfilter": "correlationIdFilter", "correlationid": "correlationIdFilter",
+	"resourceid.deviceid": "resourceId.deviceId", "resourceid.href": "resourceId.href",
 	"limit": "limit", "cursor": "cursor", "at": "at", "all": "all", "search": "search", "sort": "sort",
 	"eventfilter": "eventFilter", "hreffilter": "hrefFilter", "leadresourcetypefilter": "leadResourceTypeFilter",
 	"includecurrentstate": "includeCurrentState", "resumetoken": "resumeToken",
@@ -101,7 +105,7 @@ func (q query) nanos(name string) (int64, error) {
 	}
 	n, err := strconv.ParseInt(s, 10, 64)
 	if err != nil {
-		return 0, invalid("query-invalid", name+" is no number of nanoseconds")
+		return 0, invalid("query-invalid", name+" is not a number of nanoseconds")
 	}
 	return n, nil
 }

@@ -107,7 +107,7 @@ func (g *Gateway) metadata(ctx context.Context, owner hub.Owner, f *filter) iter
 		if d.ID == f.from.device || !ok || !d.MetaCause.Known || !f.wantsTypes(link.Types) {
 			return true
 		}
-		return yield(found{metadataUpdated{d.ID, d.Metadata, d.MetaCause, g.deps.HubID}, place{device: d.ID}})
+		return yield(found{metadataUpdated{device: d.ID, meta: d.Metadata, cause: d.MetaCause, hubID: g.deps.HubID}, place{device: d.ID}})
 	})
 }
 
@@ -198,7 +198,14 @@ func (f *filter) wantsEvent(id hub.DeviceID, e hub.Event) bool {
 		return true
 	}
 	_, ok := f.resources[id][e.Href]
-	return ok && e.Kind == hub.ResourceChanged
+	switch e.Kind {
+	case hub.ResourceChanged:
+		return ok
+	case hub.CommandPending, hub.CommandEnded:
+		return ok && !e.Command.Kind.OfTwin()
+	case hub.Registered, hub.Unregistered, hub.MetadataUpdated, hub.LinksPublished, hub.LinksUnpublished, hub.LabelsChanged, hub.CommandBound, hub.CommandLate:
+	}
+	return false
 }
 
 // each turns pictures into elements; from gives those of one device and reports whether to go on.

@@ -12,7 +12,9 @@ import (
 type vars struct {
 	device string // as it stands, perhaps no UUID: such a device is not found, as on other hubs
 	href   hub.Href
-	name   string // of an account
+	// correlation is the ID of one command.
+	correlation string
+	name        string // of an account
 }
 
 // named finds the template of a path that names something other than a device's resource, "" if there is none.
@@ -74,6 +76,10 @@ func split(path string) (template string, v vars, err error) {
 	switch kind {
 	case "labels", "metadata", "pending-commands", "pending-metadata-updates", "events":
 		if more && kind == "pending-metadata-updates" && !strings.Contains(rest, "/") {
+			v.correlation, err = url.PathUnescape(rest)
+			if err != nil || rest == "" {
+				return "", v, nil
+			}
 			return template + "/{correlationId}", v, nil
 		}
 		if more {
@@ -94,6 +100,9 @@ func split(path string) (template string, v vars, err error) {
 			case last == "events", last == "pending-commands":
 				template, rest = template+"/"+last, href
 			case middle == "pending-commands" && before != "":
+				if v.correlation, err = url.PathUnescape(last); err != nil {
+					return "", v, nil
+				}
 				template, rest = template+"/pending-commands/{correlationId}", before
 			}
 		}
@@ -123,7 +132,6 @@ type operation struct {
 	id    string // operationId of the OpenAPI description and label of metrics
 	scope string // "" = public
 	serve func(*Gateway, http.ResponseWriter, *request) error
-	later *hub.Error // answered instead, for what is not there yet; such operations are not described
 	// stream: it goes on for as long as the caller listens, so no time limit of a request applies.
 	stream bool
 }
@@ -147,8 +155,6 @@ func init() { // not a literal: split reads what it leads to
 	open := func(id string, serve func(*Gateway, http.ResponseWriter, *request) error) operation {
 		return operation{id: id, serve: serve}
 	}
-	command := func(scope string) operation { return operation{id: "command", scope: scope, later: errCommands} }
-	readCommand, writeCommand := command(hub.ScopeRead), command(hub.ScopeWrite)
 	const device = "/api/v1/devices/{deviceId}"
 	type methods = map[string]operation
 	routes = map[string]methods{
@@ -185,18 +191,34 @@ func init() { // not a literal: split reads what it leads to
 		device + "/events":                  {"GET": read("getEventsOfDevice", (*Gateway).getEventsOfDevice)},
 		device + "/resources/{href}/events": {"GET": read("getEventsOfResource", (*Gateway).getEventsOfResource)},
 		device + "/resources/{href}": {
-			"GET": read("getResource", (*Gateway).getResource), "PUT": writeCommand,
+			"GET": read("getResource", (*Gateway).getResource), "PUT": write("updateResource", (*Gateway).updateResource),
 		},
 
-		device + "/resource-links/{href}":                             {"POST": writeCommand, "DELETE": writeCommand},
-		device + "/metadata":                                          {"PUT": writeCommand},
-		"/api/v1/pending-commands":                                    {"GET": readCommand, "DELETE": writeCommand},
-		device + "/pending-commands":                                  {"GET": readCommand},
-		device + "/pending-metadata-updates":                          {"GET": readCommand, "DELETE": writeCommand},
-		device + "/pending-metadata-updates/{correlationId}":          {"DELETE": writeCommand},
-		device + "/resources/{href}/pending-commands":                 {"GET": readCommand, "DELETE": writeCommand},
-		device + "/resources/{href}/pending-commands/{correlationId}": {"GET": readCommand, "DELETE": writeCommand},
-		"/api/v1/ws/events":                                           {"GET": stream("subscribeWebSocket", (*Gateway).subscribeWebSocket)},
-		"/api/v1/events/stream":                                       {"GET": stream("subscribeEvents", (*Gateway).subscribeSSE)},
+		device + "/resource-links/{href}": {
+			"POST": write("createResource", (*Gateway).createResource), "DELETE": write("deleteResource", (*Gateway).deleteResource),
+		},
+		device + "/metadata": {"PUT": write("updateDeviceMetadata", (*Gateway).updateMetadata)},
+		"/api/v1/pending-commands": {
+			"GET": read("getPendingCommands", (*Gateway).getPending), "DELETE": write("cancelPendingCommands", (*Gateway).cancelPending),
+		},
+		device + "/pending-commands": {"GET": read("getPendingCommandsOfDevice", (*Gateway).getPendingOfDevice)},
+		device + "/pending-metadata-updates": {
+			"GET":    read("getPendingMetadataUpdates", (*Gateway).getPendingMetadata),
+			"DELETE": write("cancelPendingMetadataUpdates", (*Gateway).cancelPendingMetadata),
+		},
+		device + "/pending-metadata-updates/{correlationId}": {
+			"DELETE": write("cancelPendingMetadataUpdate", (*Gateway).cancelPendingMetadata),
+		},
+		device + "/resources/{href}/pending-commands": {
+			"GET":    read("getPendingCommandsOfResource", (*Gateway).getPendingOfResource),
+			"DELETE": write("cancelPendingCommandsOfResource", (*Gateway).cancelPendingOfResource),
+		},
+		device + "/resources/{href}/pending-commands/{correlationId}": {
+			"GET":    read("getPendingCommand", (*Gateway).getPendingOfResource),
+			"DELETE": write("cancelPendingCommand", (*Gateway).cancelPendingOfResource),
+		},
+
+		"/api/v1/ws/events":     {"GET": stream("subscribeWebSocket", (*Gateway).subscribeWebSocket)},
+		"/api/v1/events/stream": {"GET": stream("subscribeEvents", (*Gateway).subscribeSSE)},
 	}
 }

@@ -55,7 +55,11 @@ func TestSplit(t *testing.T) {
 		}
 		want(t, c.path, template, c.template)
 		if c.template != "" {
-			want(t, c.path, v, vars{device: c.device, href: c.href})
+			id := ""
+			if strings.HasSuffix(c.template, "/{correlationId}") {
+				id = "c"
+			}
+			want(t, c.path, v, vars{device: c.device, href: c.href, correlation: id})
 		}
 	}
 	for _, path := range []string{"/a/../b", "/%2e%2e", "/%00", "/a%0Ab", "/%ff", "/%zz", "/" + strings.Repeat("x/", 1024)} {

@@ -107,7 +107,7 @@ func (g *Gateway) subscribeSSE(w http.ResponseWriter, r *request) error {
 	err = context.Cause(st.ctx)
 	st.close()
 	if !gone(r.Context()) {
-		_ = write(append(appendError([]byte(`data: {"error":`), err), '}', '\n', '\n')) // a client that is gone needs no answer
+		_ = write(append(appendError([]byte(`data: {"error":`), err, false), '}', '\n', '\n')) // a client that is gone needs no answer
 	}
 	return err
 }

@@ -252,7 +252,7 @@ func (u *subscription) follow(ctx context.Context) error {
 		}
 		for i := f.Skip; i < len(f.Commit.Events); i++ {
 			ev := &f.Commit.Events[i]
-			k, ok := subscribables[ev.Kind]
+			k, ok := subscribables[kindOfEvent(ev)]
 			if !ok || !u.filter.wants(&k, f.Commit.Device, ev) {
 				continue
 			}
@@ -295,7 +295,7 @@ func (u *subscription) tellState(ctx context.Context) error {
 		u.seen[d.ID] = d.Seq
 		for c := range stateOf(d) {
 			ev := &c.Events[0]
-			k := subscribables[ev.Kind]
+			k := subscribables[kindOfEvent(ev)]
 			if !u.filter.wants(&k, d.ID, ev) {
 				continue
 			}
@@ -323,8 +323,8 @@ func (u *subscription) tellState(ctx context.Context) error {
 	return nil
 }
 
-// stateOf makes events of a device's picture: that it is the owner's, its metadata, its links, and the last representation of
-// each of its resources. Their versions are those of the events that they come from.
+// stateOf makes events of a device's picture: that it is the owner's, its metadata, its links, the last representation of each
+// of its resources, and the commands that wait. Their versions are those of the events that they come from.
 func stateOf(d *hub.Device) iter.Seq[*hub.Commit] {
 	return func(yield func(*hub.Commit) bool) {
 		event := func(c hub.Cause, ev hub.Event) bool {
@@ -355,6 +355,12 @@ func stateOf(d *hub.Device) iter.Seq[*hub.Commit] {
 				Version: r.Version, Time: r.Time, Session: r.Session, Message: r.Message, Connection: r.Connection, User: r.User, Correlation: r.Correlation,
 			}
 			if !event(c, hub.Event{Kind: hub.ResourceChanged, Href: r.Href, Status: r.Status, Content: r.Content, ETag: r.ETag, Types: r.Types}) {
+				return
+			}
+		}
+		for i := range d.Commands {
+			c := &d.Commands[i]
+			if !event(c.Cause, hub.Event{Kind: hub.CommandPending, Href: c.Href, Content: c.Content, Types: c.Types, Command: &c.CommandEvent}) {
 				return
 			}
 		}

@@ -138,8 +138,15 @@ var modelFilters = []*pb.SubscribeToEvents_CreateSubscription{
 	{EventFilter: []apiKind{pb.SubscribeToEvents_CreateSubscription_RESOURCE_CHANGED}},
 	{DeviceIdFilter: []string{string(lampA)}},
 	{HrefFilter: []string{"/0"}},
+	{EventFilter: []apiKind{pb.SubscribeToEvents_CreateSubscription_RESOURCE_UPDATE_PENDING, pb.SubscribeToEvents_CreateSubscription_RESOURCE_DELETED}},
 	{DeviceIdFilter: []string{string(lampB)}, HrefFilter: []string{"/0", "/1"}},
 	{EventFilter: []apiKind{pb.SubscribeToEvents_CreateSubscription_REGISTERED, pb.SubscribeToEvents_CreateSubscription_UNREGISTERED}},
+}
+
+// modelCommands are told, but for the second: it is no event of the API.
+var modelCommands = []hub.Event{
+	ordered(hub.CommandPending, hub.CommandUpdate, "/0"), ordered(hub.CommandBound, hub.CommandUpdate, "/0"),
+	ordered(hub.CommandEnded, hub.CommandDelete, "/1"), ordered(hub.CommandPending, hub.CommandTwinSync, ""),
 }
 
 func modelSubscriptions(rt *rapid.T, base *world) {
@@ -162,6 +169,10 @@ func modelSubscriptions(rt *rapid.T, base *world) {
 	happen := func(dev hub.DeviceID, n int) {
 		var events []hub.Event
 		for range n {
+			if rapid.IntRange(0, 4).Draw(rt, "command") == 0 {
+				events = append(events, rapid.SampledFrom(modelCommands).Draw(rt, "of"))
+				continue
+			}
 			h := hub.Href("/" + strconv.Itoa(rapid.IntRange(0, 2).Draw(rt, "href")))
 			of := versions[feed.owners[dev]]
 			of[resourcePlace{dev, h}]++
@@ -238,8 +249,8 @@ func modelSubscriptions(rt *rapid.T, base *world) {
 		for _, e := range truth {
 			for k := range e.Commit.Events {
 				ev := &e.Commit.Events[k]
-				kind := subscribables[ev.Kind]
-				if e.Commit.Owner != alice || !f.wants(&kind, e.Commit.Device, ev) {
+				kind, told := subscribables[kindOfEvent(ev)]
+				if !told || e.Commit.Owner != alice || !f.wants(&kind, e.Commit.Device, ev) {
 					continue
 				}
 				all = append(all, saying(e.Commit.Device, ev))

@@ -532,11 +532,24 @@ func TestCurrentState(t *testing.T) {
 // All that a picture has is told.
 func TestStateHasEverything(t *testing.T) {
 	d := lamp(lampA, "lamp", true)
+	waits := func(id string, kind hub.CommandKind, href hub.Href, version uint64) hub.Command {
+		return hub.Command{
+			CommandEvent: hub.CommandEvent{Kind: kind, ValidUntil: t0}, Device: lampA, ID: id, Href: href,
+			Cause: hub.Cause{Known: true, Version: version, Time: t0, Correlation: id},
+		}
+	}
+	d.Commands = []hub.Command{waits("c1", hub.CommandUpdate, "/light/1", 7), waits("c2", hub.CommandTwinOff, "", 3)}
 	kinds := map[hub.EventKind]int{}
+	var waiting []string
 	for c := range stateOf(d) {
 		want(t, "device", c.Device, lampA)
-		kinds[c.Events[0].Kind]++
+		ev := &c.Events[0]
+		kinds[ev.Kind]++
+		if ev.Kind == hub.CommandPending {
+			waiting = append(waiting, fmt.Sprint(ev.Correlation, ev.Href, ev.Command.Kind, ev.Command.ValidUntil == t0, ev.Version))
+		}
 	}
+	wantList(t, "commands", waiting, fmt.Sprint("c1/light/1", hub.CommandUpdate, true, 7), fmt.Sprint("c2", hub.CommandTwinOff, true, 3))
 	want(t, "resources", kinds[hub.ResourceChanged], d.Resources.Len())
 	want(t, "others", kinds[hub.Registered]+kinds[hub.MetadataUpdated]+kinds[hub.LinksPublished], 3)
 	var many linkSet

@@ -2,6 +2,7 @@ package grpcgateway
 
 import (
 	"encoding/json"
+	"fmt"
 	"net/url"
 	"strings"
 	"testing"
@@ -93,8 +94,10 @@ func TestFormsOfAThingWork(t *testing.T) {
 		d.Links = insertLink(d.Links.(linkSet), hub.Link{Href: h, Types: []string{"x.odd"}, Interfaces: []string{"oic.if.s"}})
 		d.Resources = insertTwin(d.Resources.(resourceSet), twin(h, ocf(map[string]any{"href": string(h)}), ""))
 	}
+	d.Links = insertLink(d.Links.(linkSet), hub.Link{Href: "/rw", Types: []string{"x.odd"}, Interfaces: []string{"oic.if.baseline", "oic.if.rw"}})
 	thing := w.get(t, "/api/v1/things/"+string(lampA)).thing()
 	want(t, "title", thing.Title, "lamp A")
+	want(t, "what can be written", fmt.Sprint(thing.Properties["/rw"]["forms"].([]any)[0].(map[string]any)["op"]), "[readproperty writeproperty]")
 	want(t, "properties", len(thing.Properties), d.Links.Len())
 	for name, p := range thing.Properties {
 		form := p["forms"].([]any)[0].(map[string]any)
@@ -108,6 +111,12 @@ func TestFormsOfAThingWork(t *testing.T) {
 		}
 		ops := len(form["op"].([]any))
 		want(t, name+" says so if it can only be read", p["readOnly"], any(ops == 1))
+		if ops == 2 {
+			w.orders = nil
+			a := w.send(t, "alice", "PUT", resolve(t, thing.Base, form["href"].(string)), `{"power":1}`)
+			want(t, name, a.Code, 200)
+			want(t, name, string(w.orders[0].Href), name)
+		}
 	}
 }
 

@@ -30,7 +30,7 @@ func (t *told) message() *pb.Event {
 	return m
 }
 
-func (e eventElement) kind() hub.EventKind { return e.commit.Events[e.index].Kind }
+func (e eventElement) kind() eventKind { return kindOfEvent(&e.commit.Events[e.index]) }
 
 // appendFrame appends the message as it goes out of the doors for JSON.
 func (g *Gateway) appendFrame(b []byte, t *told, proto bool) ([]byte, error) {

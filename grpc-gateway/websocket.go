@@ -95,7 +95,7 @@ func (g *Gateway) subscribeWebSocket(w http.ResponseWriter, r *request) error {
 	st.close() // nobody writes any more
 	code, text := websocket.StatusNormalClosure, ""
 	if !errors.Is(err, errGone) {
-		_ = s.write(append(appendError([]byte(`{"error":`), err), '}'))
+		_ = s.write(append(appendError([]byte(`{"error":`), err, false), '}'))
 		code, text = closing(err)
 	}
 	_ = c.Close(code, text) // a client that is gone needs no answer
@@ -245,7 +245,7 @@ func (s *socket) message(b []byte) error {
 func (s *socket) refuse(err error) error {
 	s.st.sending.Lock()
 	defer s.st.sending.Unlock()
-	return s.write(append(appendError([]byte(`{"error":`), err), '}'))
+	return s.write(append(appendError([]byte(`{"error":`), err, false), '}'))
 }
 
 // parseSubscribe reads protobuf's JSON, with two additions that clients are used to: members that are not known are passed

@@ -50,6 +50,16 @@ type fakeDirectory struct {
 	deviceAt  func(context.Context, hub.Owner, hub.DeviceID, time.Time) (*hub.Device, error)
 	history   func(context.Context, hub.Owner, hub.DeviceID, time.Time) iter.Seq2[hub.Commit, error]
 	*fakeFeed
+	command func(context.Context, hub.Owner, hub.Order) (hub.Outcome, error)
+	cancel  func(context.Context, hub.Owner, hub.DeviceID, hub.CommandPick) ([]string, error)
+}
+
+func (f *fakeDirectory) Command(ctx context.Context, owner hub.Owner, o hub.Order) (hub.Outcome, error) {
+	return f.command(ctx, owner, o)
+}
+
+func (f *fakeDirectory) CancelCommands(ctx context.Context, owner hub.Owner, dev hub.DeviceID, pick hub.CommandPick, _, _ string) ([]string, error) {
+	return f.cancel(ctx, owner, dev, pick)
 }
 
 func (f *fakeDirectory) Devices(ctx context.Context, o hub.Owner, ids []hub.DeviceID) iter.Seq2[*hub.Device, error] {
@@ -133,6 +143,9 @@ type world struct {
 	commits  map[hub.DeviceID][]hub.Commit
 	tokens   map[string]hub.Claims
 	signOffs []hub.DeviceID
+	orders   []hub.Order
+	picks    []hub.CommandPick
+	outcome  func(hub.Order) hub.Outcome
 
 	directory  *fakeDirectory
 	identities *fakeIdentities
@@ -200,6 +213,36 @@ func newWorld(t testing.TB, change ...func(*Config, *Deps)) *world {
 				}
 			}
 		},
+	}
+	w.directory.command = func(_ context.Context, o hub.Owner, order hub.Order) (hub.Outcome, error) {
+		w.orders = append(w.orders, order)
+		if d := w.pictures[order.Device]; d == nil || d.Owner != o {
+			return hub.Outcome{}, errNotYours
+		}
+		if order.Async {
+			return hub.Outcome{}, nil
+		}
+		return w.outcome(order), nil
+	}
+	w.directory.cancel = func(_ context.Context, o hub.Owner, dev hub.DeviceID, pick hub.CommandPick) ([]string, error) {
+		w.picks = append(w.picks, pick)
+		if d := w.pictures[dev]; d == nil || d.Owner != o {
+			return nil, errNotYours
+		}
+		return []string{"c1", "c2"}, nil
+	}
+	w.outcome = func(o hub.Order) hub.Outcome {
+		out := hub.Outcome{
+			Kind: o.Kind, Device: o.Device, Href: o.Href, Types: []string{"core.light"}, Cause: cause(5),
+			Answer: hub.Answer{End: hub.CommandCompleted, Status: hub.StatusOK, Content: ocf(map[string]any{"power": 7}), ETag: []byte{0xe7, 1}},
+		}
+		out.Cause.Correlation = "c1"
+		if o.Kind.OfTwin() {
+			meta := w.pictures[o.Device].Metadata
+			meta.Twin.Enabled = o.Kind != hub.CommandTwinOff
+			out.Metadata, out.Content, out.ETag = &meta, hub.Content{}, nil
+		}
+		return out
 	}
 	owned := func(_ context.Context, o hub.Owner) ([]hub.DeviceID, error) {
 		var ids []hub.DeviceID
@@ -379,14 +422,14 @@ func (a answer) results() []map[string]any {
 func (a answer) reason() string {
 	a.t.Helper()
 	details, _ := a.json()["details"].([]any)
-	if len(details) == 0 {
-		a.t.Fatalf("no details: %s", a.Body)
+	for _, d := range details { // behind the event of a command, if it is one
+		info := d.(map[string]any)
+		if info["domain"] == "coaphub" && info["@type"] == "type.googleapis.com/google.rpc.ErrorInfo" {
+			return info["reason"].(string)
+		}
 	}
-	info := details[0].(map[string]any)
-	if info["domain"] != "coaphub" || info["@type"] != "type.googleapis.com/google.rpc.ErrorInfo" {
-		a.t.Fatalf("no ErrorInfo: %v", info)
-	}
-	return info["reason"].(string)
+	a.t.Fatalf("no ErrorInfo: %s", a.Body)
+	return ""
 }
 
 // do asks over HTTP; headers are "Name: value". Every answer is checked against the OpenAPI description.
@@ -395,10 +438,13 @@ func (w *world) do(t testing.TB, token, method, target string, headers ...string
 	return w.ask(t, token, method, target, nil, headers...)
 }
 
-// send asks with a JSON body.
-func (w *world) send(t testing.TB, token, method, target, body string) answer {
+// send asks with a JSON body, unless a header says what it is.
+func (w *world) send(t testing.TB, token, method, target, body string, headers ...string) answer {
 	t.Helper()
-	return w.ask(t, token, method, target, strings.NewReader(body), "Content-Type: application/json")
+	if !slices.ContainsFunc(headers, func(h string) bool { return strings.HasPrefix(h, "Content-Type: ") }) {
+		headers = append(slices.Clone(headers), "Content-Type: application/json")
+	}
+	return w.ask(t, token, method, target, strings.NewReader(body), headers...)
 }
 
 func (w *world) ask(t testing.TB, token, method, target string, body io.Reader, headers ...string) answer {

@@ -1,5 +1,7 @@
 package hub
 
+import "strings"
+
 // MaxContent is the largest content of a resource in bytes; one byte more is TooLarge.
 const MaxContent = 256 << 10
 
@@ -53,3 +55,14 @@ const (
 	StatusCanceled         Status = 12
 	StatusNotModified      Status = 13
 )
+
+// FormatOf returns the CoAP Content-Format of a media type, which is in lower case and without parameters; false if there is
+// none.
+func FormatOf(mediaType string) (int32, bool) {
+	for f, t := range mediaTypes {
+		if t, _, _ = strings.Cut(t, ";"); t == mediaType {
+			return f, true
+		}
+	}
+	return FormatNone, false
+}

@@ -11,6 +11,11 @@ const (
 	LinksPublished   EventKind = 4 // Event.Links: new or changed links only
 	LinksUnpublished EventKind = 5 // Event.Hrefs
 	ResourceChanged  EventKind = 6 // Event.Href, Content, Status, ETag, Types
+	// The life of a command: Event.Command always, and its ID as Correlation. Bound and late ones are no events of the API.
+	CommandPending EventKind = 7  // Href, Content, Types
+	CommandBound   EventKind = 8  // it is about to be sent to Command.Session, and never to another one
+	CommandEnded   EventKind = 9  // Href, Types, Status, Content, ETag; for those of the twin Metadata is the whole metadata
+	CommandLate    EventKind = 10 // the device answered after the command's end: Href, Status, Content, ETag
 	// LabelsChanged carries all labels after the change, as a JSON object in Event.Content. Numbers below 32 are for what the
 	// client API has a form for.
 	LabelsChanged EventKind = 32
@@ -25,7 +30,7 @@ const (
 // Event is one thing that happened to one device. Which fields are set depends on the kind.
 type Event struct {
 	Kind EventKind
-	Href Href // ResourceChanged only
+	Href Href // of ResourceChanged and commands
 	// Version counts the events of this event's aggregate from 0: the device's links, its metadata, or one resource.
 	Version     uint64
 	Session     uint64 // number of the session that caused it, 0 = none
@@ -40,6 +45,7 @@ type Event struct {
 	Links       []Link
 	Hrefs       []Href
 	Metadata    *Metadata
+	Command     *CommandEvent
 }
 
 // Commit is what one request, or several that waited together, made of one device: the unit that is stored, fenced and fed.

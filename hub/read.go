@@ -13,7 +13,8 @@ type Device struct {
 	Links      LinkSet
 	LinksCause Cause // of the last links event
 	Resources  ResourceSet
-	Labels     Labels // nobody changes them
+	Commands   []Command // that have not ended, in order
+	Labels     Labels    // nobody changes them
 }
 
 // Cause is where the last event of an aggregate came from.

@@ -83,6 +83,7 @@ type Session struct {
 	Owner       Owner
 	Number      uint64
 	TwinEnabled bool
+	Commands    bool    // commands wait that the session may take
 	Contact     Contact // as it was known before
 }
 
@@ -125,4 +126,10 @@ type Resource struct {
 type Deliverer interface {
 	// Close ends the session's connection soon and does not block; reason is for the log ("second-session", "deleted").
 	Close(reason string)
+	// Ready reports whether a command could be sent at once: none is under way, and the device is not known to sleep.
+	Ready() bool
+	// Deliver hands over a command that is bound to the session; it does not block.
+	Deliver(Command)
+	// Wake says that commands wait which the session may take; it does not block.
+	Wake()
 }

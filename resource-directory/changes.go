@@ -42,6 +42,9 @@ func looksDifferent(ev *hub.Event) bool {
 		return true
 	case hub.ResourceChanged:
 		return ev.Href == deviceHref
+	case hub.CommandEnded:
+		return ev.Metadata != nil
+	case hub.CommandPending, hub.CommandBound, hub.CommandLate: // no list shows them
 	}
 	return false
 }

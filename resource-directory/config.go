@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"time"
+
+	"github.com/coaphub/coaphub/hub"
 )
 
 // Config says how the directory behaves. Default has the values of an installation that configures nothing.
@@ -18,6 +20,9 @@ type Config struct {
 	// ColdAfter is how long after its last write a device's state leaves memory; it is loaded again when it is written next.
 	// See also limits.loadedBytes. Default 10m.
 	ColdAfter time.Duration `json:"coldAfter" yaml:"coldAfter"`
+	// DefaultCommandTimeToLive is how long a command waits for its device's answer if whoever gave it says nothing. Default 10s,
+	// between 100ms and 8784h.
+	DefaultCommandTimeToLive time.Duration `json:"defaultCommandTimeToLive" yaml:"defaultCommandTimeToLive"`
 	// History is what the log keeps.
 	History History `json:"history" yaml:"history"`
 	// Limits bound what one device may store, beyond them a request is refused with TooLarge, and what all together take of
@@ -41,6 +46,7 @@ type Limits struct {
 	LinkBytes int `json:"linkBytes" yaml:"linkBytes"` // of all links together; default 8 MiB, at most 12 MiB
 	Resources int `json:"resources" yaml:"resources"` // twins, published or not; default 20000
 	TwinBytes int `json:"twinBytes" yaml:"twinBytes"` // of all twins together; default 64 MiB
+	Commands  int `json:"commands" yaml:"commands"`   // that wait or are under way; default 64, at most 128
 	// LoadedBytes is how much memory the states of all devices may take together, as far as it can be counted; beyond it those
 	// that were not written for the longest leave memory before coldAfter, and are loaded again when they are written next. A
 	// write under way keeps its device in memory, and what is being loaded, at most two devices a worker, comes on top.
@@ -52,8 +58,9 @@ type Limits struct {
 func Default() Config {
 	return Config{
 		Workers: 4, Queue: 4096, QueueWait: 2 * time.Second, ColdAfter: 10 * time.Minute,
-		History: History{Retention: 7 * 24 * time.Hour},
-		Limits:  Limits{Links: 20000, LinkBytes: 8 << 20, Resources: 20000, TwinBytes: 64 << 20, LoadedBytes: 256 << 20},
+		DefaultCommandTimeToLive: 10 * time.Second,
+		History:                  History{Retention: 7 * 24 * time.Hour},
+		Limits:                   Limits{Links: 20000, LinkBytes: 8 << 20, Resources: 20000, TwinBytes: 64 << 20, Commands: 64, LoadedBytes: 256 << 20},
 	}
 }
 
@@ -76,6 +83,9 @@ func (c Config) Check() error {
 	bad(c.Limits.LinkBytes >= 1<<10 && c.Limits.LinkBytes <= 12<<20, "limits.linkBytes", "between 1 KiB and 12 MiB")
 	bad(c.Limits.Resources >= 1, "limits.resources", "at least 1")
 	bad(c.Limits.TwinBytes >= 1<<10, "limits.twinBytes", "at least 1 KiB")
+	// Their ends go into one commit with what ends them.
+	bad(c.Limits.Commands >= 1 && c.Limits.Commands <= 128, "limits.commands", "between 1 and 128")
+	bad(c.DefaultCommandTimeToLive >= hub.MinCommandTTL && c.DefaultCommandTimeToLive <= hub.MaxCommandTTL, "defaultCommandTimeToLive", "between 100ms and 8784h")
 	bad(c.Limits.LoadedBytes >= 1<<10, "limits.loadedBytes", "at least 1 KiB")
 	return errors.Join(errs...)
 }

@@ -34,6 +34,7 @@ type Directory struct {
 	devices sync.Map
 	// loadedBytes is the sum of the workers' bytes.
 	loadedBytes atomic.Int64
+	waiters     waiters
 	tail        tail
 	changes     changes
 	closing     chan struct{} // closed when Run begins to end: nothing new is taken
@@ -65,7 +66,7 @@ func New(cfg Config, st store.Store, log *slog.Logger, reg prometheus.Registerer
 }
 
 // Run serves until ctx ends, then carries out what was already asked for and returns. It can be called once. Sessions of
-// former processes are set offline beside serving; ready does not wait for them.
+// former processes are set offline and commands that wait are found beside serving; ready does not wait for them.
 func (d *Directory) Run(ctx context.Context, ready func()) error {
 	// What was begun is finished although ctx has ended: a commit under way is answered truthfully.
 	own := context.WithoutCancel(ctx)
@@ -73,7 +74,12 @@ func (d *Directory) Run(ctx context.Context, ready func()) error {
 	for _, w := range d.workers {
 		workers.Go(func() { w.run(own) })
 	}
-	helpers.Go(func() { d.endFormerSessions(ctx) })
+	helpers.Go(func() {
+		d.former(ctx, onlineIndex, d.metrics.former, "devices of former processes cannot be set offline, trying again", d.endSession)
+	})
+	helpers.Go(func() {
+		d.former(ctx, commandIndex, d.metrics.formerCommands, "commands of former processes cannot be looked up, trying again", d.findCommands)
+	})
 	helpers.Go(func() { d.trim(ctx) })
 	ready()
 	<-ctx.Done()

@@ -13,7 +13,8 @@ import (
 	"github.com/coaphub/coaphub/internal/store"
 )
 
-// A device's documents: "d" the device, "l<page>" its links in pages, "r<href>" one for each resource; the same keys after
+// A device's documents: "d" the device, "l<page>" its links in pages, "r<href>" one for each resource, "c<id>" one for each
+// command that has not ended, "k<key>" one for each idempotency key; the same keys after
 // "b" are the bases of its history, all of the state before the first commit that the log still has. They are CBOR with
 // numbered keys, deterministic (RFC 8949, Section 4.2.1), so that rebuilding gives the same bytes and a later version can
 // add fields.
@@ -46,6 +47,8 @@ type deviceDoc struct {
 	SyncingAt    int64    `cbor:"19,keyasint,omitempty"`
 	InSyncAt     int64    `cbor:"20,keyasint,omitempty"`
 	ForcedAt     int64    `cbor:"21,keyasint,omitempty"`
+	MetaSkip     uint64   `cbor:"22,keyasint,omitempty"`
+	Loose        uint64   `cbor:"23,keyasint,omitempty"`
 	Interval     int64    `cbor:"30,keyasint,omitempty"`
 	NextContact  int64    `cbor:"31,keyasint,omitempty"`
 
@@ -105,6 +108,35 @@ type twinDoc struct {
 	Connection  string   `cbor:"14,keyasint,omitempty"`
 	User        string   `cbor:"15,keyasint,omitempty"`
 	Correlation string   `cbor:"16,keyasint,omitempty"`
+	Skip        uint64   `cbor:"17,keyasint,omitempty"`
+}
+
+type commandDoc struct {
+	Format     uint8    `cbor:"0,keyasint"`
+	Kind       uint8    `cbor:"1,keyasint"`
+	Href       string   `cbor:"2,keyasint,omitempty"`
+	Interface  string   `cbor:"3,keyasint,omitempty"`
+	ETags      [][]byte `cbor:"4,keyasint,omitempty"`
+	ValidUntil int64    `cbor:"5,keyasint"`
+	Key        string   `cbor:"6,keyasint,omitempty"`
+	Session    uint64   `cbor:"7,keyasint,omitempty"`
+	Type       string   `cbor:"8,keyasint,omitempty"`
+	CoAPFormat int32    `cbor:"9,keyasint"`
+	Data       []byte   `cbor:"10,keyasint,omitempty"`
+	Types      []string `cbor:"11,keyasint,omitempty"`
+	Seq        uint64   `cbor:"12,keyasint"`
+	Index      int      `cbor:"13,keyasint,omitempty"`
+	Cause      causeDoc `cbor:"14,keyasint"`
+}
+
+type keyDoc struct {
+	Format uint8  `cbor:"0,keyasint"`
+	ID     string `cbor:"1,keyasint"`
+	Sum    []byte `cbor:"2,keyasint"`
+	Time   int64  `cbor:"3,keyasint"`
+	Seq    uint64 `cbor:"4,keyasint"`
+	Index  int    `cbor:"5,keyasint,omitempty"`
+	End    uint64 `cbor:"6,keyasint,omitempty"` // seq of the commit with the end; 0 = there is none yet
 }
 
 // codec writes and reads documents.
@@ -153,6 +185,14 @@ func (k codec) docs(s *state, keys []string, prefix string) ([]store.StateDoc, e
 			if t, ok := s.twins.get(key[1:]); ok {
 				v = t.doc()
 			}
+		case 'c':
+			if c := s.command(key[1:]); c != nil {
+				v = newCommandDoc(c)
+			}
+		case 'k':
+			if e, ok := s.keys.byKey.get(key[1:]); ok {
+				v = &keyDoc{docFormat, e.id, e.sum, e.time, e.seq, e.index, e.end}
+			}
 		}
 		doc := store.StateDoc{Key: prefix + key}
 		if v != nil {
@@ -179,6 +219,7 @@ func (k codec) read(dev hub.DeviceID, docs []store.StateDoc, prefix string) (*st
 			return nil, fmt.Errorf("decode document %.64q of device %s: %w", docs[i].Key, dev, err)
 		}
 	}
+	slices.SortFunc(s.commands, inOrder)
 	return s, nil
 }
 
@@ -214,6 +255,18 @@ func (k codec) readDoc(s *state, key string, value []byte) error {
 		t := d.twin(hub.Href(key[1:]))
 		s.twins = s.twins.put(key[1:], t)
 		s.twinBytes += twinSize(&t.Resource)
+	case 'c':
+		var d commandDoc
+		if err := k.dec.Unmarshal(value, &d); err != nil {
+			return err
+		}
+		s.commands = append(s.commands, d.command(s.dev, key[1:]))
+	case 'k':
+		var d keyDoc
+		if err := k.dec.Unmarshal(value, &d); err != nil {
+			return err
+		}
+		s.keys = s.keys.put(&keyed{key: key[1:], id: d.ID, sum: d.Sum, time: d.Time, seq: d.Seq, index: d.Index, end: d.End})
 	default:
 		return fmt.Errorf("key is not known")
 	}
@@ -250,7 +303,7 @@ func (s *state) deviceDoc() *deviceDoc {
 		MetaCause: newCauseDoc(s.metaCause), LinksCause: newCauseDoc(s.linksCause),
 		Online: c.Online, Connection: c.ID, ConnectedAt: c.ConnectedAt, Protocol: uint8(c.Protocol), Service: c.Service,
 		Endpoints: c.LocalEndpoints, TwinEnabled: t.Enabled, TwinState: uint8(t.State), SyncingAt: t.SyncingAt,
-		InSyncAt: t.InSyncAt, ForcedAt: t.ForcedAt,
+		InSyncAt: t.InSyncAt, ForcedAt: t.ForcedAt, MetaSkip: s.metaSkip, Loose: s.loose,
 		Interval: int64(s.meta.Contact.Interval), NextContact: s.meta.Contact.Next,
 		Labels: s.labels, LabelEvents: s.labelEvents,
 	}
@@ -261,6 +314,7 @@ func (s *state) setDevice(d *deviceDoc) {
 	s.session, s.message = d.Session, d.Message
 	s.ended = hub.Stamp{Session: d.EndedSession, Message: d.EndedMessage}
 	s.metaCause, s.linksCause = d.MetaCause.cause(), d.LinksCause.cause()
+	s.metaSkip, s.loose = d.MetaSkip, d.Loose
 	s.meta = hub.Metadata{
 		Connection: hub.Connection{
 			Online: d.Online, ID: d.Connection, ConnectedAt: d.ConnectedAt, Protocol: hub.Protocol(d.Protocol),
@@ -316,15 +370,34 @@ func (t *twin) doc() *twinDoc {
 		Format: docFormat, Owner: string(t.Owner), Types: t.Types, Status: uint8(t.Status), Type: t.Content.Type,
 		CoAPFormat: t.Content.Format, Data: t.Content.Data, ETag: t.ETag, Version: t.Version, Seq: t.Seq, Index: t.index,
 		Time: t.Time, Session: t.Session, Message: t.Message, Connection: t.Connection, User: t.User,
-		Correlation: t.Correlation,
+		Correlation: t.Correlation, Skip: t.skip,
 	}
 }
 
 func (d *twinDoc) twin(h hub.Href) *twin {
-	return &twin{index: d.Index, Resource: hub.Resource{
+	return &twin{index: d.Index, skip: d.Skip, Resource: hub.Resource{
 		Href: h, Owner: hub.Owner(d.Owner), Types: d.Types, Status: hub.Status(d.Status),
 		Content: hub.Content{Type: d.Type, Format: d.CoAPFormat, Data: d.Data}, ETag: d.ETag, Version: d.Version,
 		Seq: d.Seq, Time: d.Time, Session: d.Session, Message: d.Message, Connection: d.Connection, User: d.User,
 		Correlation: d.Correlation,
 	}}
+}
+
+func newCommandDoc(c *hub.Command) *commandDoc {
+	return &commandDoc{
+		Format: docFormat, Kind: uint8(c.Kind), Href: string(c.Href), Interface: c.Interface, ETags: c.ETags, ValidUntil: c.ValidUntil,
+		Key: c.Key, Session: c.Session, Type: c.Content.Type, CoAPFormat: c.Content.Format, Data: c.Content.Data, Types: c.Types,
+		Seq: c.Seq, Index: c.Index, Cause: newCauseDoc(c.Cause),
+	}
+}
+
+func (d *commandDoc) command(dev hub.DeviceID, id string) *hub.Command {
+	return &hub.Command{
+		CommandEvent: hub.CommandEvent{
+			Kind: hub.CommandKind(d.Kind), Interface: d.Interface, ETags: d.ETags, ValidUntil: d.ValidUntil, Key: d.Key,
+			Session: d.Session,
+		},
+		Device: dev, ID: id, Href: hub.Href(d.Href), Content: hub.Content{Type: d.Type, Format: d.CoAPFormat, Data: d.Data},
+		Types: d.Types, Seq: d.Seq, Index: d.Index, Cause: d.Cause.cause(),
+	}
 }

@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -171,12 +172,28 @@ type device struct {
 	end  *end
 }
 
-// end is a Deliverer that remembers why it was closed.
-type end struct{ reason chan string }
+// end is a Deliverer that remembers why it was closed, and what it was given.
+type end struct {
+	reason chan string
+	got    chan hub.Command
+	woken  chan struct{}
+	busy   atomic.Bool
+}
 
-func newEnd() *end { return &end{make(chan string, 4)} }
+func newEnd() *end {
+	return &end{reason: make(chan string, 4), got: make(chan hub.Command, 256), woken: make(chan struct{}, 1)}
+}
 
-func (e *end) Close(reason string) { e.reason <- reason }
+func (e *end) Close(reason string)   { e.reason <- reason }
+func (e *end) Ready() bool           { return !e.busy.Load() }
+func (e *end) Deliver(c hub.Command) { e.got <- c }
+
+func (e *end) Wake() {
+	select {
+	case e.woken <- struct{}{}:
+	default:
+	}
+}
 
 func (e *end) why(t tb) string {
 	t.Helper()
@@ -288,6 +305,14 @@ func word(ev hub.Event) string {
 		return fmt.Sprintf("unpublished %d %v", ev.Version, ev.Hrefs)
 	case hub.ResourceChanged:
 		return fmt.Sprintf("changed %d %s %d %s", ev.Version, ev.Href, ev.Status, ev.Content.Data)
+	case hub.CommandPending:
+		return fmt.Sprintf("pending %d %d %s", ev.Version, ev.Command.Kind, ev.Href)
+	case hub.CommandBound:
+		return fmt.Sprintf("bound %s", ev.Href)
+	case hub.CommandEnded:
+		return fmt.Sprintf("ended %d %d %s %d", ev.Version, ev.Command.End, ev.Href, ev.Status)
+	case hub.CommandLate:
+		return "late"
 	}
 	return "?"
 }

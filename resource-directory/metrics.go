@@ -12,6 +12,7 @@ type metrics struct {
 	feedReaders                                           prometheus.Gauge
 	refused                                               *prometheus.CounterVec
 	loaded, loadedBytes, waiting, shortened, kept, former prometheus.Gauge
+	commands, formerCommands                              prometheus.Gauge
 	append, batch                                         prometheus.Histogram
 }
 
@@ -45,16 +46,19 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 		loaded: gauge("devices_in_memory", "Devices whose state is in memory. When memory is short, lower limits.loadedBytes or coldAfter."),
 		loadedBytes: gauge("loaded_bytes", "What the devices in memory take, about. At limits.loadedBytes the coldest leave early, which costs loads; far above it, "+
 			"writes under way hold that much: look at append_seconds."),
-		waiting:   gauge("waiting_requests", "Writes that callers wait for. When it stays high the store is too slow for the fleet."),
-		shortened: gauge("history_shortened", "1 while history is shorter than configured because maxBytes was exceeded. Raise maxBytes, add disk, or lower retention."),
-		kept:      gauge("history_kept_seconds", "How long events are kept now. When it is below retention, see history_shortened."),
-		former:    gauge("former_sessions", "Devices of former processes that may still be shown online. It falls to 0 soon after a start; if not, the store refuses writes."),
-		append:    histogram("append_seconds", "How long the store takes to make a batch durable. When it rises, the disk is slow or shared.", prometheus.ExponentialBuckets(0.0002, 2, 14)),
-		batch:     histogram("append_commits", "Commits in a batch. It rises under load; at 1 the store answers faster than requests arrive.", prometheus.ExponentialBuckets(1, 2, 11)),
+		waiting:        gauge("waiting_requests", "Writes that callers wait for. When it stays high the store is too slow for the fleet."),
+		shortened:      gauge("history_shortened", "1 while history is shorter than configured because maxBytes was exceeded. Raise maxBytes, add disk, or lower retention."),
+		kept:           gauge("history_kept_seconds", "How long events are kept now. When it is below retention, see history_shortened."),
+		former:         gauge("former_sessions", "Devices of former processes that may still be shown online. It falls to 0 soon after a start; if not, the store refuses writes."),
+		commands:       gauge("commands", "Commands that wait for their devices or are under way. When it rises, devices that are given commands are away or do not answer: GET /api/v1/pending-commands names them."),
+		formerCommands: gauge("former_commands", "Devices whose commands from before the start may not end at their time yet. It falls to 0 soon after a start; if not, the store cannot be read."),
+		append:         histogram("append_seconds", "How long the store takes to make a batch durable. When it rises, the disk is slow or shared.", prometheus.ExponentialBuckets(0.0002, 2, 14)),
+		batch:          histogram("append_commits", "Commits in a batch. It rises under load; at 1 the store answers faster than requests arrive.", prometheus.ExponentialBuckets(1, 2, 11)),
 	}
 	var errs []error
 	for _, c := range []prometheus.Collector{
-		m.commits, m.events, m.conflicts, m.loads, m.trimmed, m.evicted, m.refused, m.loaded, m.loadedBytes, m.waiting, m.shortened, m.kept, m.former, m.append, m.batch, m.feedCatchUp, m.feedReaders,
+		m.commits, m.events, m.conflicts, m.loads, m.trimmed, m.evicted, m.refused, m.loaded, m.loadedBytes, m.waiting, m.shortened, m.kept, m.former, m.commands,
+		m.formerCommands, m.append, m.batch, m.feedCatchUp, m.feedReaders,
 	} {
 		errs = append(errs, reg.Register(c))
 	}

@@ -30,11 +30,24 @@ type model struct {
 	labels   hub.Labels
 	past     map[uint64]*model // by seq
 	seq      uint64
+	skips    map[hub.Href]uint64 // events of commands since the last change
+	loose    uint64
+	commands []*modelCommand // that have not ended, in order
+	ended    []string        // IDs of those that have
+}
+
+// modelCommand is a command and who waits for its end, nil if nobody does.
+type modelCommand struct {
+	id    string
+	href  hub.Href
+	bound bool // to the current session
+	asked *asked
 }
 
 func (m *model) clone() *model {
 	c := *m
 	c.links, c.twins, c.labels, c.past = maps.Clone(m.links), maps.Clone(m.twins), maps.Clone(m.labels), nil
+	c.commands, c.ended = nil, nil
 	return &c
 }
 
@@ -42,15 +55,58 @@ func (m *model) clear() {
 	m.labels = nil
 	m.links, m.twins, m.versions = map[hub.Href]string{}, map[hub.Href]string{}, map[hub.Href]uint64{}
 	m.current, m.online, m.twin, m.places = false, false, hub.TwinOutOfSync, nil
+	m.skips, m.loose = map[hub.Href]uint64{}, 0
+}
+
+// count counts an event of a command.
+func (m *model) count(href hub.Href) {
+	if _, ok := m.twins[href]; ok {
+		m.skips[href]++
+	} else {
+		m.loose++
+	}
+}
+
+// end ends the commands that which wants, and compares what those were told who wait for them.
+func (m *model) end(t tb, with hub.CommandEnd, which func(*modelCommand) bool) {
+	t.Helper()
+	m.commands = slices.DeleteFunc(m.commands, func(c *modelCommand) bool {
+		if !which(c) {
+			return false
+		}
+		m.count(c.href)
+		m.ended = append(m.ended, c.id)
+		if c.asked == nil {
+			return true
+		}
+		out, err := c.asked.wait(t)
+		switch {
+		case with == hub.CommandExpired && !hub.IsKind(err, hub.Deadline), with != hub.CommandExpired && err != nil:
+			t.Fatalf("command %s ended with %v, want end %d", c.id, err, with)
+		case out.End != with || out.Cause.Correlation != c.id:
+			t.Fatalf("command %s ended with %+v, want end %d", c.id, out, with)
+		}
+		return true
+	})
+}
+
+func all(*modelCommand) bool { return true }
+
+func sent(c *modelCommand) bool { return c.bound }
+
+// alone takes away those who wait: their process has ended.
+func (m *model) alone() {
+	for _, c := range m.commands {
+		c.asked = nil
+	}
 }
 
 func (m *model) set(href hub.Href, content string) {
 	if old, ok := m.twins[href]; ok && old == content {
 		return
 	}
-	if _, ok := m.twins[href]; ok {
-		m.versions[href]++
-	}
+	m.versions[href] = m.next(href)
+	m.skips[href] = 0
 	m.twins[href] = content
 }
 
@@ -100,20 +156,24 @@ func TestDirectoryAgainstAModel(t *testing.T) {
 		rt.Repeat(map[string]func(*rapid.T){
 			"register": func(rt *rapid.T) {
 				owner := rapid.SampledFrom([]hub.Owner{alice, bob}).Draw(rt, "owner")
-				m.clear()
-				m.owner, m.gen = owner, m.gen+1
+				m.gen++
 				h.must(h.d.Register(ctx, own(lamp, owner, m.gen), "u"))
+				m.end(rt, hub.CommandCancelled, all)
+				m.clear()
+				m.owner = owner
 				h.must(h.d.Register(ctx, own(lamp, owner, m.gen), "u"))
 			},
 			"unregister": func(rt *rapid.T) {
 				stale := own(lamp, m.owner, m.gen)
 				if m.gen > 0 && rapid.Bool().Draw(rt, "stale") {
 					stale.Generation--
-				} else if m.owner != "" {
+				}
+				h.must(h.d.Unregister(ctx, stale, "u"))
+				if m.owner != "" && stale.Generation == m.gen {
+					m.end(rt, hub.CommandCancelled, all)
 					m.clear()
 					m.owner = ""
 				}
-				h.must(h.d.Unregister(ctx, stale, "u"))
 			},
 			"sign in": func(rt *rapid.T) {
 				x := &device{h: h, end: newEnd()}
@@ -130,6 +190,10 @@ func TestDirectoryAgainstAModel(t *testing.T) {
 					if got := m.sessions[len(m.sessions)-1].end; len(got.reason) == 0 && m.online {
 						got.why(rt)
 					}
+				}
+				m.end(rt, hub.CommandUnavailable, sent)
+				if x.sess.Commands != (len(m.commands) > 0) {
+					rt.Fatalf("the session says that commands wait: %t", x.sess.Commands)
 				}
 				m.sessions = append(m.sessions, x)
 				m.current, m.online, m.twin = true, true, hub.TwinOutOfSync
@@ -245,17 +309,19 @@ func TestDirectoryAgainstAModel(t *testing.T) {
 					rt.Fatalf("answered %v, want %v", got, m.labels)
 				}
 			},
-			"offline": func(*rapid.T) {
+			"offline": func(rt *rapid.T) {
 				x, valid := someSession()
 				h.must(h.d.Offline(ctx, x.stamp()))
 				if valid {
+					m.end(rt, hub.CommandUnavailable, sent)
 					m.online, m.twin = false, hub.TwinOutOfSync
 				}
 			},
-			"sign out": func(*rapid.T) {
+			"sign out": func(rt *rapid.T) {
 				x, valid := someSession()
 				expect(h.d.SignOut(ctx, x.stamp()), valid)
 				if valid {
+					m.end(rt, hub.CommandUnavailable, sent)
 					m.current, m.online, m.twin = false, false, hub.TwinOutOfSync
 				}
 			},
@@ -294,14 +360,117 @@ func TestDirectoryAgainstAModel(t *testing.T) {
 					h.must(x.notify(value("/a", v)))
 					m.set("/a", v)
 				} else {
+					m.alone()
 					h.restart()
 					endIndex()
+					m.end(rt, hub.CommandUnavailable, sent)
 					m.online, m.twin = false, hub.TwinOutOfSync
 				}
 			},
-			"restart": func(*rapid.T) {
+			"command": func(rt *rapid.T) {
+				o := update(rapid.IntRange(1, 3).Draw(rt, "value"))
+				o.Href, o.Force, o.TTL = href(), true, time.Hour
+				if m.owner == "" || len(m.commands) == 5 {
+					rt.Skip("nobody's device, or enough")
+				}
+				var x *device
+				if m.online {
+					x = m.sessions[len(m.sessions)-1]
+					x.end.busy.Store(rapid.Bool().Draw(rt, "busy"))
+				}
+				a := &asked{done: make(chan struct{})}
+				c := &modelCommand{href: o.Href, asked: a}
+				owner, d := m.owner, h.d // both change, and a caller may wait for long
+				go func() {
+					defer close(a.done)
+					a.out, a.err = d.Command(context.Background(), owner, o)
+				}()
+				var got []hub.Command
+				h.eventually("the command is stored", func() bool {
+					got = h.device(m.owner, lamp).Commands
+					return len(got) == len(m.commands)+1
+				})
+				c.id = got[len(got)-1].ID
+				c.bound = x != nil && !x.end.busy.Load() && len(m.commands) == 0
+				m.commands = append(m.commands, c)
+				m.count(c.href)
+				if c.bound && x.end.next(rt).ID != c.id {
+					rt.Fatal("another command was delivered")
+				}
+			},
+			"take": func(rt *rapid.T) {
+				x, valid := someSession()
+				n := rapid.IntRange(1, 2).Draw(rt, "most")
+				var have, want []string
+				for _, c := range m.commands {
+					if c.bound {
+						have = append(have, c.id)
+					} else if len(want) < n {
+						want = append(want, c.id)
+					}
+				}
+				cs, err := h.d.TakeCommands(ctx, hub.Stamp{Device: lamp, Session: x.sess.Number, User: "u"}, have, n)
+				expect(err, valid && m.online)
+				if err != nil {
+					return
+				}
+				var got []string
+				for _, c := range cs {
+					got = append(got, c.ID)
+				}
+				if !slices.Equal(got, want) {
+					rt.Fatalf("taken %q, want %q", got, want)
+				}
+				for _, c := range m.commands {
+					c.bound = c.bound || slices.Contains(want, c.id)
+				}
+			},
+			"answer": func(rt *rapid.T) {
+				x, valid := someSession()
+				var ids []string
+				for _, c := range m.commands {
+					if c.bound {
+						ids = append(ids, c.id)
+					}
+				}
+				ids = append(ids, m.ended...) // late ones, which change nothing
+				if len(ids) == 0 {
+					rt.Skip("nothing was sent")
+				}
+				id := rapid.SampledFrom(ids).Draw(rt, "id")
+				expect(x.answer(id, "done"), valid)
+				expect(h.d.EndCommand(ctx, x.same(), id, hub.Answer{End: hub.CommandCompleted}), valid) // its answer was lost
+				if valid {
+					m.end(rt, hub.CommandCompleted, func(c *modelCommand) bool { return c.id == id })
+				}
+			},
+			"cancel": func(rt *rapid.T) {
+				if m.owner == "" {
+					rt.Skip("nobody's device")
+				}
+				to := href()
+				mine := func(c *modelCommand) bool { return c.href == to }
+				ids, err := h.d.CancelCommands(ctx, m.owner, lamp, hub.CommandPick{Href: to}, "u", "")
+				if found := slices.ContainsFunc(m.commands, mine); found != (err == nil) || !found && !hub.IsKind(err, hub.NotFound) {
+					rt.Fatalf("cancelled %q, %v", ids, err)
+				}
+				m.end(rt, hub.CommandCancelled, mine)
+			},
+			"expire": func(rt *rapid.T) {
+				if len(m.commands) == 0 {
+					rt.Skip("nothing waits")
+				}
+				c := rapid.SampledFrom(m.commands).Draw(rt, "command")
+				h.must(h.d.do(ctx, &request{dev: lamp, op: "test", decide: func(s *state, _ int64) ([]hub.Event, error) {
+					return []hub.Event{s.ends(s.command(c.id), hub.Answer{End: hub.CommandExpired}, "", "")}, nil
+				}}))
+				m.end(rt, hub.CommandExpired, func(d *modelCommand) bool { return d == c })
+			},
+			"restart": func(rt *rapid.T) {
+				m.alone()
 				h.restart()
 				endIndex()
+				m.end(rt, hub.CommandUnavailable, sent)
 				m.online, m.twin = false, hub.TwinOutOfSync
 			},
 			"trim": func(rt *rapid.T) {
@@ -322,9 +491,9 @@ func TestDirectoryAgainstAModel(t *testing.T) {
 
 func (m *model) next(href hub.Href) uint64 {
 	if _, ok := m.twins[href]; ok {
-		return m.versions[href] + 1
+		return m.versions[href] + m.skips[href] + 1
 	}
-	return 0
+	return m.loose
 }
 
 func (m *model) check(rt *rapid.T, h *house) {
@@ -350,6 +519,20 @@ func (m *model) check(rt *rapid.T, h *house) {
 		}
 		if d.Metadata.Twin.State != m.twin {
 			rt.Fatalf("twin state %d, want %d", d.Metadata.Twin.State, m.twin)
+		}
+		var waiting []string
+		for i, c := range d.Commands {
+			waiting = append(waiting, c.ID)
+			if i < len(m.commands) && c.Session != 0 != m.commands[i].bound {
+				rt.Fatalf("command %s is bound to session %d, should be bound: %t", c.ID, c.Session, m.commands[i].bound)
+			}
+		}
+		var want []string
+		for _, c := range m.commands {
+			want = append(want, c.id)
+		}
+		if !slices.Equal(waiting, want) {
+			rt.Fatalf("commands %q wait, want %q", waiting, want)
 		}
 		for to, v := range m.versions {
 			if r, ok := d.Resources.Get(to); ok && r.Version != v {

@@ -5,6 +5,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/store"
 )
@@ -13,10 +15,10 @@ import (
 // process that took it. A start looks there for the sessions of former processes instead of reading the whole fleet.
 const onlineIndex = "online"
 
-// markOnline puts the device into the index of this run. It is written once a run, not once a session.
-func (d *Directory) markOnline(ctx context.Context, dev hub.DeviceID) error {
+// mark puts the device into an index of this run. It is written once a run, not each time.
+func (d *Directory) mark(ctx context.Context, index string, dev hub.DeviceID) error {
 	for {
-		doc, err := d.store.Get(ctx, onlineIndex, string(dev))
+		doc, err := d.store.Get(ctx, index, string(dev))
 		if err != nil {
 			return err
 		}
@@ -24,8 +26,8 @@ func (d *Directory) markOnline(ctx context.Context, dev hub.DeviceID) error {
 			return nil
 		}
 		doc = store.Doc{Key: string(dev), Value: []byte(d.run), Rev: doc.Rev}
-		_, err = d.store.Put(ctx, onlineIndex, doc)
-		if !hub.IsKind(err, hub.Conflict) { // Conflict: endFormerSessions deleted it, or another sign-in was faster
+		_, err = d.store.Put(ctx, index, doc)
+		if !hub.IsKind(err, hub.Conflict) { // Conflict: former deleted it, or another request was faster
 			return err
 		}
 		if err := ctx.Err(); err != nil {
@@ -34,9 +36,9 @@ func (d *Directory) markOnline(ctx context.Context, dev hub.DeviceID) error {
 	}
 }
 
-// endFormerSessions sets the devices offline whose sessions ended with former processes. It goes on until all are, also
+// former does what is to be done for the devices that former processes left in an index. It goes on until all are done, also
 // over an outage of the store.
-func (d *Directory) endFormerSessions(ctx context.Context) {
+func (d *Directory) former(ctx context.Context, index string, waiting prometheus.Gauge, failed string, do former) {
 	const (
 		together = 64 // share the batches of the log, and leave room in the queues for living devices
 		pause    = 5 * time.Second
@@ -46,10 +48,10 @@ func (d *Directory) endFormerSessions(ctx context.Context) {
 		var err error
 		batch := make([]store.Doc, 0, together)
 		flush := func() {
-			left += d.endSessions(ctx, batch)
+			left += d.formerBatch(ctx, index, batch, do)
 			batch = batch[:0]
 		}
-		for doc, e := range d.store.Range(ctx, onlineIndex, "", "") {
+		for doc, e := range d.store.Range(ctx, index, "", "") {
 			if err = e; err != nil || ctx.Err() != nil {
 				break
 			}
@@ -61,14 +63,14 @@ func (d *Directory) endFormerSessions(ctx context.Context) {
 			}
 		}
 		flush()
-		d.metrics.former.Set(float64(left))
+		waiting.Set(float64(left))
 		switch {
 		case ctx.Err() != nil, err == nil && left == 0:
 			return
 		case err != nil:
 			d.log.Warn("devices of former processes cannot be listed, trying again", "error", err)
 		default:
-			d.log.Warn("devices of former processes cannot be set offline, trying again", "devices", left)
+			d.log.Warn(failed, "devices", left)
 		}
 		select {
 		case <-time.After(pause):
@@ -78,12 +80,24 @@ func (d *Directory) endFormerSessions(ctx context.Context) {
 	}
 }
 
-// endSessions returns how many could not be ended.
-func (d *Directory) endSessions(ctx context.Context, docs []store.Doc) int {
+// former is what is done for one device; forget reports that its document is not needed any more.
+type former func(ctx context.Context, doc store.Doc) (forget bool, err error)
+
+// formerBatch returns how many could not be done.
+func (d *Directory) formerBatch(ctx context.Context, index string, docs []store.Doc, do former) int {
 	var wait sync.WaitGroup
 	failed := make([]bool, len(docs))
 	for i, doc := range docs {
-		wait.Go(func() { failed[i] = d.endSession(ctx, doc) != nil })
+		wait.Go(func() {
+			forget, err := do(ctx, doc)
+			if err == nil && forget {
+				// The revision says that nobody marked the device since the document was read.
+				if err = d.store.Delete(ctx, index, doc.Key, doc.Rev); hub.IsKind(err, hub.Conflict) {
+					err = nil
+				}
+			}
+			failed[i] = err != nil
+		})
 	}
 	wait.Wait()
 	n := 0
@@ -96,25 +110,34 @@ func (d *Directory) endSessions(ctx context.Context, docs []store.Doc) int {
 }
 
 // endSession sets a device offline if it is online in a session of a former process.
-func (d *Directory) endSession(ctx context.Context, doc store.Doc) error {
+func (d *Directory) endSession(ctx context.Context, doc store.Doc) (forget bool, err error) {
 	dev := hub.DeviceID(doc.Key)
 	s, err := d.read(ctx, dev)
 	if err != nil {
-		return err
+		return false, err
 	}
 	// A sign-in writes the index before its commit. So if the document is still a former run's after the read, the session
 	// in s is a former process's, and a session that came since has a higher number.
 	now, err := d.store.Get(ctx, onlineIndex, doc.Key)
 	if err != nil || now.Rev != doc.Rev {
-		return err
+		return false, err
 	}
 	if s.meta.Connection.Online {
 		if err := d.do(ctx, offline(hub.Stamp{Device: dev, Session: s.session})); err != nil {
-			return err
+			return false, err
 		}
 	}
-	if err := d.store.Delete(ctx, onlineIndex, doc.Key, doc.Rev); err != nil && !hub.IsKind(err, hub.Conflict) {
-		return err
+	return true, nil
+}
+
+// findCommands loads a device that may have commands, so that they end at their time. Of those that have none the index
+// forgets.
+func (d *Directory) findCommands(ctx context.Context, doc store.Doc) (forget bool, err error) {
+	dev := hub.DeviceID(doc.Key)
+	s, err := d.read(ctx, dev)
+	if err != nil || len(s.commands) == 0 {
+		return err == nil, err
 	}
-	return nil
+	nothing := func(*state, int64) ([]hub.Event, error) { return nil, nil }
+	return false, d.do(ctx, &request{dev: dev, op: "directory.findCommands", decide: nothing})
 }

@@ -2,6 +2,7 @@ package resourcedirectory
 
 import (
 	"context"
+	"errors"
 
 	"github.com/coaphub/coaphub/hub"
 )
@@ -10,8 +11,8 @@ import (
 // there. What a former ownership left is deleted and its session closed. Precondition for a generation that is older than the
 // device's, or the same one of another owner.
 func (d *Directory) Register(ctx context.Context, own hub.Ownership, user string) error {
-	r := &request{dev: own.Device, op: "directory.Register", fresh: true, owner: own}
-	r.decide = func(s *state, _ int64) ([]hub.Event, error) {
+	const op = "directory.Register"
+	decide := func(s *state, _ int64) ([]hub.Event, error) {
 		switch {
 		case own.Owner == "" || own.Generation == 0:
 			return nil, hub.NewError(hub.Invalid, "ownership-invalid", "an ownership needs an owner and a generation")
@@ -19,14 +20,29 @@ func (d *Directory) Register(ctx context.Context, own hub.Ownership, user string
 			return nil, hub.NewError(hub.Precondition, "generation-stale", "the device was claimed again since")
 		case own.Generation == s.generation:
 			return nil, nil
+		case len(s.commands) > 0:
+			return nil, errCommandsLeft
 		}
 		return []hub.Event{{Kind: hub.Registered, User: user}}, nil
 	}
-	r.stored = func(w *worker) { w.closeOther(own.Device, "deleted") }
-	return d.do(ctx, r)
+	for {
+		r := &request{dev: own.Device, op: op, fresh: true, owner: own, decide: decide}
+		r.stored = func(w *worker) { w.closeOther(own.Device, "deleted") }
+		if err := d.do(ctx, r); !errors.Is(err, errCommandsLeft) {
+			return err
+		}
+		// They end in a commit of their own, which has the former owner's stamp.
+		end := &request{dev: own.Device, op: op}
+		end.decide = func(s *state, _ int64) ([]hub.Event, error) { return s.endAll(user), nil }
+		if err := d.do(ctx, end); err != nil {
+			return err
+		}
+	}
 }
 
-// Unregister appends an unregistered event, deletes links and twin, and closes the live session. The log stays until
+var errCommandsLeft = hub.NewError(hub.Conflict, "commands-left", "commands of the former owner wait")
+
+// Unregister appends an unregistered event, ends the commands that wait, deletes links and twin, and closes the live session. The log stays until
 // retention. Repeating it, or asking it of a device that has a newer generation, does nothing.
 func (d *Directory) Unregister(ctx context.Context, own hub.Ownership, user string) error {
 	r := &request{dev: own.Device, op: "directory.Unregister", fresh: true}
@@ -34,7 +50,7 @@ func (d *Directory) Unregister(ctx context.Context, own hub.Ownership, user stri
 		if s.owner == "" || s.owner != own.Owner || s.generation != own.Generation {
 			return nil, nil
 		}
-		return []hub.Event{{Kind: hub.Unregistered, Connection: s.meta.Connection.ID, User: user}}, nil
+		return append(s.endAll(user), hub.Event{Kind: hub.Unregistered, Connection: s.meta.Connection.ID, User: user}), nil
 	}
 	r.stored = func(w *worker) { w.closeOther(own.Device, "deleted") }
 	return d.do(ctx, r)

@@ -18,7 +18,7 @@ func (d *Directory) SignIn(
 ) (hub.Session, error) {
 	const op = "directory.SignIn"
 	// The index is written first, so that it holds every device that may be online when the process dies.
-	if err := d.markOnline(ctx, own.Device); err != nil {
+	if err := d.mark(ctx, onlineIndex, own.Device); err != nil {
 		return hub.Session{}, wrap(op, err)
 	}
 	var sess hub.Session
@@ -34,9 +34,10 @@ func (d *Directory) SignIn(
 		meta.Connection = conn
 		meta.Twin.State = outOfSync(meta.Twin)
 		sess = hub.Session{Device: own.Device, Owner: own.Owner, Number: s.seq + 1, TwinEnabled: meta.Twin.Enabled, Contact: meta.Contact}
-		return []hub.Event{{
+		sess.Commands = slices.ContainsFunc(s.commands, func(c *hub.Command) bool { return c.Session == 0 })
+		return append(s.endBound(sess.Number), hub.Event{
 			Kind: hub.MetadataUpdated, Session: sess.Number, Connection: conn.ID, User: user, Metadata: &meta,
-		}}, nil
+		}), nil
 	}
 	r.stored = func(w *worker) { w.attach(own.Device, &live{session: sess.Number, to: to}) }
 	r.orphaned = func(w *worker) { w.lose(own.Device, sess.Number) }
@@ -63,10 +64,10 @@ func (d *Directory) SignOut(ctx context.Context, from hub.Stamp) error {
 			return nil, hub.NewError(hub.Precondition, "message-number-old", "the message number was used before")
 		}
 		meta := s.offline()
-		return []hub.Event{{
+		return append(s.endBound(s.seq+1), hub.Event{
 			Kind: hub.MetadataUpdated, Session: s.seq + 1, Message: from.Message, Connection: meta.Connection.ID,
 			User: from.User, Metadata: &meta,
-		}}, nil
+		}), nil
 	}
 	r.stored = func(w *worker) { w.detach(from.Device, from.Session) }
 	return d.do(ctx, r)
@@ -116,10 +117,10 @@ func offline(from hub.Stamp) *request {
 			return nil, nil
 		}
 		meta := s.offline()
-		return []hub.Event{{
+		return append(s.endBound(from.Session+1), hub.Event{
 			Kind: hub.MetadataUpdated, Session: from.Session, Message: from.Message, Connection: meta.Connection.ID,
 			User: from.User, Metadata: &meta,
-		}}, nil
+		}), nil
 	}
 	r.stored = func(w *worker) { w.detach(from.Device, from.Session) }
 	return r

@@ -33,15 +33,25 @@ type state struct {
 	linksCause hub.Cause
 	twins      tree[*twin]
 	twinBytes  int
+
+	commands []*hub.Command // that have not ended, in order; copied on each change
+	keys     keys
+	// Commands count among the events of what they are about, so that versions go on. metaSkip is how many the metadata's
+	// last event has behind it, as twin.skip. loose is a version that no resource without a twin has reached, counted over all
+	// of them: whoever may name any href must not make the device grow.
+	metaSkip uint64
+	loose    uint64
 	// labels are replaced as a whole, never changed; labelEvents counts what brought them.
 	labels      hub.Labels
 	labelEvents uint64
 }
 
-// twin is a resource's last representation. index is its event's place in the commit: with Seq it orders ETags.
+// twin is a resource's last representation. index is its event's place in the commit: with Seq it orders ETags. skip is how
+// many events of commands followed.
 type twin struct {
 	hub.Resource
 	index int
+	skip  uint64
 }
 
 func newState(dev hub.DeviceID) *state {
@@ -77,6 +87,7 @@ func (s *state) apply(c *hub.Commit, i int, changed []string) []string {
 		for t := range s.twins.all() {
 			changed = append(changed, twinKey(t.Href))
 		}
+		changed = s.commandDocs(changed)
 		fresh := newState(s.dev)
 		fresh.seq, fresh.time, fresh.session = s.seq, s.time, c.Seq
 		fresh.generation = c.Generation
@@ -95,7 +106,7 @@ func (s *state) apply(c *hub.Commit, i int, changed []string) []string {
 		default:
 			s.sent(ev)
 		}
-		s.meta, s.metaCause = *ev.Metadata, cause(c, ev)
+		s.meta, s.metaCause, s.metaSkip = *ev.Metadata, hub.CauseOf(c, i), 0
 		return changed
 	case hub.LabelsChanged: // of no session, and in no document but the device's
 		s.labels, s.labelEvents = labelsOf(ev), ev.Version+1
@@ -103,16 +114,18 @@ func (s *state) apply(c *hub.Commit, i int, changed []string) []string {
 	}
 	s.sent(ev)
 	switch ev.Kind {
+	case hub.CommandPending, hub.CommandBound, hub.CommandEnded, hub.CommandLate:
+		return s.applyCommand(c, i, changed)
 	case hub.LinksPublished:
 		for j := range ev.Links {
 			changed = append(changed, s.putLink(&ev.Links[j]))
 		}
-		s.linksCause = cause(c, ev)
+		s.linksCause = hub.CauseOf(c, i)
 	case hub.LinksUnpublished:
 		for _, h := range ev.Hrefs {
 			changed = append(changed, s.removeLink(h))
 		}
-		s.linksCause = cause(c, ev)
+		s.linksCause = hub.CauseOf(c, i)
 	case hub.ResourceChanged:
 		if old, ok := s.twins.get(string(ev.Href)); ok {
 			s.twinBytes -= twinSize(&old.Resource)
@@ -180,24 +193,27 @@ func (s *state) version(ev *hub.Event) uint64 {
 	}
 	switch ev.Kind {
 	case hub.MetadataUpdated:
-		return next(s.metaCause)
+		return next(s.metaCause) + s.metaSkip
 	case hub.LinksPublished, hub.LinksUnpublished:
 		return next(s.linksCause)
-	case hub.ResourceChanged:
-		if t, ok := s.twins.get(string(ev.Href)); ok {
-			return t.Version + 1
+	case hub.CommandPending, hub.CommandEnded:
+		if ev.Command.Kind.OfTwin() {
+			return next(s.metaCause) + s.metaSkip
 		}
+		return s.resourceVersion(ev.Href)
+	case hub.ResourceChanged:
+		return s.resourceVersion(ev.Href)
 	case hub.LabelsChanged:
 		return s.labelEvents
 	}
 	return 0
 }
 
-func cause(c *hub.Commit, ev *hub.Event) hub.Cause {
-	return hub.Cause{
-		Known: true, Version: ev.Version, Time: c.Time, Session: ev.Session, Message: ev.Message,
-		Connection: ev.Connection, User: ev.User, Correlation: ev.Correlation, Owner: c.Owner,
+func (s *state) resourceVersion(h hub.Href) uint64 {
+	if t, ok := s.twins.get(string(h)); ok {
+		return t.Version + t.skip + 1
 	}
+	return s.loose
 }
 
 // fence says whether a session's write may happen. done means that it happened before (design: an unknown outcome is settled
@@ -220,7 +236,8 @@ var errSuperseded = hub.NewError(hub.Precondition, "session-superseded", "a newe
 func (s *state) picture() *hub.Device {
 	return &hub.Device{
 		ID: s.dev, Owner: s.owner, Generation: s.generation, Seq: s.seq, Metadata: s.meta, MetaCause: s.metaCause,
-		Links: linkSet{s.links}, LinksCause: s.linksCause, Resources: resourceSet{s.twins}, Labels: s.labels,
+		Links: linkSet{s.links}, LinksCause: s.linksCause, Resources: resourceSet{s.twins}, Commands: s.picturedCommands(),
+		Labels: s.labels,
 	}
 }
 
@@ -272,14 +289,18 @@ const (
 	stateCost = 2 << 10
 	linkCost  = 224
 	twinCost  = 288
+	keyCost   = 640
 	labelCost = 64
 )
 
 // bytes is about what the state takes of memory. States of one device share most of it; it is counted once.
 func (s *state) bytes() int64 {
-	n := stateCost + s.linkBytes + linkCost*s.links.n + s.twinBytes + twinCost*s.twins.n
+	n := stateCost + s.linkBytes + linkCost*s.links.n + s.twinBytes + twinCost*s.twins.n + keyCost*s.keys.byKey.n
 	for name, value := range s.labels {
 		n += labelCost + len(name) + len(value)
+	}
+	for _, c := range s.commands {
+		n += commandSize(c)
 	}
 	return int64(n)
 }
@@ -324,7 +345,17 @@ func eventSize(ev *hub.Event) int {
 	if m := ev.Metadata; m != nil {
 		n += 128 + len(m.Connection.ID) + len(m.Connection.Service) + textsSize(m.Connection.LocalEndpoints)
 	}
+	if c := ev.Command; c != nil {
+		n += 48 + len(c.Interface) + len(c.Key)
+		for _, e := range c.ETags {
+			n += len(e) + 5
+		}
+	}
 	return n
+}
+
+func commandSize(c *hub.Command) int {
+	return 512 + len(c.Href) + len(c.Interface) + len(c.Key) + len(c.Content.Data) + textsSize(c.Types)
 }
 
 const deviceKey = "d"
@@ -335,3 +366,7 @@ const linkPages = 256
 func pageKey(h hub.Href) string { return fmt.Sprintf("l%02x", h.InstanceID()%linkPages) }
 
 func twinKey(h hub.Href) string { return "r" + string(h) }
+
+func commandKey(id string) string { return "c" + id }
+
+func keyKey(key string) string { return "k" + key }

@@ -92,6 +92,9 @@ func verifyDevice(ctx context.Context, k codec, st store.Store, dev hub.DeviceID
 			if want := s.version(ev); ev.Version != want {
 				bad("event %d of seq %d has version %d of its aggregate, expected %d", i, c.Seq, ev.Version, want)
 			}
+			if p := s.breaksCommand(ev); p != "" {
+				bad("event %d of seq %d: command %s %s", i, c.Seq, ev.Correlation, p)
+			}
 			for _, key := range s.apply(&c, i, nil) {
 				keys[key] = true
 			}
@@ -131,4 +134,29 @@ func verifyDevice(ctx context.Context, k codec, st store.Store, dev hub.DeviceID
 		bad("document %.64q is of no event", key)
 	}
 	return problems, nil
+}
+
+// breaksCommand says what is wrong with an event of a command, "" if nothing is: each is bound at most once, and ends once.
+func (s *state) breaksCommand(ev *hub.Event) string {
+	c := s.command(ev.Correlation)
+	switch ev.Kind {
+	case hub.CommandPending:
+		if c != nil {
+			return "begins twice"
+		}
+	case hub.CommandBound:
+		if c == nil || c.Session != 0 {
+			return "is bound twice, or after its end"
+		}
+	case hub.CommandEnded:
+		if c == nil {
+			return "ends twice, or never began"
+		}
+	case hub.Registered, hub.Unregistered:
+		if len(s.commands) > 0 {
+			return s.commands[0].ID + " is left behind by a change of ownership"
+		}
+	case hub.MetadataUpdated, hub.LinksPublished, hub.LinksUnpublished, hub.ResourceChanged, hub.LabelsChanged, hub.CommandLate:
+	}
+	return ""
 }

@@ -29,7 +29,7 @@ const (
 	entryCost = 512
 )
 
-// worker decides for its devices. Its goroutine alone touches the fields from devices to gone; it never waits for the store: one append
+// worker decides for its devices. Its goroutine alone touches the fields from devices to alarm; it never waits for the store: one append
 // is under way while the next collects, loads run beside.
 type worker struct {
 	d  *Directory
@@ -48,6 +48,8 @@ type worker struct {
 	loaded  chan loading           //
 	live    map[hub.DeviceID]*live // sessions of this process, at most one a device; they outlive cold state
 	gone    map[hub.DeviceID]*live // those of live whose OFFLINE is not stored yet
+	due     deadlines              // of commands
+	alarm   *time.Timer            // rings at the first of due
 
 	lostMu sync.Mutex
 	// lost is guarded by lostMu: sessions whose OFFLINE was refused, until the next sweep. One a device that was signed in
@@ -111,7 +113,7 @@ func newWorker(d *Directory) *worker {
 		d: d, in: make(chan *request, d.cfg.Queue), devices: map[hub.DeviceID]*entry{}, done: make(chan []error, 1),
 		pressed: make(chan struct{}, 1),
 		load:    make(chan *entry, d.cfg.Queue+1), loaded: make(chan loading), live: map[hub.DeviceID]*live{},
-		gone: map[hub.DeviceID]*live{}, lost: map[hub.DeviceID]uint64{},
+		gone: map[hub.DeviceID]*live{}, lost: map[hub.DeviceID]uint64{}, due: deadlines{byID: map[string]*deadline{}},
 	}
 }
 
@@ -131,6 +133,8 @@ func (w *worker) run(ctx context.Context) {
 	defer close(w.load)
 	sweep := time.NewTicker(sweepEvery)
 	defer sweep.Stop()
+	w.alarm = time.NewTimer(time.Hour)
+	defer w.alarm.Stop()
 	closing := w.d.closing
 	for {
 		in := w.in
@@ -157,6 +161,8 @@ func (w *worker) run(ctx context.Context) {
 			w.evict()
 		case now := <-sweep.C:
 			w.sweep(now)
+		case now := <-w.alarm.C:
+			w.expire(now)
 		case <-closing:
 			closing = nil
 		}
@@ -388,6 +394,9 @@ func (w *worker) settle(errs []error) {
 			b.e.public.Store(nil)
 		}
 		w.d.changes.count(b) // after readers see it
+		for _, c := range b.commits[:n] {
+			w.told(&c.c, c.after)
+		}
 		w.weigh(b.e)
 		var again []*request
 		for _, q := range b.reqs {
@@ -445,6 +454,10 @@ func (w *worker) wake(l loading) {
 	}
 	e.state = l.s
 	e.public.Store(l.s)
+	for _, c := range l.s.commands {
+		w.watch(c)
+	}
+	w.d.waiters.look(l.s)
 	w.weigh(e)
 	for _, r := range parked {
 		r.holds = e

@@ -444,6 +444,7 @@ func TestConfigIsChecked(t *testing.T) {
 		"limits.resources":   func(c *Config) { c.Limits.Resources = 0 },
 		"limits.twinBytes":   func(c *Config) { c.Limits.TwinBytes = 0 },
 		"limits.loadedBytes": func(c *Config) { c.Limits.LoadedBytes = 0 },
+		"limits.commands":    func(c *Config) { c.Limits.Commands = 0 }, "defaultCommandTimeToLive": func(c *Config) { c.DefaultCommandTimeToLive = time.Millisecond },
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := Default()

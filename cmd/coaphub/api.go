@@ -123,7 +123,8 @@ func newAPI(base, token string, pool *x509.CertPool) *api {
 	return &api{strings.TrimRight(base, "/"), token, &http.Client{
 		Transport: &http.Transport{
 			TLSClientConfig: &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}, Proxy: http.ProxyFromEnvironment,
-			ResponseHeaderTimeout: 30 * time.Second, DisableKeepAlives: true,
+			// Longer than the hub waits for any device.
+			ResponseHeaderTimeout: 6 * time.Minute, DisableKeepAlives: true,
 		},
 		// A redirect would carry the token to wherever it points.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
@@ -160,11 +161,14 @@ func (f failure) err() error {
 // maxLine bounds one element of a list: content of 256 KiB, in JSON.
 const maxLine = 4 << 20
 
-// get asks for what is at a path; header is further names and values. An answer that is no success is an error.
-func (a *api) get(ctx context.Context, path, accept string, header ...string) (*http.Response, error) {
-	r, err := http.NewRequestWithContext(ctx, http.MethodGet, a.base+path, nil)
+// request asks the hub; a body comes in JSON, header is further names and values. An answer that is no success is an error.
+func (a *api) request(ctx context.Context, method, path, accept string, body []byte, header ...string) (*http.Response, error) {
+	r, err := http.NewRequestWithContext(ctx, method, a.base+path, bytes.NewReader(body))
 	if err != nil {
 		return nil, usage("%s: %w", a.base, err)
+	}
+	if body != nil {
+		r.Header.Set("Content-Type", "application/json")
 	}
 	r.Header.Set("Authorization", "Bearer "+a.token)
 	r.Header.Set("Accept", accept)
@@ -193,7 +197,12 @@ func (a *api) get(ctx context.Context, path, accept string, header ...string) (*
 
 // each reads a list or a single object and hands on each element. An error in the middle of a list ends it.
 func (a *api) each(ctx context.Context, path string, do func(json.RawMessage) error) error {
-	resp, err := a.get(ctx, path, "application/json")
+	return a.call(ctx, http.MethodGet, path, nil, do)
+}
+
+// call is each for any method, with a body in JSON if it is not nil.
+func (a *api) call(ctx context.Context, method, path string, body []byte, do func(json.RawMessage) error) error {
+	resp, err := a.request(ctx, method, path, "application/json", body)
 	if err != nil {
 		return err
 	}

@@ -133,6 +133,7 @@ func newRoot(p process) *cobra.Command {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(
 		newServe(p), newStatus(p), newAudit(p), newOnboard(p), newToken(p), newUser(p), newCA(p), newDevices(p), newGet(p), newWatch(p),
+		newSet(p), newCreate(p), newDelete(p), newCommands(p),
 		newHistory(p), newSimulate(p), newConfig(p), newVerify(p), newBackup(p), newRestore(p), newVersion(p),
 	)
 	return root

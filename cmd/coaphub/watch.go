@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"net/url"
 	"strings"
 	"time"
@@ -133,7 +134,7 @@ func (w *watcher) follow(ctx context.Context) error {
 	if w.last != "" {
 		header = []string{"Last-Event-ID", w.last}
 	}
-	resp, err := w.api.get(ctx, w.path, "text/event-stream", header...)
+	resp, err := w.api.request(ctx, http.MethodGet, w.path, "text/event-stream", nil, header...)
 	if err != nil {
 		return err
 	}

@@ -36,6 +36,11 @@ type path struct {
 	item     *openapi3.PathItem
 }
 
+// literal is how much of the template is no variable.
+func (p path) literal() int {
+	return len(regexp.MustCompile(`\{[^}]*\}`).ReplaceAllString(p.template, ""))
+}
+
 // New reads a description, as /api/v1/openapi.json serves it. It must be valid OpenAPI.
 //
 // Clients should pass over members they do not know, so the description leaves its objects open; the checker closes every
@@ -68,12 +73,7 @@ func New(description []byte) (*Checker, error) {
 			}
 		}
 	}
-	slices.SortFunc(c.paths, func(a, b path) int { // fewer variables first, then longer ones: …/events before …/{href}
-		if d := strings.Count(a.template, "{") - strings.Count(b.template, "{"); d != 0 {
-			return d
-		}
-		return len(b.template) - len(a.template)
-	})
+	slices.SortFunc(c.paths, func(a, b path) int { return b.literal() - a.literal() }) // …/{href}/events before …/{href}
 	return c, nil
 }
 

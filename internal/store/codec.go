@@ -31,6 +31,7 @@ const (
 	hasLinks
 	hasHrefs
 	hasMetadata
+	hasCommand
 	allFields = 1<<iota - 1
 )
 
@@ -59,7 +60,7 @@ func appendEvent(b []byte, e *hub.Event) []byte {
 		e.Href != "", e.Version != 0, e.Session != 0, e.Message != 0, e.Connection != "", e.User != "", e.Correlation != "",
 		e.Status != 0, len(e.ETag) != 0, len(e.Types) != 0,
 		e.Content.Type != "" || e.Content.Format != 0 || len(e.Content.Data) != 0,
-		len(e.Links) != 0, len(e.Hrefs) != 0, e.Metadata != nil,
+		len(e.Links) != 0, len(e.Hrefs) != 0, e.Metadata != nil, e.Command != nil,
 	} {
 		if present {
 			set |= 1 << bit
@@ -114,7 +115,22 @@ func appendEvent(b []byte, e *hub.Event) []byte {
 	if set&hasMetadata != 0 {
 		b = appendMetadata(b, e.Metadata)
 	}
+	if set&hasCommand != 0 {
+		b = appendCommand(b, e.Command)
+	}
 	return b
+}
+
+func appendCommand(b []byte, c *hub.CommandEvent) []byte {
+	b = append(b, byte(c.Kind), byte(c.End))
+	b = appendText(b, c.Interface)
+	b = binary.AppendUvarint(b, uint64(len(c.ETags)))
+	for _, e := range c.ETags {
+		b = appendText(b, e)
+	}
+	b = binary.AppendVarint(b, c.ValidUntil)
+	b = appendText(b, c.Key)
+	return binary.AppendUvarint(b, c.Session)
 }
 
 func appendLink(b []byte, l *hub.Link) []byte {
@@ -364,6 +380,23 @@ func (r *reader) event(e *hub.Event) {
 	if set&hasMetadata != 0 {
 		e.Metadata = r.metadata()
 	}
+	if set&hasCommand != 0 {
+		e.Command = r.command()
+	}
+}
+
+func (r *reader) command() *hub.CommandEvent {
+	c := &hub.CommandEvent{Kind: hub.CommandKind(r.byte()), End: hub.CommandEnd(r.byte()), Interface: r.text()}
+	if n := r.count(1); n > 0 {
+		c.ETags = make([][]byte, n)
+		for i := range c.ETags {
+			c.ETags[i] = r.bytes()
+		}
+	}
+	c.ValidUntil = r.varint()
+	c.Key = r.text()
+	c.Session = r.uvarint()
+	return c
 }
 
 func (r *reader) link(l *hub.Link) {

@@ -35,7 +35,7 @@ func TestCommitsSurviveTheirStoredForm(t *testing.T) {
 // Every field of hub's types is set in turn, found by reflection: a field that is added to them and forgotten here fails.
 func TestNoFieldIsForgotten(t *testing.T) {
 	full := storetest.FullCommit(storetest.Device(1), 1)
-	for _, v := range []any{full.Events[2].Links[0], *full.Events[4].Metadata} {
+	for _, v := range []any{full.Events[2].Links[0], *full.Events[4].Metadata, *full.Events[6].Command} {
 		eachField(reflect.ValueOf(v), func(path string, f reflect.Value) {
 			if f.IsZero() {
 				t.Errorf("storetest.FullCommit leaves %T%s empty, so that nothing tests that it is stored", v, path)

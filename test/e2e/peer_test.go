@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"slices"
 	"strings"
@@ -49,6 +50,7 @@ type served struct {
 	token   []byte // of the hub's observation
 	observe uint32
 	code    codes.Code // answered instead of 2.05 when not zero
+	silent  bool       // nothing is answered
 }
 
 func dialPeer(ctx context.Context, addr string, conf *tls.Config) (*peer, error) {
@@ -176,7 +178,11 @@ func (p *peer) take(m message.Message) {
 		_ = p.send(message.Message{Code: codes.Pong, Token: m.Token})
 	case m.Code >= codes.GET && m.Code < 0x20:
 		p.inOrder.Lock()
-		a := p.answer(m)
+		a, answered := p.answer(m)
+		if !answered {
+			p.inOrder.Unlock()
+			return
+		}
 		a.Type, a.MessageID = message.Acknowledgement, m.MessageID // over TCP they mean nothing
 		_ = p.send(a)
 		p.inOrder.Unlock()
@@ -192,8 +198,8 @@ func (p *peer) take(m message.Message) {
 	}
 }
 
-// answer serves the hub's request from the table.
-func (p *peer) answer(req message.Message) message.Message {
+// answer serves the hub's request from the table; false: not at all.
+func (p *peer) answer(req message.Message) (message.Message, bool) {
 	path, _ := req.Options.Path()
 	queries, _ := req.Options.Queries()
 	observe, observeErr := req.Options.Observe()
@@ -223,19 +229,74 @@ func (p *peer) answer(req message.Message) message.Message {
 		}
 		res.Payload, _ = cbor.Marshal(links)
 		res.Options = withFormat(nil, message.AppOcfCbor)
-		return res
+		return res, true
 	}
 	r := p.resources[path]
-	if r == nil {
+	switch {
+	case r == nil:
 		res.Code = codes.NotFound
-		return res
+		return res, true
+	case r.silent:
+		return res, false
+	case req.Code != codes.GET && r.code == 0:
+		return p.command(r, path, req), true
 	}
 	if observeErr == nil && observe == 0 {
 		r.token = req.Token
 	} else if observeErr == nil {
 		r.token = nil
 	}
-	return p.represent(r, req.Token)
+	return p.represent(r, req.Token), true
+}
+
+// command does what a POST or DELETE asks: a POST puts its members over the value, or makes a resource of its body; p.mu is held.
+func (p *peer) command(r *served, path string, req message.Message) message.Message {
+	res := message.Message{Code: codes.Changed, Token: req.Token}
+	queries, _ := req.Options.Queries()
+	var body map[string]any
+	bad := cbor.Unmarshal(req.Payload, &body) != nil
+	switch {
+	case req.Code == codes.DELETE:
+		res.Code = codes.Deleted
+		delete(p.resources, path)
+		return res
+	case bad:
+		res.Code = codes.BadRequest
+		return res
+	case slices.Contains(queries, "if=oic.if.create"):
+		res.Code = codes.Created
+		p.resources[path+"/1"] = &served{format: r.format, value: body["rep"]}
+		body["href"] = path + "/1"
+	default:
+		var value map[string]any
+		old, _ := cbor.Marshal(r.value)
+		_ = cbor.Unmarshal(old, &value)
+		if value == nil {
+			value = map[string]any{}
+		}
+		maps.Copy(value, body)
+		r.value, body = value, value
+	}
+	res.Payload, _ = cbor.Marshal(body)
+	res.Options = withFormat(nil, message.AppOcfCbor)
+	return res
+}
+
+// asked returns what the hub has asked since the last call.
+func (p *peer) asked() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	out := p.requests
+	p.requests = nil
+	return out
+}
+
+// ignores makes a resource that never answers.
+func (p *peer) ignores(href string) {
+	p.serve(href, nil)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.resources[href].silent = true
 }
 
 // represent makes a response of the resource; p.mu is held.

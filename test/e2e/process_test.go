@@ -201,7 +201,12 @@ func (p *process) get(ctx context.Context, token, path string) (int, []byte) {
 }
 
 func (p *process) do(ctx context.Context, method, token, path string) (int, []byte) {
-	req, err := http.NewRequestWithContext(ctx, method, p.http(path), nil)
+	return p.send(ctx, method, token, path, "")
+}
+
+// send is do with a body.
+func (p *process) send(ctx context.Context, method, token, path, body string) (int, []byte) {
+	req, err := http.NewRequestWithContext(ctx, method, p.http(path), strings.NewReader(body))
 	if err != nil {
 		p.t.Error(err)
 		return 0, nil

@@ -44,6 +44,8 @@ var update = flag.Bool("update", false, "write what came into the scripts")
 //	device NAME sends HEX                         raw bytes
 //	device NAME serves /href {value}              what it answers when the hub asks
 //	device NAME notifies /href {value}
+//	device NAME ignores /href                     it answers nothing there
+//	device NAME was asked                         -> what the hub asked since the last time, but for the twin's questions
 //	device NAME disconnects
 //	device NAME is closed by the hub              -> yes
 //	app WHO METHOD /path {body}                   -> 200 {body}
@@ -328,6 +330,14 @@ func (w *world) deviceLine(ctx context.Context, d *actor, what string) (string, 
 			<-wait.C
 		}
 		return "", d.peer.notify(href, v)
+	case "ignores":
+		d.peer.ignores(rest)
+		return "", nil
+	case "was":
+		asked := slices.DeleteFunc(d.peer.asked(), func(s string) bool {
+			return strings.HasPrefix(s, "GET /oic/res") || strings.Contains(s, "observe=")
+		})
+		return strings.Join(asked, ", "), nil
 	case "sends":
 		b, err := hexBytes(rest)
 		if err != nil {

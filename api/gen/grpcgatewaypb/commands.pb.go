@@ -194,6 +194,7 @@ type PendingCommand struct {
 	//	*PendingCommand_ResourceDeletePending
 	//	*PendingCommand_DeviceMetadataUpdatePending
 	Command       isPendingCommand_Command `protobuf_oneof:"command"`
+	Cursor        *string                  `protobuf:"bytes,203,opt,name=cursor,proto3,oneof" json:"cursor,omitempty"` // on the last element of a page that limit cut short
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -278,6 +279,13 @@ func (x *PendingCommand) GetDeviceMetadataUpdatePending() *resourceaggregatepb.D
 		}
 	}
 	return nil
+}
+
+func (x *PendingCommand) GetCursor() string {
+	if x != nil && x.Cursor != nil {
+		return *x.Cursor
+	}
+	return ""
 }
 
 type isPendingCommand_Command interface {
@@ -485,14 +493,16 @@ const file_grpc_gateway_commands_proto_rawDesc = "" +
 	"\x11RESOURCE_RETRIEVE\x10\x01\x12\x13\n" +
 	"\x0fRESOURCE_UPDATE\x10\x02\x12\x13\n" +
 	"\x0fRESOURCE_DELETE\x10\x03\x12\x1a\n" +
-	"\x16DEVICE_METADATA_UPDATE\x10\x04\"\xb7\x04\n" +
+	"\x16DEVICE_METADATA_UPDATE\x10\x04\"\xe0\x04\n" +
 	"\x0ePendingCommand\x12e\n" +
 	"\x17resource_create_pending\x18\x01 \x01(\v2+.resourceaggregate.pb.ResourceCreatePendingH\x00R\x15resourceCreatePending\x12k\n" +
 	"\x19resource_retrieve_pending\x18\x02 \x01(\v2-.resourceaggregate.pb.ResourceRetrievePendingH\x00R\x17resourceRetrievePending\x12e\n" +
 	"\x17resource_update_pending\x18\x03 \x01(\v2+.resourceaggregate.pb.ResourceUpdatePendingH\x00R\x15resourceUpdatePending\x12e\n" +
 	"\x17resource_delete_pending\x18\x04 \x01(\v2+.resourceaggregate.pb.ResourceDeletePendingH\x00R\x15resourceDeletePending\x12x\n" +
-	"\x1edevice_metadata_update_pending\x18\x05 \x01(\v21.resourceaggregate.pb.DeviceMetadataUpdatePendingH\x00R\x1bdeviceMetadataUpdatePendingB\t\n" +
-	"\acommand\"\x95\x01\n" +
+	"\x1edevice_metadata_update_pending\x18\x05 \x01(\v21.resourceaggregate.pb.DeviceMetadataUpdatePendingH\x00R\x1bdeviceMetadataUpdatePending\x12\x1c\n" +
+	"\x06cursor\x18\xcb\x01 \x01(\tH\x01R\x06cursor\x88\x01\x01B\t\n" +
+	"\acommandB\t\n" +
+	"\a_cursor\"\x95\x01\n" +
 	"\x1cCancelPendingCommandsRequest\x12A\n" +
 	"\vresource_id\x18\x01 \x01(\v2 .resourceaggregate.pb.ResourceIdR\n" +
 	"resourceId\x122\n" +

@@ -1,0 +1,369 @@
+package coapgateway
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
+	"github.com/coaphub/coaphub/hub"
+)
+
+func command(id string, kind hub.CommandKind, href hub.Href, change ...func(*hub.Command)) hub.Command {
+	c := hub.Command{
+		CommandEvent: hub.CommandEvent{Kind: kind, ValidUntil: time.Now().Add(time.Minute).UnixNano()}, Device: lampID, ID: id, Href: href,
+		Content: hub.Content{Format: hub.FormatNone},
+	}
+	for _, f := range change {
+		f(&c)
+	}
+	return c
+}
+
+// give puts commands where the directory has them and wakes the session.
+func (h *hall) give(cs ...hub.Command) {
+	h.t.Helper()
+	unlock := h.w.lock()
+	h.w.queue = append(h.w.queue, cs...)
+	to := h.w.to[lampID]
+	unlock()
+	if to != nil {
+		to.Wake()
+	}
+}
+
+func (h *hall) awaitEnd(id string) hub.Answer {
+	h.t.Helper()
+	var a hub.Answer
+	h.w.await(h.t, "the end of command "+id, func() (ok bool) { a, ok = h.w.ends[id]; return ok })
+	return a
+}
+
+// commands returns what the device was asked, but for where it is, which every device is asked.
+func (d *device) commands() []string {
+	return slices.DeleteFunc(d.asks(), func(s string) bool { return s == "0.01 /oic/res ?if=oic.if.ll ?rt=oic.wk.d" })
+}
+
+func TestCommandsBecomeRequests(t *testing.T) {
+	h := start(t, nil)
+	h.w.off[lampID] = true // the twin asks nothing
+	d := h.online(lampID, func(d *device) {
+		d.res["/light"] = resource{format: 10000, body: cborOf(t, body{"n": 1}), etag: []byte{0xe7, 1}}
+	})
+	content := func(c *hub.Command) {
+		c.Content = hub.Content{Type: "application/vnd.ocf+cbor", Format: 10000, Data: []byte{0xa0}}
+	}
+	iface := func(c *hub.Command) { c.Interface = "oic.if.rw" }
+	for i, test := range []struct {
+		c    hub.Command
+		want string
+	}{
+		{command("0", hub.CommandRetrieve, "/light"), "0.01 /light"},
+		{command("1", hub.CommandRetrieve, "/light", iface, func(c *hub.Command) { c.ETags = [][]byte{{1}, {0xe7, 2}} }), "0.01 /light etag=01 etag=e702 ?if=oic.if.rw"},
+		{command("2", hub.CommandUpdate, "/light", content), "0.02 /light"},
+		{command("3", hub.CommandUpdate, "/light", content, iface), "0.02 /light ?if=oic.if.rw"},
+		{command("4", hub.CommandCreate, "/light", content), "0.02 /light ?if=oic.if.create"},
+		{command("5", hub.CommandDelete, "/light"), "0.04 /light"},
+		{command("6", hub.CommandDelete, "/light", iface), "0.04 /light ?if=oic.if.rw"},
+	} {
+		h.give(test.c)
+		a := h.awaitEnd(test.c.ID)
+		if a.End != hub.CommandCompleted || a.Status != hub.StatusOK || !bytes.Equal(a.ETag, []byte{0xe7, 1}) || a.Content.Format != 10000 {
+			t.Errorf("%s: answer %+v", test.want, a)
+		}
+		if got := d.commands(); len(got) != i+1 || got[i] != test.want {
+			t.Errorf("the device was asked %q, want %q", got, test.want)
+		}
+	}
+}
+
+func TestAnswersOfCommands(t *testing.T) {
+	h := start(t, nil)
+	h.w.off[lampID] = true
+	answers := map[codes.Code][2]hub.Status{ // of a retrieve, of an update
+		codes.Created: {hub.StatusCreated, hub.StatusCreated}, codes.Deleted: {hub.StatusOK, hub.StatusOK}, codes.Changed: {hub.StatusOK, hub.StatusOK},
+		codes.Valid:      {hub.StatusNotModified, hub.StatusAccepted},
+		codes.BadRequest: {hub.StatusBadRequest, hub.StatusBadRequest}, codes.Unauthorized: {hub.StatusUnauthorized, hub.StatusUnauthorized},
+		codes.Forbidden: {hub.StatusForbidden, hub.StatusForbidden}, codes.MethodNotAllowed: {hub.StatusMethodNotAllowed, hub.StatusMethodNotAllowed},
+		codes.NotAcceptable: {hub.StatusError, hub.StatusError}, codes.InternalServerError: {hub.StatusError, hub.StatusError},
+		codes.NotImplemented:     {hub.StatusNotImplemented, hub.StatusNotImplemented},
+		codes.ServiceUnavailable: {hub.StatusUnavailable, hub.StatusUnavailable},
+	}
+	h.online(lampID, func(d *device) {
+		for code := range answers {
+			d.res["/"+dotted(code)] = resource{code: code, format: hub.FormatText, body: []byte("device says so")}
+		}
+	})
+	for code, want := range answers {
+		for i, kind := range []hub.CommandKind{hub.CommandRetrieve, hub.CommandUpdate} {
+			id := fmt.Sprint(dotted(code), kind)
+			h.give(command(id, kind, hub.Href("/"+dotted(code))))
+			if a := h.awaitEnd(id); a.Status != want[i] || a.End != hub.CommandCompleted || string(a.Content.Data) != "device says so" {
+				t.Errorf("%s: %+v, want status %d", id, a, want[i])
+			}
+		}
+	}
+}
+
+// 4.04 takes the resource out of the directory, before the command ends.
+func TestCommandFindsNothing(t *testing.T) {
+	h := start(t, nil)
+	h.w.off[lampID] = true
+	h.published("/gone")
+	h.online(lampID, nil)
+	h.give(command("1", hub.CommandRetrieve, "/gone"))
+	if a := h.awaitEnd("1"); a.Status != hub.StatusNotFound {
+		t.Errorf("answer %+v", a)
+	}
+	want := []string{"taken 1", "unpublished /gone", "ended 1 5"}
+	if got := slices.DeleteFunc(slices.Clone(h.w.log), func(s string) bool { return strings.HasPrefix(s, "online") || strings.HasPrefix(s, "changed") }); !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
+}
+
+// What waited goes out in order, one at a time, and a silent resource holds nothing up for ever.
+func TestCommandsWaitTheirTurn(t *testing.T) {
+	h := start(t, func(c *Config, _ *Deps) { c.API.CoAP.KeepAlive.Timeout = time.Second })
+	h.w.off[lampID] = true
+	h.w.queue = []hub.Command{command("1", hub.CommandUpdate, "/light"), command("2", hub.CommandUpdate, "/silent"), command("3", hub.CommandUpdate, "/light")}
+	d := h.online(lampID, func(d *device) {
+		d.res["/light"], d.res["/silent"] = value(t, 1, false), resource{silent: true}
+	})
+	h.awaitEnd("3")
+	if a := h.awaitEnd("2"); a.End != hub.CommandUnavailable {
+		t.Errorf("a command without an answer ended with %+v", a)
+	}
+	if a := h.awaitEnd("1"); a.Status != hub.StatusOK {
+		t.Errorf("the first ended with %+v", a)
+	}
+	if got := d.commands(); !slices.Equal(got, []string{"0.02 /light", "0.02 /silent", "0.02 /light"}) {
+		t.Errorf("the device was asked %q", got)
+	}
+	if i, j := slices.Index(h.w.log, "ended 1 1"), slices.Index(h.w.log, "taken 2"); i < 0 || i > j {
+		t.Errorf("a command was bound before it could be sent: %q", h.w.log)
+	}
+}
+
+// A session that is over ends nothing: the directory does, with the session.
+func TestCommandOfASessionThatEnds(t *testing.T) {
+	h := start(t, nil)
+	h.w.off[lampID] = true
+	d := h.online(lampID, func(d *device) { d.res["/light"] = resource{silent: true} })
+	h.give(command("1", hub.CommandUpdate, "/light"), command("2", hub.CommandUpdate, "/light"))
+	d.awaitAsked("0.02 /light")
+	_ = d.conn.Close()
+	h.w.awaitLog(t, "offline "+string(lampID))
+	h.w.mu.Lock()
+	defer h.w.mu.Unlock()
+	if len(h.w.ends) != 0 || len(h.w.queue) != 1 {
+		t.Errorf("ended %v, left %v", h.w.ends, h.w.queue)
+	}
+}
+
+func TestCommandOutOfTime(t *testing.T) {
+	h := start(t, nil)
+	h.w.off[lampID] = true
+	d := h.online(lampID, func(d *device) { d.res["/light"] = value(t, 1, false) })
+	h.give(command("old", hub.CommandUpdate, "/light", func(c *hub.Command) { c.ValidUntil = 1 }), command("new", hub.CommandRetrieve, "/light"))
+	h.awaitEnd("new")
+	if got := d.commands(); !slices.Equal(got, []string{"0.01 /light"}) {
+		t.Errorf("the device was asked %q", got)
+	}
+}
+
+// Contents that cannot be had end the command with the device's fault; the session lives.
+func TestCommandWithAnAnswerThatIsTooLarge(t *testing.T) {
+	h := start(t, nil)
+	h.w.off[lampID] = true
+	h.online(lampID, func(d *device) {
+		d.res["/large"] = resource{format: 42, body: make([]byte, hub.MaxContent+1)}
+		d.res["/light"] = value(t, 1, false)
+	})
+	h.give(command("large", hub.CommandRetrieve, "/large"), command("path", hub.CommandRetrieve, hub.Href("/"+strings.Repeat("x", 256))),
+		command("small", hub.CommandRetrieve, "/light"))
+	if a := h.awaitEnd("large"); a.Status != hub.StatusError || len(a.Content.Data) == 0 {
+		t.Errorf("answer %+v", a)
+	}
+	if a := h.awaitEnd("path"); a.Status != hub.StatusBadRequest {
+		t.Errorf("answer %+v", a)
+	}
+	if a := h.awaitEnd("small"); a.Status != hub.StatusOK {
+		t.Errorf("answer %+v", a)
+	}
+}
+
+func TestTwinIsSwitched(t *testing.T) {
+	h := start(t, nil)
+	h.published("/light*")
+	d := h.online(lampID, func(d *device) { d.res["/light"] = value(t, 1, true) })
+	h.w.awaitLog(t, "twin 3")
+	h.give(command("off", hub.CommandTwinOff, ""))
+	h.awaitEnd("off")
+	d.awaitAsked("0.01 /light observe=1")
+	// Whatever still comes is not stored, and nothing new is observed.
+	d.want(d.publish("/light*", "/late*"), "2.04", "")
+	n := len(d.asks())
+	h.give(command("on", hub.CommandTwinOn, ""))
+	h.w.await(t, "a second IN_SYNC", func() bool { return strings.Count(strings.Join(h.w.log, "\n"), "twin 3") == 2 })
+	if got := d.asks()[n:]; !slices.Contains(got, "0.01 /light observe=0") {
+		t.Errorf("after it was switched on the hub asked %q", got)
+	}
+	h.give(command("on", hub.CommandTwinOn, ""), command("sync", hub.CommandTwinSync, ""))
+	h.w.await(t, "a third IN_SYNC", func() bool { return strings.Count(strings.Join(h.w.log, "\n"), "twin 3") == 3 })
+	got := d.asks()
+	if i, j := lastIndex(got, "0.01 /light observe=1"), lastIndex(got, "0.01 /light observe=0"); i < 0 || i > j {
+		t.Errorf("the hub asked %q", got)
+	}
+}
+
+func lastIndex(all []string, s string) int {
+	for i := range all {
+		if at := len(all) - 1 - i; all[at] == s {
+			return at
+		}
+	}
+	return -1
+}
+
+// A command that ended while the twin was being switched leaves it as the directory says.
+func TestTwinCommandThatEndedMeanwhile(t *testing.T) {
+	h := start(t, nil)
+	h.published("/light*")
+	d := h.online(lampID, func(d *device) { d.res["/light"] = value(t, 1, true) })
+	h.w.awaitLog(t, "twin 3")
+	h.give(command("off, in vain", hub.CommandTwinOff, ""))
+	h.awaitEnd("off, in vain")
+	h.w.await(t, "a second IN_SYNC", func() bool { return strings.Count(strings.Join(h.w.log, "\n"), "twin 3") == 2 })
+	d.notify("/light", codes.Content, 10000, cborOf(t, body{"n": 5}), nil)
+	h.awaitValue("/light", 5)
+}
+
+// An answer that cannot be stored is told again until it is: the device is not asked twice.
+func TestCommandWhileTheDirectoryIsAway(t *testing.T) {
+	h := start(t, nil)
+	h.w.off[lampID] = true
+	away := true
+	end, take := h.w.dir.end, h.w.dir.take
+	h.w.dir.end = func(ctx context.Context, from hub.Stamp, id string, a hub.Answer) error {
+		h.w.mu.Lock()
+		if away {
+			h.w.mu.Unlock()
+			return &hub.Error{Kind: hub.Unavailable}
+		}
+		h.w.mu.Unlock()
+		return end(ctx, from, id, a)
+	}
+	h.w.dir.take = func(ctx context.Context, from hub.Stamp, have []string, n int) ([]hub.Command, error) {
+		h.w.mu.Lock()
+		first := away && len(h.w.queue) == 2
+		h.w.mu.Unlock()
+		if first {
+			defer h.w.lock()()
+			h.w.queue = slices.Concat(h.w.queue[:1], h.w.queue[1:], []hub.Command{command("3", hub.CommandRetrieve, "/light")})
+			return nil, &hub.Error{Kind: hub.Exhausted}
+		}
+		return take(ctx, from, have, n)
+	}
+	d := h.online(lampID, func(d *device) { d.res["/light"] = value(t, 1, false) })
+	h.give(command("1", hub.CommandUpdate, "/light"), command("2", hub.CommandRetrieve, "/light"))
+	d.awaitAsked("0.02 /light")
+	unlock := h.w.lock()
+	away = false
+	unlock()
+	h.awaitEnd("3")
+	if got := d.commands(); !slices.Equal(got, []string{"0.02 /light", "0.01 /light", "0.01 /light"}) {
+		t.Errorf("the device was asked %q", got)
+	}
+}
+
+// What a device that sleeps is asked waits for its next message, and is bound to no session before; also when its twin is off.
+func TestCommandsWaitForASleeper(t *testing.T) {
+	for _, twin := range []string{"on", "off"} {
+		t.Run("twin "+twin, func(t *testing.T) {
+			doze(t, []string{"/light*"}, nil, func(d *dozer) {
+				d.w.off[lampID] = twin == "off"
+				d.w.contacts[lampID] = hub.Contact{Interval: time.Hour, Next: time.Now().UnixNano()}
+			}, func(t *testing.T, w *world, _ *Gateway, d *dozer) {
+				h := &hall{t: t, w: w}
+				after(openFor + time.Second)
+				if w.to[lampID].Ready() {
+					t.Fatal("a silent device is not asleep")
+				}
+				d.sleep()
+				long := func(c *hub.Command) { c.ValidUntil = time.Now().Add(time.Hour).UnixNano() }
+				h.give(command("1", hub.CommandUpdate, "/light", long), command("2", hub.CommandUpdate, "/light", long))
+				after(30 * time.Minute)
+				if n := d.missedSoFar(); n != 0 {
+					t.Errorf("a sleeper was sent %d messages", n)
+				}
+				if len(w.queue) != 2 {
+					t.Error("a command was bound to the session, where it would be lost")
+				}
+				d.wake()
+				d.ask(get("/oic/rd", 2))
+				synctest.Wait()
+				got := slices.DeleteFunc(d.heardOf(), func(s string) bool { return s != "update /light" })
+				if len(got) != 2 || w.ends["1"].Status != hub.StatusOK || w.ends["2"].Status != hub.StatusOK {
+					t.Errorf("the device woke and was asked %q; %v", got, w.ends)
+				}
+				if i, j := slices.Index(w.log, "ended 1 1"), slices.Index(w.log, "taken 2"); i < 0 || i > j {
+					t.Errorf("a command was bound before it could be sent: %q", w.log)
+				}
+				if got := w.count("sleeps 1h0m0s"); got != 2 {
+					t.Errorf("the directory was told %d times when the device is expected, want at each wake: %q", got, w.log)
+				}
+			})
+		})
+	}
+}
+
+// A device that was not known to sleep loses one command: it is asked for a sign of life before it is given another, ever more
+// rarely. A command whose time was too short for an answer says nothing about it.
+func TestCommandsFindNobody(t *testing.T) {
+	doze(t, nil, nil, func(d *dozer) { d.w.off[lampID] = true }, func(t *testing.T, w *world, _ *Gateway, d *dozer) {
+		h := &hall{t: t, w: w}
+		d.sleep()
+		short := func(c *hub.Command) { c.ValidUntil = time.Now().Add(time.Second).UnixNano() }
+		for _, id := range []string{"a", "b", "c"} {
+			h.give(command(id, hub.CommandUpdate, "/light", short))
+			after(10 * time.Second)
+			if w.ends[id].End != hub.CommandUnavailable || !w.to[lampID].Ready() {
+				t.Fatalf("a command in vain ended with %+v", w.ends[id])
+			}
+		}
+		long := func(c *hub.Command) { c.ValidUntil = time.Now().Add(24 * time.Hour).UnixNano() }
+		h.give(command("1", hub.CommandUpdate, "/light", long), command("2", hub.CommandUpdate, "/light", long), command("3", hub.CommandUpdate, "/light", long))
+		after(3 * time.Hour)
+		if w.ends["1"].End != hub.CommandUnavailable || len(w.queue) != 2 || w.to[lampID].Ready() {
+			t.Fatalf("after a command in vain: %v, %d wait", w.ends, len(w.queue))
+		}
+		if n := d.missedSoFar(); n > 80 { // at most five transmissions of each
+			t.Errorf("it was sent %d messages", n)
+		}
+		d.set(func() { d.asleep = false }) // it says nothing by itself
+		after(askAgain[len(askAgain)-1] + time.Minute)
+		if w.ends["2"].Status != hub.StatusOK || w.ends["3"].Status != hub.StatusOK {
+			t.Errorf("the device was not asked for a sign of life: %v", w.ends)
+		}
+		if i, j := slices.Index(d.heardOf(), "/oic/res"), slices.Index(d.heardOf(), "update /light"); i < 0 || i > j {
+			t.Errorf("it was asked %q", d.heardOf())
+		}
+		// Once more, but now it speaks first.
+		d.sleep()
+		d.set(func() { d.asked = nil })
+		h.give(command("4", hub.CommandUpdate, "/light", long), command("5", hub.CommandUpdate, "/light", long))
+		after(2 * time.Hour)
+		d.wake()
+		d.ask(get("/oic/rd", 2))
+		synctest.Wait()
+		if w.ends["4"].End != hub.CommandUnavailable || w.ends["5"].Status != hub.StatusOK || !slices.Equal(d.heardOf(), []string{"update /light"}) {
+			t.Errorf("the device spoke and was asked %q; %v", d.heardOf(), w.ends)
+		}
+	})
+}
