@@ -37,6 +37,11 @@ func TestSimulatedDevice(t *testing.T) {
 				}
 				a.until("the notification", func() bool { return a.light(id) == (light{name, true, power}) })
 			}
+			// And it obeys.
+			if status := a.ask(http.MethodPut, "/api/v1/devices/"+id+"/resources/light/1", `{"name":"obeys","power":7}`, nil); status != http.StatusOK {
+				t.Errorf("the command got %d", status)
+			}
+			a.until("what it was told", func() bool { return a.light(id) == (light{"obeys", true, 7}) })
 			leave()
 			if err := <-ended; !errors.Is(err, context.Canceled) {
 				t.Error(err)
