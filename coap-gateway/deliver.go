@@ -57,7 +57,7 @@ func (b *outbox) stop() {
 func (b *outbox) ready() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.s == nil || b.s.ctx.Err() != nil || b.running || b.waiting {
+	if b.s == nil || b.s.over() || b.running || b.waiting {
 		return false
 	}
 	return b.s.rhythm.awake(time.Now())
@@ -92,10 +92,13 @@ func (b *outbox) disarm() {
 	}
 }
 
+// over reports whether the session has begun to end: what would be sent now is lost.
+func (s *session) over() bool { return s.ctx.Err() != nil || s.conn.Closing() }
+
 // start runs the goroutine unless it runs. b.mu is held.
 func (b *outbox) start() {
 	s := b.s
-	if s == nil || b.running || !b.waiting && len(b.hand) == 0 || s.ctx.Err() != nil {
+	if s == nil || b.running || !b.waiting && len(b.hand) == 0 || s.over() {
 		return
 	}
 	b.disarm()
@@ -113,7 +116,7 @@ func (b *outbox) run() {
 		var c *hub.Command
 		try := false
 		switch {
-		case b.s.ctx.Err() != nil, len(b.hand) == 0 && !b.waiting:
+		case b.s.over(), len(b.hand) == 0 && !b.waiting:
 			b.running = false
 			b.mu.Unlock()
 			return
@@ -216,8 +219,8 @@ func (b *outbox) carryOut(c *hub.Command) {
 		m, err = s.conn.Do(ctx, req)
 		return err
 	})
-	if s.ctx.Err() != nil {
-		return // the session is over, and with it the command
+	if err != nil && s.over() {
+		return // with the session the command ends
 	}
 	a := answerTo(c.Kind, m)
 	switch kind := hub.KindOf(err); {

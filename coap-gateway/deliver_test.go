@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -122,7 +123,7 @@ func TestCommandFindsNothing(t *testing.T) {
 		t.Errorf("answer %+v", a)
 	}
 	want := []string{"taken 1", "unpublished /gone", "ended 1 5"}
-	if got := slices.DeleteFunc(slices.Clone(h.w.log), func(s string) bool { return strings.HasPrefix(s, "online") || strings.HasPrefix(s, "changed") }); !slices.Equal(got, want) {
+	if got := slices.DeleteFunc(h.w.soFar(), func(s string) bool { return strings.HasPrefix(s, "online") || strings.HasPrefix(s, "changed") }); !slices.Equal(got, want) {
 		t.Errorf("%q, want %q", got, want)
 	}
 }
@@ -145,8 +146,9 @@ func TestCommandsWaitTheirTurn(t *testing.T) {
 	if got := d.commands(); !slices.Equal(got, []string{"0.02 /light", "0.02 /silent", "0.02 /light"}) {
 		t.Errorf("the device was asked %q", got)
 	}
-	if i, j := slices.Index(h.w.log, "ended 1 1"), slices.Index(h.w.log, "taken 2"); i < 0 || i > j {
-		t.Errorf("a command was bound before it could be sent: %q", h.w.log)
+	log := h.w.soFar()
+	if i, j := slices.Index(log, "ended 1 1"), slices.Index(log, "taken 2"); i < 0 || i > j {
+		t.Errorf("a command was bound before it could be sent: %q", log)
 	}
 }
 
@@ -164,6 +166,43 @@ func TestCommandOfASessionThatEnds(t *testing.T) {
 	if len(h.w.ends) != 0 || len(h.w.queue) != 1 {
 		t.Errorf("ended %v, left %v", h.w.ends, h.w.queue)
 	}
+}
+
+// A connection that is being closed takes no more commands, although its session is not over before its work is: those that
+// wait go to the next session.
+func TestCommandsOfAConnectionThatCloses(t *testing.T) {
+	h := start(t, nil)
+	h.w.off[lampID] = true
+	busy, release := make(chan struct{}), make(chan struct{})
+	publish := h.w.dir.publish
+	h.w.dir.publish = func(ctx context.Context, from hub.Stamp, links []hub.Link) ([]hub.Link, error) {
+		close(busy)
+		<-release
+		return publish(ctx, from, links)
+	}
+	d := h.online(lampID, func(d *device) { d.res["/light"] = value(t, 1, false) })
+	var answered sync.WaitGroup
+	answered.Go(func() {
+		_, _ = d.try(codes.POST, "/oic/rd", cborOf(t, body{"di": string(lampID), "ttl": 0, "links": []body{{"href": "/light"}}}))
+	}) // its end
+	<-busy
+	h.w.mu.Lock()
+	to := h.w.to[lampID].(*deliverer)
+	h.w.mu.Unlock()
+	to.Close("deleted")
+	h.give(command("1", hub.CommandUpdate, "/light"), command("2", hub.CommandUpdate, "/light"))
+	to.box.done.Wait()
+	h.w.mu.Lock()
+	if len(h.w.queue) != 2 || len(h.w.ends) != 0 {
+		t.Errorf("%d commands wait, ended %v", len(h.w.queue), h.w.ends)
+	}
+	h.w.mu.Unlock()
+	if to.Ready() {
+		t.Error("a connection that closes is ready for commands")
+	}
+	close(release)
+	h.w.awaitLog(t, "offline "+string(lampID))
+	answered.Wait()
 }
 
 func TestCommandOutOfTime(t *testing.T) {
