@@ -294,7 +294,8 @@ func (b *outbox) turnTwin(c *hub.Command) {
 	}
 }
 
-// requestOf is the request that carries out a command (OCF Core, 8: CRUDN over CoAP; an update is a POST).
+// requestOf is the request that carries out a command (OCF Core, 8: CRUDN over CoAP; an update is a POST), unless the command
+// names a method of RFC 8132.
 func requestOf(c *hub.Command) (*coap.Message, error) {
 	for seg := range strings.SplitSeq(string(c.Href), "/") {
 		if len(seg) > 255 { // RFC 7252, Section 5.10: Uri-Path ends there
@@ -319,7 +320,10 @@ func requestOf(c *hub.Command) (*coap.Message, error) {
 	if iface != "" {
 		m.Options = coap.AddOption(m.Options, message.URIQuery, []byte("if="+iface))
 	}
-	if m.Code == codes.POST {
+	if c.Code != 0 {
+		m.Code = codes.Code(c.Code)
+	}
+	if m.Code != codes.GET && m.Code != codes.DELETE {
 		m.Payload = c.Content.Data
 		if c.Content.Format != hub.FormatNone {
 			m.Options = coap.AddUint(m.Options, message.ContentFormat, uint32(c.Content.Format))
@@ -333,7 +337,7 @@ func answerTo(kind hub.CommandKind, m *coap.Message) hub.Answer {
 	if m == nil {
 		return hub.Answer{}
 	}
-	a := hub.Answer{End: hub.CommandCompleted, Status: statusOf(m.Code), Content: contentOf(m), ETag: coap.ETag(m)}
+	a := hub.Answer{End: hub.CommandCompleted, Status: statusOf(m.Code), Code: uint8(m.Code), Content: contentOf(m), ETag: coap.ETag(m)}
 	if kind != hub.CommandRetrieve && a.Status == hub.StatusNotModified {
 		a.Status = hub.StatusAccepted
 	}
