@@ -15,6 +15,8 @@ import (
 )
 
 const (
+	// createInterface makes a POST one that creates (OCF Core, interface oic.if.create).
+	createInterface = "oic.if.create"
 	// afterEnd is how long an answer is waited for after the command's end, to record that it came: until then nothing else is
 	// asked of the device.
 	afterEnd = time.Second
@@ -306,7 +308,7 @@ func requestOf(c *hub.Command) (*coap.Message, error) {
 	iface := c.Interface
 	switch c.Kind {
 	case hub.CommandCreate:
-		m.Code, iface = codes.POST, "oic.if.create"
+		m.Code, iface = codes.POST, createInterface
 	case hub.CommandUpdate:
 		m.Code = codes.POST
 	case hub.CommandDelete:

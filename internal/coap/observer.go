@@ -35,7 +35,7 @@ type Observer struct {
 // AddObserver enters the peer, whose request with Observe 0 the handler is answering, into the list of observers. The answer
 // must be a 2.xx with Observer.Number as its Observe option, or the entry is to be cancelled. What it is notified of before
 // that answer is on its way waits for it, so that the answer is not taken for newer. state says how the resource is, whenever
-// the observer is to be told although nothing changed; it must not wait for the peer. ended, if not nil, is called once when
+// the observer is to be told although nothing changed, and may be Silent; it must not wait for the peer. ended, if not nil, is called once when
 // the entry is over for another reason than Cancel and the connection's end; it must not block. The error is of kind Exhausted
 // when there are Config.MaxObservations.
 func (c *Conn) AddObserver(req *Message, state func() Response, ended func()) (*Observer, error) {
@@ -102,6 +102,9 @@ const reminderSize = 256
 // tell sends the observer the state as it is now.
 func (o *Observer) tell() {
 	r := o.c.guarded(func(context.Context) Response { return o.state() })
+	if r.Silent {
+		return
+	}
 	if err := o.Notify(o.c.ctx, r); err != nil {
 		o.c.srv.metrics.dropped.WithLabelValues("unsent").Inc()
 	}
