@@ -11,6 +11,7 @@ import (
 
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
+	"github.com/plgd-dev/go-coap/v3/message/pool"
 
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/coap"
@@ -346,6 +347,42 @@ func TestPanicOfAnObservation(t *testing.T) {
 		if _, ok := n.read(); !ok {
 			break
 		}
+	}
+	h.watched(0)
+}
+
+// A client of another house: go-coap's.
+func TestStockClientObservesAnotherDevice(t *testing.T) {
+	h := start(t, nil)
+	h.w.own(lampID, "alice")
+	h.report("/light", hub.FormatOCFCBOR, "a", "")
+	d := h.online(fanID, mute)
+	told := make(chan string, 8)
+	obs, err := d.conn.Observe(t.Context(), at(lampID, "/light"), func(m *pool.Message) {
+		b, _ := m.ReadBody()
+		told <- dotted(m.Code()) + " " + string(b)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	next := func(want string) {
+		t.Helper()
+		select {
+		case got := <-told:
+			if got != want {
+				t.Fatalf("told %q, want %q", got, want)
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatalf("was not told %q", want)
+		}
+	}
+	next("2.05 a")
+	for _, s := range []string{"b", "c"} {
+		h.report("/light", hub.FormatOCFCBOR, s, "")
+		next("2.05 " + s)
+	}
+	if err := obs.Cancel(t.Context()); err != nil {
+		t.Fatal(err)
 	}
 	h.watched(0)
 }
