@@ -35,7 +35,7 @@ type outbox struct {
 	running bool
 	waiting bool          // the directory has commands for us
 	hand    []hub.Command // bound to the session, not begun; the directory hands over one, and only while we are ready
-	timer   *time.Timer   // tries a device that sleeps; set only while the goroutine does not run and commands wait
+	timer   *time.Timer   // for the next try; set only while the goroutine does not run and commands wait
 }
 
 // begin starts what waited for the session.
@@ -59,11 +59,10 @@ func (b *outbox) stop() {
 func (b *outbox) ready() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.s == nil || b.s.ctx.Err() != nil || b.running || b.waiting {
+	if b.s == nil || b.s.over() || b.running || b.waiting {
 		return false
 	}
-	listens, _ := b.s.rhythm.inReach(time.Now())
-	return listens
+	return b.s.rhythm.awake(time.Now())
 }
 
 func (b *outbox) deliver(c hub.Command) {
@@ -95,10 +94,13 @@ func (b *outbox) disarm() {
 	}
 }
 
+// over reports whether the session has begun to end: what would be sent now is lost.
+func (s *session) over() bool { return s.ctx.Err() != nil || s.conn.Closing() }
+
 // start runs the goroutine unless it runs. b.mu is held.
 func (b *outbox) start() {
 	s := b.s
-	if s == nil || b.running || !b.waiting && len(b.hand) == 0 || s.ctx.Err() != nil {
+	if s == nil || b.running || !b.waiting && len(b.hand) == 0 || s.over() {
 		return
 	}
 	b.disarm()
@@ -114,8 +116,9 @@ func (b *outbox) run() {
 	for {
 		b.mu.Lock()
 		var c *hub.Command
+		try := false
 		switch {
-		case b.s.ctx.Err() != nil, len(b.hand) == 0 && !b.waiting:
+		case b.s.over(), len(b.hand) == 0 && !b.waiting:
 			b.running = false
 			b.mu.Unlock()
 			return
@@ -123,9 +126,15 @@ func (b *outbox) run() {
 			c = &b.hand[0]
 			b.hand = b.hand[1:]
 		default:
-			// What is bound to the session and finds nobody is lost, so nothing is taken for a device that does not listen. Its
-			// next message, or the time to try it, starts this again.
-			if ok, again := b.s.rhythm.inReach(time.Now()); !ok {
+			// What is bound to the session and finds nobody is lost, so nothing is taken for a device that may not listen. Its
+			// next message starts this again, or the time to ask it for a sign of life.
+			now := time.Now()
+			if b.s.rhythm.awake(now) {
+				b.waiting = false
+				break
+			}
+			var again time.Time
+			if try, again = b.s.rhythm.inReach(now); !try {
 				if !again.IsZero() {
 					b.timer = time.AfterFunc(time.Until(again), b.listens)
 				}
@@ -133,14 +142,27 @@ func (b *outbox) run() {
 				b.mu.Unlock()
 				return
 			}
-			b.waiting = false
 		}
 		b.mu.Unlock()
-		if c != nil {
+		switch {
+		case c != nil:
 			b.carryOut(c)
-		} else {
+		case try:
+			b.try()
+		default:
 			b.take()
 		}
+	}
+}
+
+// try finds out whether the device listens, by a question that loses nothing if it does not.
+func (b *outbox) try() {
+	s := b.s
+	if err := s.learnEndpoints(); err != nil && s.ctx.Err() == nil {
+		s.log.Debug("could not record where the device is in its own network", "error", err)
+	}
+	if !s.rhythm.awake(time.Now()) {
+		b.pause() // it may have failed at once
 	}
 }
 
@@ -199,8 +221,8 @@ func (b *outbox) carryOut(c *hub.Command) {
 		m, err = s.conn.Do(ctx, req)
 		return err
 	})
-	if s.ctx.Err() != nil {
-		return // the session is over, and with it the command
+	if err != nil && s.over() {
+		return // with the session the command ends
 	}
 	a := answerTo(c.Kind, m)
 	switch kind := hub.KindOf(err); {

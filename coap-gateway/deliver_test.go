@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -127,7 +128,7 @@ func TestCommandFindsNothing(t *testing.T) {
 		t.Errorf("answer %+v", a)
 	}
 	want := []string{"taken 1", "unpublished /gone", "ended 1 5"}
-	if got := slices.DeleteFunc(slices.Clone(h.w.log), func(s string) bool { return strings.HasPrefix(s, "online") || strings.HasPrefix(s, "changed") }); !slices.Equal(got, want) {
+	if got := slices.DeleteFunc(h.w.soFar(), func(s string) bool { return strings.HasPrefix(s, "online") || strings.HasPrefix(s, "changed") }); !slices.Equal(got, want) {
 		t.Errorf("%q, want %q", got, want)
 	}
 }
@@ -150,8 +151,9 @@ func TestCommandsWaitTheirTurn(t *testing.T) {
 	if got := d.commands(); !slices.Equal(got, []string{"0.02 /light", "0.02 /silent", "0.02 /light"}) {
 		t.Errorf("the device was asked %q", got)
 	}
-	if i, j := slices.Index(h.w.log, "ended 1 1"), slices.Index(h.w.log, "taken 2"); i < 0 || i > j {
-		t.Errorf("a command was bound before it could be sent: %q", h.w.log)
+	log := h.w.soFar()
+	if i, j := slices.Index(log, "ended 1 1"), slices.Index(log, "taken 2"); i < 0 || i > j {
+		t.Errorf("a command was bound before it could be sent: %q", log)
 	}
 }
 
@@ -169,6 +171,43 @@ func TestCommandOfASessionThatEnds(t *testing.T) {
 	if len(h.w.ends) != 0 || len(h.w.queue) != 1 {
 		t.Errorf("ended %v, left %v", h.w.ends, h.w.queue)
 	}
+}
+
+// A connection that is being closed takes no more commands, although its session is not over before its work is: those that
+// wait go to the next session.
+func TestCommandsOfAConnectionThatCloses(t *testing.T) {
+	h := start(t, nil)
+	h.w.off[lampID] = true
+	busy, release := make(chan struct{}), make(chan struct{})
+	publish := h.w.dir.publish
+	h.w.dir.publish = func(ctx context.Context, from hub.Stamp, links []hub.Link) ([]hub.Link, error) {
+		close(busy)
+		<-release
+		return publish(ctx, from, links)
+	}
+	d := h.online(lampID, func(d *device) { d.res["/light"] = value(t, 1, false) })
+	var answered sync.WaitGroup
+	answered.Go(func() {
+		_, _ = d.try(codes.POST, "/oic/rd", cborOf(t, body{"di": string(lampID), "ttl": 0, "links": []body{{"href": "/light"}}}))
+	}) // its end
+	<-busy
+	h.w.mu.Lock()
+	to := h.w.to[lampID].(*deliverer)
+	h.w.mu.Unlock()
+	to.Close("deleted")
+	h.give(command("1", hub.CommandUpdate, "/light"), command("2", hub.CommandUpdate, "/light"))
+	to.box.done.Wait()
+	h.w.mu.Lock()
+	if len(h.w.queue) != 2 || len(h.w.ends) != 0 {
+		t.Errorf("%d commands wait, ended %v", len(h.w.queue), h.w.ends)
+	}
+	h.w.mu.Unlock()
+	if to.Ready() {
+		t.Error("a connection that closes is ready for commands")
+	}
+	close(release)
+	h.w.awaitLog(t, "offline "+string(lampID))
+	answered.Wait()
 }
 
 func TestCommandOutOfTime(t *testing.T) {
@@ -328,8 +367,8 @@ func TestCommandsWaitForASleeper(t *testing.T) {
 	}
 }
 
-// A device that was not known to sleep and finds itself without its commands' answers twice is left alone until it is tried,
-// later and later; a command whose time was too short for an answer says nothing about it.
+// A device that was not known to sleep loses one command: it is asked for a sign of life before it is given another, ever more
+// rarely. A command whose time was too short for an answer says nothing about it.
 func TestCommandsFindNobody(t *testing.T) {
 	doze(t, nil, nil, func(d *dozer) { d.w.off[lampID] = true }, func(t *testing.T, w *world, _ *Gateway, d *dozer) {
 		h := &hall{t: t, w: w}
@@ -342,17 +381,33 @@ func TestCommandsFindNobody(t *testing.T) {
 				t.Fatalf("a command in vain ended with %+v", w.ends[id])
 			}
 		}
-		h.give(command("1", hub.CommandUpdate, "/light"), command("2", hub.CommandUpdate, "/light"), command("3", hub.CommandUpdate, "/light", func(c *hub.Command) {
-			c.ValidUntil = time.Now().Add(time.Hour).UnixNano()
-		}))
-		after(45 * time.Second)
-		if w.ends["2"].End != hub.CommandUnavailable || len(w.queue) != 1 || w.to[lampID].Ready() {
-			t.Fatalf("after two commands in vain: %v, %d wait", w.ends, len(w.queue))
+		long := func(c *hub.Command) { c.ValidUntil = time.Now().Add(24 * time.Hour).UnixNano() }
+		h.give(command("1", hub.CommandUpdate, "/light", long), command("2", hub.CommandUpdate, "/light", long), command("3", hub.CommandUpdate, "/light", long))
+		after(3 * time.Hour)
+		if w.ends["1"].End != hub.CommandUnavailable || len(w.queue) != 2 || w.to[lampID].Ready() {
+			t.Fatalf("after a command in vain: %v, %d wait", w.ends, len(w.queue))
+		}
+		if n := d.missedSoFar(); n > 80 { // at most five transmissions of each
+			t.Errorf("it was sent %d messages", n)
 		}
 		d.set(func() { d.asleep = false }) // it says nothing by itself
-		after(askAgain[0])
-		if w.ends["3"].Status != hub.StatusOK {
-			t.Errorf("the device was not tried again: %v", w.ends)
+		after(askAgain[len(askAgain)-1] + time.Minute)
+		if w.ends["2"].Status != hub.StatusOK || w.ends["3"].Status != hub.StatusOK {
+			t.Errorf("the device was not asked for a sign of life: %v", w.ends)
+		}
+		if i, j := slices.Index(d.heardOf(), "/oic/res"), slices.Index(d.heardOf(), "update /light"); i < 0 || i > j {
+			t.Errorf("it was asked %q", d.heardOf())
+		}
+		// Once more, but now it speaks first.
+		d.sleep()
+		d.set(func() { d.asked = nil })
+		h.give(command("4", hub.CommandUpdate, "/light", long), command("5", hub.CommandUpdate, "/light", long))
+		after(2 * time.Hour)
+		d.wake()
+		d.ask(get("/oic/rd", 2))
+		synctest.Wait()
+		if w.ends["4"].End != hub.CommandUnavailable || w.ends["5"].Status != hub.StatusOK || !slices.Equal(d.heardOf(), []string{"update /light"}) {
+			t.Errorf("the device spoke and was asked %q; %v", d.heardOf(), w.ends)
 		}
 	})
 }

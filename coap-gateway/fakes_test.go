@@ -257,6 +257,13 @@ func (w *world) lock() func() {
 	}
 }
 
+// soFar returns a copy of the log.
+func (w *world) soFar() []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Clone(w.log)
+}
+
 func (w *world) note(format string, args ...any) { w.log = append(w.log, fmt.Sprintf(format, args...)) }
 
 // await waits until cond, which runs under the lock, holds.

@@ -121,7 +121,7 @@ func (r *rhythm) ask(now time.Time) question {
 func (r *rhythm) missed(q question, now time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.stream || r.heard.After(q.sent) || now.Sub(q.sent) < noReaction {
+	if r.stream || r.heard.After(q.sent) {
 		return
 	}
 	r.unanswered++
@@ -172,6 +172,17 @@ func (r *rhythm) reach(now time.Time) (ok bool, again time.Time) {
 	return !now.Before(again), again
 }
 
+// awake reports whether the device is so likely to listen that it can be sent what would be lost otherwise: it has left nothing
+// unanswered, and it is not the time at which it sleeps. What may be asked again is sent whenever it is inReach.
+func (r *rhythm) awake(now time.Time) bool {
+	if r.stream {
+		return true
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.unanswered == 0 && (r.interval == 0 || now.Sub(r.heard) <= r.open)
+}
+
 // sleeper reports whether the device is known to sleep.
 func (r *rhythm) sleeper() bool {
 	r.mu.Lock()
@@ -216,7 +227,7 @@ func (s *session) request(ctx context.Context, do func(context.Context) error) e
 	case s.ctx.Err() != nil:
 	case err == nil:
 		s.rhythm.answered(q)
-	case missedBy(err):
+	case missedBy(err) && time.Since(q.sent) >= min(noReaction, s.gw.cfg.API.CoAP.KeepAlive.Timeout):
 		s.rhythm.missed(q, time.Now())
 	}
 	return err

@@ -157,6 +157,12 @@ func TestCommandsOverHTTP(t *testing.T) {
 	}
 	// The form of the answer.
 	want(t, "only content", w.send(t, "alice", "PUT", light+"?onlyContent=true", `{"power":1}`).Body.String(), "{\"power\":7}\n")
+	inCBOR := w.send(t, "alice", "PUT", light, `{"power":1}`, "Accept: application/cbor")
+	want(t, "CBOR", inCBOR.Header().Get("Content-Type"), cborType)
+	if v, err := appendCBOR(nil, inCBOR.Body.Bytes()); err != nil || !strings.Contains(string(v), `"content":{"power":7}`) {
+		t.Errorf("in CBOR: %s, %v", v, err)
+	}
+	want(t, "only content in CBOR", w.send(t, "alice", "PUT", light+"?onlyContent=true", `{"power":1}`, "Accept: application/cbor").Body.String(), "\xa1\x65power\x07")
 	want(t, "only content of the device", w.get(t, light+"?twin=0&onlyContent=1").Body.String(), "{\"power\":7}\n")
 	a := w.get(t, light+"?twin=0")
 	want(t, "ETag", a.Header().Get("ETag"), `W/"5wE="`)

@@ -125,10 +125,10 @@ func appendClient(b []byte, o *OAuthClient) []byte {
 
 // Pages of plgd's console, by whether this hub has what they show.
 var (
-	consolePages = []string{"configuration", "devices", "docs"}
+	consolePages = []string{"configuration", "devices", "docs", "pendingCommands"}
 	consoleNever = []string{
 		"apiTokens", "certificates", "chatRoom", "dashboard", "deviceFirmwareUpdate", "deviceLogs", "deviceProvisioning",
-		"integrations", "pendingCommands", "remoteClients", "schemaHub", "snippetService",
+		"integrations", "remoteClients", "schemaHub", "snippetService",
 	}
 )
 

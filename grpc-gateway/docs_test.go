@@ -47,5 +47,7 @@ func TestWebConfiguration(t *testing.T) {
 	want(t, "no client", c["m2mOauthClient"], any(nil))
 	sidebar := c["visibility"].(map[string]any)["mainSidebar"].(map[string]any)
 	want(t, "devices", sidebar["devices"], any(true))
+	want(t, "commands", sidebar["pendingCommands"], any(true))
+	want(t, "remote clients", sidebar["remoteClients"], any(false))
 	want(t, "pages", len(sidebar), 15) // all that such a console asks for
 }

@@ -233,6 +233,10 @@ func (c *Conn) end(err error) {
 	c.Guard("Closed", func() { c.handler.Closed(reason) })
 }
 
+// Closing reports whether the connection has begun to end: nothing new is sent to the peer then. Its context ends later, when
+// what is under way is over.
+func (c *Conn) Closing() bool { return c.ending() != nil }
+
 // ending returns why the connection is closing, nil while it is not.
 func (c *Conn) ending() error {
 	c.mu.Lock()
