@@ -215,6 +215,7 @@ type world struct {
 	queue  []hub.Command // that wait for their session
 	orders []hub.Order
 	feeds  int // that are being read
+	fed    int // commits that were read by the one that is furthest
 	ends   map[string]hub.Answer
 	off    map[hub.DeviceID]bool // twins that are switched off
 }
@@ -633,6 +634,7 @@ func (w *world) feed(ctx context.Context, owner hub.Owner, from hub.Cursor) iter
 		for at := from.After.N; ; {
 			for ; at < uint64(len(w.commits)); at++ {
 				c := w.commits[at]
+				w.fed = max(w.fed, int(at)) // those before it were taken
 				if c.Owner != owner {
 					continue
 				}
@@ -643,6 +645,7 @@ func (w *world) feed(ctx context.Context, owner hub.Owner, from hub.Cursor) iter
 					return
 				}
 			}
+			w.fed = max(w.fed, len(w.commits))
 			bump := w.bump
 			w.mu.Unlock()
 			select {

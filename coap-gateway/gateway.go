@@ -102,7 +102,7 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 	ec.MaxConnections = cfg.API.CoAP.MaxConnections
 	ec.KeepAlive = cfg.API.CoAP.KeepAlive.Timeout
 	ec.MaxSilence = cfg.API.CoAP.MaxSilence
-	ec.MaxObservations = cfg.API.CoAP.MaxLinks + 1 // and /oic/res itself
+	ec.MaxObservations = max(cfg.API.CoAP.MaxLinks+1, cfg.DeviceToDevice.MaxObservations) // and /oic/res itself; of either side
 	ec.Refused = func(remote net.Addr, reason, detail string) {
 		if detail != "" {
 			reason += ": " + detail

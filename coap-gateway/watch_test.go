@@ -78,6 +78,15 @@ func TestObserveAnotherDevice(t *testing.T) {
 	}
 	// What is nothing new is not told: another resource, and the same state from elsewhere.
 	h.report("/other", hub.FormatOCFCBOR, "x", "")
+	unlock := h.w.lock()
+	h.w.commit(lampID, hub.Event{Kind: hub.Registered}) // it wakes all
+	unlock()
+	w := h.watch("/light")
+	h.w.await(t, "the feed to be read", func() bool {
+		h.gw.watches.mu.Lock()
+		defer h.gw.watches.mu.Unlock()
+		return h.w.fed == len(h.w.commits) && !w.woken && !w.running
+	})
 	n.quiet(5)
 
 	// The same token again takes the place of the first, and its numbers go on; with an interface it is the twin all the same.
@@ -119,7 +128,7 @@ func TestObserveAnotherDevice(t *testing.T) {
 	next(5, "g")
 
 	// The end of the target.
-	unlock := h.w.lock()
+	unlock = h.w.lock()
 	h.w.unpublishNow("/light")
 	unlock()
 	m = n.answer(5)
@@ -130,6 +139,70 @@ func TestObserveAnotherDevice(t *testing.T) {
 		t.Errorf("Max-Age %d", age)
 	}
 	h.watched(0)
+}
+
+// What happens while the registration is answered is told behind the answer.
+func TestChangeWhileRegistering(t *testing.T) {
+	h := start(t, nil)
+	h.w.own(lampID, "alice")
+	h.report("/light", hub.FormatOCFCBOR, "old", "")
+	unlock := h.w.lock()
+	state := h.w.dir.state
+	looks := 0
+	h.w.dir.state = func(ctx context.Context, o hub.Owner, ids []hub.DeviceID) iter.Seq2[*hub.Device, error] {
+		return func(yield func(*hub.Device, error) bool) {
+			for d, err := range state(ctx, o, ids) {
+				if looks++; looks == 1 {
+					h.report("/light", hub.FormatOCFCBOR, "new", "")
+					h.w.await(t, "the feed to be read", func() bool {
+						h.gw.watches.mu.Lock()
+						defer h.gw.watches.mu.Unlock()
+						for _, e := range h.gw.watches.ears {
+							for w := range e.devices[lampID]["/light"] {
+								return w.woken
+							}
+						}
+						return false
+					})
+				}
+				if !yield(d, err) {
+					return
+				}
+			}
+		}
+	}
+	unlock()
+	n := h.neighbour(fanID)
+	number := n.is(n.ask(observe("/light", 5, 0)), codes.Content, "old")
+	if next := n.is(n.answer(5), codes.Content, "new"); next <= number {
+		t.Errorf("%d, then %d", number, next)
+	}
+	// What it is told when nothing happened for a day is the state; what is gone is told by whoever finds it.
+	w := h.watch("/light")
+	if r := w.state(); r.Code != codes.Content || string(r.Payload) != "new" {
+		t.Errorf("%v %q", r.Code, r.Payload)
+	}
+	unlock = h.w.lock()
+	h.w.dir.state = func(context.Context, hub.Owner, []hub.DeviceID) iter.Seq2[*hub.Device, error] {
+		return func(yield func(*hub.Device, error) bool) { yield(nil, &hub.Error{Kind: hub.Unavailable}) }
+	}
+	unlock()
+	if r := w.state(); !r.Silent {
+		t.Errorf("%v %q", r.Code, r.Payload)
+	}
+}
+
+// watch returns a watch of the lamp's resource.
+func (h *hall) watch(href hub.Href) (w *watch) {
+	h.gw.watches.mu.Lock()
+	defer h.gw.watches.mu.Unlock()
+	for _, e := range h.gw.watches.ears {
+		for w = range e.devices[lampID][href] {
+			return w
+		}
+	}
+	h.t.Fatalf("nobody watches %s", href)
+	return nil
 }
 
 // unpublishNow is the lamp's own unpublishing; w.mu is held.
@@ -195,6 +268,7 @@ func TestObservationOfAnotherDeviceEnds(t *testing.T) {
 			n.is(n.ask(observe("/light", 5, 0)), codes.Content, "\xa0")
 			n.write(observe("/silent", 6, 0)) // one that waits
 			h.watched(2)
+			w := h.watch("/light")
 			c.happens(h, n)
 			switch {
 			case c.code != 0:
@@ -214,6 +288,9 @@ func TestObservationOfAnotherDeviceEnds(t *testing.T) {
 				h.report("/light", hub.FormatOCFCBOR, "x", "")
 				if name == "sign-out" {
 					n.quiet(5)
+				}
+				if w.p.conn.Observer(&coap.Message{Token: []byte{5}}) != nil {
+					t.Error("the engine still has the observer")
 				}
 			}
 		})
