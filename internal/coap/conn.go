@@ -475,8 +475,7 @@ func (c *Conn) push(it item) {
 	c.mu.Lock()
 	if c.reason != nil {
 		c.mu.Unlock()
-		c.srv.metrics.dropped.WithLabelValues("closing").Inc()
-		c.unreserve(it.size)
+		c.lose([]item{it})
 		return
 	}
 	c.queue = append(c.queue, it)
@@ -496,9 +495,11 @@ func (c *Conn) work() {
 		closing := c.reason != nil
 		if len(c.queue) == 0 || closing && !c.drain {
 			c.working = false
+			left := c.queue
 			c.queue = nil
 			closing = closing && !c.due()
 			c.mu.Unlock()
+			c.lose(left)
 			if closing {
 				c.tr.finish()
 			}
@@ -524,7 +525,7 @@ func (c *Conn) work() {
 			c.handled(items[:n])
 			items = items[n:]
 		}
-		c.handled(items) // dropped: the connection is closing
+		c.lose(items)
 	}
 }
 
@@ -533,6 +534,19 @@ func (c *Conn) stopped() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.reason != nil && !c.drain
+}
+
+// lose drops what was not handled because the connection is closing. Over UDP a request is as if it had been lost on its way: it
+// gets no ACK, comes again, and then finds a session that is over, or another one.
+func (c *Conn) lose(items []item) {
+	for i := range items {
+		if m := items[i].msg; c.dg != nil && m != nil && m.Code>>5 == 0 && m.from != nil {
+			c.dg.forget(m.from, "closing")
+		} else {
+			c.srv.metrics.dropped.WithLabelValues("closing").Inc()
+		}
+	}
+	c.handled(items)
 }
 
 // handled makes room for what was handled.
