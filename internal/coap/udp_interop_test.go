@@ -102,7 +102,7 @@ func (h *testServerConn) Request(ctx context.Context, m *Message) Response {
 		v, ok := m.Uint(ObserveOption)
 		switch {
 		case ok && v == 0:
-			o, err := h.c.AddObserver(m, nil)
+			o, err := h.c.AddObserver(m, func() Response { return Response{Code: codes.Content, Payload: []byte("tick 0")} }, nil)
 			if err != nil {
 				return busy()
 			}
