@@ -145,14 +145,7 @@ func TestGoCoAPClientUDP(t *testing.T) {
 	defer cancel()
 	body := func(m *pool.Message, err error) string {
 		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-		b, err := m.ReadBody()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return string(b)
+		return bodyOf(t, m, err)
 	}
 	if err := cc.Ping(ctx); err != nil {
 		t.Fatal(err)
