@@ -16,19 +16,24 @@ run: build ## build and start the hub with nothing to configure (stop it with Ct
 build: ## build bin/coaphub
 	go build -trimpath -ldflags "-s -w -X main.version=$$(git describe --tags --always --dirty 2>/dev/null || echo unknown)" -o bin/coaphub ./cmd/coaphub
 
-.PHONY: test
-test: ## run all tests of all modules with the race detector, and say what was left out
+# What tests with other implementations need. Whatever could not be installed, the end of the test run names.
+.PHONY: others
+others:
 	@tools/need coap-client-openssl libcoap3-bin
 	@tools/need coap-client-gnutls libcoap3-bin
 	@tools/need curl curl
+	@tools/need node nodejs
+	@tools/need npm npm
+	@[ test/npm-coap/node_modules -nt test/npm-coap/package-lock.json ] || \
+		npm ci --prefix test/npm-coap --ignore-scripts --no-audit --no-fund --silent || echo "could not install npm's coap" >&2
+
+.PHONY: test
+test: others ## run all tests of all modules with the race detector, and say what was left out
 	@go run -C tools ./testrun
 
 .PHONY: nightly
-nightly: ## the long doses: 200 rounds of kill -9, the ten-minute fleet, the TypeScript client, each fuzzer for FUZZTIME
-	@tools/need coap-client-openssl libcoap3-bin
+nightly: others ## the long doses: 200 rounds of kill -9, the ten-minute fleet, the TypeScript client, each fuzzer for FUZZTIME
 	@COAPHUB_NIGHTLY=1 go run -C tools ./testrun -timeout 60m
-	@tools/need node nodejs
-	@tools/need npm npm
 	go test -tags typescript ./test/typescript
 	@$(MAKE) --no-print-directory fuzz
 

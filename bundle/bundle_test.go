@@ -789,14 +789,9 @@ func noSecrets(t *testing.T, dir string) {
 	}
 }
 
-func TestStoppingIsOrderlyAndQuick(t *testing.T) {
-	h := hubtest.Start(t)
-	d := join(t, h, lamp)
-	idle, err := net.Dial("tcp", strings.TrimPrefix(h.HTTP, "http://")) // says nothing
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = idle.Close() }()
+// stopsQuickly stops a hub, which tells its device.
+func stopsQuickly(t *testing.T, h *hubtest.Hub, d *device.Device) {
+	t.Helper()
 	begin := time.Now()
 	h.Stop(t)
 	if took := time.Since(begin); took > 5*time.Second {
@@ -807,6 +802,17 @@ func TestStoppingIsOrderlyAndQuick(t *testing.T) {
 	case <-time.After(5 * time.Second):
 		t.Error("the device was not told")
 	}
+}
+
+func TestStoppingIsOrderlyAndQuick(t *testing.T) {
+	h := hubtest.Start(t)
+	d := join(t, h, lamp)
+	idle, err := net.Dial("tcp", strings.TrimPrefix(h.HTTP, "http://")) // says nothing
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = idle.Close() }()
+	stopsQuickly(t, h, d)
 	var e *hub.Error
 	if _, err := h.Control.Status(t.Context()); !errors.As(err, &e) || e.Code != bundle.ErrNoHub || !strings.Contains(e.Text, "coaphub serve") {
 		t.Errorf("afterwards: %v", err)

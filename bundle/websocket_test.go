@@ -86,16 +86,7 @@ func TestDeviceOverWebSocket(t *testing.T) {
 			if a, err := other.SignIn(t.Context()); err != nil || a.Code != codes.Unauthorized {
 				t.Errorf("with another device's token: %v, %v", a, err)
 			}
-			begin := time.Now()
-			h.Stop(t)
-			if took := time.Since(begin); took > 5*time.Second {
-				t.Errorf("stopping took %v", took)
-			}
-			select {
-			case <-d.Done():
-			case <-time.After(5 * time.Second):
-				t.Error("the device was not let go")
-			}
+			stopsQuickly(t, h, d)
 		})
 	}
 }

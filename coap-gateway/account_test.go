@@ -5,10 +5,12 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/coap"
@@ -373,6 +375,70 @@ func TestRepeatedSignInKeepsTheSession(t *testing.T) {
 	if n := h.w.count("online " + string(lampID)); n != 1 {
 		t.Errorf("the device came online %d times, want once", n)
 	}
+}
+
+// Over plain UDP a device that signs in where it is signed in may have rebooted: it gets another session, which observes it
+// again, and nobody hears that it was away. If it cannot be, the device is offline.
+func TestSignInAgainOverPlainUDP(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		h := &hall{t: t, w: w}
+		h.published("/a*")
+		w.own(lampID, "alice")
+		w.grant("token", hub.Claims{})
+		f := newField(t, w, 1, nil)
+		defer f.end()
+		sock, err := f.net.Listen("192.0.2.2:5000")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = sock.Close() }()
+		d := newDozer(t)
+		d.conn, d.value["/a"] = plainSocket{sock}, "1"
+		f.running.Go(d.serve)
+		signIn := func() codes.Code {
+			t.Helper()
+			a := d.ask(post("/oic/sec/session", 1, cborOf(t, h.device(lampID).session(nil))))
+			after(time.Second)
+			return a.Code
+		}
+		knows := func(value string, sessions int) {
+			t.Helper()
+			if got := string(w.twin[lampID]["/a"].Content.Data); got != value {
+				t.Errorf("the twin has %q, want %q; %q", got, value, w.log)
+			}
+			if w.count("online "+string(lampID)) != sessions || w.count("twin 3") != sessions || w.count("offline "+string(lampID)) != 0 {
+				t.Errorf("not %d sessions without an end: %q", sessions, w.log)
+			}
+			if n := testutil.ToFloat64(f.gw.metrics.sessions); n != 1 {
+				t.Errorf("%v sessions go on", n)
+			}
+		}
+		if c := signIn(); c != codes.Changed {
+			t.Fatal(c)
+		}
+		knows("1", 1)
+		d.set(func() { d.value["/a"] = "2"; clear(d.tokens); d.number = 0 }) // it rebooted
+		if c := signIn(); c != codes.Changed {
+			t.Fatal(c)
+		}
+		knows("2", 2)
+		if !slices.Contains(d.heardOf(), "end /a") { // it may have been no reboot, and the device would notify for ever
+			t.Errorf("the observation of before was not ended: %q", d.heardOf())
+		}
+		d.notify("/a", "3")
+		knows("3", 2)
+		w.dir.signIn = func(context.Context, hub.Ownership, hub.Connection, string, Deliverer) (hub.Session, error) {
+			return hub.Session{}, hub.NewError(hub.Unavailable, "store-unavailable", "the store is away")
+		}
+		if c := signIn(); c != codes.ServiceUnavailable {
+			t.Errorf("sign-in without a store: %v", c)
+		}
+		after(time.Minute)
+		if w.count("offline "+string(lampID)) != 1 {
+			t.Errorf("the session that ended is not offline: %q", w.log)
+		}
+	})
 }
 
 func TestSignInAsAnotherDeviceEndsTheFirstSession(t *testing.T) {

@@ -15,8 +15,9 @@ import (
 
 // Config is everything below coapGateway. An address of "" switches a listener off.
 type Config struct {
-	API        APIConfig  `yaml:"api"`
-	DeviceTwin TwinConfig `yaml:"deviceTwin"`
+	API            APIConfig            `yaml:"api"`
+	DeviceTwin     TwinConfig           `yaml:"deviceTwin"`
+	DeviceToDevice DeviceToDeviceConfig `yaml:"deviceToDevice"`
 }
 
 // APIConfig is everything below coapGateway.api.
@@ -157,6 +158,26 @@ type TwinConfig struct {
 	AskQuietAfter time.Duration `yaml:"askQuietAfter"`
 }
 
+// DeviceToDeviceConfig is everything below coapGateway.deviceToDevice: what the devices of an owner may do with each other
+// through the hub.
+type DeviceToDeviceConfig struct {
+	// Mode is full (default), read: they only find, read and observe each other, or off: they only find themselves.
+	Mode string `yaml:"mode"`
+	// MaxRequests is how many requests of one device may wait for other devices at a time.
+	MaxRequests int `yaml:"maxRequests"`
+	// MaxObservations is how many resources of others one device may observe at a time.
+	MaxObservations int `yaml:"maxObservations"`
+	// MaxObservationsInAll is the same for all devices together.
+	MaxObservationsInAll int `yaml:"maxObservationsInAll"`
+}
+
+// Values of DeviceToDeviceConfig.Mode.
+const (
+	ModeOff  = "off"
+	ModeRead = "read"
+	ModeFull = "full"
+)
+
 // Default returns the configuration of a hub that nobody configured.
 func Default() Config {
 	return Config{
@@ -177,6 +198,9 @@ func Default() Config {
 			},
 		}},
 		DeviceTwin: TwinConfig{UseETags: true, MaxETagsCountInRequest: 8, AskQuietAfter: 10 * time.Second},
+		DeviceToDevice: DeviceToDeviceConfig{
+			Mode: ModeFull, MaxRequests: 16, MaxObservations: 256, MaxObservationsInAll: 100_000,
+		},
 	}
 }
 
@@ -280,6 +304,19 @@ func (c Config) Validate() []error {
 	}
 	if d := c.DeviceTwin.AskQuietAfter; d != 0 && d < time.Second {
 		bad("coapGateway.deviceTwin.askQuietAfter", "%v is neither 0 nor at least 1s", d)
+	}
+	dd := c.DeviceToDevice
+	if dd.Mode != ModeOff && dd.Mode != ModeRead && dd.Mode != ModeFull {
+		bad("coapGateway.deviceToDevice.mode", "%q is none of %s, %s and %s", dd.Mode, ModeOff, ModeRead, ModeFull)
+	}
+	if dd.MaxRequests < 1 || dd.MaxRequests > 1024 {
+		bad("coapGateway.deviceToDevice.maxRequests", "%d is not between 1 and 1024", dd.MaxRequests)
+	}
+	if dd.MaxObservations < 0 || dd.MaxObservations > 10_000 {
+		bad("coapGateway.deviceToDevice.maxObservations", "%d is not between 0 and 10000", dd.MaxObservations)
+	}
+	if dd.MaxObservationsInAll < 0 {
+		bad("coapGateway.deviceToDevice.maxObservationsInAll", "%d is negative", dd.MaxObservationsInAll)
 	}
 	return errs
 }

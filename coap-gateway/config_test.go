@@ -67,7 +67,11 @@ func TestValidateNamesThePath(t *testing.T) {
 		"coapGateway.api.coap.authorization.providers[0].grantType": func(c *Config) {
 			c.API.CoAP.Authorization.Providers = []ProviderConfig{{Name: "a", GrantType: "implicit"}}
 		},
-		"coapGateway.deviceTwin.maxETagsCountInRequest": func(c *Config) { c.DeviceTwin.MaxETagsCountInRequest = -1 },
+		"coapGateway.deviceTwin.maxETagsCountInRequest":   func(c *Config) { c.DeviceTwin.MaxETagsCountInRequest = -1 },
+		"coapGateway.deviceToDevice.mode":                 func(c *Config) { c.DeviceToDevice.Mode = "" },
+		"coapGateway.deviceToDevice.maxRequests":          func(c *Config) { c.DeviceToDevice.MaxRequests = 0 },
+		"coapGateway.deviceToDevice.maxObservations":      func(c *Config) { c.DeviceToDevice.MaxObservations = -1 },
+		"coapGateway.deviceToDevice.maxObservationsInAll": func(c *Config) { c.DeviceToDevice.MaxObservationsInAll = -1 },
 	} {
 		t.Run(path, func(t *testing.T) {
 			c := Default()

@@ -15,6 +15,8 @@ import (
 )
 
 const (
+	// createInterface makes a POST one that creates (OCF Core, interface oic.if.create).
+	createInterface = "oic.if.create"
 	// afterEnd is how long an answer is waited for after the command's end, to record that it came: until then nothing else is
 	// asked of the device.
 	afterEnd = time.Second
@@ -316,7 +318,8 @@ func (b *outbox) turnTwin(c *hub.Command) {
 	}
 }
 
-// requestOf is the request that carries out a command (OCF Core, 8: CRUDN over CoAP; an update is a POST).
+// requestOf is the request that carries out a command (OCF Core, 8: CRUDN over CoAP; an update is a POST), unless the command
+// names a method of RFC 8132.
 func requestOf(c *hub.Command) (*coap.Message, error) {
 	for seg := range strings.SplitSeq(string(c.Href), "/") {
 		if len(seg) > 255 { // RFC 7252, Section 5.10: Uri-Path ends there
@@ -327,7 +330,7 @@ func requestOf(c *hub.Command) (*coap.Message, error) {
 	iface := c.Interface
 	switch c.Kind {
 	case hub.CommandCreate:
-		m.Code, iface = codes.POST, "oic.if.create"
+		m.Code, iface = codes.POST, createInterface
 	case hub.CommandUpdate:
 		m.Code = codes.POST
 	case hub.CommandDelete:
@@ -341,7 +344,10 @@ func requestOf(c *hub.Command) (*coap.Message, error) {
 	if iface != "" {
 		m.Options = coap.AddOption(m.Options, message.URIQuery, []byte("if="+iface))
 	}
-	if m.Code == codes.POST {
+	if c.Code != 0 {
+		m.Code = codes.Code(c.Code)
+	}
+	if m.Code != codes.GET && m.Code != codes.DELETE {
 		m.Payload = c.Content.Data
 		if c.Content.Format != hub.FormatNone {
 			m.Options = coap.AddUint(m.Options, message.ContentFormat, uint32(c.Content.Format))
@@ -355,7 +361,7 @@ func answerTo(kind hub.CommandKind, m *coap.Message) hub.Answer {
 	if m == nil {
 		return hub.Answer{}
 	}
-	a := hub.Answer{End: hub.CommandCompleted, Status: statusOf(m.Code), Content: contentOf(m), ETag: coap.ETag(m)}
+	a := hub.Answer{End: hub.CommandCompleted, Status: statusOf(m.Code), Code: uint8(m.Code), Content: contentOf(m), ETag: coap.ETag(m)}
 	if kind != hub.CommandRetrieve && a.Status == hub.StatusNotModified {
 		a.Status = hub.StatusAccepted
 	}

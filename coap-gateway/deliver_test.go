@@ -60,6 +60,7 @@ func TestCommandsBecomeRequests(t *testing.T) {
 	content := func(c *hub.Command) {
 		c.Content = hub.Content{Type: "application/vnd.ocf+cbor", Format: 10000, Data: []byte{0xa0}}
 	}
+	method := func(m uint8) func(*hub.Command) { return func(c *hub.Command) { c.Code = m } }
 	iface := func(c *hub.Command) { c.Interface = "oic.if.rw" }
 	for i, test := range []struct {
 		c    hub.Command
@@ -72,10 +73,14 @@ func TestCommandsBecomeRequests(t *testing.T) {
 		{command("4", hub.CommandCreate, "/light", content), "0.02 /light ?if=oic.if.create"},
 		{command("5", hub.CommandDelete, "/light"), "0.04 /light"},
 		{command("6", hub.CommandDelete, "/light", iface), "0.04 /light ?if=oic.if.rw"},
+		// RFC 8132
+		{command("7", hub.CommandRetrieve, "/light", content, method(hub.MethodFetch)), "0.05 /light"},
+		{command("8", hub.CommandUpdate, "/light", content, method(hub.MethodPatch), iface), "0.06 /light ?if=oic.if.rw"},
+		{command("9", hub.CommandUpdate, "/light", content, method(hub.MethodIPatch)), "0.07 /light"},
 	} {
 		h.give(test.c)
 		a := h.awaitEnd(test.c.ID)
-		if a.End != hub.CommandCompleted || a.Status != hub.StatusOK || !bytes.Equal(a.ETag, []byte{0xe7, 1}) || a.Content.Format != 10000 {
+		if a.End != hub.CommandCompleted || a.Status != hub.StatusOK || a.Code != 0x45 || !bytes.Equal(a.ETag, []byte{0xe7, 1}) || a.Content.Format != 10000 {
 			t.Errorf("%s: answer %+v", test.want, a)
 		}
 		if got := d.commands(); len(got) != i+1 || got[i] != test.want {

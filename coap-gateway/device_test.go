@@ -243,6 +243,7 @@ type reply struct {
 	code   string
 	format int32 // -1: none
 	body   []byte
+	etag   []byte
 	maxAge uint32
 }
 
@@ -298,6 +299,8 @@ func replyOf(resp *pool.Message) (reply, error) {
 	if f, err := resp.ContentFormat(); err == nil {
 		r.format = int32(f)
 	}
+	r.etag, _ = resp.ETag()
+	r.etag = slices.Clone(r.etag)
 	r.maxAge, _ = resp.GetOptionUint32(message.MaxAge)
 	var err error
 	r.body, err = resp.ReadBody()

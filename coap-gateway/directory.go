@@ -39,10 +39,21 @@ type Directory interface {
 	TakeCommands(ctx context.Context, from hub.Stamp, have []string, n int) ([]hub.Command, error)
 	// EndCommand records what the device answered to a command that is bound to the session, or that it did not.
 	EndCommand(ctx context.Context, from hub.Stamp, id string, a hub.Answer) error
+	// Command stores a command for a device, has it delivered, and returns how it ended. When ctx ends first the command goes on.
+	// Kinds: Denied if the device is not owner's, NotFound for a resource that is neither published nor was ever reported,
+	// Precondition with code "etag-mismatch", Deadline with code "command-expired" when its time was over, Exhausted, Invalid.
+	Command(ctx context.Context, owner hub.Owner, o hub.Order) (hub.Outcome, error)
 	// Device returns the current picture of a device if owner's stamp is on it, else NotFound.
 	Device(ctx context.Context, owner hub.Owner, dev hub.DeviceID) (*hub.Device, error)
 	// Devices yields pictures of those of the given devices that carry owner's stamp, in ID order.
 	Devices(ctx context.Context, owner hub.Owner, ids []hub.DeviceID) iter.Seq2[*hub.Device, error]
+	// FeedHead is the place behind everything that can be read now.
+	FeedHead(ctx context.Context) (hub.Cursor, error)
+	// Feed yields the commits behind the cursor that carry owner's stamp, and goes on with those that come, until ctx ends. An
+	// error is the last element.
+	Feed(ctx context.Context, owner hub.Owner, from hub.Cursor) iter.Seq2[hub.Fed, error]
+	// State yields pictures like Devices, never older than what FeedHead or Feed have told of.
+	State(ctx context.Context, owner hub.Owner, ids []hub.DeviceID) iter.Seq2[*hub.Device, error]
 	// ETags returns the newest ETags of the device's resources, newest first, at most limit.
 	ETags(ctx context.Context, dev hub.DeviceID, limit int) ([][]byte, error)
 }

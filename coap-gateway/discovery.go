@@ -35,6 +35,9 @@ func (p *peer) discover(ctx context.Context, req *coap.Message, format int32) (c
 	if err != nil {
 		return coap.Response{}, err
 	}
+	if p.gw.cfg.DeviceToDevice.Mode == ModeOff {
+		ids = slices.DeleteFunc(slices.Clone(ids), func(id hub.DeviceID) bool { return id != p.sess.own.Device })
+	}
 	if only := q["di"]; len(only) > 0 {
 		ids = slices.DeleteFunc(slices.Clone(ids), func(id hub.DeviceID) bool {
 			return !slices.ContainsFunc(only, func(s string) bool { d, err := hub.ParseDeviceID(s); return err == nil && d == id })

@@ -41,6 +41,9 @@ const retryAfter = 5 * time.Second
 func failure(err error) coap.Response {
 	code, text := hub.Public(err)
 	r := coap.Response{Code: codeOf[hub.KindOf(err)], Payload: []byte(code + ": " + text)}
+	if own := (*coded)(nil); errors.As(err, &own) {
+		r.Code = own.code
+	}
 	if r.Code == codes.ServiceUnavailable {
 		wait := retryAfter
 		var e *hub.Error
@@ -93,7 +96,10 @@ func uintOption(v uint32) []byte {
 }
 
 // ours reports trouble of the hub, as opposed to a fault of the request or its credential.
-func ours(err error) bool { return codeOf[hub.KindOf(err)] == codes.ServiceUnavailable }
+func ours(err error) bool {
+	own := (*coded)(nil)
+	return codeOf[hub.KindOf(err)] == codes.ServiceUnavailable && !errors.As(err, &own)
+}
 
 // transient reports errors after which the same write may be tried again with the same message number: it may or may not
 // have been stored.

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"github.com/coaphub/coaphub/hub"
@@ -50,6 +51,22 @@ func TestTroubleOfOursIsNever401(t *testing.T) {
 				return func(yield func(*hub.Device, error) bool) { yield(nil, err) }
 			}
 		},
+		"Directory.Command": func(w *world, err error) {
+			w.dir.command = func(context.Context, hub.Owner, hub.Order) (hub.Outcome, error) { return hub.Outcome{}, err }
+		},
+		"Directory.FeedHead": func(w *world, err error) {
+			w.dir.head = func(context.Context) (hub.Cursor, error) { return hub.Cursor{}, err }
+		},
+		"Directory.Feed": func(w *world, err error) {
+			w.dir.feed = func(context.Context, hub.Owner, hub.Cursor) iter.Seq2[hub.Fed, error] {
+				return func(yield func(hub.Fed, error) bool) { yield(hub.Fed{}, err) }
+			}
+		},
+		"Directory.State": func(w *world, err error) {
+			w.dir.state = func(context.Context, hub.Owner, []hub.DeviceID) iter.Seq2[*hub.Device, error] {
+				return func(yield func(*hub.Device, error) bool) { yield(nil, err) }
+			}
+		},
 		"Directory.ETags": func(w *world, err error) {
 			w.dir.etags = func(context.Context, hub.DeviceID, int) ([][]byte, error) { return nil, err }
 		},
@@ -86,7 +103,8 @@ func TestTroubleOfOursIsNever401(t *testing.T) {
 	// What answers 5.03 when the part it needs is broken; everything else must go on as if nothing was.
 	needs := map[string][]string{
 		"Directory.SignIn": {"sign-in"}, "Directory.SignOut": {"sign-out"}, "Directory.Publish": {"publish"},
-		"Directory.Unpublish": {"unpublish"}, "Directory.Device": {"unpublish"}, "Directory.Devices": {"discover"},
+		"Directory.Unpublish": {"unpublish"}, "Directory.Device": {"unpublish", "read", "stop"}, "Directory.Command": {"update"},
+		"Directory.FeedHead": {"observe"}, "Directory.State": {"observe"}, "Directory.Devices": {"discover"},
 		"Identities.SignUp": {"sign-up"}, "Identities.Owner": {"sign-in", "refresh"}, "Identities.SignOff": {"sign-off"},
 		"Identities.Devices": {"discover"}, "Verifier.Verify": {"sign-up", "sign-in", "refresh", "sign-out"},
 		"Provider.Exchange": {"sign-up"}, "Provider.Refresh": {"refresh"},
@@ -109,6 +127,14 @@ func TestTroubleOfOursIsNever401(t *testing.T) {
 		},
 		"discover": func(d *device) (reply, error) { return d.try(codes.GET, "/oic/res", nil) },
 		"selector": func(d *device) (reply, error) { return d.try(codes.GET, "/oic/rd", nil) },
+		"read":     func(d *device) (reply, error) { return d.try(codes.GET, at(fanID, "/fan"), nil) },
+		"update":   func(d *device) (reply, error) { return d.try(codes.POST, at(fanID, "/fan"), []byte{0xa0}) },
+		"observe": func(d *device) (reply, error) {
+			return d.try(codes.GET, at(fanID, "/fan"), nil, with(message.Observe, ""))
+		},
+		"stop": func(d *device) (reply, error) {
+			return d.try(codes.GET, at(fanID, "/fan"), nil, with(message.Observe, "\x01"))
+		},
 		"sign-out": func(d *device) (reply, error) {
 			return d.try(codes.POST, "/oic/sec/session", cborOf(d.t, d.session(func(b body) { b["login"] = false })))
 		},
@@ -128,6 +154,11 @@ func TestTroubleOfOursIsNever401(t *testing.T) {
 						h.issue("code", "token", hub.Claims{})
 						h.w.refresh["r"] = hub.Tokens{Access: "token", Refresh: "r", Expiry: time.Now().Add(time.Hour)}
 						h.w.links[lampID] = links{"/a": {Href: "/a"}}
+						h.w.own(fanID, "alice")
+						h.w.store(fanID, hub.Change{Href: "/fan", Status: hub.StatusOK})
+						if name == "update" && part != "Directory.Command" {
+							h.w.ends["order-1"] = hub.Answer{End: hub.CommandCompleted, Status: hub.StatusOK, Code: 0x44}
+						}
 						d := h.device(lampID)
 						d.mute = true // the twin's writes are not what is asked here
 						h.connect(d, h.gw.Addresses().Plain, nil)

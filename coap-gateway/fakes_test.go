@@ -31,6 +31,24 @@ type fakeDirectory struct {
 	etags     func(context.Context, hub.DeviceID, int) ([][]byte, error)
 	take      func(context.Context, hub.Stamp, []string, int) ([]hub.Command, error)
 	end       func(context.Context, hub.Stamp, string, hub.Answer) error
+	command   func(context.Context, hub.Owner, hub.Order) (hub.Outcome, error)
+	head      func(context.Context) (hub.Cursor, error)
+	feed      func(context.Context, hub.Owner, hub.Cursor) iter.Seq2[hub.Fed, error]
+	state     func(context.Context, hub.Owner, []hub.DeviceID) iter.Seq2[*hub.Device, error]
+}
+
+func (f *fakeDirectory) Command(ctx context.Context, owner hub.Owner, o hub.Order) (hub.Outcome, error) {
+	return f.command(ctx, owner, o)
+}
+
+func (f *fakeDirectory) FeedHead(ctx context.Context) (hub.Cursor, error) { return f.head(ctx) }
+
+func (f *fakeDirectory) Feed(ctx context.Context, owner hub.Owner, from hub.Cursor) iter.Seq2[hub.Fed, error] {
+	return f.feed(ctx, owner, from)
+}
+
+func (f *fakeDirectory) State(ctx context.Context, owner hub.Owner, ids []hub.DeviceID) iter.Seq2[*hub.Device, error] {
+	return f.state(ctx, owner, ids)
 }
 
 func (f *fakeDirectory) TakeCommands(ctx context.Context, from hub.Stamp, have []string, n int) ([]hub.Command, error) {
@@ -150,6 +168,21 @@ func (l links) All() iter.Seq[hub.Link] {
 	}
 }
 
+// resources is hub's set over a map.
+type resources map[hub.Href]hub.Resource
+
+func (r resources) Len() int                             { return len(r) }
+func (r resources) Get(h hub.Href) (*hub.Resource, bool) { x, ok := r[h]; return &x, ok }
+func (r resources) All() iter.Seq[*hub.Resource] {
+	return func(yield func(*hub.Resource) bool) {
+		for _, x := range r {
+			if !yield(&x) {
+				return
+			}
+		}
+	}
+}
+
 // world is everything behind the gateway, in memory. The tokens it knows are texts that map to claims.
 type world struct {
 	dir  fakeDirectory
@@ -168,7 +201,8 @@ type world struct {
 	current  map[hub.DeviceID]uint64 // session numbers
 	last     map[hub.DeviceID]uint64 // highest message number of the session
 	to       map[hub.DeviceID]Deliverer
-	twin     map[hub.DeviceID]map[hub.Href]hub.Change
+	twin     map[hub.DeviceID]resources
+	commits  []*hub.Commit // the feed
 	contacts map[hub.DeviceID]hub.Contact
 	etag     [][]byte
 	changes  []hub.Change // all, in order
@@ -178,9 +212,12 @@ type world struct {
 	revoked  []string
 	seq      uint64
 
-	queue []hub.Command // that wait for their session
-	ends  map[string]hub.Answer
-	off   map[hub.DeviceID]bool // twins that are switched off
+	queue  []hub.Command // that wait for their session
+	orders []hub.Order
+	feeds  int // that are being read
+	fed    int // commits that were read by the one that is furthest
+	ends   map[string]hub.Answer
+	off    map[hub.DeviceID]bool // twins that are switched off
 }
 
 func newWorld() *world {
@@ -188,18 +225,19 @@ func newWorld() *world {
 		bump: make(chan struct{}), tokens: map[string]hub.Claims{}, codes: map[string]hub.Tokens{}, refresh: map[string]hub.Tokens{},
 		owned: map[hub.DeviceID]hub.Ownership{}, pins: map[hub.DeviceID]string{}, links: map[hub.DeviceID]links{},
 		current: map[hub.DeviceID]uint64{}, last: map[hub.DeviceID]uint64{}, to: map[hub.DeviceID]Deliverer{},
-		twin: map[hub.DeviceID]map[hub.Href]hub.Change{}, contacts: map[hub.DeviceID]hub.Contact{}, ends: map[string]hub.Answer{},
+		twin: map[hub.DeviceID]resources{}, contacts: map[hub.DeviceID]hub.Contact{}, ends: map[string]hub.Answer{},
 		off: map[hub.DeviceID]bool{},
 	}
 	w.dir = fakeDirectory{
 		signIn: w.signIn, signOut: w.signOut, offline: w.offline, publish: w.publish, unpublish: w.unpublish, notify: w.notify,
-		take: w.take, end: w.end,
+		take: w.take, end: w.end, command: w.command, head: w.head, feed: w.feed,
 		setTwin: w.setTwin, setLocal: w.setLocal, expect: w.expect, device: w.device, devices: w.devices, etags: func(context.Context, hub.DeviceID, int) ([][]byte, error) {
 			w.mu.Lock()
 			defer w.mu.Unlock()
 			return w.etag, nil
 		},
 	}
+	w.dir.state = w.devices
 	w.ids = fakeIdentities{signUp: w.signUp, owner: w.owner, signOff: w.signOff, devices: w.deviceIDs}
 	w.ver = fakeVerifier{verify: w.verify}
 	w.prov = fakeProvider{exchange: w.exchange, refresh: w.refreshToken, revoke: func(_ context.Context, t hub.Tokens) error {
@@ -351,8 +389,7 @@ func (w *world) signOff(_ context.Context, dev hub.DeviceID, owner hub.Owner, _ 
 		unlock()
 		return &hub.Error{Kind: hub.NotFound}
 	}
-	delete(w.owned, dev)
-	delete(w.links, dev)
+	w.unregister(dev)
 	delete(w.current, dev)
 	w.note("signed-off %s", dev)
 	to := w.to[dev]
@@ -444,6 +481,7 @@ func (w *world) publish(_ context.Context, from hub.Stamp, ls []hub.Link) ([]hub
 	for _, l := range ls {
 		w.links[from.Device][l.Href] = l
 	}
+	w.commit(from.Device, hub.Event{Kind: hub.LinksPublished, Links: ls})
 	w.note("published %d", len(ls))
 	return ls, nil
 }
@@ -468,10 +506,12 @@ func (w *world) unpublish(_ context.Context, from hub.Stamp, hrefs []hub.Href) (
 }
 
 func (w *world) store(dev hub.DeviceID, c hub.Change) {
+	seq := w.commit(dev, hub.Event{Kind: hub.ResourceChanged, Href: c.Href, Status: c.Status, Content: c.Content, ETag: c.ETag})
+	w.twin[dev] = maps.Clone(w.twin[dev]) // pictures never change
 	if w.twin[dev] == nil {
-		w.twin[dev] = map[hub.Href]hub.Change{}
+		w.twin[dev] = resources{}
 	}
-	w.twin[dev][c.Href] = c
+	w.twin[dev][c.Href] = hub.Resource{Href: c.Href, Status: c.Status, Content: c.Content, ETag: c.ETag, Seq: seq}
 	w.changes = append(w.changes, c)
 	w.note("changed %s %d", c.Href, c.Status)
 }
@@ -504,14 +544,123 @@ func (w *world) take(_ context.Context, from hub.Stamp, _ []string, n int) ([]hu
 	if w.current[from.Device] != from.Session {
 		return nil, hub.NewError(hub.Precondition, "session-superseded", "a newer session of the device exists")
 	}
-	n = min(n, len(w.queue))
-	out := slices.Clone(w.queue[:n])
-	w.queue = w.queue[n:]
-	for i := range out {
-		out[i].Session = from.Session
-		w.note("taken %s", out[i].ID)
+	var out, left []hub.Command
+	for _, c := range w.queue {
+		if c.Device != from.Device || len(out) >= n {
+			left = append(left, c)
+			continue
+		}
+		c.Session = from.Session
+		out = append(out, c)
+		w.note("taken %s", c.ID)
 	}
+	w.queue = left
 	return out, nil
+}
+
+// command is the directory's, for commands that a device gives another.
+func (w *world) command(ctx context.Context, owner hub.Owner, o hub.Order) (hub.Outcome, error) {
+	unlock := w.lock()
+	_, published := w.links[o.Device][o.Href]
+	r, reported := w.twin[o.Device][o.Href]
+	var err error
+	switch {
+	case w.owned[o.Device].Owner != owner:
+		err = hub.NewError(hub.Denied, "device-not-yours", "there is no such device, or it is not yours")
+	case !published && !reported:
+		err = hub.NewError(hub.NotFound, "resource-unknown", "the device has no resource "+string(o.Href))
+	case len(o.IfMatch) > 0 && !(reported && slices.ContainsFunc(o.IfMatch, func(e []byte) bool { return len(e) == 0 || string(e) == string(r.ETag) })):
+		err = hub.NewError(hub.Precondition, "etag-mismatch", "the resource has another ETag than the condition names")
+	}
+	if err != nil {
+		unlock()
+		return hub.Outcome{}, err
+	}
+	w.orders = append(w.orders, o)
+	c := hub.Command{
+		CommandEvent: hub.CommandEvent{
+			Kind: o.Kind, Interface: o.Interface, ETags: o.ETags, ValidUntil: time.Now().Add(10 * time.Second).UnixNano(), Code: o.Method,
+		},
+		Device: o.Device, ID: fmt.Sprintf("order-%d", len(w.orders)), Href: o.Href, Content: o.Content,
+	}
+	w.queue = append(w.queue, c)
+	to := w.to[o.Device]
+	unlock()
+	if to != nil {
+		to.Wake()
+	}
+	for {
+		w.mu.Lock()
+		a, ok := w.ends[c.ID]
+		bump := w.bump
+		w.mu.Unlock()
+		if ok {
+			return hub.Outcome{Answer: a, Kind: o.Kind, Device: o.Device, Href: o.Href}, nil
+		}
+		select {
+		case <-bump:
+		case <-ctx.Done():
+			return hub.Outcome{}, ctx.Err()
+		}
+	}
+}
+
+// commit feeds an event; w.mu is held.
+func (w *world) commit(dev hub.DeviceID, ev hub.Event) uint64 {
+	seq := uint64(len(w.commits) + 1)
+	w.commits = append(w.commits, &hub.Commit{Device: dev, Owner: w.owned[dev].Owner, Seq: seq, Events: []hub.Event{ev}})
+	return seq
+}
+
+// unregister takes a device from its owner; w.mu is held.
+func (w *world) unregister(dev hub.DeviceID) {
+	w.commit(dev, hub.Event{Kind: hub.Unregistered})
+	delete(w.owned, dev)
+	delete(w.links, dev)
+	delete(w.twin, dev)
+}
+
+func (w *world) head(context.Context) (hub.Cursor, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return hub.Cursor{After: hub.Position{N: uint64(len(w.commits))}}, nil
+}
+
+func (w *world) feed(ctx context.Context, owner hub.Owner, from hub.Cursor) iter.Seq2[hub.Fed, error] {
+	return func(yield func(hub.Fed, error) bool) {
+		defer w.lock()()
+		w.feeds++
+		defer func() { w.feeds-- }()
+		for at := from.After.N; ; {
+			for ; at < uint64(len(w.commits)); at++ {
+				c := w.commits[at]
+				w.fed = max(w.fed, int(at)) // those before it were taken
+				if c.Owner != owner {
+					continue
+				}
+				w.mu.Unlock()
+				ok := yield(hub.Fed{Commit: c}, nil)
+				w.mu.Lock()
+				if !ok {
+					return
+				}
+			}
+			w.fed = max(w.fed, len(w.commits))
+			bump := w.bump
+			w.mu.Unlock()
+			select {
+			case <-bump:
+			case <-ctx.Done():
+			}
+			w.mu.Lock()
+			if err := ctx.Err(); err != nil {
+				w.mu.Unlock()
+				yield(hub.Fed{}, err)
+				w.mu.Lock()
+				return
+			}
+		}
+	}
 }
 
 func (w *world) end(_ context.Context, from hub.Stamp, id string, a hub.Answer) error {
@@ -549,7 +698,7 @@ func (w *world) expect(_ context.Context, from hub.Stamp, c hub.Contact) error {
 
 func (w *world) picture(id hub.DeviceID) *hub.Device {
 	return &hub.Device{
-		ID: id, Owner: w.owned[id].Owner, Links: maps.Clone(w.links[id]), Metadata: hub.Metadata{Twin: hub.Twin{Enabled: !w.off[id]}},
+		ID: id, Owner: w.owned[id].Owner, Links: maps.Clone(w.links[id]), Resources: w.twin[id], Metadata: hub.Metadata{Twin: hub.Twin{Enabled: !w.off[id]}},
 	}
 }
 

@@ -61,6 +61,7 @@ type Gateway struct {
 	devices  *diagnostics
 	live     *live
 	quiet    *quietQueue
+	watches  *watches
 	patience time.Duration // how long a write is tried again before a session is given up
 
 	mu        sync.Mutex // guards addresses
@@ -89,6 +90,7 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 		// Devices wait 4 s for a Pong and reconnect then (iotivity-lite); whatever is not stored by 3 s is better sent again.
 		patience: 3 * time.Second,
 	}
+	g.watches = &watches{gw: g, ears: map[hub.Owner]*ear{}}
 	if cfg.API.CoAP.Address != "" {
 		var err error
 		if g.tls, g.trusted, err = g.tlsConfig(); err != nil {
@@ -100,7 +102,7 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 	ec.MaxConnections = cfg.API.CoAP.MaxConnections
 	ec.KeepAlive = cfg.API.CoAP.KeepAlive.Timeout
 	ec.MaxSilence = cfg.API.CoAP.MaxSilence
-	ec.MaxObservations = cfg.API.CoAP.MaxLinks + 1 // and /oic/res itself
+	ec.MaxObservations = max(cfg.API.CoAP.MaxLinks+1, cfg.DeviceToDevice.MaxObservations) // and /oic/res itself; of either side
 	ec.Refused = func(remote net.Addr, reason, detail string) {
 		if detail != "" {
 			reason += ": " + detail
@@ -151,7 +153,9 @@ func (g *Gateway) Run(ctx context.Context, ready func()) error {
 		group.Go(func() error { g.web.Serve(ctx); return nil })
 	}
 	ready()
-	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
+	err = group.Wait()
+	g.watches.done.Wait() // they ended with the sessions
+	if err != nil && !errors.Is(err, context.Canceled) {
 		return fmt.Errorf("serve CoAP: %w", err)
 	}
 	return nil

@@ -16,6 +16,7 @@ type metrics struct {
 	quiet         *prometheus.CounterVec
 	sessionsEnded *prometheus.CounterVec
 
+	watches        prometheus.Gauge
 	commands       *prometheus.CounterVec
 	commandSeconds prometheus.Histogram
 }
@@ -55,6 +56,10 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		sessionsEnded: prometheus.NewCounterVec(opts("sessions_ended_total",
 			"Sessions by why they ended. Rising second-session: devices reconnect without closing, or two share an identity; rising "+
 				"expired: devices do not refresh their tokens; revoked, key-replaced: their credentials were ended by somebody."), []string{"reason"}),
+		watches: prometheus.NewGauge(prometheus.GaugeOpts{
+			Namespace: "coaphub", Subsystem: "coap_gateway", Name: "observations",
+			Help: "Resources that devices observe at each other. Near deviceToDevice.maxObservationsInAll further ones are refused.",
+		}),
 		commands: prometheus.NewCounterVec(opts("commands_total",
 			"Commands that were sent to devices, by kind and what came of it. Rising unanswered: devices are overloaded, or begin to "+
 				"sleep; rising failed: their answers are errors or break the protocol, see the debug log."), []string{"kind", "outcome"}),
@@ -66,7 +71,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	}
 	if reg != nil {
 		reg.MustRegister(m.sessions, m.requests, m.refused, m.changes, m.batchSkipped, m.tooLarge, m.notStored, m.syncs, m.quiet,
-			m.sessionsEnded, m.commands, m.commandSeconds)
+			m.sessionsEnded, m.watches, m.commands, m.commandSeconds)
 	}
 	return m
 }

@@ -27,6 +27,8 @@ type peer struct {
 	request   uint64      // counts requests, for the log
 	told      uint64      // how many ends of credentials were told when the account request under way began
 	helpers   sync.WaitGroup
+	// later is set by the method that is being called, to answer beside the connection's goroutine.
+	later func(context.Context) (coap.Response, error)
 }
 
 // Open implements coap.Handler.
@@ -45,6 +47,7 @@ const closeDelay = 100 * time.Millisecond
 type route struct {
 	session bool // needs a device that is signed in
 	account bool // any error is answered and then ends the connection
+	foreign bool // bodies are other devices': what Accept and conditions mean is the method's to say
 	own     bool // no path of OCF's, which devices read their own way: clients are answered as the RFCs have it
 	methods map[codes.Code]method
 }
@@ -72,41 +75,65 @@ func (p *peer) Request(ctx context.Context, req *coap.Message) coap.Response {
 	if p.closing.Load() {
 		return coap.Response{Silent: true} // what came behind the refused request is not carried out
 	}
-	start := time.Now()
 	p.request++
 	path := pathOf(req)
-	r, known := routes[path]
+	r, label, known := routeOf(path)
+	a := asked{route: r, label: label, path: path, req: req, number: p.request, start: time.Now()}
 	var resp coap.Response
 	var err error
+	p.later = nil
 	if !p.conn.Guard("request", func() { resp, err = p.answer(ctx, r, known, path, req) }) {
-		err = &hub.Error{Kind: hub.Internal} // the engine would answer 5.00; here it is trouble of ours like any other
+		err, p.later = &hub.Error{Kind: hub.Internal}, nil // the engine would answer 5.00; here it is trouble of ours like any other
 	}
+	if later := p.later; later != nil {
+		s := p.sess
+		return coap.Response{Later: func(ctx context.Context) (resp coap.Response) {
+			var err error
+			if !p.conn.Guard("request", func() { resp, err = later(ctx) }) {
+				err = &hub.Error{Kind: hub.Internal}
+			}
+			return p.answered(ctx, a, s, resp, err)
+		}}
+	}
+	return p.answered(ctx, a, p.sess, resp, err)
+}
+
+// asked is a request that is being answered.
+type asked struct {
+	route
+	label, path string
+	req         *coap.Message
+	number      uint64
+	start       time.Time
+}
+
+// answered makes err the answer, if there is one, and records it. s is the session of who asked, nil for none. It may be
+// called from any goroutine.
+func (p *peer) answered(ctx context.Context, a asked, s *session, resp coap.Response, err error) coap.Response {
 	if err != nil {
-		resp = r.failure(req, err)
-		if r.account || resp.Code == codes.Unauthorized {
+		resp = a.failure(a.req, err)
+		if a.account || resp.Code == codes.Unauthorized {
 			p.close()
 		}
-		if p.sess != nil {
+		if s != nil {
 			code, _ := hub.Public(err)
-			p.gw.devices.failed(p.sess.own.Device, p.sess.number, code)
+			p.gw.devices.failed(s.own.Device, s.number, code)
 		}
 	}
-	resp.Challenge = r.own
-	label := path
-	if !known {
-		label = "unknown" // paths are unbounded
-	}
-	p.gw.metrics.requests.WithLabelValues(label, dotted(resp.Code)).Inc()
+	resp.Challenge = a.own
+	p.gw.metrics.requests.WithLabelValues(a.label, dotted(resp.Code)).Inc()
 	level := slog.LevelDebug
 	if err != nil && ours(err) {
 		level = slog.LevelWarn // somebody of ours must look at it; faults of devices are for their makers
 	}
 	if p.log.Enabled(ctx, level) {
 		log := p.log
-		if p.sess != nil {
-			log = p.sess.log
+		if s != nil {
+			log = s.log
 		}
-		args := []any{"request", p.request, "method", dotted(req.Code), "path", path, "code", dotted(resp.Code), "took", time.Since(start)}
+		args := []any{
+			"request", a.number, "method", dotted(a.req.Code), "path", a.path, "code", dotted(resp.Code), "took", time.Since(a.start),
+		}
 		if err != nil {
 			args = append(args, "error", err)
 		}
@@ -119,12 +146,8 @@ func (p *peer) Request(ctx context.Context, req *coap.Message) coap.Response {
 // before anything behind that request is handled, so nothing of that is carried out. Requests before it that still wait may
 // be given up too, unanswered, because the reader refuses before their turn comes; the one under way is answered.
 func (p *peer) Refused(req *coap.Message) {
-	path := pathOf(req)
-	r, known := routes[path]
-	if !known {
-		path = "unknown"
-	}
-	p.gw.metrics.requests.WithLabelValues(path, "refused").Inc()
+	r, label, _ := routeOf(pathOf(req))
+	p.gw.metrics.requests.WithLabelValues(label, "refused").Inc()
 	if r.account {
 		p.close()
 	}
@@ -150,11 +173,11 @@ func (p *peer) answer(ctx context.Context, r route, known bool, path string, req
 	if r.session && p.sess == nil {
 		return coap.Response{}, unauthenticated("not-signed-in", "nobody is signed in on this connection")
 	}
-	if !fulfilled(req) {
+	if !r.foreign && !fulfilled(req) {
 		return coap.Response{}, &hub.Error{Kind: hub.Precondition}
 	}
 	var format int32
-	if path != "/.well-known/core" && req.Code != codes.DELETE { // they have their own format, and none
+	if !r.foreign && path != "/.well-known/core" && req.Code != codes.DELETE { // they have their own format, and none
 		var err error
 		if format, err = acceptable(req); err != nil {
 			return coap.Response{}, err

@@ -26,8 +26,9 @@ func TestOrderOfRefusals(t *testing.T) {
 		closes bool
 	}{
 		"unknown path":            {codes.GET, "/foo/bar", nil, "4.04", "path-unknown: ", false},
-		"devices without ID":      {codes.GET, "/api/v1/devices", nil, "4.04", "path-unknown: ", false},
-		"device without href":     {codes.GET, "/api/v1/devices/" + string(fanID), nil, "4.04", "path-unknown: ", false},
+		"PUT to another device":   {codes.PUT, "/api/v1/devices/" + string(fanID) + "/fan", nil, "4.05", "method-not-allowed: ", false},
+		"another device":          {codes.GET, "/api/v1/devices/" + string(fanID) + "/fan", nil, "4.01", "not-signed-in: ", true},
+		"like devices":            {codes.GET, "/api/v1/devicesX", nil, "4.04", "path-unknown: ", false},
 		"no path":                 {codes.GET, "/", nil, "4.04", "path-unknown: ", false},
 		"FETCH":                   {codes.Code(5), "/oic/res", nil, "4.05", "method-not-allowed: ", false}, // RFC 8132
 		"PATCH":                   {codes.Code(6), "/oic/rd", nil, "4.05", "method-not-allowed: ", false},

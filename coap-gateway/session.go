@@ -36,6 +36,10 @@ type session struct {
 	twin   *twin
 	asking sync.WaitGroup // what asks the device where it is, when the twin does not
 	rhythm *rhythm        // when the device listens
+	aside  atomic.Int32   // its requests that wait for other devices
+	// watching has its watches, guarded by the gateway's watches; telling is their goroutines.
+	watching map[*watch]struct{}
+	telling  sync.WaitGroup
 
 	// turn holds one token; whoever has it may write. It orders the session's writes and guards the fields below.
 	turn    chan struct{}
@@ -175,6 +179,7 @@ func (s *session) stop() {
 	s.timer.Stop()
 	s.cancel()
 	s.to.box.stop() // first: it may turn the twin
+	s.gw.watches.leave(s)
 	s.asking.Wait()
 	s.twin.stop()
 }

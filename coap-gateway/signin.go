@@ -64,24 +64,36 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 	if err != nil {
 		return claims, dev, err
 	}
-	if s := p.sess; s != nil {
-		if s.own == own {
-			p.renew(s, claims) // repeated: it keeps its number, its observations and its ONLINE
-			return claims, dev, p.entered(ctx, s, body.Token)
-		}
-		p.endSession("other-sign-in", true) // the device or its ownership is another one
+	info := p.conn.Info()
+	var before *session
+	switch {
+	case p.sess == nil:
+	case p.sess.own != own: // the device or its ownership is another one
+		p.endSession("other-sign-in", true)
+	case !info.Stream && !info.Secure:
+		// Over plain UDP a device that has rebooted is where it was, and only this tells of it: it has forgotten what we observe.
+		// The next session supersedes this one, so that nobody goes offline, and needs the connection. What this one still
+		// writes would be refused from then on.
+		before = p.sess
+		before.to.detached.Store(true)
+		before.stop()
+	default:
+		p.renew(p.sess, claims) // repeated: it keeps its number, its observations and its ONLINE
+		return claims, dev, p.entered(ctx, p.sess, body.Token)
 	}
 	s := &session{
 		gw: p.gw, conn: p.conn, uid: body.UID, to: &deliverer{conn: p.conn},
 		turn: make(chan struct{}, 1), early: map[*coap.Observation]map[hub.Href]bool{},
 	}
-	info := p.conn.Info()
 	conn := hub.Connection{
 		Online: true, ID: info.ID, ConnectedAt: time.Now().UnixNano(), Protocol: p.protocol(), Service: p.gw.deps.Service,
 	}
 	got, own, err := p.announce(ctx, own, conn, claims, s.to)
 	if err != nil {
-		return claims, dev, err
+		return claims, dev, err // which closes the connection, and what session it has goes offline then
+	}
+	if before != nil {
+		p.endSession("signed-in-again", false)
 	}
 	s.own, s.number = own, got.Number
 	s.log = p.log.With("device", dev, "owner", own.Owner, "session", got.Number)

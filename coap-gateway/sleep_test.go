@@ -2,19 +2,14 @@ package coapgateway
 
 import (
 	"bytes"
-	"context"
-	"crypto/tls"
 	"fmt"
 	"io"
-	"log/slog"
-	"net"
 	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
-	"github.com/pion/dtls/v3"
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 	"github.com/plgd-dev/go-coap/v3/udp/coder"
@@ -59,7 +54,7 @@ type dozer struct {
 func newDozer(t *testing.T) *dozer {
 	return &dozer{
 		t: t, begin: time.Now(), value: map[string]string{}, refuse: map[string]codes.Code{}, plain: map[string]bool{},
-		tokens: map[string]message.Token{}, answers: make(chan message.Message, 1), next: 1000,
+		tokens: map[string]message.Token{}, answers: make(chan message.Message, 100), next: 1000,
 	}
 }
 
@@ -123,8 +118,6 @@ func (d *dozer) hear(m message.Message) (out message.Message, ok bool) {
 		return out, false
 	case m.Code == codes.Empty && m.Type == message.Confirmable: // asks for a sign of life
 		return message.Message{Type: message.Reset, MessageID: m.MessageID}, true
-	case m.Code == codes.Empty:
-		return out, false
 	case m.Code == codes.POST:
 		path, _ := m.Options.Path()
 		d.asked = append(d.asked, askedFor{at: time.Since(d.begin).Truncate(time.Second), path: "update " + path})
@@ -190,32 +183,55 @@ func (d *dozer) wake() {
 	d.set(func() { d.asleep, d.asked = false, nil })
 }
 
-// ask sends a request and waits for its answer.
+// ask sends a request and waits for its answer, or a notification and waits until it is acknowledged. It sends it again as
+// RFC 7252, Section 4.2, says.
 func (d *dozer) ask(m message.Message) message.Message {
 	d.t.Helper()
+	for len(d.answers) > 0 {
+		<-d.answers
+	}
 	d.next++
 	m.Type, m.MessageID = message.Confirmable, d.next
-	d.write(m)
-	select {
-	case a := <-d.answers:
-		return a
-	case <-time.After(time.Minute):
-		d.t.Fatal("the hub does not answer")
-		return m
+	isAnswer := func(a message.Message) bool {
+		if m.Code == codes.Content {
+			return a.Code == codes.Empty && a.MessageID == m.MessageID
+		}
+		return a.Code != codes.Empty && bytes.Equal(a.Token, m.Token)
 	}
+	for wait := 2500 * time.Millisecond; wait < 60*time.Second; wait *= 2 {
+		d.write(m)
+		for late := time.After(wait); late != nil; {
+			select {
+			case a := <-d.answers:
+				if isAnswer(a) {
+					return a
+				}
+			case <-late:
+				late = nil
+			}
+		}
+	}
+	d.t.Fatal("the hub does not answer")
+	return m
 }
 
 // notify reports the value of a resource.
 func (d *dozer) notify(path, value string) {
-	d.mu.Lock()
-	d.value[path] = value
-	m := d.state(path, "")
-	m.Token = d.tokens[path]
-	d.mu.Unlock()
+	m := d.news(path, value)
 	d.next++
 	m.Type, m.MessageID = message.NonConfirmable, d.next
 	d.write(m)
 	synctest.Wait()
+}
+
+// news gives a resource another value and makes the notification of it.
+func (d *dozer) news(path, value string) message.Message {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.value[path] = value
+	m := d.state(path, "")
+	m.Token = d.tokens[path]
+	return m
 }
 
 // heardOf returns what the hub asked since, without deregistrations.
@@ -244,39 +260,13 @@ func doze(t *testing.T, published []string, change func(*Config), prepare func(*
 		h.published(published...)
 		w.own(lampID, "alice")
 		w.grant("token", hub.Claims{Expiry: time.Now().Add(10_000 * time.Hour)})
-		authority := newCA(t)
-		certificate := authority.identity(t, hubID, nil)
-		key := []byte("0123456789abcdef")
-		cfg := Default()
-		if change != nil {
-			change(&cfg)
-		}
-		gw, err := New(cfg, Deps{
-			Directory: &w.dir, Identities: &w.ids, Verifier: &w.ver, HubID: hubID, Service: "gateway-1",
-			Providers: []NamedProvider{{Name: "main", Provider: &w.prov}}, ClientCAs: authority.pool(),
-			Certificate: func() (*tls.Certificate, error) { return &certificate, nil },
-			PSK:         func(context.Context, hub.DeviceID) ([]byte, error) { return key, nil },
-		}, slog.New(slog.DiscardHandler), nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		network := simnet.New(1, nil)
-		pc, err := network.Listen("192.0.2.1:5684")
-		if err != nil {
-			t.Fatal(err)
-		}
-		ctx, cancel := context.WithCancel(t.Context())
-		var running sync.WaitGroup
-		running.Go(func() {
-			if err := gw.engine.ServeDTLS(ctx, pc, gw.dtlsConfig()); err != nil {
-				t.Errorf("the engine ended with %v", err)
-			}
-		})
-		running.Go(func() { gw.quiet.run(ctx) })
+		f := newField(t, w, 1, change)
+		defer f.end()
+		f.running.Go(func() { f.gw.quiet.run(f.ctx) })
 
 		d := newDozer(t)
 		d.w = w
-		d.nat = network.NAT("203.0.113.1", 0)
+		d.nat = f.net.NAT("203.0.113.1", 0)
 		for href := range w.links[lampID] {
 			d.value[string(href)] = "1"
 		}
@@ -287,28 +277,18 @@ func doze(t *testing.T, published []string, change func(*Config), prepare func(*
 		if err != nil {
 			t.Fatal(err)
 		}
-		conn, err := dtls.ClientWithOptions(sock, net.Addr(simnet.Addr("192.0.2.1:5684")),
-			dtls.WithPSK(func([]byte) ([]byte, error) { return key, nil }), dtls.WithPSKIdentityHint([]byte(lampID)),
-			dtls.WithCipherSuites(dtls.TLS_PSK_WITH_AES_128_CCM_8), dtls.WithMTU(1200),
-			dtls.WithConnectionIDGenerator(dtls.OnlySendCIDGenerator()))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := conn.HandshakeContext(ctx); err != nil {
-			t.Fatal(err)
-		}
+		conn := f.shake(sock)
+		defer func() { // in this order: the device says goodbye to nobody
+			f.cancel()
+			_ = sock.Close()
+			_ = conn.Close()
+		}()
 		d.conn = conn
-		running.Go(d.serve)
+		f.running.Go(d.serve)
 		if a := d.ask(post("/oic/sec/session", 1, cborOf(t, h.device(lampID).session(nil)))); a.Code != codes.Changed {
 			t.Fatalf("sign-in: %v", a)
 		}
-		defer func() {
-			cancel()
-			_ = sock.Close()
-			_ = conn.Close()
-			running.Wait()
-		}()
-		test(t, w, gw, d)
+		test(t, w, f.gw, d)
 	})
 }
 
@@ -603,44 +583,14 @@ func TestQuietObservationsAreAskedForOneByOne(t *testing.T) {
 	})
 }
 
-// plainSocket is a device's end over plain UDP.
-type plainSocket struct {
-	net.PacketConn
-	hub net.Addr
-}
-
-func (p plainSocket) Write(b []byte) (int, error) { return p.WriteTo(b, p.hub) }
-func (p plainSocket) Read(b []byte) (int, error)  { n, _, err := p.ReadFrom(b); return n, err }
-
 // However many devices are quiet at once, they are asked one after the other.
 func TestQuietDevicesAreAskedAtAPace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const devices = 30
 		w := newWorld()
 		h := &hall{t: t, w: w}
-		cfg := Default()
-		cfg.API.CoAP.Address, cfg.API.CoAP.PlainAddress = "", "127.0.0.1:0"
-		gw, err := New(cfg, Deps{
-			Directory: &w.dir, Identities: &w.ids, Verifier: &w.ver, HubID: hubID, Service: "gateway-1",
-			Providers: []NamedProvider{{Name: "main", Provider: &w.prov}},
-		}, slog.New(slog.DiscardHandler), nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		network := simnet.New(1, nil)
-		pc, err := network.Listen("192.0.2.1:5683")
-		if err != nil {
-			t.Fatal(err)
-		}
-		ctx, cancel := context.WithCancel(t.Context())
-		var running sync.WaitGroup
-		defer running.Wait()
-		defer cancel()
-		running.Go(func() {
-			if err := gw.engine.ServeUDP(ctx, pc); err != nil {
-				t.Errorf("the engine ended with %v", err)
-			}
-		})
+		f := newField(t, w, 1, nil)
+		defer f.end()
 		var mu sync.Mutex
 		var asked []time.Time
 		w.grant("token", hub.Claims{Expiry: time.Now().Add(10_000 * time.Hour)})
@@ -650,19 +600,19 @@ func TestQuietDevicesAreAskedAtAPace(t *testing.T) {
 			unlock := w.lock()
 			w.links[id] = links{"/a": {Href: "/a", Policy: 3}}
 			unlock()
-			sock, err := network.Listen(fmt.Sprintf("192.0.2.2:%d", 5000+i))
+			sock, err := f.net.Listen(fmt.Sprintf("192.0.2.2:%d", 5000+i))
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer func() { _ = sock.Close() }()
 			d := newDozer(t)
-			d.conn, d.value["/a"] = plainSocket{sock, simnet.Addr("192.0.2.1:5683")}, "1"
+			d.conn, d.value["/a"] = plainSocket{sock}, "1"
 			d.heard = func() {
 				mu.Lock()
 				defer mu.Unlock()
 				asked = append(asked, time.Now())
 			}
-			running.Go(d.serve)
+			f.running.Go(d.serve)
 			if a := d.ask(post("/oic/sec/session", 1, cborOf(t, h.device(id).session(nil)))); a.Code != codes.Changed {
 				t.Fatalf("sign-in: %v", a)
 			}
@@ -671,7 +621,7 @@ func TestQuietDevicesAreAskedAtAPace(t *testing.T) {
 		mu.Lock()
 		asked = nil
 		mu.Unlock()
-		running.Go(func() { gw.quiet.run(ctx) })
+		f.running.Go(func() { f.gw.quiet.run(f.ctx) })
 		after(quietGap / 2)
 		mu.Lock()
 		defer mu.Unlock()

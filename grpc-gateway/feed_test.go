@@ -95,9 +95,12 @@ func (f *fakeFeed) FeedHead(context.Context) (hub.Cursor, error) {
 func (f *fakeFeed) Feed(ctx context.Context, owner hub.Owner, from hub.Cursor) iter.Seq2[hub.Fed, error] {
 	return func(yield func(hub.Fed, error) bool) {
 		at := from.After
+		f.mu.Lock()
+		other := from.Log != f.log // a log is another one after a restart, which no reader outlives
+		f.mu.Unlock()
 		for {
 			f.mu.Lock()
-			lagged, moved := from.Log != f.log || at.Compare(f.trimmed) < 0, f.moved
+			lagged, moved := other || at.Compare(f.trimmed) < 0, f.moved
 			i := slices.IndexFunc(f.entries, func(e hub.Fed) bool { return e.At.Compare(at) > 0 })
 			var e hub.Fed
 			if i >= 0 {

@@ -30,6 +30,13 @@ const (
 	CommandUnavailable CommandEnd = 4 // it was sent, and no answer can come any more; it may have been carried out
 )
 
+// Methods that an order may name in place of the one its kind stands for: codes of RFC 8132.
+const (
+	MethodFetch  uint8 = 5 // of a retrieve, which then has a content
+	MethodPatch  uint8 = 6 // of an update
+	MethodIPatch uint8 = 7 // of an update
+)
+
 // Limits of commands.
 const (
 	MinCommandTTL  = 100 * time.Millisecond
@@ -48,6 +55,9 @@ type CommandEvent struct {
 	ValidUntil int64      // Unix nanoseconds
 	Key        string     // idempotency key, "" = none
 	Session    uint64     // the session that the command is bound to; 0 = it waits for one
+	// Code is one of CoAP's. Of a command that has not ended it is the method, 0 for that of its kind; of CommandEnded and
+	// CommandLate it is what the device answered, 0 if it did not, or nothing that can be read.
+	Code uint8
 }
 
 // Command is a command that has not ended.
@@ -67,6 +77,7 @@ type Command struct {
 type Order struct {
 	Device    DeviceID
 	Kind      CommandKind
+	Method    uint8 // MethodFetch, MethodPatch, MethodIPatch; 0 = that of the kind
 	Href      Href
 	Interface string
 	Content   Content
@@ -91,6 +102,7 @@ type Order struct {
 type Answer struct {
 	End     CommandEnd // CommandCompleted or CommandUnavailable
 	Status  Status
+	Code    uint8 // of CoAP, as the device answered; 0 = none
 	Content Content
 	ETag    []byte
 }
@@ -110,7 +122,7 @@ type Outcome struct {
 func OutcomeOf(c *Commit, i int) Outcome {
 	ev := &c.Events[i]
 	return Outcome{
-		Answer: Answer{End: ev.Command.End, Status: ev.Status, Content: ev.Content, ETag: ev.ETag},
+		Answer: Answer{End: ev.Command.End, Status: ev.Status, Code: ev.Command.Code, Content: ev.Content, ETag: ev.ETag},
 		Kind:   ev.Command.Kind, Device: c.Device, Href: ev.Href, Types: ev.Types, Metadata: ev.Metadata, Cause: CauseOf(c, i),
 	}
 }

@@ -66,13 +66,16 @@ func (k keys) old(now int64) []*keyed {
 }
 
 // sumOf tells whether two orders with the same key are the same.
-func sumOf(kind hub.CommandKind, href hub.Href, iface string, c hub.Content, etags [][]byte) []byte {
+func sumOf(kind hub.CommandKind, method uint8, href hub.Href, iface string, c hub.Content, etags [][]byte) []byte {
 	h := sha256.New()
 	part := func(b []byte) {
 		h.Write(binary.BigEndian.AppendUint64(nil, uint64(len(b))))
 		h.Write(b)
 	}
 	part([]byte{byte(kind)})
+	if method != 0 {
+		part([]byte{method})
+	}
 	part([]byte(href))
 	part([]byte(iface))
 	part([]byte(c.Type))
@@ -145,7 +148,7 @@ func (s *state) applyCommand(c *hub.Commit, i int, changed []string) []string {
 				changed = append(changed, keyKey(e.key))
 			}
 			s.keys = s.keys.put(&keyed{
-				key: cmd.Key, id: cmd.ID, sum: sumOf(cmd.Kind, cmd.Href, cmd.Interface, cmd.Content, cmd.ETags), time: c.Time,
+				key: cmd.Key, id: cmd.ID, sum: sumOf(cmd.Kind, cmd.Code, cmd.Href, cmd.Interface, cmd.Content, cmd.ETags), time: c.Time,
 				seq: c.Seq, index: i,
 			})
 			changed = append(changed, keyKey(cmd.Key))
@@ -210,6 +213,19 @@ var (
 	errExpired  = hub.NewError(hub.Deadline, "command-expired", "the device did not answer in time")
 )
 
+// allowed reports whether commands of the kind may go by the method.
+func allowed(kind hub.CommandKind, method uint8) bool {
+	switch method {
+	case 0:
+		return true
+	case hub.MethodFetch:
+		return kind == hub.CommandRetrieve
+	case hub.MethodPatch, hub.MethodIPatch:
+		return kind == hub.CommandUpdate
+	}
+	return false
+}
+
 func checkOrder(o *hub.Order, fallback time.Duration) error {
 	invalid := func(code, text string) error { return hub.NewError(hub.Invalid, code, text) }
 	if o.TTL == 0 {
@@ -218,6 +234,8 @@ func checkOrder(o *hub.Order, fallback time.Duration) error {
 	switch {
 	case o.Kind < hub.CommandCreate || o.Kind > hub.CommandTwinSync:
 		return invalid("command-invalid", "there is no such command")
+	case !allowed(o.Kind, o.Method):
+		return invalid("command-invalid", "the command's kind does not go by that method")
 	case o.TTL < hub.MinCommandTTL || o.TTL > hub.MaxCommandTTL:
 		return invalid("time-to-live-invalid", "the time to live is between 100 ms and a year, in nanoseconds")
 	case len(o.Interface) > hub.MaxInterface:
@@ -265,7 +283,7 @@ func (d *Directory) Command(ctx context.Context, owner hub.Owner, o hub.Order) (
 		return hub.Outcome{}, wrap(op, err)
 	}
 	w := d.worker(o.Device)
-	fresh, sum := uuid.NewString(), sumOf(o.Kind, o.Href, o.Interface, o.Content, o.ETags)
+	fresh, sum := uuid.NewString(), sumOf(o.Kind, o.Method, o.Href, o.Interface, o.Content, o.ETags)
 	var id string
 	var from uint64 // where to look for its end
 	r := &request{dev: o.Device, op: op}
@@ -355,7 +373,9 @@ func (d *Directory) outcome(ctx context.Context, dev hub.DeviceID, id string, fr
 func (d *Directory) ordered(s *state, o *hub.Order, id string, now int64, l *live) ([]hub.Event, error) {
 	ev := hub.Event{
 		Kind: hub.CommandPending, Href: o.Href, Correlation: id, User: o.User, Connection: o.Connection, Content: o.Content,
-		Command: &hub.CommandEvent{Kind: o.Kind, Interface: o.Interface, ETags: o.ETags, ValidUntil: now + int64(o.TTL), Key: o.Key},
+		Command: &hub.CommandEvent{
+			Kind: o.Kind, Interface: o.Interface, ETags: o.ETags, ValidUntil: now + int64(o.TTL), Key: o.Key, Code: o.Method,
+		},
 	}
 	if !o.Kind.OfTwin() {
 		link, published := s.links.get(string(o.Href))
@@ -424,7 +444,7 @@ func (s *state) ends(c *hub.Command, a hub.Answer, user, connection string) hub.
 	ev := hub.Event{
 		Kind: hub.CommandEnded, Href: c.Href, Correlation: c.ID, User: user, Connection: connection, Types: c.Types,
 		Status: a.Status, Content: a.Content, ETag: a.ETag,
-		Command: &hub.CommandEvent{Kind: c.Kind, End: a.End, ValidUntil: c.ValidUntil, Key: c.Key, Session: c.Session},
+		Command: &hub.CommandEvent{Kind: c.Kind, End: a.End, ValidUntil: c.ValidUntil, Key: c.Key, Session: c.Session, Code: a.Code},
 	}
 	if c.Kind.OfTwin() {
 		meta := s.meta
@@ -551,7 +571,7 @@ func (d *Directory) EndCommand(ctx context.Context, from hub.Stamp, id string, a
 			}
 			ev := s.event(hub.CommandLate, from)
 			ev.Correlation, ev.Status, ev.Content, ev.ETag = id, a.Status, a.Content, a.ETag
-			ev.Command = &hub.CommandEvent{End: hub.CommandCompleted, Session: from.Session}
+			ev.Command = &hub.CommandEvent{End: hub.CommandCompleted, Session: from.Session, Code: a.Code}
 			return []hub.Event{ev}, nil
 		}
 		if c.Session != from.Session {

@@ -137,6 +137,39 @@ func TestCommandsWaitForTheDevice(t *testing.T) {
 	}
 }
 
+// A method of RFC 8132 stays with its command until it is sent, and what the device answered with its end.
+func TestCommandByAMethodOfItsOwn(t *testing.T) {
+	h := open(t)
+	x := h.commandable()
+	h.must(h.d.SignOut(t.Context(), x.stamp()))
+	orders := []hub.Order{update("p"), update("i"), update("f")}
+	for i := range orders {
+		orders[i].Method = []uint8{hub.MethodPatch, hub.MethodIPatch, hub.MethodFetch}[i]
+	}
+	orders[2].Kind = hub.CommandRetrieve
+	for _, o := range orders {
+		h.async(o)
+	}
+	h.restart()
+	y := h.signIn(lamp, alice, 1, "conn-2")
+	for i, o := range orders {
+		cs := y.take(1)
+		if len(cs) != 1 || cs[0].Code != o.Method || cs[0].Kind != o.Kind || string(cs[0].Content.Data) != []string{"p", "i", "f"}[i] {
+			t.Fatalf("command %d is %+v", i, cs)
+		}
+		h.must(h.d.EndCommand(t.Context(), y.stamp(), cs[0].ID, hub.Answer{End: hub.CommandCompleted, Status: hub.StatusError, Code: 0x89}))
+		if out, err := h.d.outcome(t.Context(), lamp, cs[0].ID, 0); err != nil || out.Code != 0x89 {
+			t.Errorf("outcome %+v, %v", out, err)
+		}
+	}
+	o := update(1)
+	o.Key = "k"
+	h.async(o)
+	o.Method = hub.MethodPatch
+	_, err := h.d.Command(t.Context(), alice, o)
+	wantKind(t, err, hub.Invalid, "idempotency-key-reused")
+}
+
 // What was sent to a session that is over ends UNAVAILABLE and goes to no other; what was not sent waits on.
 func TestSentCommandsEndWithTheirSession(t *testing.T) {
 	for name, end := range map[string]func(h *house, x *device){
@@ -310,6 +343,9 @@ func TestCommandsThatAreRefused(t *testing.T) {
 		"negative":     {change(func(o *hub.Order) { o.TTL = -1 }), alice, hub.Invalid, "time-to-live-invalid"},
 		"endless":      {change(func(o *hub.Order) { o.TTL = 1<<63 - 1 }), alice, hub.Invalid, "time-to-live-invalid"},
 		"kind":         {change(func(o *hub.Order) { o.Kind = 99 }), alice, hub.Invalid, "command-invalid"},
+		"method":       {change(func(o *hub.Order) { o.Method = hub.MethodFetch }), alice, hub.Invalid, "command-invalid"},
+		"other method": {change(func(o *hub.Order) { o.Kind, o.Method = hub.CommandRetrieve, hub.MethodPatch }), alice, hub.Invalid, "command-invalid"},
+		"no method":    {change(func(o *hub.Order) { o.Method = 2 }), alice, hub.Invalid, "command-invalid"},
 		"interface":    {change(func(o *hub.Order) { o.Interface = string(make([]byte, 251)) }), alice, hub.Invalid, "interface-invalid"},
 		"ETag":         {change(func(o *hub.Order) { o.ETags = [][]byte{make([]byte, 9)} }), alice, hub.Invalid, "etag-invalid"},
 		"content":      {change(func(o *hub.Order) { o.Content.Data = make([]byte, hub.MaxContent+1) }), alice, hub.TooLarge, "content-too-large"},

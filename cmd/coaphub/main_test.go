@@ -29,6 +29,8 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
+const fan = "d0000000-0000-4000-8000-00000000000f"
+
 const lamp = "d0000000-0000-4000-8000-00000000000a"
 
 // result is what a command line did.
@@ -102,7 +104,11 @@ func TestExitCodesAndWhatToDoNext(t *testing.T) {
 		{"simulate --devices 0", exitUsage, `--devices must be`},
 		{"simulate --duration never", exitUsage, `--duration`},
 		{"simulate --code x", exitUsage, `belong to --device-id`},
-		{"simulate --device-id " + lamp, exitUsage, `needs --cert, --code and --server`},
+		{"simulate --device-id " + lamp, exitUsage, `needs --code and --server`},
+		{"simulate --device-id " + lamp + " --code x --server coaps://hub:5684", exitUsage, `needs --cert, or --key`},
+		{"simulate --device-id " + lamp + " --code x --server coap://hub:5683 --key y", exitUsage, `--key is for`},
+		{"simulate --device-id " + lamp + " --code x --server coaps://hub:5684 --key y --cert z", exitUsage, `exclude each other`},
+		{"simulate --psk", exitUsage, `--psk goes with --scheme coaps`},
 		{"simulate", exitFailure, `hub-not-running`},
 		{"user add", exitUsage, `an argument is missing; write coaphub user add NAME`},
 		{"user nonsense", exitUsage, `unknown command "nonsense" for "coaphub user"\nSee "coaphub user --help"`},
@@ -230,6 +236,8 @@ func TestAgainstARunningHub(t *testing.T) {
 
 	// Devices that behave, for a moment.
 	on("simulate", "--devices", "2", "--duration", "3s", "--rate", "20").want(t, exitOK, `devices 2 .*signed up 2 `, "^$")
+	on("simulate", "--scheme", "coap", "--duration", "2s").want(t, exitFailure, "^$", "the hub has no coap endpoint")
+	on("simulate", "--scheme", "http").want(t, exitUsage, "^$", `--scheme: "http" is none of`)
 	on("devices").want(t, exitOK, `(?s)simulated.*offline.*oic.d.light`, "^$")
 	on("devices", "--online").want(t, exitOK, "^DEVICE .*\n$", "no such devices")
 	var dev struct {
@@ -308,6 +316,28 @@ func TestOneSimulatedDevice(t *testing.T) {
 	}
 	runs(t, args...).want(t, exitFailure, "^$", "refused the sign-up; coaphub onboard")
 	runs(t, "status", "--refused", "--data", h.Data).want(t, exitOK, `sign-up +`+id, "^$")
+}
+
+// Devices over DTLS and UDP: a fleet over each, one device with a pre-shared key as onboard prints it, and one without
+// anything.
+func TestSimulateOverDatagrams(t *testing.T) {
+	h := hubtest.Start(t, hubtest.WithConfig("coapGateway.api.coap.plainAddress=127.0.0.1:0"))
+	for _, way := range []string{"--scheme coaps", "--scheme coaps --psk", "--scheme coap"} {
+		args := append([]string{"simulate", "--devices", "2", "--seed", way, "--duration", "2s", "--data", h.Data}, strings.Fields(way)...)
+		runs(t, args...).want(t, exitOK, `devices 2  online 2  signed up 2 `, "^$")
+	}
+	r := runs(t, "onboard", "--device-id", lamp, "--psk", "--data", h.Data)
+	found := regexp.MustCompile(`(?m)^  coaphub (simulate .*--key .*)$`).FindStringSubmatch(r.out)
+	if found == nil {
+		t.Fatalf("onboard printed no command line: %q", r.out)
+	}
+	args := append(strings.Fields(strings.ReplaceAll(found[1], "'", "")), "--duration", "3s")
+	runs(t, args...).want(t, exitOK, "device "+lamp+" is online at coaps://", "^$")
+	runs(t, "status", "--device", lamp, "--data", h.Data).want(t, exitOK, `(?s)protocol +coaps, DTLS 1\.2`, "^$")
+	runs(t, "simulate", "--device-id", fan, "--code", h.Code(t, fan), "--server", h.Endpoints.CoAP, "--duration", "3s").
+		want(t, exitOK, "device "+fan+" is online at coap://", "^$")
+	// It signed out: nothing else would tell the hub.
+	runs(t, "status", "--device", fan, "--data", h.Data).want(t, exitOK, `(?s)state +offline\nprotocol +coap\n`, "^$")
 }
 
 func TestServeInProcess(t *testing.T) {

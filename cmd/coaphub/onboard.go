@@ -97,7 +97,10 @@ func printOnboarding(p process, o bundle.Onboarding, out string) error {
 		if _, err := fmt.Fprintf(p.out, `
 libcoap, ask for the hub's time with the pre-shared key:
   coap-client-openssl -m get -u %s -k %s '%s/x.plgd.dev/time'
-`, o.PSKIdentity, quote(o.PSK), o.Endpoints.CoAPS); err != nil {
+
+the simulator, sign up, publish and notify:
+  coaphub simulate --device-id %s --key %s --code %s --server '%s'
+`, o.PSKIdentity, quote(o.PSK), o.Endpoints.CoAPS, o.DeviceID, quote(o.PSK), o.AuthorizationCode, o.Endpoints.CoAPS); err != nil {
 			return err
 		}
 	}

@@ -7,6 +7,8 @@ import (
 	"log/slog"
 	"math"
 	"path/filepath"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -18,14 +20,18 @@ import (
 
 func newSimulate(p process) *cobra.Command {
 	var f device.Fleet
-	var duration, one, code, certs, server, provider string
-	var verbose bool
+	var duration, scheme string
+	var one single
+	var psk, verbose bool
 	cmd := &cobra.Command{
 		Use:   "simulate --devices N",
 		Short: "Simulate devices that behave: they sign up, publish, notify, obey and come back",
-		Long: "simulate runs devices against the hub of this data folder until it is stopped or --duration is over. With\n" +
-			"--device-id it is one device with what coaphub onboard --out made for it, for any hub:\n" +
-			"  coaphub simulate --device-id ID --cert DIR --code CODE --server coaps+tcp://hub:5684",
+		Long: "simulate runs devices against the hub of this data folder until it is stopped or --duration is over. They come over\n" +
+			"TLS, or as --scheme says: coaps is DTLS, coap+tcp and coap are TCP and UDP without encryption.\n" +
+			"With --device-id it is one device with what coaphub onboard --out made for it, for any hub; the server's scheme says\n" +
+			"how it gets there, and --key in place of --cert is the key that coaphub onboard --psk printed:\n" +
+			"  coaphub simulate --device-id ID --cert DIR --code CODE --server coaps+tcp://hub:5684\n" +
+			"  coaphub simulate --device-id ID --key KEY --code CODE --server coaps://hub:5684",
 		Args: none,
 	}
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
@@ -43,14 +49,17 @@ func newSimulate(p process) *cobra.Command {
 		if verbose {
 			log = slog.New(slog.NewTextHandler(p.err, &slog.HandlerOptions{Level: slog.LevelDebug}))
 		}
-		if one != "" {
-			if certs == "" || code == "" || server == "" {
-				return usage("--device-id needs --cert, --code and --server, as coaphub onboard --out prints them")
+		if one.id != "" {
+			if err := one.check(); err != nil {
+				return err
 			}
-			return simulateOne(ctx, p, one, certs, code, server, provider, f.Rate, log)
+			return one.simulate(ctx, p, f.Rate, log)
 		}
-		if certs != "" || code != "" || server != "" {
-			return usage("--cert, --code and --server belong to --device-id")
+		if one.certs != "" || one.key != "" || one.code != "" || one.server != "" {
+			return usage("--cert, --key, --code and --server belong to --device-id")
+		}
+		if psk && scheme != "coaps" {
+			return usage("--psk goes with --scheme coaps")
 		}
 		if f.Devices < 1 || f.Devices > 1_000_000 {
 			return usage("--devices must be from 1 to 1000000")
@@ -59,11 +68,18 @@ func newSimulate(p process) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		if _, err := c.Status(ctx); err != nil { // one clear error instead of one a device
+		st, err := c.Status(ctx) // one clear error instead of one a device
+		if err != nil {
 			return err
 		}
+		if at, known := endpoint(st.Endpoints, scheme); !known {
+			return usage("--scheme: %q is none of coaps+tcp, coaps, coap+tcp and coap", scheme)
+		} else if at == "" {
+			return fmt.Errorf("the hub has no %s endpoint", scheme)
+		}
 		f.Log = log
-		f.Onboard = func(ctx context.Context, id string) (device.Onboarding, error) { return onboardDevice(ctx, c, id) }
+		o := onboarder{control: c, scheme: scheme, psk: psk}
+		f.Onboard = o.onboard
 		show := newCounts(p)
 		f.Progress = show.at
 		counts, err := f.Run(ctx)
@@ -80,35 +96,89 @@ func newSimulate(p process) *cobra.Command {
 	fl.IntVar(&f.StartRate, "start-rate", 100, "how many devices start in a second")
 	fl.StringVar(&f.Seed, "seed", "", "makes the devices' IDs: the same seed gives the same devices")
 	fl.StringVar(&duration, "duration", "", "how long (default until it is stopped)")
-	fl.StringVar(&one, "device-id", "", "one device with this ID")
-	fl.StringVar(&certs, "cert", "", "folder with cert.pem, key.pem and ca.pem of --device-id")
-	fl.StringVar(&code, "code", "", "authorization code of --device-id")
-	fl.StringVar(&server, "server", "", "hub of --device-id: coaps+tcp://host:port")
-	fl.StringVar(&provider, "provider", "coaphub", "authorization provider of --device-id")
+	fl.StringVar(&scheme, "scheme", "coaps+tcp", "how the devices get to the hub: coaps+tcp, coaps, coap+tcp or coap")
+	fl.BoolVar(&psk, "psk", false, "the devices have pre-shared keys in place of certificates, with --scheme coaps")
+	fl.StringVar(&one.id, "device-id", "", "one device with this ID")
+	fl.StringVar(&one.certs, "cert", "", "folder with cert.pem, key.pem and ca.pem of --device-id")
+	fl.StringVar(&one.key, "key", "", "pre-shared key of --device-id, in place of --cert, for a server at coaps://")
+	fl.StringVar(&one.code, "code", "", "authorization code of --device-id")
+	fl.StringVar(&one.server, "server", "", "hub of --device-id: coaps+tcp://host:port, coaps://, coap+tcp:// or coap://")
+	fl.StringVar(&one.provider, "provider", "coaphub", "authorization provider of --device-id")
 	fl.BoolVar(&verbose, "verbose", false, "log what goes wrong")
 	return cmd
 }
 
-// onboardDevice gets what a device needs from the running hub.
-func onboardDevice(ctx context.Context, c *bundle.Control, id string) (device.Onboarding, error) {
-	o, err := c.Onboard(ctx, bundle.OnboardRequest{DeviceID: id, Certificate: true})
+// endpoint is where the hub is reached by a scheme, "" if it is not; known is whether there is such a scheme.
+func endpoint(e bundle.Endpoints, scheme string) (at string, known bool) {
+	at, known = map[string]string{"coaps+tcp": e.CoAPSTCP, "coaps": e.CoAPS, "coap+tcp": e.CoAPTCP, "coap": e.CoAP}[scheme]
+	return at, known
+}
+
+// onboarder gets what a fleet's devices need from the running hub.
+type onboarder struct {
+	control *bundle.Control
+	scheme  string
+	psk     bool
+	keys    sync.Map // by device ID: a further key would make the first one worth nothing
+}
+
+// onboard is Fleet.Onboard.
+func (o *onboarder) onboard(ctx context.Context, id string) (device.Onboarding, error) {
+	key, had := o.keys.Load(id)
+	secure := o.scheme == "coaps" || o.scheme == "coaps+tcp"
+	got, err := o.control.Onboard(ctx, bundle.OnboardRequest{
+		DeviceID: id, Certificate: secure && !o.psk, PSK: o.psk && !had,
+	})
 	if err != nil {
 		return device.Onboarding{}, err
 	}
-	tls, err := device.TLS([]byte(o.CA), []byte(o.Identity.Chain), []byte(o.Identity.Key), o.HubID)
-	if err != nil {
-		return device.Onboarding{}, fmt.Errorf("the device's certificate: %w", err)
+	at, _ := endpoint(got.Endpoints, o.scheme)
+	out := device.Onboarding{Code: got.AuthorizationCode, HubAddr: at, Provider: got.AuthorizationProvider}
+	switch {
+	case o.psk && had:
+		out.PSK = key.(*device.PSK)
+	case o.psk:
+		out.PSK = &device.PSK{Identity: got.PSKIdentity, Key: []byte(got.PSK)}
+		o.keys.Store(id, out.PSK)
+	case secure:
+		if out.TLS, err = device.TLS([]byte(got.CA), []byte(got.Identity.Chain), []byte(got.Identity.Key), got.HubID); err != nil {
+			return device.Onboarding{}, fmt.Errorf("the device's certificate: %w", err)
+		}
 	}
-	return device.Onboarding{Code: o.AuthorizationCode, HubAddr: o.Endpoints.CoAPSTCP, Provider: o.AuthorizationProvider, TLS: tls}, nil
+	return out, nil
 }
 
-// simulateOne is one device with credentials of its own. Its light goes on and off.
-func simulateOne(ctx context.Context, p process, id, certs, code, server, provider string, rate float64, log *slog.Logger) error {
-	tls, err := device.TLSFiles(filepath.Join(certs, "ca.pem"), filepath.Join(certs, "cert.pem"), filepath.Join(certs, "key.pem"), "")
-	if err != nil {
-		return err
+// single is one device with credentials of its own.
+type single struct{ id, certs, key, code, server, provider string }
+
+func (s *single) check() error {
+	switch {
+	case s.code == "" || s.server == "":
+		return usage("--device-id needs --code and --server, as coaphub onboard prints them")
+	case s.certs != "" && s.key != "":
+		return usage("--cert and --key exclude each other")
+	case s.key != "" && !strings.HasPrefix(s.server, "coaps://"):
+		return usage("--key is for a server at coaps://")
+	case s.certs == "" && s.key == "" && strings.HasPrefix(s.server, "coaps"):
+		return usage("--device-id needs --cert, or --key, for a server at coaps+tcp:// or coaps://, as coaphub onboard makes them")
 	}
-	d, err := device.New(device.Config{ID: id, HubAddr: server, TLS: tls, Provider: provider, Log: log})
+	return nil
+}
+
+// simulate lets the device's light go on and off until ctx ends.
+func (s *single) simulate(ctx context.Context, p process, rate float64, log *slog.Logger) error {
+	cfg := device.Config{ID: s.id, HubAddr: s.server, Provider: s.provider, Log: log}
+	if s.key != "" {
+		cfg.PSK = &device.PSK{Identity: s.id, Key: []byte(s.key)}
+	}
+	if s.certs != "" {
+		in := func(name string) string { return filepath.Join(s.certs, name) }
+		var err error
+		if cfg.TLS, err = device.TLSFiles(in("ca.pem"), in("cert.pem"), in("key.pem"), ""); err != nil {
+			return err
+		}
+	}
+	d, err := device.New(cfg)
 	if err != nil {
 		return err
 	}
@@ -125,7 +195,7 @@ func simulateOne(ctx context.Context, p process, id, certs, code, server, provid
 				return "", refused
 			}
 			asked = true
-			return code, nil
+			return s.code, nil
 		})
 	}()
 	every := time.Duration(math.MaxInt64)
@@ -147,10 +217,10 @@ func simulateOne(ctx context.Context, p process, id, certs, code, server, provid
 			}
 			return err
 		case <-tick.C:
-			if s := d.Stats(); s.Online.Load() > 0 && !online {
+			if now := d.Stats().Online.Load(); now > 0 && !online {
 				online = true
-				_, _ = fmt.Fprintf(p.out, "device %s is online at %s\n", id, server)
-			} else if s.Online.Load() == 0 {
+				_, _ = fmt.Fprintf(p.out, "device %s is online at %s\n", s.id, s.server)
+			} else if now == 0 {
 				online = false
 				continue
 			}

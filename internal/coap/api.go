@@ -34,6 +34,10 @@ type Response struct {
 	Challenge bool
 	// Silent sends nothing: the connection is ending, and the request was not carried out.
 	Silent bool
+	// Later, if not nil, makes the answer in place of all the above, in a goroutine of the connection's, so that what it waits
+	// for holds up no other request or notification of the peer. Its context is that of Request. The handler bounds how many
+	// there are. A panic in it ends this request with 5.00. After a Release the connection waits for it, at most CloseTimeout.
+	Later func(ctx context.Context) Response
 }
 
 // Notification is one message that arrived for an observation of this connection (RFC 7641, Section 4.2), whole even if it

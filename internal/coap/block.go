@@ -221,6 +221,18 @@ func (c *Conn) serve(m *Message) {
 		r = c.request(whole)
 	}
 	c.srv.budget.give(held)
+	if r.Later == nil {
+		c.reply(m, whole, r)
+	} else if !c.beside(messageCost+len(whole.Payload), r.Later, func(r Response) { c.reply(m, whole, r) }) {
+		c.reply(m, whole, busy())
+	}
+}
+
+// messageCost is what a message costs besides its bytes, roughly.
+const messageCost = 256
+
+// reply answers m with what the handler said to the whole of which it is the last block.
+func (c *Conn) reply(m, whole *Message, r Response) {
 	if r.Silent {
 		if c.dg != nil && m.from != nil {
 			// As if it had been lost: it comes again, and then finds a session that is over, which over plain UDP begins another.
@@ -228,10 +240,11 @@ func (c *Conn) serve(m *Message) {
 		}
 		return
 	}
-	if has1 {
+	if b1, has1, _ := blockOf(m, Block1); has1 {
 		r.Options = AddOption(slices.Clone(r.Options), Block1, block{num: b1.num, szx: b1.szx}.value())
 	}
 	c.respond(m, r)
+	c.registered(whole)
 	if r.Close {
 		c.shut(ErrAnswered, false)
 	}

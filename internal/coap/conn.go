@@ -70,6 +70,7 @@ type Conn struct {
 	queuedBytes  int           //
 	space        chan struct{} // not nil while the reader waits for queue space
 	working      bool
+	later        int             // answers that are made beside the worker
 	reason       error           // not nil: the connection is closing
 	ended        bool            // all is given back
 	drain        bool            // closing, but what is queued is still handled
@@ -203,13 +204,16 @@ func (c *Conn) shut(err error, drain bool) {
 	}
 	c.reason, c.drain = err, drain
 	c.srv.wheel.set(&c.timer, c.srv.cfg.CloseTimeout)
-	idle := !c.working
+	idle := !c.working && !c.due()
 	c.wakeReader()
 	c.mu.Unlock()
 	if idle {
 		c.tr.finish()
 	}
 }
+
+// due reports that the end is to wait for answers that are made beside the worker; mu is held.
+func (c *Conn) due() bool { return c.drain && c.later > 0 }
 
 // end is the last thing a connection's owner does, after reader and writer have ended.
 func (c *Conn) end(err error) {
@@ -324,7 +328,7 @@ func (c *Conn) receive(code codes.Code, token, body []byte, held int) error {
 	f.misplaced(code, in.Options)
 	msg := &in.Message
 	if size == 0 {
-		size = len(body) + 256 // what the message costs besides its bytes, roughly
+		size = len(body) + messageCost
 	}
 	switch class {
 	case 0:
@@ -471,8 +475,7 @@ func (c *Conn) push(it item) {
 	c.mu.Lock()
 	if c.reason != nil {
 		c.mu.Unlock()
-		c.srv.metrics.dropped.WithLabelValues("closing").Inc()
-		c.unreserve(it.size)
+		c.lose([]item{it})
 		return
 	}
 	c.queue = append(c.queue, it)
@@ -492,8 +495,11 @@ func (c *Conn) work() {
 		closing := c.reason != nil
 		if len(c.queue) == 0 || closing && !c.drain {
 			c.working = false
+			left := c.queue
 			c.queue = nil
+			closing = closing && !c.due()
 			c.mu.Unlock()
+			c.lose(left)
 			if closing {
 				c.tr.finish()
 			}
@@ -519,7 +525,7 @@ func (c *Conn) work() {
 			c.handled(items[:n])
 			items = items[n:]
 		}
-		c.handled(items) // dropped: the connection is closing
+		c.lose(items)
 	}
 }
 
@@ -528,6 +534,19 @@ func (c *Conn) stopped() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.reason != nil && !c.drain
+}
+
+// lose drops what was not handled because the connection is closing. Over UDP a request is as if it had been lost on its way: it
+// gets no ACK, comes again, and then finds a session that is over, or another one.
+func (c *Conn) lose(items []item) {
+	for i := range items {
+		if m := items[i].msg; c.dg != nil && m != nil && m.Code>>5 == 0 && m.from != nil {
+			c.dg.forget(m.from, "closing")
+		} else {
+			c.srv.metrics.dropped.WithLabelValues("closing").Inc()
+		}
+	}
+	c.handled(items)
 }
 
 // handled makes room for what was handled.
@@ -586,11 +605,38 @@ func (c *Conn) stored(items []item) {
 }
 
 // request asks the handler. A panic ends this request only.
-func (c *Conn) request(m *Message) (r Response) {
-	if !c.Guard("Request", func() { r = c.handler.Request(c.ctx, m) }) {
+func (c *Conn) request(m *Message) Response {
+	return c.guarded(func(ctx context.Context) Response { return c.handler.Request(ctx, m) })
+}
+
+func (c *Conn) guarded(f func(context.Context) Response) (r Response) {
+	if !c.Guard("Request", func() { r = f(c.ctx) }) {
 		return Response{Code: codes.InternalServerError, Payload: []byte("internal: something went wrong in the hub")}
 	}
 	return r
+}
+
+// beside has the answer to m made in a goroutine, and sent when it is there. Until then size bytes are taken from the budget;
+// false if there are none. The worker calls it, which keeps the connection from ending meanwhile.
+func (c *Conn) beside(size int, answer func(context.Context) Response, send func(Response)) bool {
+	if !c.srv.budget.take(size) {
+		return false
+	}
+	c.mu.Lock()
+	c.later++
+	c.mu.Unlock()
+	c.wg.Go(func() {
+		send(c.guarded(answer))
+		c.srv.budget.give(size)
+		c.mu.Lock()
+		last := c.due() && c.later == 1 && !c.working
+		c.later--
+		c.mu.Unlock()
+		if last {
+			c.tr.finish()
+		}
+	})
+	return true
 }
 
 // Guard calls f and reports whether it returned without a panic; one is logged with its stack and counted. The engine calls

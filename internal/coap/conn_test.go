@@ -1,7 +1,6 @@
 package coap
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -110,19 +109,7 @@ func TestSizes(t *testing.T) {
 		p := s.dial(t)
 		p.csm(1<<20, true)
 		sizes := []int{0, 1, 12, 13, 490, 512, 600, 16_370, 16_384, 16_400, 40_000, 65_805, 140_000, MaxBody}
-		go func() {
-			for i, n := range sizes {
-				m := post("/echo", pattern(n))
-				m.Token = []byte{byte(i)}
-				p.send(m)
-			}
-		}()
-		for i, n := range sizes {
-			m := p.read()
-			if m.Token[0] != byte(i) || !bytes.Equal(m.Payload, pattern(n)) {
-				t.Fatalf("message %d of %d bytes came back as %x with %d bytes", i, n, m.Token, len(m.Payload))
-			}
-		}
+		passAll(t, p, sizes)
 	})
 }
 

@@ -18,6 +18,7 @@ import (
 
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
+	"github.com/plgd-dev/go-coap/v3/message/pool"
 	"github.com/plgd-dev/go-coap/v3/mux"
 	"github.com/plgd-dev/go-coap/v3/options"
 	"github.com/plgd-dev/go-coap/v3/tcp"
@@ -110,6 +111,41 @@ func pattern(n int) []byte {
 		b[i] = byte(i*7 + i>>8*13 + i>>16)
 	}
 	return b
+}
+
+// passAll sends an echo a message of each size, one after the other, and reads what comes back.
+func passAll(t *testing.T, p interface {
+	send(*Message)
+	read() *Message
+}, sizes []int,
+) {
+	t.Helper()
+	go func() {
+		for i, n := range sizes {
+			m := post("/echo", pattern(n))
+			m.Token = []byte{byte(i)}
+			p.send(m)
+		}
+	}()
+	for i, n := range sizes {
+		m := p.read()
+		if m.Token[0] != byte(i) || !bytes.Equal(m.Payload, pattern(n)) {
+			t.Fatalf("message %d of %d bytes came back as %x with %d bytes", i, n, m.Token, len(m.Payload))
+		}
+	}
+}
+
+// bodyOf is what another implementation's client got.
+func bodyOf(t *testing.T, m *pool.Message, err error) string {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := m.ReadBody()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
 }
 
 // TestGoCoAPClient lets another implementation be the device: requests, large bodies both ways, pings.

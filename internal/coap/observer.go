@@ -20,23 +20,27 @@ import (
 type Observer struct {
 	c     *Conn
 	req   *Message
+	from  *Message // the request as the handler has it
+	state func() Response
 	ended func()
 
 	// Guarded by Conn.mu.
 	told    time.Duration // when the last notification, or the registration, was
 	number  uint32
 	over    bool
-	busy    bool      // a notification is under way
+	busy    bool      // a notification is under way, or the answer that registers
 	waiting *Response // the newest one behind it
 }
 
 // AddObserver enters the peer, whose request with Observe 0 the handler is answering, into the list of observers. The answer
-// must be a 2.xx with Observer.Number as its Observe option, or the entry is to be cancelled. ended, if not nil, is
-// called once when the entry is over for another reason than Cancel and the connection's end; it must not block. The error is
-// of kind Exhausted when there are Config.MaxObservations.
-func (c *Conn) AddObserver(req *Message, ended func()) (*Observer, error) {
+// must be a 2.xx with Observer.Number as its Observe option, or the entry is to be cancelled. What it is notified of before
+// that answer is on its way waits for it, so that the answer is not taken for newer. state says how the resource is, whenever
+// the observer is to be told although nothing changed, and may be Silent; it must not wait for the peer. ended, if not nil, is called once when
+// the entry is over for another reason than Cancel and the connection's end; it must not block. The error is of kind Exhausted
+// when there are Config.MaxObservations.
+func (c *Conn) AddObserver(req *Message, state func() Response, ended func()) (*Observer, error) {
 	const op = "coap.AddObserver"
-	o := &Observer{c: c, req: clone(req), ended: ended, told: c.srv.now()}
+	o := &Observer{c: c, req: clone(req), from: req, state: state, ended: ended, told: c.srv.now(), busy: true}
 	o.req.Token, o.req.Payload = req.Token, nil
 	c.mu.Lock()
 	o.number = c.lastNumber + 1
@@ -71,7 +75,6 @@ func (c *Conn) AddObserver(req *Message, ended func()) (*Observer, error) {
 const confirmEvery = 24*time.Hour - 10*time.Minute
 
 // remind has those told once more who were told nothing for too long, and returns when it is to look again, zero for never.
-// The state is what the handler answers to the request of the registration, without its Observe option.
 func (c *Conn) remind(now time.Duration) (next time.Duration) {
 	var due []*Observer
 	c.mu.Lock()
@@ -96,11 +99,9 @@ func (c *Conn) remind(now time.Duration) (next time.Duration) {
 // reminderSize is what a reminder takes in the queue, roughly.
 const reminderSize = 256
 
-// tell sends the observer the state as the handler says it now.
+// tell sends the observer the state as it is now.
 func (o *Observer) tell() {
-	m := clone(o.req)
-	m.Token, m.Options = o.req.Token, without(m.Options, ObserveOption)
-	r := o.c.request(m)
+	r := o.c.guarded(func(context.Context) Response { return o.state() })
 	if r.Silent {
 		return
 	}
@@ -200,6 +201,16 @@ func (o *Observer) send(ctx context.Context, r Response, number uint32) error {
 		return c.tr.send(ctx, out, true)
 	}
 	return c.dg.notify(out, func(err error) { o.settled(err) })
+}
+
+// registered says that the answer to m, which may have entered an observer, is on its way.
+func (c *Conn) registered(m *Message) {
+	c.mu.Lock()
+	o := c.observers[string(m.Token)]
+	c.mu.Unlock()
+	if o != nil && o.from == m {
+		o.settled(nil)
+	}
 }
 
 // settled is told how the notification that was under way ended.

@@ -18,6 +18,8 @@ type observable struct {
 	c     *Conn
 	added chan *Observer
 	ended int
+	state Response // how it is, when the observer is to be told again
+	early string   // what the observer is told before the answer that registers it is on its way
 }
 
 func (h *observable) funcs() handlerFuncs {
@@ -27,11 +29,15 @@ func (h *observable) funcs() handlerFuncs {
 			r := Response{Code: codes.Content, Payload: []byte("first")}
 			switch v, ok := m.Uint(ObserveOption); {
 			case ok && v == 0:
-				o, err := h.c.AddObserver(m, func() { h.ended++ })
+				o, err := h.c.AddObserver(m, func() Response { return h.state }, func() { h.ended++ })
 				if err != nil {
 					return busy()
 				}
 				r.Options = AddUint(nil, ObserveOption, o.Number())
+				if h.early != "" {
+					_ = o.Notify(h.c.Context(), Response{Code: codes.Content, Payload: []byte("overtaken")})
+					_ = o.Notify(h.c.Context(), Response{Code: codes.Content, Payload: []byte(h.early)})
+				}
 				h.added <- o
 			case ok:
 				if o := h.c.Observer(m); o != nil {
@@ -59,6 +65,7 @@ func register(token byte, v uint32) *Message {
 
 func tell(t *testing.T, o *Observer, payload string) {
 	t.Helper()
+	synctest.Wait() // for whoever sent the answer that registered
 	if err := o.Notify(t.Context(), Response{Code: codes.Content, Payload: []byte(payload)}); err != nil {
 		t.Fatal(err)
 	}
@@ -166,17 +173,10 @@ func TestObserverUDP(t *testing.T) {
 }
 
 // RFC 7641, Section 4.5: at least every 24 h a confirmable notification, so that an observer that is gone does not stay. It is
-// what a GET brings, with the Max-Age that the handler gives it.
+// the state as the handler says it then, with the Max-Age that it gives it.
 func TestObserverIsReminded(t *testing.T) {
-	h := &observable{}
-	f := h.funcs()
-	answer := f.request
-	f.request = func(ctx context.Context, m *Message) Response {
-		r := answer(ctx, m)
-		r.Options = AddUint(r.Options, MaxAge, 3600)
-		return r
-	}
-	udpBubble(t, f, func(c *Config) { c.MaxSilence = 1000 * time.Hour }, func(t *testing.T, s *udpSim) {
+	h := &observable{state: Response{Code: codes.Content, Options: AddUint(nil, MaxAge, 3600), Payload: []byte("still")}}
+	udpBubble(t, h.funcs(), func(c *Config) { c.MaxSilence = 1000 * time.Hour }, func(t *testing.T, s *udpSim) {
 		h.added = make(chan *Observer, 10)
 		p := s.device(t, deviceAddr)
 		s.begin(t, p)
@@ -195,7 +195,7 @@ func TestObserverIsReminded(t *testing.T) {
 			}
 			p.quiet(23 * time.Hour)
 			m, ok := p.next(time.Hour)
-			if !ok || m.typ != confirmable || string(m.Payload) != "first" || number(m.Message) <= last {
+			if !ok || m.typ != confirmable || string(m.Payload) != "still" || number(m.Message) <= last {
 				t.Fatalf("%v %+v", ok, m)
 			}
 			if age, _ := m.Uint(MaxAge); age != 3600 {
@@ -238,5 +238,40 @@ func TestObserverTCP(t *testing.T) {
 		_ = p.Close()
 		s.reason(t)
 		wantKind(t, o.Notify(t.Context(), Response{Code: codes.Content}), hub.Unavailable)
+	})
+}
+
+// What an observer is told before the answer that registers it is on its way follows that answer, the newest alone: else the
+// answer would be taken for newer, over a stream, where the order of arrival counts (RFC 8323, Section 7.1).
+func TestNotificationWaitsForTheAnswerThatRegisters(t *testing.T) {
+	t.Run("stream", func(t *testing.T) {
+		h := &observable{early: "second"}
+		bubble(t, h.funcs(), nil, func(t *testing.T, s *sim) {
+			h.added = make(chan *Observer, 10)
+			p := s.dial(t)
+			first := p.ask(register(1, 0))
+			next := p.read()
+			if string(first.Payload) != "first" || string(next.Payload) != "second" || number(next) <= number(first) {
+				t.Fatalf("%q, then %q", first.Payload, next.Payload)
+			}
+			tell(t, <-h.added, "third")
+			if m := p.read(); string(m.Payload) != "third" {
+				t.Fatalf("%q", m.Payload)
+			}
+		})
+	})
+	t.Run("datagrams", func(t *testing.T) {
+		h := &observable{early: "second"}
+		udpBubble(t, h.funcs(), nil, func(t *testing.T, s *udpSim) {
+			h.added = make(chan *Observer, 10)
+			p := s.device(t, deviceAddr)
+			s.begin(t, p)
+			first := p.ask(register(1, 0))
+			next := p.read(confirmable)
+			if string(first.Payload) != "first" || string(next.Payload) != "second" || number(next.Message) <= number(first.Message) {
+				t.Fatalf("%s, then %s", first, next)
+			}
+			p.empty(acknowledgement, next.id)
+		})
 	})
 }

@@ -466,7 +466,7 @@ func TestLossyNetwork(t *testing.T) {
 				c = dev.engine(t, deviceAddr, handlerFuncs{request: func(_ context.Context, m *Message) Response {
 					r := Response{Code: codes.Content, Payload: append([]byte(nil), body...)}
 					if _, ok := m.Option(ObserveOption); ok {
-						o, err := c.AddObserver(m, nil)
+						o, err := c.AddObserver(m, nil, nil)
 						if err != nil {
 							t.Error(err)
 						}

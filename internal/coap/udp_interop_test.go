@@ -51,8 +51,8 @@ func listenUDP(t testing.TB, h Handler, address string, change func(*Config)) (a
 	return pc.LocalAddr().String(), srv
 }
 
-// testServer is a small server for other implementations' clients: /large can be read and written, /tick observed, /separate
-// takes longer than a piggybacked response may, /methods says how it was asked.
+// testServer is a small server for other implementations' clients: /large can be read and written, /tick observed, and /still,
+// which never changes; /separate takes longer than a piggybacked response may, /methods says how it was asked.
 type testServer struct {
 	mu    sync.Mutex
 	large []byte
@@ -97,17 +97,19 @@ func (h *testServerConn) Request(ctx context.Context, m *Message) Response {
 		return Response{Code: codes.Content, Payload: []byte("done")}
 	case "/methods":
 		return Response{Code: codes.Content, Payload: fmt.Appendf(nil, "%d:%s", m.Code, m.Payload)}
-	case "/tick":
+	case "/tick", "/still":
 		r := Response{Code: codes.Content, Payload: []byte("tick 0")}
 		v, ok := m.Uint(ObserveOption)
 		switch {
 		case ok && v == 0:
-			o, err := h.c.AddObserver(m, nil)
+			o, err := h.c.AddObserver(m, func() Response { return Response{Code: codes.Content, Payload: []byte("tick 0")} }, nil)
 			if err != nil {
 				return busy()
 			}
 			r.Options = AddUint(nil, ObserveOption, o.Number())
-			h.s.ticks <- o
+			if Path(m) == "/tick" {
+				h.s.ticks <- o
+			}
 		case ok && v == 1:
 			if o := h.c.Observer(m); o != nil {
 				o.Cancel()
@@ -143,14 +145,7 @@ func TestGoCoAPClientUDP(t *testing.T) {
 	defer cancel()
 	body := func(m *pool.Message, err error) string {
 		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-		b, err := m.ReadBody()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return string(b)
+		return bodyOf(t, m, err)
 	}
 	if err := cc.Ping(ctx); err != nil {
 		t.Fatal(err)
@@ -319,7 +314,7 @@ func libcoap(t *testing.T, name string, args ...string) string {
 
 // TestLibcoapClientUDP lets libcoap's client ask.
 func TestLibcoapClientUDP(t *testing.T) {
-	for _, name := range []string{"coap-client-notls", "coap-client-openssl"} {
+	for _, name := range []string{"coap-client-notls", "coap-client-openssl", "coap-client-gnutls"} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			ts := newTestServer()
@@ -399,6 +394,24 @@ func libcoapAsks(t *testing.T, ts *testServer, name, base string, more ...string
 		t.Fatalf("observing /tick: %q", got)
 	}
 	<-ticking
+	// It pings when it hears nothing. Over UDP and DTLS the answer is a Reset, and what asks for it an empty CON (RFC 7252,
+	// Section 4.3), over TCP and TLS there are messages for it (RFC 8323, Section 5.4).
+	ping, pong := "t:CON c:0.00", "t:RST c:0.00"
+	if strings.Contains(base, "+tcp://") {
+		ping, pong = "c:Ping", "c:Pong"
+	}
+	got = ask("-v", "7", "-K", "1", "-m", "get", "-s", "2", "-B", "4", base+"/still") // -v 7 shows the messages
+	if _, behind, ok := strings.Cut(got, ping); !ok || !strings.Contains(behind, pong) {
+		t.Fatalf("a ping: %q", got)
+	}
+	if !strings.HasPrefix(base, "coap://") {
+		return
+	}
+	// Over plain UDP it is asked whether it is there before it gets much, and its answer is a Reset, too.
+	got = ask("-v", "7", "-m", "get", "-B", "20", base+"/large")
+	if _, behind, ok := strings.Cut(got, ping); !ok || !strings.Contains(behind, pong) {
+		t.Fatalf("its answer to a ping: %q", got)
+	}
 }
 
 // TestLibcoapServerUDP lets the engine be the client of libcoap's server: discovery, a large body there and back, observation.

@@ -1124,6 +1124,32 @@ func TestUDPUnansweredAtTheEnd(t *testing.T) {
 	})
 }
 
+// Neither does one that waited behind another when the session ended: it comes again, and another session answers it.
+func TestUDPUnhandledAtTheEnd(t *testing.T) {
+	h := handlerFuncs{request: func(_ context.Context, m *Message) Response {
+		if Path(m) == "/slow" {
+			<-time.After(500 * time.Millisecond)
+		}
+		return Response{Code: codes.Content}
+	}}
+	udpBubble(t, h, nil, func(t *testing.T, s *udpSim) {
+		p := s.device(t, deviceAddr)
+		c := s.begin(t, p)
+		p.send(confirmable, get("/slow"))
+		id := p.send(confirmable, get("/behind"))
+		synctest.Wait()
+		c.Close(ErrAnswered)
+		wantReason(t, s.reason(t), ErrAnswered)
+		p.read(acknowledgement) // of the first
+		p.quiet(2 * time.Second)
+		p.again(confirmable, id, get("/behind"))
+		<-s.conns
+		if a := p.read(acknowledgement); a.id != id || a.Code != codes.Content {
+			t.Fatalf("%s", a)
+		}
+	})
+}
+
 // Sessions end by silence: soon when the address was never proven, else after MaxSilence; an idle one costs no timer turns
 // of its own.
 func TestUDPSilence(t *testing.T) {

@@ -79,14 +79,7 @@ func TestGoCoAPClientWebSocket(t *testing.T) {
 	}
 	body := func(m *pool.Message, err error) string {
 		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-		b, err := m.ReadBody()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return string(b)
+		return bodyOf(t, m, err)
 	}
 	if err := cc.Ping(ctx); err != nil {
 		t.Fatal(err)

@@ -397,19 +397,7 @@ func TestWebSocketSizes(t *testing.T) {
 			}
 			sizes = append(sizes, edge-back)
 		}
-		go func() {
-			for i, n := range sizes {
-				m := post("/echo", pattern(n))
-				m.Token = []byte{byte(i)}
-				p.send(m)
-			}
-		}()
-		for i, n := range sizes {
-			m := p.read()
-			if m.Token[0] != byte(i) || !bytes.Equal(m.Payload, pattern(n)) {
-				t.Fatalf("message %d of %d bytes came back as %x with %d bytes", i, n, m.Token, len(m.Payload))
-			}
-		}
+		passAll(t, p, sizes)
 	})
 }
 

@@ -32,6 +32,7 @@ const (
 	hasHrefs
 	hasMetadata
 	hasCommand
+	hasCode   // of the command
 	allFields = 1<<iota - 1
 )
 
@@ -61,6 +62,7 @@ func appendEvent(b []byte, e *hub.Event) []byte {
 		e.Status != 0, len(e.ETag) != 0, len(e.Types) != 0,
 		e.Content.Type != "" || e.Content.Format != 0 || len(e.Content.Data) != 0,
 		len(e.Links) != 0, len(e.Hrefs) != 0, e.Metadata != nil, e.Command != nil,
+		e.Command != nil && e.Command.Code != 0,
 	} {
 		if present {
 			set |= 1 << bit
@@ -117,6 +119,9 @@ func appendEvent(b []byte, e *hub.Event) []byte {
 	}
 	if set&hasCommand != 0 {
 		b = appendCommand(b, e.Command)
+	}
+	if set&hasCode != 0 {
+		b = append(b, e.Command.Code)
 	}
 	return b
 }
@@ -382,6 +387,13 @@ func (r *reader) event(e *hub.Event) {
 	}
 	if set&hasCommand != 0 {
 		e.Command = r.command()
+	}
+	if set&hasCode != 0 {
+		if e.Command == nil {
+			r.fail()
+			return
+		}
+		e.Command.Code = r.byte()
 	}
 }
 

@@ -8,18 +8,12 @@ import (
 	"log/slog"
 	"net"
 	"net/url"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
-	"github.com/plgd-dev/go-coap/v3/mux"
-	"github.com/plgd-dev/go-coap/v3/net/blockwise"
-	"github.com/plgd-dev/go-coap/v3/options"
-	"github.com/plgd-dev/go-coap/v3/tcp"
-	"github.com/plgd-dev/go-coap/v3/tcp/client"
 )
 
 const (
@@ -35,9 +29,11 @@ const (
 type Config struct {
 	ID   string // UUID
 	Name string // n of /oic/d; empty: "simulated"
-	// HubAddr is coaps+tcp://host:port or coaps+ws://host:port, without TLS coap+tcp://host:port or coap+ws://host:port.
+	// HubAddr says where the hub is and how the device gets there: coaps+tcp://host:port for TLS, coaps:// for DTLS, coaps+ws://
+	// for a WebSocket inside TLS; coap+tcp://, coap:// and coap+ws:// are the same without encryption.
 	HubAddr string
-	TLS     *tls.Config // for coaps+tcp, see TLS and TLSFiles, and for coaps+ws, where the hub is known by its host's name
+	TLS     *tls.Config // for coaps+tcp and coaps, see TLS and TLSFiles, and for coaps+ws, where the hub is known by its host's name
+	PSK     *PSK        // in place of TLS, for coaps
 	// Provider is the authprovider of sign-up and refresh; empty: not sent.
 	Provider string
 	// Resources is how many /sensor/N there are besides /light/1 and /info.
@@ -49,10 +45,13 @@ type Config struct {
 	// Silent makes the device read requests and never answer one.
 	Silent bool
 	// Blockwise makes it offer and use block-wise transfer (RFC 7959). Without, messages are whole, as iotivity-lite's are
-	// over TCP.
+	// over TCP. Over UDP and DTLS it always does: a datagram holds no more than a block or two.
 	Blockwise bool
-	// NoCSMOptions makes it send an empty CSM, as go-coap does by itself: the base size 1152 holds for what it takes.
+	// NoCSMOptions makes it send an empty CSM, as go-coap does by itself: the base size 1152 holds for what it takes. There is
+	// none over UDP and DTLS.
 	NoCSMOptions bool
+	// NoConnectionID makes it ask for no connection ID over DTLS (RFC 9146): another address of it is then another device's.
+	NoConnectionID bool
 	// Log takes what goes wrong; nil: nowhere.
 	Log *slog.Logger
 	// Stats counts what happens; nil: the device counts for itself. Devices may share one.
@@ -64,13 +63,16 @@ type Device struct {
 	cfg   Config
 	log   *slog.Logger
 	stats *Stats
+	over  scheme
 	addr  string // host:port
-	tls   bool
-	ws    bool
 	lost  string // code of a sign-up without answer; of Run's goroutine
 
+	// Of UDP and DTLS: the ID of the message that the hub rejected last, and who sends again what it did not acknowledge.
+	rejected atomic.Int32
+	runners  sync.WaitGroup
+
 	mu        sync.Mutex // guards all below; held while writing to the hub, for writeTimeout at most
-	conn      *client.Conn
+	conn      conn
 	creds     Credentials
 	resources map[string]*resource
 	order     []string // hrefs in the order they were made
@@ -103,19 +105,23 @@ type Stats struct {
 // New makes a device; it does not connect.
 func New(cfg Config) (*Device, error) {
 	u, err := url.Parse(cfg.HubAddr)
-	// RFC 8323, 8.1 to 8.4.
-	ports := map[string]string{"coaps+tcp": "5684", "coap+tcp": "5683", "coap+ws": "80", "coaps+ws": "443"}
-	if err != nil || u.Host == "" || ports[u.Scheme] == "" {
-		return nil, fmt.Errorf("the hub's address %q is not coaps+tcp://host:port, coap+tcp://host:port, or one with +ws", cfg.HubAddr)
+	if err != nil {
+		return nil, fmt.Errorf("the hub's address %q: %w", cfg.HubAddr, err)
 	}
-	secure := strings.HasPrefix(u.Scheme, "coaps")
-	if secure && cfg.TLS == nil {
+	over, known := schemes[u.Scheme]
+	switch {
+	case !known || u.Host == "":
+		return nil, fmt.Errorf("the hub's address %q is not host:port behind coaps+tcp://, coaps:// or coaps+ws://, or one without s", cfg.HubAddr)
+	case cfg.PSK != nil && (!over.secure || !over.datagrams):
+		return nil, fmt.Errorf("a pre-shared key is for coaps, not for %s", u.Scheme)
+	case over.secure && cfg.TLS == nil && cfg.PSK == nil:
 		return nil, fmt.Errorf("%s needs a TLS configuration", u.Scheme)
 	}
 	host, port := u.Hostname(), u.Port()
 	if port == "" {
-		port = ports[u.Scheme]
+		port = over.port
 	}
+	cfg.Blockwise = cfg.Blockwise || over.datagrams
 	if cfg.ID == "" {
 		return nil, errors.New("a device needs an ID")
 	}
@@ -123,12 +129,12 @@ func New(cfg Config) (*Device, error) {
 		cfg.Name = "simulated"
 	}
 	d := &Device{
-		cfg: cfg, log: cfg.Log, stats: cfg.Stats, addr: net.JoinHostPort(host, port), tls: secure,
-		ws:        strings.HasSuffix(u.Scheme, "+ws"),
+		cfg: cfg, log: cfg.Log, stats: cfg.Stats, over: over, addr: net.JoinHostPort(host, port),
 		observers: map[string]*observer{}, instances: map[string]int64{},
 		// ETags of a device that starts again must be new ones, or the hub would take old values for current.
 		etag: uint64(time.Now().UnixNano()),
 	}
+	d.rejected.Store(-1)
 	if d.log == nil {
 		d.log = slog.New(slog.DiscardHandler)
 	}
@@ -160,89 +166,6 @@ func (d *Device) SetCredentials(c Credentials) {
 	d.creds = c
 }
 
-// Connect opens a connection to the hub, after closing the one before.
-func (d *Device) Connect(ctx context.Context) error {
-	d.Close()
-	raw, err := d.dial(ctx)
-	if err != nil {
-		return fmt.Errorf("connect to the hub: %w", err)
-	}
-	opts := []tcp.Option{
-		options.WithMux(mux.HandlerFunc(d.serve)),
-		options.WithErrors(func(err error) { d.log.Debug("connection", "error", err) }),
-		options.WithMaxMessageSize(maxMessage),
-		options.WithBlockwise(d.cfg.Blockwise, blockwise.SZX1024, 10*time.Second),
-		options.WithConnectionCacheSize(1024),
-		options.WithReceivedMessageQueueSize(16),
-		options.WithLimitClientParallelRequest(8),
-		options.WithLimitClientEndpointParallelRequest(8),
-		options.WithCloseSocket(),
-		// go-coap would keep a goroutine for this beyond the connection's end; Run and Do expire instead.
-		options.WithPeriodicRunner(func(func(time.Time) bool) {}),
-	}
-	if !d.cfg.NoCSMOptions {
-		opts = append(opts, options.WithDisableTCPSignalMessageCSM())
-		if err := sendCSM(raw, d.cfg.Blockwise); err != nil {
-			_ = raw.Close()
-			return fmt.Errorf("send the CSM: %w", err)
-		}
-	}
-	cc, err := tcp.Client(raw, opts...)
-	if err != nil {
-		_ = raw.Close()
-		return fmt.Errorf("connect to the hub: %w", err)
-	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.conn, d.observers = cc, map[string]*observer{}
-	return nil
-}
-
-func (d *Device) dial(ctx context.Context) (net.Conn, error) {
-	ctx, stop := context.WithTimeout(ctx, 10*time.Second)
-	defer stop()
-	var raw net.Conn
-	var err error
-	if d.ws {
-		var conf *tls.Config
-		if d.tls {
-			conf = d.cfg.TLS
-		}
-		return DialWebSocket(ctx, d.addr, conf)
-	}
-	if d.tls {
-		raw, err = (&tls.Dialer{Config: d.cfg.TLS}).DialContext(ctx, "tcp", d.addr)
-	} else {
-		raw, err = (&net.Dialer{}).DialContext(ctx, "tcp", d.addr)
-	}
-	if err != nil {
-		return nil, err
-	}
-	return deadlineConn{raw}, nil
-}
-
-// sendCSM says what the device takes (RFC 8323, 5.3): Max-Message-Size, and Block-Wise-Transfer if it does that. The options
-// are encoded here because go-coap sends an empty CSM only.
-func sendCSM(w net.Conn, blockwise bool) error {
-	// RFC 8323, 3.2: Len and TKL, code 7.01, options. Max-Message-Size is option 2 with 3 bytes, Block-Wise-Transfer option 4.
-	opts := []byte{2<<4 | 3, maxMessage >> 16 & 0xff, maxMessage >> 8 & 0xff, maxMessage & 0xff}
-	if blockwise {
-		opts = append(opts, 2<<4)
-	}
-	_, err := w.Write(append([]byte{byte(len(opts) << 4), byte(codes.CSM)}, opts...))
-	return err
-}
-
-// deadlineConn gives each write its time; go-coap's own writes have none.
-type deadlineConn struct{ net.Conn }
-
-func (c deadlineConn) Write(b []byte) (int, error) {
-	if err := c.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
-		return 0, err
-	}
-	return c.Conn.Write(b)
-}
-
 // Close closes the connection, if there is one, and waits for its end.
 func (d *Device) Close() {
 	d.mu.Lock()
@@ -253,6 +176,7 @@ func (d *Device) Close() {
 	if cc != nil {
 		_ = cc.Close()
 		<-cc.Done()
+		d.runners.Wait()
 	}
 }
 
@@ -266,14 +190,18 @@ func (d *Device) Done() <-chan struct{} {
 	return ended
 }
 
-func (d *Device) current() *client.Conn {
+func (d *Device) current() conn {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.conn
 }
 
-// Ping sends a Ping and waits for the Pong (RFC 8323, 5.4).
+// Ping asks whether the hub is there: over TCP and TLS with a Ping (RFC 8323, 5.4). Over UDP and DTLS it asks whether the
+// session is: any CoAP endpoint answers an empty message, also one that has forgotten the device.
 func (d *Device) Ping(ctx context.Context) error {
+	if d.over.datagrams {
+		return d.settle(d.Do(ctx, Request{Code: codes.GET, Path: "/oic/rd"}))
+	}
 	cc := d.current()
 	if cc == nil {
 		return errNotConnected

@@ -316,6 +316,9 @@ func TestNewRefusesBadConfig(t *testing.T) {
 		{ID: testID, HubAddr: "http://127.0.0.1"},
 		{ID: testID, HubAddr: "coaps+tcp://127.0.0.1:5684"},
 		{HubAddr: "coap+tcp://127.0.0.1"},
+		{ID: testID, HubAddr: "coaps://127.0.0.1"},
+		{ID: testID, HubAddr: "coap://127.0.0.1", PSK: &PSK{}},
+		{ID: testID, HubAddr: "coaps+tcp://127.0.0.1", PSK: &PSK{}},
 	} {
 		if _, err := New(cfg); err == nil {
 			t.Errorf("%+v was accepted", cfg)

@@ -41,7 +41,8 @@ type Onboarding struct {
 	Code     string
 	HubAddr  string      // used if the Fleet names none
 	Provider string      // used if the Fleet names none
-	TLS      *tls.Config // nil for coap+tcp
+	TLS      *tls.Config // nil for coap+tcp and coap
+	PSK      *PSK        // in place of TLS, for coaps
 }
 
 // Counts is a fleet at one moment.
@@ -198,7 +199,7 @@ func (f Fleet) live(ctx context.Context, id string, stats *Stats, ready func(*De
 		}
 	}
 	cfg := Config{
-		ID: id, Name: "simulated " + id[:8], HubAddr: f.HubAddr, Provider: f.Provider, TLS: on.TLS,
+		ID: id, Name: "simulated " + id[:8], HubAddr: f.HubAddr, Provider: f.Provider, TLS: on.TLS, PSK: on.PSK,
 		Resources: f.Resources, Stats: stats, Log: log,
 	}
 	if cfg.HubAddr == "" {

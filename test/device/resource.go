@@ -138,11 +138,7 @@ func (d *Device) links(want func(*resource) bool) []map[string]any {
 			"href": r.href, "rt": r.types, "if": r.interfaces, "anchor": "ocf://" + d.cfg.ID, "p": map[string]any{"bm": r.policy()},
 		}
 		if d.conn != nil {
-			scheme := "coap+tcp"
-			if d.tls {
-				scheme = "coaps+tcp"
-			}
-			l["eps"] = []any{map[string]any{"ep": fmt.Sprintf("%s://%s", scheme, d.conn.LocalAddr())}}
+			l["eps"] = []any{map[string]any{"ep": fmt.Sprintf("%s://%s", d.over.name, d.conn.LocalAddr())}}
 		}
 		out = append(out, l)
 	}

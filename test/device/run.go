@@ -14,8 +14,10 @@ import (
 const (
 	pingEvery   = 20 * time.Second
 	pingTimeout = 4 * time.Second
-	firstRetry  = time.Second
-	lastRetry   = time.Minute
+	// askTimeout is that over UDP and DTLS, where a lost datagram is sent again for ten seconds.
+	askTimeout = 12 * time.Second
+	firstRetry = time.Second
+	lastRetry  = time.Minute
 	// settled is how long a session must last for the next break to be retried soon again.
 	settled = 30 * time.Second
 )
@@ -70,14 +72,23 @@ func (d *Device) session(ctx context.Context, code func(context.Context) (string
 	defer ping.Stop()
 	refresh := time.NewTimer(d.untilRefresh())
 	defer refresh.Stop()
+	patience := pingTimeout
+	if d.over.datagrams {
+		patience = askTimeout
+	}
 	for {
 		select {
 		case <-ctx.Done():
+			if d.over.datagrams && !d.over.secure { // nobody else would tell the hub that it went
+				own, stop := context.WithTimeout(context.WithoutCancel(ctx), pingTimeout)
+				_, _ = d.SignOut(own)
+				stop()
+			}
 			return ctx.Err()
 		case <-done:
 			return errors.New("the hub closed the connection")
 		case <-ping.C:
-			own, stop := context.WithTimeout(ctx, pingTimeout)
+			own, stop := context.WithTimeout(ctx, patience)
 			err := d.Ping(own)
 			stop()
 			if err != nil {

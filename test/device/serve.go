@@ -12,7 +12,6 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 	"github.com/plgd-dev/go-coap/v3/message/pool"
 	"github.com/plgd-dev/go-coap/v3/mux"
-	"github.com/plgd-dev/go-coap/v3/tcp/client"
 )
 
 // observer is one observation of the hub, on the connection it came on.
@@ -206,6 +205,7 @@ func (d *Device) observe(w mux.ResponseWriter, token message.Token, path string,
 		o.seq++
 	}
 	if err := d.write(d.conn, token, rep, seq); err != nil {
+		delete(d.observers, string(token))
 		d.log.Debug("answer", "path", path, "error", err)
 	}
 }
@@ -251,9 +251,16 @@ func (d *Device) notify(r *resource) int {
 		default:
 			continue
 		}
-		if err := d.write(d.conn, o.token, rep, int64(o.seq)); err != nil {
+		switch err := d.write(d.conn, o.token, rep, int64(o.seq)); {
+		case errors.Is(err, errRejected): // RFC 7641, 3.6: the hub does not observe it any more
+			delete(d.observers, string(o.token))
+			continue
+		case err != nil:
 			d.log.Debug("notify", "href", r.href, "error", err)
-			return n // the connection is over, go-coap closes it
+			if d.conn != nil {
+				_ = d.conn.Close() // RFC 7641, 4.5: nobody is there; on a stream go-coap has done it already
+			}
+			return n
 		}
 		o.seq = (o.seq + 1) & 0xffffff // RFC 7641, 3.4: 24 bits
 		n++
@@ -268,8 +275,12 @@ func (d *Device) set(w mux.ResponseWriter, r reply) {
 	w.Message().SetModified(true)
 }
 
-// write sends an answer or notification at once; observe is the Observe option, negative for none. Callers hold mu.
-func (d *Device) write(cc *client.Conn, token message.Token, r reply, observe int64) error {
+// errRejected is a message that the hub answered with a Reset.
+var errRejected = errors.New("the hub rejected the message")
+
+// write sends an answer or notification at once; observe is the Observe option, negative for none. Over UDP and DTLS it is
+// confirmable, and write waits for the acknowledgement: so no notification overtakes another. Callers hold mu.
+func (d *Device) write(cc conn, token message.Token, r reply, observe int64) error {
 	if cc == nil {
 		return errNotConnected
 	}
@@ -282,7 +293,15 @@ func (d *Device) write(cc *client.Conn, token message.Token, r reply, observe in
 		m.SetObserve(uint32(observe))
 	}
 	fill(m, r)
-	return cc.WriteMessage(m)
+	// One message at a time waits for its acknowledgement, so a further Reset is of this one. go-coap does not tell its ID.
+	before := d.rejected.Load()
+	if err := cc.WriteMessage(m); err != nil {
+		return err
+	}
+	if d.rejected.Load() != before {
+		return errRejected
+	}
+	return nil
 }
 
 func fill(m *pool.Message, r reply) {

@@ -33,8 +33,11 @@ type peer struct {
 	// inOrder is held from looking at a resource until what it was has been written: what is newer comes later.
 	inOrder sync.Mutex
 
+	heard chan message.Message // of what it observes
+
 	mu        sync.Mutex
 	wait      map[string]chan message.Message // answers by token
+	observing map[string]message.Token        // by path
 	next      uint32
 	resources map[string]*served
 	endpoints []string // where it says that it is
@@ -94,6 +97,7 @@ func startPeer(conn net.Conn) (*peer, error) {
 func newPeer(conn net.Conn, d *datagrams) *peer {
 	p := &peer{
 		conn: conn, datagrams: d, closed: make(chan struct{}), wait: map[string]chan message.Message{}, resources: map[string]*served{},
+		heard: make(chan message.Message, 64), observing: map[string]message.Token{},
 	}
 	go p.read()
 	return p
@@ -192,8 +196,12 @@ func (p *peer) take(m message.Message) {
 		ch := p.wait[string(m.Token)]
 		delete(p.wait, string(m.Token))
 		p.mu.Unlock()
-		if ch != nil {
-			ch <- m
+		if ch == nil {
+			ch = p.heard // the hub sends nothing else that has no request
+		}
+		select {
+		case ch <- m:
+		default: // nobody listens
 		}
 	}
 }
@@ -205,7 +213,7 @@ func (p *peer) answer(req message.Message) (message.Message, bool) {
 	observe, observeErr := req.Options.Observe()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	said := fmt.Sprintf("%v %s", req.Code, path)
+	said := methods[req.Code] + " " + path
 	if len(queries) > 0 {
 		said += "?" + strings.Join(queries, "&")
 	}
@@ -249,13 +257,23 @@ func (p *peer) answer(req message.Message) (message.Message, bool) {
 	return p.represent(r, req.Token), true
 }
 
-// command does what a POST or DELETE asks: a POST puts its members over the value, or makes a resource of its body; p.mu is held.
+// command does what a request other than GET asks: a POST or iPATCH puts its members over the value, or makes a resource of its
+// body; FETCH names the members that it wants; PATCH it does not know. p.mu is held.
 func (p *peer) command(r *served, path string, req message.Message) message.Message {
 	res := message.Message{Code: codes.Changed, Token: req.Token}
 	queries, _ := req.Options.Queries()
 	var body map[string]any
 	bad := cbor.Unmarshal(req.Payload, &body) != nil
+	var wanted []string
 	switch {
+	case methods[req.Code] == "PATCH":
+		res.Code = codes.MethodNotAllowed
+		return res
+	case methods[req.Code] == "FETCH" && cbor.Unmarshal(req.Payload, &wanted) == nil:
+		res.Code = codes.Content
+		all, _ := cbor.Marshal(r.value)
+		_ = cbor.Unmarshal(all, &body)
+		maps.DeleteFunc(body, func(name string, _ any) bool { return !slices.Contains(wanted, name) })
 	case req.Code == codes.DELETE:
 		res.Code = codes.Deleted
 		delete(p.resources, path)
@@ -316,10 +334,13 @@ func (p *peer) represent(r *served, token []byte) message.Message {
 	m.Options = withFormat(m.Options, r.format)
 	m.Payload = r.raw
 	if m.Payload == nil {
-		m.Payload, _ = cbor.Marshal(r.value)
+		m.Payload, _ = sorted.Marshal(r.value)
 	}
 	return m
 }
+
+// sorted writes the same value in the same bytes: else it would be a change each time it is asked for.
+var sorted, _ = cbor.CanonicalEncOptions().EncMode()
 
 // serve sets a resource; notify also tells the hub if it observes it.
 func (p *peer) serve(href string, value any) {
@@ -331,6 +352,13 @@ func (p *peer) serve(href string, value any) {
 		p.resources[href] = r
 	}
 	r.value = value
+}
+
+// tags gives a resource an ETag.
+func (p *peer) tags(href string, etag []byte) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.resources[href].etag = etag
 }
 
 // livesAt makes the device say where it is in its own network.
@@ -395,8 +423,10 @@ func (p *peer) do(ctx context.Context, m message.Message) (res message.Message, 
 func (p *peer) exchange(ctx context.Context, m message.Message) (res message.Message, closed bool, err error) {
 	ch := make(chan message.Message, 1)
 	p.mu.Lock()
-	p.next++
-	m.Token = binary.BigEndian.AppendUint32([]byte{0xd0}, p.next)
+	if m.Token == nil {
+		p.next++
+		m.Token = binary.BigEndian.AppendUint32([]byte{0xd0}, p.next)
+	}
 	p.wait[string(m.Token)] = ch
 	p.mu.Unlock()
 	if err := p.send(m); err != nil {
@@ -415,6 +445,24 @@ func (p *peer) exchange(ctx context.Context, m message.Message) (res message.Mes
 	case <-ctx.Done():
 		return res, false, ctx.Err()
 	}
+}
+
+// observe registers (0) or deregisters (1) for a resource; what comes after the answer is heard.
+func (p *peer) observe(ctx context.Context, target string, value uint32) (message.Message, error) {
+	m := request(codes.GET, target, nil)
+	m.Options = addUint(m.Options, message.Observe, value)
+	p.mu.Lock()
+	if p.observing[target] == nil {
+		p.next++
+		p.observing[target] = binary.BigEndian.AppendUint32([]byte{0x0b}, p.next)
+	}
+	m.Token = p.observing[target]
+	p.mu.Unlock()
+	res, closed, err := p.exchange(ctx, m)
+	if closed && err == nil {
+		err = net.ErrClosed
+	}
+	return res, err
 }
 
 // waitClosed reports whether the hub closed the connection within d.
@@ -461,8 +509,10 @@ func addUint(o message.Options, id message.OptionID, v uint32) message.Options {
 // codeText is "2.04" for codes.Changed.
 func codeText(c codes.Code) string { return fmt.Sprintf("%d.%02d", c>>5, c&0x1f) }
 
+var methods = []string{"", "GET", "POST", "PUT", "DELETE", "FETCH", "PATCH", "iPATCH"}
+
 func parseMethod(s string) (codes.Code, error) {
-	i := slices.Index([]string{"", "GET", "POST", "PUT", "DELETE", "FETCH", "PATCH", "iPATCH"}, s)
+	i := slices.Index(methods, s)
 	if i < 1 {
 		return 0, fmt.Errorf("no method %q", s)
 	}

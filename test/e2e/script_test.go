@@ -40,11 +40,16 @@ var update = flag.Bool("update", false, "write what came into the scripts")
 //	hub has NAME                                  an account with the role user
 //	hub restarts
 //	device NAME connects [without certificate|with certificate of other CA|...] -> connected
-//	device NAME METHOD /path?query {body} [format N] [accept N]     -> 2.04 {body}
+//	device NAME METHOD /path?query {body} [format N] [accept N] [etag HEX]     -> 2.04 {body}
 //	device NAME sends HEX                         raw bytes
 //	device NAME serves /href {value}              what it answers when the hub asks
 //	device NAME notifies /href {value}
 //	device NAME ignores /href                     it answers nothing there
+//	device NAME tags /href HEX                    the ETag of what it answers there
+//	device NAME belongs to WHO                    before it signs up
+//	device NAME observes /path                    -> 2.05 {body}, the first state
+//	device NAME hears                             -> 2.05 {body}, what came next of all that it observes
+//	device NAME forgets /path                     -> 2.05 {body}, and no more of it
 //	device NAME was asked                         -> what the hub asked since the last time, but for the twin's questions
 //	device NAME disconnects
 //	device NAME is closed by the hub              -> yes
@@ -98,6 +103,21 @@ var transports = []transport{
 	{"ws", "coap+ws", "COAP_TCP", false, false}, // of COAP_TCP the client API knows no kinds
 }
 
+func transportOf(name string) transport {
+	return transports[slices.IndexFunc(transports, func(tr transport) bool { return tr.name == name })]
+}
+
+// config is what a hub must be told so that devices may come over tr.
+func (tr transport) config() []string {
+	switch {
+	case tr.name == "ws":
+		return []string{"coapGateway.api.coap.webSocket.enabled=true"}
+	case !tr.secure:
+		return []string{"coapGateway.api.coap.plainAddress=127.0.0.1:0"}
+	}
+	return nil
+}
+
 // says is what a line of a script, written for TLS, means over tr.
 func (tr transport) says(want string) string {
 	want = strings.ReplaceAll(want, "coaps+tcp://", tr.scheme+"://")
@@ -109,13 +129,7 @@ func play(t *testing.T, file string, tr transport) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &world{t: t, over: tr, devices: map[string]*actor{}, sockets: map[string]*socket{}}
-	switch {
-	case tr.name == "ws":
-		w.config = []string{"coapGateway.api.coap.webSocket.enabled=true"}
-	case !tr.secure:
-		w.config = []string{"coapGateway.api.coap.plainAddress=127.0.0.1:0"}
-	}
+	w := &world{t: t, over: tr, config: tr.config(), devices: map[string]*actor{}, sockets: map[string]*socket{}}
 	var out []string
 	for i, line := range strings.Split(strings.TrimRight(string(b), "\n"), "\n") {
 		act, want, arrow := split(line)
@@ -324,6 +338,33 @@ func (w *world) deviceLine(ctx context.Context, d *actor, what string) (string, 
 	case "ignores":
 		d.peer.ignores(rest)
 		return "", nil
+	case "tags":
+		href, digits, _ := strings.Cut(rest, " ")
+		tag, err := hexBytes(digits)
+		if err == nil {
+			d.peer.tags(href, tag)
+		}
+		return "", err
+	case "belongs":
+		d.onboard.Code = w.hub.Code(w.t, d.id, strings.TrimPrefix(rest, "to "))
+		return "", nil
+	case "observes", "forgets":
+		value := uint32(0)
+		if verb == "forgets" {
+			value = 1
+		}
+		res, err := d.peer.observe(ctx, w.ids(rest), value)
+		if _, e := res.Options.Observe(); err == nil && (e == nil) != (verb == "observes" && res.Code>>5 == 2) {
+			w.t.Errorf("device %s: the answer %v has an Observe option, or lacks it", what, res.Code)
+		}
+		return strings.TrimSpace(codeText(res.Code) + " " + w.body(res)), err
+	case "hears":
+		select {
+		case res := <-d.peer.heard:
+			return strings.TrimSpace(codeText(res.Code) + " " + w.body(res)), nil
+		case <-ctx.Done():
+			return "", ctx.Err()
+		}
 	case "was":
 		asked := slices.DeleteFunc(d.peer.asked(), func(s string) bool {
 			return strings.HasPrefix(s, "GET /oic/res") || strings.Contains(s, "observe=")
@@ -425,8 +466,13 @@ func (w *world) coap(ctx context.Context, d *actor, method, rest string) (string
 	}
 	target, rest, _ := strings.Cut(rest, " ")
 	var accept, format *uint32
+	var etag []byte
 	rest = optionWord.ReplaceAllStringFunc(rest, func(s string) string {
 		f := strings.Fields(s)
+		if f[0] == "etag" {
+			etag, err = hexBytes(f[1])
+			return ""
+		}
 		n, _ := strconv.ParseUint(f[1], 10, 32)
 		v := uint32(n)
 		if f[0] == "accept" {
@@ -436,6 +482,9 @@ func (w *world) coap(ctx context.Context, d *actor, method, rest string) (string
 		}
 		return ""
 	})
+	if err != nil {
+		return "", err
+	}
 	var payload []byte
 	switch rest = strings.TrimSpace(rest); {
 	case strings.HasPrefix(rest, "hex:"):
@@ -456,6 +505,9 @@ func (w *world) coap(ctx context.Context, d *actor, method, rest string) (string
 	if accept != nil {
 		m.Options = addUint(m.Options, message.Accept, *accept)
 	}
+	if etag != nil {
+		m.Options = m.Options.Add(message.Option{ID: message.ETag, Value: etag})
+	}
 	res, closed, err := d.peer.do(ctx, m)
 	switch {
 	case err != nil:
@@ -475,7 +527,7 @@ func (w *world) coap(ctx context.Context, d *actor, method, rest string) (string
 	return strings.TrimSpace(codeText(res.Code) + " " + w.body(res)), nil
 }
 
-var optionWord = regexp.MustCompile(`\b(accept|format) \d+$|\b(accept|format) \d+ `)
+var optionWord = regexp.MustCompile(`\b(accept|format) \d+( |$)|\betag [0-9a-f]+( |$)`)
 
 func (w *world) body(m message.Message) string {
 	if len(m.Payload) == 0 {

@@ -181,7 +181,7 @@ func TestStockGRPCSubscription(t *testing.T) {
 // bounds, and when the 20 read on they have missed nothing either.
 func TestTwoHundredSubscribers(t *testing.T) {
 	t.Parallel()
-	const subscribers, stalled = 200, 20
+	const subscribers, stalled, asks = 200, 20, 9
 	notifications := 100
 	if nightly() {
 		notifications = 500
@@ -197,7 +197,7 @@ func TestTwoHundredSubscribers(t *testing.T) {
 	defer small.CloseIdleConnections()
 	times := func(i int) int {
 		if i < stalled {
-			return 9
+			return asks
 		}
 		return 1
 	}
@@ -237,14 +237,14 @@ func TestTwoHundredSubscribers(t *testing.T) {
 	before := p.rss()
 	// read takes all events of a connection, each of which must follow the one before in its subscription.
 	read := func(i int) error {
-		var last [9]int
+		var last [asks]int
 		for n := range times(i) * notifications {
 			_, b, err := conns[i].Read(ctx)
 			if err != nil {
 				return fmt.Errorf("subscriber %d, event %d: %w", i, n, err)
 			}
 			_, corr, _ := bytes.Cut(b, []byte(`"correlationId":"`))
-			if len(corr) == 0 || corr[0] < '0' || corr[0] > '8' {
+			if len(corr) == 0 || corr[0] < '0' || corr[0] >= '0'+asks {
 				return fmt.Errorf("subscriber %d: %.300s", i, b)
 			}
 			last[corr[0]-'0']++
@@ -288,7 +288,7 @@ func TestTwoHundredSubscribers(t *testing.T) {
 	if err := <-sent; err != nil {
 		t.Fatal(err)
 	}
-	if told := p.metric(`coaphub_api_subscription_messages_total{door="websocket"}`); told >= ((subscribers-stalled)+9*stalled)*(notifications+1) {
+	if told := p.metric(`coaphub_api_subscription_messages_total{door="websocket"}`); told >= ((subscribers-stalled)+asks*stalled)*(notifications+1) {
 		t.Error("nobody has stalled: what was not read fits the connections")
 	}
 	// 20 pages of 256 KiB, 10 MiB of the feed, 4 MiB of encoded events, and twice that for the garbage collector and buffers.

@@ -290,7 +290,9 @@ func fuzzAll(ctx context.Context, root, d string) error {
 			for _, name := range names {
 				n++
 				fmt.Printf("fuzz %s %s for %s\n", pkg, name, d)
-				cmd := exec.CommandContext(ctx, "go", "test", "-run", "^$", "-fuzz", "^"+name+"$", "-fuzztime", d, "./"+pkg)
+				// Each input that covers something new would be made smaller for a minute, which is all the time there is.
+				cmd := exec.CommandContext(
+					ctx, "go", "test", "-run", "^$", "-fuzz", "^"+name+"$", "-fuzztime", d, "-fuzzminimizetime", "10x", "./"+pkg)
 				var out bytes.Buffer
 				cmd.Dir, cmd.Stdout, cmd.Stderr = dir, io.MultiWriter(os.Stdout, &out), os.Stderr
 				switch err := cmd.Run(); {
