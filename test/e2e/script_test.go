@@ -172,7 +172,7 @@ func play(t *testing.T, file string, tr transport) {
 	for _, p := range w.leaving {
 		// What the credential is makes no difference here: one kind is enough to wait for.
 		if tr.name == "dtls" && !p.waitClosed(15*time.Second) {
-			t.Error("the hub did not close an association that it had refused")
+			t.Errorf("the hub did not close the association of %v, which it had refused or replaced", p.conn.LocalAddr())
 		}
 		p.close()
 	}
