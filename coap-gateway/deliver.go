@@ -2,6 +2,7 @@ package coapgateway
 
 import (
 	"context"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -18,24 +19,39 @@ const (
 	// createInterface makes a POST one that creates (OCF Core, interface oic.if.create).
 	createInterface = "oic.if.create"
 	// afterEnd is how long an answer is waited for after the command's end, to record that it came: until then nothing else is
-	// asked of the device.
+	// asked of the resource.
 	afterEnd = time.Second
+	// tryBeside is how long a command is out, with others behind it, before the device is asked something else beside it: whether
+	// it takes two matters for slow answers only. It is tried at most maxTries times in a session; a device that had more to do
+	// than it takes would be slow for it each time.
+	tryBeside = time.Second
+	maxTries  = 3
 	// askDirectoryAgain is the pause after the directory could not be asked, or told.
 	askDirectoryAgain = time.Second
 )
 
-// outbox carries out the commands of a session, one after the other: most devices take one request at a time (NSTART of RFC
-// 7252, Section 4.7), and what is bound to a session but not sent would be lost with it, so commands are taken from the
-// directory only when they can go out. Its goroutine exists only while there is work.
+// outbox carries out the commands of a session: as many at once as the device proved to take, which for most is one (NSTART of
+// RFC 7252, Section 4.7), and never two for one resource, of which the order would be anybody's. What is bound to a session but
+// not sent would be lost with it, so commands are taken from the directory only when they can go out, and with the turn at the
+// device in hand. Its goroutine exists only while there is something to hand out, and one more for each command that is out.
 type outbox struct {
-	done sync.WaitGroup // the goroutine, while it runs
+	done sync.WaitGroup // the goroutines, while they run
 
 	mu      sync.Mutex // guards all below
 	s       *session   // nil before the session has begun
 	running bool
 	waiting bool          // the directory has commands for us
-	hand    []hub.Command // bound to the session, not begun; the directory hands over one, and only while we are ready
+	behind  bool          // all that it has are for resources with a command that is out
+	hand    []hub.Command // bound to the session, not begun; the directory hands over what can go out
+	out     []underway    // begun, and their ends are not stored; at most Conn.Window, and the hrefs all differ
+	tries   int           // how often the device was asked something beside a command
 	timer   *time.Timer   // for the next try; set only while the goroutine does not run and commands wait
+}
+
+// underway is a command that is being carried out.
+type underway struct {
+	hub.Taken
+	since time.Time
 }
 
 // begin starts what waited for the session.
@@ -55,21 +71,52 @@ func (b *outbox) stop() {
 	b.done.Wait()
 }
 
-// ready reports whether a command could be sent at once.
-func (b *outbox) ready() bool {
+// ready reports whether a command for href could be sent at once, beside those that are bound to the session.
+func (b *outbox) ready(href hub.Href, bound []string) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.s == nil || b.s.over() || b.running || b.waiting {
+	switch {
+	case b.s == nil, b.s.over(), b.running, b.waiting:
+		return false
+	case href != "" && !b.s.conn.Free(): // one of the twin has no href, and nothing is sent
 		return false
 	}
-	return b.s.rhythm.awake(time.Now())
+	n := len(bound)
+	for _, u := range b.out {
+		if u.Href == href {
+			return false
+		}
+		if !slices.Contains(bound, u.ID) { // it has ended otherwise
+			n++
+		}
+	}
+	return n < b.s.conn.Window() && b.s.rhythm.awake(time.Now())
 }
 
 func (b *outbox) deliver(c hub.Command) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.hand = append(b.hand, c)
+	b.receive(c)
 	b.start()
+}
+
+// receive puts a command in hand unless it is known: the directory may bring what was asked for at the same time. b.mu is held.
+func (b *outbox) receive(c hub.Command) {
+	if !slices.ContainsFunc(b.known(), func(t hub.Taken) bool { return t.ID == c.ID }) {
+		b.hand = append(b.hand, c)
+	}
+}
+
+// known are the commands that the session has. b.mu is held.
+func (b *outbox) known() []hub.Taken {
+	all := make([]hub.Taken, 0, len(b.out)+len(b.hand))
+	for _, u := range b.out {
+		all = append(all, u.Taken)
+	}
+	for i := range b.hand {
+		all = append(all, hub.Taken{ID: b.hand[i].ID, Href: b.hand[i].Href})
+	}
+	return all
 }
 
 func (b *outbox) wake() {
@@ -112,46 +159,135 @@ func (b *outbox) start() {
 	})
 }
 
+// step is what the outbox's goroutine does next.
+type step uint8
+
+const (
+	rest     step = iota // nothing: the goroutine ends
+	getTurn              // wait for a turn at the device
+	begin                // carry out what is in hand
+	take                 // ask the directory for more
+	askAlive             // ask a device that may not listen for a sign of life
+	askMore              // ask a device whether it takes a request beside the one that it has
+)
+
 func (b *outbox) run() {
+	s := b.s
+	var turn *coap.Turn
+	drop := func() {
+		if turn != nil {
+			turn.End()
+			turn = nil
+		}
+	}
+	defer drop()
 	for {
-		b.mu.Lock()
-		var c *hub.Command
-		try := false
-		switch {
-		case b.s.over(), len(b.hand) == 0 && !b.waiting:
-			b.running = false
-			b.mu.Unlock()
+		next, c, beside := b.next(turn != nil)
+		switch next {
+		case rest:
 			return
-		case len(b.hand) > 0:
-			c = &b.hand[0]
-			b.hand = b.hand[1:]
-		default:
-			// What is bound to the session and finds nobody is lost, so nothing is taken for a device that may not listen. Its
-			// next message starts this again, or the time to ask it for a sign of life.
-			now := time.Now()
-			if b.s.rhythm.awake(now) {
-				b.waiting = false
-				break
+		case getTurn:
+			var err error
+			if turn, err = s.conn.Turn(s.ctx); err != nil {
+				return // the session is over; running stays true, so nothing starts again
 			}
-			var again time.Time
-			if try, again = b.s.rhythm.inReach(now); !try {
-				if !again.IsZero() {
-					b.timer = time.AfterFunc(time.Until(again), b.listens)
+		case begin:
+			its := turn
+			if c.Kind.OfTwin() { // is not sent, and what it waits for may need the turn
+				its = nil
+			} else {
+				turn = nil
+			}
+			b.done.Go(func() {
+				if !s.conn.Guard("command", func() { b.carryOut(c, its) }) {
+					s.conn.Close(coap.ErrPanic) // what is under way ends with the session
 				}
-				b.running = false
-				b.mu.Unlock()
-				return
-			}
-		}
-		b.mu.Unlock()
-		switch {
-		case c != nil:
-			b.carryOut(c)
-		case try:
-			b.try()
-		default:
+				b.finished(c.ID)
+			})
+		case take:
 			b.take()
+		case askAlive:
+			drop() // the question takes its own
+			b.try()
+		case askMore:
+			b.tryBeside(beside)
 		}
+	}
+}
+
+// next says what to do; with rest the goroutine does not run any more.
+func (b *outbox) next(turn bool) (_ step, c *hub.Command, beside *coap.Turn) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	end := func(again time.Time) (step, *hub.Command, *coap.Turn) {
+		if !again.IsZero() {
+			b.timer = time.AfterFunc(time.Until(again), b.listens)
+		}
+		b.running = false
+		return rest, nil, nil
+	}
+	now := time.Now()
+	switch {
+	case b.s.over(), len(b.hand) == 0 && !b.waiting:
+		return end(time.Time{})
+	case len(b.hand) > 0:
+		if !turn && !b.hand[0].Kind.OfTwin() {
+			return getTurn, nil, nil
+		}
+		c = &b.hand[0]
+		b.hand = b.hand[1:]
+		b.out = append(b.out, underway{hub.Taken{ID: c.ID, Href: c.Href}, now})
+		return begin, c, nil
+	case !b.s.rhythm.awake(now):
+		// What is bound to the session and finds nobody is lost, so nothing is taken for a device that may not listen. Its next
+		// message starts this again, or the time to ask it for a sign of life.
+		reach, again := b.s.rhythm.inReach(now)
+		if !reach || len(b.out) > 0 { // then what is out is the question
+			return end(again)
+		}
+		return askAlive, nil, nil
+	case len(b.out) >= b.s.conn.Window():
+		due := b.out[0].since.Add(tryBeside)
+		switch {
+		case b.tries >= maxTries || b.out[0].Href == "":
+			return end(time.Time{}) // the next end goes on
+		case now.Before(due):
+			return end(due)
+		}
+		if beside = b.s.conn.Beside(); beside == nil {
+			return end(now.Add(tryBeside))
+		}
+		b.tries++
+		return askMore, nil, beside
+	case !turn:
+		return getTurn, nil, nil
+	}
+	b.waiting = false
+	return take, nil, nil
+}
+
+// finished forgets a command, whose end is stored, and goes on.
+func (b *outbox) finished(id string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.out = slices.DeleteFunc(b.out, func(u underway) bool { return u.ID == id })
+	b.waiting, b.behind = b.waiting || b.behind, false
+	b.start()
+}
+
+// tryBeside asks the device something beside the command that is out. If it answers that first, it takes more than one at a time,
+// which the engine then knows; one that does not has only been asked for what every device is asked.
+func (b *outbox) tryBeside(turn *coap.Turn) {
+	s := b.s
+	defer turn.End()
+	ctx, cancel := context.WithTimeout(s.ctx, noReaction)
+	defer cancel()
+	err := s.request(ctx, func(ctx context.Context) error {
+		_, err := turn.Do(ctx, whereAreYou())
+		return err
+	})
+	if err != nil {
+		s.log.Debug("the device did not answer beside a command", "error", err)
 	}
 }
 
@@ -169,10 +305,14 @@ func (b *outbox) try() {
 // take gets the next command from the directory, bound to the session.
 func (b *outbox) take() {
 	s := b.s
+	b.mu.Lock()
+	have := b.known()
+	b.mu.Unlock()
 	var cs []hub.Command
+	var more bool
 	err := retry(s.ctx, s.gw.patience, func() (err error) {
 		from := hub.Stamp{Device: s.own.Device, Session: s.number, User: *s.user.Load()}
-		cs, err = s.gw.deps.Directory.TakeCommands(s.ctx, from, nil, 1)
+		cs, more, err = s.gw.deps.Directory.TakeCommands(s.ctx, from, have, 1)
 		return err
 	})
 	if err != nil && transient(err) {
@@ -183,8 +323,15 @@ func (b *outbox) take() {
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.hand = append(b.hand, cs...)
-	b.waiting = b.waiting || err != nil || len(cs) > 0 // there may be more
+	for _, c := range cs {
+		b.receive(c)
+	}
+	switch {
+	case err != nil, len(cs) > 0 && more, more && len(b.out) < len(have): // what the others waited for may be over
+		b.waiting = true
+	case more:
+		b.behind = true
+	}
 }
 
 func (b *outbox) pause() {
@@ -196,16 +343,20 @@ func (b *outbox) pause() {
 	}
 }
 
-// carryOut does one command, which is bound to the session, and tells the directory what came of it.
-func (b *outbox) carryOut(c *hub.Command) {
+// carryOut does one command, which is bound to the session, in its turn at the device, nil for one of the twin, and tells the
+// directory what came of it.
+func (b *outbox) carryOut(c *hub.Command, turn *coap.Turn) {
 	s := b.s
+	if c.Kind.OfTwin() {
+		if time.Now().UnixNano() < c.ValidUntil {
+			b.turnTwin(c)
+		}
+		return
+	}
+	defer turn.End()
 	left := time.Until(time.Unix(0, c.ValidUntil))
 	if left <= 0 {
 		return // it ends by itself, and was not sent
-	}
-	if c.Kind.OfTwin() {
-		b.turnTwin(c)
-		return
 	}
 	req, err := requestOf(c)
 	if err != nil {
@@ -218,9 +369,10 @@ func (b *outbox) carryOut(c *hub.Command) {
 	defer cancel()
 	var m *coap.Message
 	err = s.request(ctx, func(ctx context.Context) (err error) {
-		m, err = s.conn.Do(ctx, req)
+		m, err = turn.Do(ctx, req)
 		return err
 	})
+	turn.End() // whatever comes now is for the directory
 	if err != nil && s.over() {
 		return // with the session the command ends
 	}

@@ -157,6 +157,159 @@ func TestCommandsWaitTheirTurn(t *testing.T) {
 	}
 }
 
+// A device that answers something else while a command is out has more than one at once, never two for one resource, each of
+// which are in order. So a resource that never answers holds up nothing but what is for itself, and nothing is bound to the
+// session that cannot go out.
+func TestCommandsAtOnce(t *testing.T) {
+	silence(t, 10, func(h *hall, _ *quiet) {
+		h.w.off[lampID] = true
+		for i, href := range []hub.Href{"/never", "/never", "/a", "/b", "/a", "/c"} {
+			h.w.queue = append(h.w.queue, command(fmt.Sprint(i+1), hub.CommandUpdate, href))
+		}
+	}, func(t *testing.T, w *world, q *quiet) {
+		// is says what the device was asked so far, in any order of what went out at once, and what waits in the directory.
+		is := func(posts, waiting string) {
+			t.Helper()
+			got, _ := q.asking()
+			slices.Sort(got)
+			var left []string
+			for _, c := range w.queue {
+				left = append(left, c.ID)
+			}
+			if strings.Join(got, " ") != posts || strings.Join(left, " ") != waiting {
+				t.Fatalf("the device was asked %q and %q wait, want %s and %s; %q", got, left, posts, waiting, w.log)
+			}
+		}
+		after(tryBeside - time.Millisecond)
+		is("/never", "2 3 4 5 6")
+		after(time.Millisecond)
+		is("/a /b /c /never", "2 5") // four, of which more than one may be no more
+		to := w.to[lampID]
+		if to.Ready("/d", []string{"1", "3", "4", "6"}) {
+			t.Error("a fifth could be sent")
+		}
+		q.answer("/b")
+		if w.ends["4"].Status != hub.StatusOK {
+			t.Fatalf("ended %v", w.ends)
+		}
+		is("/a /b /c /never", "2 5")
+		for _, test := range []struct {
+			href  hub.Href
+			bound []string
+			want  bool
+		}{
+			{"/d", []string{"1", "3", "6"}, true},
+			{"/d", []string{"1", "3"}, true}, // one was cancelled, and is out all the same
+			{"/a", []string{"1", "6"}, false},
+			{"/d", []string{"1", "3", "6", "just now"}, false},
+			{"/d", []string{"1", "3", "just now"}, false},
+		} {
+			if got := to.Ready(test.href, test.bound); got != test.want {
+				t.Errorf("ready for %s beside %q: %t", test.href, test.bound, got)
+			}
+		}
+		seventh := command("7", hub.CommandUpdate, "/d")
+		to.Deliver(seventh)
+		to.Deliver(seventh) // it was asked for at the same time
+		synctest.Wait()
+		is("/a /b /c /d /never", "2 5")
+		q.answer("/a")
+		is("/a /a /b /c /d /never", "2")
+		for _, href := range []string{"/c", "/d", "/a"} {
+			q.answer(href)
+		}
+		is("/a /a /b /c /d /never", "2")
+		after(20 * time.Second)
+		if w.ends["1"].End != hub.CommandUnavailable || len(w.ends) != 6 {
+			t.Errorf("ended %v", w.ends)
+		}
+		is("/a /a /b /c /d /never /never", "")
+		q.answer("/never")
+	})
+}
+
+// A command ends just when the directory says that all others wait for it.
+func TestCommandEndsWhileOthersAreAskedFor(t *testing.T) {
+	var hold chan struct{} // of the bubble
+	silence(t, 10, func(h *hall, _ *quiet) {
+		h.w.off[lampID] = true
+		for i, href := range []hub.Href{"/never", "/a", "/a"} {
+			h.w.queue = append(h.w.queue, command(fmt.Sprint(i+1), hub.CommandUpdate, href))
+		}
+		hold = make(chan struct{})
+		take := h.w.dir.take
+		h.w.dir.take = func(ctx context.Context, from hub.Stamp, have []hub.Taken, n int) ([]hub.Command, bool, error) {
+			cs, more, err := take(ctx, from, have, n)
+			if len(cs) == 0 && more {
+				<-hold
+			}
+			return cs, more, err
+		}
+	}, func(t *testing.T, w *world, q *quiet) {
+		after(tryBeside)
+		q.answer("/a")
+		close(hold)
+		synctest.Wait()
+		if got, _ := q.asking(); !slices.Equal(got, []string{"/never", "/a", "/a"}) || w.ends["2"].Status != hub.StatusOK {
+			t.Errorf("asked %q; %q", got, w.log)
+		}
+	})
+}
+
+// One that answers everything in order has one command at a time, and loses none that it did not get.
+func TestCommandsOneAtATime(t *testing.T) {
+	silence(t, 10, func(h *hall, q *quiet) {
+		h.w.off[lampID], q.serial = true, true
+		for i, href := range []hub.Href{"/a", "/b", "/c", "/a", "/b", "/c"} {
+			h.w.queue = append(h.w.queue, command(fmt.Sprint(i+1), hub.CommandUpdate, href))
+		}
+	}, func(t *testing.T, w *world, q *quiet) {
+		for i := range 6 {
+			after(3 * time.Second)
+			posts, open := q.asking()
+			if open != 1 || len(posts) != i+1 || len(w.queue) != 5-i || w.to[lampID].Ready("/d", nil) {
+				t.Fatalf("asked %q, %d are open, %d wait", posts, open, len(w.queue))
+			}
+			if i < 5 { // the last is lost with the session
+				q.answer(posts[i])
+			}
+		}
+		if n := len(q.times("/oic/res")); n != 1+maxTries { // where it is, and beside the first commands
+			t.Errorf("it was asked %d other things", n)
+		}
+	})
+}
+
+// Over DTLS a device needs both: four answers without a retransmission (RFC 7252, Section 4.7), and one beside a command.
+func TestCommandsAtOnceOverDatagrams(t *testing.T) {
+	for name, test := range map[string]struct {
+		published []string
+		second    bool
+	}{
+		"proved":     {[]string{"/1*", "/2*", "/3*", "/4*"}, true},
+		"not proved": {nil, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			doze(t, test.published, nil, func(d *dozer) {
+				d.busy["/slow"] = true
+				d.w.off[lampID] = !test.second // else the twin asks enough
+			}, func(t *testing.T, w *world, _ *Gateway, d *dozer) {
+				h := &hall{t: t, w: w}
+				after(time.Second)
+				h.give(command("1", hub.CommandUpdate, "/slow"), command("2", hub.CommandUpdate, "/slow"), command("3", hub.CommandUpdate, "/light"))
+				after(2 * time.Second)
+				if _, ended := w.ends["3"]; ended != test.second {
+					t.Errorf("the second ended: %t; asked %q; %q", ended, d.heardOf(), w.log)
+				}
+				after(20 * time.Second)
+				if w.ends["1"].End != hub.CommandUnavailable {
+					t.Errorf("ended %v", w.ends)
+				}
+			})
+		})
+	}
+}
+
 // A session that is over ends nothing: the directory does, with the session.
 func TestCommandOfASessionThatEnds(t *testing.T) {
 	h := start(t, nil)
@@ -202,7 +355,7 @@ func TestCommandsOfAConnectionThatCloses(t *testing.T) {
 		t.Errorf("%d commands wait, ended %v", len(h.w.queue), h.w.ends)
 	}
 	h.w.mu.Unlock()
-	if to.Ready() {
+	if to.Ready("/light", nil) {
 		t.Error("a connection that closes is ready for commands")
 	}
 	close(release)
@@ -303,14 +456,14 @@ func TestCommandWhileTheDirectoryIsAway(t *testing.T) {
 		h.w.mu.Unlock()
 		return end(ctx, from, id, a)
 	}
-	h.w.dir.take = func(ctx context.Context, from hub.Stamp, have []string, n int) ([]hub.Command, error) {
+	h.w.dir.take = func(ctx context.Context, from hub.Stamp, have []hub.Taken, n int) ([]hub.Command, bool, error) {
 		h.w.mu.Lock()
 		first := away && len(h.w.queue) == 2
 		h.w.mu.Unlock()
 		if first {
 			defer h.w.lock()()
 			h.w.queue = slices.Concat(h.w.queue[:1], h.w.queue[1:], []hub.Command{command("3", hub.CommandRetrieve, "/light")})
-			return nil, &hub.Error{Kind: hub.Exhausted}
+			return nil, false, &hub.Error{Kind: hub.Exhausted}
 		}
 		return take(ctx, from, have, n)
 	}
@@ -336,7 +489,7 @@ func TestCommandsWaitForASleeper(t *testing.T) {
 			}, func(t *testing.T, w *world, _ *Gateway, d *dozer) {
 				h := &hall{t: t, w: w}
 				after(openFor + time.Second)
-				if w.to[lampID].Ready() {
+				if w.to[lampID].Ready("/light", nil) {
 					t.Fatal("a silent device is not asleep")
 				}
 				d.sleep()
@@ -377,14 +530,14 @@ func TestCommandsFindNobody(t *testing.T) {
 		for _, id := range []string{"a", "b", "c"} {
 			h.give(command(id, hub.CommandUpdate, "/light", short))
 			after(10 * time.Second)
-			if w.ends[id].End != hub.CommandUnavailable || !w.to[lampID].Ready() {
+			if w.ends[id].End != hub.CommandUnavailable || !w.to[lampID].Ready("/light", nil) {
 				t.Fatalf("a command in vain ended with %+v", w.ends[id])
 			}
 		}
 		long := func(c *hub.Command) { c.ValidUntil = time.Now().Add(24 * time.Hour).UnixNano() }
 		h.give(command("1", hub.CommandUpdate, "/light", long), command("2", hub.CommandUpdate, "/light", long), command("3", hub.CommandUpdate, "/light", long))
 		after(3 * time.Hour)
-		if w.ends["1"].End != hub.CommandUnavailable || len(w.queue) != 2 || w.to[lampID].Ready() {
+		if w.ends["1"].End != hub.CommandUnavailable || len(w.queue) != 2 || w.to[lampID].Ready("/light", nil) {
 			t.Fatalf("after a command in vain: %v, %d wait", w.ends, len(w.queue))
 		}
 		if n := d.missedSoFar(); n > 80 { // at most five transmissions of each

@@ -83,7 +83,7 @@ func (d *deliverer) Close(reason string) {
 }
 
 // Ready implements hub.Deliverer.
-func (d *deliverer) Ready() bool { return d.box.ready() }
+func (d *deliverer) Ready(href hub.Href, bound []string) bool { return d.box.ready(href, bound) }
 
 // Deliver implements hub.Deliverer.
 func (d *deliverer) Deliver(c hub.Command) { d.box.deliver(c) }

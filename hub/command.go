@@ -73,6 +73,12 @@ type Command struct {
 	Cause   Cause    // of the pending event
 }
 
+// Taken is a command that a session has and has not done with, also if it ended otherwise meanwhile.
+type Taken struct {
+	ID   string
+	Href Href
+}
+
 // Order is what a caller wants of a device.
 type Order struct {
 	Device    DeviceID
