@@ -376,7 +376,7 @@ func (b *outbox) carryOut(c *hub.Command, turn *coap.Turn) {
 	if err != nil && s.over() {
 		return // with the session the command ends
 	}
-	a := answerTo(c.Kind, m)
+	a := answerTo(c, m)
 	switch kind := hub.KindOf(err); {
 	case err == nil:
 	case kind == hub.Deadline:
@@ -496,6 +496,9 @@ func requestOf(c *hub.Command) (*coap.Message, error) {
 	if iface != "" {
 		m.Options = coap.AddOption(m.Options, message.URIQuery, []byte("if="+iface))
 	}
+	for _, e := range c.IfMatch {
+		m.Options = coap.AddOption(m.Options, coap.IfMatch, e)
+	}
 	if c.Code != 0 {
 		m.Code = codes.Code(c.Code)
 	}
@@ -509,13 +512,17 @@ func requestOf(c *hub.Command) (*coap.Message, error) {
 }
 
 // answerTo is what a device's answer means for the command; nil is none.
-func answerTo(kind hub.CommandKind, m *coap.Message) hub.Answer {
+func answerTo(c *hub.Command, m *coap.Message) hub.Answer {
 	if m == nil {
 		return hub.Answer{}
 	}
 	a := hub.Answer{End: hub.CommandCompleted, Status: statusOf(m.Code), Code: uint8(m.Code), Content: contentOf(m), ETag: coap.ETag(m)}
-	if kind != hub.CommandRetrieve && a.Status == hub.StatusNotModified {
+	if c.Kind != hub.CommandRetrieve && a.Status == hub.StatusNotModified {
 		a.Status = hub.StatusAccepted
+	}
+	if m.Code == codes.BadOption && len(c.IfMatch) > 0 {
+		// RFC 7252, Section 5.4.1: a critical option that it does not know. iotivity-lite knows no conditions.
+		a.Status = hub.StatusNotImplemented
 	}
 	// RFC 7252, Section 5.5.2: the payload of an error without a format is a text for people.
 	if m.Code>>5 != 2 && a.Content.Format == hub.FormatNone && len(m.Payload) > 0 && utf8.Valid(m.Payload) {

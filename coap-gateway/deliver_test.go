@@ -73,6 +73,7 @@ func TestCommandsBecomeRequests(t *testing.T) {
 		{command("4", hub.CommandCreate, "/light", content), "0.02 /light ?if=oic.if.create"},
 		{command("5", hub.CommandDelete, "/light"), "0.04 /light"},
 		{command("6", hub.CommandDelete, "/light", iface), "0.04 /light ?if=oic.if.rw"},
+		{command("condition", hub.CommandUpdate, "/light", content, iface, func(c *hub.Command) { c.IfMatch = [][]byte{{1, 2}, nil} }), "0.02 /light if-match=0102 if-match= ?if=oic.if.rw"},
 		// RFC 8132
 		{command("7", hub.CommandRetrieve, "/light", content, method(hub.MethodFetch)), "0.05 /light"},
 		{command("8", hub.CommandUpdate, "/light", content, method(hub.MethodPatch), iface), "0.06 /light ?if=oic.if.rw"},
@@ -113,6 +114,31 @@ func TestAnswersOfCommands(t *testing.T) {
 			if a := h.awaitEnd(id); a.Status != want[i] || a.End != hub.CommandCompleted || string(a.Content.Data) != "device says so" {
 				t.Errorf("%s: %+v, want status %d", id, a, want[i])
 			}
+		}
+	}
+}
+
+// A device that knows no conditions refuses a command with one (RFC 7252, Section 5.4.1), which is another matter than that it
+// does not fulfil it.
+func TestAnswersToConditions(t *testing.T) {
+	h := start(t, nil)
+	h.w.off[lampID] = true
+	h.online(lampID, func(d *device) {
+		d.res["/unknown"], d.res["/missed"] = resource{code: codes.BadOption}, resource{code: codes.PreconditionFailed}
+	})
+	condition := func(c *hub.Command) { c.IfMatch = [][]byte{{1}} }
+	for _, test := range []struct {
+		c      hub.Command
+		status hub.Status
+		code   uint8
+	}{
+		{command("1", hub.CommandUpdate, "/unknown", condition), hub.StatusNotImplemented, 0x82},
+		{command("2", hub.CommandUpdate, "/unknown"), hub.StatusError, 0x82},
+		{command("3", hub.CommandDelete, "/missed", condition), hub.StatusError, 0x8c},
+	} {
+		h.give(test.c)
+		if a := h.awaitEnd(test.c.ID); a.End != hub.CommandCompleted || a.Status != test.status || a.Code != test.code {
+			t.Errorf("command %s: answer %+v", test.c.ID, a)
 		}
 	}
 }

@@ -66,7 +66,7 @@ func (k keys) old(now int64) []*keyed {
 }
 
 // sumOf tells whether two orders with the same key are the same.
-func sumOf(kind hub.CommandKind, method uint8, href hub.Href, iface string, c hub.Content, etags [][]byte) []byte {
+func sumOf(kind hub.CommandKind, method uint8, href hub.Href, iface string, c hub.Content, etags, ifMatch [][]byte) []byte {
 	h := sha256.New()
 	part := func(b []byte) {
 		h.Write(binary.BigEndian.AppendUint64(nil, uint64(len(b))))
@@ -83,6 +83,12 @@ func sumOf(kind hub.CommandKind, method uint8, href hub.Href, iface string, c hu
 	part(c.Data)
 	for _, e := range etags {
 		part(e)
+	}
+	if len(ifMatch) > 0 {
+		part([]byte("condition")) // is too long for an ETag
+		for _, e := range ifMatch {
+			part(e)
+		}
 	}
 	return h.Sum(nil)[:16]
 }
@@ -148,7 +154,7 @@ func (s *state) applyCommand(c *hub.Commit, i int, changed []string) []string {
 				changed = append(changed, keyKey(e.key))
 			}
 			s.keys = s.keys.put(&keyed{
-				key: cmd.Key, id: cmd.ID, sum: sumOf(cmd.Kind, cmd.Code, cmd.Href, cmd.Interface, cmd.Content, cmd.ETags), time: c.Time,
+				key: cmd.Key, id: cmd.ID, sum: sumOf(cmd.Kind, cmd.Code, cmd.Href, cmd.Interface, cmd.Content, cmd.ETags, cmd.IfMatch), time: c.Time,
 				seq: c.Seq, index: i,
 			})
 			changed = append(changed, keyKey(cmd.Key))
@@ -244,6 +250,8 @@ func checkOrder(o *hub.Order, fallback time.Duration) error {
 		return invalid("idempotency-key-invalid", "the idempotency key is longer than 255 bytes")
 	case len(o.ETags) > hub.MaxCommandTags || len(o.IfMatch)+len(o.IfSeq) > hub.MaxCommandTags:
 		return invalid("etag-invalid", "there are more than 16 ETags")
+	case o.ForwardIfMatch && len(forwarded(o)) == 0:
+		return invalid("condition-invalid", "If-Match names no ETag that a device could have, so there is nothing to forward")
 	case len(o.Content.Data) > hub.MaxContent:
 		return hub.NewError(hub.TooLarge, "content-too-large", "the content is larger than 256 KiB")
 	case len(o.Content.Type) > 255 || len(o.Connection) > 255:
@@ -283,7 +291,7 @@ func (d *Directory) Command(ctx context.Context, owner hub.Owner, o hub.Order) (
 		return hub.Outcome{}, wrap(op, err)
 	}
 	w := d.worker(o.Device)
-	fresh, sum := uuid.NewString(), sumOf(o.Kind, o.Method, o.Href, o.Interface, o.Content, o.ETags)
+	fresh, sum := uuid.NewString(), sumOf(o.Kind, o.Method, o.Href, o.Interface, o.Content, o.ETags, forwarded(&o))
 	var id string
 	var from uint64 // where to look for its end
 	r := &request{dev: o.Device, op: op}
@@ -375,6 +383,7 @@ func (d *Directory) ordered(s *state, o *hub.Order, id string, now int64, l *liv
 		Kind: hub.CommandPending, Href: o.Href, Correlation: id, User: o.User, Connection: o.Connection, Content: o.Content,
 		Command: &hub.CommandEvent{
 			Kind: o.Kind, Interface: o.Interface, ETags: o.ETags, ValidUntil: now + int64(o.TTL), Key: o.Key, Code: o.Method,
+			IfMatch: forwarded(o),
 		},
 	}
 	if !o.Kind.OfTwin() {
@@ -436,6 +445,22 @@ func (s *state) mayGo(o *hub.Order, l *live) bool {
 		}
 	}
 	return l.to.Ready(o.Href, bound)
+}
+
+// forwarded is the condition that the device is to check (RFC 7252, Section 5.10: an If-Match has at most 8 bytes).
+func forwarded(o *hub.Order) (tags [][]byte) {
+	if !o.ForwardIfMatch {
+		return nil
+	}
+	for _, e := range o.IfMatch {
+		switch {
+		case len(e) == 0:
+			tags = append(tags, nil) // as the log gives it back
+		case len(e) <= 8:
+			tags = append(tags, e)
+		}
+	}
+	return tags
 }
 
 // meets reports whether the twin is one that the order wants.

@@ -510,6 +510,42 @@ func TestConditionOnTheTwin(t *testing.T) {
 	}
 }
 
+// A condition that the device is to check goes with its command, without what no device can have; the twin is asked first.
+func TestConditionForTheDevice(t *testing.T) {
+	h := open(t)
+	x := h.registered(lamp)
+	c := value("/light", 0)
+	c.ETag = []byte{7}
+	h.must(x.notify(c))
+	h.must(h.d.SignOut(t.Context(), x.stamp()))
+	o := update(1)
+	o.IfMatch, o.Key = [][]byte{{7}, make([]byte, 9), {}}, "k"
+	h.async(o)
+	o.ForwardIfMatch = true
+	_, err := h.d.Command(t.Context(), alice, o)
+	wantKind(t, err, hub.Invalid, "idempotency-key-reused")
+	o.Key = ""
+	h.async(o)
+	for _, tags := range [][][]byte{nil, {make([]byte, 9)}} {
+		bad := o
+		bad.IfMatch, bad.IfSeq = tags, []uint64{1}
+		_, err = h.d.Command(t.Context(), alice, bad)
+		wantKind(t, err, hub.Invalid, "condition-invalid")
+	}
+	o.IfMatch = [][]byte{{8}}
+	_, err = h.d.Command(t.Context(), alice, o)
+	wantKind(t, err, hub.Precondition, "etag-mismatch")
+	h.restart()
+	y := h.signIn(lamp, alice, 1, "conn-2")
+	for i, want := range []string{"[]", "[07 ]"} {
+		cs := y.take(1)
+		if len(cs) != 1 || fmt.Sprintf("%x", cs[0].IfMatch) != want {
+			t.Fatalf("command %d is %+v, want condition %s", i, cs, want)
+		}
+		h.must(y.answer(cs[0].ID, ""))
+	}
+}
+
 func TestIdempotencyKey(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

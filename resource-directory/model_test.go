@@ -261,7 +261,7 @@ func TestDirectoryAgainstAModel(t *testing.T) {
 				m.set("/a", "x")
 				stored := h.device(m.owner, lamp)
 				r, _ := stored.Resources.Get("/a")
-				if r.Message != x.msg { // it changed nothing, so its number is not stored
+				if r.Session != x.sess.Number || r.Message != x.msg { // it changed nothing, so its number is not stored
 					return
 				}
 				h.must(h.d.Notify(ctx, x.same(), []hub.Change{value("/a", "repeated")}))
