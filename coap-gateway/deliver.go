@@ -40,6 +40,7 @@ type outbox struct {
 	mu      sync.Mutex // guards all below
 	s       *session   // nil before the session has begun
 	running bool
+	where   bool          // the device is to be asked where it is when nothing else is to do: the twin, which asks otherwise, is off
 	waiting bool          // the directory has commands for us
 	behind  bool          // all that it has are for resources with a command that is out
 	hand    []hub.Command // bound to the session, not begun; the directory hands over what can go out
@@ -54,12 +55,12 @@ type underway struct {
 	since time.Time
 }
 
-// begin starts what waited for the session.
-func (b *outbox) begin(s *session, waiting bool) {
+// begin starts what waited for the session; where has the device asked where it is in its own network.
+func (b *outbox) begin(s *session, waiting, where bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.s = s
-	b.waiting = b.waiting || waiting
+	b.waiting, b.where = b.waiting || waiting, where
 	b.start()
 }
 
@@ -147,7 +148,7 @@ func (s *session) over() bool { return s.ctx.Err() != nil || s.conn.Closing() }
 // start runs the goroutine unless it runs. b.mu is held.
 func (b *outbox) start() {
 	s := b.s
-	if s == nil || b.running || !b.waiting && len(b.hand) == 0 || s.over() {
+	if s == nil || b.running || !b.waiting && len(b.hand) == 0 && !b.where || s.over() {
 		return
 	}
 	b.disarm()
@@ -167,6 +168,7 @@ const (
 	getTurn              // wait for a turn at the device
 	begin                // carry out what is in hand
 	take                 // ask the directory for more
+	askWhere             // ask the device where it is
 	askAlive             // ask a device that may not listen for a sign of life
 	askMore              // ask a device whether it takes a request beside the one that it has
 )
@@ -206,8 +208,15 @@ func (b *outbox) run() {
 			})
 		case take:
 			b.take()
-		case askAlive:
+		case askWhere:
 			drop() // the question takes its own
+			// It is worth a short wait: what comes meanwhile waits with it.
+			if err := s.learnEndpoints(noReaction); err != nil && s.ctx.Err() == nil {
+				s.notStored(err)
+				return // the connection is over; running stays true, so nothing starts again
+			}
+		case askAlive:
+			drop() // likewise
 			b.try()
 		case askMore:
 			b.tryBeside(beside)
@@ -228,8 +237,11 @@ func (b *outbox) next(turn bool) (_ step, c *hub.Command, beside *coap.Turn) {
 	}
 	now := time.Now()
 	switch {
-	case b.s.over(), len(b.hand) == 0 && !b.waiting:
+	case b.s.over(), len(b.hand) == 0 && !b.waiting && (!b.where || len(b.out) > 0):
 		return end(time.Time{})
+	case len(b.hand) == 0 && !b.waiting:
+		b.where = false
+		return askWhere, nil, nil
 	case len(b.hand) > 0:
 		if !turn && !b.hand[0].Kind.OfTwin() {
 			return getTurn, nil, nil
@@ -294,7 +306,7 @@ func (b *outbox) tryBeside(turn *coap.Turn) {
 // try finds out whether the device listens, by a question that loses nothing if it does not.
 func (b *outbox) try() {
 	s := b.s
-	if err := s.learnEndpoints(); err != nil && s.ctx.Err() == nil {
+	if err := s.learnEndpoints(s.gw.cfg.API.CoAP.KeepAlive.Timeout); err != nil && s.ctx.Err() == nil {
 		s.log.Debug("could not record where the device is in its own network", "error", err)
 	}
 	if !s.rhythm.awake(time.Now()) {

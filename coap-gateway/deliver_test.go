@@ -309,9 +309,39 @@ func TestCommandsOneAtATime(t *testing.T) {
 				q.answer(posts[i])
 			}
 		}
-		if n := len(q.times("/oic/res")); n != 1+maxTries { // where it is, and beside the first commands
+		if n := len(q.times("/oic/res")); n != maxTries { // beside the first commands
 			t.Errorf("it was asked %d other things", n)
 		}
+	})
+}
+
+// A device whose twin is off is asked where it is when nothing else is for it, and holds up what comes then for a short time if
+// it does not answer.
+func TestCommandsBeforeTheQuestionWhere(t *testing.T) {
+	silence(t, 10, func(h *hall, q *quiet) {
+		h.w.off[lampID], q.silent["/oic/res"] = true, true
+		h.w.queue = []hub.Command{command("1", hub.CommandUpdate, "/a"), command("2", hub.CommandUpdate, "/a")}
+	}, func(t *testing.T, w *world, q *quiet) {
+		synctest.Wait()
+		for range 2 {
+			if _, open := q.asking(); open != 1 || len(q.times("/oic/res")) != 0 {
+				t.Fatalf("%d commands are out, and the question %d times", open, len(q.times("/oic/res")))
+			}
+			q.answer("/a")
+		}
+		if len(q.times("/oic/res")) != 1 {
+			t.Fatal("the device was not asked where it is")
+		}
+		(&hall{t: t, w: w}).give(command("3", hub.CommandUpdate, "/a"))
+		after(noReaction - time.Millisecond)
+		if _, open := q.asking(); open != 0 {
+			t.Fatal("the device has two requests")
+		}
+		after(time.Millisecond)
+		if _, open := q.asking(); open != 1 || len(q.times("/oic/res")) != 1 {
+			t.Errorf("%d commands are out, and the question %d times", open, len(q.times("/oic/res")))
+		}
+		q.answer("/a")
 	})
 }
 

@@ -34,9 +34,8 @@ type session struct {
 	cancel context.CancelFunc
 	to     *deliverer
 	twin   *twin
-	asking sync.WaitGroup // what asks the device where it is, when the twin does not
-	rhythm *rhythm        // when the device listens
-	aside  atomic.Int32   // its requests that wait for other devices
+	rhythm *rhythm      // when the device listens
+	aside  atomic.Int32 // its requests that wait for other devices
 	// watching has its watches, guarded by the gateway's watches; telling is their goroutines.
 	watching map[*watch]struct{}
 	telling  sync.WaitGroup
@@ -180,6 +179,5 @@ func (s *session) stop() {
 	s.cancel()
 	s.to.box.stop() // first: it may turn the twin
 	s.gw.watches.leave(s)
-	s.asking.Wait()
 	s.twin.stop()
 }

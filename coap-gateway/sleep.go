@@ -234,8 +234,11 @@ func (s *session) request(ctx context.Context, do func(context.Context) error) e
 }
 
 // ask is a request with one answer.
-func (s *session) ask(req *coap.Message) (m *coap.Message, err error) {
-	err = s.request(s.ctx, func(ctx context.Context) (err error) {
+func (s *session) ask(req *coap.Message) (*coap.Message, error) { return s.askFor(s.ctx, req) }
+
+// askFor is ask with a context of the session's.
+func (s *session) askFor(ctx context.Context, req *coap.Message) (m *coap.Message, err error) {
+	err = s.request(ctx, func(ctx context.Context) (err error) {
 		m, err = s.conn.Do(ctx, req)
 		return err
 	})
