@@ -91,7 +91,7 @@ func (b *outbox) ready(href hub.Href, bound []string) bool {
 			n++
 		}
 	}
-	return n < b.s.conn.Window() && b.s.rhythm.awake(time.Now())
+	return n < b.s.conn.Window() && !b.alone() && b.s.rhythm.awake(time.Now())
 }
 
 func (b *outbox) deliver(c hub.Command) {
@@ -132,6 +132,21 @@ func (b *outbox) listens() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.start()
+}
+
+// heard says that the device, over UDP or DTLS, said something: it may have what waits beside what is out.
+func (b *outbox) heard() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.waiting && len(b.out) > 0 {
+		b.start()
+	}
+}
+
+// alone reports whether the device may be away since the newest command went out, which is all that is to be lost then. b.mu
+// is held.
+func (b *outbox) alone() bool {
+	return len(b.out) > 0 && !b.s.rhythm.heardSince(b.out[len(b.out)-1].since)
 }
 
 // disarm stops the timer. b.mu is held.
@@ -271,6 +286,8 @@ func (b *outbox) next(turn bool) (_ step, c *hub.Command, beside *coap.Turn) {
 		}
 		b.tries++
 		return askMore, nil, beside
+	case b.alone():
+		return end(time.Time{}) // its next message goes on, be it an ACK
 	case !turn:
 		return getTurn, nil, nil
 	}

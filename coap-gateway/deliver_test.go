@@ -378,6 +378,56 @@ func TestCommandsAtOnceOverDatagrams(t *testing.T) {
 	}
 }
 
+// A device that proved to take more than one command and is away by now loses one all the same: the next goes out when it has
+// said something since, be it that it got the one before.
+func TestCommandsAtOnceFindNobody(t *testing.T) {
+	var all []string // so many questions that it may have three
+	for i := range 12 {
+		all = append(all, fmt.Sprintf("/%d*", i))
+	}
+	for name, away := range map[string]time.Duration{"for long": 10 * time.Minute, "for a second": time.Second} {
+		t.Run(name, func(t *testing.T) {
+			slow := func(d *dozer) { d.busy["/slow"], d.busy["/slower"] = true, true }
+			doze(t, all, nil, slow, func(t *testing.T, w *world, _ *Gateway, d *dozer) {
+				h := &hall{t: t, w: w}
+				after(time.Second)
+				h.give(command("1", hub.CommandUpdate, "/slow"), command("2", hub.CommandUpdate, "/slower"), command("light", hub.CommandUpdate, "/light"))
+				after(2 * time.Second)
+				w.mu.Lock()
+				if w.ends["light"].Status != hub.StatusOK || len(w.ends) != 1 {
+					t.Errorf("beside two that it got the device answered %+v", w.ends)
+				}
+				w.mu.Unlock()
+				after(time.Minute)
+				d.ask(get("/oic/rd", 2)) // it answered neither of them
+				after(time.Second)
+				d.sleep()
+				long := func(c *hub.Command) { c.ValidUntil = time.Now().Add(time.Hour).UnixNano() }
+				h.give(command("3", hub.CommandUpdate, "/a", long), command("4", hub.CommandUpdate, "/b", long), command("5", hub.CommandUpdate, "/c", long))
+				after(away)
+				w.mu.Lock()
+				first, ended := w.ends["3"]
+				to, waiting := w.to[lampID], len(w.queue)
+				w.mu.Unlock()
+				if waiting != 2 || to.Ready("/d", nil) {
+					t.Errorf("%d wait", waiting)
+				}
+				if lost := away > time.Minute; ended != lost || lost && first.End != hub.CommandUnavailable {
+					t.Errorf("the first ended: %t, %+v", ended, first)
+				}
+				d.wake()
+				d.ask(get("/oic/rd", 2))
+				synctest.Wait()
+				w.mu.Lock()
+				defer w.mu.Unlock()
+				if w.ends["4"].Status != hub.StatusOK || w.ends["5"].Status != hub.StatusOK {
+					t.Errorf("when it spoke again it answered %+v", w.ends)
+				}
+			})
+		})
+	}
+}
+
 // A session that is over ends nothing: the directory does, with the session.
 func TestCommandOfASessionThatEnds(t *testing.T) {
 	h := start(t, nil)
