@@ -19,7 +19,7 @@ import (
 // exchange is a request of ours that has no answer yet.
 type exchange struct {
 	answer      chan answer  // capacity 1
-	number      uint64       // in the order of sending
+	begun, sent uint64       // before and after it was given to the transport, as Conn.asked counts; sent is 0 before
 	observation *Observation // to be registered when the answer has an Observe option
 	cancel      bool         // notifications with the same token may still come first
 	refresh     bool         // the answer is a notification, too
@@ -375,7 +375,7 @@ func (c *Conn) overtook(x *exchange) {
 		return
 	}
 	for _, y := range c.exchanges {
-		if y.number < x.number {
+		if y.sent != 0 && y.sent < x.begun { // two that are sent at the same time may go in any order
 			c.able.Store(true)
 			c.admit()
 			return
@@ -434,7 +434,7 @@ func (c *Conn) attempt(ctx context.Context, op string, m *Message, x *exchange) 
 		c.exchanges = make(map[string]*exchange)
 	}
 	c.asked++
-	x.number = c.asked
+	x.begun, x.sent = c.asked, 0
 	c.exchanges[key] = x
 	c.mu.Unlock()
 	defer func() {
@@ -453,6 +453,10 @@ func (c *Conn) attempt(ctx context.Context, op string, m *Message, x *exchange) 
 		}
 		return nil, errGone.With(op, err)
 	}
+	c.mu.Lock()
+	c.asked++
+	x.sent = c.asked
+	c.mu.Unlock()
 	select {
 	case a := <-x.answer:
 		if a.err != nil {

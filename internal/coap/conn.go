@@ -78,7 +78,7 @@ type Conn struct {
 	outstanding  int             // requests of ours that have no answer yet
 	waiting      []chan struct{} // those that wait for one of them, in order
 	exchanges    map[string]*exchange
-	asked        uint64 // number of the newest of them
+	asked        uint64 // counts their sending
 	observations map[string]*Observation
 	observers    map[string]*Observer // by token
 	echo         []byte               // the Echo value of the peer's last answer, until the next request (RFC 9175, Section 2.3)
