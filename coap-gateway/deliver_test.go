@@ -415,7 +415,7 @@ func TestCommandsAtOnceFindNobody(t *testing.T) {
 				if lost := away > time.Minute; ended != lost || lost && first.End != hub.CommandUnavailable {
 					t.Errorf("the first ended: %t, %+v", ended, first)
 				}
-				d.wake()
+				d.set(func() { d.asleep = false }) // at the same address, where nothing has to be proved first
 				d.ask(get("/oic/rd", 2))
 				synctest.Wait()
 				w.mu.Lock()
