@@ -114,6 +114,14 @@ func TestCommands(t *testing.T) {
 	})
 	_, err = c.UpdateResource(ctx, lamp, "/light/1", map[string]int{"power": 6}, client.CommandOptions{IfMatch: was.Tag})
 	fails(t, err, client.Precondition, "etag-mismatch")
+	now, err := c.GetResource(ctx, lamp, "/light/1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = c.UpdateResource(ctx, lamp, "/light/1", map[string]int{"power": 6}, client.CommandOptions{IfMatch: now.Tag, ForwardIfMatch: true})
+	fails(t, err, client.Unsupported, "condition-unsupported") // like most devices, it knows no conditions
+	_, err = c.UpdateResource(ctx, lamp, "/light/1", map[string]int{"power": 6}, client.CommandOptions{ForwardIfMatch: true})
+	fails(t, err, client.Invalid, "condition-invalid")
 	got, err = c.UpdateResource(ctx, lamp, "/light/1", client.CBOR("\xa1\x65power\x07"), none)
 	if err != nil || got.Decode(&light) != nil || light.Power != 7 {
 		t.Errorf("%+v, %v", got, err)

@@ -28,6 +28,10 @@ type CommandOptions struct {
 	// IfMatch is a Resource.Tag: if the twin is another by now, it fails with Precondition and the device is not asked. Not for
 	// RetrieveResource.
 	IfMatch string
+	// ForwardIfMatch has the device check IfMatch, too. If it does not fulfil it, that is a Precondition with the code
+	// "device-condition"; if it knows no conditions, as many do not, Unsupported with "condition-unsupported". Either way it has
+	// done nothing.
+	ForwardIfMatch bool
 	// Interface is an OCF interface of the resource, such as oic.if.rw. Not for CreateResource.
 	Interface string
 }
@@ -37,7 +41,7 @@ func (o CommandOptions) request(method, path string) Request {
 	if o.TTL != 0 {
 		r.Query.Set("timeToLive", strconv.FormatInt(int64(o.TTL), 10))
 	}
-	for name, on := range map[string]bool{"async": o.Async, "force": o.Force, "supersede": o.Supersede} {
+	for name, on := range map[string]bool{"async": o.Async, "force": o.Force, "supersede": o.Supersede, "forwardIfMatch": o.ForwardIfMatch} {
 		if on {
 			r.Query.Set(name, "true")
 		}

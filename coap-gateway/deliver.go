@@ -2,6 +2,7 @@ package coapgateway
 
 import (
 	"context"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -18,32 +19,48 @@ const (
 	// createInterface makes a POST one that creates (OCF Core, interface oic.if.create).
 	createInterface = "oic.if.create"
 	// afterEnd is how long an answer is waited for after the command's end, to record that it came: until then nothing else is
-	// asked of the device.
+	// asked of the resource.
 	afterEnd = time.Second
+	// tryBeside is how long a command is out, with others behind it, before the device is asked something else beside it: whether
+	// it takes two matters for slow answers only. It is tried at most maxTries times in a session; a device that had more to do
+	// than it takes would be slow for it each time.
+	tryBeside = time.Second
+	maxTries  = 3
 	// askDirectoryAgain is the pause after the directory could not be asked, or told.
 	askDirectoryAgain = time.Second
 )
 
-// outbox carries out the commands of a session, one after the other: most devices take one request at a time (NSTART of RFC
-// 7252, Section 4.7), and what is bound to a session but not sent would be lost with it, so commands are taken from the
-// directory only when they can go out. Its goroutine exists only while there is work.
+// outbox carries out the commands of a session: as many at once as the device proved to take, which for most is one (NSTART of
+// RFC 7252, Section 4.7), and never two for one resource, of which the order would be anybody's. What is bound to a session but
+// not sent would be lost with it, so commands are taken from the directory only when they can go out, and with the turn at the
+// device in hand. Its goroutine exists only while there is something to hand out, and one more for each command that is out.
 type outbox struct {
-	done sync.WaitGroup // the goroutine, while it runs
+	done sync.WaitGroup // the goroutines, while they run
 
 	mu      sync.Mutex // guards all below
 	s       *session   // nil before the session has begun
 	running bool
+	where   bool          // the device is to be asked where it is when nothing else is to do: the twin, which asks otherwise, is off
 	waiting bool          // the directory has commands for us
-	hand    []hub.Command // bound to the session, not begun; the directory hands over one, and only while we are ready
+	behind  bool          // all that it has are for resources with a command that is out
+	hand    []hub.Command // bound to the session, not begun; the directory hands over what can go out
+	out     []underway    // begun, and their ends are not stored; at most Conn.Window, and the hrefs all differ
+	tries   int           // how often the device was asked something beside a command
 	timer   *time.Timer   // for the next try; set only while the goroutine does not run and commands wait
 }
 
-// begin starts what waited for the session.
-func (b *outbox) begin(s *session, waiting bool) {
+// underway is a command that is being carried out.
+type underway struct {
+	hub.Taken
+	since time.Time
+}
+
+// begin starts what waited for the session; where has the device asked where it is in its own network.
+func (b *outbox) begin(s *session, waiting, where bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.s = s
-	b.waiting = b.waiting || waiting
+	b.waiting, b.where = b.waiting || waiting, where
 	b.start()
 }
 
@@ -55,21 +72,52 @@ func (b *outbox) stop() {
 	b.done.Wait()
 }
 
-// ready reports whether a command could be sent at once.
-func (b *outbox) ready() bool {
+// ready reports whether a command for href could be sent at once, beside those that are bound to the session.
+func (b *outbox) ready(href hub.Href, bound []string) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.s == nil || b.s.over() || b.running || b.waiting {
+	switch {
+	case b.s == nil, b.s.over(), b.running, b.waiting:
+		return false
+	case href != "" && !b.s.conn.Free(): // one of the twin has no href, and nothing is sent
 		return false
 	}
-	return b.s.rhythm.awake(time.Now())
+	n := len(bound)
+	for _, u := range b.out {
+		if u.Href == href {
+			return false
+		}
+		if !slices.Contains(bound, u.ID) { // it has ended otherwise
+			n++
+		}
+	}
+	return n < b.s.conn.Window() && !b.alone() && b.s.rhythm.awake(time.Now())
 }
 
 func (b *outbox) deliver(c hub.Command) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.hand = append(b.hand, c)
+	b.receive(c)
 	b.start()
+}
+
+// receive puts a command in hand unless it is known: the directory may bring what was asked for at the same time. b.mu is held.
+func (b *outbox) receive(c hub.Command) {
+	if !slices.ContainsFunc(b.known(), func(t hub.Taken) bool { return t.ID == c.ID }) {
+		b.hand = append(b.hand, c)
+	}
+}
+
+// known are the commands that the session has. b.mu is held.
+func (b *outbox) known() []hub.Taken {
+	all := make([]hub.Taken, 0, len(b.out)+len(b.hand))
+	for _, u := range b.out {
+		all = append(all, u.Taken)
+	}
+	for i := range b.hand {
+		all = append(all, hub.Taken{ID: b.hand[i].ID, Href: b.hand[i].Href})
+	}
+	return all
 }
 
 func (b *outbox) wake() {
@@ -86,6 +134,21 @@ func (b *outbox) listens() {
 	b.start()
 }
 
+// heard says that the device, over UDP or DTLS, said something: it may have what waits beside what is out.
+func (b *outbox) heard() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.waiting && len(b.out) > 0 {
+		b.start()
+	}
+}
+
+// alone reports whether the device may be away since the newest command went out, which is all that is to be lost then. b.mu
+// is held.
+func (b *outbox) alone() bool {
+	return len(b.out) > 0 && !b.s.rhythm.heardSince(b.out[len(b.out)-1].since)
+}
+
 // disarm stops the timer. b.mu is held.
 func (b *outbox) disarm() {
 	if b.timer != nil {
@@ -100,7 +163,7 @@ func (s *session) over() bool { return s.ctx.Err() != nil || s.conn.Closing() }
 // start runs the goroutine unless it runs. b.mu is held.
 func (b *outbox) start() {
 	s := b.s
-	if s == nil || b.running || !b.waiting && len(b.hand) == 0 || s.over() {
+	if s == nil || b.running || !b.waiting && len(b.hand) == 0 && !b.where || s.over() {
 		return
 	}
 	b.disarm()
@@ -112,53 +175,155 @@ func (b *outbox) start() {
 	})
 }
 
+// step is what the outbox's goroutine does next.
+type step uint8
+
+const (
+	rest     step = iota // nothing: the goroutine ends
+	getTurn              // wait for a turn at the device
+	begin                // carry out what is in hand
+	take                 // ask the directory for more
+	askWhere             // ask the device where it is
+	askAlive             // ask a device that may not listen for a sign of life
+	askMore              // ask a device whether it takes a request beside the one that it has
+)
+
 func (b *outbox) run() {
+	s := b.s
+	var turn *coap.Turn
+	drop := func() {
+		if turn != nil {
+			turn.End()
+			turn = nil
+		}
+	}
+	defer drop()
 	for {
-		b.mu.Lock()
-		var c *hub.Command
-		try := false
-		switch {
-		case b.s.over(), len(b.hand) == 0 && !b.waiting:
-			b.running = false
-			b.mu.Unlock()
+		next, c, beside := b.next(turn != nil)
+		switch next {
+		case rest:
 			return
-		case len(b.hand) > 0:
-			c = &b.hand[0]
-			b.hand = b.hand[1:]
-		default:
-			// What is bound to the session and finds nobody is lost, so nothing is taken for a device that may not listen. Its
-			// next message starts this again, or the time to ask it for a sign of life.
-			now := time.Now()
-			if b.s.rhythm.awake(now) {
-				b.waiting = false
-				break
+		case getTurn:
+			var err error
+			if turn, err = s.conn.Turn(s.ctx); err != nil {
+				return // the session is over; running stays true, so nothing starts again
 			}
-			var again time.Time
-			if try, again = b.s.rhythm.inReach(now); !try {
-				if !again.IsZero() {
-					b.timer = time.AfterFunc(time.Until(again), b.listens)
+		case begin:
+			its := turn
+			if c.Kind.OfTwin() { // is not sent, and what it waits for may need the turn
+				its = nil
+			} else {
+				turn = nil
+			}
+			b.done.Go(func() {
+				if !s.conn.Guard("command", func() { b.carryOut(c, its) }) {
+					s.conn.Close(coap.ErrPanic) // what is under way ends with the session
 				}
-				b.running = false
-				b.mu.Unlock()
-				return
-			}
-		}
-		b.mu.Unlock()
-		switch {
-		case c != nil:
-			b.carryOut(c)
-		case try:
-			b.try()
-		default:
+				b.finished(c.ID)
+			})
+		case take:
 			b.take()
+		case askWhere:
+			drop() // the question takes its own
+			// It is worth a short wait: what comes meanwhile waits with it.
+			if err := s.learnEndpoints(noReaction); err != nil && s.ctx.Err() == nil {
+				s.notStored(err)
+				return // the connection is over; running stays true, so nothing starts again
+			}
+		case askAlive:
+			drop() // likewise
+			b.try()
+		case askMore:
+			b.tryBeside(beside)
 		}
+	}
+}
+
+// next says what to do; with rest the goroutine does not run any more.
+func (b *outbox) next(turn bool) (_ step, c *hub.Command, beside *coap.Turn) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	end := func(again time.Time) (step, *hub.Command, *coap.Turn) {
+		if !again.IsZero() {
+			b.timer = time.AfterFunc(time.Until(again), b.listens)
+		}
+		b.running = false
+		return rest, nil, nil
+	}
+	now := time.Now()
+	switch {
+	case b.s.over(), len(b.hand) == 0 && !b.waiting && (!b.where || len(b.out) > 0):
+		return end(time.Time{})
+	case len(b.hand) == 0 && !b.waiting:
+		b.where = false
+		return askWhere, nil, nil
+	case len(b.hand) > 0:
+		if !turn && !b.hand[0].Kind.OfTwin() {
+			return getTurn, nil, nil
+		}
+		c = &b.hand[0]
+		b.hand = b.hand[1:]
+		b.out = append(b.out, underway{hub.Taken{ID: c.ID, Href: c.Href}, now})
+		return begin, c, nil
+	case !b.s.rhythm.awake(now):
+		// What is bound to the session and finds nobody is lost, so nothing is taken for a device that may not listen. Its next
+		// message starts this again, or the time to ask it for a sign of life.
+		reach, again := b.s.rhythm.inReach(now)
+		if !reach || len(b.out) > 0 { // then what is out is the question
+			return end(again)
+		}
+		return askAlive, nil, nil
+	case len(b.out) >= b.s.conn.Window():
+		due := b.out[0].since.Add(tryBeside)
+		switch {
+		case b.tries >= maxTries || b.out[0].Href == "":
+			return end(time.Time{}) // the next end goes on
+		case now.Before(due):
+			return end(due)
+		}
+		if beside = b.s.conn.Beside(); beside == nil {
+			return end(now.Add(tryBeside))
+		}
+		b.tries++
+		return askMore, nil, beside
+	case b.alone():
+		return end(time.Time{}) // its next message goes on, be it an ACK
+	case !turn:
+		return getTurn, nil, nil
+	}
+	b.waiting = false
+	return take, nil, nil
+}
+
+// finished forgets a command, whose end is stored, and goes on.
+func (b *outbox) finished(id string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.out = slices.DeleteFunc(b.out, func(u underway) bool { return u.ID == id })
+	b.waiting, b.behind = b.waiting || b.behind, false
+	b.start()
+}
+
+// tryBeside asks the device something beside the command that is out. If it answers that first, it takes more than one at a time,
+// which the engine then knows; one that does not has only been asked for what every device is asked.
+func (b *outbox) tryBeside(turn *coap.Turn) {
+	s := b.s
+	defer turn.End()
+	ctx, cancel := context.WithTimeout(s.ctx, noReaction)
+	defer cancel()
+	err := s.request(ctx, func(ctx context.Context) error {
+		_, err := turn.Do(ctx, whereAreYou())
+		return err
+	})
+	if err != nil {
+		s.log.Debug("the device did not answer beside a command", "error", err)
 	}
 }
 
 // try finds out whether the device listens, by a question that loses nothing if it does not.
 func (b *outbox) try() {
 	s := b.s
-	if err := s.learnEndpoints(); err != nil && s.ctx.Err() == nil {
+	if err := s.learnEndpoints(s.gw.cfg.API.CoAP.KeepAlive.Timeout); err != nil && s.ctx.Err() == nil {
 		s.log.Debug("could not record where the device is in its own network", "error", err)
 	}
 	if !s.rhythm.awake(time.Now()) {
@@ -169,10 +334,14 @@ func (b *outbox) try() {
 // take gets the next command from the directory, bound to the session.
 func (b *outbox) take() {
 	s := b.s
+	b.mu.Lock()
+	have := b.known()
+	b.mu.Unlock()
 	var cs []hub.Command
+	var more bool
 	err := retry(s.ctx, s.gw.patience, func() (err error) {
 		from := hub.Stamp{Device: s.own.Device, Session: s.number, User: *s.user.Load()}
-		cs, err = s.gw.deps.Directory.TakeCommands(s.ctx, from, nil, 1)
+		cs, more, err = s.gw.deps.Directory.TakeCommands(s.ctx, from, have, 1)
 		return err
 	})
 	if err != nil && transient(err) {
@@ -183,8 +352,15 @@ func (b *outbox) take() {
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.hand = append(b.hand, cs...)
-	b.waiting = b.waiting || err != nil || len(cs) > 0 // there may be more
+	for _, c := range cs {
+		b.receive(c)
+	}
+	switch {
+	case err != nil, len(cs) > 0 && more, more && len(b.out) < len(have): // what the others waited for may be over
+		b.waiting = true
+	case more:
+		b.behind = true
+	}
 }
 
 func (b *outbox) pause() {
@@ -196,16 +372,20 @@ func (b *outbox) pause() {
 	}
 }
 
-// carryOut does one command, which is bound to the session, and tells the directory what came of it.
-func (b *outbox) carryOut(c *hub.Command) {
+// carryOut does one command, which is bound to the session, in its turn at the device, nil for one of the twin, and tells the
+// directory what came of it.
+func (b *outbox) carryOut(c *hub.Command, turn *coap.Turn) {
 	s := b.s
+	if c.Kind.OfTwin() {
+		if time.Now().UnixNano() < c.ValidUntil {
+			b.turnTwin(c)
+		}
+		return
+	}
+	defer turn.End()
 	left := time.Until(time.Unix(0, c.ValidUntil))
 	if left <= 0 {
 		return // it ends by itself, and was not sent
-	}
-	if c.Kind.OfTwin() {
-		b.turnTwin(c)
-		return
 	}
 	req, err := requestOf(c)
 	if err != nil {
@@ -218,13 +398,14 @@ func (b *outbox) carryOut(c *hub.Command) {
 	defer cancel()
 	var m *coap.Message
 	err = s.request(ctx, func(ctx context.Context) (err error) {
-		m, err = s.conn.Do(ctx, req)
+		m, err = turn.Do(ctx, req)
 		return err
 	})
+	turn.End() // whatever comes now is for the directory
 	if err != nil && s.over() {
 		return // with the session the command ends
 	}
-	a := answerTo(c.Kind, m)
+	a := answerTo(c, m)
 	switch kind := hub.KindOf(err); {
 	case err == nil:
 	case kind == hub.Deadline:
@@ -344,6 +525,9 @@ func requestOf(c *hub.Command) (*coap.Message, error) {
 	if iface != "" {
 		m.Options = coap.AddOption(m.Options, message.URIQuery, []byte("if="+iface))
 	}
+	for _, e := range c.IfMatch {
+		m.Options = coap.AddOption(m.Options, coap.IfMatch, e)
+	}
 	if c.Code != 0 {
 		m.Code = codes.Code(c.Code)
 	}
@@ -357,13 +541,17 @@ func requestOf(c *hub.Command) (*coap.Message, error) {
 }
 
 // answerTo is what a device's answer means for the command; nil is none.
-func answerTo(kind hub.CommandKind, m *coap.Message) hub.Answer {
+func answerTo(c *hub.Command, m *coap.Message) hub.Answer {
 	if m == nil {
 		return hub.Answer{}
 	}
 	a := hub.Answer{End: hub.CommandCompleted, Status: statusOf(m.Code), Code: uint8(m.Code), Content: contentOf(m), ETag: coap.ETag(m)}
-	if kind != hub.CommandRetrieve && a.Status == hub.StatusNotModified {
+	if c.Kind != hub.CommandRetrieve && a.Status == hub.StatusNotModified {
 		a.Status = hub.StatusAccepted
+	}
+	if m.Code == codes.BadOption && len(c.IfMatch) > 0 {
+		// RFC 7252, Section 5.4.1: a critical option that it does not know. iotivity-lite knows no conditions.
+		a.Status = hub.StatusNotImplemented
 	}
 	// RFC 7252, Section 5.5.2: the payload of an error without a format is a text for people.
 	if m.Code>>5 != 2 && a.Content.Format == hub.FormatNone && len(m.Payload) > 0 && utf8.Valid(m.Payload) {

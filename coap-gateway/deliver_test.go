@@ -73,6 +73,7 @@ func TestCommandsBecomeRequests(t *testing.T) {
 		{command("4", hub.CommandCreate, "/light", content), "0.02 /light ?if=oic.if.create"},
 		{command("5", hub.CommandDelete, "/light"), "0.04 /light"},
 		{command("6", hub.CommandDelete, "/light", iface), "0.04 /light ?if=oic.if.rw"},
+		{command("condition", hub.CommandUpdate, "/light", content, iface, func(c *hub.Command) { c.IfMatch = [][]byte{{1, 2}, nil} }), "0.02 /light if-match=0102 if-match= ?if=oic.if.rw"},
 		// RFC 8132
 		{command("7", hub.CommandRetrieve, "/light", content, method(hub.MethodFetch)), "0.05 /light"},
 		{command("8", hub.CommandUpdate, "/light", content, method(hub.MethodPatch), iface), "0.06 /light ?if=oic.if.rw"},
@@ -117,6 +118,31 @@ func TestAnswersOfCommands(t *testing.T) {
 	}
 }
 
+// A device that knows no conditions refuses a command with one (RFC 7252, Section 5.4.1), which is another matter than that it
+// does not fulfil it.
+func TestAnswersToConditions(t *testing.T) {
+	h := start(t, nil)
+	h.w.off[lampID] = true
+	h.online(lampID, func(d *device) {
+		d.res["/unknown"], d.res["/missed"] = resource{code: codes.BadOption}, resource{code: codes.PreconditionFailed}
+	})
+	condition := func(c *hub.Command) { c.IfMatch = [][]byte{{1}} }
+	for _, test := range []struct {
+		c      hub.Command
+		status hub.Status
+		code   uint8
+	}{
+		{command("1", hub.CommandUpdate, "/unknown", condition), hub.StatusNotImplemented, 0x82},
+		{command("2", hub.CommandUpdate, "/unknown"), hub.StatusError, 0x82},
+		{command("3", hub.CommandDelete, "/missed", condition), hub.StatusError, 0x8c},
+	} {
+		h.give(test.c)
+		if a := h.awaitEnd(test.c.ID); a.End != hub.CommandCompleted || a.Status != test.status || a.Code != test.code {
+			t.Errorf("command %s: answer %+v", test.c.ID, a)
+		}
+	}
+}
+
 // 4.04 takes the resource out of the directory, before the command ends.
 func TestCommandFindsNothing(t *testing.T) {
 	h := start(t, nil)
@@ -154,6 +180,251 @@ func TestCommandsWaitTheirTurn(t *testing.T) {
 	log := h.w.soFar()
 	if i, j := slices.Index(log, "ended 1 1"), slices.Index(log, "taken 2"); i < 0 || i > j {
 		t.Errorf("a command was bound before it could be sent: %q", log)
+	}
+}
+
+// A device that answers something else while a command is out has more than one at once, never two for one resource, each of
+// which are in order. So a resource that never answers holds up nothing but what is for itself, and nothing is bound to the
+// session that cannot go out.
+func TestCommandsAtOnce(t *testing.T) {
+	silence(t, 10, func(h *hall, _ *quiet) {
+		h.w.off[lampID] = true
+		for i, href := range []hub.Href{"/never", "/never", "/a", "/b", "/a", "/c"} {
+			h.w.queue = append(h.w.queue, command(fmt.Sprint(i+1), hub.CommandUpdate, href))
+		}
+	}, func(t *testing.T, w *world, q *quiet) {
+		// is says what the device was asked so far, in any order of what went out at once, and what waits in the directory.
+		is := func(posts, waiting string) {
+			t.Helper()
+			got, _ := q.asking()
+			slices.Sort(got)
+			var left []string
+			w.mu.Lock()
+			for _, c := range w.queue {
+				left = append(left, c.ID)
+			}
+			w.mu.Unlock()
+			if strings.Join(got, " ") != posts || strings.Join(left, " ") != waiting {
+				t.Fatalf("the device was asked %q and %q wait, want %s and %s; %q", got, left, posts, waiting, w.soFar())
+			}
+		}
+		after(tryBeside - time.Millisecond)
+		is("/never", "2 3 4 5 6")
+		after(time.Millisecond)
+		is("/a /b /c /never", "2 5") // four, of which more than one may be no more
+		w.mu.Lock()
+		to := w.to[lampID]
+		w.mu.Unlock()
+		if to.Ready("/d", []string{"1", "3", "4", "6"}) {
+			t.Error("a fifth could be sent")
+		}
+		q.answer("/b")
+		if a := (&hall{t: t, w: w}).awaitEnd("4"); a.Status != hub.StatusOK {
+			t.Fatalf("ended with %+v", a)
+		}
+		is("/a /b /c /never", "2 5")
+		for _, test := range []struct {
+			href  hub.Href
+			bound []string
+			want  bool
+		}{
+			{"/d", []string{"1", "3", "6"}, true},
+			{"/d", []string{"1", "3"}, true}, // one was cancelled, and is out all the same
+			{"/a", []string{"1", "6"}, false},
+			{"/d", []string{"1", "3", "6", "just now"}, false},
+			{"/d", []string{"1", "3", "just now"}, false},
+		} {
+			if got := to.Ready(test.href, test.bound); got != test.want {
+				t.Errorf("ready for %s beside %q: %t", test.href, test.bound, got)
+			}
+		}
+		seventh := command("7", hub.CommandUpdate, "/d")
+		to.Deliver(seventh)
+		to.Deliver(seventh) // it was asked for at the same time
+		synctest.Wait()
+		is("/a /b /c /d /never", "2 5")
+		q.answer("/a")
+		is("/a /a /b /c /d /never", "2")
+		for _, href := range []string{"/c", "/d", "/a"} {
+			q.answer(href)
+		}
+		is("/a /a /b /c /d /never", "2")
+		after(20 * time.Second)
+		w.mu.Lock()
+		if w.ends["1"].End != hub.CommandUnavailable || len(w.ends) != 6 {
+			t.Errorf("ended %v", w.ends)
+		}
+		w.mu.Unlock()
+		is("/a /a /b /c /d /never /never", "")
+		q.answer("/never")
+	})
+}
+
+// A command ends just when the directory says that all others wait for it.
+func TestCommandEndsWhileOthersAreAskedFor(t *testing.T) {
+	var hold chan struct{} // of the bubble
+	silence(t, 10, func(h *hall, _ *quiet) {
+		h.w.off[lampID] = true
+		for i, href := range []hub.Href{"/never", "/a", "/a"} {
+			h.w.queue = append(h.w.queue, command(fmt.Sprint(i+1), hub.CommandUpdate, href))
+		}
+		hold = make(chan struct{})
+		take := h.w.dir.take
+		h.w.dir.take = func(ctx context.Context, from hub.Stamp, have []hub.Taken, n int) ([]hub.Command, bool, error) {
+			cs, more, err := take(ctx, from, have, n)
+			if len(cs) == 0 && more {
+				<-hold
+			}
+			return cs, more, err
+		}
+	}, func(t *testing.T, w *world, q *quiet) {
+		after(tryBeside)
+		q.answer("/a")
+		close(hold)
+		synctest.Wait()
+		if got, _ := q.asking(); !slices.Equal(got, []string{"/never", "/a", "/a"}) {
+			t.Errorf("asked %q; %q", got, w.soFar())
+		}
+	})
+}
+
+// One that answers everything in order has one command at a time, and loses none that it did not get.
+func TestCommandsOneAtATime(t *testing.T) {
+	silence(t, 10, func(h *hall, q *quiet) {
+		h.w.off[lampID], q.serial = true, true
+		for i, href := range []hub.Href{"/a", "/b", "/c", "/a", "/b", "/c"} {
+			h.w.queue = append(h.w.queue, command(fmt.Sprint(i+1), hub.CommandUpdate, href))
+		}
+	}, func(t *testing.T, w *world, q *quiet) {
+		for i := range 6 {
+			after(3 * time.Second)
+			posts, open := q.asking()
+			w.mu.Lock()
+			waiting, to := len(w.queue), w.to[lampID]
+			w.mu.Unlock()
+			if open != 1 || len(posts) != i+1 || waiting != 5-i || to.Ready("/d", nil) {
+				t.Fatalf("asked %q, %d are open, %d wait", posts, open, waiting)
+			}
+			if i < 5 { // the last is lost with the session
+				q.answer(posts[i])
+			}
+		}
+		if n := len(q.times("/oic/res")); n != maxTries { // beside the first commands
+			t.Errorf("it was asked %d other things", n)
+		}
+	})
+}
+
+// A device whose twin is off is asked where it is when nothing else is for it, and holds up what comes then for a short time if
+// it does not answer.
+func TestCommandsBeforeTheQuestionWhere(t *testing.T) {
+	silence(t, 10, func(h *hall, q *quiet) {
+		h.w.off[lampID], q.silent["/oic/res"] = true, true
+		h.w.queue = []hub.Command{command("1", hub.CommandUpdate, "/a"), command("2", hub.CommandUpdate, "/a")}
+	}, func(t *testing.T, w *world, q *quiet) {
+		synctest.Wait()
+		for range 2 {
+			if _, open := q.asking(); open != 1 || len(q.times("/oic/res")) != 0 {
+				t.Fatalf("%d commands are out, and the question %d times", open, len(q.times("/oic/res")))
+			}
+			q.answer("/a")
+		}
+		if len(q.times("/oic/res")) != 1 {
+			t.Fatal("the device was not asked where it is")
+		}
+		(&hall{t: t, w: w}).give(command("3", hub.CommandUpdate, "/a"))
+		after(noReaction - time.Millisecond)
+		if _, open := q.asking(); open != 0 {
+			t.Fatal("the device has two requests")
+		}
+		after(time.Millisecond)
+		if _, open := q.asking(); open != 1 || len(q.times("/oic/res")) != 1 {
+			t.Errorf("%d commands are out, and the question %d times", open, len(q.times("/oic/res")))
+		}
+		q.answer("/a")
+	})
+}
+
+// Over DTLS a device needs both: four answers without a retransmission (RFC 7252, Section 4.7), and one beside a command.
+func TestCommandsAtOnceOverDatagrams(t *testing.T) {
+	for name, test := range map[string]struct {
+		published []string
+		second    bool
+	}{
+		"proved":     {[]string{"/1*", "/2*", "/3*", "/4*"}, true},
+		"not proved": {nil, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			doze(t, test.published, nil, func(d *dozer) {
+				d.busy["/slow"] = true
+				d.w.off[lampID] = !test.second // else the twin asks enough
+			}, func(t *testing.T, w *world, _ *Gateway, d *dozer) {
+				h := &hall{t: t, w: w}
+				after(time.Second)
+				h.give(command("1", hub.CommandUpdate, "/slow"), command("2", hub.CommandUpdate, "/slow"), command("3", hub.CommandUpdate, "/light"))
+				after(2 * time.Second)
+				w.mu.Lock() // what ends when all is over races with reading it
+				_, ended := w.ends["3"]
+				w.mu.Unlock()
+				if ended != test.second {
+					t.Errorf("the second ended: %t; asked %q; %q", ended, d.heardOf(), w.soFar())
+				}
+				after(20 * time.Second)
+				if a := h.awaitEnd("1"); a.End != hub.CommandUnavailable {
+					t.Errorf("the first ended with %+v", a)
+				}
+			})
+		})
+	}
+}
+
+// A device that proved to take more than one command and is away by now loses one all the same: the next goes out when it has
+// said something since, be it that it got the one before.
+func TestCommandsAtOnceFindNobody(t *testing.T) {
+	var all []string // so many questions that it may have three
+	for i := range 12 {
+		all = append(all, fmt.Sprintf("/%d*", i))
+	}
+	for name, away := range map[string]time.Duration{"for long": 10 * time.Minute, "for a second": time.Second} {
+		t.Run(name, func(t *testing.T) {
+			slow := func(d *dozer) { d.busy["/slow"], d.busy["/slower"] = true, true }
+			doze(t, all, nil, slow, func(t *testing.T, w *world, _ *Gateway, d *dozer) {
+				h := &hall{t: t, w: w}
+				after(time.Second)
+				h.give(command("1", hub.CommandUpdate, "/slow"), command("2", hub.CommandUpdate, "/slower"), command("light", hub.CommandUpdate, "/light"))
+				after(2 * time.Second)
+				w.mu.Lock()
+				if w.ends["light"].Status != hub.StatusOK || len(w.ends) != 1 {
+					t.Errorf("beside two that it got the device answered %+v", w.ends)
+				}
+				w.mu.Unlock()
+				after(time.Minute)
+				d.ask(get("/oic/rd", 2)) // it answered neither of them
+				after(time.Second)
+				d.sleep()
+				long := func(c *hub.Command) { c.ValidUntil = time.Now().Add(time.Hour).UnixNano() }
+				h.give(command("3", hub.CommandUpdate, "/a", long), command("4", hub.CommandUpdate, "/b", long), command("5", hub.CommandUpdate, "/c", long))
+				after(away)
+				w.mu.Lock()
+				first, ended := w.ends["3"]
+				to, waiting := w.to[lampID], len(w.queue)
+				w.mu.Unlock()
+				if waiting != 2 || to.Ready("/d", nil) {
+					t.Errorf("%d wait", waiting)
+				}
+				if lost := away > time.Minute; ended != lost || lost && first.End != hub.CommandUnavailable {
+					t.Errorf("the first ended: %t, %+v", ended, first)
+				}
+				d.set(func() { d.asleep = false }) // at the same address, where nothing has to be proved first
+				d.ask(get("/oic/rd", 2))
+				synctest.Wait()
+				w.mu.Lock()
+				defer w.mu.Unlock()
+				if w.ends["4"].Status != hub.StatusOK || w.ends["5"].Status != hub.StatusOK {
+					t.Errorf("when it spoke again it answered %+v", w.ends)
+				}
+			})
+		})
 	}
 }
 
@@ -202,7 +473,7 @@ func TestCommandsOfAConnectionThatCloses(t *testing.T) {
 		t.Errorf("%d commands wait, ended %v", len(h.w.queue), h.w.ends)
 	}
 	h.w.mu.Unlock()
-	if to.Ready() {
+	if to.Ready("/light", nil) {
 		t.Error("a connection that closes is ready for commands")
 	}
 	close(release)
@@ -303,14 +574,14 @@ func TestCommandWhileTheDirectoryIsAway(t *testing.T) {
 		h.w.mu.Unlock()
 		return end(ctx, from, id, a)
 	}
-	h.w.dir.take = func(ctx context.Context, from hub.Stamp, have []string, n int) ([]hub.Command, error) {
+	h.w.dir.take = func(ctx context.Context, from hub.Stamp, have []hub.Taken, n int) ([]hub.Command, bool, error) {
 		h.w.mu.Lock()
 		first := away && len(h.w.queue) == 2
 		h.w.mu.Unlock()
 		if first {
 			defer h.w.lock()()
 			h.w.queue = slices.Concat(h.w.queue[:1], h.w.queue[1:], []hub.Command{command("3", hub.CommandRetrieve, "/light")})
-			return nil, &hub.Error{Kind: hub.Exhausted}
+			return nil, false, &hub.Error{Kind: hub.Exhausted}
 		}
 		return take(ctx, from, have, n)
 	}
@@ -336,7 +607,7 @@ func TestCommandsWaitForASleeper(t *testing.T) {
 			}, func(t *testing.T, w *world, _ *Gateway, d *dozer) {
 				h := &hall{t: t, w: w}
 				after(openFor + time.Second)
-				if w.to[lampID].Ready() {
+				if w.to[lampID].Ready("/light", nil) {
 					t.Fatal("a silent device is not asleep")
 				}
 				d.sleep()
@@ -377,14 +648,14 @@ func TestCommandsFindNobody(t *testing.T) {
 		for _, id := range []string{"a", "b", "c"} {
 			h.give(command(id, hub.CommandUpdate, "/light", short))
 			after(10 * time.Second)
-			if w.ends[id].End != hub.CommandUnavailable || !w.to[lampID].Ready() {
+			if w.ends[id].End != hub.CommandUnavailable || !w.to[lampID].Ready("/light", nil) {
 				t.Fatalf("a command in vain ended with %+v", w.ends[id])
 			}
 		}
 		long := func(c *hub.Command) { c.ValidUntil = time.Now().Add(24 * time.Hour).UnixNano() }
 		h.give(command("1", hub.CommandUpdate, "/light", long), command("2", hub.CommandUpdate, "/light", long), command("3", hub.CommandUpdate, "/light", long))
 		after(3 * time.Hour)
-		if w.ends["1"].End != hub.CommandUnavailable || len(w.queue) != 2 || w.to[lampID].Ready() {
+		if w.ends["1"].End != hub.CommandUnavailable || len(w.queue) != 2 || w.to[lampID].Ready("/light", nil) {
 			t.Fatalf("after a command in vain: %v, %d wait", w.ends, len(w.queue))
 		}
 		if n := d.missedSoFar(); n > 80 { // at most five transmissions of each

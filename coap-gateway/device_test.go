@@ -98,6 +98,10 @@ func (d *device) serve(w mux.ResponseWriter, r *mux.Message) {
 	for _, e := range etags[:n] {
 		line += fmt.Sprintf(" etag=%x", e)
 	}
+	n2, _ := r.GetOptionAllBytes(message.IfMatch, etags)
+	for _, e := range etags[:n2] {
+		line += fmt.Sprintf(" if-match=%x", e)
+	}
 	for _, q := range queries {
 		line += " ?" + q
 	}

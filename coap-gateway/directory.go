@@ -34,9 +34,10 @@ type Directory interface {
 	SetLocalEndpoints(ctx context.Context, from hub.Stamp, endpoints []string) error
 	// SetContact records when a device that sleeps is expected; the zero value is one that does not sleep.
 	SetContact(ctx context.Context, from hub.Stamp, to hub.Contact) error
-	// TakeCommands binds at most n of the commands that wait for the device to the session, in order, and returns them; they may
-	// be sent once it has returned, to this session and to no other. have are those that the session knows. Message is not used.
-	TakeCommands(ctx context.Context, from hub.Stamp, have []string, n int) ([]hub.Command, error)
+	// TakeCommands binds at most n of the commands that wait for the device to the session and returns them; they may be sent
+	// once it has returned, to this session and to no other. have are those that the session has: there is never more than one
+	// for an href, and those for one href come in order. More says that others wait. Message is not used.
+	TakeCommands(ctx context.Context, from hub.Stamp, have []hub.Taken, n int) (taken []hub.Command, more bool, _ error)
 	// EndCommand records what the device answered to a command that is bound to the session, or that it did not.
 	EndCommand(ctx context.Context, from hub.Stamp, id string, a hub.Answer) error
 	// Command stores a command for a device, has it delivered, and returns how it ended. When ctx ends first the command goes on.

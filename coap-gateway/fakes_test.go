@@ -29,7 +29,7 @@ type fakeDirectory struct {
 	device    func(context.Context, hub.Owner, hub.DeviceID) (*hub.Device, error)
 	devices   func(context.Context, hub.Owner, []hub.DeviceID) iter.Seq2[*hub.Device, error]
 	etags     func(context.Context, hub.DeviceID, int) ([][]byte, error)
-	take      func(context.Context, hub.Stamp, []string, int) ([]hub.Command, error)
+	take      func(context.Context, hub.Stamp, []hub.Taken, int) ([]hub.Command, bool, error)
 	end       func(context.Context, hub.Stamp, string, hub.Answer) error
 	command   func(context.Context, hub.Owner, hub.Order) (hub.Outcome, error)
 	head      func(context.Context) (hub.Cursor, error)
@@ -51,7 +51,7 @@ func (f *fakeDirectory) State(ctx context.Context, owner hub.Owner, ids []hub.De
 	return f.state(ctx, owner, ids)
 }
 
-func (f *fakeDirectory) TakeCommands(ctx context.Context, from hub.Stamp, have []string, n int) ([]hub.Command, error) {
+func (f *fakeDirectory) TakeCommands(ctx context.Context, from hub.Stamp, have []hub.Taken, n int) ([]hub.Command, bool, error) {
 	return f.take(ctx, from, have, n)
 }
 
@@ -539,23 +539,29 @@ func (w *world) setTwin(_ context.Context, from hub.Stamp, s hub.TwinState) erro
 	return nil
 }
 
-func (w *world) take(_ context.Context, from hub.Stamp, _ []string, n int) ([]hub.Command, error) {
+func (w *world) take(_ context.Context, from hub.Stamp, have []hub.Taken, n int) (out []hub.Command, more bool, _ error) {
 	defer w.lock()()
 	if w.current[from.Device] != from.Session {
-		return nil, hub.NewError(hub.Precondition, "session-superseded", "a newer session of the device exists")
+		return nil, false, hub.NewError(hub.Precondition, "session-superseded", "a newer session of the device exists")
 	}
-	var out, left []hub.Command
+	busy := map[hub.Href]bool{}
+	for _, h := range have {
+		busy[h.Href] = true
+	}
+	var left []hub.Command
 	for _, c := range w.queue {
-		if c.Device != from.Device || len(out) >= n {
+		if c.Device != from.Device || len(out) >= n || busy[c.Href] {
+			more = more || c.Device == from.Device
 			left = append(left, c)
 			continue
 		}
+		busy[c.Href] = true
 		c.Session = from.Session
 		out = append(out, c)
 		w.note("taken %s", c.ID)
 	}
 	w.queue = left
-	return out, nil
+	return out, more, nil
 }
 
 // command is the directory's, for commands that a device gives another.

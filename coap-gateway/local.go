@@ -4,6 +4,7 @@ import (
 	"context"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
@@ -19,9 +20,11 @@ const (
 )
 
 // learnEndpoints asks the device where it is reached in its own network, and records it. Errors are the directory's. A device
-// that does not answer, or not with its link of type oic.wk.d, changes nothing.
-func (s *session) learnEndpoints() error {
-	m, err := s.ask(&coap.Message{Code: codes.GET, Options: requestTo(resHref, "if=oic.if.ll", "rt=oic.wk.d")})
+// that does not answer in time, or not with its link of type oic.wk.d, changes nothing.
+func (s *session) learnEndpoints(patience time.Duration) error {
+	ctx, cancel := context.WithTimeout(s.ctx, patience)
+	defer cancel()
+	m, err := s.askFor(ctx, whereAreYou())
 	if err != nil || m.Code != codes.Content {
 		s.log.Debug("the device did not say where it is in its own network", "error", err)
 		return nil
@@ -34,6 +37,10 @@ func (s *session) learnEndpoints() error {
 	return s.write(s.ctx, func(ctx context.Context, from hub.Stamp) error {
 		return s.gw.deps.Directory.SetLocalEndpoints(ctx, from, at)
 	})
+}
+
+func whereAreYou() *coap.Message {
+	return &coap.Message{Code: codes.GET, Options: requestTo(resHref, "if=oic.if.ll", "rt=oic.wk.d")}
 }
 
 // localEndpoints are those of the first link of type oic.wk.d among a device's links (OCF Core, link parameter `eps`); nil where it

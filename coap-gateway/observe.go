@@ -544,7 +544,7 @@ func (t *twin) sync() error {
 			return err
 		}
 		// Only of a device that answers: another would keep its twin waiting for nothing.
-		if err := s.learnEndpoints(); err != nil {
+		if err := s.learnEndpoints(s.gw.cfg.API.CoAP.KeepAlive.Timeout); err != nil {
 			return err
 		}
 	}

@@ -34,9 +34,8 @@ type session struct {
 	cancel context.CancelFunc
 	to     *deliverer
 	twin   *twin
-	asking sync.WaitGroup // what asks the device where it is, when the twin does not
-	rhythm *rhythm        // when the device listens
-	aside  atomic.Int32   // its requests that wait for other devices
+	rhythm *rhythm      // when the device listens
+	aside  atomic.Int32 // its requests that wait for other devices
 	// watching has its watches, guarded by the gateway's watches; telling is their goroutines.
 	watching map[*watch]struct{}
 	telling  sync.WaitGroup
@@ -83,7 +82,7 @@ func (d *deliverer) Close(reason string) {
 }
 
 // Ready implements hub.Deliverer.
-func (d *deliverer) Ready() bool { return d.box.ready() }
+func (d *deliverer) Ready(href hub.Href, bound []string) bool { return d.box.ready(href, bound) }
 
 // Deliver implements hub.Deliverer.
 func (d *deliverer) Deliver(c hub.Command) { d.box.deliver(c) }
@@ -180,6 +179,5 @@ func (s *session) stop() {
 	s.cancel()
 	s.to.box.stop() // first: it may turn the twin
 	s.gw.watches.leave(s)
-	s.asking.Wait()
 	s.twin.stop()
 }

@@ -121,21 +121,10 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 	p.listening.Store(s)
 	s.twin.resync()
 	p.gw.quiet.watch(s.twin)
-	if !got.TwinEnabled {
-		s.asking.Go(func() {
-			if !p.conn.Guard("local endpoints", func() {
-				if err := s.learnEndpoints(); err != nil && s.ctx.Err() == nil {
-					s.notStored(err)
-				}
-			}) {
-				p.conn.Close(coap.ErrPanic)
-			}
-		})
-	}
 	if err := p.entered(ctx, s, body.Token); err != nil {
 		return claims, dev, err
 	}
-	s.to.box.begin(s, got.Commands) // last: whoever may not stay gets no commands
+	s.to.box.begin(s, got.Commands, !got.TwinEnabled) // last: whoever may not stay gets no commands
 	return claims, dev, nil
 }
 

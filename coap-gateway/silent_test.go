@@ -45,13 +45,40 @@ func (p patient) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// quiet is a device some of whose resources do not answer; everything else it answers at once.
+// quiet is a device some of whose resources do not answer; everything else it answers at once, but for a POST, which it answers
+// when it is told to.
 type quiet struct {
 	send func(message.Message)
 
 	mu     sync.Mutex // guards all below
 	silent map[string]bool
 	asked  map[string][]time.Duration // when each resource was asked for, since the beginning
+	serial bool                       // while a POST is open nothing else is looked at
+	posts  []string                   // their paths, in order
+	open   map[string]message.Token   // those that have no answer
+	line   []message.Message          // what is looked at later
+}
+
+// answer answers the POST to a resource, and then what came meanwhile.
+func (q *quiet) answer(path string) {
+	q.mu.Lock()
+	m := message.Message{Code: codes.Changed, Token: q.open[path]}
+	delete(q.open, path)
+	line := q.line
+	q.line = nil
+	q.mu.Unlock()
+	q.send(m)
+	for _, m := range line {
+		q.hear(m, 0)
+	}
+	synctest.Wait()
+}
+
+// asking returns the paths of the POSTs that came, and how many of them are open.
+func (q *quiet) asking() (posts []string, open int) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return slices.Clone(q.posts), len(q.open)
 }
 
 // answers makes a resource answer from now on.
@@ -75,40 +102,60 @@ func (q *quiet) serve(r *raw, begin time.Time) {
 		if !ok {
 			return
 		}
-		answer := message.Message{Token: m.Token}
-		switch m.Code {
-		case codes.Ping:
-			answer.Code = codes.Pong
-		case codes.GET:
-			path, _ := m.Options.Path()
-			observe, err := m.Options.Observe()
-			if err == nil && observe == 1 {
-				continue // a deregistration, which is worth no answer here
-			}
-			q.mu.Lock()
-			q.asked[path] = append(q.asked[path], time.Since(begin).Truncate(time.Second))
-			silent := q.silent[path]
-			q.mu.Unlock()
-			answer.Code = codes.NotFound
-			if path != "/oic/res" {
-				answer.Code, answer.Payload = codes.Content, []byte(path)
-				if err == nil {
-					answer.Options = coap.AddOption(nil, message.Observe, []byte{2})
-				}
-			}
-			if silent {
-				continue
-			}
-		default:
-			continue
-		}
-		q.send(answer)
+		q.hear(m, time.Since(begin).Truncate(time.Second))
 	}
 }
 
+// hear answers one message.
+func (q *quiet) hear(m message.Message, at time.Duration) {
+	answer := message.Message{Token: m.Token}
+	path, _ := m.Options.Path()
+	q.mu.Lock()
+	later := q.serial && len(q.open) > 0 && m.Code != codes.Ping && m.Code>>5 == 0
+	if later {
+		q.line = append(q.line, m)
+	}
+	q.mu.Unlock()
+	switch {
+	case later:
+		return
+	case m.Code == codes.Ping:
+		answer.Code = codes.Pong
+	case m.Code == codes.POST:
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		q.posts = append(q.posts, path)
+		q.open[path] = m.Token
+		return
+	case m.Code == codes.GET:
+		observe, err := m.Options.Observe()
+		if err == nil && observe == 1 {
+			return // a deregistration, which is worth no answer here
+		}
+		q.mu.Lock()
+		q.asked[path] = append(q.asked[path], at)
+		silent := q.silent[path]
+		q.mu.Unlock()
+		answer.Code = codes.NotFound
+		if path != "/oic/res" {
+			answer.Code, answer.Payload = codes.Content, []byte(path)
+			if err == nil {
+				answer.Options = coap.AddOption(nil, message.Observe, []byte{2})
+			}
+		}
+		if silent {
+			return
+		}
+	default:
+		return
+	}
+	q.send(answer)
+}
+
 // silence runs a gateway and a device with the resources /a, which answers, and /x and /y, which do not yet, in a bubble; most is how many
-// resources of a session are observed.
-func silence(t *testing.T, most int, test func(t *testing.T, w *world, q *quiet)) {
+// resources of a session are observed. prepare may be nil.
+func silence(t *testing.T, most int, prepare func(*hall, *quiet), test func(t *testing.T, w *world, q *quiet)) {
+	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld()
 		h := &hall{t: t, w: w}
@@ -131,11 +178,14 @@ func silence(t *testing.T, most int, test func(t *testing.T, w *world, q *quiet)
 		here, there := net.Pipe()
 		ln <- there
 		r := &raw{t: t, conn: patient{here}}
-		q := &quiet{silent: map[string]bool{"/x": true, "/y": true}, asked: map[string][]time.Duration{}}
+		q := &quiet{silent: map[string]bool{"/x": true, "/y": true}, asked: map[string][]time.Duration{}, open: map[string]message.Token{}}
 		q.send = func(m message.Message) {
 			if _, err := here.Write(r.encode(m)); err != nil && !errors.Is(err, io.ErrClosedPipe) {
 				t.Errorf("send: %v", err)
 			}
+		}
+		if prepare != nil {
+			prepare(h, q)
 		}
 		served := make(chan struct{})
 		begin := time.Now()
@@ -175,7 +225,7 @@ func after(d time.Duration) {
 // What did not answer is asked again, ever more rarely; when the last of it has answered the twin is in sync, and observed.
 func TestSilentResourceIsAskedAgain(t *testing.T) {
 	t.Parallel()
-	silence(t, 10, func(t *testing.T, w *world, q *quiet) {
+	silence(t, 10, nil, func(t *testing.T, w *world, q *quiet) {
 		after(130 * time.Second)
 		if w.count("twin 2") != 1 || w.count("twin 3") != 0 || w.twin[lampID]["/a"].Content.Data == nil {
 			t.Fatalf("after the first round: %q", w.log)
@@ -213,7 +263,7 @@ func TestSilentResourceIsAskedAgain(t *testing.T) {
 
 // Nothing is asked for that the device unpublished, and what it leaves is in sync.
 func TestSilentResourceIsUnpublished(t *testing.T) {
-	silence(t, 10, func(t *testing.T, w *world, q *quiet) {
+	silence(t, 10, nil, func(t *testing.T, w *world, q *quiet) {
 		q.answers("/y")
 		after(50 * time.Second) // before the second question
 		q.send(unpublish("/x"))
@@ -227,7 +277,7 @@ func TestSilentResourceIsUnpublished(t *testing.T) {
 // A session that observes all it may leaves what is missing alone, until there is room.
 func TestSilentResourceOfAFullSession(t *testing.T) {
 	t.Parallel()
-	silence(t, 2, func(t *testing.T, w *world, q *quiet) {
+	silence(t, 2, nil, func(t *testing.T, w *world, q *quiet) {
 		q.answers("/y")
 		after(50 * time.Second)
 		q.send(post("/oic/rd", 3, cborOf(t, body{"di": string(lampID), "ttl": 0, "links": []body{{"href": "/y", "p": body{"bm": 3}}}})))

@@ -183,6 +183,16 @@ func (r *rhythm) awake(now time.Time) bool {
 	return r.unanswered == 0 && (r.interval == 0 || now.Sub(r.heard) <= r.open)
 }
 
+// heardSince reports whether the device said something since it was asked something else, so that it listens.
+func (r *rhythm) heardSince(asked time.Time) bool {
+	if r.stream {
+		return true
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return !r.heard.Before(asked)
+}
+
 // sleeper reports whether the device is known to sleep.
 func (r *rhythm) sleeper() bool {
 	r.mu.Lock()
@@ -213,6 +223,8 @@ func (p *peer) Heard(silence time.Duration) {
 	if begin, rested := s.rhythm.hear(silence, time.Now()); begin {
 		s.twin.wake(rested)
 		s.to.box.listens()
+	} else {
+		s.to.box.heard()
 	}
 }
 
@@ -234,8 +246,11 @@ func (s *session) request(ctx context.Context, do func(context.Context) error) e
 }
 
 // ask is a request with one answer.
-func (s *session) ask(req *coap.Message) (m *coap.Message, err error) {
-	err = s.request(s.ctx, func(ctx context.Context) (err error) {
+func (s *session) ask(req *coap.Message) (*coap.Message, error) { return s.askFor(s.ctx, req) }
+
+// askFor is ask with a context of the session's.
+func (s *session) askFor(ctx context.Context, req *coap.Message) (m *coap.Message, err error) {
+	err = s.request(ctx, func(ctx context.Context) (err error) {
 		m, err = s.conn.Do(ctx, req)
 		return err
 	})

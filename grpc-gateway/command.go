@@ -87,6 +87,14 @@ func (e *deviceError) hubError() *hub.Error {
 		return hub.NewError(hub.Unavailable, "command-unavailable", "the device gave no answer; it may have carried out the command")
 	case hub.CommandCompleted, hub.CommandExpired:
 	}
+	switch e.Code {
+	case codeBadOption:
+		if e.Status == hub.StatusNotImplemented {
+			return hub.NewError(hub.Unsupported, "condition-unsupported", "the device knows no conditions, and has not carried out the command")
+		}
+	case codePreconditionFailed:
+		return hub.NewError(hub.Precondition, "device-condition", "the device does not fulfil the condition, and has not carried out the command")
+	}
 	err := hub.NewError(hub.Precondition, "device-error", "error response from device")
 	if k, ok := kindOfStatus[e.Status]; ok {
 		err.Kind = k
@@ -104,6 +112,12 @@ var kindOfStatus = map[hub.Status]hub.Kind{
 // codeMethodNotAllowed is the code that other hubs have for a device's 4.05.
 const codeMethodNotAllowed codes.Code = 4097
 
+// Codes of CoAP by which a device says more than its status does (RFC 7252, Sections 5.9.2.3 and 5.9.2.9).
+const (
+	codeBadOption          = 0x82 // 4.02
+	codePreconditionFailed = 0x8c // 4.12
+)
+
 // codes are those of gRPC and HTTP that the error's kind alone does not give; ok is false if it does.
 func (e *deviceError) codes() (code codes.Code, status int, ok bool) {
 	switch {
@@ -111,6 +125,8 @@ func (e *deviceError) codes() (code codes.Code, status int, ok bool) {
 		return codes.Unknown, http.StatusInternalServerError, true
 	case e.Status == hub.StatusMethodNotAllowed:
 		return codeMethodNotAllowed, http.StatusMethodNotAllowed, true
+	case e.Code == codePreconditionFailed:
+		return codes.FailedPrecondition, http.StatusPreconditionFailed, true
 	case e.Status == hub.StatusError:
 		return codes.Internal, http.StatusInternalServerError, true
 	}
@@ -268,6 +284,7 @@ func (s *server) UpdateResource(ctx context.Context, r *pb.UpdateResourceRequest
 	m, err := s.call(ctx, r.GetResourceId(), r.GetTimeToLive(), hub.Order{
 		Kind: hub.CommandUpdate, Interface: r.GetResourceInterface(), Content: contentOf(r.GetContent()), Force: r.GetForce(),
 		Async: r.GetAsync(), Key: r.GetIdempotencyKey(), Supersede: r.GetSupersede(),
+		IfMatch: r.GetIfMatch(), ForwardIfMatch: r.GetForwardIfMatch(),
 	})
 	out, _ := m.(*pb.UpdateResourceResponse)
 	return out, err
@@ -276,6 +293,7 @@ func (s *server) UpdateResource(ctx context.Context, r *pb.UpdateResourceRequest
 func (s *server) CreateResource(ctx context.Context, r *pb.CreateResourceRequest) (*pb.CreateResourceResponse, error) {
 	m, err := s.call(ctx, r.GetResourceId(), r.GetTimeToLive(), hub.Order{
 		Kind: hub.CommandCreate, Content: contentOf(r.GetContent()), Force: r.GetForce(), Async: r.GetAsync(), Key: r.GetIdempotencyKey(),
+		IfMatch: r.GetIfMatch(), ForwardIfMatch: r.GetForwardIfMatch(),
 	})
 	out, _ := m.(*pb.CreateResourceResponse)
 	return out, err
@@ -284,6 +302,7 @@ func (s *server) CreateResource(ctx context.Context, r *pb.CreateResourceRequest
 func (s *server) DeleteResource(ctx context.Context, r *pb.DeleteResourceRequest) (*pb.DeleteResourceResponse, error) {
 	m, err := s.call(ctx, r.GetResourceId(), r.GetTimeToLive(), hub.Order{
 		Kind: hub.CommandDelete, Interface: r.GetResourceInterface(), Force: r.GetForce(), Async: r.GetAsync(), Key: r.GetIdempotencyKey(),
+		IfMatch: r.GetIfMatch(), ForwardIfMatch: r.GetForwardIfMatch(),
 	})
 	out, _ := m.(*pb.DeleteResourceResponse)
 	return out, err
@@ -325,6 +344,9 @@ func (r *request) command(kind hub.CommandKind) (hub.Order, error) {
 		o.Key = k
 	}
 	if o.Supersede, err = r.query.strictFlag("supersede"); err != nil {
+		return o, err
+	}
+	if o.ForwardIfMatch, err = r.query.strictFlag("forwardIfMatch"); err != nil {
 		return o, err
 	}
 	if o.TTL, err = ttl(ns); err != nil {
@@ -475,7 +497,7 @@ func (g *Gateway) updateMetadata(w http.ResponseWriter, r *request) error {
 	if err != nil {
 		return err
 	}
-	o.Async, o.IfMatch, o.IfSeq, o.Interface = false, nil, nil, ""
+	o.Async, o.IfMatch, o.IfSeq, o.ForwardIfMatch, o.Interface = false, nil, nil, false, ""
 	if m.GetTimeToLive() != 0 {
 		if o.TTL, err = ttl(m.GetTimeToLive()); err != nil {
 			return err

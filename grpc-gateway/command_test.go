@@ -124,6 +124,9 @@ func TestCommandsOverHTTP(t *testing.T) {
 		{"PUT", light, `{"power":1}`, []string{`If-Match: W/"` + base64.StdEncoding.EncodeToString([]byte{1}) + `", "@17",*`}, hub.Order{
 			Kind: hub.CommandUpdate, Href: "/light/1", IfMatch: [][]byte{{1}, nil}, IfSeq: []uint64{17},
 		}},
+		{"DELETE", linkA + "?forward_if_match=1", "", []string{`If-Match: "` + base64.StdEncoding.EncodeToString([]byte{1}) + `"`}, hub.Order{
+			Kind: hub.CommandDelete, Href: "/light/1", IfMatch: [][]byte{{1}}, ForwardIfMatch: true,
+		}},
 		{"POST", linkA + "?resourceInterface=x&onlyContent=1", `{"power":1}`, nil, hub.Order{Kind: hub.CommandCreate, Href: "/light/1"}},
 		{"DELETE", linkA + "?resourceInterface=oic.if.a", "", nil, hub.Order{Kind: hub.CommandDelete, Href: "/light/1", Interface: "oic.if.a"}},
 		{"GET", light + "?twin=false&etag=AQ==&timeToLive=100000000", "", nil, hub.Order{Kind: hub.CommandRetrieve, Href: "/light/1", ETags: [][]byte{{1}}, TTL: 100 * time.Millisecond}},
@@ -195,6 +198,7 @@ func TestCommandsThatAreRefused(t *testing.T) {
 		{"PUT", light + "?timeToLive=soon", `{}`, nil, 400, "query-invalid"},
 		{"GET", light + "?twin=false&timeToLive=-5", "", nil, 400, "time-to-live-invalid"},
 		{"PUT", light + "?supersede=maybe", `{}`, nil, 400, "query-invalid"},
+		{"PUT", light + "?forwardIfMatch=maybe", `{}`, nil, 400, "query-invalid"},
 		{"PUT", light, `{"power":`, nil, 400, "content-invalid"},
 		{"PUT", light, "", nil, 400, "content-missing"},
 		{"POST", linkA, "", nil, 400, "content-missing"},
@@ -282,25 +286,31 @@ func TestErrorsOfDevices(t *testing.T) {
 	for _, e := range []struct {
 		end    hub.CommandEnd
 		status hub.Status
+		coap   uint8
 		http   int
 		code   codes.Code
 		reason string
 	}{
-		{hub.CommandCompleted, hub.StatusBadRequest, 400, codes.InvalidArgument, "device-error"},
-		{hub.CommandCompleted, hub.StatusUnauthorized, 401, codes.Unauthenticated, "device-error"},
-		{hub.CommandCompleted, hub.StatusForbidden, 403, codes.PermissionDenied, "device-error"},
-		{hub.CommandCompleted, hub.StatusNotFound, 404, codes.NotFound, "device-error"},
-		{hub.CommandCompleted, hub.StatusMethodNotAllowed, 405, 4097, "device-error"},
-		{hub.CommandCompleted, hub.StatusUnavailable, 503, codes.Unavailable, "device-error"},
-		{hub.CommandCompleted, hub.StatusNotImplemented, 501, codes.Unimplemented, "device-error"},
-		{hub.CommandCompleted, hub.StatusError, 500, codes.Internal, "device-error"},
-		{hub.CommandUnavailable, hub.StatusUnavailable, 503, codes.Unavailable, "command-unavailable"},
-		{hub.CommandCancelled, hub.StatusCanceled, 500, codes.Unknown, "command-cancelled"},
+		{hub.CommandCompleted, hub.StatusBadRequest, 0, 400, codes.InvalidArgument, "device-error"},
+		{hub.CommandCompleted, hub.StatusUnauthorized, 0, 401, codes.Unauthenticated, "device-error"},
+		{hub.CommandCompleted, hub.StatusForbidden, 0, 403, codes.PermissionDenied, "device-error"},
+		{hub.CommandCompleted, hub.StatusNotFound, 0, 404, codes.NotFound, "device-error"},
+		{hub.CommandCompleted, hub.StatusMethodNotAllowed, 0, 405, 4097, "device-error"},
+		{hub.CommandCompleted, hub.StatusUnavailable, 0, 503, codes.Unavailable, "device-error"},
+		{hub.CommandCompleted, hub.StatusNotImplemented, 0, 501, codes.Unimplemented, "device-error"},
+		{hub.CommandCompleted, hub.StatusError, 0, 500, codes.Internal, "device-error"},
+		{hub.CommandCompleted, hub.StatusError, codePreconditionFailed, 412, codes.FailedPrecondition, "device-condition"},
+		{hub.CommandCompleted, hub.StatusNotImplemented, codeBadOption, 501, codes.Unimplemented, "condition-unsupported"},
+		{hub.CommandCompleted, hub.StatusError, codeBadOption, 500, codes.Internal, "device-error"},
+		{hub.CommandUnavailable, hub.StatusUnavailable, 0, 503, codes.Unavailable, "command-unavailable"},
+		{hub.CommandCancelled, hub.StatusCanceled, 0, 500, codes.Unknown, "command-cancelled"},
 	} {
 		w.outcome = func(o hub.Order) hub.Outcome {
 			return hub.Outcome{
 				Kind: o.Kind, Device: o.Device, Href: o.Href, Cause: cause(5),
-				Answer: hub.Answer{End: e.end, Status: e.status, Content: hub.Content{Type: "text/plain; charset=utf-8", Data: []byte("device says no")}},
+				Answer: hub.Answer{
+					End: e.end, Status: e.status, Code: e.coap, Content: hub.Content{Type: "text/plain; charset=utf-8", Data: []byte("device says no")},
+				},
 			}
 		}
 		what := fmt.Sprint(e.status)
@@ -340,16 +350,21 @@ func TestGRPCCommands(t *testing.T) {
 	content := &pb.Content{ContentType: mediaJSON, Data: []byte(`{"power":1}`)}
 	u, err := c.UpdateResource(ctx, &pb.UpdateResourceRequest{
 		ResourceId: id, Content: content, ResourceInterface: "if", TimeToLive: int64(time.Second), Force: true, IdempotencyKey: "k", Supersede: true,
+		IfMatch: [][]byte{{1}, {}}, ForwardIfMatch: true,
 	})
 	want(t, "update", err == nil && u.GetData().GetStatus() == rapb.Status_OK && u.GetData().GetAuditContext().GetCorrelationId() == "c1", true)
 	o := w.orders[0]
 	want(t, "order", o.Device == lampA && o.Href == "/light/1" && o.Interface == "if" && o.TTL == time.Second && o.Force && o.Key == "k" && o.Supersede && o.Connection != "", true)
-	cr, err := c.CreateResource(ctx, &pb.CreateResourceRequest{ResourceId: id, Content: content})
-	want(t, "create", err == nil && cr.GetData().GetResourceId().GetHref() == "/light/1", true)
+	conditional := func(o hub.Order) bool {
+		return o.ForwardIfMatch && len(o.IfMatch) == 2 && string(o.IfMatch[0]) == "\x01" && len(o.IfMatch[1]) == 0
+	}
+	want(t, "condition", conditional(o), true)
+	cr, err := c.CreateResource(ctx, &pb.CreateResourceRequest{ResourceId: id, Content: content, IfMatch: [][]byte{{1}, {}}, ForwardIfMatch: true})
+	want(t, "create", err == nil && conditional(w.orders[1]) && cr.GetData().GetResourceId().GetHref() == "/light/1", true)
 	r, err := c.GetResourceFromDevice(ctx, &pb.GetResourceFromDeviceRequest{ResourceId: id, Etag: [][]byte{{1}}})
 	want(t, "retrieve", err == nil && string(r.GetData().GetEtag()) == "\xe7\x01" && string(w.orders[2].ETags[0]) == "\x01", true)
-	d, err := c.DeleteResource(ctx, &pb.DeleteResourceRequest{ResourceId: id, Async: true})
-	want(t, "async", err == nil && d.GetData() == nil, true)
+	d, err := c.DeleteResource(ctx, &pb.DeleteResourceRequest{ResourceId: id, Async: true, IfMatch: [][]byte{{1}, {}}, ForwardIfMatch: true})
+	want(t, "async", err == nil && conditional(w.orders[3]) && d.GetData() == nil, true)
 	for i, m := range []*pb.UpdateDeviceMetadataRequest{{}, {TwinEnabled: true}, {TwinEnabled: false, TwinForceSynchronization: true}} {
 		m.DeviceId = string(lampA)
 		meta, err := c.UpdateDeviceMetadata(ctx, m)

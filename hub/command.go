@@ -52,6 +52,7 @@ type CommandEvent struct {
 	End        CommandEnd // CommandEnded only
 	Interface  string     // OCF interface to ask the resource with, "" = its default
 	ETags      [][]byte   // retrieve: what the caller has
+	IfMatch    [][]byte   // a condition that the device is to check: ETags of which its own must be one; an empty one is any
 	ValidUntil int64      // Unix nanoseconds
 	Key        string     // idempotency key, "" = none
 	Session    uint64     // the session that the command is bound to; 0 = it waits for one
@@ -73,6 +74,12 @@ type Command struct {
 	Cause   Cause    // of the pending event
 }
 
+// Taken is a command that a session has and has not done with, also if it ended otherwise meanwhile.
+type Taken struct {
+	ID   string
+	Href Href
+}
+
 // Order is what a caller wants of a device.
 type Order struct {
 	Device    DeviceID
@@ -90,10 +97,13 @@ type Order struct {
 	Supersede bool
 	// IfMatch has ETags of which the twin's must be one, else Precondition; empty = no condition. An empty ETag in it stands
 	// for any (RFC 9110, Section 13.1.1: *).
-	IfMatch    [][]byte
-	IfSeq      []uint64 // the same for twins without an ETag: seqs of which the one that brought the twin must be one
-	User       string
-	Connection string // of the caller, for the event's metadata
+	IfMatch [][]byte
+	IfSeq   []uint64 // the same for twins without an ETag: seqs of which the one that brought the twin must be one
+	// ForwardIfMatch has the device check IfMatch, too: it knows what the twin does not know yet. What no device can have for an
+	// ETag, being longer than 8 bytes, is left out.
+	ForwardIfMatch bool
+	User           string
+	Connection     string // of the caller, for the event's metadata
 	// Async returns as soon as the command is stored.
 	Async bool
 }

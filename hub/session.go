@@ -126,8 +126,9 @@ type Resource struct {
 type Deliverer interface {
 	// Close ends the session's connection soon and does not block; reason is for the log ("second-session", "deleted").
 	Close(reason string)
-	// Ready reports whether a command could be sent at once: none is under way, and the device is not known to sleep.
-	Ready() bool
+	// Ready reports whether a command for href could be sent at once beside those that are bound to the session: the device takes
+	// one more, has none for href, and is not known to sleep.
+	Ready(href Href, bound []string) bool
 	// Deliver hands over a command that is bound to the session; it does not block.
 	Deliver(Command)
 	// Wake says that commands wait which the session may take; it does not block.

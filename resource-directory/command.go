@@ -66,7 +66,7 @@ func (k keys) old(now int64) []*keyed {
 }
 
 // sumOf tells whether two orders with the same key are the same.
-func sumOf(kind hub.CommandKind, method uint8, href hub.Href, iface string, c hub.Content, etags [][]byte) []byte {
+func sumOf(kind hub.CommandKind, method uint8, href hub.Href, iface string, c hub.Content, etags, ifMatch [][]byte) []byte {
 	h := sha256.New()
 	part := func(b []byte) {
 		h.Write(binary.BigEndian.AppendUint64(nil, uint64(len(b))))
@@ -83,6 +83,12 @@ func sumOf(kind hub.CommandKind, method uint8, href hub.Href, iface string, c hu
 	part(c.Data)
 	for _, e := range etags {
 		part(e)
+	}
+	if len(ifMatch) > 0 {
+		part([]byte("condition")) // is too long for an ETag
+		for _, e := range ifMatch {
+			part(e)
+		}
 	}
 	return h.Sum(nil)[:16]
 }
@@ -148,7 +154,7 @@ func (s *state) applyCommand(c *hub.Commit, i int, changed []string) []string {
 				changed = append(changed, keyKey(e.key))
 			}
 			s.keys = s.keys.put(&keyed{
-				key: cmd.Key, id: cmd.ID, sum: sumOf(cmd.Kind, cmd.Code, cmd.Href, cmd.Interface, cmd.Content, cmd.ETags), time: c.Time,
+				key: cmd.Key, id: cmd.ID, sum: sumOf(cmd.Kind, cmd.Code, cmd.Href, cmd.Interface, cmd.Content, cmd.ETags, cmd.IfMatch), time: c.Time,
 				seq: c.Seq, index: i,
 			})
 			changed = append(changed, keyKey(cmd.Key))
@@ -244,6 +250,8 @@ func checkOrder(o *hub.Order, fallback time.Duration) error {
 		return invalid("idempotency-key-invalid", "the idempotency key is longer than 255 bytes")
 	case len(o.ETags) > hub.MaxCommandTags || len(o.IfMatch)+len(o.IfSeq) > hub.MaxCommandTags:
 		return invalid("etag-invalid", "there are more than 16 ETags")
+	case o.ForwardIfMatch && len(forwarded(o)) == 0:
+		return invalid("condition-invalid", "If-Match names no ETag that a device could have, so there is nothing to forward")
 	case len(o.Content.Data) > hub.MaxContent:
 		return hub.NewError(hub.TooLarge, "content-too-large", "the content is larger than 256 KiB")
 	case len(o.Content.Type) > 255 || len(o.Connection) > 255:
@@ -283,7 +291,7 @@ func (d *Directory) Command(ctx context.Context, owner hub.Owner, o hub.Order) (
 		return hub.Outcome{}, wrap(op, err)
 	}
 	w := d.worker(o.Device)
-	fresh, sum := uuid.NewString(), sumOf(o.Kind, o.Method, o.Href, o.Interface, o.Content, o.ETags)
+	fresh, sum := uuid.NewString(), sumOf(o.Kind, o.Method, o.Href, o.Interface, o.Content, o.ETags, forwarded(&o))
 	var id string
 	var from uint64 // where to look for its end
 	r := &request{dev: o.Device, op: op}
@@ -375,6 +383,7 @@ func (d *Directory) ordered(s *state, o *hub.Order, id string, now int64, l *liv
 		Kind: hub.CommandPending, Href: o.Href, Correlation: id, User: o.User, Connection: o.Connection, Content: o.Content,
 		Command: &hub.CommandEvent{
 			Kind: o.Kind, Interface: o.Interface, ETags: o.ETags, ValidUntil: now + int64(o.TTL), Key: o.Key, Code: o.Method,
+			IfMatch: forwarded(o),
 		},
 	}
 	if !o.Kind.OfTwin() {
@@ -401,12 +410,10 @@ func (d *Directory) ordered(s *state, o *hub.Order, id string, now int64, l *liv
 	}
 	var events []hub.Event
 	left := len(s.commands)
-	if o.Supersede {
-		for _, c := range s.commands {
-			if c.Session == 0 && c.Kind == o.Kind && c.Href == o.Href {
-				events = append(events, s.ends(c, hub.Answer{End: hub.CommandCancelled}, o.User, o.Connection))
-				left--
-			}
+	for _, c := range s.commands {
+		if supersedes(o, c) {
+			events = append(events, s.ends(c, hub.Answer{End: hub.CommandCancelled}, o.User, o.Connection))
+			left--
 		}
 	}
 	if left >= d.cfg.Limits.Commands {
@@ -414,11 +421,46 @@ func (d *Directory) ordered(s *state, o *hub.Order, id string, now int64, l *liv
 			Kind: hub.Exhausted, Code: "commands-full", Text: "too many commands wait for the device", RetryAfter: 5 * time.Second,
 		}
 	}
-	// Sent at once only when nothing is in front of it: what is bound and not sent would be lost with the session.
-	if l != nil && l.to != nil && l.session == s.session && s.meta.Connection.Online && left == 0 && l.to.Ready() {
+	if l != nil && l.to != nil && l.session == s.session && s.meta.Connection.Online && s.mayGo(o, l) {
 		ev.Command.Session = l.session
 	}
 	return append(events, ev), nil
+}
+
+// supersedes reports whether a command that was not sent yet ends because of a newer one.
+func supersedes(o *hub.Order, c *hub.Command) bool {
+	return o.Supersede && c.Session == 0 && c.Kind == o.Kind && c.Href == o.Href
+}
+
+// mayGo reports whether a new command may be sent at once: what is bound and not sent would be lost with the session, so nothing
+// may be in front of it but what the device has already, and takes beside.
+func (s *state) mayGo(o *hub.Order, l *live) bool {
+	var bound []string
+	for _, c := range s.commands {
+		switch {
+		case c.Session == l.session && c.Href != o.Href:
+			bound = append(bound, c.ID)
+		case c.Session != 0 || !supersedes(o, c):
+			return false
+		}
+	}
+	return l.to.Ready(o.Href, bound)
+}
+
+// forwarded is the condition that the device is to check (RFC 7252, Section 5.10: an If-Match has at most 8 bytes).
+func forwarded(o *hub.Order) (tags [][]byte) {
+	if !o.ForwardIfMatch {
+		return nil
+	}
+	for _, e := range o.IfMatch {
+		switch {
+		case len(e) == 0:
+			tags = append(tags, nil) // as the log gives it back
+		case len(e) <= 8:
+			tags = append(tags, e)
+		}
+	}
+	return tags
 }
 
 // meets reports whether the twin is one that the order wants.
@@ -509,30 +551,48 @@ func (d *Directory) CancelCommands(
 	return ids, nil
 }
 
-// TakeCommands binds at most n of the commands that wait to the session, in order, and returns them: they may be sent once
-// this has returned, to this session and to no other. have are those that the session knows already; what was bound to it and
-// is not among them is returned first, so that an answer that was lost is made up for by asking again.
-func (d *Directory) TakeCommands(ctx context.Context, from hub.Stamp, have []string, n int) ([]hub.Command, error) {
-	var taken []hub.Command
+// TakeCommands binds at most n of the commands that wait to the session and returns them: they may be sent once this has
+// returned, to this session and to no other. There is never more than one for an href, counting those in have, which the
+// session has already, and those for one href are taken in order. What was bound to the session and is not in have is returned
+// first, so that an answer that was lost is made up for by asking again. More says that others wait, be it for these to end.
+func (d *Directory) TakeCommands(ctx context.Context, from hub.Stamp, have []hub.Taken, n int) (taken []hub.Command, more bool, _ error) {
 	r := &request{dev: from.Device, op: "directory.TakeCommands"}
 	r.decide = func(s *state, now int64) ([]hub.Event, error) {
-		taken = nil
+		taken, more = nil, false
 		switch {
 		case from.Session < s.session:
 			return nil, errSuperseded
 		case from.Session > s.session || !s.meta.Connection.Online:
 			return nil, hub.NewError(hub.Precondition, "session-unknown", "the session is not known for this device")
 		}
+		// Also those that the session has and that ended here: the device may be at it.
+		busy := map[hub.Href]bool{}
+		for _, h := range have {
+			busy[h.Href] = true
+		}
 		for _, c := range s.commands {
-			if c.Session == from.Session && len(taken) < n && !slices.Contains(have, c.ID) {
+			if c.Session != from.Session {
+				continue
+			}
+			busy[c.Href] = true
+			switch {
+			case slices.ContainsFunc(have, func(h hub.Taken) bool { return h.ID == c.ID }):
+			case len(taken) < n:
 				taken = append(taken, *c)
+			default:
+				more = true
 			}
 		}
 		var events []hub.Event
 		for _, c := range s.commands {
-			if c.Session != 0 || c.ValidUntil <= now || len(taken) >= n {
+			if c.Session != 0 || c.ValidUntil <= now {
 				continue
 			}
+			if busy[c.Href] || len(taken) >= n {
+				more = true
+				continue
+			}
+			busy[c.Href] = true
 			bound := *c
 			bound.Session = from.Session
 			taken = append(taken, bound)
@@ -544,9 +604,9 @@ func (d *Directory) TakeCommands(ctx context.Context, from hub.Stamp, have []str
 		return events, nil
 	}
 	if err := d.do(ctx, r); err != nil {
-		return nil, err
+		return nil, false, err
 	}
-	return taken, nil
+	return taken, more, nil
 }
 
 // EndCommand records what the device answered to a command that is bound to the session, or that it did not. After the

@@ -19,6 +19,13 @@ func update(v any) hub.Order {
 	}
 }
 
+// updateOf is update for another resource, which need not be there.
+func updateOf(href hub.Href, v any) hub.Order {
+	o := update(v)
+	o.Href, o.Force = href, true
+	return o
+}
+
 // asked is a command whose end somebody waits for.
 type asked struct {
 	out  hub.Outcome
@@ -60,11 +67,17 @@ func (h *house) commandable() *device {
 	return x
 }
 
-func (x *device) take(n int, have ...string) []hub.Command {
+func (x *device) take(n int, have ...hub.Taken) []hub.Command {
 	x.h.t.Helper()
-	cs, err := x.h.d.TakeCommands(x.h.t.Context(), hub.Stamp{Device: x.sess.Device, Session: x.sess.Number, User: "user-1"}, have, n)
-	x.h.must(err)
+	cs, _ := x.takeMore(n, have...)
 	return cs
+}
+
+func (x *device) takeMore(n int, have ...hub.Taken) (_ []hub.Command, more bool) {
+	x.h.t.Helper()
+	cs, more, err := x.h.d.TakeCommands(x.h.t.Context(), hub.Stamp{Device: x.sess.Device, Session: x.sess.Number, User: "user-1"}, have, n)
+	x.h.must(err)
+	return cs, more
 }
 
 func (x *device) answer(id, v string) error {
@@ -180,20 +193,27 @@ func TestSentCommandsEndWithTheirSession(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			h := open(t)
 			x := h.commandable()
-			a := h.ask(update("sent"))
+			x.end.window.Store(2)
+			both := []*asked{h.ask(update("sent"))}
 			c := x.end.next(t)
+			both = append(both, h.ask(updateOf("/fan", "beside")))
+			if beside := x.end.next(t); string(beside.Content.Data) != "beside" {
+				t.Errorf("beside the first went %+v", beside)
+			}
 			h.async(update("waits"))
 			end(h, x)
-			out, err := a.wait(t)
-			h.must(err)
-			if out.End != hub.CommandUnavailable || out.Status != hub.StatusUnavailable {
-				t.Errorf("outcome %+v", out)
+			for _, a := range both {
+				out, err := a.wait(t)
+				h.must(err)
+				if out.End != hub.CommandUnavailable || out.Status != hub.StatusUnavailable {
+					t.Errorf("outcome %+v", out)
+				}
 			}
 			d := h.device(alice, lamp)
 			if len(d.Commands) != 1 || string(d.Commands[0].Content.Data) != "waits" || d.Commands[0].Session != 0 {
 				t.Errorf("left %+v", d.Commands)
 			}
-			err = x.answer(c.ID, "late")
+			err := x.answer(c.ID, "late")
 			if name == "offline" { // it may come back with the same number
 				h.must(err)
 			} else {
@@ -207,21 +227,122 @@ func TestSentCommandsEndWithTheirSession(t *testing.T) {
 	}
 }
 
-// A process that died between delivery and answer: the command ends at the next start, and nobody sends it again.
+// A process that died between delivery and answer: the commands end at the next start, and nobody sends them again.
 func TestSentCommandEndsWithItsProcess(t *testing.T) {
 	h := open(t)
 	x := h.commandable()
+	x.end.window.Store(2)
 	h.async(update("sent"))
-	c := x.end.next(t)
+	h.async(updateOf("/fan", "sent"))
+	cs := []hub.Command{x.end.next(t), x.end.next(t)}
 	h.restart()
-	h.eventually("the command ended", func() bool { return len(h.device(alice, lamp).Commands) == 0 })
-	out, err := h.d.outcome(t.Context(), lamp, c.ID, 0)
-	h.must(err)
-	if out.End != hub.CommandUnavailable {
-		t.Errorf("outcome %+v", out)
+	h.eventually("the commands ended", func() bool { return len(h.device(alice, lamp).Commands) == 0 })
+	for _, c := range cs {
+		out, err := h.d.outcome(t.Context(), lamp, c.ID, 0)
+		h.must(err)
+		if out.End != hub.CommandUnavailable {
+			t.Errorf("outcome %+v", out)
+		}
 	}
 	if cs := h.signIn(lamp, alice, 1, "conn-2").take(8); len(cs) != 0 {
 		t.Errorf("sent again: %+v", cs)
+	}
+}
+
+// A session gets no more at once than it says that its device takes, and of one resource never two, nor a later one before an
+// earlier one.
+func TestCommandsTakenAtOnce(t *testing.T) {
+	h := open(t)
+	x := h.commandable()
+	x.end.window.Store(2)
+	h.async(update("first"))
+	first := x.end.next(t)
+	h.async(update("same resource"))
+	h.async(updateOf("/fan", "behind what waits"))
+	x.end.window.Store(8)
+	h.async(updateOf("/tv", "all the same"))
+	h.async(update("last"))
+	if n := len(x.end.got); n != 0 {
+		t.Fatalf("%d were delivered", n)
+	}
+	take := func(most int, wantMore bool, want string, have ...hub.Taken) []hub.Command {
+		t.Helper()
+		cs, more := x.takeMore(most, have...)
+		var got []string
+		for _, c := range cs {
+			got = append(got, string(c.Content.Data))
+		}
+		if strings.Join(got, ", ") != want || more != wantMore {
+			t.Fatalf("taken %q, more %t; want %s", got, more, want)
+		}
+		return cs
+	}
+	the := func(c hub.Command) hub.Taken { return hub.Taken{ID: c.ID, Href: c.Href} }
+	fan := take(1, true, "behind what waits", the(first))[0]
+	tv := take(8, true, "all the same", the(first), the(fan))[0]
+	take(8, true, "", the(first), the(fan), the(tv))
+	take(8, true, "all the same", the(first), the(fan)) // its answer was lost
+	h.must(x.answer(first.ID, ""))
+	take(8, true, "", the(first), the(fan), the(tv)) // it has ended, but the session is still at it
+	second := take(8, true, "same resource", the(fan), the(tv))[0]
+	h.must(x.answer(second.ID, ""))
+	take(8, false, "last", the(fan), the(tv))
+}
+
+// What was sent is not superseded, nor what is of another kind or resource; whoever supersedes goes out in the place of the
+// newest, and those who waited for the others are told.
+func TestSupersede(t *testing.T) {
+	h := open(t)
+	x := h.commandable()
+	h.async(update("sent"))
+	sent := x.end.next(t)
+	retrieve := update("other kind")
+	retrieve.Kind, retrieve.Method = hub.CommandRetrieve, hub.MethodFetch
+	old := []*asked{}
+	for _, o := range []hub.Order{update(1), update(2)} {
+		n := len(h.device(alice, lamp).Commands)
+		old = append(old, h.ask(o))
+		h.eventually("it waits", func() bool { return len(h.device(alice, lamp).Commands) > n })
+	}
+	h.async(retrieve)
+	h.async(updateOf("/fan", "other resource"))
+	newest := update(3)
+	newest.Supersede, newest.User = true, "user-3"
+	h.async(newest)
+	for _, a := range old {
+		if out, err := a.wait(t); err != nil || out.End != hub.CommandCancelled || out.Status != hub.StatusCanceled || out.Cause.User != "user-3" {
+			t.Errorf("one that was superseded: %+v, %v", out, err)
+		}
+	}
+	var left []string
+	for _, c := range h.device(alice, lamp).Commands {
+		left = append(left, string(c.Content.Data))
+	}
+	if want := []string{"sent", "other kind", "other resource", "3"}; !slices.Equal(left, want) {
+		t.Errorf("left %q, want %q", left, want)
+	}
+	h.must(x.answer(sent.ID, "")) // it goes on
+	for _, want := range []string{"other kind", "other resource", "3"} {
+		cs := x.take(1)
+		if len(cs) != 1 || string(cs[0].Content.Data) != want {
+			t.Fatalf("taken %+v, want %s", cs, want)
+		}
+		h.must(x.answer(cs[0].ID, ""))
+	}
+	// One that finds only what it supersedes is sent at once, and after a restart there is only the newest.
+	x.end.busy.Store(true)
+	h.async(update(4))
+	x.end.busy.Store(false)
+	h.async(newest)
+	if c := x.end.next(t); string(c.Content.Data) != "3" {
+		t.Errorf("delivered %+v", c)
+	}
+	h.must(h.d.SignOut(t.Context(), x.stamp()))
+	h.async(update(5))
+	h.async(newest)
+	h.restart()
+	if cs := h.signIn(lamp, alice, 1, "conn-2").take(8); len(cs) != 1 || string(cs[0].Content.Data) != "3" {
+		t.Errorf("after a restart %+v", cs)
 	}
 }
 
@@ -386,6 +507,42 @@ func TestConditionOnTheTwin(t *testing.T) {
 		o := update(1)
 		o.IfMatch = tags
 		h.async(o)
+	}
+}
+
+// A condition that the device is to check goes with its command, without what no device can have; the twin is asked first.
+func TestConditionForTheDevice(t *testing.T) {
+	h := open(t)
+	x := h.registered(lamp)
+	c := value("/light", 0)
+	c.ETag = []byte{7}
+	h.must(x.notify(c))
+	h.must(h.d.SignOut(t.Context(), x.stamp()))
+	o := update(1)
+	o.IfMatch, o.Key = [][]byte{{7}, make([]byte, 9), {}}, "k"
+	h.async(o)
+	o.ForwardIfMatch = true
+	_, err := h.d.Command(t.Context(), alice, o)
+	wantKind(t, err, hub.Invalid, "idempotency-key-reused")
+	o.Key = ""
+	h.async(o)
+	for _, tags := range [][][]byte{nil, {make([]byte, 9)}} {
+		bad := o
+		bad.IfMatch, bad.IfSeq = tags, []uint64{1}
+		_, err = h.d.Command(t.Context(), alice, bad)
+		wantKind(t, err, hub.Invalid, "condition-invalid")
+	}
+	o.IfMatch = [][]byte{{8}}
+	_, err = h.d.Command(t.Context(), alice, o)
+	wantKind(t, err, hub.Precondition, "etag-mismatch")
+	h.restart()
+	y := h.signIn(lamp, alice, 1, "conn-2")
+	for i, want := range []string{"[]", "[07 ]"} {
+		cs := y.take(1)
+		if len(cs) != 1 || fmt.Sprintf("%x", cs[0].IfMatch) != want {
+			t.Fatalf("command %d is %+v, want condition %s", i, cs, want)
+		}
+		h.must(y.answer(cs[0].ID, ""))
 	}
 }
 

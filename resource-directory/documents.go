@@ -128,6 +128,7 @@ type commandDoc struct {
 	Index      int      `cbor:"13,keyasint,omitempty"`
 	Cause      causeDoc `cbor:"14,keyasint"`
 	Code       uint8    `cbor:"15,keyasint,omitempty"`
+	IfMatch    [][]byte `cbor:"16,keyasint,omitempty"`
 }
 
 type keyDoc struct {
@@ -388,7 +389,7 @@ func newCommandDoc(c *hub.Command) *commandDoc {
 	return &commandDoc{
 		Format: docFormat, Kind: uint8(c.Kind), Href: string(c.Href), Interface: c.Interface, ETags: c.ETags, ValidUntil: c.ValidUntil,
 		Key: c.Key, Session: c.Session, Type: c.Content.Type, CoAPFormat: c.Content.Format, Data: c.Content.Data, Types: c.Types,
-		Seq: c.Seq, Index: c.Index, Cause: newCauseDoc(c.Cause), Code: c.Code,
+		Seq: c.Seq, Index: c.Index, Cause: newCauseDoc(c.Cause), Code: c.Code, IfMatch: c.IfMatch,
 	}
 }
 
@@ -396,7 +397,7 @@ func (d *commandDoc) command(dev hub.DeviceID, id string) *hub.Command {
 	return &hub.Command{
 		CommandEvent: hub.CommandEvent{
 			Kind: hub.CommandKind(d.Kind), Interface: d.Interface, ETags: d.ETags, ValidUntil: d.ValidUntil, Key: d.Key,
-			Session: d.Session, Code: d.Code,
+			Session: d.Session, Code: d.Code, IfMatch: d.IfMatch,
 		},
 		Device: dev, ID: id, Href: hub.Href(d.Href), Content: hub.Content{Type: d.Type, Format: d.CoAPFormat, Data: d.Data},
 		Types: d.Types, Seq: d.Seq, Index: d.Index, Cause: d.Cause.cause(),

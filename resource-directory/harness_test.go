@@ -178,6 +178,7 @@ type end struct {
 	got    chan hub.Command
 	woken  chan struct{}
 	busy   atomic.Bool
+	window atomic.Int32 // how many commands the device takes at once; 0 = 1
 }
 
 func newEnd() *end {
@@ -185,8 +186,11 @@ func newEnd() *end {
 }
 
 func (e *end) Close(reason string)   { e.reason <- reason }
-func (e *end) Ready() bool           { return !e.busy.Load() }
 func (e *end) Deliver(c hub.Command) { e.got <- c }
+
+func (e *end) Ready(_ hub.Href, bound []string) bool {
+	return !e.busy.Load() && len(bound) < max(1, int(e.window.Load()))
+}
 
 func (e *end) Wake() {
 	select {

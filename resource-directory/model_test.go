@@ -23,6 +23,7 @@ type model struct {
 	current  bool      // the last one still counts
 	online   bool
 	twin     hub.TwinState
+	off      bool                // the twin is switched off
 	places   []string            // local endpoints
 	links    map[hub.Href]string // title
 	twins    map[hub.Href]string // content, "" is NOT_FOUND
@@ -39,6 +40,7 @@ type model struct {
 // modelCommand is a command and who waits for its end, nil if nobody does.
 type modelCommand struct {
 	id    string
+	kind  hub.CommandKind
 	href  hub.Href
 	bound bool // to the current session
 	asked *asked
@@ -54,16 +56,41 @@ func (m *model) clone() *model {
 func (m *model) clear() {
 	m.labels = nil
 	m.links, m.twins, m.versions = map[hub.Href]string{}, map[hub.Href]string{}, map[hub.Href]uint64{}
-	m.current, m.online, m.twin, m.places = false, false, hub.TwinOutOfSync, nil
+	m.current, m.online, m.twin, m.off, m.places = false, false, hub.TwinOutOfSync, false, nil
 	m.skips, m.loose = map[hub.Href]uint64{}, 0
 }
 
-// count counts an event of a command.
-func (m *model) count(href hub.Href) {
-	if _, ok := m.twins[href]; ok {
-		m.skips[href]++
+// count counts an event of a command, unless it is one of the twin.
+func (m *model) count(c *modelCommand) {
+	if _, ok := m.twins[c.href]; c.kind.OfTwin() {
+		return
+	} else if ok {
+		m.skips[c.href]++
 	} else {
 		m.loose++
+	}
+}
+
+// began is the state of the twin at the beginning of a session, and without one.
+func (m *model) began() hub.TwinState {
+	if m.off {
+		return hub.TwinDisabled
+	}
+	return hub.TwinOutOfSync
+}
+
+// turn does what a twin command does that the device has carried out.
+func (m *model) turn(kind hub.CommandKind) {
+	switch kind {
+	case hub.CommandTwinOff:
+		m.off, m.twin = true, hub.TwinDisabled
+	case hub.CommandTwinOn:
+		if m.off {
+			m.off, m.twin = false, hub.TwinOutOfSync
+		}
+	case hub.CommandTwinSync:
+		m.off, m.twin = false, hub.TwinOutOfSync
+	case hub.CommandCreate, hub.CommandRetrieve, hub.CommandUpdate, hub.CommandDelete:
 	}
 }
 
@@ -74,7 +101,7 @@ func (m *model) end(t tb, with hub.CommandEnd, which func(*modelCommand) bool) {
 		if !which(c) {
 			return false
 		}
-		m.count(c.href)
+		m.count(c)
 		m.ended = append(m.ended, c.id)
 		if c.asked == nil {
 			return true
@@ -192,11 +219,11 @@ func TestDirectoryAgainstAModel(t *testing.T) {
 					}
 				}
 				m.end(rt, hub.CommandUnavailable, sent)
-				if x.sess.Commands != (len(m.commands) > 0) {
-					rt.Fatalf("the session says that commands wait: %t", x.sess.Commands)
+				if x.sess.Commands != (len(m.commands) > 0) || x.sess.TwinEnabled == m.off {
+					rt.Fatalf("the session says that commands wait: %t, and that the twin is on: %t", x.sess.Commands, x.sess.TwinEnabled)
 				}
 				m.sessions = append(m.sessions, x)
-				m.current, m.online, m.twin = true, true, hub.TwinOutOfSync
+				m.current, m.online, m.twin = true, true, m.began()
 			},
 			"notify": func(rt *rapid.T) {
 				x, valid := someSession()
@@ -234,7 +261,7 @@ func TestDirectoryAgainstAModel(t *testing.T) {
 				m.set("/a", "x")
 				stored := h.device(m.owner, lamp)
 				r, _ := stored.Resources.Get("/a")
-				if r.Message != x.msg { // it changed nothing, so its number is not stored
+				if r.Session != x.sess.Number || r.Message != x.msg { // it changed nothing, so its number is not stored
 					return
 				}
 				h.must(h.d.Notify(ctx, x.same(), []hub.Change{value("/a", "repeated")}))
@@ -314,7 +341,7 @@ func TestDirectoryAgainstAModel(t *testing.T) {
 				h.must(h.d.Offline(ctx, x.stamp()))
 				if valid {
 					m.end(rt, hub.CommandUnavailable, sent)
-					m.online, m.twin = false, hub.TwinOutOfSync
+					m.online, m.twin = false, m.began()
 				}
 			},
 			"sign out": func(rt *rapid.T) {
@@ -322,13 +349,13 @@ func TestDirectoryAgainstAModel(t *testing.T) {
 				expect(h.d.SignOut(ctx, x.stamp()), valid)
 				if valid {
 					m.end(rt, hub.CommandUnavailable, sent)
-					m.current, m.online, m.twin = false, false, hub.TwinOutOfSync
+					m.current, m.online, m.twin = false, false, m.began()
 				}
 			},
 			"twin": func(rt *rapid.T) {
 				x, valid := someSession()
 				to := rapid.SampledFrom([]hub.TwinState{hub.TwinSyncing, hub.TwinInSync}).Draw(rt, "state")
-				valid = valid && m.online
+				valid = valid && m.online && !m.off
 				expect(h.d.SetTwin(ctx, x.stamp(), to), valid)
 				if valid {
 					m.twin = to
@@ -364,12 +391,17 @@ func TestDirectoryAgainstAModel(t *testing.T) {
 					h.restart()
 					endIndex()
 					m.end(rt, hub.CommandUnavailable, sent)
-					m.online, m.twin = false, hub.TwinOutOfSync
+					m.online, m.twin = false, m.began()
 				}
 			},
 			"command": func(rt *rapid.T) {
 				o := update(rapid.IntRange(1, 3).Draw(rt, "value"))
-				o.Href, o.Force, o.TTL = href(), true, time.Hour
+				o.Href, o.Force, o.TTL, o.Supersede = href(), true, time.Hour, rapid.Bool().Draw(rt, "supersede")
+				if o.Kind = rapid.SampledFrom([]hub.CommandKind{
+					hub.CommandUpdate, hub.CommandUpdate, hub.CommandRetrieve, hub.CommandTwinOff, hub.CommandTwinOn, hub.CommandTwinSync,
+				}).Draw(rt, "kind"); o.Kind.OfTwin() {
+					o.Href = ""
+				}
 				if m.owner == "" || len(m.commands) == 5 {
 					rt.Skip("nobody's device, or enough")
 				}
@@ -377,9 +409,12 @@ func TestDirectoryAgainstAModel(t *testing.T) {
 				if m.online {
 					x = m.sessions[len(m.sessions)-1]
 					x.end.busy.Store(rapid.Bool().Draw(rt, "busy"))
+					x.end.window.Store(int32(rapid.IntRange(1, 3).Draw(rt, "window"))) //nolint:gosec // small
 				}
 				a := &asked{done: make(chan struct{})}
-				c := &modelCommand{href: o.Href, asked: a}
+				c := &modelCommand{kind: o.Kind, href: o.Href, asked: a}
+				old := func(d *modelCommand) bool { return o.Supersede && !d.bound && d.kind == c.kind && d.href == c.href }
+				left := slices.DeleteFunc(slices.Clone(m.commands), old)
 				owner, d := m.owner, h.d // both change, and a caller may wait for long
 				go func() {
 					defer close(a.done)
@@ -388,28 +423,46 @@ func TestDirectoryAgainstAModel(t *testing.T) {
 				var got []hub.Command
 				h.eventually("the command is stored", func() bool {
 					got = h.device(m.owner, lamp).Commands
-					return len(got) == len(m.commands)+1
+					return len(got) == len(left)+1 && !slices.ContainsFunc(m.commands, func(d *modelCommand) bool { return d.id == got[len(left)].ID })
 				})
+				m.end(rt, hub.CommandCancelled, old)
 				c.id = got[len(got)-1].ID
-				c.bound = x != nil && !x.end.busy.Load() && len(m.commands) == 0
+				// At once only if nothing waits, nothing of its path is out, and the device takes one more.
+				c.bound = x != nil && !x.end.busy.Load() && len(m.commands) < int(x.end.window.Load()) &&
+					!slices.ContainsFunc(m.commands, func(d *modelCommand) bool { return !d.bound || d.href == c.href })
 				m.commands = append(m.commands, c)
-				m.count(c.href)
+				m.count(c)
 				if c.bound && x.end.next(rt).ID != c.id {
 					rt.Fatal("another command was delivered")
 				}
 			},
 			"take": func(rt *rapid.T) {
 				x, valid := someSession()
-				n := rapid.IntRange(1, 2).Draw(rt, "most")
-				var have, want []string
+				n := rapid.IntRange(1, 3).Draw(rt, "most")
+				var have []hub.Taken
+				var want []string
+				busy, wantMore := map[hub.Href]bool{}, false
+				if rapid.Bool().Draw(rt, "one has ended otherwise") {
+					have = append(have, hub.Taken{ID: "ended", Href: href()})
+					busy[have[0].Href] = true
+				}
 				for _, c := range m.commands {
 					if c.bound {
-						have = append(have, c.id)
-					} else if len(want) < n {
-						want = append(want, c.id)
+						have = append(have, hub.Taken{ID: c.id, Href: c.href})
+						busy[c.href] = true
 					}
 				}
-				cs, err := h.d.TakeCommands(ctx, hub.Stamp{Device: lamp, Session: x.sess.Number, User: "u"}, have, n)
+				for _, c := range m.commands {
+					switch {
+					case c.bound:
+					case len(want) < n && !busy[c.href]:
+						want = append(want, c.id)
+						busy[c.href] = true
+					default:
+						busy[c.href], wantMore = true, true
+					}
+				}
+				cs, more, err := h.d.TakeCommands(ctx, hub.Stamp{Device: lamp, Session: x.sess.Number, User: "u"}, have, n)
 				expect(err, valid && m.online)
 				if err != nil {
 					return
@@ -418,8 +471,8 @@ func TestDirectoryAgainstAModel(t *testing.T) {
 				for _, c := range cs {
 					got = append(got, c.ID)
 				}
-				if !slices.Equal(got, want) {
-					rt.Fatalf("taken %q, want %q", got, want)
+				if !slices.Equal(got, want) || more != wantMore {
+					rt.Fatalf("taken %q, more wait: %t; want %q, %t", got, more, want, wantMore)
 				}
 				for _, c := range m.commands {
 					c.bound = c.bound || slices.Contains(want, c.id)
@@ -441,16 +494,24 @@ func TestDirectoryAgainstAModel(t *testing.T) {
 				expect(x.answer(id, "done"), valid)
 				expect(h.d.EndCommand(ctx, x.same(), id, hub.Answer{End: hub.CommandCompleted}), valid) // its answer was lost
 				if valid {
-					m.end(rt, hub.CommandCompleted, func(c *modelCommand) bool { return c.id == id })
+					m.end(rt, hub.CommandCompleted, func(c *modelCommand) bool {
+						if c.id == id {
+							m.turn(c.kind)
+						}
+						return c.id == id
+					})
 				}
 			},
 			"cancel": func(rt *rapid.T) {
 				if m.owner == "" {
 					rt.Skip("nobody's device")
 				}
-				to := href()
-				mine := func(c *modelCommand) bool { return c.href == to }
-				ids, err := h.d.CancelCommands(ctx, m.owner, lamp, hub.CommandPick{Href: to}, "u", "")
+				pick := hub.CommandPick{Twin: rapid.Bool().Draw(rt, "of the twin")}
+				if !pick.Twin {
+					pick.Href = href()
+				}
+				mine := func(c *modelCommand) bool { return c.href == pick.Href }
+				ids, err := h.d.CancelCommands(ctx, m.owner, lamp, pick, "u", "")
 				if found := slices.ContainsFunc(m.commands, mine); found != (err == nil) || !found && !hub.IsKind(err, hub.NotFound) {
 					rt.Fatalf("cancelled %q, %v", ids, err)
 				}
@@ -471,7 +532,7 @@ func TestDirectoryAgainstAModel(t *testing.T) {
 				h.restart()
 				endIndex()
 				m.end(rt, hub.CommandUnavailable, sent)
-				m.online, m.twin = false, hub.TwinOutOfSync
+				m.online, m.twin = false, m.began()
 			},
 			"trim": func(rt *rapid.T) {
 				cs := h.commits(lamp)

@@ -347,7 +347,7 @@ func eventSize(ev *hub.Event) int {
 	}
 	if c := ev.Command; c != nil {
 		n += 48 + len(c.Interface) + len(c.Key)
-		for _, e := range c.ETags {
+		for _, e := range slices.Concat(c.ETags, c.IfMatch) {
 			n += len(e) + 5
 		}
 	}

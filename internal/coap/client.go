@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -18,6 +19,7 @@ import (
 // exchange is a request of ours that has no answer yet.
 type exchange struct {
 	answer      chan answer  // capacity 1
+	begun, sent uint64       // before and after it was given to the transport, as Conn.asked counts; sent is 0 before
 	observation *Observation // to be registered when the answer has an Observe option
 	cancel      bool         // notifications with the same token may still come first
 	refresh     bool         // the answer is a notification, too
@@ -66,18 +68,78 @@ func (o *Observation) Tag() any {
 
 // Do sends a request to the peer and returns its answer, whole even if one or the other went in blocks (RFC 7959). The
 // token of req is ignored; the engine makes its own. req is not changed and may be shared. Error responses are answers, not
-// errors. At most Config.MaxOutstanding requests are under way, further ones wait for ctx. Errors are of kind Deadline or
-// Unavailable (ctx ended, connection gone), TooLarge (the peer's limit or ours), Invalid or BadOption (an answer that breaks
+// errors. No more requests are under way than the peer takes (see Turn), further ones wait for ctx. Errors are of kind Deadline
+// or Unavailable (ctx ended, connection gone), TooLarge (the peer's limit or ours), Invalid or BadOption (an answer that breaks
 // the protocol).
 //
 // A handler may call it. If the peer fills its queue meanwhile, the answer is not read before the handler returns, and the
 // connection may end with ErrOverload: handlers that wait long for their peer do that in a goroutine of their own.
 func (c *Conn) Do(ctx context.Context, req *Message) (*Message, error) {
-	const op = "coap.Do"
-	if err := c.slot(ctx, op); err != nil {
+	t, err := c.Turn(ctx)
+	if err != nil {
 		return nil, err
 	}
-	defer c.release()
+	defer t.End()
+	return t.Do(ctx, req)
+}
+
+// Turn is the right to have one request under way. Whoever has it ends it.
+type Turn struct {
+	c   *Conn
+	end sync.Once
+}
+
+// Turn waits until a request may be sent at once. Errors are Deadline or Unavailable (ctx ended, connection gone).
+func (c *Conn) Turn(ctx context.Context) (*Turn, error) {
+	if err := c.slot(ctx, "coap.Turn"); err != nil {
+		return nil, err
+	}
+	return &Turn{c: c}, nil
+}
+
+// Beside gives a turn beside the one request that is under way to a peer over a stream that has not proved that it takes more
+// than one (see Window): what it answers, and when, tells. Nil when nothing is under way, or already two; over UDP and DTLS,
+// where RFC 7252, Section 4.7 sets the bound, nil unless a usual turn is free.
+func (c *Conn) Beside() *Turn {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	most := c.nstart()
+	if c.dg == nil && !c.able.Load() {
+		most++
+	}
+	if c.reason != nil || c.outstanding == 0 || c.outstanding >= most {
+		return nil
+	}
+	c.outstanding++
+	return &Turn{c: c}
+}
+
+// Free reports whether Turn would not wait.
+func (c *Conn) Free() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.reason == nil && len(c.waiting) == 0 && c.outstanding < c.nstart()
+}
+
+// Window is how many requests the peer proved to take at once: Config.MaxOutstanding before it answered one while an earlier
+// one was out. Then it is, over UDP and DTLS, what RFC 7252, Section 4.7 and the peer's retransmissions leave, of which the next
+// begins anew; over a stream, which paces itself, Config.MaxProven.
+func (c *Conn) Window() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.able.Load() {
+		return max(1, c.srv.cfg.MaxOutstanding)
+	}
+	return c.nstart()
+}
+
+// End gives the turn back. A second time it does nothing.
+func (t *Turn) End() { t.end.Do(t.c.release) }
+
+// Do is Conn.Do in this turn, which goes on.
+func (t *Turn) Do(ctx context.Context, req *Message) (*Message, error) {
+	const op = "coap.Do"
+	c := t.c
 	m := clone(req)
 	first, err := c.upload(ctx, op, m)
 	if err != nil {
@@ -296,10 +358,29 @@ func (c *Conn) admit() {
 
 // nstart is how many requests to the peer may be under way.
 func (c *Conn) nstart() int {
-	if c.dg != nil {
+	most := max(1, c.srv.cfg.MaxOutstanding)
+	switch {
+	case c.dg != nil:
 		return int(c.dg.nstart.Load())
+	case c.able.Load():
+		return max(most, c.srv.cfg.MaxProven)
 	}
-	return max(1, c.srv.cfg.MaxOutstanding)
+	return most
+}
+
+// overtook notes that the peer answered x while an earlier request waits: it takes more than one at a time. A peer that answers
+// in order may do so as well, but nobody can tell. mu is held.
+func (c *Conn) overtook(x *exchange) {
+	if c.able.Load() {
+		return
+	}
+	for _, y := range c.exchanges {
+		if y.sent != 0 && y.sent < x.begun { // two that are sent at the same time may go in any order
+			c.able.Store(true)
+			c.admit()
+			return
+		}
+	}
 }
 
 // token makes a token that none of our exchanges and observations has: a number that starts anywhere and is never repeated.
@@ -352,6 +433,8 @@ func (c *Conn) attempt(ctx context.Context, op string, m *Message, x *exchange) 
 	if c.exchanges == nil {
 		c.exchanges = make(map[string]*exchange)
 	}
+	c.asked++
+	x.begun, x.sent = c.asked, 0
 	c.exchanges[key] = x
 	c.mu.Unlock()
 	defer func() {
@@ -370,6 +453,10 @@ func (c *Conn) attempt(ctx context.Context, op string, m *Message, x *exchange) 
 		}
 		return nil, errGone.With(op, err)
 	}
+	c.mu.Lock()
+	c.asked++
+	x.sent = c.asked
+	c.mu.Unlock()
 	select {
 	case a := <-x.answer:
 		if a.err != nil {
@@ -427,6 +514,7 @@ func (c *Conn) response(m *Message, f fault, room, settles bool) (item, verdict)
 	refreshed := x != nil && x.refresh
 	if x != nil && !refreshed && !(x.cancel && observed) {
 		delete(c.exchanges, string(m.Token))
+		c.overtook(x)
 		if x.observation != nil && observed && m.Code>>5 == 2 && !f.bad() {
 			// Here and not in Observe: the next notification may be right behind.
 			if c.observations == nil {

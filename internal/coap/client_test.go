@@ -96,6 +96,78 @@ func TestOneOutstanding(t *testing.T) {
 	})
 }
 
+// Over a stream a peer gets more than one request at a time once it answered one while an earlier one was out. One that answers
+// in order does not.
+func TestOvertaking(t *testing.T) {
+	bubble(t, handlerFuncs{}, func(c *Config) { c.MaxProven = 3 }, func(t *testing.T, s *sim) {
+		p := s.dial(t)
+		c := <-s.conns
+		if c.Beside() != nil {
+			t.Fatal("a turn beside nothing")
+		}
+		// beside asks for /a and beside it for /b.
+		beside := func() (ra, rb <-chan result, a, b *Message) {
+			t.Helper()
+			ra = do(c, t.Context(), get("/a"))
+			a = p.read()
+			turn := c.Beside()
+			if turn == nil || c.Beside() != nil || c.Free() {
+				t.Fatal("not one turn beside the request that is out")
+			}
+			rb = start(func() result {
+				defer turn.End()
+				r, err := turn.Do(t.Context(), get("/b"))
+				return result{msg: r, err: err}
+			})
+			return ra, rb, a, p.read()
+		}
+		ra, rb, a, b := beside()
+		p.send(reply(a, codes.Content, "a"))
+		<-ra
+		third := do(c, t.Context(), get("/c"))
+		synctest.Wait()
+		if p.r.Buffered() > 0 {
+			t.Fatal("the peer that answers in order has two requests")
+		}
+		p.send(reply(b, codes.Content, "b"))
+		<-rb
+		p.send(reply(p.read(), codes.Content, "c"))
+		<-third
+		if n := c.Window(); n != 1 {
+			t.Fatalf("a peer that answers in order may have %d requests", n)
+		}
+		ra, rb, a, b = beside()
+		waits := do(c, t.Context(), get("/waits"))
+		synctest.Wait()
+		p.send(reply(b, codes.Content, "b"))
+		<-rb
+		if n := c.Window(); n != 3 {
+			t.Fatalf("a peer that answered the second request first may have %d", n)
+		}
+		more := []<-chan result{waits, do(c, t.Context(), get("/more")), do(c, t.Context(), get("/too many"))}
+		first, second := p.read(), p.read()
+		synctest.Wait()
+		if p.r.Buffered() > 0 || c.Free() || c.Beside() != nil {
+			t.Fatal("more than three are out")
+		}
+		p.send(reply(a, codes.Content, "a"))
+		<-ra
+		for _, m := range []*Message{first, second, p.read()} {
+			p.send(reply(m, codes.Content, ""))
+		}
+		for _, r := range more {
+			<-r
+		}
+		if !c.Free() {
+			t.Error("a turn was not given back")
+		}
+		c.Close(nil)
+		if c.Free() || c.Beside() != nil {
+			t.Error("a connection that closes gives turns")
+		}
+	})
+}
+
 // A handler may wait for its peer.
 func TestDoInHandler(t *testing.T) {
 	var c *Conn

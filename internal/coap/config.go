@@ -52,8 +52,8 @@ type Config struct {
 	// MaxOutstanding bounds the requests to one peer that have no answer yet (NSTART of RFC 7252, Section 4.7); further
 	// calls of Do wait. Default 1.
 	MaxOutstanding int
-	// MaxProven is what MaxOutstanding grows to for a peer over UDP or DTLS that answers without a retransmission; the first
-	// one begins anew. Default 4.
+	// MaxProven is what MaxOutstanding grows to: for a peer over UDP or DTLS that answers without a retransmission, of which the
+	// first one begins anew; for one over a stream that answered a request while an earlier one was out. Default 4.
 	MaxProven int
 	// MaxObservations bounds the observations of one connection. Default 1024.
 	MaxObservations int

@@ -61,6 +61,7 @@ type Conn struct {
 	messagesOut  atomic.Uint64
 	nextToken    atomic.Uint64
 	next         atomic.Pointer[chan struct{}] // of Next; nil when nobody asked
+	able         atomic.Bool                   // the peer answered a request while an earlier one was out
 	pingUnsettle bool                          // a Ping was sent and nothing came since; the wheel's alone
 
 	// mu guards what follows. Order of locks: mu before the wheel's, the budget's and the transport's.
@@ -77,6 +78,7 @@ type Conn struct {
 	outstanding  int             // requests of ours that have no answer yet
 	waiting      []chan struct{} // those that wait for one of them, in order
 	exchanges    map[string]*exchange
+	asked        uint64 // counts their sending
 	observations map[string]*Observation
 	observers    map[string]*Observer // by token
 	echo         []byte               // the Echo value of the peer's last answer, until the next request (RFC 9175, Section 2.3)

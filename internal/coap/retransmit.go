@@ -243,6 +243,7 @@ func (d *datagram) proved(t *transmission) {
 // congested begins anew: something was lost, or the peer has too much to do. mu is held.
 func (d *datagram) congested() {
 	d.clean = 0
+	d.c.able.Store(false)
 	d.nstart.Store(int32(max(1, d.c.srv.cfg.MaxOutstanding))) //nolint:gosec // small
 }
 

@@ -638,10 +638,37 @@ func TestUDPProven(t *testing.T) {
 		if n := atOnce(false); n != 3 {
 			t.Errorf("%d at once", n)
 		}
+		// That is the bound of what is on the network. What the peer works at is another matter, and shown by its answers.
+		if n := c.Window(); n != 1 {
+			t.Errorf("a peer that answered everything in order takes %d", n)
+		}
+		var both []<-chan result
+		var asked []heardPacket
+		for range 2 {
+			both = append(both, do(c, t.Context(), get("/beside")))
+			asked = append(asked, p.read(confirmable))
+		}
+		for _, m := range []heardPacket{asked[1], asked[0]} {
+			p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Content, "")))
+			synctest.Wait()
+		}
+		<-both[0]
+		<-both[1]
+		if n := c.Window(); n != 3 {
+			t.Errorf("a peer that answered one beside another takes %d", n)
+		}
 		// One is lost.
 		r := do(c, t.Context(), get("/lost"))
 		p.read(confirmable)
 		m := p.read(confirmable)
+		p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Content, "")))
+		<-r
+		if atOnce(false); c.Window() != 1 {
+			t.Errorf("after a loss it takes %d", c.Window())
+		}
+		r = do(c, t.Context(), get("/lost"))
+		p.read(confirmable)
+		m = p.read(confirmable)
 		p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Content, "")))
 		<-r
 		a, b := do(c, t.Context(), get("/a")), (<-chan result)(nil)

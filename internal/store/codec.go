@@ -32,8 +32,9 @@ const (
 	hasHrefs
 	hasMetadata
 	hasCommand
-	hasCode   // of the command
-	allFields = 1<<iota - 1
+	hasCode    // of the command
+	hasIfMatch // of the command
+	allFields  = 1<<iota - 1
 )
 
 var errDamaged = errors.New("stored commit is damaged")
@@ -62,7 +63,7 @@ func appendEvent(b []byte, e *hub.Event) []byte {
 		e.Status != 0, len(e.ETag) != 0, len(e.Types) != 0,
 		e.Content.Type != "" || e.Content.Format != 0 || len(e.Content.Data) != 0,
 		len(e.Links) != 0, len(e.Hrefs) != 0, e.Metadata != nil, e.Command != nil,
-		e.Command != nil && e.Command.Code != 0,
+		e.Command != nil && e.Command.Code != 0, e.Command != nil && len(e.Command.IfMatch) != 0,
 	} {
 		if present {
 			set |= 1 << bit
@@ -123,19 +124,27 @@ func appendEvent(b []byte, e *hub.Event) []byte {
 	if set&hasCode != 0 {
 		b = append(b, e.Command.Code)
 	}
+	if set&hasIfMatch != 0 {
+		b = appendTags(b, e.Command.IfMatch)
+	}
 	return b
 }
 
 func appendCommand(b []byte, c *hub.CommandEvent) []byte {
 	b = append(b, byte(c.Kind), byte(c.End))
 	b = appendText(b, c.Interface)
-	b = binary.AppendUvarint(b, uint64(len(c.ETags)))
-	for _, e := range c.ETags {
-		b = appendText(b, e)
-	}
+	b = appendTags(b, c.ETags)
 	b = binary.AppendVarint(b, c.ValidUntil)
 	b = appendText(b, c.Key)
 	return binary.AppendUvarint(b, c.Session)
+}
+
+func appendTags(b []byte, tags [][]byte) []byte {
+	b = binary.AppendUvarint(b, uint64(len(tags)))
+	for _, e := range tags {
+		b = appendText(b, e)
+	}
+	return b
 }
 
 func appendLink(b []byte, l *hub.Link) []byte {
@@ -395,20 +404,34 @@ func (r *reader) event(e *hub.Event) {
 		}
 		e.Command.Code = r.byte()
 	}
+	if set&hasIfMatch != 0 {
+		if e.Command == nil {
+			r.fail()
+			return
+		}
+		e.Command.IfMatch = r.tags()
+	}
 }
 
 func (r *reader) command() *hub.CommandEvent {
 	c := &hub.CommandEvent{Kind: hub.CommandKind(r.byte()), End: hub.CommandEnd(r.byte()), Interface: r.text()}
-	if n := r.count(1); n > 0 {
-		c.ETags = make([][]byte, n)
-		for i := range c.ETags {
-			c.ETags[i] = r.bytes()
-		}
-	}
+	c.ETags = r.tags()
 	c.ValidUntil = r.varint()
 	c.Key = r.text()
 	c.Session = r.uvarint()
 	return c
+}
+
+func (r *reader) tags() [][]byte {
+	n := r.count(1)
+	if n == 0 {
+		return nil
+	}
+	out := make([][]byte, n)
+	for i := range out {
+		out[i] = r.bytes()
+	}
+	return out
 }
 
 func (r *reader) link(l *hub.Link) {

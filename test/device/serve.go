@@ -49,6 +49,10 @@ func (d *Device) serve(w mux.ResponseWriter, m *mux.Message) {
 		w.Message().SetModified(false)
 		return
 	}
+	if m.HasOption(message.IfMatch) { // RFC 7252, Section 5.4.1: iotivity-lite knows no conditions
+		d.set(w, reply{code: codes.BadOption})
+		return
+	}
 	path, err := m.Path()
 	if err != nil {
 		path = "/"

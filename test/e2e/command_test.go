@@ -10,8 +10,9 @@ import (
 	"time"
 )
 
-// TestKill9DuringACommand kills the hub when a command has reached its device and is not answered yet: nobody knows whether it
-// was carried out, so it ends UNAVAILABLE and is never sent again. What was not sent yet goes out at the next sign-in.
+// TestKill9DuringACommand kills the hub when commands have reached their device, two at once, and are not answered yet: nobody
+// knows whether they were carried out, so they end UNAVAILABLE and are never sent again. What was not sent yet goes out at the
+// next sign-in.
 func TestKill9DuringACommand(t *testing.T) {
 	t.Parallel()
 	rounds := 3
@@ -31,33 +32,42 @@ func TestKill9DuringACommand(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	light := "/api/v1/devices/" + id + "/resources/light"
-	give := func(content string) {
+	light, fan := "/api/v1/devices/"+id+"/resources/light", "/api/v1/devices/"+id+"/resources/fan"
+	give := func(to, content string) {
 		t.Helper()
-		if status, b := p.send(ctx, http.MethodPut, token, light+"?async=true&timeToLive=600000000000", content); status != http.StatusOK {
+		if status, b := p.send(ctx, http.MethodPut, token, to+"?async=true&timeToLive=600000000000", content); status != http.StatusOK {
 			t.Fatalf("command: %d %s", status, b)
 		}
 	}
-	pe.serve("/light", map[string]any{"n": 0})
+	serves := func() {
+		pe.serve("/light", map[string]any{"n": 0})
+		pe.serve("/fan", map[string]any{"n": 0})
+	}
+	serves()
 	if err := signIn(ctx, pe, id, acc); err != nil {
 		t.Fatal(err)
 	}
-	if ok, err := publish(ctx, pe, id, 1, "/light"); !ok || err != nil {
-		t.Fatal(ok, err)
+	for i, href := range []string{"/light", "/fan"} {
+		if ok, err := publish(ctx, pe, id, i+1, href); !ok || err != nil {
+			t.Fatal(ok, err)
+		}
 	}
 	for round := range rounds {
 		await(t, "the twin", func() bool {
 			_, b := p.get(ctx, token, "/api/v1/devices/"+id+"/resource-links")
 			_, c := p.get(ctx, token, light)
-			return bytes.Contains(b, []byte("/light")) && bytes.Contains(c, []byte(`"content"`))
+			_, d := p.get(ctx, token, fan)
+			return bytes.Contains(b, []byte("/light")) && bytes.Contains(c, []byte(`"content"`)) && bytes.Contains(d, []byte(`"content"`))
 		})
 		pe.ignores("/light")
-		give(`{"sent":true}`)
-		give(`{"waits":true}`)
+		pe.ignores("/fan")
+		give(light, `{"sent":true}`)
+		give(light, `{"waits":true}`)
+		give(fan, `{"sent":true}`)
 		var asked []string
-		await(t, "the command at the device", func() bool {
+		await(t, "both commands at the device", func() bool {
 			asked = append(asked, pe.asked()...)
-			return slices.Contains(asked, "POST /light")
+			return slices.Contains(asked, "POST /light") && slices.Contains(asked, "POST /fan")
 		})
 		p.kill()
 		pe.close()
@@ -65,21 +75,24 @@ func TestKill9DuringACommand(t *testing.T) {
 		if pe, err = dialPeer(ctx, p.coaps(), on.tls); err != nil {
 			t.Fatal(err)
 		}
-		pe.serve("/light", map[string]any{"n": 0})
+		serves()
 		if err := signIn(ctx, pe, id, acc); err != nil {
 			t.Fatal(err)
 		}
-		await(t, "the end of both", func() bool {
+		await(t, "the end of all", func() bool {
 			_, b := p.get(ctx, token, "/api/v1/pending-commands?includeHiddenResources=true")
 			return len(b) == 0
 		})
-		posts := slices.DeleteFunc(pe.asked(), func(s string) bool { return s != "POST /light" })
-		if len(posts) != 1 || pe.value("/light")["waits"] != true || pe.value("/light")["sent"] == true {
+		posts := slices.DeleteFunc(pe.asked(), func(s string) bool { return s != "POST /light" && s != "POST /fan" })
+		if !slices.Equal(posts, []string{"POST /light"}) || pe.value("/light")["waits"] != true || pe.value("/light")["sent"] == true {
 			t.Fatalf("round %d: the device was asked %q and has %v", round, posts, pe.value("/light"))
 		}
 		ends := ended(ctx, t, p, token, light+"/events")
 		if got := ends[len(ends)-2:]; !slices.Equal(got, []string{"UNAVAILABLE", "OK"}) || len(ends) != 2*(round+1) {
 			t.Fatalf("round %d: the commands ended %q", round, ends)
+		}
+		if ends = ended(ctx, t, p, token, fan+"/events"); len(ends) != round+1 || ends[round] != "UNAVAILABLE" {
+			t.Fatalf("round %d: the commands beside ended %q", round, ends)
 		}
 	}
 	pe.close()

@@ -494,8 +494,10 @@ type UpdateResourceRequest struct {
 	TimeToLive        int64                           `protobuf:"varint,4,opt,name=time_to_live,json=timeToLive,proto3" json:"time_to_live,omitempty"` // nanoseconds; 0 = the default of the hub
 	Force             bool                            `protobuf:"varint,5,opt,name=force,proto3" json:"force,omitempty"`
 	Async             bool                            `protobuf:"varint,6,opt,name=async,proto3" json:"async,omitempty"`
-	IdempotencyKey    string                          `protobuf:"bytes,204,opt,name=idempotency_key,json=idempotencyKey,proto3" json:"idempotency_key,omitempty"` // a repeat within 24 hours gives the first outcome
-	Supersede         bool                            `protobuf:"varint,206,opt,name=supersede,proto3" json:"supersede,omitempty"`                                // cancel queued updates of the same resource
+	IdempotencyKey    string                          `protobuf:"bytes,204,opt,name=idempotency_key,json=idempotencyKey,proto3" json:"idempotency_key,omitempty"`    // a repeat within 24 hours gives the first outcome
+	Supersede         bool                            `protobuf:"varint,206,opt,name=supersede,proto3" json:"supersede,omitempty"`                                   // cancel queued updates of the same resource
+	IfMatch           [][]byte                        `protobuf:"bytes,215,rep,name=if_match,json=ifMatch,proto3" json:"if_match,omitempty"`                         // ETags of which the twin's must be one, an empty one is any; else FAILED_PRECONDITION
+	ForwardIfMatch    bool                            `protobuf:"varint,216,opt,name=forward_if_match,json=forwardIfMatch,proto3" json:"forward_if_match,omitempty"` // the device is to check if_match, too; one that cannot answers so: UNIMPLEMENTED
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -586,6 +588,20 @@ func (x *UpdateResourceRequest) GetSupersede() bool {
 	return false
 }
 
+func (x *UpdateResourceRequest) GetIfMatch() [][]byte {
+	if x != nil {
+		return x.IfMatch
+	}
+	return nil
+}
+
+func (x *UpdateResourceRequest) GetForwardIfMatch() bool {
+	if x != nil {
+		return x.ForwardIfMatch
+	}
+	return false
+}
+
 // What the device answered.
 type UpdateResourceResponse struct {
 	state         protoimpl.MessageState               `protogen:"open.v1"`
@@ -639,7 +655,9 @@ type CreateResourceRequest struct {
 	TimeToLive     int64                           `protobuf:"varint,3,opt,name=time_to_live,json=timeToLive,proto3" json:"time_to_live,omitempty"` // nanoseconds; 0 = the default of the hub
 	Force          bool                            `protobuf:"varint,4,opt,name=force,proto3" json:"force,omitempty"`
 	Async          bool                            `protobuf:"varint,5,opt,name=async,proto3" json:"async,omitempty"`
-	IdempotencyKey string                          `protobuf:"bytes,204,opt,name=idempotency_key,json=idempotencyKey,proto3" json:"idempotency_key,omitempty"` // a repeat within 24 hours gives the first outcome
+	IdempotencyKey string                          `protobuf:"bytes,204,opt,name=idempotency_key,json=idempotencyKey,proto3" json:"idempotency_key,omitempty"`    // a repeat within 24 hours gives the first outcome
+	IfMatch        [][]byte                        `protobuf:"bytes,215,rep,name=if_match,json=ifMatch,proto3" json:"if_match,omitempty"`                         // ETags of which the twin's must be one, an empty one is any; else FAILED_PRECONDITION
+	ForwardIfMatch bool                            `protobuf:"varint,216,opt,name=forward_if_match,json=forwardIfMatch,proto3" json:"forward_if_match,omitempty"` // the device is to check if_match, too; one that cannot answers so: UNIMPLEMENTED
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -716,6 +734,20 @@ func (x *CreateResourceRequest) GetIdempotencyKey() string {
 	return ""
 }
 
+func (x *CreateResourceRequest) GetIfMatch() [][]byte {
+	if x != nil {
+		return x.IfMatch
+	}
+	return nil
+}
+
+func (x *CreateResourceRequest) GetForwardIfMatch() bool {
+	if x != nil {
+		return x.ForwardIfMatch
+	}
+	return false
+}
+
 // What the device answered.
 type CreateResourceResponse struct {
 	state         protoimpl.MessageState               `protogen:"open.v1"`
@@ -769,7 +801,9 @@ type DeleteResourceRequest struct {
 	ResourceInterface string                          `protobuf:"bytes,3,opt,name=resource_interface,json=resourceInterface,proto3" json:"resource_interface,omitempty"`
 	Force             bool                            `protobuf:"varint,4,opt,name=force,proto3" json:"force,omitempty"`
 	Async             bool                            `protobuf:"varint,5,opt,name=async,proto3" json:"async,omitempty"`
-	IdempotencyKey    string                          `protobuf:"bytes,204,opt,name=idempotency_key,json=idempotencyKey,proto3" json:"idempotency_key,omitempty"` // a repeat within 24 hours gives the first outcome
+	IdempotencyKey    string                          `protobuf:"bytes,204,opt,name=idempotency_key,json=idempotencyKey,proto3" json:"idempotency_key,omitempty"`    // a repeat within 24 hours gives the first outcome
+	IfMatch           [][]byte                        `protobuf:"bytes,215,rep,name=if_match,json=ifMatch,proto3" json:"if_match,omitempty"`                         // ETags of which the twin's must be one, an empty one is any; else FAILED_PRECONDITION
+	ForwardIfMatch    bool                            `protobuf:"varint,216,opt,name=forward_if_match,json=forwardIfMatch,proto3" json:"forward_if_match,omitempty"` // the device is to check if_match, too; one that cannot answers so: UNIMPLEMENTED
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -844,6 +878,20 @@ func (x *DeleteResourceRequest) GetIdempotencyKey() string {
 		return x.IdempotencyKey
 	}
 	return ""
+}
+
+func (x *DeleteResourceRequest) GetIfMatch() [][]byte {
+	if x != nil {
+		return x.IfMatch
+	}
+	return nil
+}
+
+func (x *DeleteResourceRequest) GetForwardIfMatch() bool {
+	if x != nil {
+		return x.ForwardIfMatch
+	}
+	return false
 }
 
 // What the device answered.
@@ -933,7 +981,7 @@ const file_grpc_gateway_resources_proto_rawDesc = "" +
 	"\x04etag\x18\x04 \x03(\fR\x04etag\x12(\n" +
 	"\x0fidempotency_key\x18\xcc\x01 \x01(\tR\x0eidempotencyKey\"\\\n" +
 	"\x1dGetResourceFromDeviceResponse\x12;\n" +
-	"\x04data\x18\x01 \x01(\v2'.resourceaggregate.pb.ResourceRetrievedR\x04data\"\xd3\x02\n" +
+	"\x04data\x18\x01 \x01(\v2'.resourceaggregate.pb.ResourceRetrievedR\x04data\"\x9a\x03\n" +
 	"\x15UpdateResourceRequest\x12A\n" +
 	"\vresource_id\x18\x01 \x01(\v2 .resourceaggregate.pb.ResourceIdR\n" +
 	"resourceId\x121\n" +
@@ -944,9 +992,11 @@ const file_grpc_gateway_resources_proto_rawDesc = "" +
 	"\x05force\x18\x05 \x01(\bR\x05force\x12\x14\n" +
 	"\x05async\x18\x06 \x01(\bR\x05async\x12(\n" +
 	"\x0fidempotency_key\x18\xcc\x01 \x01(\tR\x0eidempotencyKey\x12\x1d\n" +
-	"\tsupersede\x18\xce\x01 \x01(\bR\tsupersede\"S\n" +
+	"\tsupersede\x18\xce\x01 \x01(\bR\tsupersede\x12\x1a\n" +
+	"\bif_match\x18\xd7\x01 \x03(\fR\aifMatch\x12)\n" +
+	"\x10forward_if_match\x18\xd8\x01 \x01(\bR\x0eforwardIfMatch\"S\n" +
 	"\x16UpdateResourceResponse\x129\n" +
-	"\x04data\x18\x01 \x01(\v2%.resourceaggregate.pb.ResourceUpdatedR\x04data\"\x85\x02\n" +
+	"\x04data\x18\x01 \x01(\v2%.resourceaggregate.pb.ResourceUpdatedR\x04data\"\xcc\x02\n" +
 	"\x15CreateResourceRequest\x12A\n" +
 	"\vresource_id\x18\x01 \x01(\v2 .resourceaggregate.pb.ResourceIdR\n" +
 	"resourceId\x121\n" +
@@ -955,9 +1005,11 @@ const file_grpc_gateway_resources_proto_rawDesc = "" +
 	"timeToLive\x12\x14\n" +
 	"\x05force\x18\x04 \x01(\bR\x05force\x12\x14\n" +
 	"\x05async\x18\x05 \x01(\bR\x05async\x12(\n" +
-	"\x0fidempotency_key\x18\xcc\x01 \x01(\tR\x0eidempotencyKey\"S\n" +
+	"\x0fidempotency_key\x18\xcc\x01 \x01(\tR\x0eidempotencyKey\x12\x1a\n" +
+	"\bif_match\x18\xd7\x01 \x03(\fR\aifMatch\x12)\n" +
+	"\x10forward_if_match\x18\xd8\x01 \x01(\bR\x0eforwardIfMatch\"S\n" +
 	"\x16CreateResourceResponse\x129\n" +
-	"\x04data\x18\x01 \x01(\v2%.resourceaggregate.pb.ResourceCreatedR\x04data\"\x81\x02\n" +
+	"\x04data\x18\x01 \x01(\v2%.resourceaggregate.pb.ResourceCreatedR\x04data\"\xc8\x02\n" +
 	"\x15DeleteResourceRequest\x12A\n" +
 	"\vresource_id\x18\x01 \x01(\v2 .resourceaggregate.pb.ResourceIdR\n" +
 	"resourceId\x12 \n" +
@@ -966,7 +1018,9 @@ const file_grpc_gateway_resources_proto_rawDesc = "" +
 	"\x12resource_interface\x18\x03 \x01(\tR\x11resourceInterface\x12\x14\n" +
 	"\x05force\x18\x04 \x01(\bR\x05force\x12\x14\n" +
 	"\x05async\x18\x05 \x01(\bR\x05async\x12(\n" +
-	"\x0fidempotency_key\x18\xcc\x01 \x01(\tR\x0eidempotencyKey\"S\n" +
+	"\x0fidempotency_key\x18\xcc\x01 \x01(\tR\x0eidempotencyKey\x12\x1a\n" +
+	"\bif_match\x18\xd7\x01 \x03(\fR\aifMatch\x12)\n" +
+	"\x10forward_if_match\x18\xd8\x01 \x01(\bR\x0eforwardIfMatch\"S\n" +
 	"\x16DeleteResourceResponse\x129\n" +
 	"\x04data\x18\x01 \x01(\v2%.resourceaggregate.pb.ResourceDeletedR\x04dataB2Z0github.com/coaphub/coaphub/api/gen/grpcgatewaypbb\x06proto3"
 

@@ -48,7 +48,8 @@ const (
 // "authorization: Bearer <access token>" in its metadata. Errors carry a google.rpc.ErrorInfo whose reason is a stable code.
 //
 // Field numbers from 200 on are extensions of coaphub; a name has the same number wherever it occurs: 200 resume_token,
-// 201 include_current_state, 202 limit, 203 cursor, 204 idempotency_key, 205 all, 206 supersede, 207 at.
+// 201 include_current_state, 202 limit, 203 cursor, 204 idempotency_key, 205 all, 206 supersede, 207 at, 215 if_match,
+// 216 forward_if_match.
 type GrpcGatewayClient interface {
 	// Lists devices, in order of their IDs.
 	GetDevices(ctx context.Context, in *GetDevicesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Device], error)
@@ -317,7 +318,8 @@ type GrpcGateway_GetEventsClient = grpc.ServerStreamingClient[GetEventsResponse]
 // "authorization: Bearer <access token>" in its metadata. Errors carry a google.rpc.ErrorInfo whose reason is a stable code.
 //
 // Field numbers from 200 on are extensions of coaphub; a name has the same number wherever it occurs: 200 resume_token,
-// 201 include_current_state, 202 limit, 203 cursor, 204 idempotency_key, 205 all, 206 supersede, 207 at.
+// 201 include_current_state, 202 limit, 203 cursor, 204 idempotency_key, 205 all, 206 supersede, 207 at, 215 if_match,
+// 216 forward_if_match.
 type GrpcGatewayServer interface {
 	// Lists devices, in order of their IDs.
 	GetDevices(*GetDevicesRequest, grpc.ServerStreamingServer[Device]) error
