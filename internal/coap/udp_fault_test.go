@@ -235,6 +235,66 @@ func TestUDPAddressReuse(t *testing.T) {
 	})
 }
 
+// RFC 7252, Section 4.4: an ACK or RST is of the endpoint that it came from. Whoever forges one from another address or port,
+// with the right message ID and token, ends neither a request nor an observation, gets no answer and no session; nor does the
+// peer itself with an ID that is not under way.
+func TestSpoofedAckAndReset(t *testing.T) {
+	h := &observable{}
+	udpBubble(t, h.funcs(), nil, func(t *testing.T, s *udpSim) {
+		h.added = make(chan *Observer, 1)
+		p := s.device(t, deviceAddr)
+		c := s.begin(t, p)
+		p.ask(register(1, 0))
+		o := <-h.added
+		strangers := []*udpPeer{s.device(t, "192.0.2.66:40000"), s.device(t, "192.0.2.2:40001")}
+		forge := func(m heardPacket) {
+			t.Helper()
+			for _, q := range strangers {
+				q.empty(acknowledgement, m.id)
+				q.empty(reset, m.id)
+				q.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Content, "forged")))
+				q.quiet(100 * time.Millisecond)
+			}
+			p.empty(reset, m.id+1)
+			p.empty(acknowledgement, m.id+1)
+		}
+
+		r := do(c, t.Context(), get("/light"))
+		m := p.read(confirmable)
+		forge(m)
+		if again := p.read(confirmable); again.id != m.id { // nobody has acknowledged it
+			t.Fatalf("%s", again)
+		}
+		p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Content, "on")))
+		if got := <-r; got.err != nil || string(got.msg.Payload) != "on" {
+			t.Fatalf("%+v", got)
+		}
+
+		tell(t, o, "1")
+		m = p.read(confirmable)
+		forge(m)
+		if again := p.read(confirmable); again.id != m.id {
+			t.Fatalf("%s", again)
+		}
+		p.empty(acknowledgement, m.id)
+		tell(t, o, "2")
+		if m = p.read(confirmable); string(m.Payload) != "2" {
+			t.Fatalf("%s", m)
+		}
+		p.empty(acknowledgement, m.id)
+		// What was acknowledged is over: a RST that comes behind it, or is sent again, is of nothing.
+		p.empty(reset, m.id)
+		tell(t, o, "3")
+		if m = p.read(confirmable); string(m.Payload) != "3" || h.ended != 0 {
+			t.Fatalf("%s, %d ended", m, h.ended)
+		}
+		p.empty(acknowledgement, m.id)
+		if len(s.conns) != 0 {
+			t.Errorf("%d sessions of strangers", len(s.conns))
+		}
+	})
+}
+
 // When the engine stops, answers under way still go out, and everything ends.
 func TestUDPShutdown(t *testing.T) {
 	h := handlerFuncs{request: func(ctx context.Context, m *Message) Response {
