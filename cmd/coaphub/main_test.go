@@ -319,11 +319,11 @@ func TestOneSimulatedDevice(t *testing.T) {
 	runs(t, "status", "--refused", "--data", h.Data).want(t, exitOK, `sign-up +`+id, "^$")
 }
 
-// Devices over DTLS and UDP: a fleet over each, one device with a pre-shared key as onboard prints it, and one without
-// anything.
+// Devices over DTLS and UDP, and over plain TCP: a fleet over each, one device with a pre-shared key as onboard prints it, and
+// one without anything.
 func TestSimulateOverDatagrams(t *testing.T) {
 	h := hubtest.Start(t, hubtest.WithConfig("coapGateway.api.coap.plainAddress=127.0.0.1:0"))
-	for _, way := range []string{"--scheme coaps", "--scheme coaps --psk", "--scheme coap"} {
+	for _, way := range []string{"--scheme coaps", "--scheme coaps --psk", "--scheme coap", "--scheme coap+tcp"} {
 		args := append([]string{"simulate", "--devices", "2", "--seed", way, "--duration", "2s", "--data", h.Data}, strings.Fields(way)...)
 		runs(t, args...).want(t, exitOK, `devices 2  online 2  signed up 2 `, "^$")
 	}
