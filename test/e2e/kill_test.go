@@ -92,8 +92,17 @@ func TestKill9(t *testing.T) {
 		visitors = append(visitors, &guest{over: over, on: p.onboard(guestID(i))})
 	}
 	var n compared
-	// A machine so slow that a guest is always killed half-way gets more rounds.
-	for round := 0; round < rounds || !n.all() && round < 3*rounds; round++ {
+	// Over each transport something must have been acknowledged. A machine so slow that a guest is always killed half-way, or a
+	// device before its first notification, gets more rounds.
+	silent := func() (over []string) {
+		for _, b := range books {
+			if b.over.datagrams && b.acked == 0 || b.seen == 0 || len(b.links) == 0 {
+				over = append(over, b.over.name)
+			}
+		}
+		return over
+	}
+	for round := 0; round < rounds || (!n.all() || len(silent()) > 0) && round < 3*rounds; round++ {
 		run, stop := context.WithCancel(ctx)
 		var wg sync.WaitGroup
 		for i := range ways {
@@ -127,16 +136,8 @@ func TestKill9(t *testing.T) {
 			}
 		}
 	}
-	for _, b := range books {
-		if b.acked == 0 && b.over.datagrams {
-			t.Errorf("over %s no notification was ever acknowledged", b.over.name)
-		}
-		if b.seen == 0 || len(b.links) == 0 {
-			t.Errorf("over %s nothing was ever acknowledged", b.over.name)
-		}
-	}
-	if !n.all() {
-		t.Fatalf("of something nothing was ever acknowledged, so the test showed nothing of it: %+v", n)
+	if over := silent(); !n.all() || len(over) > 0 {
+		t.Fatalf("of something nothing was ever acknowledged, so the test showed nothing of it: %+v, over %v", n, over)
 	}
 	p.kill()
 	if out, stderr, err := command(ctx, "verify", "--data", data); err != nil {
