@@ -108,6 +108,7 @@ func TestExitCodesAndWhatToDoNext(t *testing.T) {
 		{"simulate --device-id " + lamp + " --code x --server coaps://hub:5684", exitUsage, `needs --cert, or --key`},
 		{"simulate --device-id " + lamp + " --code x --server coap://hub:5683 --key y", exitUsage, `--key is for`},
 		{"simulate --device-id " + lamp + " --code x --server coaps://hub:5684 --key y --cert z", exitUsage, `exclude each other`},
+		{"simulate --device-id " + lamp + " --code x --server coaps+ws://hub:8080 --cert z", exitUsage, `--cert is not for`},
 		{"simulate --psk", exitUsage, `--psk goes with --scheme coaps`},
 		{"simulate", exitFailure, `hub-not-running`},
 		{"user add", exitUsage, `an argument is missing; write coaphub user add NAME`},
@@ -318,11 +319,11 @@ func TestOneSimulatedDevice(t *testing.T) {
 	runs(t, "status", "--refused", "--data", h.Data).want(t, exitOK, `sign-up +`+id, "^$")
 }
 
-// Devices over DTLS and UDP: a fleet over each, one device with a pre-shared key as onboard prints it, and one without
-// anything.
+// Devices over DTLS and UDP, and over plain TCP: a fleet over each, one device with a pre-shared key as onboard prints it, and
+// one without anything.
 func TestSimulateOverDatagrams(t *testing.T) {
 	h := hubtest.Start(t, hubtest.WithConfig("coapGateway.api.coap.plainAddress=127.0.0.1:0"))
-	for _, way := range []string{"--scheme coaps", "--scheme coaps --psk", "--scheme coap"} {
+	for _, way := range []string{"--scheme coaps", "--scheme coaps --psk", "--scheme coap", "--scheme coap+tcp"} {
 		args := append([]string{"simulate", "--devices", "2", "--seed", way, "--duration", "2s", "--data", h.Data}, strings.Fields(way)...)
 		runs(t, args...).want(t, exitOK, `devices 2  online 2  signed up 2 `, "^$")
 	}
@@ -338,6 +339,21 @@ func TestSimulateOverDatagrams(t *testing.T) {
 		want(t, exitOK, "device "+fan+" is online at coap://", "^$")
 	// It signed out: nothing else would tell the hub.
 	runs(t, "status", "--device", fan, "--data", h.Data).want(t, exitOK, `(?s)state +offline\nprotocol +coap\n`, "^$")
+}
+
+// Devices over WebSocket, on an HTTP port that is plain and on one with TLS: a fleet over each, and a device without
+// anything.
+func TestSimulateOverWebSocket(t *testing.T) {
+	web := "coapGateway.api.coap.webSocket.enabled=true"
+	plain := hubtest.Start(t, hubtest.WithConfig(web))
+	secure := hubtest.Start(t, hubtest.WithConfig(web, "grpcGateway.api.http.address=0.0.0.0:0"))
+	for scheme, h := range map[string]*hubtest.Hub{"coap+ws": plain, "coaps+ws": secure} {
+		runs(t, "simulate", "--devices", "3", "--scheme", scheme, "--duration", "3s", "--rate", "20", "--data", h.Data).
+			want(t, exitOK, `devices 3  online 3  signed up 3  links \d+  notified [1-9].*failures 0\n$`, "^$")
+	}
+	runs(t, "simulate", "--scheme", "coaps+ws", "--duration", "2s", "--data", plain.Data).want(t, exitFailure, "^$", "the hub has no coaps.ws endpoint")
+	runs(t, "simulate", "--device-id", fan, "--code", plain.Code(t, fan), "--server", plain.Endpoints.CoAPWS, "--duration", "3s").
+		want(t, exitOK, "device "+fan+" is online at coap.ws://", "^$")
 }
 
 func TestServeInProcess(t *testing.T) {

@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -27,7 +29,8 @@ func newSimulate(p process) *cobra.Command {
 		Use:   "simulate --devices N",
 		Short: "Simulate devices that behave: they sign up, publish, notify, obey and come back",
 		Long: "simulate runs devices against the hub of this data folder until it is stopped or --duration is over. They come over\n" +
-			"TLS, or as --scheme says: coaps is DTLS, coap+tcp and coap are TCP and UDP without encryption.\n" +
+			"TLS, or as --scheme says: coaps is DTLS, coaps+ws a WebSocket of the HTTP port; coap+tcp, coap and coap+ws are TCP, UDP\n" +
+			"and a WebSocket without encryption.\n" +
 			"With --device-id it is one device with what coaphub onboard --out made for it, for any hub; the server's scheme says\n" +
 			"how it gets there, and --key in place of --cert is the key that coaphub onboard --psk printed:\n" +
 			"  coaphub simulate --device-id ID --cert DIR --code CODE --server coaps+tcp://hub:5684\n" +
@@ -73,12 +76,17 @@ func newSimulate(p process) *cobra.Command {
 			return err
 		}
 		if at, known := endpoint(st.Endpoints, scheme); !known {
-			return usage("--scheme: %q is none of coaps+tcp, coaps, coap+tcp and coap", scheme)
+			return usage("--scheme: %q is none of coaps+tcp, coaps, coaps+ws, coap+tcp, coap and coap+ws", scheme)
 		} else if at == "" {
 			return fmt.Errorf("the hub has no %s endpoint", scheme)
 		}
 		f.Log = log
 		o := onboarder{control: c, scheme: scheme, psk: psk}
+		if scheme == "coaps+ws" {
+			if o.web, err = webTLS(ctx, c); err != nil {
+				return err
+			}
+		}
 		f.Onboard = o.onboard
 		show := newCounts(p)
 		f.Progress = show.at
@@ -96,13 +104,13 @@ func newSimulate(p process) *cobra.Command {
 	fl.IntVar(&f.StartRate, "start-rate", 100, "how many devices start in a second")
 	fl.StringVar(&f.Seed, "seed", "", "makes the devices' IDs: the same seed gives the same devices")
 	fl.StringVar(&duration, "duration", "", "how long (default until it is stopped)")
-	fl.StringVar(&scheme, "scheme", "coaps+tcp", "how the devices get to the hub: coaps+tcp, coaps, coap+tcp or coap")
+	fl.StringVar(&scheme, "scheme", "coaps+tcp", "how the devices get to the hub: coaps+tcp, coaps, coaps+ws, coap+tcp, coap or coap+ws")
 	fl.BoolVar(&psk, "psk", false, "the devices have pre-shared keys in place of certificates, with --scheme coaps")
 	fl.StringVar(&one.id, "device-id", "", "one device with this ID")
 	fl.StringVar(&one.certs, "cert", "", "folder with cert.pem, key.pem and ca.pem of --device-id")
 	fl.StringVar(&one.key, "key", "", "pre-shared key of --device-id, in place of --cert, for a server at coaps://")
 	fl.StringVar(&one.code, "code", "", "authorization code of --device-id")
-	fl.StringVar(&one.server, "server", "", "hub of --device-id: coaps+tcp://host:port, coaps://, coap+tcp:// or coap://")
+	fl.StringVar(&one.server, "server", "", "hub of --device-id: coaps+tcp://host:port, coaps://, coaps+ws://, coap+tcp://, coap:// or coap+ws://")
 	fl.StringVar(&one.provider, "provider", "coaphub", "authorization provider of --device-id")
 	fl.BoolVar(&verbose, "verbose", false, "log what goes wrong")
 	return cmd
@@ -110,7 +118,9 @@ func newSimulate(p process) *cobra.Command {
 
 // endpoint is where the hub is reached by a scheme, "" if it is not; known is whether there is such a scheme.
 func endpoint(e bundle.Endpoints, scheme string) (at string, known bool) {
-	at, known = map[string]string{"coaps+tcp": e.CoAPSTCP, "coaps": e.CoAPS, "coap+tcp": e.CoAPTCP, "coap": e.CoAP}[scheme]
+	at, known = map[string]string{
+		"coaps+tcp": e.CoAPSTCP, "coaps": e.CoAPS, "coaps+ws": e.CoAPSWS, "coap+tcp": e.CoAPTCP, "coap": e.CoAP, "coap+ws": e.CoAPWS,
+	}[scheme]
 	return at, known
 }
 
@@ -119,7 +129,19 @@ type onboarder struct {
 	control *bundle.Control
 	scheme  string
 	psk     bool
-	keys    sync.Map // by device ID: a further key would make the first one worth nothing
+	web     *tls.Config // for coaps+ws, where devices have no certificates
+	keys    sync.Map    // by device ID: a further key would make the first one worth nothing
+}
+
+// webTLS trusts the hub's HTTP port.
+func webTLS(ctx context.Context, c *bundle.Control) (*tls.Config, error) {
+	pem, err := c.Root(ctx, "https")
+	if err != nil {
+		return nil, err
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM([]byte(pem))
+	return &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}, nil
 }
 
 // onboard is Fleet.Onboard.
@@ -133,7 +155,7 @@ func (o *onboarder) onboard(ctx context.Context, id string) (device.Onboarding, 
 		return device.Onboarding{}, err
 	}
 	at, _ := endpoint(got.Endpoints, o.scheme)
-	out := device.Onboarding{Code: got.AuthorizationCode, HubAddr: at, Provider: got.AuthorizationProvider}
+	out := device.Onboarding{Code: got.AuthorizationCode, HubAddr: at, Provider: got.AuthorizationProvider, TLS: o.web}
 	switch {
 	case o.psk && had:
 		out.PSK = key.(*device.PSK)
@@ -159,11 +181,15 @@ func (s *single) check() error {
 		return usage("--cert and --key exclude each other")
 	case s.key != "" && !strings.HasPrefix(s.server, "coaps://"):
 		return usage("--key is for a server at coaps://")
-	case s.certs == "" && s.key == "" && strings.HasPrefix(s.server, "coaps"):
+	case s.certs != "" && s.web():
+		return usage("--cert is not for a server at coaps+ws://, which asks a device for none and is checked as web servers are")
+	case s.certs == "" && s.key == "" && strings.HasPrefix(s.server, "coaps") && !s.web():
 		return usage("--device-id needs --cert, or --key, for a server at coaps+tcp:// or coaps://, as coaphub onboard makes them")
 	}
 	return nil
 }
+
+func (s *single) web() bool { return strings.HasPrefix(s.server, "coaps+ws://") }
 
 // simulate lets the device's light go on and off until ctx ends.
 func (s *single) simulate(ctx context.Context, p process, rate float64, log *slog.Logger) error {
@@ -171,7 +197,10 @@ func (s *single) simulate(ctx context.Context, p process, rate float64, log *slo
 	if s.key != "" {
 		cfg.PSK = &device.PSK{Identity: s.id, Key: []byte(s.key)}
 	}
-	if s.certs != "" {
+	switch {
+	case s.web():
+		cfg.TLS = &tls.Config{MinVersion: tls.VersionTLS12} // the system's CAs
+	case s.certs != "":
 		in := func(name string) string { return filepath.Join(s.certs, name) }
 		var err error
 		if cfg.TLS, err = device.TLSFiles(in("ca.pem"), in("cert.pem"), in("key.pem"), ""); err != nil {

@@ -585,3 +585,50 @@ func TestDTLSMoveNeedsANewerRecord(t *testing.T) {
 		}
 	})
 }
+
+// RFC 7641, Section 2: an Observe option of more than three bytes is not recognised. It is elective: a request is then a plain
+// one, which registers nothing, and a response one that ends the observation.
+func TestObserveOption(t *testing.T) {
+	h := &observable{}
+	var ended []bool
+	funcs := h.funcs()
+	funcs.notifications = func(_ context.Context, ns []Notification) {
+		for _, n := range ns {
+			ended = append(ended, n.Ended)
+		}
+	}
+	udpBubble(t, funcs, nil, func(t *testing.T, s *udpSim) {
+		h.added = make(chan *Observer, 10)
+		p := s.device(t, deviceAddr)
+		c := s.begin(t, p)
+		with := func(values ...[]byte) *Message {
+			m := get("/tick")
+			m.Options = nil
+			for _, v := range values {
+				m.Options = append(m.Options, message.Option{ID: ObserveOption, Value: v})
+			}
+			m.Options = append(m.Options, AddPath(nil, "/tick")...)
+			return m
+		}
+		if m := p.ask(with([]byte{0, 0, 0, 0})); m.packet.code != codes.Content || number(m.Message) != 1<<31 || len(h.added) != 0 {
+			t.Errorf("four bytes: %s, %d registered", m, len(h.added))
+		}
+		// Of two the first counts (RFC 7252, Section 5.4.5); zeros in front are allowed (Section 3.2).
+		for _, m := range []*Message{with([]byte{0, 0, 0}), with(nil, []byte{1})} {
+			if m := p.ask(m); number(m.Message) == 1<<31 || len(h.added) != 1 {
+				t.Fatalf("%s, %d registered", m, len(h.added))
+			}
+			<-h.added
+		}
+
+		tok := p.observed(c, "/light", 1)
+		note := p.notification(tok, 2, "2")
+		note.Options = AddOption(nil, ObserveOption, []byte{0, 0, 0, 3})
+		p.send(confirmable, note)
+		p.read(acknowledgement)
+		synctest.Wait()
+		if !slices.Equal(ended, []bool{true}) {
+			t.Errorf("the observation: ended %v", ended)
+		}
+	})
+}

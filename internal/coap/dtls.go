@@ -32,7 +32,7 @@ type DTLSConfig struct {
 	// identities exist (RFC 4279, Section 2). An error ends the handshake with internal_error. Nil: only certificates.
 	PSK func(ctx context.Context, identity []byte) ([]byte, error)
 	// Verify decides on a peer that has proven its credential; it is here that one is demanded. An error ends the handshake
-	// with bad_certificate. It is called once for each association. Nil takes everybody, also who has proven nothing.
+	// with bad_certificate, or with handshake_failure if the peer has proven nothing. It is called once for each association. Nil takes everybody, also who has proven nothing.
 	Verify func(PeerCredential) error
 	// Gateway is the first part of all connection IDs, by which a load balancer can find this gateway.
 	Gateway uint16
@@ -161,6 +161,9 @@ func (l *dtlsListener) verify(a *association, s *dtls.State) error {
 	}
 	if l.conf.Verify != nil {
 		if err := l.conf.Verify(peer); err != nil {
+			a.mu.Lock()
+			a.nothing = !asked && len(peer.Certificates) == 0
+			a.mu.Unlock()
 			return err
 		}
 	}

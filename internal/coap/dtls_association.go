@@ -119,6 +119,8 @@ type association struct {
 	keyHash [sha256.Size]byte // of that key
 	sealed  int               // encrypted records since
 	said    []byte            // an alert of the peer that proves nothing
+	refused bool              // pion would have sent bad_certificate
+	nothing bool              // the peer has shown no credential, and one is demanded
 }
 
 // arrival is a datagram of one association, without what is not for pion.
@@ -209,6 +211,10 @@ func (w wire) WriteTo(b []byte, to net.Addr) (int, error) {
 	was := a.stage
 	if a.stage < complete {
 		a.sent(b)
+		if a.withholds(b) {
+			a.mu.Unlock()
+			return len(b), nil
+		}
 	}
 	verifiedNow := was == unverified && a.stage == verified
 	switch {
@@ -260,6 +266,17 @@ func (a *association) sent(b []byte) {
 		a.flown += len(b)
 		a.flight = append(a.flight, bytes.Clone(b))
 	}
+}
+
+// withholds reports whether b is pion's alert for a certificate, which is bad_certificate whatever is wrong with it: the
+// listener sends one that says why. mu is held.
+func (a *association) withholds(b []byte) bool {
+	r, _, ok := nextRecord(b)
+	if !ok || r.epoch != 0 || r.typ != recordAlert || !bytes.Equal(r.body, []byte{alertFatal, alertBadCertificate}) || a.stage != verified || a.sealing {
+		return false
+	}
+	a.refused = true
+	return true
 }
 
 // Close ends the reading; pion calls it.
@@ -409,12 +426,19 @@ func (a *association) way(e endpoints) *route {
 	return r
 }
 
-// refuse ends a handshake with an alert that says why. Nothing is encrypted yet, so pion need not write it.
+// refuse ends a handshake with an alert that says why.
 func (a *association) refuse(why error, description byte) {
+	if a.alert(description) {
+		a.cancel(why)
+	}
+}
+
+// alert sends a fatal alert, and reports whether it still could. Nothing is encrypted yet, so pion need not write it.
+func (a *association) alert(description byte) bool {
 	a.mu.Lock()
 	if a.stage != verified || a.sealing {
 		a.mu.Unlock()
-		return
+		return false
 	}
 	b, r := plainAlert(a.nextSeq, description), a.route
 	a.nextSeq++
@@ -422,7 +446,7 @@ func (a *association) refuse(why error, description byte) {
 	if a.l.sock.write(b, r.control, r.ends) != nil {
 		a.l.drop("unsent")
 	}
-	a.cancel(why)
+	return true
 }
 
 // again repeats our last flight to a peer that repeats its ClientHello (RFC 6347, Section 4.2.4): pion waits for its own

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"container/list"
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"hash/maphash"
@@ -380,6 +381,12 @@ func (l *dtlsListener) handshake(a *association) {
 		return
 	}
 	cause := context.Cause(a.ctx)
+	a.mu.Lock()
+	refused, nothing := a.refused, a.nothing
+	a.mu.Unlock()
+	if refused {
+		a.alert(alertOf(err, nothing))
+	}
 	a.cancel(nil)
 	_ = a.conn.Close()
 	a.mu.Lock()
@@ -409,6 +416,24 @@ func (l *dtlsListener) handshake(a *association) {
 		detail = fmt.Sprintf("%s; the peer sent alert %d", detail, said[1])
 	}
 	s.refuse(a.route.remote, "handshake-"+outcome, detail)
+}
+
+// alertOf tells a device what is wrong with the certificate that it showed, or that it has shown nothing (RFC 5246, Sections
+// 7.2.2 and 7.4.6).
+func alertOf(err error, nothing bool) byte {
+	var unknown x509.UnknownAuthorityError
+	var invalid x509.CertificateInvalidError
+	switch {
+	case nothing:
+		return alertHandshake
+	case errors.As(err, &unknown):
+		return alertUnknownCA
+	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
+		return alertExpired
+	case errors.As(err, &invalid) && invalid.Reason == x509.IncompatibleUsage:
+		return alertUnsupported
+	}
+	return alertBadCertificate
 }
 
 // begun makes a session of a complete association, which takes the place of the one before it.

@@ -22,7 +22,14 @@ const (
 	certVerify   = 15
 	keyExchange  = 16 // client_key_exchange
 	alertFatal   = 2
-	alertDecrypt = 51 // decrypt_error
+
+	// Descriptions of alerts (RFC 5246, Section 7.2).
+	alertHandshake      = 40 // handshake_failure
+	alertBadCertificate = 42
+	alertUnsupported    = 43 // unsupported_certificate
+	alertExpired        = 45 // certificate_expired
+	alertUnknownCA      = 48
+	alertDecrypt        = 51 // decrypt_error
 )
 
 // cidSize is the size of our connection IDs: two bytes of the gateway, six random ones. It is the same for all, so that a

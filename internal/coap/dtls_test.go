@@ -74,6 +74,9 @@ func (a *authority) issue(t testing.TB, name string, until time.Time) tls.Certif
 		KeyUsage: x509.KeyUsageDigitalSignature, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, DNSNames: []string{"localhost"},
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 	}
+	if name == "server" {
+		tmpl.ExtKeyUsage = tmpl.ExtKeyUsage[:1]
+	}
 	der, err := x509.CreateCertificate(rand.Reader, tmpl, a.cert, &key.PublicKey, a.key)
 	if err != nil {
 		t.Fatal(err)
@@ -501,18 +504,19 @@ func TestDTLSCertificates(t *testing.T) {
 	}, func(t *testing.T, s *dtlsSim) {
 		other := newAuthority(t)
 		cases := []struct {
-			name, why string
-			certs     []tls.Certificate
+			name, why, alert string
+			certs            []tls.Certificate
 		}{
-			{"none", errNoCredential.Error(), nil},
-			{"of another authority", "unknown authority", []tls.Certificate{other.issue(t, "device", time.Time{})}},
-			{"expired", "expired", []tls.Certificate{s.ca.issue(t, "device", time.Now().Add(-time.Hour))}},
-			{"revoked", "revoked", []tls.Certificate{s.ca.issue(t, "revoked", time.Time{})}},
+			{"none", errNoCredential.Error(), "HandshakeFailure", nil},
+			{"of another authority", "unknown authority", "UnknownCA", []tls.Certificate{other.issue(t, "device", time.Time{})}},
+			{"expired", "expired", "CertificateExpired", []tls.Certificate{s.ca.issue(t, "device", time.Now().Add(-time.Hour))}},
+			{"for servers", "incompatible key usage", "UnsupportedCertificate", []tls.Certificate{s.ca.issue(t, "server", time.Time{})}},
+			{"revoked", "revoked", "BadCertificate", []tls.Certificate{s.ca.issue(t, "revoked", time.Time{})}},
 		}
 		for _, c := range cases {
 			_, err := s.shake(t, s.socket(t, "198.51.100.1:0"), certOptions(s.ca, c.certs)...)
-			if err == nil || !strings.Contains(err.Error(), "BadCertificate") {
-				t.Errorf("%s: the device saw %v", c.name, err)
+			if err == nil || !strings.Contains(err.Error(), c.alert) {
+				t.Errorf("%s: the device saw %v, want %s", c.name, err, c.alert)
 			}
 			s.refusal(t, c.why)
 		}

@@ -175,6 +175,70 @@ func TestMessageIDs(t *testing.T) {
 	})
 }
 
+// RFC 7252, Section 4.4: where the IDs of a session begin is random, so that nobody guesses them who has not read them.
+func TestFirstMessageID(t *testing.T) {
+	udpBubble(t, handlerFuncs{}, nil, func(t *testing.T, s *udpSim) {
+		first, step := make(map[uint16]bool), make(map[uint16]bool)
+		last := uint16(0)
+		for i := range 20 {
+			p := s.device(t, fmt.Sprintf("192.0.2.2:%d", 40000+i))
+			p.ask(get("/a"))
+			(<-s.conns).tr.ping()
+			m := p.read(confirmable)
+			first[m.id], step[m.id-last] = true, true
+			last = m.id
+			p.empty(reset, m.id)
+		}
+		if len(first) < 18 || len(step) < 18 { // two may be the same
+			t.Errorf("the first IDs of 20 sessions: %v", first)
+		}
+	})
+}
+
+// RFC 7252, Section 4.2: an ICMP error says nothing about whoever is there next. A client that is gone when its answer comes
+// makes the system send one, and the engine goes on.
+func TestAnswersToNobody(t *testing.T) {
+	goOn := make(chan struct{})
+	addr, _ := listenUDP(t, handlerFuncs{request: func(_ context.Context, m *Message) Response {
+		if Path(m) == "/gone" {
+			<-goOn
+		}
+		return Response{Code: codes.Content, Payload: []byte(Path(m))}
+	}}, "127.0.0.1:0", nil)
+	ask := func(path string) net.Conn {
+		t.Helper()
+		c, err := net.Dial("udp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.Write(appendPacket(nil, confirmable, 7, get(path))); err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	answered := func(c net.Conn) {
+		t.Helper()
+		_ = c.SetReadDeadline(time.Now().Add(20 * time.Second))
+		b := make([]byte, 1500)
+		if n, err := c.Read(b); err != nil || b[0]>>4 != 6 {
+			t.Fatalf("%x, %v", b[:n], err)
+		}
+		_ = c.Close()
+	}
+	var gone []net.Conn
+	for range 20 {
+		gone = append(gone, ask("/gone"))
+	}
+	answered(ask("/a")) // so the others have been read, too
+	for _, c := range gone {
+		_ = c.Close()
+	}
+	close(goOn)
+	for range 20 {
+		answered(ask("/b"))
+	}
+}
+
 // A NAT that restarts gives the device another address: to plain UDP that is another peer, whose session begins anew. Commands
 // to the old one come back as unanswered, and reach nobody else.
 func TestUDPNATRebinding(t *testing.T) {
@@ -231,6 +295,66 @@ func TestUDPAddressReuse(t *testing.T) {
 		synctest.Wait()
 		if notified != 0 {
 			t.Fatal("a notification without observation was handled")
+		}
+	})
+}
+
+// RFC 7252, Section 4.4: an ACK or RST is of the endpoint that it came from. Whoever forges one from another address or port,
+// with the right message ID and token, ends neither a request nor an observation, gets no answer and no session; nor does the
+// peer itself with an ID that is not under way.
+func TestSpoofedAckAndReset(t *testing.T) {
+	h := &observable{}
+	udpBubble(t, h.funcs(), nil, func(t *testing.T, s *udpSim) {
+		h.added = make(chan *Observer, 1)
+		p := s.device(t, deviceAddr)
+		c := s.begin(t, p)
+		p.ask(register(1, 0))
+		o := <-h.added
+		strangers := []*udpPeer{s.device(t, "192.0.2.66:40000"), s.device(t, "192.0.2.2:40001")}
+		forge := func(m heardPacket) {
+			t.Helper()
+			for _, q := range strangers {
+				q.empty(acknowledgement, m.id)
+				q.empty(reset, m.id)
+				q.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Content, "forged")))
+				q.quiet(100 * time.Millisecond)
+			}
+			p.empty(reset, m.id+1)
+			p.empty(acknowledgement, m.id+1)
+		}
+
+		r := do(c, t.Context(), get("/light"))
+		m := p.read(confirmable)
+		forge(m)
+		if again := p.read(confirmable); again.id != m.id { // nobody has acknowledged it
+			t.Fatalf("%s", again)
+		}
+		p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.Content, "on")))
+		if got := <-r; got.err != nil || string(got.msg.Payload) != "on" {
+			t.Fatalf("%+v", got)
+		}
+
+		tell(t, o, "1")
+		m = p.read(confirmable)
+		forge(m)
+		if again := p.read(confirmable); again.id != m.id {
+			t.Fatalf("%s", again)
+		}
+		p.empty(acknowledgement, m.id)
+		tell(t, o, "2")
+		if m = p.read(confirmable); string(m.Payload) != "2" {
+			t.Fatalf("%s", m)
+		}
+		p.empty(acknowledgement, m.id)
+		// What was acknowledged is over: a RST that comes behind it, or is sent again, is of nothing.
+		p.empty(reset, m.id)
+		tell(t, o, "3")
+		if m = p.read(confirmable); string(m.Payload) != "3" || h.ended != 0 {
+			t.Fatalf("%s, %d ended", m, h.ended)
+		}
+		p.empty(acknowledgement, m.id)
+		if len(s.conns) != 0 {
+			t.Errorf("%d sessions of strangers", len(s.conns))
 		}
 	})
 }

@@ -27,19 +27,24 @@ type datagrams struct {
 	mu      sync.Mutex // guards all below
 	next    int32
 	unheard map[int32]*time.Timer // of confirmable messages, by their ID
+	asks    map[int32]chan<- bool // who wants to know whether it was acknowledged (true) or rejected
 	replies map[int32][]byte      // to the hub's confirmable messages
 }
 
 func newDatagrams() *datagrams {
-	return &datagrams{unheard: map[int32]*time.Timer{}, replies: map[int32][]byte{}}
+	return &datagrams{unheard: map[int32]*time.Timer{}, asks: map[int32]chan<- bool{}, replies: map[int32][]byte{}}
 }
 
-func (d *datagrams) settle(id int32) {
+func (d *datagrams) settle(id int32, acknowledged bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if t := d.unheard[id]; t != nil {
 		t.Stop()
 		delete(d.unheard, id)
+	}
+	if heard := d.asks[id]; heard != nil {
+		heard <- acknowledged
+		delete(d.asks, id)
 	}
 }
 
@@ -92,13 +97,17 @@ func shake(ctx context.Context, addr string, opts ...dtls.ClientOption) (*peer, 
 	return nil, err
 }
 
-// sendDatagram sends a request, or a notification, which both are confirmable, or an answer to a confirmable message.
-func (p *peer) sendDatagram(m message.Message) error {
+// sendDatagram sends a request, or a notification, which both are confirmable, or an answer to a confirmable message. heard,
+// which may be nil and must have room, is told whether the hub acknowledged it.
+func (p *peer) sendDatagram(m message.Message, heard chan<- bool) error {
 	d := p.datagrams
 	d.mu.Lock()
 	if m.Type != message.Acknowledgement {
 		d.next = (d.next + 1) & math.MaxUint16
 		m.Type, m.MessageID = message.Confirmable, d.next
+		if heard != nil {
+			d.asks[m.MessageID] = heard
+		}
 	}
 	d.mu.Unlock()
 	b, err := encodeDatagram(m)
@@ -167,7 +176,7 @@ func (p *peer) readDatagrams() {
 func (p *peer) takeDatagram(m message.Message) {
 	d := p.datagrams
 	if m.Type == message.Acknowledgement || m.Type == message.Reset {
-		d.settle(m.MessageID)
+		d.settle(m.MessageID, m.Type == message.Acknowledgement)
 		if m.Type == message.Acknowledgement && m.Code != codes.Empty {
 			p.take(m)
 		}

@@ -23,10 +23,10 @@ import (
 // relay is a NAT between devices and the hub. It has a line for each device, with a port that the hub sees.
 type relay struct {
 	t    *testing.T
-	hub  *net.UDPAddr
 	done sync.WaitGroup // readers, who end with their sockets
 
 	mu    sync.Mutex // guards all below and the fields of lines and ports
+	hub   *net.UDPAddr
 	rng   *rand.Rand
 	delay time.Duration // of each datagram
 	loss  float64       // how many of them are lost, 0 to 1
@@ -137,9 +137,9 @@ func (l *line) outward(b []byte, from netip.AddrPort) {
 		return
 	}
 	l.inside = from
-	out := l.out.sock
+	out, hub := l.out.sock, l.r.hub
 	l.r.mu.Unlock()
-	l.r.carry(func() { _, _ = out.WriteTo(b, l.r.hub) })
+	l.r.carry(func() { _, _ = out.WriteTo(b, hub) })
 }
 
 // carry lets a datagram arrive, or not. What is under way when the test ends finds a closed socket.
@@ -435,6 +435,50 @@ func TestRebootOnTheSameAddress(t *testing.T) {
 			}
 			if n := after.Stats().Failures.Load(); n != 0 {
 				t.Errorf("it failed %d times on its way back", n)
+			}
+		})
+	}
+}
+
+// TestHubLosesPower: a hub that is gone and back says no goodbye over datagrams, and knows no association of before. Its devices
+// find out by what nobody acknowledges, and come back with what they say then.
+func TestHubLosesPower(t *testing.T) {
+	for _, tr := range []transport{overDTLS, overPSK, overUDP} {
+		t.Run(tr.name, func(t *testing.T) {
+			t.Parallel()
+			h := hubtest.Start(t, hubtest.WithConfig(tr.config()...))
+			a := application(t, h)
+			r := newRelay(t, h, tr)
+			d := onLine(t, h, tr, r.line(), deviceID(1), func(c *device.Config) { c.PerResource = true })
+			ctx, leave := context.WithCancel(t.Context())
+			ended := make(chan error, 1)
+			code := h.Code(t, d.ID())
+			go func() { ended <- d.Run(ctx, func(context.Context) (string, error) { return code, nil }) }()
+			defer func() { leave(); <-ended }()
+			a.until("the device to be in sync", func() bool { return a.twin(d.ID()) == "ONLINE IN_SYNC" && d.Observed("/light/1") > 0 })
+			a.shows(d, "before", 1)
+
+			r.mu.Lock()
+			r.loss = 1
+			r.mu.Unlock()
+			h.Restart(t)
+			to, err := net.ResolveUDPAddr("udp", map[bool]string{true: h.CoAPSUDP, false: h.CoAPPlainUDP}[tr.secure])
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.mu.Lock()
+			r.hub, r.loss = to, 0
+			r.mu.Unlock()
+			a = application(t, h)
+			power := 1
+			a.within(2*time.Minute, "the device to be back", func() bool {
+				power++ // it has something to say, or it would not find out
+				_, err := d.Set("/light/1", map[string]any{"name": "after", "state": true, "power": uint64(power)})
+				return err == nil && a.twin(d.ID()) == "ONLINE IN_SYNC" && a.light(d.ID()).Name == "after"
+			})
+			a.until("the last value", func() bool { return a.light(d.ID()) == light{"after", true, power} })
+			if n := d.Stats().SignUps.Load(); n != 1 {
+				t.Errorf("it signed up %d times", n)
 			}
 		})
 	}

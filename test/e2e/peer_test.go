@@ -110,7 +110,7 @@ func (p *peer) close() {
 
 func (p *peer) send(m message.Message) error {
 	if p.datagrams != nil {
-		return p.sendDatagram(m)
+		return p.sendDatagram(m, nil)
 	}
 	n, err := coder.DefaultCoder.Size(m)
 	if err != nil {
@@ -375,7 +375,11 @@ func (p *peer) drop(href string) {
 	delete(p.resources, href)
 }
 
-func (p *peer) notify(href string, value any) error {
+// notify sets a resource and tells the hub, which must observe it.
+func (p *peer) notify(href string, value any) error { return p.notifyAsking(href, value, nil) }
+
+// notifyAsking is notify; over datagrams heard, which may be nil and must have room, is told whether the hub acknowledged it.
+func (p *peer) notifyAsking(href string, value any, heard chan<- bool) error {
 	p.inOrder.Lock()
 	defer p.inOrder.Unlock()
 	p.serve(href, value)
@@ -387,6 +391,9 @@ func (p *peer) notify(href string, value any) error {
 	}
 	m := p.represent(r, r.token)
 	p.mu.Unlock()
+	if p.datagrams != nil {
+		return p.sendDatagram(m, heard)
+	}
 	return p.send(m)
 }
 

@@ -166,6 +166,7 @@ type onboarded struct {
 	Provider  string            `json:"authorizationProvider"`
 	Code      string            `json:"authorizationCode"`
 	CA        string            `json:"ca"`
+	PSK       string            `json:"psk"`
 	dir       string
 	tls       *tls.Config
 }
@@ -173,7 +174,7 @@ type onboarded struct {
 func (p *process) onboard(id string) onboarded {
 	p.t.Helper()
 	o := onboarded{dir: p.t.TempDir()}
-	out := p.run("onboard", "--device-id", id, "--out", o.dir, "--json")
+	out := p.run("onboard", "--device-id", id, "--out", o.dir, "--psk", "--json")
 	if err := json.Unmarshal([]byte(out), &o); err != nil {
 		p.t.Fatalf("onboard printed %q: %v", out, err)
 	}
@@ -187,6 +188,27 @@ func (p *process) onboard(id string) onboarded {
 	}
 	o.tls = &tls.Config{Certificates: []tls.Certificate{cert}, RootCAs: pool, ServerName: "127.0.0.1"}
 	return o
+}
+
+// everyWay is the configuration of a hub that devices may come to over each of the transports.
+const everyWay = `{coapGateway: {api: {coap: {plainAddress: "127.0.0.1:0", webSocket: {enabled: true}}}}}`
+
+// dial is a peer that comes over tr.
+func (p *process) dial(ctx context.Context, tr transport, id string, on onboarded) (*peer, error) {
+	at := strings.TrimPrefix(p.ready[tr.scheme], tr.scheme+"://")
+	switch tr.name {
+	case "dtls":
+		return dialDTLS(ctx, at, on.tls)
+	case "psk":
+		return dialPSK(ctx, at, id, []byte(on.PSK))
+	case "udp":
+		return dialUDP(ctx, at)
+	case "ws":
+		return dialWebSocket(ctx, p.ready[tr.scheme])
+	case "tcp":
+		return dialPeer(ctx, at, nil)
+	}
+	return dialPeer(ctx, at, on.tls)
 }
 
 func (p *process) coaps() string { return strings.TrimPrefix(p.ready["coaps+tcp"], "coaps+tcp://") }

@@ -5,6 +5,7 @@
 import { createSocket } from 'node:dgram'
 import { createInterface } from 'node:readline'
 import coap from 'coap'
+import { cbor as encode } from './cbor.js'
 
 const [port, id, code] = process.argv.slice(2)
 
@@ -15,19 +16,7 @@ const agent = new coap.Agent({ socket })
 const server = coap.createServer()
 coap.registerFormat('application/vnd.ocf+cbor', 10000)
 
-// cbor encodes what a device says: maps, lists, text, whole numbers and truth (RFC 8949, Section 3).
-function cbor (v) {
-  const head = (major, n) => n < 24
-    ? Buffer.of(major << 5 | n)
-    : n < 256 ? Buffer.of(major << 5 | 24, n) : Buffer.of(major << 5 | 25, n >> 8, n & 255)
-  switch (true) {
-    case typeof v === 'boolean': return Buffer.of(v ? 0xf5 : 0xf4)
-    case typeof v === 'number': return head(0, v)
-    case typeof v === 'string': return Buffer.concat([head(3, Buffer.byteLength(v)), Buffer.from(v)])
-    case Array.isArray(v): return Buffer.concat([head(4, v.length), ...v.map(cbor)])
-  }
-  return Buffer.concat([head(5, Object.keys(v).length), ...Object.entries(v).flat().map(cbor)])
-}
+const cbor = v => Buffer.from(encode(v))
 
 // ask sends a request to the hub and returns its answer, which it wants in JSON.
 function ask (pathname, body, query) {
