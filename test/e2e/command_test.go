@@ -29,7 +29,7 @@ func TestKill9DuringACommand(t *testing.T) {
 	ctx := t.Context()
 	token := trim(p.run("token", "--ttl", "24h"))
 	for i, over := range transports {
-		// Over datagrams the next command waits for a sign of life: one that ignores them is given one.
+		// Over datagrams the next command waits for a sign of life, which a device that ignores the first does not give.
 		hrefs := []string{"/light", "/fan"}
 		if over.datagrams {
 			hrefs = hrefs[:1]
