@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"iter"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -147,6 +148,10 @@ func TestTroubleOfOursIsNever401(t *testing.T) {
 			t.Run(part+"/"+trouble, func(t *testing.T) {
 				t.Parallel()
 				for name, ask := range requests {
+					broken := slices.Contains(needs[part], name)
+					if !broken && trouble != "plain" {
+						continue // what does not need the part goes on whatever its trouble is: one will do
+					}
 					attempt := func() (reply, error) {
 						h := start(t, nil)
 						h.gw.patience = time.Millisecond
@@ -187,10 +192,6 @@ func TestTroubleOfOursIsNever401(t *testing.T) {
 					}
 					if r.code == "4.01" {
 						t.Errorf("%s: the device sees 4.01 %q", name, r.body)
-					}
-					broken := false
-					for _, n := range needs[part] {
-						broken = broken || n == name
 					}
 					if broken != (r.code == "5.03") {
 						t.Errorf("%s: the device sees %s %q", name, r.code, r.body)

@@ -104,7 +104,7 @@ func dose(t *testing.T, daily, nightly int) {
 // Every subscriber gets each event of its owner once, in the feed's order, from its cursor on: however writers, its own
 // breaks, other readers and restarts are mixed.
 func TestFeedModel(t *testing.T) {
-	dose(t, 20, 5000)
+	dose(t, 10, 1000)
 	rapid.Check(t, func(rt *rapid.T) {
 		h := open(rt)
 		ctx := rt.Context()
