@@ -134,7 +134,7 @@ func TestNotifyRefusesWhatIsTooLarge(t *testing.T) {
 	h.must(x.notify(small)) // what makes the twin smaller is always taken
 }
 
-// A burst on one session, as fast as it goes: the twin shows the last one (compat/weaknesses: others leave a stale twin).
+// A burst on one session, as fast as it goes: the twin shows the last one.
 func TestLastValueOfABurstWins(t *testing.T) {
 	h := open(t)
 	x := h.registered(lamp)
