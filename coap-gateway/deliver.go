@@ -2,12 +2,14 @@ package coapgateway
 
 import (
 	"context"
+	"encoding/json"
 	"slices"
 	"strings"
 	"sync"
 	"time"
 	"unicode/utf8"
 
+	"github.com/fxamacker/cbor/v2"
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
@@ -546,6 +548,9 @@ func answerTo(c *hub.Command, m *coap.Message) hub.Answer {
 		return hub.Answer{}
 	}
 	a := hub.Answer{End: hub.CommandCompleted, Status: statusOf(m.Code), Code: uint8(m.Code), Content: contentOf(m), ETag: coap.ETag(m)}
+	if m.Code>>5 == 2 && !wellFormed(a.Content) {
+		return hub.Answer{End: hub.CommandCompleted, Status: hub.StatusError, Content: plainText("the device's answer is not what its content format says")}
+	}
 	if c.Kind != hub.CommandRetrieve && a.Status == hub.StatusNotModified {
 		a.Status = hub.StatusAccepted
 	}
@@ -558,6 +563,19 @@ func answerTo(c *hub.Command, m *coap.Message) hub.Answer {
 		a.Content = plainText(string(m.Payload))
 	}
 	return a
+}
+
+// wellFormed reports whether a content can be read as its format says, as far as the hub reads it.
+func wellFormed(c hub.Content) bool {
+	switch {
+	case len(c.Data) == 0:
+		return true
+	case c.Format == hub.FormatCBOR || c.Format == hub.FormatOCFCBOR:
+		return cbor.Wellformed(c.Data) == nil
+	case c.Format == hub.FormatJSON:
+		return json.Valid(c.Data)
+	}
+	return true
 }
 
 func plainText(s string) hub.Content {

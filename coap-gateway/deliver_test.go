@@ -513,6 +513,35 @@ func TestCommandWithAnAnswerThatIsTooLarge(t *testing.T) {
 	}
 }
 
+// An answer that is not what it says ends the command with the device's fault; the session goes on.
+func TestCommandWithAnAnswerThatIsGarbage(t *testing.T) {
+	h := start(t, nil)
+	h.w.off[lampID] = true
+	garbage := map[hub.Href]resource{
+		"/cbor": {format: hub.FormatCBOR, body: []byte("\xbf\x61")}, "/ocf": {format: hub.FormatOCFCBOR, body: []byte("\xa1\x61")},
+		"/json": {format: hub.FormatJSON, body: []byte("{nope")},
+	}
+	h.online(lampID, func(d *device) {
+		for href, r := range garbage {
+			d.res[string(href)] = r
+		}
+		d.res["/light"] = value(t, 1, false)
+	})
+	for href := range garbage {
+		for _, kind := range []hub.CommandKind{hub.CommandRetrieve, hub.CommandUpdate} {
+			id := fmt.Sprint(href, kind)
+			h.give(command(id, kind, href))
+			if a := h.awaitEnd(id); a.End != hub.CommandCompleted || a.Status != hub.StatusError || !strings.Contains(string(a.Content.Data), "content format") {
+				t.Errorf("%s: answer %+v", id, a)
+			}
+		}
+	}
+	h.give(command("good", hub.CommandRetrieve, "/light"))
+	if a := h.awaitEnd("good"); a.Status != hub.StatusOK {
+		t.Errorf("answer %+v", a)
+	}
+}
+
 func TestTwinIsSwitched(t *testing.T) {
 	h := start(t, nil)
 	h.published("/light*")
