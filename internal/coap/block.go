@@ -209,8 +209,8 @@ func (c *Conn) serve(m *Message) {
 	if has2 && b2.num > 0 {
 		var ok bool
 		if r, ok = c.kept(m); !ok {
-			if m.Code != codes.GET && m.Code != codeFetch {
-				// Doing it again would be another act (RFC 7959, Section 2.9.2).
+			if m.Code != codes.GET && (m.Code != codeFetch || len(m.Payload) == 0) {
+				// Doing it again would be another act (RFC 7959, Section 2.9.2); a FETCH can be asked anew only with its body.
 				c.respond(m, errText(codes.RequestEntityIncomplete, "the answer is no longer kept"))
 				c.refused(m)
 				return

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -154,6 +155,46 @@ func TestDTLSMoveAmplification(t *testing.T) {
 		s.stillOpen(t)
 		d.close()
 		wantReason(t, s.reason(t), io.EOF)
+	})
+}
+
+// An answer that waits for the proof of an address survives another move: a repeat of the request gets it from there, and the
+// request is not carried out again.
+func TestDTLSMovesWhileAnAnswerWaits(t *testing.T) {
+	big, calls := bytes.Repeat([]byte("x"), 900), 0
+	h := handlerFuncs{request: func(context.Context, *Message) Response {
+		calls++
+		return Response{Code: codes.Content, Payload: big}
+	}}
+	dtlsBubble(t, h, nil, func(t *testing.T, s *dtlsSim) {
+		nat := s.net.NAT("203.0.113.1", 0)
+		d, err := s.shake(t, behind(t, nat, "10.0.0.2:5000"), pskOptions("lamp", testKey, true)...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.try(get("/first"))
+		nat.Rebind()
+		ask := appendPacket(nil, confirmable, 999, get("/big"))
+		d.send(ask)
+		synctest.Wait()
+		nat.Rebind()
+		// As a client does: five transmissions of the request (RFC 7252, Section 4.2), and a RST for each ping.
+		for tries := 0; tries < 5; {
+			p, m, ok := d.next(2 << tries * time.Second)
+			switch {
+			case !ok:
+				d.send(ask)
+				tries++
+			case p.typ == confirmable && p.code == codes.Empty:
+				d.send(emptyPacket(reset, p.id))
+			case p.typ == acknowledgement && len(m.Payload) == len(big):
+				if calls != 2 {
+					t.Errorf("%d requests were carried out", calls)
+				}
+				return
+			}
+		}
+		t.Error("there was no answer")
 	})
 }
 
@@ -539,10 +580,9 @@ func TestDTLSEarlyRequest(t *testing.T) {
 // A handler that hangs costs its own session only, and bounded room.
 func TestDTLSStuck(t *testing.T) {
 	var hang chan struct{} // of the bubble
+	var once sync.Once     // both associations open at the same time
 	h := handlerFuncs{open: func(*Conn) error {
-		if hang == nil {
-			hang = make(chan struct{})
-		}
+		once.Do(func() { hang = make(chan struct{}) })
 		return nil
 	}, request: func(_ context.Context, m *Message) Response {
 		if Path(m) == "/hang" {

@@ -168,8 +168,10 @@ func (d *datagram) remove(t *transmission) {
 	}
 	if t == d.probing {
 		d.probing = nil
-		for _, r := range d.held { // answers that waited for it are lost; their duplicates begin again
-			r.held, r.reply = false, nil
+		for _, r := range d.held { // duplicates of the requests ask for the answers, and for the proof, again
+			if r.held = false; !r.con {
+				r.reply = nil
+			}
 		}
 		d.held = nil
 	}

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -517,4 +518,40 @@ func TestLossyNetwork(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A later block of an answer to FETCH that is not kept any more: it is asked anew only with its body, never without.
+func TestUDPFetchNoLongerKept(t *testing.T) {
+	var bodies []string
+	h := handlerFuncs{request: func(_ context.Context, m *Message) Response {
+		if m.Code == codeFetch {
+			bodies = append(bodies, string(m.Payload))
+		}
+		return Response{Code: codes.Content, Payload: pattern(3000)}
+	}}
+	udpBubble(t, h, nil, func(t *testing.T, s *udpSim) {
+		p := s.device(t, deviceAddr)
+		s.begin2(t, p)
+		token := byte(10)
+		fetch := func(num uint32, body string) heardPacket {
+			t.Helper()
+			m := withBlock(get("/large"), 2, block{num: num, szx: 6})
+			token++
+			m.Code, m.Token, m.Payload = codeFetch, []byte{token}, []byte(body)
+			return p.ask(m)
+		}
+		if m := fetch(0, "question"); m.Code != codes.Content {
+			t.Fatalf("%s", m)
+		}
+		time.Sleep(5 * time.Minute)
+		if m := fetch(1, ""); m.Code != codes.RequestEntityIncomplete {
+			t.Errorf("%s", m)
+		}
+		if m := fetch(1, "question"); m.Code != codes.Content {
+			t.Errorf("%s", m)
+		}
+		if !slices.Equal(bodies, []string{"question", "question"}) {
+			t.Errorf("the handler was asked %q", bodies)
+		}
+	})
 }
