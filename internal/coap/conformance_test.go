@@ -340,6 +340,57 @@ func TestObserverNumbersGoOn(t *testing.T) {
 	})
 }
 
+// RFC 7641, Section 4.5: the answer that registers is a notification, too. Where it is a message of its own, a RST of it, or
+// silence, ends the observation.
+func TestAnswerThatRegistersIsNotWanted(t *testing.T) {
+	h := &observable{}
+	funcs := h.funcs()
+	atOnce := funcs.request
+	funcs.request = func(ctx context.Context, m *Message) Response {
+		if _, ok := m.Option(ObserveOption); ok {
+			<-time.After(2 * time.Second)
+		}
+		return atOnce(ctx, m)
+	}
+	udpBubble(t, funcs, nil, func(t *testing.T, s *udpSim) {
+		h.added = make(chan *Observer, 10)
+		p := s.device(t, deviceAddr)
+		s.begin(t, p)
+		for i, react := range []func(id uint16){
+			func(id uint16) { p.empty(acknowledgement, id) },
+			func(id uint16) { p.empty(reset, id) },
+			func(uint16) {
+				for range 4 {
+					p.read(confirmable)
+				}
+				p.quiet(2 * time.Minute)
+			},
+		} {
+			p.send(confirmable, register(byte(i), 0))
+			p.read(acknowledgement)
+			m := p.read(confirmable)
+			o := <-h.added
+			if number(m.Message) != o.Number() {
+				t.Fatalf("%s", m)
+			}
+			react(m.id)
+			synctest.Wait()
+			if h.ended != i {
+				t.Fatalf("%d: %d ended", i, h.ended)
+			}
+			err := o.Notify(t.Context(), Response{Code: codes.Content, Payload: []byte("next")})
+			if i == 0 {
+				if err != nil {
+					t.Fatal(err)
+				}
+				p.empty(acknowledgement, p.read(confirmable).id)
+				continue
+			}
+			wantKind(t, err, hub.Unavailable)
+		}
+	})
+}
+
 // RFC 8323, Section 5.3: a CSM that comes late counts from then on; one with an absurd limit ends the connection or is
 // honoured, and never stalls anything.
 func TestAbsurdCSM(t *testing.T) {
