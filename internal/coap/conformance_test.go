@@ -391,6 +391,40 @@ func TestAnswerThatRegistersIsNotWanted(t *testing.T) {
 	})
 }
 
+// RFC 7641, Section 7: a notification goes in the association of its registration, and never in a later one of the same address.
+func TestObserverEndsWithItsAssociation(t *testing.T) {
+	h := &observable{}
+	dtlsBubble(t, h.funcs(), nil, func(t *testing.T, s *dtlsSim) {
+		h.added = make(chan *Observer, 10)
+		const addr = "192.0.2.7:5684"
+		first := s.dialPSK(t, addr, false)
+		if m := first.try(register(1, 0)); m == nil || number(m) == 1<<31 {
+			t.Fatalf("%+v", m)
+		}
+		old := <-h.added
+		first.crash()
+		second := s.dialPSK(t, addr, false)
+		if m := second.try(get("/tick")); m == nil {
+			t.Fatal("no answer")
+		}
+		before, _ := s.traffic(addr)
+		wantKind(t, old.Notify(t.Context(), Response{Code: codes.Content, Payload: []byte("for the first")}), hub.Unavailable)
+		if p, m, ok := second.next(2 * time.Minute); ok {
+			t.Fatalf("%v %q", p.code, m.Payload)
+		}
+		if after, _ := s.traffic(addr); after != before {
+			t.Errorf("%d bytes came", after-before)
+		}
+		if m := second.try(register(1, 0)); m == nil || number(m) == 1<<31 {
+			t.Fatalf("%+v", m)
+		}
+		tell(t, <-h.added, "for the second")
+		if _, m, ok := second.next(time.Second); !ok || string(m.Payload) != "for the second" {
+			t.Fatalf("%v %+v", ok, m)
+		}
+	})
+}
+
 // RFC 8323, Section 5.3: a CSM that comes late counts from then on; one with an absurd limit ends the connection or is
 // honoured, and never stalls anything.
 func TestAbsurdCSM(t *testing.T) {
