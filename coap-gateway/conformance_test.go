@@ -7,6 +7,8 @@ import (
 	"github.com/fxamacker/cbor/v2"
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
+
+	"github.com/coaphub/coaphub/internal/coap"
 )
 
 // RFC 9290: clients that ask for it get their errors as problem details; OCF devices, who name CBOR whatever they read, get text.
@@ -107,14 +109,19 @@ func TestALPN(t *testing.T) {
 	}
 }
 
-// RFC 7252, Section 5.5: what a GET carries is ignored; Section 5.6.1: what must not be kept says so.
+// RFC 7252, Section 5.5: what a GET carries is ignored; Section 5.6.1: what must not be kept says so. RFC 7641, Section 4.1: a
+// resource that is not observable answers a registration as a plain GET.
 func TestPayloadOfGETAndFreshness(t *testing.T) {
 	h := start(t, nil)
 	r := h.rawPlain()
 	m := get("/x.plgd.dev/time", 1)
 	m.Payload = []byte("what for?")
+	m.Options = coap.AddOption(m.Options, message.Observe, nil)
 	r.write(m)
 	got := r.readAnswer()
+	if _, err := got.Options.GetUint32(message.Observe); err == nil {
+		t.Error("it says that it is observed")
+	}
 	age, err := got.Options.GetUint32(message.MaxAge)
 	if got.Code != codes.Content || err != nil || age != 0 {
 		t.Errorf("%s, Max-Age %d, %v", dotted(got.Code), age, err)

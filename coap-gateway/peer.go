@@ -163,7 +163,7 @@ func (p *peer) close() {
 }
 
 func (p *peer) answer(ctx context.Context, r route, known bool, path string, req *coap.Message) (coap.Response, error) {
-	if !known {
+	if !known && req.Code <= codes.Code(hub.MethodIPatch) { // what is no method is 4.05 wherever it goes (RFC 7252, Section 5.8)
 		return coap.Response{}, hub.NewError(hub.NotFound, "path-unknown", "there is nothing at this path")
 	}
 	m, ok := r.methods[req.Code]

@@ -34,6 +34,7 @@ func TestOrderOfRefusals(t *testing.T) {
 		"PATCH":                   {codes.Code(6), "/oic/rd", nil, "4.05", "method-not-allowed: ", false},
 		"iPATCH":                  {codes.Code(7), "/oic/rd", nil, "4.05", "method-not-allowed: ", false},
 		"no method that exists":   {codes.Code(31), "/oic/res", nil, "4.05", "method-not-allowed: ", false},
+		"nor does the path":       {codes.Code(31), "/foo/bar", nil, "4.05", "method-not-allowed: ", false},
 		"method, needs a session": {codes.PUT, "/oic/rd", nil, "4.05", "method-not-allowed: ", false},
 		"method, account path":    {codes.GET, "/oic/sec/session", nil, "4.05", "method-not-allowed: ", true},
 		"method, time":            {codes.POST, "/x.plgd.dev/time", nil, "4.05", "method-not-allowed: ", false},

@@ -340,6 +340,91 @@ func TestObserverNumbersGoOn(t *testing.T) {
 	})
 }
 
+// RFC 7641, Section 4.5: the answer that registers is a notification, too. Where it is a message of its own, a RST of it, or
+// silence, ends the observation.
+func TestAnswerThatRegistersIsNotWanted(t *testing.T) {
+	h := &observable{}
+	funcs := h.funcs()
+	atOnce := funcs.request
+	funcs.request = func(ctx context.Context, m *Message) Response {
+		if _, ok := m.Option(ObserveOption); ok {
+			<-time.After(2 * time.Second)
+		}
+		return atOnce(ctx, m)
+	}
+	udpBubble(t, funcs, nil, func(t *testing.T, s *udpSim) {
+		h.added = make(chan *Observer, 10)
+		p := s.device(t, deviceAddr)
+		s.begin(t, p)
+		for i, react := range []func(id uint16){
+			func(id uint16) { p.empty(acknowledgement, id) },
+			func(id uint16) { p.empty(reset, id) },
+			func(uint16) {
+				for range 4 {
+					p.read(confirmable)
+				}
+				p.quiet(2 * time.Minute)
+			},
+		} {
+			p.send(confirmable, register(byte(i), 0))
+			p.read(acknowledgement)
+			m := p.read(confirmable)
+			o := <-h.added
+			if number(m.Message) != o.Number() {
+				t.Fatalf("%s", m)
+			}
+			react(m.id)
+			synctest.Wait()
+			if h.ended != i {
+				t.Fatalf("%d: %d ended", i, h.ended)
+			}
+			err := o.Notify(t.Context(), Response{Code: codes.Content, Payload: []byte("next")})
+			if i == 0 {
+				if err != nil {
+					t.Fatal(err)
+				}
+				p.empty(acknowledgement, p.read(confirmable).id)
+				continue
+			}
+			wantKind(t, err, hub.Unavailable)
+		}
+	})
+}
+
+// RFC 7641, Section 7: a notification goes in the association of its registration, and never in a later one of the same address.
+func TestObserverEndsWithItsAssociation(t *testing.T) {
+	h := &observable{}
+	dtlsBubble(t, h.funcs(), nil, func(t *testing.T, s *dtlsSim) {
+		h.added = make(chan *Observer, 10)
+		const addr = "192.0.2.7:5684"
+		first := s.dialPSK(t, addr, false)
+		if m := first.try(register(1, 0)); m == nil || number(m) == 1<<31 {
+			t.Fatalf("%+v", m)
+		}
+		old := <-h.added
+		first.crash()
+		second := s.dialPSK(t, addr, false)
+		if m := second.try(get("/tick")); m == nil {
+			t.Fatal("no answer")
+		}
+		before, _ := s.traffic(addr)
+		wantKind(t, old.Notify(t.Context(), Response{Code: codes.Content, Payload: []byte("for the first")}), hub.Unavailable)
+		if p, m, ok := second.next(2 * time.Minute); ok {
+			t.Fatalf("%v %q", p.code, m.Payload)
+		}
+		if after, _ := s.traffic(addr); after != before {
+			t.Errorf("%d bytes came", after-before)
+		}
+		if m := second.try(register(1, 0)); m == nil || number(m) == 1<<31 {
+			t.Fatalf("%+v", m)
+		}
+		tell(t, <-h.added, "for the second")
+		if _, m, ok := second.next(time.Second); !ok || string(m.Payload) != "for the second" {
+			t.Fatalf("%v %+v", ok, m)
+		}
+	})
+}
+
 // RFC 8323, Section 5.3: a CSM that comes late counts from then on; one with an absurd limit ends the connection or is
 // honoured, and never stalls anything.
 func TestAbsurdCSM(t *testing.T) {

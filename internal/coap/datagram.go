@@ -705,6 +705,7 @@ func (d *datagram) write(b []byte) {
 // send sends a request, an answer, or a notification. It never waits: what confirmable messages wait for is in the
 // transmissions.
 func (d *datagram) send(_ context.Context, m *Message, _ bool) error {
+	settled := d.c.registering(m)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.closed || d.finished && m.from == nil {
@@ -736,7 +737,7 @@ func (d *datagram) send(_ context.Context, m *Message, _ bool) error {
 		return nil
 	case r.state == acknowledged: // RFC 7252, Section 5.2.2
 		r.state = given
-		return d.confirm(m, nil)
+		return d.confirm(m, settled)
 	}
 	r.state = answered
 	d.rx.keep(r, appendPacket(nil, acknowledgement, r.id, m), &d.c.srv.cfg, d.c.srv.budget)

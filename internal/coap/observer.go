@@ -203,6 +203,26 @@ func (o *Observer) send(ctx context.Context, r Response, number uint32) error {
 	return c.dg.notify(out, func(err error) { o.settled(err) })
 }
 
+// registering returns what is to be told how the peer took m where m goes in a confirmable message of its own: nil unless it is
+// the answer that registers an observer. That is a notification, too (RFC 7641, Section 4.2), so a RST of it, or silence, ends
+// the entry.
+func (c *Conn) registering(m *Message) func(error) {
+	if _, observed := m.Option(ObserveOption); !observed || m.from == nil {
+		return nil
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	o := c.observers[string(m.Token)]
+	if o == nil || o.from.from != m.from {
+		return nil
+	}
+	return func(err error) {
+		if err != nil { // the ACK says nothing new: whatever is told meanwhile waits for it by NSTART
+			o.settled(err)
+		}
+	}
+}
+
 // registered says that the answer to m, which may have entered an observer, is on its way.
 func (c *Conn) registered(m *Message) {
 	c.mu.Lock()
