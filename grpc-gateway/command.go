@@ -245,7 +245,7 @@ func (r response) appendJSON(b []byte, _ string) []byte {
 // ttl reads a time to live in nanoseconds. Below zero it is wrong, and whoever says so must not get the default.
 func ttl(ns int64) (time.Duration, error) {
 	if ns < 0 {
-		return 0, hub.NewError(hub.Invalid, "time-to-live-invalid", "the time to live is between 100 ms and a year, in nanoseconds")
+		return 0, hub.NewError(hub.Invalid, "time-to-live-invalid", "timeToLive is between 100 ms and a year, in nanoseconds")
 	}
 	return time.Duration(ns), nil
 }

@@ -243,7 +243,7 @@ func checkOrder(o *hub.Order, fallback time.Duration) error {
 	case !allowed(o.Kind, o.Method):
 		return invalid("command-invalid", "the command's kind does not go by that method")
 	case o.TTL < hub.MinCommandTTL || o.TTL > hub.MaxCommandTTL:
-		return invalid("time-to-live-invalid", "the time to live is between 100 ms and a year, in nanoseconds")
+		return invalid("time-to-live-invalid", "timeToLive is between 100 ms and a year, in nanoseconds")
 	case len(o.Interface) > hub.MaxInterface:
 		return invalid("interface-invalid", "the resource interface is longer than 250 bytes")
 	case len(o.Key) > hub.MaxCommandKey:

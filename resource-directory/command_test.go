@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/store"
 )
 
 func update(v any) hub.Order {
@@ -435,6 +436,38 @@ func TestTwinCommandsChangeTheMetadata(t *testing.T) {
 		if now.Metadata.Twin.ForcedAt != 0 != (step.kind == hub.CommandTwinSync) || now.MetaCause.Correlation != out.Cause.Correlation {
 			t.Errorf("after command %d: %+v, %+v", step.kind, now.Metadata.Twin, now.MetaCause)
 		}
+	}
+}
+
+// While the store refuses writes, commands fail as unavailable and leave nothing; reads go on.
+func TestCommandsWhileTheStoreRefuses(t *testing.T) {
+	f := &fake{}
+	h := open(t, faked(f))
+	x := h.commandable()
+	h.must(x.notify(value("/light", 1)))
+	x.end.busy.Store(true)
+	f.set(func(f *fake) {
+		f.append = func(_ context.Context, entries []store.Entry) []error {
+			errs := make([]error, len(entries))
+			for i := range errs {
+				errs[i] = hub.NewError(hub.Unavailable, "disk-full", "")
+			}
+			return errs
+		}
+	})
+	o := update(2)
+	o.Async = true
+	_, err := h.d.Command(t.Context(), alice, o)
+	wantKind(t, err, hub.Unavailable, "disk-full")
+	d := h.device(alice, lamp)
+	if got := twinOf(t, d, "/light"); got != "1" || len(d.Commands) != 0 {
+		t.Errorf("the twin is %s, %d commands wait", got, len(d.Commands))
+	}
+	f.set(func(f *fake) { f.append = nil })
+	_, err = h.d.Command(t.Context(), alice, o)
+	h.must(err)
+	if n := len(h.device(alice, lamp).Commands); n != 1 {
+		t.Errorf("%d commands wait", n)
 	}
 }
 
