@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"sync"
 	"testing"
 	"time"
 
@@ -60,19 +59,7 @@ func (w *world) client(t testing.TB, token client.TokenSource) *client.Client {
 
 // device lets a device live until the test ends; stop of w.stop ends it earlier.
 func (w *world) device(t testing.TB, id, name string) {
-	o := w.Onboard(t, id)
-	d, err := device.New(device.Config{ID: id, Name: name, HubAddr: w.Endpoints.CoAPSTCP, TLS: o.TLS})
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan struct{})
-	go func() { // ends with cancel
-		defer close(ended)
-		_ = d.Run(ctx, func(context.Context) (string, error) { return o.Code, nil })
-	}()
-	stop := sync.OnceFunc(func() { cancel(); <-ended })
-	t.Cleanup(stop)
+	d, stop := w.Device(t, id, name)
 	w.devices, w.stop = append(w.devices, d), append(w.stop, stop)
 }
 

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"flag"
 	"fmt"
 	"os"
@@ -10,7 +9,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/coaphub/coaphub/test/device"
 	"github.com/coaphub/coaphub/test/hubtest"
 )
 
@@ -37,18 +35,7 @@ func TestClientScript(t *testing.T) {
 	t.Parallel()
 	const file = "testdata/client.txt"
 	h := hubtest.Start(t)
-	o := h.Onboard(t, lamp)
-	d, err := device.New(device.Config{ID: lamp, Name: "lamp", HubAddr: h.Endpoints.CoAPSTCP, TLS: o.TLS})
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan struct{})
-	go func() { // ends with cancel
-		defer close(ended)
-		_ = d.Run(ctx, func(context.Context) (string, error) { return o.Code, nil })
-	}()
-	defer func() { cancel(); <-ended }()
+	h.Device(t, lamp, "lamp")
 	env := []string{"COAPHUB_DATA=" + h.Data}
 	types := func(line string) string {
 		args := strings.Fields(strings.ReplaceAll(line, "LAMP", lamp))

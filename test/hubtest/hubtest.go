@@ -23,6 +23,7 @@ import (
 
 	"github.com/coaphub/coaphub/bundle"
 	"github.com/coaphub/coaphub/internal/conf"
+	"github.com/coaphub/coaphub/test/device"
 )
 
 // Hub is a running hub. Its fields change at Restart.
@@ -177,6 +178,25 @@ func (h *Hub) Onboard(t testing.TB, deviceID string, owner ...string) Onboarding
 	return Onboarding{o, o.AuthorizationCode, &tls.Config{
 		Certificates: []tls.Certificate{cert}, RootCAs: pool, ServerName: "127.0.0.1", MinVersion: tls.VersionTLS12,
 	}}
+}
+
+// Device is a simulated device that lives over TLS until the test ends, or stop ends it, which may be called again.
+func (h *Hub) Device(t testing.TB, deviceID, name string) (d *device.Device, stop func()) {
+	t.Helper()
+	o := h.Onboard(t, deviceID)
+	d, err := device.New(device.Config{ID: deviceID, Name: name, HubAddr: h.Endpoints.CoAPSTCP, TLS: o.TLS})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan struct{})
+	go func() { // ends with cancel
+		defer close(ended)
+		_ = d.Run(ctx, func(context.Context) (string, error) { return o.Code, nil })
+	}()
+	stop = func() { cancel(); <-ended }
+	t.Cleanup(stop)
+	return d, stop
 }
 
 // Code makes another authorization code for the device, for the first administrator or the owner that is named.

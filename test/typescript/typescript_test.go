@@ -18,7 +18,6 @@ import (
 	"time"
 
 	"github.com/coaphub/coaphub/client"
-	"github.com/coaphub/coaphub/test/device"
 	"github.com/coaphub/coaphub/test/hubtest"
 )
 
@@ -114,18 +113,7 @@ func TestFaults(t *testing.T) {
 func TestTypeScriptClient(t *testing.T) {
 	build()
 	h := hubtest.Start(t)
-	o := h.Onboard(t, lamp)
-	d, err := device.New(device.Config{ID: lamp, Name: "lamp", HubAddr: h.Endpoints.CoAPSTCP, TLS: o.TLS})
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan struct{})
-	go func() { // ends with cancel
-		defer close(ended)
-		_ = d.Run(ctx, func(context.Context) (string, error) { return o.Code, nil })
-	}()
-	defer func() { cancel(); <-ended }()
+	h.Device(t, lamp, "lamp")
 	token := h.Token(t)
 	c, err := client.New(client.Config{Server: h.HTTP, Token: client.Static(token)})
 	if err != nil {
