@@ -29,11 +29,11 @@ others:
 
 .PHONY: test
 test: others ## run all tests of all modules with the race detector, and say what was left out
-	@go run -C tools ./testrun
+	@COAPHUB_DOSE=day go run -C tools ./testrun
 
 .PHONY: nightly
 nightly: others ## the long doses: 200 rounds of kill -9, the ten-minute fleet, the TypeScript client, each fuzzer for FUZZTIME
-	@COAPHUB_NIGHTLY=1 go run -C tools ./testrun -timeout 60m
+	@COAPHUB_DOSE=night go run -C tools ./testrun -timeout 60m
 	go test -tags typescript ./test/typescript
 	@$(MAKE) --no-print-directory fuzz
 

@@ -15,6 +15,7 @@ import (
 )
 
 func TestLoopback(t *testing.T) {
+	t.Parallel()
 	for address, want := range map[string]bool{
 		"127.0.0.1:80": true, "[::1]:80": true, "localhost:80": true, "127.9.9.9:1": true,
 		"0.0.0.0:80": false, "[::]:80": false, ":80": false, "192.0.2.1:80": false, "example.org:80": false, "nonsense": false,
@@ -26,6 +27,7 @@ func TestLoopback(t *testing.T) {
 }
 
 func TestReach(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct{ address, external, want string }{
 		{"127.0.0.1:80", "192.0.2.7", "127.0.0.1:80"},
 		{"[::]:5684", "192.0.2.7", "192.0.2.7:5684"},
@@ -47,6 +49,7 @@ func TestReach(t *testing.T) {
 }
 
 func TestATakenPortNamesFlagAndKey(t *testing.T) {
+	t.Parallel()
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -76,6 +79,7 @@ type elsewhere struct{ net.Listener }
 func (elsewhere) Addr() net.Addr { return &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 1} }
 
 func TestTLSBeyondLoopback(t *testing.T) {
+	t.Parallel()
 	const id = "3a8f7a1c-95a1-4a5e-9f0e-3f9f9d7c1b11"
 	authority, err := certificateauthority.Open(filepath.Join(t.TempDir(), "keys"), id)
 	if err != nil {
@@ -119,6 +123,7 @@ func TestTLSBeyondLoopback(t *testing.T) {
 }
 
 func TestHistoryTakesATenthOfTheDisk(t *testing.T) {
+	t.Parallel()
 	a := &assembly{folder: &Folder{Path: t.TempDir()}}
 	var disk unix.Statfs_t
 	if err := unix.Statfs(a.folder.Path, &disk); err != nil {

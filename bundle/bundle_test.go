@@ -104,6 +104,7 @@ func join(t *testing.T, h *hubtest.Hub, id string) *device.Device {
 }
 
 func TestAHubWithoutConfiguration(t *testing.T) {
+	t.Parallel()
 	h := hubtest.Start(t)
 	if _, err := hub.ParseDeviceID(h.ID); err != nil {
 		t.Errorf("the hub's ID is %q", h.ID)
@@ -140,6 +141,7 @@ func TestAHubWithoutConfiguration(t *testing.T) {
 }
 
 func TestADeviceIsSeenAndSurvivesARestart(t *testing.T) {
+	t.Parallel()
 	h := hubtest.Start(t)
 	d := join(t, h, lamp)
 	token := h.Token(t, hub.ScopeRead)
@@ -204,6 +206,7 @@ func TestASecondHubIsRefused(t *testing.T) {
 }
 
 func TestATakenPortIsNamedAndLeavesNothing(t *testing.T) {
+	t.Parallel()
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -261,6 +264,7 @@ func runOnce(t *testing.T, cfg bundle.Config, terminal bool, do func()) string {
 }
 
 func TestTheReadyLine(t *testing.T) {
+	t.Parallel()
 	cfg := loopback(t)
 	line := runOnce(t, cfg, false, func() {})
 	for _, want := range []string{
@@ -278,6 +282,7 @@ func TestTheReadyLine(t *testing.T) {
 
 // A hub that stops says so to probes until it is gone: the call that is still read on the socket holds up the other parts.
 func TestReadinessSaysStopping(t *testing.T) {
+	t.Parallel()
 	cfg := loopback(t)
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
@@ -322,6 +327,7 @@ func TestReadinessSaysStopping(t *testing.T) {
 
 // The issuer is what tokens say, fixed at the first start; the provider is reached where the hub listens now.
 func TestTheProvidersAddressAfterAMove(t *testing.T) {
+	t.Parallel()
 	warning := regexp.MustCompile(`level=WARN msg="the provider's issuer is not where the hub listens[^"]*" issuer=(\S+) http=(\S+)`)
 	cfg := loopback(t)
 	start := func() (s bundle.Status, warned []string) {
@@ -369,6 +375,7 @@ func TestTheProvidersAddressAfterAMove(t *testing.T) {
 }
 
 func TestFirstLogin(t *testing.T) {
+	t.Parallel()
 	cfg := loopback(t)
 	file := filepath.Join(cfg.Data, "first-login")
 	// On a terminal the one-time password is shown and in no file.
@@ -407,6 +414,7 @@ func TestFirstLogin(t *testing.T) {
 }
 
 func TestAFullDiskStartsReadOnly(t *testing.T) {
+	t.Parallel()
 	cfg := loopback(t)
 	file := filepath.Join(cfg.Data, "first-login")
 	var password []byte
@@ -452,6 +460,7 @@ func TestAFullDiskStartsReadOnly(t *testing.T) {
 }
 
 func TestVerifyFindsADamagedFile(t *testing.T) {
+	t.Parallel()
 	cfg := loopback(t)
 	runOnce(t, cfg, false, func() {})
 	dir := filepath.Join(cfg.Data, "store")
@@ -503,6 +512,7 @@ func TestVerifyFindsADamagedFile(t *testing.T) {
 }
 
 func TestTheSocketTakesALongPath(t *testing.T) {
+	t.Parallel()
 	h := hubtest.Start(t, hubtest.WithData(filepath.Join(t.TempDir(), strings.Repeat("long", 30), "data")))
 	if s, err := h.Control.Status(t.Context()); err != nil || s.HubID != h.ID {
 		t.Errorf("%+v, %v", s, err)
@@ -514,6 +524,7 @@ func TestTheSocketTakesALongPath(t *testing.T) {
 }
 
 func TestEachCallIsAudited(t *testing.T) {
+	t.Parallel()
 	h := hubtest.Start(t)
 	h.Token(t)
 	if _, err := h.Control.Issue(t.Context(), "no-uuid", 0); !hub.IsKind(err, hub.Invalid) {
@@ -531,6 +542,7 @@ func TestEachCallIsAudited(t *testing.T) {
 }
 
 func TestOnboard(t *testing.T) {
+	t.Parallel()
 	h := hubtest.Start(t)
 	o := h.Onboard(t, lamp)
 	if o.HubID != h.ID || o.Endpoints.CoAPSTCP != "coaps+tcp://"+h.CoAPS || o.AuthorizationProvider != "coaphub" || o.Owner != "admin" || o.Code == "" {
@@ -561,6 +573,7 @@ func TestOnboard(t *testing.T) {
 }
 
 func TestAccountsAndTokens(t *testing.T) {
+	t.Parallel()
 	h := hubtest.Start(t)
 	ctx := t.Context()
 	a, err := h.Control.AddUser(ctx, bundle.UserRequest{Name: "alice", Roles: []string{"viewer"}})
@@ -594,6 +607,7 @@ func TestAccountsAndTokens(t *testing.T) {
 
 // What administrators do and see over the API, and that the audit log has it after a restart, beside the calls of the socket.
 func TestAdministrationOverTheAPI(t *testing.T) {
+	t.Parallel()
 	h := hubtest.Start(t)
 	admin := h.TokenOf(t, "admin", hub.ScopeAdmin, hub.ScopeRead, hub.ScopeWrite)
 	send := func(method, path, body string, code int) map[string]any {
@@ -686,6 +700,7 @@ func TestAdministrationOverTheAPI(t *testing.T) {
 }
 
 func TestBackupAndRestore(t *testing.T) {
+	t.Parallel()
 	h := hubtest.Start(t)
 	join(t, h, lamp)
 	token := h.Token(t)
@@ -805,6 +820,7 @@ func stopsQuickly(t *testing.T, h *hubtest.Hub, d *device.Device) {
 }
 
 func TestStoppingIsOrderlyAndQuick(t *testing.T) {
+	t.Parallel()
 	h := hubtest.Start(t)
 	d := join(t, h, lamp)
 	idle, err := net.Dial("tcp", strings.TrimPrefix(h.HTTP, "http://")) // says nothing
@@ -820,6 +836,7 @@ func TestStoppingIsOrderlyAndQuick(t *testing.T) {
 }
 
 func TestAnExternalProvider(t *testing.T) {
+	t.Parallel()
 	op := issuer.Start(t)
 	setting := func(v any) string {
 		b, err := json.Marshal(v)

@@ -26,6 +26,7 @@ func load(t *testing.T, text string, env ...string) (Config, error) {
 }
 
 func TestNoConfigurationIsAGoodOne(t *testing.T) {
+	t.Parallel()
 	c, warnings, err := LoadConfig("", []string{"COAPHUB_DATA=/elsewhere", "PATH=/bin"})
 	if err != nil || len(warnings) > 0 || c.Validate() != nil {
 		t.Errorf("%v %v %v", err, warnings, c.Validate())
@@ -51,6 +52,7 @@ func TestNoConfigurationIsAGoodOne(t *testing.T) {
 }
 
 func TestKeysOfOtherHubsAreRefusedWithTheNameOfOurs(t *testing.T) {
+	t.Parallel()
 	_, err := load(t, `
 hubID: x
 log: {level: debug, encoding: json}
@@ -114,6 +116,7 @@ func TestMistakesOfAllSectionsComeTogether(t *testing.T) {
 }
 
 func TestMistakesOfFormAndMeaningComeTogether(t *testing.T) {
+	t.Parallel()
 	file := filepath.Join(t.TempDir(), "bad.yaml")
 	if err := os.WriteFile(file, []byte("logg: {}\nlog: {level: loud}\nstore: {minFree: -3}\n"), 0o600); err != nil {
 		t.Fatal(err)
@@ -163,6 +166,7 @@ func TestProvidersAndIssuersBelongTogether(t *testing.T) {
 }
 
 func TestTheEnvironmentOverridesTheFile(t *testing.T) {
+	t.Parallel()
 	c, err := load(t, "coapGateway: {api: {coap: {address: '127.0.0.1:1'}}}\n",
 		"COAPHUB_COAPGATEWAY_API_COAP_ADDRESS=127.0.0.1:2", "COAPHUB_RESOURCEDIRECTORY_HISTORY_RETENTION=30d")
 	if err != nil || c.CoAPGateway.API.CoAP.Address != "127.0.0.1:2" || c.ResourceDirectory.History.Retention.Hours() != 720 {
@@ -171,6 +175,7 @@ func TestTheEnvironmentOverridesTheFile(t *testing.T) {
 }
 
 func TestAnUnreadableFileIsNamed(t *testing.T) {
+	t.Parallel()
 	_, _, err := LoadConfig("/does/not/exist.yaml", nil)
 	if code(err) != "config-unreadable" || !strings.Contains(err.Error(), "/does/not/exist.yaml") {
 		t.Errorf("err = %v", err)

@@ -30,6 +30,7 @@ func mode(t *testing.T, path string) os.FileMode {
 }
 
 func TestFolderIsOursAlone(t *testing.T) {
+	t.Parallel()
 	path := filepath.Join(t.TempDir(), "a", "data")
 	f, err := OpenFolder(path)
 	if err != nil {
@@ -55,6 +56,7 @@ func TestFolderIsOursAlone(t *testing.T) {
 }
 
 func TestFolderRefusesWhatIsNotOurs(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name, code string
 		make       func(t *testing.T, path string)
@@ -109,6 +111,7 @@ func TestFolderRefusesWhatIsNotOurs(t *testing.T) {
 }
 
 func TestSealedKeysOpenOnlyWithThePassphrase(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	for name, text := range map[string]string{"device-root.pem": "secret one", "oauth-master.json": "secret two"} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {

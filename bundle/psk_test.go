@@ -9,6 +9,7 @@ import (
 )
 
 func TestPreSharedKeys(t *testing.T) {
+	t.Parallel()
 	const lamp, fan hub.DeviceID = "d0000000-0000-4000-8000-000000000001", "d0000000-0000-4000-8000-000000000002"
 	ctx, docs := t.Context(), openTestStore(t)
 	keys := &preShared{docs, []byte("the secret of this hub")}

@@ -26,6 +26,7 @@ func openTestStore(t *testing.T) *pebblestore.Store {
 }
 
 func TestSecretsAreFilesAndNotInTheStore(t *testing.T) {
+	t.Parallel()
 	ctx, s, dir := t.Context(), openTestStore(t), t.TempDir()
 	docs := &withSecrets{Documents: s, dir: dir}
 

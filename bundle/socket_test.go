@@ -18,6 +18,7 @@ import (
 )
 
 func TestCallsThatGoWrong(t *testing.T) {
+	t.Parallel()
 	type question struct {
 		Name string `json:"name"`
 	}
@@ -97,6 +98,7 @@ func TestCallsThatGoWrong(t *testing.T) {
 }
 
 func TestEveryKindHasAStatusOnTheSocket(t *testing.T) {
+	t.Parallel()
 	for _, k := range hub.Kinds() {
 		if code := statusOf(k); code < 400 || (code == http.StatusInternalServerError) != (k == hub.Internal) {
 			t.Errorf("%v is %d", k, code)
@@ -105,6 +107,7 @@ func TestEveryKindHasAStatusOnTheSocket(t *testing.T) {
 }
 
 func TestErrorsKeepTheirKindOverTheSocket(t *testing.T) {
+	t.Parallel()
 	for _, k := range hub.Kinds() {
 		w := httptest.NewRecorder()
 		refuse(w, &hub.Error{Kind: k, Code: "some-code", Text: "some sentence"})

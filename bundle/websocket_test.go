@@ -19,6 +19,7 @@ import (
 // A device lives over WebSocket as over anything else, with a token for all its identity: no certificate is asked for, and
 // its token is good for itself alone. The HTTP door has one place only, and that stays free.
 func TestDeviceOverWebSocket(t *testing.T) {
+	t.Parallel()
 	for _, tc := range []struct{ name, address, scheme string }{
 		{"plain on loopback", "127.0.0.1:0", "coap+ws"},
 		{"TLS anywhere else", "0.0.0.0:0", "coaps+ws"},
@@ -93,6 +94,7 @@ func TestDeviceOverWebSocket(t *testing.T) {
 
 // The HTTP door's guards stand before the devices', who look at origins themselves; and nothing is open that nobody opened.
 func TestWebSocketDoor(t *testing.T) {
+	t.Parallel()
 	off := hubtest.Start(t)
 	if off.Endpoints.CoAPWS != "" || off.Endpoints.CoAPSWS != "" {
 		t.Errorf("endpoints %+v", off.Endpoints)

@@ -40,6 +40,7 @@ func (d *device) signUp(code string) reply {
 }
 
 func TestTime(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	d := h.secure(lampID)
 	for format, want := range map[int32]int32{-1: 10000, 10000: 10000, 60: 60, 50: 50} {
@@ -67,6 +68,7 @@ func TestTime(t *testing.T) {
 }
 
 func TestLifeOfADevice(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	d := h.device(lampID)
 	d.res["/light"] = resource{format: 10000, body: cborOf(t, body{"power": 1}), observable: true}
@@ -111,6 +113,7 @@ func TestLifeOfADevice(t *testing.T) {
 }
 
 func TestSignUpForms(t *testing.T) {
+	t.Parallel()
 	for name, change := range map[string]func(body){
 		"authcode":           func(b body) { b["authcode"] = b["accesstoken"]; delete(b, "accesstoken") },
 		"no provider":        func(b body) { delete(b, "authprovider") },
@@ -144,6 +147,7 @@ func TestSignUpForms(t *testing.T) {
 
 // What the engine refuses by itself ends the connection too, on the account paths and only there.
 func TestSignUpOfTooMuch(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	d := h.device(lampID)
 	d.whole = true
@@ -215,6 +219,7 @@ func TestSignUpRefusals(t *testing.T) {
 
 // A verified token that cannot be checked because of trouble of ours is kept for the repeat of the code.
 func TestSignUpKeepsTokensAfterTroubleOfOurs(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.issue("code", "token", hub.Claims{})
 	h.w.ids.signUp = func(context.Context, hub.DeviceID, hub.Owner, string, string) (hub.Ownership, error) {
@@ -230,6 +235,7 @@ func TestSignUpKeepsTokensAfterTroubleOfOurs(t *testing.T) {
 
 // A provider that gives no refresh token, which devices need, is the trouble, not the code.
 func TestSignUpWithoutRefreshToken(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.issue("code", "token", hub.Claims{})
 	h.w.codes["code"] = hub.Tokens{Access: "token"}
@@ -363,6 +369,7 @@ func TestSignInRefusals(t *testing.T) {
 }
 
 func TestRepeatedSignInKeepsTheSession(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	d := h.online(lampID, nil)
 	h.w.awaitLog(t, "twin 3")
@@ -380,6 +387,7 @@ func TestRepeatedSignInKeepsTheSession(t *testing.T) {
 // Over plain UDP a device that signs in where it is signed in may have rebooted: it gets another session, which observes it
 // again, and nobody hears that it was away. If it cannot be, the device is offline.
 func TestSignInAgainOverPlainUDP(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld()
 		h := &hall{t: t, w: w}
@@ -442,6 +450,7 @@ func TestSignInAgainOverPlainUDP(t *testing.T) {
 }
 
 func TestSignInAsAnotherDeviceEndsTheFirstSession(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	d := h.online(lampID, nil)
 	h.w.own(fanID, "alice")
@@ -460,6 +469,7 @@ func TestSignInAsAnotherDeviceEndsTheFirstSession(t *testing.T) {
 
 // Requests that do not wait for the sign-in's answer are handled after it, in order.
 func TestPipelinedRequestsFollowTheSignIn(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.w.own(lampID, "alice")
 	h.w.grant("token", hub.Claims{})
@@ -483,6 +493,7 @@ func TestPipelinedRequestsFollowTheSignIn(t *testing.T) {
 
 // What follows a refused request is neither carried out nor answered.
 func TestPipelinedRequestsEndWithARefusedSignIn(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.w.own(lampID, "alice")
 	h.issue("code", "token", hub.Claims{})
@@ -550,6 +561,7 @@ func TestPipelinedRequestsEndWithARefusalOfTheEngine(t *testing.T) {
 
 // The answer to a sign-in never waits for the device, whatever the hub asks it meanwhile.
 func TestSignInDoesNotWaitForTheDevice(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	d := h.online(lampID, func(d *device) { d.mute = true })
 	d.awaitAsked("0.01 /oic/res ?if=oic.if.ll")
@@ -673,6 +685,7 @@ func TestSignOff(t *testing.T) {
 // The same device twice: the newer session has the word, the older one is closed, and its end does not make the device
 // offline.
 func TestSecondSessionOfADevice(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.published("/x*")
 	old := h.online(lampID, func(d *device) { d.res["/x"] = value(t, 1, true) })
@@ -694,6 +707,7 @@ func TestSecondSessionOfADevice(t *testing.T) {
 
 // An old session that is still connected, because nobody reached its gateway, writes nothing any more.
 func TestOldSessionWritesLate(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.published("/x*")
 	old := h.online(lampID, func(d *device) { d.res["/x"] = value(t, 1, true) })
@@ -715,6 +729,7 @@ func TestOldSessionWritesLate(t *testing.T) {
 
 // A device that is deleted from elsewhere loses its connection.
 func TestDeletedDeviceIsClosed(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	d := h.online(lampID, nil)
 	if err := h.w.ids.SignOff(context.Background(), lampID, "alice", "x"); err != nil {
@@ -790,6 +805,7 @@ func TestRefresh(t *testing.T) {
 
 // A token is refreshed while the twin writes; what is written from then on has the new token's user.
 func TestRefreshWhileTheTwinWrites(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.published("/x*")
 	d := h.online(lampID, func(d *device) { d.res["/x"] = value(t, 0, true) })

@@ -115,6 +115,7 @@ func unpublishing(token byte, href hub.Href) message.Message {
 
 // A list of the device's links says nothing about what is published after it was asked for.
 func TestPublishWhileTheDeviceListsItsLinks(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.published("/ghost", "/back*")
 	r, list := h.signedIn()
@@ -134,6 +135,7 @@ func TestPublishWhileTheDeviceListsItsLinks(t *testing.T) {
 
 // Nor does a list unpublish anything if more was published meanwhile than the twin can remember.
 func TestPublishOfMuchWhileTheDeviceListsItsLinks(t *testing.T) {
+	t.Parallel()
 	h := start(t, func(c *Config, _ *Deps) { c.API.CoAP.MaxLinks = 2 })
 	r, list := h.signedIn()
 	r.ask(publishing(t, 2, "/a", "/b"), codes.Changed)
@@ -150,6 +152,7 @@ func TestPublishOfMuchWhileTheDeviceListsItsLinks(t *testing.T) {
 
 // 4.04 does not unpublish a resource that was published after the question.
 func TestPublishWhileTheResourceIsAskedFor(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.published("/x")
 	r, list := h.signedIn()
@@ -170,6 +173,7 @@ func TestPublishWhileTheResourceIsAskedFor(t *testing.T) {
 
 // What was published while another resource was asked for says nothing against a later answer.
 func TestPublishWhileAnotherResourceIsAskedFor(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.published("/a")
 	r, list := h.signedIn()
@@ -183,6 +187,7 @@ func TestPublishWhileAnotherResourceIsAskedFor(t *testing.T) {
 
 // The same for a batch: of what it reports, that is left out which the device has unpublished since it was asked.
 func TestUnpublishWhileTheBatchIsAskedFor(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.published("/x*", "/y*")
 	r, list := h.signedIn()
@@ -201,6 +206,7 @@ func TestUnpublishWhileTheBatchIsAskedFor(t *testing.T) {
 
 // What a resource answers is not stored, nor is it observed, once the device has unpublished it.
 func TestUnpublishWhileTheResourceIsAskedFor(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.published("/a*", "/x*", "/z*")
 	r, list := h.signedIn()
@@ -224,6 +230,7 @@ func TestUnpublishWhileTheResourceIsAskedFor(t *testing.T) {
 
 // A resource that was only read is observed once it is published as observable.
 func TestPublishedAnewAsObservable(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.published("/x")
 	r, list := h.signedIn()
@@ -244,6 +251,7 @@ func TestPublishedAnewAsObservable(t *testing.T) {
 // A resource that is published while it is being observed is not observed twice: what the first observation reported would be
 // stored over the newer answer to the second.
 func TestPublishWhileTheResourceIsBeingObserved(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.published("/x*")
 	r, list := h.signedIn()
@@ -261,6 +269,7 @@ func TestPublishWhileTheResourceIsBeingObserved(t *testing.T) {
 
 // What still arrives for an observation that was given up is not stored: the resource is NOT_FOUND since it was unpublished.
 func TestNotificationAfterUnpublish(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.published("/x*")
 	r, list := h.signedIn()

@@ -13,6 +13,7 @@ import (
 )
 
 func TestDecodeBody(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		body string
 		ok   bool
@@ -42,6 +43,7 @@ func TestDecodeBody(t *testing.T) {
 }
 
 func TestAcceptable(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		accept int32 // -1: no option
 		want   int32
@@ -72,6 +74,7 @@ func queryMessage(options ...string) *coap.Message {
 }
 
 func TestParseQueries(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		options []string
 		key     string
@@ -99,6 +102,7 @@ func TestParseQueries(t *testing.T) {
 }
 
 func TestValidUntil(t *testing.T) {
+	t.Parallel()
 	now := time.Unix(1000, 0)
 	i := func(n int64) *int64 { return &n }
 	for name, c := range map[string]struct {
@@ -129,6 +133,7 @@ func TestValidUntil(t *testing.T) {
 }
 
 func TestTypesOf(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		format int32
 		data   string
@@ -152,6 +157,7 @@ func TestTypesOf(t *testing.T) {
 }
 
 func TestParseBatch(t *testing.T) {
+	t.Parallel()
 	type m = map[string]any
 	enc := func(v any) []byte {
 		b, err := encoding.Marshal(v)
@@ -205,6 +211,7 @@ func TestParseBatch(t *testing.T) {
 }
 
 func TestAddETags(t *testing.T) {
+	t.Parallel()
 	e := func(b ...byte) []byte { return b }
 	o := addETags(requestTo(resHref, "if=oic.if.b"), [][]byte{e(0xe7, 0, 0, 0, 0, 0, 0, 4), nil, make([]byte, 9), e(0xe7, 0, 0, 0, 0, 0, 0, 3), e(0xe7, 0, 0, 0, 0, 0, 0, 2)})
 	m := &coap.Message{Options: o}

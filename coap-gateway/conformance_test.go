@@ -13,6 +13,7 @@ import (
 
 // RFC 9290: clients that ask for it get their errors as problem details; OCF devices, who name CBOR whatever they read, get text.
 func TestProblemDetails(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	d := h.online(lampID, mute)
 	for name, c := range map[string]struct {
@@ -59,6 +60,7 @@ func TestProblemDetails(t *testing.T) {
 // RFC 7252, Section 5.10.8: a request whose condition is not fulfilled is not carried out. On OCF paths that is 4.00, because
 // devices take 4.12 for success.
 func TestConditions(t *testing.T) {
+	t.Parallel()
 	ifMatch := func(v string) option { return option{ID: message.IfMatch, Value: []byte(v)} }
 	ifNoneMatch := option{ID: message.IfNoneMatch}
 	h := start(t, nil)
@@ -82,6 +84,7 @@ func TestConditions(t *testing.T) {
 
 // RFC 8323, Section 8.2: ALPN is negotiated with clients that know it, and not missed in others.
 func TestALPN(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	for _, c := range []struct {
 		offer []string
@@ -112,6 +115,7 @@ func TestALPN(t *testing.T) {
 // RFC 7252, Section 5.5: what a GET carries is ignored; Section 5.6.1: what must not be kept says so. RFC 7641, Section 4.1: a
 // resource that is not observable answers a registration as a plain GET.
 func TestPayloadOfGETAndFreshness(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	r := h.rawPlain()
 	m := get("/x.plgd.dev/time", 1)

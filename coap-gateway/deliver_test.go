@@ -52,6 +52,7 @@ func (d *device) commands() []string {
 }
 
 func TestCommandsBecomeRequests(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.w.off[lampID] = true // the twin asks nothing
 	d := h.online(lampID, func(d *device) {
@@ -91,6 +92,7 @@ func TestCommandsBecomeRequests(t *testing.T) {
 }
 
 func TestAnswersOfCommands(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.w.off[lampID] = true
 	answers := map[codes.Code][2]hub.Status{ // of a retrieve, of an update
@@ -121,6 +123,7 @@ func TestAnswersOfCommands(t *testing.T) {
 // A device that knows no conditions refuses a command with one (RFC 7252, Section 5.4.1), which is another matter than that it
 // does not fulfil it.
 func TestAnswersToConditions(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.w.off[lampID] = true
 	h.online(lampID, func(d *device) {
@@ -145,6 +148,7 @@ func TestAnswersToConditions(t *testing.T) {
 
 // 4.04 takes the resource out of the directory, before the command ends.
 func TestCommandFindsNothing(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.w.off[lampID] = true
 	h.published("/gone")
@@ -161,7 +165,8 @@ func TestCommandFindsNothing(t *testing.T) {
 
 // What waited goes out in order, one at a time, and a silent resource holds nothing up for ever.
 func TestCommandsWaitTheirTurn(t *testing.T) {
-	h := start(t, func(c *Config, _ *Deps) { c.API.CoAP.KeepAlive.Timeout = time.Second })
+	t.Parallel()
+	h := start(t, func(c *Config, _ *Deps) { c.API.CoAP.KeepAlive.Timeout = 3 * time.Second })
 	h.w.off[lampID] = true
 	h.w.queue = []hub.Command{command("1", hub.CommandUpdate, "/light"), command("2", hub.CommandUpdate, "/silent"), command("3", hub.CommandUpdate, "/light")}
 	d := h.online(lampID, func(d *device) {
@@ -187,6 +192,7 @@ func TestCommandsWaitTheirTurn(t *testing.T) {
 // which are in order. So a resource that never answers holds up nothing but what is for itself, and nothing is bound to the
 // session that cannot go out.
 func TestCommandsAtOnce(t *testing.T) {
+	t.Parallel()
 	silence(t, 10, func(h *hall, _ *quiet) {
 		h.w.off[lampID] = true
 		for i, href := range []hub.Href{"/never", "/never", "/a", "/b", "/a", "/c"} {
@@ -262,6 +268,7 @@ func TestCommandsAtOnce(t *testing.T) {
 
 // A command ends just when the directory says that all others wait for it.
 func TestCommandEndsWhileOthersAreAskedFor(t *testing.T) {
+	t.Parallel()
 	var hold chan struct{} // of the bubble
 	silence(t, 10, func(h *hall, _ *quiet) {
 		h.w.off[lampID] = true
@@ -290,6 +297,7 @@ func TestCommandEndsWhileOthersAreAskedFor(t *testing.T) {
 
 // One that answers everything in order has one command at a time, and loses none that it did not get.
 func TestCommandsOneAtATime(t *testing.T) {
+	t.Parallel()
 	silence(t, 10, func(h *hall, q *quiet) {
 		h.w.off[lampID], q.serial = true, true
 		for i, href := range []hub.Href{"/a", "/b", "/c", "/a", "/b", "/c"} {
@@ -318,6 +326,7 @@ func TestCommandsOneAtATime(t *testing.T) {
 // A device whose twin is off is asked where it is when nothing else is for it, and holds up what comes then for a short time if
 // it does not answer.
 func TestCommandsBeforeTheQuestionWhere(t *testing.T) {
+	t.Parallel()
 	silence(t, 10, func(h *hall, q *quiet) {
 		h.w.off[lampID], q.silent["/oic/res"] = true, true
 		h.w.queue = []hub.Command{command("1", hub.CommandUpdate, "/a"), command("2", hub.CommandUpdate, "/a")}
@@ -347,6 +356,7 @@ func TestCommandsBeforeTheQuestionWhere(t *testing.T) {
 
 // Over DTLS a device needs both: four answers without a retransmission (RFC 7252, Section 4.7), and one beside a command.
 func TestCommandsAtOnceOverDatagrams(t *testing.T) {
+	t.Parallel()
 	for name, test := range map[string]struct {
 		published []string
 		second    bool
@@ -381,6 +391,7 @@ func TestCommandsAtOnceOverDatagrams(t *testing.T) {
 // A device that proved to take more than one command and is away by now loses one all the same: the next goes out when it has
 // said something since, be it that it got the one before.
 func TestCommandsAtOnceFindNobody(t *testing.T) {
+	t.Parallel()
 	var all []string // so many questions that it may have three
 	for i := range 12 {
 		all = append(all, fmt.Sprintf("/%d*", i))
@@ -430,6 +441,7 @@ func TestCommandsAtOnceFindNobody(t *testing.T) {
 
 // A session that is over ends nothing: the directory does, with the session.
 func TestCommandOfASessionThatEnds(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.w.off[lampID] = true
 	d := h.online(lampID, func(d *device) { d.res["/light"] = resource{silent: true} })
@@ -447,6 +459,7 @@ func TestCommandOfASessionThatEnds(t *testing.T) {
 // A connection that is being closed takes no more commands, although its session is not over before its work is: those that
 // wait go to the next session.
 func TestCommandsOfAConnectionThatCloses(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.w.off[lampID] = true
 	busy, release := make(chan struct{}), make(chan struct{})
@@ -515,6 +528,7 @@ func TestCommandWithAnAnswerThatIsTooLarge(t *testing.T) {
 
 // An answer that is not what it says ends the command with the device's fault; the session goes on.
 func TestCommandWithAnAnswerThatIsGarbage(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.w.off[lampID] = true
 	garbage := map[hub.Href]resource{
@@ -543,6 +557,7 @@ func TestCommandWithAnAnswerThatIsGarbage(t *testing.T) {
 }
 
 func TestTwinIsSwitched(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.published("/light*")
 	d := h.online(lampID, func(d *device) { d.res["/light"] = value(t, 1, true) })
@@ -577,6 +592,7 @@ func lastIndex(all []string, s string) int {
 
 // A command that ended while the twin was being switched leaves it as the directory says.
 func TestTwinCommandThatEndedMeanwhile(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.published("/light*")
 	d := h.online(lampID, func(d *device) { d.res["/light"] = value(t, 1, true) })
@@ -590,6 +606,7 @@ func TestTwinCommandThatEndedMeanwhile(t *testing.T) {
 
 // An answer that cannot be stored is told again until it is: the device is not asked twice.
 func TestCommandWhileTheDirectoryIsAway(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.w.off[lampID] = true
 	away := true
@@ -628,6 +645,7 @@ func TestCommandWhileTheDirectoryIsAway(t *testing.T) {
 
 // What a device that sleeps is asked waits for its next message, and is bound to no session before; also when its twin is off.
 func TestCommandsWaitForASleeper(t *testing.T) {
+	t.Parallel()
 	for _, twin := range []string{"on", "off"} {
 		t.Run("twin "+twin, func(t *testing.T) {
 			doze(t, []string{"/light*"}, nil, func(d *dozer) {
@@ -670,6 +688,7 @@ func TestCommandsWaitForASleeper(t *testing.T) {
 // A device that was not known to sleep loses one command: it is asked for a sign of life before it is given another, ever more
 // rarely. A command whose time was too short for an answer says nothing about it.
 func TestCommandsFindNobody(t *testing.T) {
+	t.Parallel()
 	doze(t, nil, nil, func(d *dozer) { d.w.off[lampID] = true }, func(t *testing.T, w *world, _ *Gateway, d *dozer) {
 		h := &hall{t: t, w: w}
 		d.sleep()

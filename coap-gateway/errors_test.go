@@ -14,6 +14,7 @@ import (
 )
 
 func TestEveryKindHasACode(t *testing.T) {
+	t.Parallel()
 	forbidden := map[codes.Code]bool{ // iotivity-lite takes them for success
 		codes.RequestEntityIncomplete: true, codes.PreconditionFailed: true, codes.TooManyRequests: true,
 	}
@@ -40,6 +41,7 @@ func TestEveryKindHasACode(t *testing.T) {
 }
 
 func TestFailure(t *testing.T) {
+	t.Parallel()
 	secret := errors.New("dial 10.0.0.7: no route")
 	for name, c := range map[string]struct {
 		err    error
@@ -72,6 +74,7 @@ func TestFailure(t *testing.T) {
 }
 
 func TestAccountErrorTurnsDeniedIntoUnauthenticated(t *testing.T) {
+	t.Parallel()
 	for _, k := range hub.Kinds() {
 		want := k
 		if k == hub.Denied {

@@ -211,6 +211,7 @@ func (net500) Error() string { return "dial 10.0.0.7: secret" }
 
 // A panic behind a request is trouble of ours for that request; all else goes on.
 func TestPanicIsTroubleOfOurs(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	d := h.online(lampID, mute)
 	h.w.mu.Lock()
@@ -230,6 +231,7 @@ func TestPanicIsTroubleOfOurs(t *testing.T) {
 
 // A panic in what is done beside the requests ends that connection only.
 func TestPanicBesideRequestsEndsTheConnection(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.w.dir.setTwin = func(context.Context, hub.Stamp, hub.TwinState) error { panic("boom") }
 	other := h.plain(fanID)

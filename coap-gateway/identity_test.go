@@ -189,6 +189,7 @@ func TestStrictDeviceID(t *testing.T) {
 
 // A plain listener knows no certificates: the rows without them hold there, whatever TLS asks for.
 func TestPlainListenerHasNoCertificates(t *testing.T) {
+	t.Parallel()
 	h := start(t, rowSetup(true, ""))
 	h.issue("code", "token", hub.Claims{})
 	d := h.plain(fanID)
@@ -329,6 +330,7 @@ func (h *hall) recorded(t *testing.T, start time.Time, reason string) {
 
 // The name may have its prefix and hex digits in capitals.
 func TestCertificateNameInCapitals(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	cert := h.ca.identity(t, lampID, func(c *x509.Certificate) { c.Subject.CommonName = "UUID:" + strings.ToUpper(string(lampID)) })
 	h.issue("code", "token", hub.Claims{})
@@ -339,6 +341,7 @@ func TestCertificateNameInCapitals(t *testing.T) {
 
 // identityPropertiesRequired: false lets any certificate of the CA shake hands, but it names no device.
 func TestCertificateWithoutIdentityProperties(t *testing.T) {
+	t.Parallel()
 	h := start(t, func(c *Config, _ *Deps) { c.API.CoAP.TLS.IdentityPropertiesRequired = false })
 	cert := h.ca.identity(t, lampID, func(c *x509.Certificate) { c.UnknownExtKeyUsage = nil })
 	h.issue("code", "token", hub.Claims{})
@@ -354,6 +357,7 @@ func TestCertificateWithoutIdentityProperties(t *testing.T) {
 
 // caPool replaces the hub's own device CA: PEM texts and files.
 func TestConfiguredCAPool(t *testing.T) {
+	t.Parallel()
 	foreign := newCA(t)
 	h := start(t, func(c *Config, _ *Deps) { c.API.CoAP.TLS.CAPool = []string{foreign.pem()} })
 	d := h.connect(h.device(lampID), h.gw.Addresses().Secure, h.tlsFor(foreign.identity(t, lampID, nil)))
@@ -378,6 +382,7 @@ func (c *ca) issuing(t *testing.T, spoil func(*x509.Certificate)) *ca {
 // libcoap's clients with -c, and some devices, send their own certificate without the one that issued it. They are let in,
 // and are the same devices as with the whole chain.
 func TestClientThatSendsItsCertificateOnly(t *testing.T) {
+	t.Parallel()
 	root := newCA(t)
 	issuing := root.issuing(t, nil)
 	whole := func(c tls.Certificate) tls.Certificate {
@@ -494,6 +499,7 @@ func TestSessionEndsWithItsCertificate(t *testing.T) {
 
 // A session is never resumed from a ticket: identity is proved anew on each connection.
 func TestNoTLSResumption(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
 		conf := h.tlsFor(h.ca.identity(t, lampID, nil))

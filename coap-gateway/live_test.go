@@ -20,6 +20,7 @@ func (h *hall) awaitEnded(d *device, reason string) {
 }
 
 func TestRevokedGrantEndsTheSession(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.w.own(lampID, "alice")
 	h.w.own(fanID, "alice")
@@ -46,6 +47,7 @@ func TestRevokedGrantEndsTheSession(t *testing.T) {
 // A refresh puts the session on the new token's grant, and nothing ends that still stands: the older token may be the only one
 // that the device got to know of.
 func TestRefreshMovesTheSessionToItsGrant(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.w.own(lampID, "alice")
 	h.w.grant("first", hub.Claims{Issuer: "i", Grant: "1"})
@@ -69,6 +71,7 @@ func TestRefreshMovesTheSessionToItsGrant(t *testing.T) {
 
 // A grant may end between the moment its token was found good and the one the session could be found by it.
 func TestGrantEndsDuringSignIn(t *testing.T) {
+	t.Parallel()
 	var h *hall
 	during := func() {}
 	h = start(t, func(_ *Config, deps *Deps) {

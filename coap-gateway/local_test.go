@@ -23,6 +23,7 @@ func eps(uris ...string) []body {
 }
 
 func TestLocalEndpoints(t *testing.T) {
+	t.Parallel()
 	many := make([]string, maxLocalEndpoints+1)
 	for i := range many {
 		many[i] = fmt.Sprintf("coap://192.0.2.%d", i)
@@ -59,6 +60,7 @@ func TestLocalEndpoints(t *testing.T) {
 // The device is asked where it is once it has listed its links, and with its twin switched off too; what it says is recorded
 // before the twin is in sync.
 func TestLocalEndpointsAreLearned(t *testing.T) {
+	t.Parallel()
 	links := []body{{"href": "/oic/d", "rt": []string{"oic.wk.d"}, "eps": eps("coap://192.0.2.1:5683")}}
 	const recorded = `local ["coap://192.0.2.1:5683"]`
 	t.Run("twin", func(t *testing.T) {

@@ -49,6 +49,7 @@ func (d *device) asks() []string {
 }
 
 func TestPerResourceObservation(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.published("/light*", "/info")
 	d := h.online(lampID, func(d *device) {
@@ -81,6 +82,7 @@ func TestPerResourceObservation(t *testing.T) {
 }
 
 func TestBatchObservation(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.published("/light*")
 	h.w.etag = [][]byte{{0xe7, 4}, {0xe7, 3}}
@@ -116,6 +118,7 @@ func TestBatchObservation(t *testing.T) {
 }
 
 func TestBatchUpToDate(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.w.etag = [][]byte{{1}}
 	h.online(lampID, func(d *device) {
@@ -128,6 +131,7 @@ func TestBatchUpToDate(t *testing.T) {
 }
 
 func TestETagsCanBeSwitchedOff(t *testing.T) {
+	t.Parallel()
 	h := start(t, func(c *Config, _ *Deps) { c.DeviceTwin.UseETags = false })
 	h.w.etag = [][]byte{{1}}
 	d := h.online(lampID, func(d *device) {
@@ -139,6 +143,7 @@ func TestETagsCanBeSwitchedOff(t *testing.T) {
 
 // A device without a proper batch is observed resource by resource; it is never disconnected for that.
 func TestFallBackToPerResource(t *testing.T) {
+	t.Parallel()
 	for name, prepare := range map[string]func(d *device){
 		"batch not observable":     nil,
 		"does not list its links":  func(d *device) { d.list = codes.NotFound },
@@ -172,6 +177,7 @@ func TestFallBackToPerResource(t *testing.T) {
 }
 
 func TestWhatTheDeviceLostIsUnpublished(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.published("/light*", "/ghost")
 	h.online(lampID, func(d *device) { d.res["/light"] = value(t, 1, true) })
@@ -183,6 +189,7 @@ func TestWhatTheDeviceLostIsUnpublished(t *testing.T) {
 }
 
 func TestNothingIsUnpublishedWithoutAList(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.published("/light*")
 	h.online(lampID, func(d *device) { d.res["/light"], d.list = value(t, 1, true), codes.ServiceUnavailable })
@@ -193,6 +200,7 @@ func TestNothingIsUnpublishedWithoutAList(t *testing.T) {
 }
 
 func TestNotFoundNotificationUnpublishes(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.published("/light*", "/gone")
 	d := h.online(lampID, func(d *device) {
@@ -257,6 +265,7 @@ func TestAnswersOfAResource(t *testing.T) {
 
 // A notification over the limit becomes an error status; the session lives and goes on.
 func TestNotificationOverTheLimit(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.published("/x*")
 	d := h.online(lampID, func(d *device) { d.res["/x"], d.whole = value(t, 1, true), true })
@@ -272,7 +281,7 @@ func TestNotificationOverTheLimit(t *testing.T) {
 // comes then.
 func TestSilentResource(t *testing.T) {
 	t.Parallel()
-	h := start(t, func(c *Config, _ *Deps) { c.API.CoAP.KeepAlive.Timeout = time.Second })
+	h := start(t, func(c *Config, _ *Deps) { c.API.CoAP.KeepAlive.Timeout = 3 * time.Second })
 	h.published("/a", "/silent", "/z")
 	h.online(lampID, func(d *device) {
 		d.res["/a"], d.res["/silent"], d.res["/z"] = value(t, 1, false), resource{silent: true}, value(t, 3, false)
@@ -290,6 +299,7 @@ func TestSilentResource(t *testing.T) {
 
 // RFC 7641, Section 3.2: a representation without Observe option ends the observation; the resource is observed anew.
 func TestEndedObservationIsRenewed(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.published("/x*")
 	d := h.online(lampID, func(d *device) { d.res["/x"] = value(t, 1, true) })
@@ -305,6 +315,7 @@ func TestEndedObservationIsRenewed(t *testing.T) {
 }
 
 func TestBatchThatEndsOrBreaksIsSynchronisedAnew(t *testing.T) {
+	t.Parallel()
 	for name, spoil := range map[string]func(d *device, token message.Token){
 		"ends": func(d *device, token message.Token) {
 			d.send(codes.Content, token, 10000, cborOf(d.t, []body{}), nil, 0)
@@ -334,6 +345,7 @@ func TestBatchThatEndsOrBreaksIsSynchronisedAnew(t *testing.T) {
 
 // The last value received is the last value the twin shows, however fast they come.
 func TestBurstEndsWithTheLastValue(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.published("/x*", "/y*")
 	d := h.online(lampID, func(d *device) { d.res["/x"], d.res["/y"] = value(t, 0, true), value(t, 0, true) })
@@ -362,6 +374,7 @@ func TestBurstEndsWithTheLastValue(t *testing.T) {
 
 // The first answer of an observation is older than any notification, also if it is stored later.
 func TestFirstAnswerDoesNotOverwriteNotifications(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.online(lampID, mute)
 	h.w.awaitLog(t, "twin 2")
@@ -389,6 +402,7 @@ func TestFirstAnswerDoesNotOverwriteNotifications(t *testing.T) {
 
 // The same over the wire: first answer and notification come in one segment, and are handled beside each other.
 func TestFirstAnswerAndNotificationInOneSegment(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.published("/x*")
 	h.w.own(lampID, "alice")
@@ -479,6 +493,7 @@ func TestNotificationsThatCannotBeStored(t *testing.T) {
 
 // One change the directory will not have does not take the others with it, nor does it end the session.
 func TestRefusedChangeBecomesAnErrorStatus(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	inner := h.w.dir.notify
 	h.w.dir.notify = func(ctx context.Context, from hub.Stamp, cs []hub.Change) error {

@@ -10,6 +10,7 @@ import (
 
 // A slash inside a segment is no separator (RFC 7252, Section 6.5): one option "oic/rd" is another path than /oic/rd.
 func TestPathOf(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		want     string
 		segments []string

@@ -57,6 +57,7 @@ func TestOrderOfRefusals(t *testing.T) {
 }
 
 func TestSelector(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	d := h.online(lampID, mute)
 	for format, want := range map[int32]string{10000: "\xa1\x63sel\x00", 60: "\xa1\x63sel\x00", 50: `{"sel":0}`} {
@@ -74,6 +75,7 @@ func (d *device) publication(links any) body {
 }
 
 func TestPublishAnswersWhatDevicesRead(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	d := h.online(lampID, mute)
 	r := d.want(d.post("/oic/rd", d.publication([]body{
@@ -126,6 +128,7 @@ func TestPublishAnswersWhatDevicesRead(t *testing.T) {
 }
 
 func TestPublishForms(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	d := h.online(lampID, mute)
 	for format, first := range map[int32]byte{60: 0xa4, 50: '{', 10000: 0xa4} {
@@ -152,6 +155,7 @@ func TestPublishForms(t *testing.T) {
 }
 
 func TestPublishRefusals(t *testing.T) {
+	t.Parallel()
 	one := func(href any) any { return []body{{"href": href}} }
 	for name, c := range map[string]struct {
 		body any
@@ -220,6 +224,7 @@ func TestPublishOfManyLinks(t *testing.T) {
 }
 
 func TestUnpublish(t *testing.T) {
+	t.Parallel()
 	di := "di=" + string(lampID)
 	ins := func(h hub.Href) string { return fmt.Sprintf("ins=%d", h.InstanceID()) }
 	for name, c := range map[string]struct {
@@ -270,6 +275,7 @@ func TestUnpublish(t *testing.T) {
 }
 
 func TestDiscovery(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	d := h.online(lampID, mute)
 	h.w.own(fanID, "alice")
@@ -391,6 +397,7 @@ func TestDiscoveryOfTooMuch(t *testing.T) {
 }
 
 func TestCore(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	d := h.plain(lampID)
 	r := d.want(d.do(codes.GET, "/.well-known/core", nil), "2.05", "</oic/sec/account>;rt=\"oic.r.account\"")

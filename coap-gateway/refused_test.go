@@ -8,6 +8,7 @@ import (
 
 // A flood from one host is one entry, however many ports it comes from; the others stay.
 func TestFloodIsOneRefusal(t *testing.T) {
+	t.Parallel()
 	var r refusals
 	r.add(Refusal{Remote: "192.0.2.1:1", What: "sign-in", Device: lampID, Reason: "token-expired"})
 	for i := range 3 * maxRefusals {
@@ -28,6 +29,7 @@ func TestFloodIsOneRefusal(t *testing.T) {
 
 // What differs is kept apart, up to the bound; then the oldest goes.
 func TestRefusalsAreBounded(t *testing.T) {
+	t.Parallel()
 	var r refusals
 	for i := range maxRefusals + 5 {
 		r.add(Refusal{Remote: "192.0.2.1:1", What: "connection", Reason: fmt.Sprint(i)})

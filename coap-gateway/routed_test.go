@@ -37,6 +37,7 @@ func with(id message.OptionID, value string) option { return option{ID: id, Valu
 
 // A GET is answered from the twin, whether the device is there or not.
 func TestRoutedRead(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.w.own(lampID, "alice")
 	h.published("/light", "/silent", "/back")
@@ -132,6 +133,7 @@ func TestRoutedRead(t *testing.T) {
 
 // All else is a command for the device, and its answer is the answer.
 func TestRoutedCommands(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.w.off[lampID], h.w.off[fanID] = true, true // the twins ask nothing
 	h.published("/light", "/made", "/text")
@@ -195,6 +197,7 @@ func TestRoutedCommands(t *testing.T) {
 // A device hears of another's errors by their own codes, but for those that would cost it its credentials or that
 // iotivity-lite takes for success.
 func TestErrorsOfOtherDevices(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.w.off[lampID], h.w.off[fanID] = true, true
 	want := map[codes.Code]string{
@@ -254,6 +257,7 @@ func TestErrorsOfOtherDevices(t *testing.T) {
 
 // Whoever waits for another device goes on meanwhile, also if that one waits for it; there may be only so many waits.
 func TestWaitingForAnotherDeviceHoldsUpNothing(t *testing.T) {
+	t.Parallel()
 	h := start(t, func(c *Config, _ *Deps) { c.DeviceToDevice.MaxRequests = 2 })
 	h.w.off[lampID] = true
 	h.published("/slow")
@@ -297,6 +301,7 @@ func TestWaitingForAnotherDeviceHoldsUpNothing(t *testing.T) {
 }
 
 func TestDeviceToDeviceModes(t *testing.T) {
+	t.Parallel()
 	for mode, want := range map[string][3]string{ // a read, an update, the devices that are found
 		ModeFull: {"2.05", "2.04", "2"}, ModeRead: {"2.05", "4.03", "2"}, ModeOff: {"4.03", "4.03", "1"},
 	} {

@@ -263,6 +263,7 @@ func TestSilentResourceIsAskedAgain(t *testing.T) {
 
 // Nothing is asked for that the device unpublished, and what it leaves is in sync.
 func TestSilentResourceIsUnpublished(t *testing.T) {
+	t.Parallel()
 	silence(t, 10, nil, func(t *testing.T, w *world, q *quiet) {
 		q.answers("/y")
 		after(50 * time.Second) // before the second question

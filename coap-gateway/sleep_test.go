@@ -299,6 +299,7 @@ func doze(t *testing.T, published []string, change func(*Config), prepare func(*
 // A device that sleeps six hours at a time, each time behind another address: one session, which is in sync when it listens,
 // and nothing goes out while it does not.
 func TestSleeper(t *testing.T) {
+	t.Parallel()
 	const hours = 6 * time.Hour
 	doze(t, []string{"/a*", "/b"}, nil, nil, func(t *testing.T, w *world, gw *Gateway, d *dozer) {
 		inSync := func(n int) {
@@ -402,6 +403,7 @@ func TestSleeper(t *testing.T) {
 
 // A device that went to sleep in the middle of its first synchronisation is in sync after the first message of the next day.
 func TestSleepInTheMiddle(t *testing.T) {
+	t.Parallel()
 	doze(t, []string{"/a*", "/b*", "/c"}, nil, func(d *dozer) { d.tired = true }, func(t *testing.T, w *world, _ *Gateway, d *dozer) {
 		after(20 * time.Hour)
 		if w.count("twin 2") == 0 || w.count("twin 3") != 0 || len(d.heardOf()) != 0 {
@@ -422,6 +424,7 @@ func TestSleepInTheMiddle(t *testing.T) {
 
 // A synchronisation that was asked for anew stays that when the device falls asleep in it: no ETag saves it from telling all.
 func TestSleepInAForcedSynchronisation(t *testing.T) {
+	t.Parallel()
 	doze(t, []string{"/a*"}, nil, func(d *dozer) { d.w.etag = [][]byte{{7}} }, func(t *testing.T, w *world, _ *Gateway, d *dozer) {
 		h := &hall{t: t, w: w}
 		after(time.Second)
@@ -455,6 +458,7 @@ func TestSleepInAForcedSynchronisation(t *testing.T) {
 
 // A twin that is switched off in the middle of a synchronisation is never said to be in sync.
 func TestTwinIsSwitchedOffInASynchronisation(t *testing.T) {
+	t.Parallel()
 	doze(t, []string{"/a*", "/b*", "/c*"}, nil, func(d *dozer) {
 		d.heard = func() {
 			if len(d.asked) == 3 { // all but the first of them is still to be asked for
@@ -478,6 +482,7 @@ func TestTwinIsSwitchedOffInASynchronisation(t *testing.T) {
 
 // What a device has not reported for longer than its Max-Age is asked for.
 func TestQuietObservation(t *testing.T) {
+	t.Parallel()
 	doze(t, []string{"/a*", "/b"}, nil, nil, func(t *testing.T, w *world, _ *Gateway, d *dozer) {
 		since := func() (out []askedFor) {
 			d.set(func() { out, d.asked = d.asked, nil })
@@ -531,6 +536,7 @@ func TestQuietObservation(t *testing.T) {
 }
 
 func TestQuietObservationThatIsOver(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		code codes.Code
 		want string
@@ -564,6 +570,7 @@ func TestQuietObservationThatIsOver(t *testing.T) {
 
 // One device is asked for one thing in ten seconds, and never when that is switched off.
 func TestQuietObservationsAreAskedForOneByOne(t *testing.T) {
+	t.Parallel()
 	many := []string{"/a*", "/b*", "/c*", "/d*", "/e*", "/f*", "/g*", "/h*", "/i*", "/j*", "/k*", "/l*", "/m*", "/n*"}
 	doze(t, many, nil, nil, func(t *testing.T, _ *world, _ *Gateway, d *dozer) {
 		after(30 * time.Second)
@@ -594,6 +601,7 @@ func TestQuietObservationsAreAskedForOneByOne(t *testing.T) {
 
 // However many devices are quiet at once, they are asked one after the other.
 func TestQuietDevicesAreAskedAtAPace(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		const devices = 30
 		w := newWorld()
@@ -647,6 +655,7 @@ func TestQuietDevicesAreAskedAtAPace(t *testing.T) {
 
 // An observation that ended by an error, or never began because of one, is tried again, ever more rarely.
 func TestFailedObservationIsRenewed(t *testing.T) {
+	t.Parallel()
 	doze(t, []string{"/a*", "/b*"}, func(c *Config) { c.DeviceTwin.AskQuietAfter = 0 }, func(d *dozer) {
 		d.refuse["/b"] = codes.ServiceUnavailable
 	}, func(t *testing.T, w *world, _ *Gateway, d *dozer) {
@@ -695,6 +704,7 @@ func TestFailedObservationIsRenewed(t *testing.T) {
 
 // A device that always listens, and that an outage of its network made look otherwise, is found out.
 func TestSleeperThatListens(t *testing.T) {
+	t.Parallel()
 	doze(t, []string{"/a*"}, func(c *Config) { c.DeviceTwin.AskQuietAfter = 1000 * time.Hour }, nil, func(t *testing.T, w *world, gw *Gateway, d *dozer) {
 		after(time.Second)
 		resync := func() {
@@ -730,6 +740,7 @@ func TestSleeperThatListens(t *testing.T) {
 
 // How a device's rhythm is learnt, and unlearnt.
 func TestRhythm(t *testing.T) {
+	t.Parallel()
 	begin := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 	now := begin
 	r := newRhythm(false, hub.Contact{}, now)

@@ -52,6 +52,7 @@ func (h *hall) watched(n int) {
 
 // RFC 7641 from its beginning to its ends.
 func TestObserveAnotherDevice(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.w.own(lampID, "alice")
 	h.published("/light", "/other")
@@ -143,6 +144,7 @@ func TestObserveAnotherDevice(t *testing.T) {
 
 // What happens while the registration is answered is told behind the answer.
 func TestChangeWhileRegistering(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.w.own(lampID, "alice")
 	h.report("/light", hub.FormatOCFCBOR, "old", "")
@@ -215,7 +217,7 @@ func (w *world) unpublishNow(href hub.Href) {
 // A resource of which nothing is known yet is answered when something is; one that is not there, at once.
 func TestObserveBeforeTheFirstReport(t *testing.T) {
 	t.Parallel()
-	h := start(t, func(c *Config, _ *Deps) { c.API.CoAP.KeepAlive.Timeout = time.Second })
+	h := start(t, func(c *Config, _ *Deps) { c.API.CoAP.KeepAlive.Timeout = 3 * time.Second })
 	h.w.own(lampID, "alice")
 	h.published("/light", "/silent")
 	n := h.neighbour(fanID)
@@ -260,6 +262,7 @@ func TestObservationOfAnotherDeviceEnds(t *testing.T) {
 		"end of connection": {func(h *hall, n *neighbour) { _ = n.conn.Close() }, 0, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			h := start(t, nil)
 			h.w.own(lampID, "alice")
 			h.published("/light", "/silent")
@@ -317,6 +320,7 @@ func (n *neighbour) signOut() {
 
 // Observations are bounded for a session and for all; one that takes another's place needs no room.
 func TestObservationsOfOtherDevicesAreBounded(t *testing.T) {
+	t.Parallel()
 	h := start(t, func(c *Config, _ *Deps) {
 		c.DeviceToDevice.MaxObservations, c.DeviceToDevice.MaxObservationsInAll = 2, 3
 	})
@@ -411,6 +415,7 @@ func TestObservationOutlivesTrouble(t *testing.T) {
 
 // A panic beside the requests ends the connection: its peer would take an old state for the last one.
 func TestPanicOfAnObservation(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.w.own(lampID, "alice")
 	h.report("/light", hub.FormatOCFCBOR, "\xa0", "")
@@ -430,6 +435,7 @@ func TestPanicOfAnObservation(t *testing.T) {
 
 // A client of another house: go-coap's.
 func TestStockClientObservesAnotherDevice(t *testing.T) {
+	t.Parallel()
 	h := start(t, nil)
 	h.w.own(lampID, "alice")
 	h.report("/light", hub.FormatOCFCBOR, "a", "")

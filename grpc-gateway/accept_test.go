@@ -32,6 +32,7 @@ func (a answer) items() []any {
 
 // CBOR says the same as simple JSON; do checks it against the description too.
 func TestAnswersInCBOR(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	history(w)
 	const device = "/api/v1/devices/" + string(lampA)
@@ -76,6 +77,7 @@ func TestAnswersInCBOR(t *testing.T) {
 
 // A content that is CBOR comes as the device sent it; others are converted.
 func TestContentsInCBOR(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	const device = "/api/v1/devices/" + string(lampA) + "/resources"
 	types, _ := w.pictures[lampA].Resources.Get("/types")
@@ -92,6 +94,7 @@ func TestContentsInCBOR(t *testing.T) {
 }
 
 func TestCBORKeepsDigits(t *testing.T) {
+	t.Parallel()
 	for doc, hex := range map[string][]byte{
 		`9007199254740993`: {0x1b, 0, 0x20, 0, 0, 0, 0, 0, 1}, `-1`: {0x20}, `18446744073709551616`: {0xc2, 0x49, 1, 0, 0, 0, 0, 0, 0, 0, 0},
 		`1.5`: {0xf9, 0x3e, 0}, `-0`: {0xf9, 0x80, 0}, `1e3`: {0xf9, 0x63, 0xd0}, `""`: {0x60}, `null`: {0xf6}, `{"b":1,"a":true}`: {0xa2, 0x61, 'a', 0xf5, 0x61, 'b', 1},
@@ -108,6 +111,7 @@ func TestCBORKeepsDigits(t *testing.T) {
 }
 
 func TestBodiesInCBOR(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	const path = "/api/v1/devices/" + string(lampA) + "/labels"
 	put := func(body []byte) answer {

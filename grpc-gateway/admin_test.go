@@ -111,6 +111,7 @@ func newAdminWorld(t testing.TB) (*world, *fakeAudit, *fakeAdministration) {
 }
 
 func TestAccountsOverTheAPI(t *testing.T) {
+	t.Parallel()
 	w, log, admin := newAdminWorld(t)
 	add := w.send(t, "admin", "POST", "/api/v1/accounts", `{"name":"carol","roles":["user"]}`)
 	want(t, "one-time password", add.json()["password"], any("one-time"))
@@ -137,6 +138,7 @@ func TestAccountsOverTheAPI(t *testing.T) {
 }
 
 func TestRefusalsOverTheAPI(t *testing.T) {
+	t.Parallel()
 	w, _, admin := newAdminWorld(t)
 	for i := range 3 {
 		admin.refused = append(admin.refused, Refusal{Time: time.Unix(0, t0-int64(i)).UTC(), Remote: "192.0.2.1:5684", What: "sign-up", Reason: "code-refused"})
@@ -153,6 +155,7 @@ func TestRefusalsOverTheAPI(t *testing.T) {
 
 // Only administrators get in, whatever else a token may do; where there is nothing to administrate it is not there.
 func TestAdministrationNeedsItsScope(t *testing.T) {
+	t.Parallel()
 	w, log, _ := newAdminWorld(t)
 	bare := newWorld(t)
 	bare.tokens["admin"] = w.tokens["admin"]
@@ -172,6 +175,7 @@ func TestAdministrationNeedsItsScope(t *testing.T) {
 }
 
 func TestCallsThatChangeSomethingAreAudited(t *testing.T) {
+	t.Parallel()
 	w, log, _ := newAdminWorld(t)
 	c := pb.NewGrpcGatewayClient(w.dial(t))
 	w.get(t, "/api/v1/devices") // reading is not
@@ -234,6 +238,7 @@ func TestCallsThatChangeSomethingAreAudited(t *testing.T) {
 
 // A call that ended in a panic is in the log, and one whose entry cannot be written is answered all the same.
 func TestAuditOfWhatWentWrong(t *testing.T) {
+	t.Parallel()
 	w, log, _ := newAdminWorld(t)
 	w.identities.signOff = func(context.Context, hub.DeviceID, hub.Owner, string) error { panic("no") }
 	want(t, "panic", w.do(t, "alice", "DELETE", "/api/v1/devices/"+string(lampA)).Code, 500)

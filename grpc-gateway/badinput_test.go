@@ -14,6 +14,7 @@ import (
 
 // A parameter that is wrong is refused wherever it means something, before anything is read.
 func TestBadQueriesAreRefusedEverywhere(t *testing.T) {
+	t.Parallel()
 	const device = "/api/v1/devices/" + string(lampA)
 	long := strings.Repeat("&deviceIdFilter=x", maxFilter+1)[1:]
 	for _, c := range []struct {
@@ -65,6 +66,7 @@ func TestBadQueriesAreRefusedEverywhere(t *testing.T) {
 }
 
 func TestGRPCLongFiltersAreRefused(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	c := pb.NewGrpcGatewayClient(w.dial(t))
 	ctx := as(t, "alice")
@@ -91,6 +93,7 @@ func TestGRPCLongFiltersAreRefused(t *testing.T) {
 
 // What a device says of itself may be anything. It is listed when it is an object; members of wrong types stay empty.
 func TestOddDescriptionsOfDevices(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name    string
 		content hub.Content
@@ -140,6 +143,7 @@ func TestOddDescriptionsOfDevices(t *testing.T) {
 // Deleting many is not one act: what was deleted before a failure stays deleted, the rest is not touched, and asking again
 // finishes it.
 func TestDeleteStopsAtAFailure(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	signOff := w.identities.signOff
 	w.identities.signOff = func(ctx context.Context, id hub.DeviceID, o hub.Owner, user string) error {

@@ -25,6 +25,7 @@ const (
 )
 
 func TestConvert(t *testing.T) {
+	t.Parallel()
 	reported := func(media string) *hub.Resource {
 		return &hub.Resource{Content: hub.Content{Type: media, Format: hub.FormatNone, Data: []byte{0}}}
 	}
@@ -107,6 +108,7 @@ func FuzzConvert(f *testing.F) {
 }
 
 func TestCommandsOverHTTP(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	body := cborOf(map[string]any{"power": 1})
 	for _, c := range []struct {
@@ -249,6 +251,7 @@ func TestCommandsThatAreRefused(t *testing.T) {
 }
 
 func TestMetadataCommands(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	for body, kind := range map[string]hub.CommandKind{
 		`{"twinEnabled":true}`:                                   hub.CommandTwinOn,
@@ -281,6 +284,7 @@ func TestMetadataCommands(t *testing.T) {
 
 // What a device answers comes with its code and its event, in both forms and over gRPC.
 func TestErrorsOfDevices(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	c := pb.NewGrpcGatewayClient(w.dial(t))
 	for _, e := range []struct {
@@ -343,6 +347,7 @@ func TestErrorsOfDevices(t *testing.T) {
 }
 
 func TestGRPCCommands(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	c := pb.NewGrpcGatewayClient(w.dial(t))
 	ctx := as(t, "alice")
@@ -418,6 +423,7 @@ func (w *world) pendings() {
 }
 
 func TestPendingCommands(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.pendings()
 	for target, ids := range map[string]string{
@@ -504,6 +510,7 @@ func TestPendingCommands(t *testing.T) {
 
 // Both ends of a command are in the history, in both forms.
 func TestCommandsInTheHistory(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	var events []hub.Event
 	for kind := hub.CommandCreate; kind <= hub.CommandTwinSync; kind++ {

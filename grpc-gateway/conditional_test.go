@@ -11,6 +11,7 @@ import (
 
 // Every read has an ETag of its own, and a caller that has it already gets 304 and no body; a change gets the new answer.
 func TestReadsAreConditional(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	history(w)
 	for template, methods := range routes {
@@ -53,6 +54,7 @@ func TestReadsAreConditional(t *testing.T) {
 
 // What was deleted, and errors, have no ETag.
 func TestOnlyReadsHaveAnETag(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	want(t, "deleted", w.do(t, "alice", "DELETE", "/api/v1/devices/"+string(lampA)).Header().Get("ETag"), "")
 	want(t, "error", w.get(t, "/api/v1/devices/"+string(unknown), "If-None-Match: *").Header().Get("ETag"), "")
@@ -60,6 +62,7 @@ func TestOnlyReadsHaveAnETag(t *testing.T) {
 
 // A list that is longer than a chunk is on its way before its end is known.
 func TestLongListsHaveNoETagButTheirPagesHave(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	a := w.get(t, "/api/v1/resources")
 	if a.Body.Len() <= 4096 {

@@ -26,6 +26,7 @@ func unhex(t testing.TB, s string) []byte {
 
 // Most are the examples of RFC 8949, Appendix A.
 func TestCBORAsJSON(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct{ hex, want string }{
 		{"00", "0"},
 		{"17", "23"},
@@ -108,6 +109,7 @@ func TestCBORAsJSON(t *testing.T) {
 }
 
 func TestCBORThatJSONCannotShow(t *testing.T) {
+	t.Parallel()
 	deep := func(n int) string { return strings.Repeat("81", n) + "00" }
 	for what, s := range map[string]string{
 		"nothing": "", "cut number": "19 03", "cut text": "62 61", "cut list": "82 01", "cut map": "a1 6161", "cut indefinite": "9f 01",
@@ -143,6 +145,7 @@ func TestCBORThatJSONCannotShow(t *testing.T) {
 }
 
 func TestContentInSimpleForm(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		what string
 		in   hub.Content

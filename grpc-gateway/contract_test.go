@@ -49,6 +49,7 @@ func describe(f protoreflect.FieldDescriptor) string {
 
 // Names, numbers and types are those of the hub whose clients must go on working; testdata/contract.json has them.
 func TestMessagesHaveTheNumbersThatClientsKnow(t *testing.T) {
+	t.Parallel()
 	b, err := os.ReadFile("testdata/contract.json")
 	if err != nil {
 		t.Fatal(err)
@@ -129,6 +130,7 @@ func lowerCamel(s string) string {
 
 // Members of a oneof share a place; wire formats do not show it, generated clients do.
 func TestOneofsAreThoseThatClientsKnow(t *testing.T) {
+	t.Parallel()
 	for m, oneof := range map[protoreflect.MessageDescriptor]string{
 		(&pb.SubscribeToEvents{}).ProtoReflect().Descriptor():             "action",
 		(&pb.Event{}).ProtoReflect().Descriptor():                         "type",
@@ -143,6 +145,7 @@ func TestOneofsAreThoseThatClientsKnow(t *testing.T) {
 }
 
 func TestServiceHasTheCallsThatClientsKnow(t *testing.T) {
+	t.Parallel()
 	s := pb.File_grpc_gateway_service_proto.Services().ByName("GrpcGateway")
 	want(t, "name", s.FullName(), "grpcgateway.pb.GrpcGateway")
 	var got []string

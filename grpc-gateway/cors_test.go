@@ -8,6 +8,7 @@ import (
 const page = "https://app.example.com"
 
 func TestCORS(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, func(c *Config, _ *Deps) { c.API.HTTP.CORS.Origins = []string{page} })
 	target := "/api/v1/devices/" + string(lampA)
 

@@ -40,6 +40,7 @@ func TestDocsPageLoadsNothingFromElsewhere(t *testing.T) {
 }
 
 func TestWebConfiguration(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	c := w.do(t, "", "GET", "/web_configuration.json").json()
 	want(t, "authority", c["authority"], any("https://localhost:8080"))

@@ -63,6 +63,7 @@ func simple(t testing.TB, v any) any {
 
 // Both forms say the same: the simple one, written directly, is what inlining and leaving out makes of protobuf's JSON.
 func TestSimpleFormIsProtobufFormWithContentsInlined(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	history(w)
 	d := w.pictures[lampA]

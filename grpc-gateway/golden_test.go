@@ -16,6 +16,7 @@ var update = flag.Bool("update", false, "write the answers into the golden files
 // The answers of all reads, in simple JSON and in that of protobuf, are in testdata/json.golden and testdata/protojson.golden:
 // a change of either form shows as a difference there. White space and the order of fields are nobody's contract.
 func TestGoldenForms(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	history(w)
 	const device = "/api/v1/devices/" + string(lampA)

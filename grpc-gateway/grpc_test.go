@@ -172,6 +172,7 @@ func TestGRPCReads(t *testing.T) {
 }
 
 func TestGRPCPages(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	c := pb.NewGrpcGatewayClient(w.dial(t))
 	ctx := as(t, "alice")
@@ -220,6 +221,7 @@ func TestGRPCDeleteDevices(t *testing.T) { // C1
 }
 
 func TestGRPCAuthorization(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	c := pb.NewGrpcGatewayClient(w.dial(t))
 	for _, r := range []struct {
@@ -255,6 +257,7 @@ func TestGRPCAuthorization(t *testing.T) {
 }
 
 func TestGRPCReaderMayNotCommand(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	c := pb.NewGrpcGatewayClient(w.dial(t))
 	_, err := c.UpdateResource(as(t, "reader"), &pb.UpdateResourceRequest{})
@@ -262,6 +265,7 @@ func TestGRPCReaderMayNotCommand(t *testing.T) {
 }
 
 func TestGRPCEveryKindHasItsCode(t *testing.T) {
+	t.Parallel()
 	for _, k := range hub.Kinds() {
 		w := newWorld(t)
 		c := pb.NewGrpcGatewayClient(w.dial(t))
@@ -277,6 +281,7 @@ func TestGRPCEveryKindHasItsCode(t *testing.T) {
 
 // A reader that takes nothing loses its list, and learns that the list is not whole.
 func TestGRPCReaderThatStopsReadingIsCutOff(t *testing.T) {
+	t.Parallel()
 	for what, change := range map[string]func(*Config, *Deps){
 		"stalled":  func(c *Config, _ *Deps) { c.Limits.StallTimeout = 100 * time.Millisecond },
 		"too long": func(c *Config, _ *Deps) { c.Limits.RequestTimeout = 100 * time.Millisecond },
@@ -309,6 +314,7 @@ func TestGRPCReaderThatStopsReadingIsCutOff(t *testing.T) {
 
 // The time limit of a request is none of a watcher's.
 func TestGRPCUnknownCallsHaveAReason(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	conn := w.dial(t)
 	for _, method := range []string{"/grpcgateway.pb.GrpcGateway/DoNothing", "/some.other.Service/Call"} {
@@ -323,6 +329,7 @@ func TestGRPCUnknownCallsHaveAReason(t *testing.T) {
 
 // A filter that cannot be read is an error that says which entry of which field, on both doors and for deleting too.
 func TestGRPCBadFiltersAreNamed(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	c := pb.NewGrpcGatewayClient(w.dial(t))
 	ctx := as(t, "alice")
@@ -353,6 +360,7 @@ func TestGRPCBadFiltersAreNamed(t *testing.T) {
 }
 
 func TestHealthWatchersStay(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, func(c *Config, _ *Deps) { c.Limits.RequestTimeout = 50 * time.Millisecond })
 	conn := w.dial(t)
 	watch, err := grpc_health_v1.NewHealthClient(conn).Watch(as(t, ""), &grpc_health_v1.HealthCheckRequest{Service: "grpcgateway.pb.GrpcGateway"})
@@ -374,6 +382,7 @@ func TestHealthWatchersStay(t *testing.T) {
 }
 
 func TestGRPCPanicEndsOneCall(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	c := pb.NewGrpcGatewayClient(w.dial(t))
 	good := w.directory.devices
@@ -394,6 +403,7 @@ func TestGRPCPanicEndsOneCall(t *testing.T) {
 }
 
 func TestHealthAndReflectionNeedNoToken(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	conn := w.dial(t)
 	for _, service := range []string{"", "grpcgateway.pb.GrpcGateway"} {

@@ -37,6 +37,7 @@ func wantList[T comparable](t testing.TB, what string, got []T, want ...T) {
 }
 
 func TestGetDevicesListsWhatIsPublishedInOrder(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	rs := w.get(t, "/api/v1/devices").results()
 	// Neither the device that only signed up nor the one without /oic/d, and none of bob's.
@@ -61,6 +62,7 @@ func TestGetDevicesListsWhatIsPublishedInOrder(t *testing.T) {
 }
 
 func TestDeviceFilters(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	for _, c := range []struct {
 		query string
@@ -97,6 +99,7 @@ func TestDeviceFilters(t *testing.T) {
 }
 
 func TestGetDevice(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	a := w.get(t, "/api/v1/devices/"+string(lampA)+"/")
 	want(t, "single, without wrapper", a.json()["id"], any(string(lampA)))
@@ -109,6 +112,7 @@ func TestGetDevice(t *testing.T) {
 }
 
 func TestSimpleAndProtobufForm(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	for _, c := range []struct{ accept, want string }{
 		{"", "application/json"},
@@ -138,6 +142,7 @@ func TestSimpleAndProtobufForm(t *testing.T) {
 }
 
 func TestGetResources(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	href := func(r map[string]any) string {
 		if d, ok := r["data"].(map[string]any); ok {
@@ -196,6 +201,7 @@ func TestResourceWithoutReportHasNoData(t *testing.T) { // C24
 }
 
 func TestNotModifiedInList(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	rs := w.get(t, "/api/v1/resources?resourceIdFilter="+string(lampA)+"/light/1%3Fetag%3DAAAA%26etag%3DsbI%3D").results()
 	d := rs[0]["data"].(map[string]any)
@@ -209,6 +215,7 @@ func TestNotModifiedInList(t *testing.T) {
 const light = "/api/v1/devices/" + string(lampA) + "/resources/light/1"
 
 func TestGetTwinForms(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	at := "/api/v1/devices/" + string(lampA) + "/resources/"
 	for _, c := range []struct{ path, simple, proto string }{
@@ -234,6 +241,7 @@ func TestGetTwinForms(t *testing.T) {
 
 // Digits above 2^53 stay (C12), empty values inside a content stay (C11), tags of HTML are escaped (C10).
 func TestContentKeepsDigitsAndEmptyValues(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	body := w.get(t, "/api/v1/devices/"+string(lampA)+"/resources/types").Body.String()
 	for _, s := range []string{
@@ -289,6 +297,7 @@ func TestSingleReadsOfUnknownThings(t *testing.T) { // C20 for reads
 }
 
 func TestETags(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	const octets = "/api/v1/devices/" + string(lampA) + "/resources/octets" // the device gave it no ETag
 	for _, c := range []struct {
@@ -330,6 +339,7 @@ func TestETags(t *testing.T) {
 }
 
 func TestGetLinks(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	rs := w.get(t, "/api/v1/resource-links").results()
 	wantList(t, "devices", ids(rs, "deviceId"), string(lampA), string(lampB), string(nameless))
@@ -348,6 +358,7 @@ func TestGetLinks(t *testing.T) {
 }
 
 func TestGetDevicesMetadata(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	rs := w.get(t, "/api/v1/devices-metadata").results()
 	wantList(t, "devices", ids(rs, "deviceId"), string(lampA), string(lampB))
@@ -388,6 +399,7 @@ func kinds(rs []map[string]any) []string {
 }
 
 func TestGetEvents(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	history(w)
 	all := []string{"deviceMetadataUpdated", "resourceLinksPublished", "resourceChanged", "resourceChanged", "resourceLinksUnpublished"}
@@ -425,6 +437,7 @@ func TestGetEvents(t *testing.T) {
 }
 
 func TestPagesHaveNoGapsAndNoRepeats(t *testing.T) {
+	t.Parallel()
 	for _, path := range []string{"/api/v1/devices", "/api/v1/resource-links", "/api/v1/resources", "/api/v1/devices-metadata", "/api/v1/events"} {
 		w := newWorld(t)
 		history(w)
@@ -462,6 +475,7 @@ func TestPagesHaveNoGapsAndNoRepeats(t *testing.T) {
 }
 
 func TestCursorIsBoundToCallAndOwner(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	cursor := w.get(t, "/api/v1/devices?limit=1").results()[0]["cursor"].(string)
 	want(t, "good", w.get(t, "/api/v1/devices?cursor="+cursor).Code, 200)
@@ -485,6 +499,7 @@ func TestCursorIsBoundToCallAndOwner(t *testing.T) {
 }
 
 func TestTimeTravel(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	var asked []time.Time
 	w.directory.deviceAt = func(_ context.Context, o hub.Owner, id hub.DeviceID, at time.Time) (*hub.Device, error) {
@@ -518,6 +533,7 @@ func TestTimeTravel(t *testing.T) {
 }
 
 func TestDeleteDevices(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	a := w.do(t, "alice", "DELETE", "/api/v1/devices?deviceIdFilter="+string(lampB)+"&deviceIdFilter="+string(unknown)+"&deviceIdFilter="+string(bobs))
 	want(t, "one of three", a.Body.String(), `{"deviceIds":["`+string(lampB)+`"]}`+"\n")
@@ -576,6 +592,7 @@ func TestConfiguration(t *testing.T) {
 }
 
 func TestPublicPages(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	want(t, "root", w.do(t, "", "GET", "/").Code, 200)
 	want(t, "openapi", w.do(t, "", "GET", "/api/v1/openapi.json").json()["openapi"], any("3.1.0"))
@@ -594,6 +611,7 @@ func TestPublicPages(t *testing.T) {
 }
 
 func TestUnknownPathsAndMethods(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	a := w.get(t, "/api/v1/nothing")
 	want(t, "unknown path", a.Code, 404)
@@ -619,6 +637,7 @@ func TestUnknownPathsAndMethods(t *testing.T) {
 }
 
 func TestAuthorization(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	for _, c := range []struct {
 		header, reason, challenge string
@@ -654,6 +673,7 @@ func TestAuthorization(t *testing.T) {
 }
 
 func TestHostsAndOrigins(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, func(c *Config, _ *Deps) { c.API.HTTP.Hosts = []string{"hub.example", "fe80::1"} })
 	for host, code := range map[string]int{
 		"localhost:8080": 200, "127.0.0.1": 200, "[::1]:8080": 200, "hub.example": 200, "HUB.example.:8080": 200, "[fe80::1]:1": 200,
@@ -672,6 +692,7 @@ func TestHostsAndOrigins(t *testing.T) {
 }
 
 func TestBodyLimit(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	a := w.do(t, "alice", "GET", "/api/v1/devices")
 	want(t, "none", a.Code, 200)
@@ -728,6 +749,7 @@ func TestErrorBeforeAndInAList(t *testing.T) { // C18
 }
 
 func TestEveryKindHasItsStatus(t *testing.T) {
+	t.Parallel()
 	for _, k := range hub.Kinds() {
 		if _, ok := codeOf[k]; !ok {
 			t.Errorf("no gRPC code for %v", k)
@@ -754,6 +776,7 @@ func TestEveryKindHasItsStatus(t *testing.T) {
 
 // The table of doors in docs/errors.md is what callers program against.
 func TestDocumentedDoorsAreTheTables(t *testing.T) {
+	t.Parallel()
 	b, err := os.ReadFile("../docs/errors.md")
 	if err != nil {
 		t.Fatal(err)
@@ -776,6 +799,7 @@ func TestDocumentedDoorsAreTheTables(t *testing.T) {
 }
 
 func TestPanicEndsOneRequest(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	good := w.directory.devices
 	w.directory.devices = func(context.Context, hub.Owner, []hub.DeviceID) iter.Seq2[*hub.Device, error] { panic("boom") }
@@ -791,6 +815,7 @@ func TestPanicEndsOneRequest(t *testing.T) {
 }
 
 func TestLargeListsAreCompressed(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	plain := w.get(t, "/api/v1/resources")
 	for _, c := range []struct{ accept, want string }{
@@ -826,6 +851,7 @@ func TestLargeListsAreCompressed(t *testing.T) {
 }
 
 func TestCallerThatWentAwayIsNoFault(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	w.directory.devices = func(ctx context.Context, _ hub.Owner, _ []hub.DeviceID) iter.Seq2[*hub.Device, error] {
@@ -846,6 +872,7 @@ func TestCallerThatWentAwayIsNoFault(t *testing.T) {
 
 // What an answer is called, the log calls it too.
 func TestAnswersNameTheirRequest(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.directory.devices = failing(0, w, errors.New("the cause"))
 	a := w.get(t, "/api/v1/devices")

@@ -23,6 +23,7 @@ func counted(w *world) (reads *int, changed func(hub.DeviceID)) {
 
 // Once the devices are known, searching and sorting read only those that are sent, until one changes.
 func TestSearchAndSortReadOnlyWhatTheySend(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	fleet(w, 200)
 	reads, changed := counted(w)
@@ -58,6 +59,7 @@ func TestSearchAndSortReadOnlyWhatTheySend(t *testing.T) {
 
 // A device that is another owner's now is not found by what its former owner knew.
 func TestIndexIsOfItsOwner(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	counted(w)
 	want(t, "bob asks first", len(w.do(t, "bob", "GET", "/api/v1/devices?search=lamp&deviceIdFilter="+string(lampA)).results()), 0)
@@ -69,6 +71,7 @@ func TestIndexIsOfItsOwner(t *testing.T) {
 
 // A device that goes between being chosen and being read costs the page nothing but itself.
 func TestDeviceThatGoesWhileItIsSorted(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	fleet(w, 9)
 	_, changed := counted(w)
@@ -91,6 +94,7 @@ func TestDeviceThatGoesWhileItIsSorted(t *testing.T) {
 }
 
 func TestIndexIsBounded(t *testing.T) {
+	t.Parallel()
 	var x index
 	for i := range maxIndexed + 10 {
 		x.put(hub.DeviceID(fmt.Sprint(i)), indexed{changes: 1, owner: alice})

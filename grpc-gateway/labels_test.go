@@ -10,6 +10,7 @@ import (
 )
 
 func TestLabelsOfADevice(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	const path = "/api/v1/devices/" + string(lampA) + "/labels"
 	send := func(token, method, target, body string) answer { return w.send(t, token, method, target, body) }

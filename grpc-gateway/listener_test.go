@@ -14,6 +14,7 @@ import (
 // A connection that somebody took over is none of the door's any more: its place is free, once, and it can still end one
 // direction before the other.
 func TestHandedOverConnectionsTakeNoPlace(t *testing.T) {
+	t.Parallel()
 	for _, secure := range []bool{false, true} {
 		taken := make(chan net.Conn, 1)
 		hs := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

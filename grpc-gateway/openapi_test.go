@@ -39,6 +39,7 @@ func checkAnswer(t testing.TB, r *http.Request, rec *httptest.ResponseRecorder) 
 
 // Every route is described and every described operation is routed, under the same operationId.
 func TestRoutesAndOpenAPIAgree(t *testing.T) {
+	t.Parallel()
 	c, err := checker()
 	if err != nil {
 		t.Fatal(err)
@@ -70,6 +71,7 @@ func example(template string) string {
 
 // Each query parameter that the door reads is described somewhere, and the other way round.
 func TestQueryParametersAndOpenAPIAgree(t *testing.T) {
+	t.Parallel()
 	c, err := checker()
 	if err != nil {
 		t.Fatal(err)
@@ -103,6 +105,7 @@ func TestQueryParametersAndOpenAPIAgree(t *testing.T) {
 }
 
 func TestCheckerFindsDamage(t *testing.T) {
+	t.Parallel()
 	c, err := checker()
 	if err != nil {
 		t.Fatal(err)
@@ -146,6 +149,7 @@ func TestCheckerFindsDamage(t *testing.T) {
 
 // The transport is what the end-to-end suite puts under its clients.
 func TestCheckingTransport(t *testing.T) {
+	t.Parallel()
 	c, err := checker()
 	if err != nil {
 		t.Fatal(err)

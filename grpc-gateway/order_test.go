@@ -13,6 +13,7 @@ import (
 )
 
 func TestSearchDevices(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.pictures[lampA].Labels = hub.Labels{"room": "Kitchen", "floor": "1"}
 	w.pictures[lampB].Labels = hub.Labels{"room": "hall"}
@@ -66,6 +67,7 @@ func fleet(w *world, n int) {
 }
 
 func TestSortDevices(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	const n = 23
 	fleet(w, n)
@@ -141,6 +143,7 @@ func TestSortDevices(t *testing.T) {
 
 // A sorted list is put together in memory, so it comes in pages even if nobody asks for them.
 func TestSortedListsAreBounded(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	fleet(w, maxSorted+5)
 	rs := w.get(t, "/api/v1/devices?sort=id").results()

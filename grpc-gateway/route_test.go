@@ -9,6 +9,7 @@ import (
 )
 
 func TestSplit(t *testing.T) {
+	t.Parallel()
 	const d = "/api/v1/devices/{deviceId}"
 	for _, c := range []struct {
 		path, template, device string
@@ -162,6 +163,7 @@ func FuzzCursor(f *testing.F) {
 }
 
 func TestPlaceSurvivesACursor(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	for _, p := range []place{{device: lampA}, {device: lampB, href: "/light/1"}, {device: bobs, seq: 1 << 60, time: t0, index: 255}} {
 		got, err := w.place(listEvents, alice, &filter{}, w.cursor(listEvents, alice, &filter{}, p))
@@ -173,6 +175,7 @@ func TestPlaceSurvivesACursor(t *testing.T) {
 }
 
 func TestParseResourceFilter(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct{ in, device, href, etags string }{
 		{"d/a/b", "d", "/a/b", ""},
 		{"/d/a", "d", "/a", ""},

@@ -66,6 +66,7 @@ func client(t testing.TB) *http.Client {
 }
 
 func TestRunServesBothDoorsUntilItsEnd(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	stop := w.run(t)
 	h, g := w.Addresses()
@@ -118,6 +119,7 @@ func TestRunServesBothDoorsUntilItsEnd(t *testing.T) {
 }
 
 func TestRunNamesTheFlagOfABadAddress(t *testing.T) {
+	t.Parallel()
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -165,6 +167,7 @@ func endless(w *world) (ended chan struct{}) {
 }
 
 func TestReaderThatStopsReadingIsCutOff(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, func(c *Config, _ *Deps) { c.Limits.StallTimeout = 100 * time.Millisecond })
 	ended := endless(w)
 	w.run(t)
@@ -178,6 +181,7 @@ func TestReaderThatStopsReadingIsCutOff(t *testing.T) {
 }
 
 func TestListEndsAtItsDeadline(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, func(c *Config, _ *Deps) { c.Limits.RequestTimeout = 300 * time.Millisecond })
 	endless(w)
 	w.run(t)
@@ -206,6 +210,7 @@ func TestListEndsAtItsDeadline(t *testing.T) {
 }
 
 func TestConnectionThatSaysNothingIsClosed(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, func(c *Config, _ *Deps) { c.Limits.HeaderTimeout = 100 * time.Millisecond })
 	w.run(t)
 	h, g := w.Addresses()
@@ -220,6 +225,7 @@ func TestConnectionThatSaysNothingIsClosed(t *testing.T) {
 }
 
 func TestConnectionsAreBounded(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, func(c *Config, _ *Deps) { c.Limits.MaxConnections = 1 })
 	w.run(t)
 	h, _ := w.Addresses()
@@ -242,6 +248,7 @@ func TestConnectionsAreBounded(t *testing.T) {
 }
 
 func TestLargeHeadIsRefused(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.run(t)
 	h, _ := w.Addresses()
@@ -254,6 +261,7 @@ func TestLargeHeadIsRefused(t *testing.T) {
 
 // An address that is not loopback is served over TLS alone. The listener of the test is on loopback all the same.
 func TestOtherAddressesAreTLS(t *testing.T) {
+	t.Parallel()
 	cert := httptest.NewTLSServer(nil) // for its certificate
 	cert.Close()
 	w := newWorld(t, func(c *Config, d *Deps) {

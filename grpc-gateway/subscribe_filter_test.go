@@ -13,6 +13,7 @@ import (
 // What a running hub of the kind whose clients must go on working told each of these subscriptions, as it was recorded: events
 // of two devices, A and B, each of which reports /light/1 and /oic/p, unpublishes /info and goes offline; a third one signs up.
 func TestSubscriptionFilters(t *testing.T) {
+	t.Parallel()
 	events := []struct {
 		name string
 		dev  hub.DeviceID
@@ -130,6 +131,7 @@ func ordered(kind hub.EventKind, command hub.CommandKind, href hub.Href, types .
 // Every kind of events that the API lets subscribe to has its row, in both forms; only what a command of the twin leaves is
 // told like any other change of the metadata.
 func TestEachSubscribableKindHasARow(t *testing.T) {
+	t.Parallel()
 	seen := map[apiKind]string{}
 	for kind, k := range subscribables {
 		if member, ok := seen[k.api]; ok && (k.api != pb.SubscribeToEvents_CreateSubscription_DEVICE_METADATA_UPDATED || member != k.member) {

@@ -2,9 +2,7 @@ package grpcgateway
 
 import (
 	"context"
-	"flag"
 	"fmt"
-	"os"
 	"slices"
 	"strconv"
 	"testing"
@@ -14,6 +12,7 @@ import (
 
 	pb "github.com/coaphub/coaphub/api/gen/grpcgatewaypb"
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/test/dose"
 )
 
 // subscriber is an application that listens as slowly as it likes, goes away in the middle and comes back with the newest
@@ -118,15 +117,7 @@ func (s *subscriber) hear(rt *rapid.T) bool {
 // readers, restarts of the hub, transfers of devices and retention do. What retention took is told as current state, and
 // afterwards again each event once.
 func TestSubscriptionModel(t *testing.T) {
-	before := flag.Lookup("rapid.checks").Value.String()
-	seeds := 1000
-	if os.Getenv("COAPHUB_NIGHTLY") != "" {
-		seeds = 100_000
-	}
-	if err := flag.Set("rapid.checks", strconv.Itoa(seeds)); err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = flag.Set("rapid.checks", before) }()
+	dose.Seeds(t, 100, 1000, 100_000)
 	base := newWorld(t)
 	synctest.Test(t, func(t *testing.T) {
 		rapid.Check(struct{ testing.TB }{t}, func(rt *rapid.T) { modelSubscriptions(rt, base) }) // without the deadline, which no bubble has

@@ -136,6 +136,7 @@ func (l *listener) expect(words ...string) frame {
 }
 
 func TestWebSocketConversation(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.run(t)
 	l := w.listen(t, "alice", "")
@@ -176,6 +177,7 @@ func TestWebSocketConversation(t *testing.T) {
 }
 
 func TestWebSocketForms(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.run(t)
 	l := w.listen(t, "alice", "?accept=application/protojson")
@@ -214,6 +216,7 @@ func bytesOf(t testing.TB, v any) []byte {
 
 // Whatever a client says, it is answered, and the connection stays.
 func TestWebSocketBadInput(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, func(c *Config, _ *Deps) { c.Limits.MaxBodyBytes = 64 << 10 })
 	w.run(t)
 	l := w.listen(t, "alice", "")
@@ -258,6 +261,7 @@ func TestWebSocketBadInput(t *testing.T) {
 }
 
 func TestWebSocketLimitsSubscriptions(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.run(t)
 	l := w.listen(t, "alice", "")
@@ -278,6 +282,7 @@ func TestWebSocketLimitsSubscriptions(t *testing.T) {
 }
 
 func TestWebSocketDoor(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, func(c *Config, _ *Deps) { c.API.HTTP.CORS.Origins = []string{"https://console.example"} })
 	w.run(t)
 	h, _ := w.Addresses()
@@ -332,6 +337,7 @@ func TestWebSocketDoor(t *testing.T) {
 
 // The first event of a stream of server-sent events says that it is live; its ID and all later ones are where to resume.
 func TestServerSentEvents(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.run(t)
 	s := w.events(t, "alice", "eventFilter=RESOURCE_CHANGED&deviceIdFilter="+string(lampA), "")
@@ -432,6 +438,7 @@ func (s *eventStream) close() {
 }
 
 func TestGRPCSubscription(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.run(t)
 	c := pb.NewGrpcGatewayClient(w.dial(t))
@@ -496,6 +503,7 @@ func TestGRPCSubscription(t *testing.T) {
 
 // The current state and what happens while it is read are told without gap and without repeating an event.
 func TestCurrentState(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.run(t)
 	w.directory.happen(lampA, reports("/light/1", 1), reports("/other", 1))
@@ -531,6 +539,7 @@ func TestCurrentState(t *testing.T) {
 
 // All that a picture has is told.
 func TestStateHasEverything(t *testing.T) {
+	t.Parallel()
 	d := lamp(lampA, "lamp", true)
 	waits := func(id string, kind hub.CommandKind, href hub.Href, version uint64) hub.Command {
 		return hub.Command{
@@ -579,6 +588,7 @@ func collect[T any](seq func(func(T) bool)) (out []T) {
 
 // Whoever was away for too long is told so, and gets the current state.
 func TestLagged(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.run(t)
 	l := w.listen(t, "alice", "")
@@ -656,6 +666,7 @@ func (w *world) streams(t *testing.T, who string) grpc.BidiStreamingClient[pb.Su
 
 // A provider that cannot be asked ends nobody's stream.
 func TestStreamOutlivesTheProvider(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		var kind atomic.Uint32
@@ -675,6 +686,7 @@ func TestStreamOutlivesTheProvider(t *testing.T) {
 
 // The hub stops within its time whoever listens, and says that it does.
 func TestStopEndsStreams(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	stop := w.run(t)
 	l := w.listen(t, "alice", "")
@@ -704,6 +716,7 @@ func TestStopEndsStreams(t *testing.T) {
 
 // A panic in one subscription ends its stream, and nothing else.
 func TestSubscriptionPanicEndsItsStream(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.run(t)
 	other := w.listen(t, "bob", "")
@@ -723,6 +736,7 @@ func TestSubscriptionPanicEndsItsStream(t *testing.T) {
 }
 
 func TestSubscriptionWhileTheStoreIsAway(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.run(t)
 	w.directory.headErr = hub.NewError(hub.Unavailable, "", "")
@@ -734,6 +748,7 @@ func TestSubscriptionWhileTheStoreIsAway(t *testing.T) {
 
 // Each event is encoded once, however many are told it.
 func TestEncodingsAreSharedAndBounded(t *testing.T) {
+	t.Parallel()
 	var c encodings
 	e := eventElement{&hub.Commit{Device: lampA, Events: []hub.Event{reports("/a", 1)}}, 0, hubID}
 	first := string(c.append([]byte("{"), e, true))
@@ -755,6 +770,7 @@ func TestEncodingsAreSharedAndBounded(t *testing.T) {
 
 // Who reads nothing for too long is cut off, at each door; who goes away is no error.
 func TestStreamsOfReadersThatStallOrGo(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, func(c *Config, _ *Deps) { c.Limits.StallTimeout = 200 * time.Millisecond })
 	w.run(t)
 	_, grpcAddr := w.Addresses()

@@ -23,6 +23,7 @@ func (a answer) thing() (t thing) {
 }
 
 func TestThings(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	all := w.get(t, "/api/v1/things").thing()
 	want(t, "id", all.ID, "urn:uuid:"+hubID)
@@ -60,6 +61,7 @@ func resolve(t testing.TB, base, href string) string {
 }
 
 func TestThingsComeInPages(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	target := "/api/v1/things?limit=1"
 	var items []string
@@ -84,6 +86,7 @@ func TestThingsComeInPages(t *testing.T) {
 
 // Each form of a description leads to the content it promises, whatever the href is.
 func TestFormsOfAThingWork(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	d := w.pictures[lampA]
 	odd := []hub.Href{"/a b", "/events", "/a/pending-commands/b", "/pending-commands", "/ü?x#y", "/a%2Fb"}

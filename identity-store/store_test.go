@@ -102,6 +102,7 @@ func signUp(t *testing.T, s *Store, dev hub.DeviceID, owner hub.Owner) hub.Owner
 }
 
 func TestSignUpClaimsAndRegisters(t *testing.T) {
+	t.Parallel()
 	dir := newDirectory()
 	s := newStore(t, newMemory(), dir)
 	want := hub.Ownership{Device: lamp, Owner: alice, Generation: 1, Pin: "pin"}
@@ -123,6 +124,7 @@ func TestSignUpClaimsAndRegisters(t *testing.T) {
 }
 
 func TestSecondOwnerIsRefused(t *testing.T) {
+	t.Parallel()
 	s := newStore(t, newMemory(), newDirectory())
 	signUp(t, s, lamp, alice)
 	_, err := s.SignUp(t.Context(), lamp, bob, "pin", "user")
@@ -134,6 +136,7 @@ func TestSecondOwnerIsRefused(t *testing.T) {
 }
 
 func TestOwnersThatNoStoreCouldHoldAreInvalid(t *testing.T) {
+	t.Parallel()
 	s := newStore(t, newMemory(), newDirectory())
 	for _, owner := range []hub.Owner{"", hub.Owner(strings.Repeat("x", maxOwner+1))} {
 		_, err := s.SignUp(t.Context(), lamp, owner, "pin", "user")
@@ -144,6 +147,7 @@ func TestOwnersThatNoStoreCouldHoldAreInvalid(t *testing.T) {
 }
 
 func TestPinIsFixedUntilRelease(t *testing.T) {
+	t.Parallel()
 	s := newStore(t, newMemory(), newDirectory())
 	signUp(t, s, lamp, alice)
 	_, err := s.SignUp(t.Context(), lamp, alice, "another", "user")
@@ -157,6 +161,7 @@ func TestPinIsFixedUntilRelease(t *testing.T) {
 }
 
 func TestParallelSignUpsHaveOneWinner(t *testing.T) {
+	t.Parallel()
 	docs, dir := newMemory(), newDirectory()
 	// Two stores on the same documents are two processes of a cluster.
 	stores := []*Store{newStore(t, docs, dir), newStore(t, docs, dir)}
@@ -185,6 +190,7 @@ func TestParallelSignUpsHaveOneWinner(t *testing.T) {
 }
 
 func TestSignOffReleasesAndGenerationGoesOn(t *testing.T) {
+	t.Parallel()
 	dir := newDirectory()
 	s := newStore(t, newMemory(), dir)
 	signUp(t, s, lamp, alice)
@@ -204,6 +210,7 @@ func TestSignOffReleasesAndGenerationGoesOn(t *testing.T) {
 
 // A crash between two steps is a step that fails and a new Store on the same documents.
 func TestCrashBetweenStepsIsFinishedLater(t *testing.T) {
+	t.Parallel()
 	away := errors.New("directory away")
 	for _, how := range []string{"sign-up", "sign-in", "start"} {
 		t.Run("claimed, finished at "+how, func(t *testing.T) {
@@ -289,6 +296,7 @@ func start(t *testing.T, s *Store) {
 
 // A registration that was delayed in one process while another signed the device off must not bring the old owner back.
 func TestLateRegistrationDoesNotReviveAnOwner(t *testing.T) {
+	t.Parallel()
 	docs, dir := newMemory(), newDirectory()
 	s, other := newStore(t, docs, dir), newStore(t, docs, dir)
 	paused := false
@@ -315,6 +323,7 @@ func TestLateRegistrationDoesNotReviveAnOwner(t *testing.T) {
 
 // Else a registration that is still on its way somewhere would come after the release and stand.
 func TestSignOffOfAClaimRegistersFirst(t *testing.T) {
+	t.Parallel()
 	docs, dir := newMemory(), newDirectory()
 	dir.register = func(hub.Ownership) error { return errors.New("away") }
 	s := newStore(t, docs, dir)
@@ -332,6 +341,7 @@ func TestSignOffOfAClaimRegistersFirst(t *testing.T) {
 }
 
 func TestDevicesAreListedInOrderAndCached(t *testing.T) {
+	t.Parallel()
 	docs := newMemory()
 	s := newStore(t, docs, newDirectory())
 	list := func() []hub.DeviceID {
@@ -364,6 +374,7 @@ func TestDevicesAreListedInOrderAndCached(t *testing.T) {
 }
 
 func TestListsAreBounded(t *testing.T) {
+	t.Parallel()
 	l := newLists(3)
 	l.put("a", []hub.DeviceID{"1", "2"}, 0)
 	l.put("b", []hub.DeviceID{"3", "4"}, 0)
@@ -382,6 +393,7 @@ func TestListsAreBounded(t *testing.T) {
 }
 
 func TestEventsOwnedKeepsFormerOwnersUntilRetention(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		docs := newMemory()
 		s := newStore(t, docs, newDirectory())
@@ -417,6 +429,7 @@ func TestEventsOwnedKeepsFormerOwnersUntilRetention(t *testing.T) {
 
 // Devices drop their credentials when they hear that these are bad: trouble of ours must never look like that.
 func TestTroubleIsUnavailable(t *testing.T) {
+	t.Parallel()
 	broken := map[string]error{
 		"plain":           errors.New("disk on fire"),
 		"denied":          &hub.Error{Kind: hub.Denied},

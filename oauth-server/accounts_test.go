@@ -40,6 +40,7 @@ func TestPasswords(t *testing.T) {
 }
 
 func TestPasswordHashingIsBounded(t *testing.T) {
+	t.Parallel()
 	h := newHasher(cheap)
 	var releases []func()
 	for range hashesAtOnce {
@@ -69,6 +70,7 @@ func TestPasswordHashingIsBounded(t *testing.T) {
 }
 
 func TestAccounts(t *testing.T) {
+	t.Parallel()
 	s := newServer(t)
 	ctx := t.Context()
 	oneTime := must[string](t)(s.AddUser(ctx, "Alice", "", []string{RoleUser}))
@@ -112,6 +114,7 @@ func TestAccounts(t *testing.T) {
 }
 
 func TestSetPasswordEndsApplicationsNotDevices(t *testing.T) {
+	t.Parallel()
 	s := newServer(t)
 	api := verify(t, s, must[string](t)(s.IssueToken(t.Context(), admin, nil, 0)))["jti"].(string)
 	device := must[hub.Tokens](t)(s.Exchange(t.Context(), lamp, "", onboard(t, s, lamp)))
@@ -123,6 +126,7 @@ func TestSetPasswordEndsApplicationsNotDevices(t *testing.T) {
 }
 
 func TestRolesBoundDevices(t *testing.T) {
+	t.Parallel()
 	s := newServer(t)
 	must[string](t)(s.AddUser(t.Context(), "alice", "long enough password", []string{RoleUser}))
 	text, _, err := s.OnboardCode(t.Context(), "alice", lamp, 0)
@@ -140,6 +144,7 @@ func TestRolesBoundDevices(t *testing.T) {
 }
 
 func TestFirstLogin(t *testing.T) {
+	t.Parallel()
 	docs := newMemory()
 	s := openServer(t, config(), docs, owners(nobody))
 	name, first, ok := s.FirstLogin()
@@ -168,6 +173,7 @@ func TestFirstLogin(t *testing.T) {
 }
 
 func TestLimits(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		l := newLimits(3, time.Second, 2)
 		for range 3 {

@@ -34,6 +34,7 @@ func serverAt(t *testing.T, docs *memory) (*Server, *hand) {
 
 // Without a clock of its own, a hub is years behind until NTP sets its clock. What devices got before is as good as its age.
 func TestClockSetForwardCostsNoDeviceItsCredential(t *testing.T) {
+	t.Parallel()
 	docs := newMemory()
 	s, h := serverAt(t, docs)
 	ctx := t.Context()
@@ -75,6 +76,7 @@ func TestClockSetForwardCostsNoDeviceItsCredential(t *testing.T) {
 
 // By the time that passes, everything still ends.
 func TestWhatTheClockLeaptOverEndsLater(t *testing.T) {
+	t.Parallel()
 	docs := newMemory()
 	s, h := serverAt(t, docs)
 	ctx := t.Context()
@@ -99,6 +101,7 @@ func TestWhatTheClockLeaptOverEndsLater(t *testing.T) {
 
 // A slip of a hand, put right within the hour, leaves everything as it was.
 func TestClockSetForwardByMistake(t *testing.T) {
+	t.Parallel()
 	s, h := serverAt(t, newMemory())
 	ctx := t.Context()
 	kids := func() map[string]bool {
@@ -129,6 +132,7 @@ func TestClockSetForwardByMistake(t *testing.T) {
 
 // A clock that was ahead made keys that begin later than now; they sign all the same, or the hub could not issue anything.
 func TestKeysSignThoughTheClockWasSetBack(t *testing.T) {
+	t.Parallel()
 	for name, ahead := range map[string]time.Duration{"an hour": time.Hour, "a year": year} {
 		h := &hand{start: time.Now()}
 		k := &keys{lifetime: 30 * 24 * time.Hour, clock: clock.With(h.read)}

@@ -208,6 +208,7 @@ func (w *site) tokens(name string, query url.Values) map[string]any {
 }
 
 func TestSignInWithABrowser(t *testing.T) {
+	t.Parallel()
 	w := newSite(t, nil, owners(nobody))
 	c := w.browser()
 	u := w.signIn(c, "user", w.authorizeQuery())
@@ -259,6 +260,7 @@ func TestSignInWithABrowser(t *testing.T) {
 
 // The cookie ties forms to a browser and is no session: after a sign-in it gives neither a code nor an answer.
 func TestLoginCookieAuthorizesNothing(t *testing.T) {
+	t.Parallel()
 	w := newSite(t, nil, owners(nobody))
 	c := w.browser()
 	origin := strings.TrimSuffix(w.url, "/oauth")
@@ -279,6 +281,7 @@ func TestLoginCookieAuthorizesNothing(t *testing.T) {
 }
 
 func TestLoopbackRedirectForTheCommandLine(t *testing.T) {
+	t.Parallel()
 	w := newSite(t, nil, owners(nobody))
 	c, uri := w.browser(), "http://127.0.0.1:53219/callback"
 	u := w.signIn(c, "viewer", w.authorizeQuery("client_id", "coaphub-cli", "redirect_uri", uri))
@@ -289,6 +292,7 @@ func TestLoopbackRedirectForTheCommandLine(t *testing.T) {
 }
 
 func TestRefreshOverHTTP(t *testing.T) {
+	t.Parallel()
 	w := newSite(t, nil, owners(nobody))
 	first := w.tokens("user", w.authorizeQuery())
 	c := w.browser()
@@ -328,6 +332,7 @@ func TestRefreshOverHTTP(t *testing.T) {
 }
 
 func TestParallelRedemptionsOverHTTPGiveOneToken(t *testing.T) {
+	t.Parallel()
 	w := newSite(t, nil, owners(nobody))
 	u := w.signIn(w.browser(), "user", w.authorizeQuery())
 	var wg sync.WaitGroup
@@ -353,6 +358,7 @@ func TestParallelRedemptionsOverHTTPGiveOneToken(t *testing.T) {
 }
 
 func TestCodeIsBoundToItsRequest(t *testing.T) {
+	t.Parallel()
 	w := newSite(t, nil, owners(nobody))
 	c := w.browser()
 	code := w.signIn(c, "user", w.authorizeQuery()).Query().Get("code")
@@ -379,6 +385,7 @@ func TestCodeIsBoundToItsRequest(t *testing.T) {
 }
 
 func TestAuthorizeRefuses(t *testing.T) {
+	t.Parallel()
 	w := newSite(t, nil, owners(nobody))
 	c := w.browser()
 	for name, try := range map[string]struct {
@@ -434,6 +441,7 @@ func deviceQuery(dev hub.DeviceID) url.Values {
 }
 
 func TestDeviceIDOfTheAuthorizeRequestReachesTheTokenAndStays(t *testing.T) {
+	t.Parallel()
 	w := newSite(t, nil, owners(nobody))
 	c := w.browser()
 	code := w.signIn(c, "user", deviceQuery(lamp)).Query().Get("code")
@@ -461,6 +469,7 @@ func TestDeviceIDOfTheAuthorizeRequestReachesTheTokenAndStays(t *testing.T) {
 }
 
 func TestDeviceIDOfAnotherOwnerIsDeniedInTheBrowser(t *testing.T) {
+	t.Parallel()
 	w := newSite(t, nil, ownedBy("somebody"))
 	if u := w.signIn(w.browser(), "user", deviceQuery(lamp)); u.Query().Get("error") != "access_denied" || u.Query().Has("code") {
 		t.Fatal(u)
@@ -468,6 +477,7 @@ func TestDeviceIDOfAnotherOwnerIsDeniedInTheBrowser(t *testing.T) {
 }
 
 func TestClientCredentials(t *testing.T) {
+	t.Parallel()
 	w := newSite(t, nil, owners(nobody))
 	c := w.browser()
 	basic := "Basic " + base64.StdEncoding.EncodeToString([]byte("robot:"+url.QueryEscape("a secret with a % sign")))
@@ -526,6 +536,7 @@ func TestClientCredentials(t *testing.T) {
 }
 
 func TestRevokeARefreshTokenOverHTTP(t *testing.T) {
+	t.Parallel()
 	w := newSite(t, nil, owners(nobody))
 	got, c := w.tokens("user", w.authorizeQuery()), w.browser()
 	refresh := got["refresh_token"].(string)
@@ -544,6 +555,7 @@ func TestRevokeARefreshTokenOverHTTP(t *testing.T) {
 }
 
 func TestDeviceGrant(t *testing.T) {
+	t.Parallel()
 	w := newSite(t, nil, owners(nobody))
 	c := w.browser()
 	w.Server.limits.polls = newLimits(100, pollInterval, 10) // the test polls faster than it may
@@ -613,6 +625,7 @@ func TestDeviceGrant(t *testing.T) {
 }
 
 func TestFirstUseChangesThePassword(t *testing.T) {
+	t.Parallel()
 	w := newSite(t, nil, owners(nobody))
 	oneTime := must[string](t)(w.AddUser(t.Context(), "new", "", []string{RoleUser}))
 	c := w.browser()
@@ -645,6 +658,7 @@ func TestFirstUseChangesThePassword(t *testing.T) {
 }
 
 func TestLoginRefusesAndLimits(t *testing.T) {
+	t.Parallel()
 	w := newSite(t, nil, owners(nobody))
 	c := w.browser()
 	r := w.do(c, "GET", "/authorize?"+w.authorizeQuery().Encode(), nil)
@@ -728,6 +742,7 @@ func TestFormsAreOfThisBrowserOnly(t *testing.T) {
 }
 
 func TestSignOutEndsTheApplication(t *testing.T) {
+	t.Parallel()
 	w := newSite(t, nil, owners(nobody))
 	got, c := w.tokens("user", w.authorizeQuery()), w.browser()
 	id, _, _ := parseRefreshToken(got["refresh_token"].(string))
@@ -750,6 +765,7 @@ func TestSignOutEndsTheApplication(t *testing.T) {
 }
 
 func TestCORSIsNotReflected(t *testing.T) {
+	t.Parallel()
 	w := newSite(t, nil, owners(nobody))
 	c := w.browser()
 	for _, try := range [][2]string{
@@ -773,6 +789,7 @@ func TestCORSIsNotReflected(t *testing.T) {
 }
 
 func TestDiscoverySaysWhatIsThere(t *testing.T) {
+	t.Parallel()
 	w := newSite(t, nil, owners(nobody))
 	c := w.browser()
 	d := w.do(c, "GET", "/.well-known/openid-configuration", nil).json(t)
@@ -799,6 +816,7 @@ func TestDiscoverySaysWhatIsThere(t *testing.T) {
 }
 
 func TestTokenEndpointRefuses(t *testing.T) {
+	t.Parallel()
 	w := newSite(t, nil, owners(nobody))
 	c := w.browser()
 	secret := url.Values{"grant_type": {"client_credentials"}, "client_id": {"robot"}, "client_secret": {"a secret with a % sign"}}
@@ -855,6 +873,7 @@ func TestTokenEndpointRefuses(t *testing.T) {
 
 // The library makes refusals of its storage's failures; applications would sign their users out.
 func TestStoreTroubleOverHTTPIs503(t *testing.T) {
+	t.Parallel()
 	w := newSite(t, nil, owners(nobody))
 	got, c := w.tokens("user", w.authorizeQuery()), w.browser()
 	code := w.signIn(c, "user", w.authorizeQuery()).Query().Get("code")
@@ -894,6 +913,7 @@ func TestStoreTroubleOverHTTPIs503(t *testing.T) {
 }
 
 func TestAPanicEndsOneRequest(t *testing.T) {
+	t.Parallel()
 	s := newServer(t)
 	h := s.recovered(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic("boom") }))
 	rec := httptest.NewRecorder()

@@ -12,6 +12,7 @@ import (
 
 // The fake of the other tests is more forgiving than a real store about what is written while a list is read.
 func TestOverPebbleWithARestart(t *testing.T) {
+	t.Parallel()
 	fs := vfs.NewMem()
 	open := func() (*Server, func()) {
 		docs, err := pebblestore.Open("data", pebblestore.Options{FS: fs, MinFree: -1, Fatal: func(err error) { t.Error(err) }})

@@ -119,6 +119,7 @@ func onboard(t *testing.T, s *Server, dev hub.DeviceID) string {
 }
 
 func TestDeviceCodeGivesADevicesToken(t *testing.T) {
+	t.Parallel()
 	s := newServer(t)
 	for name, dev := range map[string]hub.DeviceID{"for the device": lamp, "for any device": ""} {
 		t.Run(name, func(t *testing.T) {
@@ -144,6 +145,7 @@ func TestDeviceCodeGivesADevicesToken(t *testing.T) {
 }
 
 func TestDeviceIDClaimIsConfigurable(t *testing.T) {
+	t.Parallel()
 	cfg := config()
 	cfg.DeviceIDClaim = "https://plgd.dev/deviceId"
 	s := openServer(t, cfg, newMemory(), owners(nobody))
@@ -154,6 +156,7 @@ func TestDeviceIDClaimIsConfigurable(t *testing.T) {
 }
 
 func TestCodesAreRefused(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t)
 		text := onboard(t, s, lamp)
@@ -174,6 +177,7 @@ func TestCodesAreRefused(t *testing.T) {
 }
 
 func TestCodeIsRepeatableForTheSameDeviceFor60s(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t)
 		text := onboard(t, s, "")
@@ -193,6 +197,7 @@ func TestCodeIsRepeatableForTheSameDeviceFor60s(t *testing.T) {
 }
 
 func TestParallelDeviceRedemptionsGiveOneToken(t *testing.T) {
+	t.Parallel()
 	docs := newMemory()
 	stores := []*Server{openServer(t, config(), docs, owners(nobody)), openServer(t, config(), docs, owners(nobody))}
 	text := onboard(t, stores[0], "")
@@ -218,6 +223,7 @@ func TestParallelDeviceRedemptionsGiveOneToken(t *testing.T) {
 }
 
 func TestCrashBetweenCodeAndGrantIsFinishedByARepeat(t *testing.T) {
+	t.Parallel()
 	docs := newMemory()
 	s := openServer(t, config(), docs, owners(nobody))
 	text := onboard(t, s, lamp)
@@ -236,6 +242,7 @@ func TestCrashBetweenCodeAndGrantIsFinishedByARepeat(t *testing.T) {
 }
 
 func TestDeviceIDIsGrantedForUnownedAndOwnDevicesOnly(t *testing.T) {
+	t.Parallel()
 	docs := newMemory()
 	own := owners(nobody)
 	s := openServer(t, config(), docs, owners(func(dev hub.DeviceID) (hub.Ownership, error) { return own(dev) }))
@@ -256,6 +263,7 @@ func TestDeviceIDIsGrantedForUnownedAndOwnDevicesOnly(t *testing.T) {
 }
 
 func TestRefreshRotates(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t)
 		refresh := func(token string) hub.Tokens {
@@ -283,6 +291,7 @@ func TestRefreshRotates(t *testing.T) {
 }
 
 func TestPreviousRefreshTokenEndsAfter24h(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t)
 		first := must[hub.Tokens](t)(s.Exchange(t.Context(), lamp, "", onboard(t, s, lamp)))
@@ -295,6 +304,7 @@ func TestPreviousRefreshTokenEndsAfter24h(t *testing.T) {
 }
 
 func TestRefreshTokenSlidesAndEnds(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t)
 		tokens := must[hub.Tokens](t)(s.Exchange(t.Context(), lamp, "", onboard(t, s, lamp)))
@@ -315,6 +325,7 @@ func TestRefreshTokenSlidesAndEnds(t *testing.T) {
 }
 
 func TestRefreshTokensOfOthersAreRefused(t *testing.T) {
+	t.Parallel()
 	s := newServer(t)
 	tokens := must[hub.Tokens](t)(s.Exchange(t.Context(), lamp, "", onboard(t, s, lamp)))
 	id, _, _ := parseRefreshToken(tokens.Refresh)
@@ -338,6 +349,7 @@ func TestRefreshTokensOfOthersAreRefused(t *testing.T) {
 }
 
 func TestParallelRefreshesAgree(t *testing.T) {
+	t.Parallel()
 	s := newServer(t)
 	tokens := must[hub.Tokens](t)(s.Exchange(t.Context(), lamp, "", onboard(t, s, lamp)))
 	got := make([]string, 8)
@@ -358,6 +370,7 @@ func TestParallelRefreshesAgree(t *testing.T) {
 }
 
 func TestRevokeEndsTokens(t *testing.T) {
+	t.Parallel()
 	for name, pick := range map[string]func(hub.Tokens) hub.Tokens{
 		"refresh token": func(t hub.Tokens) hub.Tokens { return hub.Tokens{Refresh: t.Refresh} },
 		"access token":  func(t hub.Tokens) hub.Tokens { return hub.Tokens{Access: t.Access} },
@@ -386,6 +399,7 @@ func TestRevokeEndsTokens(t *testing.T) {
 // Who lives on tokens of a grant is told of its end, whatever ended it, and once that is stored; a token that took the place of
 // another is no end.
 func TestEndedGrantsAreTold(t *testing.T) {
+	t.Parallel()
 	var s *Server
 	var told []string
 	cfg, docs := config(), newMemory()
@@ -443,6 +457,7 @@ func TestEndedGrantsAreTold(t *testing.T) {
 }
 
 func TestIssueToken(t *testing.T) {
+	t.Parallel()
 	s := newServer(t)
 	if _, err := s.AddUser(t.Context(), "Vera", "viewers password", []string{RoleViewer}); err != nil {
 		t.Fatal(err)
@@ -505,6 +520,7 @@ func TestIssuerIsFixedAtTheFirstStart(t *testing.T) {
 }
 
 func TestKeysRotateWithOverlap(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t)
 		ctx, stop := context.WithCancel(t.Context())
@@ -553,6 +569,7 @@ func TestKeysRotateWithOverlap(t *testing.T) {
 
 // Trouble of ours must never look like a bad credential: devices drop theirs.
 func TestStoreTroubleIsNeverARefusal(t *testing.T) {
+	t.Parallel()
 	for _, op := range []string{"get", "put"} {
 		docs := newMemory()
 		s := openServer(t, config(), docs, owners(nobody))
@@ -578,6 +595,7 @@ func TestStoreTroubleIsNeverARefusal(t *testing.T) {
 }
 
 func TestNothingSecretIsStoredInTheClear(t *testing.T) {
+	t.Parallel()
 	docs := newMemory()
 	s := openServer(t, config(), docs, owners(nobody))
 	_, password, ok := s.FirstLogin()

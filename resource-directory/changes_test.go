@@ -8,6 +8,7 @@ import (
 
 // Whatever makes a device look different in a list changes its number; readings do not.
 func TestChangesAreCounted(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	ctx := t.Context()
 	last := h.d.Changes(lamp)

@@ -98,6 +98,7 @@ func (e *end) next(t tb) hub.Command {
 }
 
 func TestCommandIsSentAndAnswered(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.commandable()
 	a := h.ask(update(1))
@@ -127,6 +128,7 @@ func TestCommandIsSentAndAnswered(t *testing.T) {
 
 // Commands for a device that is away go out in order at its next sign-in, each once.
 func TestCommandsWaitForTheDevice(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.commandable()
 	h.must(h.d.SignOut(t.Context(), x.stamp()))
@@ -153,6 +155,7 @@ func TestCommandsWaitForTheDevice(t *testing.T) {
 
 // A method of RFC 8132 stays with its command until it is sent, and what the device answered with its end.
 func TestCommandByAMethodOfItsOwn(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.commandable()
 	h.must(h.d.SignOut(t.Context(), x.stamp()))
@@ -186,6 +189,7 @@ func TestCommandByAMethodOfItsOwn(t *testing.T) {
 
 // What was sent to a session that is over ends UNAVAILABLE and goes to no other; what was not sent waits on.
 func TestSentCommandsEndWithTheirSession(t *testing.T) {
+	t.Parallel()
 	for name, end := range map[string]func(h *house, x *device){
 		"offline":  func(h *house, x *device) { h.must(h.d.Offline(h.t.Context(), x.stamp())) },
 		"sign-out": func(h *house, x *device) { h.must(h.d.SignOut(h.t.Context(), x.stamp())) },
@@ -230,6 +234,7 @@ func TestSentCommandsEndWithTheirSession(t *testing.T) {
 
 // A process that died between delivery and answer: the commands end at the next start, and nobody sends them again.
 func TestSentCommandEndsWithItsProcess(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.commandable()
 	x.end.window.Store(2)
@@ -253,6 +258,7 @@ func TestSentCommandEndsWithItsProcess(t *testing.T) {
 // A session gets no more at once than it says that its device takes, and of one resource never two, nor a later one before an
 // earlier one.
 func TestCommandsTakenAtOnce(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.commandable()
 	x.end.window.Store(2)
@@ -293,6 +299,7 @@ func TestCommandsTakenAtOnce(t *testing.T) {
 // What was sent is not superseded, nor what is of another kind or resource; whoever supersedes goes out in the place of the
 // newest, and those who waited for the others are told.
 func TestSupersede(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.commandable()
 	h.async(update("sent"))
@@ -387,6 +394,7 @@ func TestCommandExpires(t *testing.T) {
 }
 
 func TestCommandIsCancelled(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.commandable()
 	x.end.busy.Store(true)
@@ -413,6 +421,7 @@ func TestCommandIsCancelled(t *testing.T) {
 }
 
 func TestTwinCommandsChangeTheMetadata(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.commandable()
 	for _, step := range []struct {
@@ -441,6 +450,7 @@ func TestTwinCommandsChangeTheMetadata(t *testing.T) {
 
 // While the store refuses writes, commands fail as unavailable and leave nothing; reads go on.
 func TestCommandsWhileTheStoreRefuses(t *testing.T) {
+	t.Parallel()
 	f := &fake{}
 	h := open(t, faked(f))
 	x := h.commandable()
@@ -472,6 +482,7 @@ func TestCommandsWhileTheStoreRefuses(t *testing.T) {
 }
 
 func TestCommandsThatAreRefused(t *testing.T) {
+	t.Parallel()
 	h := open(t, func(h *house) { h.cfg.Limits.Commands = 2 })
 	x := h.commandable()
 	_, err := x.publish(link("/silent"))
@@ -531,6 +542,7 @@ func TestCommandsThatAreRefused(t *testing.T) {
 }
 
 func TestConditionOnTheTwin(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	c := value("/light", 0)
@@ -545,6 +557,7 @@ func TestConditionOnTheTwin(t *testing.T) {
 
 // A condition that the device is to check goes with its command, without what no device can have; the twin is asked first.
 func TestConditionForTheDevice(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	c := value("/light", 0)
@@ -619,6 +632,7 @@ func TestIdempotencyKey(t *testing.T) {
 
 // Deleting a device ends its commands, for the owner who gave them.
 func TestCommandsEndWithTheirDevice(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.commandable()
 	x.end.busy.Store(true)
@@ -644,6 +658,7 @@ func TestCommandsEndWithTheirDevice(t *testing.T) {
 
 // Another process ended the command: whoever waits is told what the log says.
 func TestCommandEndsElsewhere(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.commandable()
 	a := h.ask(update(1))
@@ -662,6 +677,7 @@ func TestCommandEndsElsewhere(t *testing.T) {
 
 // A caller that goes does not take the command with it, nor leave anything behind.
 func TestCallerGoes(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.commandable()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -683,6 +699,7 @@ func TestCallerGoes(t *testing.T) {
 }
 
 func TestVerifyFindsCommandsThatEndTwice(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.commandable()
 	h.async(update(1))

@@ -7,6 +7,7 @@ import (
 )
 
 func TestLifeOfADevice(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	_, err := x.publish(link("/light", "oic.r.light"), link("/oic/d", "oic.wk.d"))
@@ -22,6 +23,7 @@ func TestLifeOfADevice(t *testing.T) {
 }
 
 func TestPictureSurvivesARestart(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	_, err := x.publish(link("/light", "oic.r.light"))

@@ -3,9 +3,7 @@ package resourcedirectory
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
-	"os"
 	"slices"
 	"strconv"
 	"sync"
@@ -15,6 +13,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/test/dose"
 )
 
 // follower is a subscriber of the feed: where it stands and what it got, one word an event.
@@ -87,24 +86,10 @@ func (tr *truth) of(owner hub.Owner) []string {
 	}
 }
 
-// dose sets how many seeds a model test runs; -rapid.checks on the command line is not looked at.
-func dose(t *testing.T, daily, nightly int) {
-	t.Helper()
-	before := flag.Lookup("rapid.checks").Value.String()
-	n := daily
-	if os.Getenv("COAPHUB_NIGHTLY") != "" {
-		n = nightly
-	}
-	if err := flag.Set("rapid.checks", strconv.Itoa(n)); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = flag.Set("rapid.checks", before) })
-}
-
 // Every subscriber gets each event of its owner once, in the feed's order, from its cursor on: however writers, its own
 // breaks, other readers and restarts are mixed.
 func TestFeedModel(t *testing.T) {
-	dose(t, 10, 1000)
+	dose.Seeds(t, 3, 10, 1000)
 	rapid.Check(t, func(rt *rapid.T) {
 		h := open(rt)
 		ctx := rt.Context()
@@ -195,6 +180,7 @@ func TestFeedModel(t *testing.T) {
 
 // A reader that stalls holds its page and nothing else: the tail moves on, and what it missed comes from the store.
 func TestFeedOfAStalledReader(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	quick, slow := h.follower(alice), h.follower(alice)
@@ -243,6 +229,7 @@ func TestFeedOfAStalledReader(t *testing.T) {
 }
 
 func TestFeedLags(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	first := h.follower(alice)
@@ -270,6 +257,7 @@ func TestFeedLags(t *testing.T) {
 
 // The leader's end is not that of the others.
 func TestFeedGoesOnWithoutItsLeader(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -300,6 +288,7 @@ func TestFeedGoesOnWithoutItsLeader(t *testing.T) {
 
 // State has what the feed's head has, also when the worker has not published it yet.
 func TestStateIsNotBehindTheFeed(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	h.must(x.notify(value("/a", 1)))

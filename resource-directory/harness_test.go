@@ -6,7 +6,6 @@ import (
 	"flag"
 	"fmt"
 	"log/slog"
-	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -20,15 +19,12 @@ import (
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/store"
 	"github.com/coaphub/coaphub/internal/store/pebblestore"
+	"github.com/coaphub/coaphub/test/dose"
 )
 
 func TestMain(m *testing.M) {
-	// A dose that fits every day, and one for `make nightly`; -rapid.checks=N on the command line comes later and wins.
-	checks := "12"
-	if os.Getenv("COAPHUB_NIGHTLY") != "" {
-		checks = "500"
-	}
-	if err := flag.Set("rapid.checks", checks); err != nil {
+	// -rapid.checks=N on the command line comes later and wins.
+	if err := flag.Set("rapid.checks", dose.Of("4", "12", "500")); err != nil {
 		panic(err)
 	}
 	goleak.VerifyTestMain(m)

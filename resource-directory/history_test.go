@@ -184,6 +184,7 @@ func TestTrimInSteps(t *testing.T) {
 }
 
 func TestTheLastTenMinutesAreNeverTrimmed(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	for i := range 10 {
@@ -201,6 +202,7 @@ func TestTheLastTenMinutesAreNeverTrimmed(t *testing.T) {
 
 // The clock is set forward by a year and back again. Nothing is lost by that, unless it stays there.
 func TestClockSetForwardTrimsNothing(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	for i := range 10 {

@@ -8,6 +8,7 @@ import (
 )
 
 func TestLabels(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	ctx := t.Context()
 	h.must(h.d.Register(ctx, own(lamp, alice, 1), "u"))
@@ -52,6 +53,7 @@ func TestLabels(t *testing.T) {
 }
 
 func TestLabelsAreBounded(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	h.must(h.d.Register(t.Context(), own(lamp, alice, 1), "u"))
 	many := hub.Labels{}

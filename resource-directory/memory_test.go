@@ -98,6 +98,7 @@ func (h *house) weighed() {
 // Devices that write one after another do not fill the memory: the one that was not written for the longest makes room. It
 // is read as before, its session goes on, and a second one closes it.
 func TestLoadedBytesAreBounded(t *testing.T) {
+	t.Parallel()
 	inBubble(t, room(1, 3), func(t *testing.T, h *house, _ *fake) {
 		defer h.weighed()
 		var xs []*device
@@ -216,6 +217,7 @@ func TestDirtyDevicesAreNotEvicted(t *testing.T) {
 
 // Each worker counts for itself, and the bound is for all: the one that holds most makes room for another's load.
 func TestWorkersEvictForEachOther(t *testing.T) {
+	t.Parallel()
 	inBubble(t, room(2, 3), func(t *testing.T, h *house, _ *fake) {
 		defer h.weighed()
 		mine, others := []hub.DeviceID{testID(0)}, []hub.DeviceID{}

@@ -10,6 +10,7 @@ import (
 )
 
 func TestNotificationsThatChangeNothingMakeNoEvent(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	base := value("/light", 1)
@@ -40,6 +41,7 @@ func TestNotificationsThatChangeNothingMakeNoEvent(t *testing.T) {
 }
 
 func TestTypesOfTheLinkStandForMissingOnes(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	h.must(x.notify(value("/light", 1))) // reported before it is published: stored without types
@@ -57,6 +59,7 @@ func TestTypesOfTheLinkStandForMissingOnes(t *testing.T) {
 }
 
 func TestBatchOfChangesIsOneCommit(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	before := len(h.commits(lamp))
@@ -74,6 +77,7 @@ func TestBatchOfChangesIsOneCommit(t *testing.T) {
 }
 
 func TestLargeNotifyIsSplitAndNumberedAtItsEnd(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	before := len(h.commits(lamp))
@@ -104,6 +108,7 @@ func TestLargeNotifyIsSplitAndNumberedAtItsEnd(t *testing.T) {
 }
 
 func TestNotifyRefusesWhatIsTooLarge(t *testing.T) {
+	t.Parallel()
 	h := open(t, func(h *house) { h.cfg.Limits.Resources, h.cfg.Limits.TwinBytes = 3, 300<<10 })
 	x := h.registered(lamp)
 	whole := value("/big", 0)
@@ -136,6 +141,7 @@ func TestNotifyRefusesWhatIsTooLarge(t *testing.T) {
 
 // A burst on one session, as fast as it goes: the twin shows the last one.
 func TestLastValueOfABurstWins(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	for burst := range 20 {
@@ -151,6 +157,7 @@ func TestLastValueOfABurstWins(t *testing.T) {
 }
 
 func TestManyDevicesAtOnce(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	var wait sync.WaitGroup
 	for i := range 64 {
@@ -193,6 +200,7 @@ func TestManyDevicesAtOnce(t *testing.T) {
 }
 
 func TestETagsComeNewestFirst(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	tagged := func(href hub.Href, v int, tag string) hub.Change {

@@ -11,6 +11,7 @@ import (
 
 // The tree against a map: what it holds, its order, its balance, and that former versions stay as they were.
 func TestTreeIsAnImmutableSortedMap(t *testing.T) {
+	t.Parallel()
 	rapid.Check(t, func(t *rapid.T) {
 		type version struct {
 			tree tree[int]

@@ -10,6 +10,7 @@ import (
 )
 
 func TestPublishEmitsNewAndChangedLinksOnly(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	a, b := link("/a", "x.a"), link("/b", "x.b")
@@ -41,6 +42,7 @@ func TestPublishEmitsNewAndChangedLinksOnly(t *testing.T) {
 }
 
 func TestEveryFieldOfALinkIsKeptAndCompared(t *testing.T) {
+	t.Parallel()
 	full := hub.Link{
 		Href: "/a", Types: []string{"t1", "t2"}, Interfaces: []string{"i"}, Anchor: "ocf://x", Title: "title",
 		ContentTypes: []string{"application/cbor"}, Policy: 7, Endpoints: []hub.Endpoint{{URI: "coaps://[::1]:1", Priority: 2}},
@@ -73,6 +75,7 @@ func TestEveryFieldOfALinkIsKeptAndCompared(t *testing.T) {
 }
 
 func TestPublishTakesTheLastOfEqualHrefs(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	got, err := x.publish(link("/a", "old"), link("/b"), link("/a", "new"))
@@ -86,6 +89,7 @@ func TestPublishTakesTheLastOfEqualHrefs(t *testing.T) {
 }
 
 func TestPublishRepeatedAnswersWhatIsStored(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	_, err := x.publish(link("/a", "x"))
@@ -98,6 +102,7 @@ func TestPublishRepeatedAnswersWhatIsStored(t *testing.T) {
 }
 
 func TestPublishRefusesBadLinks(t *testing.T) {
+	t.Parallel()
 	h := open(t, func(h *house) { h.cfg.Limits.Links, h.cfg.Limits.LinkBytes = 3, 20<<10 })
 	x := h.registered(lamp)
 	long := func(n int) hub.Link { return hub.Link{Href: "/long", Title: strings.Repeat("x", n)} }
@@ -166,6 +171,7 @@ func TestTenThousandLinks(t *testing.T) {
 }
 
 func TestUnpublishSetsTheTwinNotFound(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	_, err := x.publish(link("/a", "x.a"), link("/b", "x.b"), link("/c", "x.c"))

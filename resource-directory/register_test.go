@@ -8,6 +8,7 @@ import (
 )
 
 func TestRegisterOncePerGeneration(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	h.must(h.d.Register(t.Context(), own(lamp, alice, 2), "u"))
 	h.must(h.d.Register(t.Context(), own(lamp, alice, 2), "u"))
@@ -36,6 +37,7 @@ func TestRegisterAgainKeepsALiveSession(t *testing.T) {
 }
 
 func TestUnregisterDeletesAllButTheLog(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	_, err := x.publish(link("/light"))
@@ -75,6 +77,7 @@ func TestUnregisterDeletesAllButTheLog(t *testing.T) {
 }
 
 func TestTransferWithoutUnregisterLeavesNothing(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	_, err := x.publish(link("/light"))

@@ -11,6 +11,7 @@ import (
 )
 
 func TestSessionNumberIsTheSeqOfTheSignInsCommit(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	cs := h.commits(lamp)
@@ -31,6 +32,7 @@ func TestSessionNumberIsTheSeqOfTheSignInsCommit(t *testing.T) {
 }
 
 func TestSignInNeedsTheCurrentOwnership(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	h.must(h.d.Register(t.Context(), own(lamp, alice, 2), ""))
 	releasing := own(lamp, alice, 2)
@@ -84,6 +86,7 @@ func TestSecondSessionTakesOver(t *testing.T) {
 }
 
 func TestStampsOfNoSessionAreRefused(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	for name, c := range map[string]struct {
@@ -103,6 +106,7 @@ func TestStampsOfNoSessionAreRefused(t *testing.T) {
 }
 
 func TestMessageNumberNotAboveTheStoredIsDone(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	h.must(x.notify(value("/light", 1)))
@@ -116,6 +120,7 @@ func TestMessageNumberNotAboveTheStoredIsDone(t *testing.T) {
 }
 
 func TestOfflineKeepsTheConnectionsFacts(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	h.must(h.d.SetTwin(t.Context(), x.stamp(), hub.TwinSyncing))
@@ -161,6 +166,7 @@ func TestSignOutEndsTheSession(t *testing.T) {
 }
 
 func TestTwinStates(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	h.must(h.d.SetTwin(t.Context(), x.stamp(), hub.TwinSyncing))
@@ -179,6 +185,7 @@ func TestTwinStates(t *testing.T) {
 
 // When a device that sleeps is expected is kept over sessions and restarts, until it is told otherwise.
 func TestContact(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	six := hub.Contact{Interval: 6 * time.Hour, Next: 7}
@@ -208,6 +215,7 @@ func TestContact(t *testing.T) {
 }
 
 func TestTwinThatIsOffStaysDisabled(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	h.must(h.d.Offline(t.Context(), x.stamp()))
@@ -242,6 +250,7 @@ func (h *house) behind(dev hub.DeviceID, events ...hub.Event) {
 }
 
 func TestStartSetsFormerSessionsOffline(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	for i := range 3 {
 		h.registered(testID(i))
@@ -263,6 +272,7 @@ func TestStartSetsFormerSessionsOffline(t *testing.T) {
 }
 
 func TestStartLeavesNewSessionsAlone(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	h.must(h.d.Offline(t.Context(), x.stamp()))
@@ -299,6 +309,7 @@ func TestOfflineIsStoredOnceTheStoreIsBack(t *testing.T) {
 }
 
 func TestSignInThatNobodyWaitedForGoesOffline(t *testing.T) {
+	t.Parallel()
 	f := &fake{}
 	h := open(t, faked(f))
 	h.must(h.d.Register(t.Context(), own(lamp, alice, 1), ""))
@@ -322,6 +333,7 @@ func TestSignInThatNobodyWaitedForGoesOffline(t *testing.T) {
 }
 
 func TestSignInNeedsTheIndex(t *testing.T) {
+	t.Parallel()
 	f := &fake{}
 	h := open(t, faked(f))
 	h.must(h.d.Register(t.Context(), own(lamp, alice, 1), ""))
@@ -338,6 +350,7 @@ func TestSignInNeedsTheIndex(t *testing.T) {
 // What a device said of its own network stays over sessions and restarts, is recorded again only when it differs, and is the
 // owner's: the next one does not see it.
 func TestLocalEndpoints(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	want := func(what string, events int, endpoints ...string) {

@@ -43,6 +43,7 @@ func (d damaged) Commits(ctx context.Context, dev hub.DeviceID, from uint64) ite
 }
 
 func TestVerifyFindsDamage(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	_, err := x.publish(link("/light"))
@@ -128,6 +129,7 @@ func (h *house) baseDoc() []byte {
 
 // Documents may lag behind the log (MongoDB): loading replays from foldedTo, also what some documents already have.
 func TestLoadReplaysWhatDocumentsLack(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	_, err := x.publish(link("/light", "old"), link("/b"))

@@ -19,6 +19,7 @@ import (
 // Another process writes the same device behind the directory's back, again and again: each request is decided once more on
 // what is really there, nothing is lost and no seq is written twice.
 func TestConflictIsDecidedAgain(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	for i := range 10 {
@@ -34,6 +35,7 @@ func TestConflictIsDecidedAgain(t *testing.T) {
 
 // The other process signs the device in: what this one's session still writes is refused after the conflict.
 func TestConflictWithANewerSession(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	meta := h.device(alice, lamp).Metadata
@@ -47,6 +49,7 @@ func TestConflictWithANewerSession(t *testing.T) {
 }
 
 func TestEndlessConflictIsUnavailable(t *testing.T) {
+	t.Parallel()
 	f := &fake{}
 	h := open(t, faked(f))
 	x := h.registered(lamp)
@@ -70,6 +73,7 @@ func TestEndlessConflictIsUnavailable(t *testing.T) {
 // What the store refuses is refused to the caller with the store's kind and code, nothing of it is shown, reads go on, and
 // the same message number succeeds later.
 func TestStoreFails(t *testing.T) {
+	t.Parallel()
 	for _, kind := range []hub.Kind{hub.Unavailable, hub.Exhausted, hub.Internal, hub.TooLarge} {
 		t.Run(kind.String(), func(t *testing.T) {
 			f := &fake{}
@@ -104,6 +108,7 @@ func TestStoreFails(t *testing.T) {
 
 // The store stored a commit and could not say so: readers see what is stored, and the repeat finds it done.
 func TestUnknownOutcomeIsReadFromTheStore(t *testing.T) {
+	t.Parallel()
 	f := &fake{}
 	h := open(t, faked(f))
 	x := h.registered(lamp)
@@ -128,6 +133,7 @@ func TestUnknownOutcomeIsReadFromTheStore(t *testing.T) {
 // Of several commits in one append the first are stored and the others not: the callers of the first are answered, those of
 // the others are not told that it was done, and what rests on an unstored commit is refused with it.
 func TestAppendFailsInTheMiddle(t *testing.T) {
+	t.Parallel()
 	f := &fake{}
 	h := open(t, faked(f))
 	h.must(h.d.Register(t.Context(), own(lamp, alice, 1), ""))
@@ -204,6 +210,7 @@ func sameWorker(d *Directory, dev hub.DeviceID) hub.DeviceID {
 }
 
 func TestLoadFails(t *testing.T) {
+	t.Parallel()
 	f := &fake{}
 	h := open(t, faked(f))
 	h.registered(lamp)
@@ -232,6 +239,7 @@ func TestLoadFails(t *testing.T) {
 
 // A device that loads slowly holds up nobody else, of the same worker either.
 func TestSlowLoadBlocksNoOtherDevice(t *testing.T) {
+	t.Parallel()
 	f := &fake{}
 	h := open(t, faked(f), func(h *house) { h.cfg.Workers = 1 })
 	slow, entered := make(chan struct{}), make(chan struct{})
@@ -254,6 +262,7 @@ func TestSlowLoadBlocksNoOtherDevice(t *testing.T) {
 }
 
 func TestFullQueueIsRefused(t *testing.T) {
+	t.Parallel()
 	f := &fake{}
 	h := open(t, faked(f), func(h *house) { h.cfg.Workers, h.cfg.Queue, h.cfg.QueueWait = 1, 2, 10*time.Millisecond })
 	hold, held := make(chan struct{}), make(chan struct{})
@@ -292,6 +301,7 @@ func TestFullQueueIsRefused(t *testing.T) {
 }
 
 func TestCallerThatLeavesIsNotWaitedFor(t *testing.T) {
+	t.Parallel()
 	f := &fake{}
 	h := open(t, faked(f))
 	x := h.registered(lamp)
@@ -328,6 +338,7 @@ func TestCallerThatLeavesIsNotWaitedFor(t *testing.T) {
 }
 
 func TestStopAnswersEverybody(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	var wait sync.WaitGroup
@@ -403,6 +414,7 @@ func TestColdDevicesLeaveMemory(t *testing.T) {
 
 // The clock of the machine steps back: times of a device do not.
 func TestTimesNeverGoBack(t *testing.T) {
+	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
 	future := time.Now().Add(time.Hour).UnixNano()

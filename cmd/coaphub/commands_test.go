@@ -10,6 +10,7 @@ import (
 )
 
 func TestMistakesInCommands(t *testing.T) {
+	t.Parallel()
 	for args, err := range map[string]string{
 		"set " + lamp + " /light":                       `an argument is missing; write coaphub set DEVICE HREF JSON`,
 		"set lamp /light {}":                            `"lamp" is not a device ID`,

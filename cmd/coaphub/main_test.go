@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net/http"
@@ -27,7 +28,13 @@ import (
 	"github.com/coaphub/coaphub/test/hubtest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	// These tests wait for fleets and clocks most of their time: more of them at once than there are CPUs.
+	if err := flag.Set("test.parallel", "8"); err != nil {
+		panic(err)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 const fan = "d0000000-0000-4000-8000-00000000000f"
 
@@ -69,6 +76,7 @@ func as[T any](t *testing.T, r result) (v T) {
 }
 
 func TestExitCodesAndWhatToDoNext(t *testing.T) {
+	t.Parallel()
 	nothing := t.TempDir()
 	for _, c := range []struct {
 		args string
@@ -133,6 +141,7 @@ func TestExitCodesAndWhatToDoNext(t *testing.T) {
 }
 
 func TestHelpVersionAndCompletion(t *testing.T) {
+	t.Parallel()
 	runs(t, "--help").want(t, exitOK, `(?s)serve.*status`, "^$")
 	runs(t, "version").want(t, exitOK, `^coaphub \S+ .*go1`, "^$")
 	if v := as[map[string]any](t, runs(t, "version", "--json")); v["version"] == "" {
@@ -150,6 +159,7 @@ func TestHelpVersionAndCompletion(t *testing.T) {
 }
 
 func TestConfig(t *testing.T) {
+	t.Parallel()
 	file := filepath.Join(t.TempDir(), "c.yaml")
 	text := "externalAddress: hub.example\noauthServer: {initialPassword: hush hush hush}\n"
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
@@ -322,11 +332,17 @@ func TestOneSimulatedDevice(t *testing.T) {
 // Devices over DTLS and UDP, and over plain TCP: a fleet over each, one device with a pre-shared key as onboard prints it, and
 // one without anything.
 func TestSimulateOverDatagrams(t *testing.T) {
+	t.Parallel()
 	h := hubtest.Start(t, hubtest.WithConfig("coapGateway.api.coap.plainAddress=127.0.0.1:0"))
-	for _, way := range []string{"--scheme coaps", "--scheme coaps --psk", "--scheme coap", "--scheme coap+tcp"} {
-		args := append([]string{"simulate", "--devices", "2", "--seed", way, "--duration", "2s", "--data", h.Data}, strings.Fields(way)...)
-		runs(t, args...).want(t, exitOK, `devices 2  online 2  signed up 2 `, "^$")
-	}
+	t.Run("fleets", func(t *testing.T) {
+		for _, way := range []string{"--scheme coaps", "--scheme coaps --psk", "--scheme coap", "--scheme coap+tcp"} {
+			t.Run(way, func(t *testing.T) {
+				t.Parallel()
+				args := append([]string{"simulate", "--devices", "2", "--seed", way, "--duration", "2s", "--data", h.Data}, strings.Fields(way)...)
+				runs(t, args...).want(t, exitOK, `devices 2  online 2  signed up 2 `, "^$")
+			})
+		}
+	})
 	r := runs(t, "onboard", "--device-id", lamp, "--psk", "--data", h.Data)
 	found := regexp.MustCompile(`(?m)^  coaphub (simulate .*--key .*)$`).FindStringSubmatch(r.out)
 	if found == nil {
@@ -344,12 +360,16 @@ func TestSimulateOverDatagrams(t *testing.T) {
 // Devices over WebSocket, on an HTTP port that is plain and on one with TLS: a fleet over each, and a device without
 // anything.
 func TestSimulateOverWebSocket(t *testing.T) {
+	t.Parallel()
 	web := "coapGateway.api.coap.webSocket.enabled=true"
 	plain := hubtest.Start(t, hubtest.WithConfig(web))
 	secure := hubtest.Start(t, hubtest.WithConfig(web, "grpcGateway.api.http.address=0.0.0.0:0"))
 	for scheme, h := range map[string]*hubtest.Hub{"coap+ws": plain, "coaps+ws": secure} {
-		runs(t, "simulate", "--devices", "3", "--scheme", scheme, "--duration", "3s", "--rate", "20", "--data", h.Data).
-			want(t, exitOK, `devices 3  online 3  signed up 3  links \d+  notified [1-9].*failures 0\n$`, "^$")
+		t.Run(scheme, func(t *testing.T) {
+			t.Parallel()
+			runs(t, "simulate", "--devices", "3", "--scheme", scheme, "--duration", "3s", "--rate", "20", "--data", h.Data).
+				want(t, exitOK, `devices 3  online 3  signed up 3  links \d+  notified [1-9].*failures 0\n$`, "^$")
+		})
 	}
 	runs(t, "simulate", "--scheme", "coaps+ws", "--duration", "2s", "--data", plain.Data).want(t, exitFailure, "^$", "the hub has no coaps.ws endpoint")
 	runs(t, "simulate", "--device-id", fan, "--code", plain.Code(t, fan), "--server", plain.Endpoints.CoAPWS, "--duration", "3s").
@@ -357,6 +377,7 @@ func TestSimulateOverWebSocket(t *testing.T) {
 }
 
 func TestServeInProcess(t *testing.T) {
+	t.Parallel()
 	data := filepath.Join(t.TempDir(), "data")
 	ctx, stop := context.WithCancel(t.Context())
 	r, w := io.Pipe()
@@ -385,7 +406,7 @@ func TestTheRealBinary(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	binary := filepath.Join(dir, "coaphub")
-	build := exec.CommandContext(t.Context(), "go", "build", "-ldflags", "-X main.version=v1.2.3", "-o", binary, ".")
+	build := exec.CommandContext(t.Context(), "go", "build", "-ldflags", "-s -w -X main.version=v1.2.3", "-o", binary, ".")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build: %v\n%s", err, out)
 	}
@@ -430,6 +451,7 @@ func TestTheRealBinary(t *testing.T) {
 }
 
 func TestTextsAreSafeForTerminalsAndShells(t *testing.T) {
+	t.Parallel()
 	for in, want := range map[string]string{"plain é": "plain é", "\x1b[2J": "\ufffd[2J", "a\nb": "a\ufffdb", "\u202egpj": "\ufffdgpj"} {
 		if got := plain(in); got != want {
 			t.Errorf("plain(%q) = %q", in, got)
@@ -466,6 +488,7 @@ func TestTextsAreSafeForTerminalsAndShells(t *testing.T) {
 
 // A device that sleeps is not simply online: when it will be back is what people ask.
 func TestDevicesThatSleep(t *testing.T) {
+	t.Parallel()
 	now := time.Now()
 	api := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		for i, next := range []time.Time{now.Add(time.Hour), now.Add(-time.Hour), now.Add(-2 * time.Hour)} {

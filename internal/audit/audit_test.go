@@ -82,6 +82,7 @@ func same(t *testing.T, what, got, want string) {
 }
 
 func TestEntriesSurviveARestart(t *testing.T) {
+	t.Parallel()
 	fs := vfs.NewMem()
 	s := pebble(t, fs)
 	l, stop := open(t, s, 0)
@@ -112,6 +113,7 @@ func TestEntriesSurviveARestart(t *testing.T) {
 }
 
 func TestOldEntriesGoPageByPage(t *testing.T) {
+	t.Parallel()
 	s := pebble(t, vfs.NewMem())
 	defer func() { _ = s.Close() }()
 	l, stop := open(t, s, 100)
@@ -145,6 +147,7 @@ func TestOldEntriesGoPageByPage(t *testing.T) {
 
 // Callers that wait together share a write, and each entry is there once.
 func TestManyCallersAtOnce(t *testing.T) {
+	t.Parallel()
 	s := pebble(t, vfs.NewMem())
 	defer func() { _ = s.Close() }()
 	l, stop := open(t, s, 0)
@@ -176,30 +179,32 @@ func TestManyCallersAtOnce(t *testing.T) {
 
 // Two processes on the same documents find out by the conflict and give no number twice.
 func TestTwoWritersGiveNoNumberTwice(t *testing.T) {
+	t.Parallel()
 	s := pebble(t, vfs.NewMem())
 	defer func() { _ = s.Close() }()
 	a, stopA := open(t, s, 0)
 	defer stopA()
 	b, stopB := open(t, s, 0)
 	defer stopB()
-	for i := range 200 {
+	for i := range 40 {
 		record(t, a, fmt.Sprint("a", i))
 		record(t, b, fmt.Sprint("b", i))
 	}
 	fresh, stop := open(t, s, 0)
 	defer stop()
 	es, err := fresh.List(t.Context(), 0, 1000)
-	if err != nil || len(es) != 400 {
+	if err != nil || len(es) != 80 {
 		t.Fatalf("%d entries, %v", len(es), err)
 	}
 	for i, e := range es {
-		if e.Number != uint64(400-i) {
+		if e.Number != uint64(80-i) {
 			t.Fatalf("entry %d is %+v", i, e)
 		}
 	}
 }
 
 func TestTextsAreBounded(t *testing.T) {
+	t.Parallel()
 	s := pebble(t, vfs.NewMem())
 	defer func() { _ = s.Close() }()
 	l, stop := open(t, s, 0)
@@ -233,6 +238,7 @@ func (f *failing) Put(ctx context.Context, c string, d store.Doc) (uint64, error
 }
 
 func TestWhatCannotBeWrittenIsAnError(t *testing.T) {
+	t.Parallel()
 	s := pebble(t, vfs.NewMem())
 	defer func() { _ = s.Close() }()
 	f := &failing{Documents: s}
@@ -249,6 +255,7 @@ func TestWhatCannotBeWrittenIsAnError(t *testing.T) {
 }
 
 func TestDamagedPagesAreNoticed(t *testing.T) {
+	t.Parallel()
 	s := pebble(t, vfs.NewMem())
 	defer func() { _ = s.Close() }()
 	if _, err := s.Put(t.Context(), collection, store.Doc{Key: "x", Value: []byte("{")}); err != nil {
@@ -263,6 +270,7 @@ func TestDamagedPagesAreNoticed(t *testing.T) {
 
 // What a caller did who has gone meanwhile is recorded too.
 func TestCallerThatHasGone(t *testing.T) {
+	t.Parallel()
 	s := pebble(t, vfs.NewMem())
 	defer s.Close()
 	l, stop := open(t, s, 0)

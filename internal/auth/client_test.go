@@ -45,6 +45,7 @@ func newClient(t *testing.T, is *issuer.Issuer, edit func(*ClientConfig)) *Clien
 }
 
 func TestExchangeAndRefresh(t *testing.T) {
+	t.Parallel()
 	for _, style := range []string{"", "inHeader", "inParams"} {
 		t.Run("style "+style, func(t *testing.T) {
 			is := issuer.New(t)
@@ -73,6 +74,7 @@ func TestExchangeAndRefresh(t *testing.T) {
 }
 
 func TestCodeMayBeRepeatedForAMinuteBySameDeviceAndCredential(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		is := issuer.New(t)
 		c := newClient(t, is, nil)
@@ -103,6 +105,7 @@ func TestCodeMayBeRepeatedForAMinuteBySameDeviceAndCredential(t *testing.T) {
 }
 
 func TestParallelExchangesOfOneCodeAskOnce(t *testing.T) {
+	t.Parallel()
 	is := issuer.New(t)
 	c := newClient(t, is, nil)
 	code := is.Code(nil)
@@ -127,6 +130,7 @@ func TestParallelExchangesOfOneCodeAskOnce(t *testing.T) {
 }
 
 func TestExchangeGoesOnWhenTheCallerLeaves(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		is := issuer.New(t)
 		hold := make(chan struct{})
@@ -153,6 +157,7 @@ func TestExchangeGoesOnWhenTheCallerLeaves(t *testing.T) {
 }
 
 func TestLostRefreshAnswerStrandsNobody(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		is := issuer.New(t)
 		c := newClient(t, is, nil)
@@ -191,6 +196,7 @@ func TestLostRefreshAnswerStrandsNobody(t *testing.T) {
 }
 
 func TestUsedRefreshTokenIsNotKept(t *testing.T) {
+	t.Parallel()
 	is := issuer.New(t)
 	c := newClient(t, is, nil)
 	tok, err := c.Exchange(t.Context(), lamp, "", is.Code(nil))
@@ -214,6 +220,7 @@ func TestUsedRefreshTokenIsNotKept(t *testing.T) {
 }
 
 func TestProviderTroubleIsUnavailableRefusalIsUnauthenticated(t *testing.T) {
+	t.Parallel()
 	is := issuer.New(t)
 	c := newClient(t, is, nil)
 	exchange := func() error { _, err := c.Exchange(t.Context(), lamp, "", is.Code(nil)); return err }
@@ -250,6 +257,7 @@ func TestProviderTroubleIsUnavailableRefusalIsUnauthenticated(t *testing.T) {
 
 // That the hub's own account at the provider is wrong must not cost devices their credentials.
 func TestRefusedHubIsUnavailable(t *testing.T) {
+	t.Parallel()
 	is := issuer.New(t)
 	c := newClient(t, is, func(cfg *ClientConfig) { cfg.ClientID = "wrong" })
 	if _, err := c.Exchange(t.Context(), lamp, "", is.Code(nil)); !hub.IsKind(err, hub.Unavailable) {
@@ -258,6 +266,7 @@ func TestRefusedHubIsUnavailable(t *testing.T) {
 }
 
 func TestTokenEndpointNonsense(t *testing.T) {
+	t.Parallel()
 	is := issuer.New(t)
 	for name, tc := range map[string]struct {
 		body string
@@ -290,6 +299,7 @@ func TestTokenEndpointNonsense(t *testing.T) {
 }
 
 func TestRevoke(t *testing.T) {
+	t.Parallel()
 	is := issuer.New(t)
 	c := newClient(t, is, nil)
 	code := is.Code(nil)
@@ -313,6 +323,7 @@ func TestRevoke(t *testing.T) {
 }
 
 func TestKeptAnswersAreBounded(t *testing.T) {
+	t.Parallel()
 	s := newAnswers()
 	nth := func(i int) inquiry { return inquire(strconv.Itoa(i)) }
 	for i := range maxAnswers {
@@ -341,6 +352,7 @@ func TestKeptAnswersAreBounded(t *testing.T) {
 }
 
 func TestKeptAnswersAreEncrypted(t *testing.T) {
+	t.Parallel()
 	is := issuer.New(t)
 	c := newClient(t, is, nil)
 	code := is.Code(nil)
@@ -367,6 +379,7 @@ func TestKeptAnswersAreEncrypted(t *testing.T) {
 }
 
 func TestClientConfigMistakes(t *testing.T) {
+	t.Parallel()
 	_, err := NewClient(ClientConfig{Authority: "ftp://x", AuthStyle: "post", ClientSecretFile: "/nowhere"})
 	for _, key := range []string{"authority", "clientID", "authStyle", "clientSecretFile"} {
 		if err == nil || !strings.Contains(err.Error(), key) {
@@ -376,6 +389,7 @@ func TestClientConfigMistakes(t *testing.T) {
 }
 
 func TestClientAfterCloseIsUnavailable(t *testing.T) {
+	t.Parallel()
 	is := issuer.New(t)
 	c := newClient(t, is, nil)
 	c.Close()

@@ -17,6 +17,7 @@ import (
 )
 
 func TestIssuerOverTLSWithItsOwnCA(t *testing.T) {
+	t.Parallel()
 	is, ca := issuer.StartTLS(t)
 	file := filepath.Join(t.TempDir(), "ca.pem")
 	if err := os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.Raw}), 0o600); err != nil {
@@ -47,6 +48,7 @@ func TestIssuerOverTLSWithItsOwnCA(t *testing.T) {
 }
 
 func TestRedirectsStayOnHTTPS(t *testing.T) {
+	t.Parallel()
 	request := func(u string) *http.Request {
 		r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, u, nil)
 		if err != nil {
@@ -67,6 +69,7 @@ func TestRedirectsStayOnHTTPS(t *testing.T) {
 }
 
 func TestMetricsCountResults(t *testing.T) {
+	t.Parallel()
 	is := issuer.New(t)
 	reg := prometheus.NewRegistry()
 	v, err := New([]IssuerConfig{{Authority: is.URL(), Audience: []string{issuer.Audience}}}, Options{HTTPClient: &http.Client{Transport: is}, Registerer: reg})

@@ -68,6 +68,7 @@ func wantKind(t *testing.T, v *Verifier, token string, want hub.Kind) {
 }
 
 func TestVerifyGoodToken(t *testing.T) {
+	t.Parallel()
 	is := issuer.New(t)
 	v := newVerifier(t, nil, is)
 	exp := time.Now().Add(time.Hour).Truncate(time.Second)
@@ -84,6 +85,7 @@ func TestVerifyGoodToken(t *testing.T) {
 }
 
 func TestVerifyRefuses(t *testing.T) {
+	t.Parallel()
 	is := issuer.New(t)
 	v := newVerifier(t, nil, is)
 	good := is.Mint(nil)
@@ -139,6 +141,7 @@ func TestVerifyAllowsForTheClock(t *testing.T) {
 // The machine's clock was stepped back, or is not set yet: every token made before seems to come from the future. That is no
 // fault of the token, and a device that is told that it is drops its credentials.
 func TestClockSteppedBackIsNeverARefusal(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		is := issuer.New(t)
 		ahead := time.Now().Add(time.Hour)
@@ -159,6 +162,7 @@ func TestClockSteppedBackIsNeverARefusal(t *testing.T) {
 }
 
 func TestVerifyRefusesAChangedPayload(t *testing.T) {
+	t.Parallel()
 	is := issuer.New(t)
 	v := newVerifier(t, nil, is)
 	a, b := strings.Split(is.Mint(nil), "."), strings.Split(is.Mint(map[string]any{"sub": "bob"}), ".")
@@ -207,6 +211,7 @@ func TestClaimNames(t *testing.T) {
 }
 
 func TestTwoIssuersWithTheSameSubAreTwoOwners(t *testing.T) {
+	t.Parallel()
 	a, b := issuer.Start(t), issuer.Start(t)
 	v := newVerifier(t, nil, a, b)
 	ca, cb := mustVerify(t, v, a.Mint(nil)), mustVerify(t, v, b.Mint(nil))
@@ -220,6 +225,7 @@ func TestTwoIssuersWithTheSameSubAreTwoOwners(t *testing.T) {
 }
 
 func TestIssuerWithSlashAtTheEnd(t *testing.T) {
+	t.Parallel()
 	is := issuer.New(t)
 	v := newVerifier(t, func(c *IssuerConfig) { c.Authority += "/" }, is)
 	mustVerify(t, v, is.Mint(nil))
@@ -227,6 +233,7 @@ func TestIssuerWithSlashAtTheEnd(t *testing.T) {
 }
 
 func TestKeysThatRotate(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		is := issuer.New(t)
 		v := newVerifier(t, nil, is)
@@ -243,6 +250,7 @@ func TestKeysThatRotate(t *testing.T) {
 }
 
 func TestKeyThatLeftTheSetIsNoLongerGood(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		is := issuer.New(t)
 		v := newVerifier(t, nil, is)
@@ -256,6 +264,7 @@ func TestKeyThatLeftTheSetIsNoLongerGood(t *testing.T) {
 }
 
 func TestUnknownKeyStormIsAnsweredFromTheNegativeCache(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		is := issuer.New(t)
 		v := newVerifier(t, nil, is)
@@ -288,6 +297,7 @@ func TestUnknownKeyStormIsAnsweredFromTheNegativeCache(t *testing.T) {
 }
 
 func TestRememberedUnknownKeysAreBounded(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		v, err := New([]IssuerConfig{{
 			Authority: "inside", Audience: []string{"a"},
@@ -312,6 +322,7 @@ func TestRememberedUnknownKeysAreBounded(t *testing.T) {
 // A token that is newer than the keys we have may be signed by a key we have not seen; it must not cost a device its
 // credentials that we were asked too soon after the last fetch.
 func TestNewKeyRightAfterAFetchIsUnavailableNotUnauthenticated(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		is := issuer.New(t)
 		v := newVerifier(t, nil, is)
@@ -327,6 +338,7 @@ func TestNewKeyRightAfterAFetchIsUnavailableNotUnauthenticated(t *testing.T) {
 }
 
 func TestOutageIsUnavailableNeverUnauthenticated(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		is := issuer.New(t)
 		v := newVerifier(t, nil, is)
@@ -360,6 +372,7 @@ func TestOutageIsUnavailableNeverUnauthenticated(t *testing.T) {
 }
 
 func TestBadSignatureFetchesNothing(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		is := issuer.New(t)
 		v := newVerifier(t, nil, is)
@@ -376,6 +389,7 @@ func TestBadSignatureFetchesNothing(t *testing.T) {
 }
 
 func TestProviderThatHangsIsBounded(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		hang := roundTripper(func(r *http.Request) (*http.Response, error) {
 			<-r.Context().Done()
@@ -410,6 +424,7 @@ type roundTripper func(*http.Request) (*http.Response, error)
 func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
 func TestProviderThatTalksNonsense(t *testing.T) {
+	t.Parallel()
 	is := issuer.New(t)
 	for name, body := range map[string]string{
 		"not JSON": "<html>", "of another issuer": `{"issuer":"https://evil.example","jwks_uri":"https://evil.example/keys"}`,
@@ -436,6 +451,7 @@ type readCloser struct{ *strings.Reader }
 func (readCloser) Close() error { return nil }
 
 func TestRememberedTokenEndsWithItsExpiry(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		is := issuer.New(t)
 		v := newVerifier(t, nil, is)
@@ -452,6 +468,7 @@ func TestRememberedTokenEndsWithItsExpiry(t *testing.T) {
 }
 
 func TestRevokedTokenIsRefusedThoughRemembered(t *testing.T) {
+	t.Parallel()
 	is := issuer.New(t)
 	gone, broken := "", false
 	v := newVerifier(t, func(c *IssuerConfig) {
@@ -473,6 +490,7 @@ func TestRevokedTokenIsRefusedThoughRemembered(t *testing.T) {
 }
 
 func TestRememberedTokensAreBounded(t *testing.T) {
+	t.Parallel()
 	r := newRemembered()
 	for i := range maxRemembered + 10 {
 		r.put(&verified{hash: [32]byte{byte(i), byte(i >> 8), byte(i >> 16)}})
@@ -490,6 +508,7 @@ func TestRememberedTokensAreBounded(t *testing.T) {
 }
 
 func TestCallersCannotChangeWhatIsRemembered(t *testing.T) {
+	t.Parallel()
 	is := issuer.New(t)
 	v := newVerifier(t, nil, is)
 	token := is.Mint(nil)
@@ -503,6 +522,7 @@ func TestCallersCannotChangeWhatIsRemembered(t *testing.T) {
 }
 
 func TestIssuerInThisProcess(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		is := issuer.New(t)
 		var broken error
@@ -529,6 +549,7 @@ func TestIssuerInThisProcess(t *testing.T) {
 }
 
 func TestVerifyAfterCloseIsUnavailable(t *testing.T) {
+	t.Parallel()
 	is := issuer.New(t)
 	v := newVerifier(t, nil, is)
 	v.Close()
@@ -536,6 +557,7 @@ func TestVerifyAfterCloseIsUnavailable(t *testing.T) {
 }
 
 func TestDuplicateClaimsAreRefused(t *testing.T) {
+	t.Parallel()
 	if _, err := parseClaims([]byte(`{"sub":"a","sub":"b"}`)); err == nil {
 		t.Error("a claim that is there twice was accepted")
 	}
@@ -545,6 +567,7 @@ func TestDuplicateClaimsAreRefused(t *testing.T) {
 }
 
 func TestConfigMistakes(t *testing.T) {
+	t.Parallel()
 	one := func(edit func(*IssuerConfig)) []IssuerConfig {
 		c := IssuerConfig{Authority: "https://a.example", Audience: []string{"hub"}}
 		edit(&c)
@@ -640,6 +663,7 @@ func FuzzVerify(f *testing.F) {
 }
 
 func TestTokenNamesItsGrant(t *testing.T) {
+	t.Parallel()
 	is := issuer.New(t)
 	token := is.Mint(map[string]any{"jti": "grant.1"})
 	if c := mustVerify(t, newVerifier(t, nil, is), token); c.Grant != "" {

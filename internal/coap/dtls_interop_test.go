@@ -56,6 +56,7 @@ func keyFile(t *testing.T, cert tls.Certificate) string {
 
 // TestLibcoapClientDTLS lets libcoap's clients ask, with a pre-shared key and with a certificate, on one port.
 func TestLibcoapClientDTLS(t *testing.T) {
+	t.Parallel()
 	ca := newAuthority(t)
 	cert := ca.issue(t, "device", time.Time{})
 	certFile, caFile := pemFile(t, "CERTIFICATE", cert.Certificate[0]), pemFile(t, "CERTIFICATE", ca.cert.Raw)

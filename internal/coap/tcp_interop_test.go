@@ -11,6 +11,7 @@ import (
 
 // TestLibcoapClientTCP lets libcoap's clients ask over TCP, and over TLS with a certificate.
 func TestLibcoapClientTCP(t *testing.T) {
+	t.Parallel()
 	ca := newAuthority(t)
 	hub, device := ca.issue(t, "hub", time.Time{}), ca.issue(t, "device", time.Time{})
 	secure := &tls.Config{

@@ -314,6 +314,7 @@ func libcoap(t *testing.T, name string, args ...string) string {
 
 // TestLibcoapClientUDP lets libcoap's client ask.
 func TestLibcoapClientUDP(t *testing.T) {
+	t.Parallel()
 	for _, name := range []string{"coap-client-notls", "coap-client-openssl", "coap-client-gnutls"} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

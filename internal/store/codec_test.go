@@ -13,6 +13,7 @@ import (
 )
 
 func TestCommitsSurviveTheirStoredForm(t *testing.T) {
+	t.Parallel()
 	for _, want := range []hub.Commit{
 		storetest.Commit(storetest.Device(1), 1),
 		storetest.FullCommit(storetest.Device(1), 1<<63),
@@ -34,6 +35,7 @@ func TestCommitsSurviveTheirStoredForm(t *testing.T) {
 
 // Every field of hub's types is set in turn, found by reflection: a field that is added to them and forgotten here fails.
 func TestNoFieldIsForgotten(t *testing.T) {
+	t.Parallel()
 	full := storetest.FullCommit(storetest.Device(1), 1)
 	for _, v := range []any{full.Events[2].Links[0], *full.Events[4].Metadata, *full.Events[6].Command} {
 		eachField(reflect.ValueOf(v), func(path string, f reflect.Value) {
@@ -70,6 +72,7 @@ func eachField(v reflect.Value, f func(path string, field reflect.Value)) {
 }
 
 func TestDamagedCommitsAreRefused(t *testing.T) {
+	t.Parallel()
 	full := storetest.FullCommit(storetest.Device(1), 1)
 	good := store.AppendCommit(nil, &full)
 	for n := range len(good) {
@@ -93,6 +96,7 @@ func TestDamagedCommitsAreRefused(t *testing.T) {
 }
 
 func TestAnyCommitSurvives(t *testing.T) {
+	t.Parallel()
 	texts := func(t *rapid.T, what string) []string {
 		if out := rapid.SliceOfN(rapid.StringN(0, 8, 32), 0, 3).Draw(t, what); len(out) > 0 {
 			return out

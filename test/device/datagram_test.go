@@ -56,6 +56,7 @@ func (h *bareHub) next() message.Message {
 
 // Over UDP a notification is sent until it is acknowledged, and a Reset ends the observation (RFC 7641, 3.6 and 4.5).
 func TestNotificationsOverUDP(t *testing.T) {
+	t.Parallel()
 	sock, err := net.ListenPacket("udp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

@@ -253,6 +253,7 @@ func q(s string) message.Option { return message.Option{ID: message.URIQuery, Va
 func etag(b []byte) message.Option { return message.Option{ID: message.ETag, Value: b} }
 
 func TestCloudLife(t *testing.T) {
+	t.Parallel()
 	h := startHub(t)
 	d := connect(t, h, nil)
 	check := func(what string, a Answer, err error, want codes.Code) {
@@ -311,6 +312,7 @@ func TestCloudLife(t *testing.T) {
 }
 
 func TestNewRefusesBadConfig(t *testing.T) {
+	t.Parallel()
 	for _, cfg := range []Config{
 		{ID: testID, HubAddr: "127.0.0.1:5684"},
 		{ID: testID, HubAddr: "http://127.0.0.1"},
@@ -327,6 +329,7 @@ func TestNewRefusesBadConfig(t *testing.T) {
 }
 
 func TestServesDiscovery(t *testing.T) {
+	t.Parallel()
 	h := startHub(t)
 	connect(t, h, func(c *Config) { c.Resources = 2 })
 	cc := h.conn()
@@ -358,6 +361,7 @@ func TestServesDiscovery(t *testing.T) {
 }
 
 func TestPerResourceDeviceHasNoBatch(t *testing.T) {
+	t.Parallel()
 	h := startHub(t)
 	connect(t, h, func(c *Config) { c.PerResource = true })
 	cc := h.conn()
@@ -372,6 +376,7 @@ func TestPerResourceDeviceHasNoBatch(t *testing.T) {
 }
 
 func TestBatchETags(t *testing.T) {
+	t.Parallel()
 	h := startHub(t)
 	d := connect(t, h, nil)
 	cc := h.conn()
@@ -412,6 +417,7 @@ func TestBatchETags(t *testing.T) {
 }
 
 func TestNotifications(t *testing.T) {
+	t.Parallel()
 	h := startHub(t)
 	d := connect(t, h, nil)
 	cc := h.conn()
@@ -457,6 +463,7 @@ func TestNotifications(t *testing.T) {
 }
 
 func TestObserveOneResource(t *testing.T) {
+	t.Parallel()
 	h := startHub(t)
 	d := connect(t, h, nil)
 	cc := h.conn()
@@ -481,6 +488,7 @@ func TestObserveOneResource(t *testing.T) {
 }
 
 func TestCommandsThatFail(t *testing.T) {
+	t.Parallel()
 	h := startHub(t)
 	connect(t, h, func(c *Config) { c.Errors = []int{404, 503} })
 	cc := h.conn()
@@ -506,6 +514,7 @@ func TestCommandsThatFail(t *testing.T) {
 }
 
 func TestSilentDeviceAnswersNothing(t *testing.T) {
+	t.Parallel()
 	h := startHub(t)
 	d := connect(t, h, func(c *Config) { c.Silent = true })
 	cc := h.conn()
@@ -526,6 +535,7 @@ func TestSilentDeviceAnswersNothing(t *testing.T) {
 }
 
 func TestLargeBodies(t *testing.T) {
+	t.Parallel()
 	for _, blockwise := range []bool{false, true} {
 		t.Run(fmt.Sprintf("blockwise %v", blockwise), func(t *testing.T) {
 			h := startHub(t)
@@ -545,6 +555,7 @@ func TestLargeBodies(t *testing.T) {
 }
 
 func TestCSMSaysWhatTheDeviceTakes(t *testing.T) {
+	t.Parallel()
 	for _, tc := range []struct {
 		blockwise bool
 		want      []byte

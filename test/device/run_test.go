@@ -36,6 +36,7 @@ func newDevice(t *testing.T, h *fakeHub) *Device {
 }
 
 func TestRunComesBackAfterABreak(t *testing.T) {
+	t.Parallel()
 	h := startHub(t)
 	d := newDevice(t, h)
 	var asked atomic.Int64
@@ -49,6 +50,7 @@ func TestRunComesBackAfterABreak(t *testing.T) {
 }
 
 func TestRunRefreshesARefusedToken(t *testing.T) {
+	t.Parallel()
 	h := startHub(t)
 	d := newDevice(t, h)
 	d.SetCredentials(Credentials{UID: "alice", Access: "bad", Refresh: "r"})
@@ -63,6 +65,7 @@ func TestRunRefreshesARefusedToken(t *testing.T) {
 }
 
 func TestRunSignsUpAgainWhenNothingIsLeft(t *testing.T) {
+	t.Parallel()
 	h := startHub(t)
 	d := newDevice(t, h)
 	d.SetCredentials(Credentials{UID: "alice", Refresh: "bad"})
@@ -76,6 +79,7 @@ func TestRunSignsUpAgainWhenNothingIsLeft(t *testing.T) {
 
 // Trouble of the hub's costs a device nothing.
 func TestRunKeepsItsCredentialsOn503(t *testing.T) {
+	t.Parallel()
 	h := startHub(t)
 	d := newDevice(t, h)
 	want := Credentials{UID: "alice", Access: "a", Refresh: "r"}
@@ -92,6 +96,7 @@ func TestRunKeepsItsCredentialsOn503(t *testing.T) {
 }
 
 func TestRunRefreshesBeforeExpiry(t *testing.T) {
+	t.Parallel()
 	h := startHub(t)
 	d := newDevice(t, h)
 	h.set(func() { h.expires = 1 })
@@ -103,6 +108,7 @@ func TestRunRefreshesBeforeExpiry(t *testing.T) {
 }
 
 func TestFleet(t *testing.T) {
+	t.Parallel()
 	h := startHub(t)
 	var lines atomic.Int64
 	var enough atomic.Bool
@@ -143,6 +149,7 @@ func TestFleet(t *testing.T) {
 }
 
 func TestFleetNotifiesWhatIsObserved(t *testing.T) {
+	t.Parallel()
 	h := startHub(t)
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
@@ -174,6 +181,7 @@ func TestFleetNotifiesWhatIsObserved(t *testing.T) {
 }
 
 func TestFleetMistakes(t *testing.T) {
+	t.Parallel()
 	for _, f := range []Fleet{{}, {Devices: 1}, {Devices: 1, Rate: -1, Onboard: func(context.Context, string) (Onboarding, error) { return Onboarding{}, nil }}} {
 		if _, err := f.Run(t.Context()); err == nil {
 			t.Errorf("%+v was accepted", f)

@@ -16,17 +16,15 @@ import (
 	"github.com/coder/websocket"
 
 	"github.com/coaphub/coaphub/bundle"
+	"github.com/coaphub/coaphub/test/dose"
 )
 
-// TestBurst: 200 devices, 1000 nightly, send 20 notifications each, all at once. Each twin ends at the last of them, and a
+// TestBurst: 50, 200 or 1000 devices send 20 notifications each, all at once. Each twin ends at the last of them, and a
 // subscriber hears every one, those of a device in order.
 func TestBurst(t *testing.T) {
 	t.Parallel()
 	const burst, atOnce = 20, 16
-	devices := 200
-	if nightly() {
-		devices = 1000
-	}
+	devices := dose.Of(50, 200, 1000)
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	data, config := t.TempDir(), filepath.Join(t.TempDir(), "hub.yaml")

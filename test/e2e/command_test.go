@@ -10,6 +10,8 @@ import (
 	"slices"
 	"testing"
 	"time"
+
+	"github.com/coaphub/coaphub/test/dose"
 )
 
 // TestKill9DuringACommand kills the hub when commands have reached their device and are not answered yet, two at once over a
@@ -17,10 +19,7 @@ import (
 // goes out at the next sign-in. There is a device for each transport, one after the other.
 func TestKill9DuringACommand(t *testing.T) {
 	t.Parallel()
-	rounds := 1 // with each device
-	if nightly() {
-		rounds = 10
-	}
+	rounds := dose.Of(1, 1, 10) // with each device
 	data, config := t.TempDir(), filepath.Join(t.TempDir(), "hub.yaml")
 	if err := os.WriteFile(config, []byte(everyWay), 0o600); err != nil {
 		t.Fatal(err)

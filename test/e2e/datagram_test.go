@@ -210,6 +210,7 @@ func (p *peer) takeDatagram(m message.Message) {
 
 // TestReplacedPSKEndsTheSession: who has a key that was replaced is out at once, signed in or not.
 func TestReplacedPSKEndsTheSession(t *testing.T) {
+	t.Parallel()
 	h := hubtest.Start(t)
 	lamp := deviceID(1)
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)

@@ -9,16 +9,15 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/coaphub/coaphub/test/dose"
 )
 
-// TestFleet runs `coaphub simulate` against a hub: 100 devices for a few seconds, and nightly 1000 for ten minutes, where
+// TestFleet runs `coaphub simulate` against a hub: some devices for a few seconds, and nightly 1000 for ten minutes, where
 // the hub's memory at minute ten is at most 1.1 times that at minute two.
 func TestFleet(t *testing.T) {
 	t.Parallel()
-	devices, length := 100, 12*time.Second
-	if nightly() {
-		devices, length = 1000, 10*time.Minute+15*time.Second
-	}
+	devices, length := dose.Of(20, 100, 1000), dose.Of(5*time.Second, 12*time.Second, 10*time.Minute+15*time.Second)
 	p := serve(t, t.TempDir())
 	ctx, cancel := context.WithTimeout(t.Context(), length+time.Minute)
 	defer cancel()
@@ -47,7 +46,7 @@ func TestFleet(t *testing.T) {
 			if !eventually(t.Context(), 10*time.Second, func() bool { return p.status().Online == 0 }) {
 				t.Errorf("%d devices are still online after the fleet left", p.status().Online)
 			}
-			if nightly() {
+			if dose.Night() {
 				t.Logf("RSS at minute 2: %d KiB, at minute 10: %d KiB", early, late)
 				if early == 0 || late == 0 || float64(late) > 1.1*float64(early) {
 					t.Errorf("memory grows: %d KiB at minute 2, %d KiB at minute 10", early, late)

@@ -18,6 +18,7 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"github.com/coaphub/coaphub/bundle"
+	"github.com/coaphub/coaphub/test/dose"
 )
 
 // ledger is what the hub acknowledged to one device, whatever it came over, or to somebody who read its twin. What is on its way is in none of it:
@@ -53,14 +54,11 @@ func (n compared) all() bool {
 // TestKill9 kills the hub at random moments under load and compares, after each restart, what it had acknowledged: publishes
 // answered 2.04, unpublishes by instance answered 2.02, sign-ups answered 2.04, deletions by sign-off (2.02) and by the API
 // (200), values that an HTTP answer had shown, and notifications acknowledged in a datagram. Each device comes over another
-// transport. 20 rounds, 200 nightly.
+// transport. 4, 20 or 200 rounds.
 func TestKill9(t *testing.T) {
 	t.Parallel()
 	ways, guestsWays := transports, []transport{transportOf("tls"), transportOf("psk")}
-	rounds := 20
-	if nightly() {
-		rounds = 200
-	}
+	rounds := dose.Of(4, 20, 200)
 	data, config := t.TempDir(), filepath.Join(t.TempDir(), "hub.yaml")
 	if err := os.WriteFile(config, []byte(everyWay), 0o600); err != nil {
 		t.Fatal(err)

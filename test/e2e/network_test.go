@@ -17,6 +17,7 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"github.com/coaphub/coaphub/test/device"
+	"github.com/coaphub/coaphub/test/dose"
 	"github.com/coaphub/coaphub/test/hubtest"
 )
 
@@ -262,6 +263,7 @@ var (
 // directions and as often as it likes (RFC 9146). One without, or over plain UDP, is a stranger at its new port: its session
 // waits where it was until the device has come again.
 func TestPortChanges(t *testing.T) {
+	t.Parallel()
 	for _, tr := range []transport{overDTLS, overPSK} {
 		t.Run(tr.name, func(t *testing.T) {
 			t.Parallel()
@@ -354,6 +356,7 @@ func (a *app) metrics(h *hubtest.Hub) string {
 // TestPortReused: a router gives a device's port to another device. Both have their sessions, and neither gets what is the
 // other's.
 func TestPortReused(t *testing.T) {
+	t.Parallel()
 	for _, cid := range []bool{true, false} {
 		t.Run(fmt.Sprintf("connection ID=%t", cid), func(t *testing.T) {
 			t.Parallel()
@@ -396,6 +399,7 @@ func TestPortReused(t *testing.T) {
 // TestRebootOnTheSameAddress: a device loses its power, and starts again at the address at which the hub still has its
 // session: within ten seconds the hub has the new one's values, and nothing of the old one's comes after them.
 func TestRebootOnTheSameAddress(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		over transport
 		cid  bool
@@ -443,6 +447,7 @@ func TestRebootOnTheSameAddress(t *testing.T) {
 // TestHubLosesPower: a hub that is gone and back says no goodbye over datagrams, and knows no association of before. Its devices
 // find out by what nobody acknowledges, and come back with what they say then.
 func TestHubLosesPower(t *testing.T) {
+	t.Parallel()
 	for _, tr := range []transport{overDTLS, overPSK, overUDP} {
 		t.Run(tr.name, func(t *testing.T) {
 			t.Parallel()
@@ -485,12 +490,10 @@ func TestHubLosesPower(t *testing.T) {
 }
 
 // TestLossyRadio: a device gets in over a radio that is slow and loses every tenth datagram, from the handshake to the twin,
-// and what it says is known. Each datagram takes a second nightly, when nobody minds waiting for a minute.
+// and what it says is known. Each datagram takes a while, and nightly, when nobody minds waiting for a minute, a second.
 func TestLossyRadio(t *testing.T) {
-	delay := 100 * time.Millisecond
-	if nightly() {
-		delay = time.Second
-	}
+	t.Parallel()
+	delay := dose.Of(30*time.Millisecond, 100*time.Millisecond, time.Second)
 	for _, tr := range []transport{overDTLS, overPSK, overUDP} {
 		t.Run(tr.name, func(t *testing.T) {
 			t.Parallel()

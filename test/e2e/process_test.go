@@ -35,7 +35,7 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	hubBinary = filepath.Join(dir, "coaphub")
-	out, err := exec.Command("go", "build", "-o", hubBinary, "github.com/coaphub/coaphub/cmd/coaphub").CombinedOutput()
+	out, err := exec.Command("go", "build", "-ldflags", "-s -w", "-o", hubBinary, "github.com/coaphub/coaphub/cmd/coaphub").CombinedOutput()
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "build coaphub: %v\n%s", err, out)
 		os.Exit(1)
@@ -56,9 +56,6 @@ func TestMain(m *testing.M) {
 	os.RemoveAll(dir)
 	os.Exit(code)
 }
-
-// nightly reports whether the long doses were asked for.
-func nightly() bool { return os.Getenv("COAPHUB_NIGHTLY") != "" }
 
 // process is a running hub of the real binary.
 type process struct {

@@ -23,6 +23,8 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/dynamicpb"
+
+	"github.com/coaphub/coaphub/test/dose"
 )
 
 // event is what these tests look at of a frame.
@@ -182,10 +184,7 @@ func TestStockGRPCSubscription(t *testing.T) {
 func TestTwoHundredSubscribers(t *testing.T) {
 	t.Parallel()
 	const subscribers, stalled, asks = 200, 20, 9
-	notifications := 100
-	if nightly() {
-		notifications = 500
-	}
+	notifications := dose.Of(100, 100, 500) // fewer do not fill the connections of those that stall
 	// The buffers of a connection take much, so those that stall have small ones and ask for each event several times.
 	small := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 		c, err := (&net.Dialer{}).DialContext(ctx, network, addr)

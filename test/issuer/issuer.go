@@ -184,7 +184,7 @@ var foreignKey = sync.OnceValue(newKey)
 
 // made are the keys of all issuers of the process, given out in turn: making one takes longer than most tests. The same key
 // comes back after len(made) others, under another ID, so an issuer and its neighbours have different ones.
-var made = func() (keys [16]func() *rsa.PrivateKey) {
+var made = func() (keys [6]func() *rsa.PrivateKey) {
 	for n := range keys {
 		keys[n] = sync.OnceValue(newKey)
 	}

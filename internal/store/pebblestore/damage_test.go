@@ -19,6 +19,7 @@ import (
 // TestADamagedFileFailsWhatNeedsIt turns one byte of a file around, as a dying disk does: reading over it is an error that is
 // nobody's but ours, everything else goes on, and the process lives.
 func TestADamagedFileFailsWhatNeedsIt(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	var log bytes.Buffer
 	open := func() *pebblestore.Store {

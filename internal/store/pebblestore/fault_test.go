@@ -248,6 +248,7 @@ func (c *impatient) Err() error {
 
 // What waits for the disk is bounded; beyond that, writers wait until their context ends.
 func TestBusyStoreIsExhausted(t *testing.T) {
+	t.Parallel()
 	g := newGate(vfs.NewMem())
 	s := open(t, g.FS, "store")
 	defer closeStore(t, s)
@@ -297,6 +298,7 @@ func TestBusyStoreIsExhausted(t *testing.T) {
 }
 
 func TestFullDiskRefusesAhead(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		fs := vfs.NewMem()
 		free := func(bytes uint64) { fs.TestingSetDiskUsage(vfs.DiskUsage{AvailBytes: bytes, TotalBytes: 1 << 40}) }
@@ -494,6 +496,7 @@ func child(mode string) {
 // TestFailingDiskEndsTheProcess: a log that cannot be written ends the process with code 1 and a clear message; everything
 // acknowledged until then is there for the next one.
 func TestFailingDiskEndsTheProcess(t *testing.T) {
+	t.Parallel()
 	for _, mode := range []string{"write", "sync", "create", "torn"} {
 		t.Run(mode, func(t *testing.T) {
 			dir := t.TempDir()
@@ -508,6 +511,7 @@ func TestFailingDiskEndsTheProcess(t *testing.T) {
 
 // TestFatalThatReturns: even a Fatal that does not end the process makes no lost write a success.
 func TestFatalThatReturns(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	out, code := runChild(t, "returns", dir)
 	if code != 0 || strings.Count(out, "fatal:") != 1 || strings.Count(out, "refused") != 4 {

@@ -76,6 +76,7 @@ func verify(tb testing.TB, s *pebblestore.Store) {
 }
 
 func TestConformance(t *testing.T) {
+	t.Parallel()
 	storetest.Run(t, func(t *testing.T) store.Store {
 		s := open(t, vfs.NewMem(), "store")
 		t.Cleanup(func() {
@@ -95,6 +96,7 @@ func TestConformance(t *testing.T) {
 }
 
 func TestEverythingIsThereAfterReopening(t *testing.T) {
+	t.Parallel()
 	dir, ctx, dev := t.TempDir(), t.Context(), storetest.Device(1)
 	s := open(t, nil, dir)
 	add(t, s, dev, 1, 3)
@@ -137,6 +139,7 @@ func TestEverythingIsThereAfterReopening(t *testing.T) {
 }
 
 func TestNewerDataIsRefused(t *testing.T) {
+	t.Parallel()
 	fs := vfs.NewMem()
 	s := open(t, fs, "store")
 	if err := s.RawSet(pebblestore.SchemaKey, binary.BigEndian.AppendUint32(nil, 2)); err != nil {
@@ -150,6 +153,7 @@ func TestNewerDataIsRefused(t *testing.T) {
 }
 
 func TestDamagedRecordsAreRefused(t *testing.T) {
+	t.Parallel()
 	for what, key := range map[string][]byte{"schema": pebblestore.SchemaKey, "state": pebblestore.StateKey} {
 		fs := vfs.NewMem()
 		s := open(t, fs, "store")
@@ -165,6 +169,7 @@ func TestDamagedRecordsAreRefused(t *testing.T) {
 }
 
 func TestDataFolderInUse(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	s := open(t, nil, dir)
 	_, err := pebblestore.Open(dir, pebblestore.Options{})
@@ -181,6 +186,7 @@ func TestDataFolderInUse(t *testing.T) {
 
 // The clock may step back; days and feed positions do not.
 func TestDaysNeverGoBack(t *testing.T) {
+	t.Parallel()
 	fs := vfs.NewMem()
 	s := open(t, fs, "store")
 	add(t, s, storetest.Device(1), 1, 1)
@@ -204,6 +210,7 @@ func TestDaysNeverGoBack(t *testing.T) {
 }
 
 func TestDaysGoOn(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		fs := vfs.NewMem()
 		var positions []hub.Position
@@ -247,6 +254,7 @@ func TestDaysGoOn(t *testing.T) {
 }
 
 func TestClosedStoreRefuses(t *testing.T) {
+	t.Parallel()
 	s := open(t, vfs.NewMem(), "store")
 	ctx, dev := t.Context(), storetest.Device(1)
 	add(t, s, dev, 1, 600)
@@ -282,6 +290,7 @@ func TestClosedStoreRefuses(t *testing.T) {
 
 // Close answers all who wait, with what became of their write.
 func TestCloseWhileWriting(t *testing.T) {
+	t.Parallel()
 	fs := vfs.NewMem()
 	s := open(t, fs, "store")
 	var wg sync.WaitGroup
@@ -379,6 +388,7 @@ func TestCheckpointOfARunningStore(t *testing.T) {
 }
 
 func TestMetricsSayWhatHappens(t *testing.T) {
+	t.Parallel()
 	reg := prometheus.NewRegistry()
 	fs := vfs.NewMem()
 	for range 2 { // the second time under the same registerer

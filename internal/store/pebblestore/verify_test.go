@@ -17,6 +17,7 @@ import (
 
 // Each damage is done to a good store behind its back, and found with the name of the record.
 func TestVerifyFindsEachDamage(t *testing.T) {
+	t.Parallel()
 	dev := storetest.Device(1)
 	d, err := pebblestore.MustDevice(dev)
 	if err != nil {
@@ -126,6 +127,7 @@ func TestVerifyFindsEachDamage(t *testing.T) {
 }
 
 func TestVerifyEndsWithTheContext(t *testing.T) {
+	t.Parallel()
 	s := open(t, vfs.NewMem(), "store")
 	defer closeStore(t, s)
 	add(t, s, storetest.Device(1), 1, 3000)
