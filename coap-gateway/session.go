@@ -158,6 +158,7 @@ func (p *peer) endSession(reason string, offline bool) {
 	p.gw.live.leave(s)
 	p.listening.Store(nil)
 	s.stop()
+	s.conn.ForgetAnswers()
 	if offline {
 		// Neither the request's nor the connection's context: this must be recorded although both are over.
 		ctx, cancel := context.WithTimeout(context.Background(), offlineTimeout)

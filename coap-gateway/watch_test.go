@@ -318,6 +318,25 @@ func (n *neighbour) signOut() {
 	}
 }
 
+// RFC 7959, Section 7: what is left of an answer is for who asked, not for who comes later on the same connection.
+func TestSignOutForgetsAnswers(t *testing.T) {
+	t.Parallel()
+	h := start(t, nil)
+	h.w.own(lampID, "alice")
+	h.published("/light")
+	h.report("/light", hub.FormatOCFCBOR, strings.Repeat("x", 40), "")
+	n := h.neighbour(fanID)
+	block := func(num uint32) message.Message { // of 16 bytes
+		m := get(at(lampID, "/light"), 5)
+		m.Options = coap.AddUint(m.Options, coap.Block2, num<<4)
+		return n.ask(m)
+	}
+	n.is(block(0), codes.Content, strings.Repeat("x", 16))
+	n.is(block(1), codes.Content, strings.Repeat("x", 16))
+	n.signOut()
+	n.is(block(1), codes.Unauthorized, "not-signed-in: ")
+}
+
 // Observations are bounded for a session and for all; one that takes another's place needs no room.
 func TestObservationsOfOtherDevicesAreBounded(t *testing.T) {
 	t.Parallel()

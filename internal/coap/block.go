@@ -144,12 +144,15 @@ func (b *blocks) expire(before time.Duration, from *budget) (left bool) {
 func (b *blocks) clear(from *budget) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	for _, list := range []*[]*transfer{&b.uploads, &b.bodies} {
-		for _, t := range *list {
-			from.give(len(t.body))
-		}
-		*list = nil
+	forget(&b.uploads, from)
+	forget(&b.bodies, from)
+}
+
+func forget(list *[]*transfer, from *budget) {
+	for _, t := range *list {
+		from.give(len(t.body))
 	}
+	*list = nil
 }
 
 // cacheKey is what makes two requests parts of one transfer: method and all options but those of the transfer itself (RFC
@@ -336,6 +339,15 @@ func (c *Conn) kept(m *Message) (Response, bool) {
 		}
 	}
 	return Response{}, false
+}
+
+// ForgetAnswers drops what is kept of answers for the requests of their further blocks, so that who may not ask for them any
+// more does not get them (RFC 7959, Section 7). Such a request is then as if nothing had been kept: a GET is asked anew, others
+// are 4.08. An answer that is still being made is kept all the same.
+func (c *Conn) ForgetAnswers() {
+	c.blocks.mu.Lock()
+	defer c.blocks.mu.Unlock()
+	forget(&c.blocks.bodies, c.srv.budget)
 }
 
 // keep keeps an answer for the requests of its further blocks. When the budget is used up it is not kept: a GET is then
