@@ -30,7 +30,7 @@ import (
 
 func TestMain(m *testing.M) {
 	// These tests wait for fleets and clocks most of their time: more of them at once than there are CPUs.
-	if err := flag.Set("test.parallel", "8"); err != nil {
+	if err := flag.Set("test.parallel", "4"); err != nil {
 		panic(err)
 	}
 	goleak.VerifyTestMain(m)
@@ -299,7 +299,7 @@ func TestOneSimulatedDevice(t *testing.T) {
 	if found == nil {
 		t.Fatalf("onboard printed no command line: %q", r.out)
 	}
-	args := append(strings.Fields(strings.ReplaceAll(found[1], "'", "")), "--duration", "3s")
+	args := append(strings.Fields(strings.ReplaceAll(found[1], "'", "")), "--duration", "5s")
 	runs(t, "status", "--device", lamp, "--data", h.Data).want(t, exitFailure, "^$", `not signed in since .*status --refused.*\[device-not-seen\]`)
 	runs(t, args...).want(t, exitOK, "device "+lamp+" is online at coaps", "^$")
 	// The simulator hung up; the hub may still be at it.
@@ -338,7 +338,7 @@ func TestSimulateOverDatagrams(t *testing.T) {
 		for _, way := range []string{"--scheme coaps", "--scheme coaps --psk", "--scheme coap", "--scheme coap+tcp"} {
 			t.Run(way, func(t *testing.T) {
 				t.Parallel()
-				args := append([]string{"simulate", "--devices", "2", "--seed", way, "--duration", "2s", "--data", h.Data}, strings.Fields(way)...)
+				args := append([]string{"simulate", "--devices", "2", "--seed", way, "--duration", "6s", "--data", h.Data}, strings.Fields(way)...)
 				runs(t, args...).want(t, exitOK, `devices 2  online 2  signed up 2 `, "^$")
 			})
 		}
@@ -348,10 +348,10 @@ func TestSimulateOverDatagrams(t *testing.T) {
 	if found == nil {
 		t.Fatalf("onboard printed no command line: %q", r.out)
 	}
-	args := append(strings.Fields(strings.ReplaceAll(found[1], "'", "")), "--duration", "3s")
+	args := append(strings.Fields(strings.ReplaceAll(found[1], "'", "")), "--duration", "5s")
 	runs(t, args...).want(t, exitOK, "device "+lamp+" is online at coaps://", "^$")
 	runs(t, "status", "--device", lamp, "--data", h.Data).want(t, exitOK, `(?s)protocol +coaps, DTLS 1\.2`, "^$")
-	runs(t, "simulate", "--device-id", fan, "--code", h.Code(t, fan), "--server", h.Endpoints.CoAP, "--duration", "3s").
+	runs(t, "simulate", "--device-id", fan, "--code", h.Code(t, fan), "--server", h.Endpoints.CoAP, "--duration", "5s").
 		want(t, exitOK, "device "+fan+" is online at coap://", "^$")
 	// It signed out: nothing else would tell the hub.
 	runs(t, "status", "--device", fan, "--data", h.Data).want(t, exitOK, `(?s)state +offline\nprotocol +coap\n`, "^$")
@@ -367,12 +367,12 @@ func TestSimulateOverWebSocket(t *testing.T) {
 	for scheme, h := range map[string]*hubtest.Hub{"coap+ws": plain, "coaps+ws": secure} {
 		t.Run(scheme, func(t *testing.T) {
 			t.Parallel()
-			runs(t, "simulate", "--devices", "3", "--scheme", scheme, "--duration", "3s", "--rate", "20", "--data", h.Data).
+			runs(t, "simulate", "--devices", "3", "--scheme", scheme, "--duration", "6s", "--rate", "20", "--data", h.Data).
 				want(t, exitOK, `devices 3  online 3  signed up 3  links \d+  notified [1-9].*failures 0\n$`, "^$")
 		})
 	}
 	runs(t, "simulate", "--scheme", "coaps+ws", "--duration", "2s", "--data", plain.Data).want(t, exitFailure, "^$", "the hub has no coaps.ws endpoint")
-	runs(t, "simulate", "--device-id", fan, "--code", plain.Code(t, fan), "--server", plain.Endpoints.CoAPWS, "--duration", "3s").
+	runs(t, "simulate", "--device-id", fan, "--code", plain.Code(t, fan), "--server", plain.Endpoints.CoAPWS, "--duration", "5s").
 		want(t, exitOK, "device "+fan+" is online at coap.ws://", "^$")
 }
 
