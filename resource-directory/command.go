@@ -288,7 +288,7 @@ func (d *Directory) Command(ctx context.Context, owner hub.Owner, o hub.Order) (
 	}
 	// The index is written first, so that it holds every device with commands when the process dies.
 	if err := d.mark(ctx, commandIndex, o.Device); err != nil {
-		return hub.Outcome{}, wrap(op, err)
+		return hub.Outcome{}, refused(op, err)
 	}
 	w := d.worker(o.Device)
 	fresh, sum := uuid.NewString(), sumOf(o.Kind, o.Method, o.Href, o.Interface, o.Content, o.ETags, forwarded(&o))

@@ -2,6 +2,7 @@ package resourcedirectory
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -456,25 +457,35 @@ func TestCommandsWhileTheStoreRefuses(t *testing.T) {
 	x := h.commandable()
 	h.must(x.notify(value("/light", 1)))
 	x.end.busy.Store(true)
-	f.set(func(f *fake) {
-		f.append = func(_ context.Context, entries []store.Entry) []error {
-			errs := make([]error, len(entries))
-			for i := range errs {
-				errs[i] = hub.NewError(hub.Unavailable, "disk-full", "")
-			}
-			return errs
-		}
-	})
 	o := update(2)
 	o.Async = true
-	_, err := h.d.Command(t.Context(), alice, o)
-	wantKind(t, err, hub.Unavailable, "disk-full")
-	d := h.device(alice, lamp)
-	if got := twinOf(t, d, "/light"); got != "1" || len(d.Commands) != 0 {
-		t.Errorf("the twin is %s, %d commands wait", got, len(d.Commands))
+	for _, refusal := range []error{
+		hub.NewError(hub.Unavailable, "disk-full", ""), hub.NewError(hub.Exhausted, "store-busy", ""), &hub.Error{Kind: hub.Internal}, errors.New("broken"),
+	} {
+		f.set(func(f *fake) {
+			f.append = func(_ context.Context, entries []store.Entry) []error {
+				errs := make([]error, len(entries))
+				for i := range errs {
+					errs[i] = refusal
+				}
+				return errs
+			}
+		})
+		_, err := h.d.Command(t.Context(), alice, o)
+		var of *hub.Error
+		_ = errors.As(refusal, &of)
+		code := ""
+		if of != nil {
+			code = of.Code
+		}
+		wantKind(t, err, hub.Unavailable, code)
+		d := h.device(alice, lamp)
+		if got := twinOf(t, d, "/light"); got != "1" || len(d.Commands) != 0 {
+			t.Errorf("after %v the twin is %s, %d commands wait", refusal, got, len(d.Commands))
+		}
 	}
 	f.set(func(f *fake) { f.append = nil })
-	_, err = h.d.Command(t.Context(), alice, o)
+	_, err := h.d.Command(t.Context(), alice, o)
 	h.must(err)
 	if n := len(h.device(alice, lamp).Commands); n != 1 {
 		t.Errorf("%d commands wait", n)

@@ -182,6 +182,22 @@ func (d *Directory) worker(dev hub.DeviceID) *worker {
 	return d.workers[int(crc32.ChecksumIEEE([]byte(dev))%uint32(len(d.workers)))]
 }
 
+// refused is what the store did not take or give. To whoever asked the hub is not available, whatever limit or fault it met:
+// they did not ask too much, and shall come again.
+func refused(op string, err error) error {
+	kind := hub.KindOf(err)
+	if kind != hub.Exhausted && kind != hub.Internal {
+		return wrap(op, err)
+	}
+	e := hub.Error{Op: op, Err: err}
+	var of *hub.Error
+	if errors.As(err, &of) {
+		e.Code, e.Text, e.RetryAfter = of.Code, of.Text, of.RetryAfter
+	}
+	e.Kind = hub.Unavailable
+	return &e
+}
+
 // wrap says what was being done; kind, code and sentence of the cause stay.
 func wrap(op string, err error) error {
 	var e *hub.Error

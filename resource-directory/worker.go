@@ -409,7 +409,7 @@ func (w *worker) settle(errs []error) {
 			case hub.IsKind(failed, hub.Conflict):
 				w.reply(q.r, errContended.With(q.r.op, failed))
 			default:
-				w.reply(q.r, wrap(q.r.op, failed))
+				w.reply(q.r, refused(q.r.op, failed))
 			}
 		}
 		if hub.IsKind(failed, hub.Conflict) {
