@@ -23,6 +23,8 @@ var varies = []struct {
 	{regexp.MustCompile(`"(version|sequence|number)": ?"\d+"`), `"$1": N`},
 	{regexp.MustCompile(`"(id|connectionId|correlationId|hubId|serviceId|cursor)": ?"([0-9a-f-]{36}|[A-Z2-7]{26}|[\w-]{60,})"`), `"$1": ID`},
 	{regexp.MustCompile(`"etag": ?"[^"]*"`), `"etag": ETAG`},
+	// What the hub saw of a device before its publish came has no types yet.
+	{regexp.MustCompile(`("etag": ETAG),"resourceTypes":\[[^\]]*\]`), `$1`},
 	{regexp.MustCompile(`"coaps\+tcp://[^"]*"`), `ENDPOINT`},
 	{regexp.MustCompile(`\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(\.\d+)?Z?`), `TIME`},
 	{regexp.MustCompile(`127\.0\.0\.1:\d+`), `ADDRESS`},
