@@ -185,17 +185,12 @@ func (d *Directory) worker(dev hub.DeviceID) *worker {
 // refused is what the store did not take or give. To whoever asked the hub is not available, whatever limit or fault it met:
 // they did not ask too much, and shall come again.
 func refused(op string, err error) error {
-	kind := hub.KindOf(err)
-	if kind != hub.Exhausted && kind != hub.Internal {
-		return wrap(op, err)
+	err = wrap(op, err)
+	var e *hub.Error
+	if errors.As(err, &e) && (e.Kind == hub.Exhausted || e.Kind == hub.Internal) {
+		e.Kind = hub.Unavailable // wrap made a copy
 	}
-	e := hub.Error{Op: op, Err: err}
-	var of *hub.Error
-	if errors.As(err, &of) {
-		e.Code, e.Text, e.RetryAfter = of.Code, of.Text, of.RetryAfter
-	}
-	e.Kind = hub.Unavailable
-	return &e
+	return err
 }
 
 // wrap says what was being done; kind, code and sentence of the cause stay.
