@@ -543,7 +543,7 @@ func TestUDPFetchNoLongerKept(t *testing.T) {
 		if m := fetch(0, "question"); m.Code != codes.Content {
 			t.Fatalf("%s", m)
 		}
-		time.Sleep(5 * time.Minute)
+		p.quiet(5 * time.Minute)
 		if m := fetch(1, ""); m.Code != codes.RequestEntityIncomplete {
 			t.Errorf("%s", m)
 		}
