@@ -97,13 +97,17 @@ func (r *raw) read() (message.Message, bool) {
 	}
 }
 
-// readAnswer returns the next answer to a request of the test, skipping signals and the hub's own requests.
+// readAnswer returns the next answer to a request of the test, skipping signals, of which it answers pings (RFC 8323, Section
+// 5.4), and the hub's own requests.
 func (r *raw) readAnswer() message.Message {
 	r.t.Helper()
 	for {
 		m, ok := r.read()
 		if !ok {
 			r.t.Fatal("the hub closed the connection")
+		}
+		if m.Code == codes.Ping {
+			r.write(message.Message{Code: codes.Pong, Token: m.Token})
 		}
 		if m.Code >= 64 && m.Code < 224 {
 			return m
