@@ -133,25 +133,28 @@ func TestRejectedResponses(t *testing.T) {
 // RFC 8768, Section 3: Hop-Limit is for proxies, but one that is not 1 to 255 is 4.00.
 func TestHopLimit(t *testing.T) {
 	cases := []struct {
-		value []byte
-		want  codes.Code
+		values [][]byte
+		want   codes.Code
 	}{
-		{[]byte{1}, codes.Content},
-		{[]byte{255}, codes.Content},
-		{[]byte{0}, codes.BadRequest},
-		{[]byte{}, codes.BadRequest},
-		{[]byte{1, 0}, codes.BadRequest},
+		{[][]byte{{1}}, codes.Content},
+		{[][]byte{{255}}, codes.Content},
+		{[][]byte{{0}}, codes.BadRequest},
+		{[][]byte{{}}, codes.BadRequest},
+		{[][]byte{{1, 0}}, codes.BadRequest},
+		{[][]byte{{1}, {0}}, codes.Content}, // RFC 7252, Section 5.4.5: only the first counts
 	}
-	with := func(v []byte) *Message {
+	with := func(values [][]byte) *Message {
 		m := get("/a")
-		m.Options = AddOption(m.Options, HopLimit, v)
+		for _, v := range values {
+			m.Options = AddOption(m.Options, HopLimit, v)
+		}
 		return m
 	}
 	bubble(t, handlerFuncs{}, nil, func(t *testing.T, s *sim) {
 		p := s.dial(t)
 		for _, tc := range cases {
-			if m := p.ask(with(tc.value)); m.Code != tc.want {
-				t.Errorf("%x over TCP: %v", tc.value, m.Code)
+			if m := p.ask(with(tc.values)); m.Code != tc.want {
+				t.Errorf("%x over TCP: %v", tc.values, m.Code)
 			}
 		}
 	})
@@ -159,11 +162,11 @@ func TestHopLimit(t *testing.T) {
 		p := s.device(t, deviceAddr)
 		s.begin(t, p)
 		for _, tc := range cases {
-			if m := p.ask(with(tc.value)); m.packet.code != tc.want {
-				t.Errorf("%x over UDP: %s", tc.value, m)
+			if m := p.ask(with(tc.values)); m.packet.code != tc.want {
+				t.Errorf("%x over UDP: %s", tc.values, m)
 			}
 		}
-		p.send(nonConfirmable, with([]byte{0})) // a NON is answered, too: the option is elective
+		p.send(nonConfirmable, with([][]byte{{0}})) // a NON is answered, too: the option is elective
 		if m := p.read(nonConfirmable); m.packet.code != codes.BadRequest {
 			t.Errorf("%s", m)
 		}
@@ -479,7 +482,11 @@ func TestEcho(t *testing.T) {
 	h := handlerFuncs{request: func(_ context.Context, m *Message) Response {
 		calls++
 		r := Response{Code: codes.Content, Payload: []byte("x"), Challenge: true}
-		if Path(m) == "/big" {
+		switch Path(m) {
+		case "/slow":
+			<-time.After(5 * time.Second)
+			fallthrough
+		case "/big":
 			r.Payload = body
 		}
 		return r
@@ -502,10 +509,31 @@ func TestEcho(t *testing.T) {
 		if m := p.ask(echo(wrong)); m.packet.code != codes.Unauthorized || !bytes.Equal(mustOption(m.Message), v) {
 			t.Fatalf("a forged value got %s", m)
 		}
+		// Neither of a wrong length nor as the second one it counts (RFC 9175, Section 2.2.1).
+		if m := p.ask(echo(append(bytes.Clone(v), make([]byte, 33)...))); m.packet.code != codes.Unauthorized {
+			t.Fatalf("41 bytes got %s", m)
+		}
+		two := echo(wrong)
+		two.Options = AddOption(two.Options, EchoOption, v)
+		if m := p.ask(two); m.packet.code != codes.Unauthorized {
+			t.Fatalf("two values got %s", m)
+		}
 		// Another address cannot use it.
 		q := s.device(t, "192.0.2.9:9")
 		if m := q.ask(echo(v)); m.packet.code != codes.Unauthorized || bytes.Equal(mustOption(m.Message), v) {
 			t.Fatalf("a value of another address got %s", m)
+		}
+		// When the ACK is out already, it is not in a confirmable message, whose retransmissions would go to anybody's address.
+		id := p.send(confirmable, get("/slow"))
+		if m := p.read(acknowledgement); m.id != id || m.packet.code != codes.Empty {
+			t.Fatalf("%s", m)
+		}
+		if m := p.read(nonConfirmable); m.packet.code != codes.Unauthorized || !bytes.Equal(mustOption(m.Message), v) {
+			t.Fatalf("%s", m)
+		}
+		p.again(confirmable, id, get("/slow"))
+		if m := p.read(acknowledgement); m.id != id || m.packet.code != codes.Empty {
+			t.Fatalf("the duplicate got %s", m)
 		}
 		if m := p.ask(echo(v)); !bytes.Equal(m.Payload, body) {
 			t.Fatalf("the echo got %s", m)
@@ -514,7 +542,7 @@ func TestEcho(t *testing.T) {
 			t.Fatalf("%s", m)
 		}
 		p.quiet(5 * time.Minute) // and no ping was needed
-		if calls != 6 {
+		if calls != 9 {
 			t.Errorf("%d calls", calls)
 		}
 	})

@@ -715,7 +715,8 @@ func (d *datagram) send(_ context.Context, m *Message, _ bool) error {
 		return d.confirm(m, nil)
 	}
 	r := m.from
-	if m.challenge && !d.proven && !d.link.proven() && d.size(m) > 3*r.size {
+	challenged := m.challenge && !d.proven && !d.link.proven() && d.size(m) > 3*r.size
+	if challenged {
 		m = d.challenge(m)
 	}
 	d.c.messagesOut.Add(1)
@@ -723,12 +724,17 @@ func (d *datagram) send(_ context.Context, m *Message, _ bool) error {
 	switch {
 	case r.state == answered || r.state == given:
 		return nil // one answer a request
-	case !r.con: // RFC 7252, Section 5.2.3
+	case !r.con, challenged && r.state == acknowledged:
+		// RFC 7252, Section 5.2.3; RFC 9175, Section 2.4, item 3: a challenge never goes in a confirmable message of its own.
 		id, ok := d.messageID()
 		if !ok {
 			return errQueueFull
 		}
 		r.state = given
+		if r.con { // duplicates get the ACK
+			d.put(appendPacket(nil, nonConfirmable, id, m))
+			return nil
+		}
 		d.rx.lend(r, appendPacket(nil, nonConfirmable, id, m))
 		d.reply(r)
 		if !r.held {

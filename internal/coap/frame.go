@@ -255,7 +255,7 @@ func decodeBody(b []byte, opts message.Options, signal bool) (_ message.Options,
 			f.many = true // go on only to tell a malformed message from one that asks too much
 			continue
 		}
-		if !signal && id == HopLimit && (l != 1 || value[0] == 0) {
+		if !signal && id == HopLimit && number != last && (l != 1 || value[0] == 0) {
 			f.hops = true
 		}
 		if !signal && !understood(id, l, number == last) {
