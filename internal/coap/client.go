@@ -23,6 +23,9 @@ type exchange struct {
 	observation *Observation // to be registered when the answer has an Observe option
 	cancel      bool         // notifications with the same token may still come first
 	refresh     bool         // the answer is a notification, too
+
+	// Of a refresh over UDP: its ACK came without the answer, and something came that is older by its number.
+	acknowledged, outdated bool
 }
 
 type answer struct {
@@ -232,7 +235,35 @@ func (o *Observation) Refresh(ctx context.Context) error {
 		return nil
 	}
 	_, err := c.roundTrip(ctx, op, m, &exchange{answer: make(chan answer, 1), refresh: true})
+	if errors.Is(err, errOutdated) {
+		_, err = c.roundTrip(ctx, op, m, &exchange{answer: make(chan answer, 1), refresh: true})
+	}
 	return err
+}
+
+// errOutdated ends a refresh whose separate answer may have come, with a number that is older than the newest: of a peer that
+// has rebooted, or a notification that was overtaken on its way. Nobody can tell them apart, as the token is the same.
+var errOutdated = errors.New("the answer may be older than the newest notification")
+
+// doubt ends x, the refresh of o with that token, if its answer may be what was dropped. Whatever comes next is then the newest.
+// Conn.mu is held.
+func (c *Conn) doubt(token string, x *exchange, o *Observation) {
+	if !x.acknowledged || !x.outdated {
+		return
+	}
+	delete(c.exchanges, token)
+	o.seen = 0
+	x.answer <- answer{err: errOutdated}
+}
+
+// awaited notes that the answer to a request comes in a message of its own (RFC 7252, Section 5.2.2).
+func (c *Conn) awaited(token string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if x, o := c.exchanges[token], c.observations[token]; x != nil && x.refresh && o != nil {
+		x.acknowledged = true
+		c.doubt(token, x, o)
+	}
 }
 
 // Cancel ends the observation: no notifications are delivered from now on (one call of Notifications may be under way), and
@@ -499,7 +530,8 @@ type verdict uint8
 const (
 	isUnknown      verdict = iota // nobody waits for it
 	isAnswer                      // somebody has it
-	isTaken                       // of an observation: older than what we have, or its blocks are fetched
+	isStale                       // of an observation: older than what we have
+	isTaken                       // of an observation: its blocks are fetched
 	isNotification                // to be handled
 	isWithheld                    // a notification for which there is no room
 )
@@ -555,7 +587,11 @@ func (c *Conn) response(m *Message, f fault, room, settles bool) (item, verdict)
 		}
 		if observed && !o.newer(m, c.srv.now()) {
 			c.srv.metrics.dropped.WithLabelValues("stale").Inc()
-			return item{}, isTaken
+			if refreshed {
+				x.outdated = true
+				c.doubt(string(m.Token), x, o)
+			}
+			return item{}, isStale
 		}
 		if !f.bad() && !o.learn(m, c.srv.now()) {
 			// RFC 7641, Section 3.3.2: what the ETag stands for is valid again, and we do not have it any more.

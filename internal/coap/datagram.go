@@ -453,6 +453,8 @@ func (d *datagram) deliver(b []byte) bool {
 		case p.code != codes.Empty && t.request:
 			c.messagesIn.Add(1)
 			d.piggybacked(p)
+		case t.request:
+			c.awaited(t.token)
 		}
 		return true
 	case p.code == codes.Empty: // RFC 7252, Section 4.3: a "CoAP ping"
@@ -605,7 +607,7 @@ func (d *datagram) response(msg *Message, f fault, r *reception, size int, now t
 			it.from = r
 		}
 		c.push(it)
-	case isAnswer, isTaken:
+	case isAnswer, isTaken, isStale: // which may have been sent before our request arrived, so that does not settle it
 		if f.bad() && r.con { // RFC 7252, Section 5.4.1: a response with an unknown critical option is rejected
 			d.reject(r)
 			return

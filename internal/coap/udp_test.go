@@ -1060,7 +1060,41 @@ func TestUDPRefresh(t *testing.T) {
 		p.read(acknowledgement)
 		<-r
 		want("2.05 4")
+		// The device has rebooted and answers separately: what is older by its number could as well have been overtaken on its
+		// way, so that it is asked once more, and what it says then counts.
 		m, r = refresh([]byte{4})
+		p.empty(acknowledgement, m.id)
+		p.send(confirmable, state(3, 60, 5, "5"))
+		p.read(acknowledgement)
+		m = p.read(confirmable)
+		want()
+		p.empty(acknowledgement, m.id)
+		p.send(confirmable, state(4, 60, 5, "5"))
+		p.read(acknowledgement)
+		if res := <-r; res.err != nil {
+			t.Fatal(res.err)
+		}
+		want("2.05 5")
+
+		// An old notification that comes late is no answer: the request, which was lost, is sent again.
+		m, r = refresh([]byte{5})
+		p.notify(nonConfirmable, first.Token, 2, "of before")
+		if again := p.read(confirmable); again.id != m.id {
+			t.Fatalf("%s, want %s once more", again, m)
+		}
+		// Its answer comes before the ACK, which says that the request had arrived, and is again of a device that has rebooted.
+		p.send(confirmable, state(1, 60, 6, "6"))
+		p.read(acknowledgement)
+		p.empty(acknowledgement, m.id)
+		m = p.read(confirmable)
+		want()
+		p.raw(appendPacket(nil, acknowledgement, m.id, state(2, 60, 6, "6")))
+		if res := <-r; res.err != nil {
+			t.Fatal(res.err)
+		}
+		want("2.05 6")
+
+		m, r = refresh([]byte{6})
 		p.raw(appendPacket(nil, acknowledgement, m.id, &Message{Code: codes.NotFound, Token: m.Token}))
 		<-r
 		want("4.04 ", "end")
