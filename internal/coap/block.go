@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
+	"hash/maphash"
 	"slices"
 	"sync"
 	"time"
@@ -96,11 +97,12 @@ type blocks struct {
 // transfer is a body on its way. It is known by what is asked, not by token: some clients use a new token for each block
 // (RFC 7959, Section 2.4 and RFC 9175, Section 3).
 type transfer struct {
-	key  string
-	used time.Duration
-	body []byte
-	resp Response // of an answer: code and options of each block
-	none bool     // of a request: its first block had If-None-Match
+	key   string
+	used  time.Duration
+	body  []byte
+	resp  Response // of an answer: code and options of each block
+	asked uint64   // of an answer: the request's payload, hashed
+	none  bool     // of a request: its first block had If-None-Match
 }
 
 // take removes and returns the transfer with that key.
@@ -325,13 +327,14 @@ func busy() Response {
 	return r
 }
 
-// kept returns the answer whose further blocks m asks for.
+// kept returns the answer whose further blocks m asks for. A request may repeat the payload that it goes with, which is part of
+// what a FETCH asks for (RFC 8132, Section 2), or leave it out.
 func (c *Conn) kept(m *Message) (Response, bool) {
 	c.blocks.mu.Lock()
 	defer c.blocks.mu.Unlock()
 	key := cacheKey(m)
 	for _, t := range c.blocks.bodies {
-		if t.key == key {
+		if t.key == key && (len(m.Payload) == 0 || maphash.Bytes(seed, m.Payload) == t.asked) {
 			t.used = c.srv.now()
 			r := t.resp
 			r.Payload = t.body
@@ -363,6 +366,7 @@ func (c *Conn) keep(m *Message, r Response) {
 		return
 	}
 	t := &transfer{key: key, used: c.srv.now(), body: r.Payload, resp: Response{Code: r.Code, Options: r.Options}}
+	t.asked = maphash.Bytes(seed, m.Payload)
 	c.srv.budget.give(put(&c.blocks.bodies, t, c.srv.cfg.MaxTransfers))
 }
 

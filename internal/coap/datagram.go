@@ -406,7 +406,7 @@ func (d *datagram) tick() {
 	}
 }
 
-// seed makes what a datagram is remembered by unpredictable.
+// seed makes what a datagram, or a payload, is remembered by unpredictable.
 var seed = maphash.MakeSeed()
 
 // deliver takes one datagram of the peer; b stays the caller's. It never blocks. It returns false when the session is over

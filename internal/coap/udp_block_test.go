@@ -550,7 +550,19 @@ func TestUDPFetchNoLongerKept(t *testing.T) {
 		if m := fetch(1, "question"); m.Code != codes.Content {
 			t.Errorf("%s", m)
 		}
-		if !slices.Equal(bodies, []string{"question", "question"}) {
+		if m := fetch(0, "one"); m.Code != codes.Content {
+			t.Fatalf("%s", m)
+		}
+		if m := fetch(1, "one"); m.Code != codes.Content {
+			t.Errorf("%s", m)
+		}
+		if m := fetch(1, "another"); m.Code != codes.Content { // what is kept is not the answer to this
+			t.Errorf("%s", m)
+		}
+		if m := fetch(2, ""); m.Code != codes.Content {
+			t.Errorf("%s", m)
+		}
+		if !slices.Equal(bodies, []string{"question", "question", "one", "another"}) {
 			t.Errorf("the handler was asked %q", bodies)
 		}
 	})
