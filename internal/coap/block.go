@@ -92,6 +92,7 @@ type blocks struct {
 	mu      sync.Mutex
 	uploads []*transfer // bodies of requests that are coming in
 	bodies  []*transfer // answers that are being taken block by block
+	era     int         // how often all bodies were forgotten on purpose
 }
 
 // transfer is a body on its way. It is known by what is asked, not by token: some clients use a new token for each block
@@ -186,6 +187,9 @@ func errText(code codes.Code, text string) Response {
 // serve answers one request, which may be one block of something larger. The worker calls it.
 func (c *Conn) serve(m *Message) {
 	cfg := &c.srv.cfg
+	c.blocks.mu.Lock()
+	m.era = c.blocks.era
+	c.blocks.mu.Unlock()
 	whole := m
 	held := 0 // the upload's bytes, until the handler has returned
 	b1, has1, _ := blockOf(m, Block1)
@@ -346,11 +350,12 @@ func (c *Conn) kept(m *Message) (Response, bool) {
 
 // ForgetAnswers drops what is kept of answers for the requests of their further blocks, so that who may not ask for them any
 // more does not get them (RFC 7959, Section 7). Such a request is then as if nothing had been kept: a GET is asked anew, others
-// are 4.08. An answer that is still being made is kept all the same.
+// are 4.08. Of an answer that is still being made (Response.Later) nothing will be kept either.
 func (c *Conn) ForgetAnswers() {
 	c.blocks.mu.Lock()
 	defer c.blocks.mu.Unlock()
 	forget(&c.blocks.bodies, c.srv.budget)
+	c.blocks.era++
 }
 
 // keep keeps an answer for the requests of its further blocks. When the budget is used up it is not kept: a GET is then
@@ -362,7 +367,7 @@ func (c *Conn) keep(m *Message, r Response) {
 	if old := take(&c.blocks.bodies, key); old != nil {
 		c.srv.budget.give(len(old.body))
 	}
-	if !c.srv.budget.take(len(r.Payload)) {
+	if m.era != c.blocks.era || !c.srv.budget.take(len(r.Payload)) {
 		return
 	}
 	t := &transfer{key: key, used: c.srv.now(), body: r.Payload, resp: Response{Code: r.Code, Options: r.Options}}

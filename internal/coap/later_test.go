@@ -82,6 +82,34 @@ func TestAnswersMadeLater(t *testing.T) {
 	})
 }
 
+// When all kept answers are forgotten, one that was still being made is not kept either.
+func TestAnswersMadeLaterAreForgotten(t *testing.T) {
+	h := handlerFuncs{request: func(context.Context, *Message) Response {
+		return Response{Later: func(context.Context) Response {
+			<-time.After(time.Second)
+			return Response{Code: codes.Changed, Payload: pattern(3000)}
+		}}
+	}}
+	bubble(t, h, nil, func(t *testing.T, s *sim) {
+		p := s.dial(t)
+		c := <-s.conns
+		for _, forget := range []bool{false, true} {
+			p.send(withBlock(post("/slow", []byte("go")), 2, block{szx: 6}))
+			synctest.Wait()
+			if forget {
+				c.ForgetAnswers()
+			}
+			if m := p.read(); m.Code != codes.Changed || len(m.Payload) != 1024 {
+				t.Fatalf("%v, %d bytes", m.Code, len(m.Payload))
+			}
+			m := p.ask(withBlock(post("/slow", nil), 2, block{num: 1, szx: 6}))
+			if want := map[bool]codes.Code{false: codes.Changed, true: codes.RequestEntityIncomplete}[forget]; m.Code != want {
+				t.Errorf("forgotten %v: %v, want %v", forget, m.Code, want)
+			}
+		}
+	})
+}
+
 // Memory is bounded for all: what finds none is refused for the time being.
 func TestAnswersMadeLaterAreBounded(t *testing.T) {
 	bubble(t, laterHandler(make(chan error, 1)), func(c *Config) { c.MaxBuffered = 4 * messageCost }, func(t *testing.T, s *sim) {
