@@ -514,7 +514,9 @@ func TestDTLSLossy(t *testing.T) {
 	for _, interval := range []time.Duration{time.Second, 9 * time.Second} {
 		t.Run(interval.String(), func(t *testing.T) {
 			dtlsBubble(t, handlerFuncs{}, nil, func(t *testing.T, s *dtlsSim) {
-				s.net.SetPath(simnet.Path{Loss: 0.1, Delay: time.Second, Jitter: 200 * time.Millisecond, Duplicate: 0.05})
+				s.net.SetPath(simnet.Path{
+					Loss: 0.1, Duplicate: 0.05, Reorder: 0.05, Delay: time.Second, Jitter: 200 * time.Millisecond,
+				})
 				cert := s.ca.issue(t, "device", time.Time{})
 				done := make(chan error, 100)
 				for i := range 40 {

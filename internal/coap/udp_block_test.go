@@ -414,7 +414,7 @@ func proven(d *datagram) *Conn {
 	return d.c
 }
 
-// Everything at once through a bad network: 10 % loss, one second of delay, reordering, duplicates.
+// Everything at once through a bad network: 10 % loss, one second of delay, reordering, duplicates, 20 kbit/s.
 func TestLossyNetwork(t *testing.T) {
 	body := pattern(5000)
 	for seed := range uint64(5) {
@@ -447,7 +447,9 @@ func TestLossyNetwork(t *testing.T) {
 						t.Log("\n" + strings.Join(trace, "\n"))
 					}
 				}()
-				n.SetPath(simnet.Path{Loss: 0.1, Duplicate: 0.05, Reorder: 0.05, Delay: time.Second, Jitter: 200 * time.Millisecond})
+				n.SetPath(simnet.Path{
+					Loss: 0.1, Duplicate: 0.05, Reorder: 0.05, Delay: time.Second, Jitter: 200 * time.Millisecond, Bandwidth: 2500,
+				})
 				pc, err := n.Listen(hubAddr)
 				if err != nil {
 					t.Fatal(err)
