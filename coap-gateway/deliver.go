@@ -414,6 +414,9 @@ func (b *outbox) carryOut(c *hub.Command, turn *coap.Turn) {
 		a = hub.Answer{End: hub.CommandUnavailable, Content: plainText("the device did not answer")}
 	case kind == hub.Unavailable:
 		a = hub.Answer{End: hub.CommandUnavailable, Content: plainText("the request could not be sent, or was not answered")}
+	case kind == hub.Exhausted: // of ours, not of the device's
+		_, text := hub.Public(err)
+		a = hub.Answer{End: hub.CommandUnavailable, Content: plainText(text)}
 	default: // an answer that breaks the protocol, or one that is too large; or a request too large for the device
 		_, text := hub.Public(err)
 		a = hub.Answer{End: hub.CommandCompleted, Status: hub.StatusError, Content: plainText(text)}

@@ -529,16 +529,23 @@ func (c *Conn) upload(ctx context.Context, op string, m *Message) (*Message, err
 var errBlocks = errors.New("blocks do not fit together")
 
 // rest fetches the blocks behind first, which answers m or is a notification for it, and returns the whole (RFC 7959,
-// Section 2.4). Blocks of different representations are never mixed: when the ETag changes it begins again, twice at most.
-func (c *Conn) rest(ctx context.Context, op string, m, first *Message) (*Message, error) {
+// Section 2.4). Blocks of different representations are never mixed: when the ETag changes it begins again, twice at most. A
+// whole of several blocks holds bytes of the budget, which the caller gives back.
+func (c *Conn) rest(ctx context.Context, op string, m, first *Message) (_ *Message, held int, err error) {
 	cfg := &c.srv.cfg
 	b, has, _ := blockOf(first, Block2)
 	if !has {
 		if len(first.Payload) > cfg.MaxBody {
-			return nil, errBody.With(op, nil)
+			return nil, 0, errBody.With(op, nil)
 		}
-		return first, nil
+		return first, 0, nil
 	}
+	taken := share{of: c.srv.budget}
+	defer func() {
+		if err != nil {
+			taken.drop()
+		}
+	}()
 	req := clone(m)
 	_, has = m.Option(ObserveOption)
 	// RFC 7959, Section 3.4: further blocks are asked for without Observe; the body was sent already.
@@ -551,18 +558,21 @@ func (c *Conn) rest(ctx context.Context, op string, m, first *Message) (*Message
 	fresh := c.dg != nil && (m.Code == codes.GET || m.Code == codeFetch)
 	for try := 0; ; try++ {
 		if size, ok := first.Uint(Size2); ok && int64(size) > int64(cfg.MaxBody) {
-			return nil, errBody.With(op, fmt.Errorf("%d bytes announced", size))
+			return nil, 0, errBody.With(op, fmt.Errorf("%d bytes announced", size))
 		}
 		whole := *first
 		whole.Payload = slices.Clip(first.Payload)
 		b, _, _ = blockOf(first, Block2)
 		if b.num != 0 || !b.fits(len(first.Payload)) {
-			return nil, errAnswer.With(op, errBlocks)
+			return nil, 0, errAnswer.With(op, errBlocks)
 		}
 		changed := false
+		if b.more && !taken.take(messageCost+len(first.Payload)) {
+			return nil, 0, errBuffered.With(op, nil)
+		}
 		for b.more {
 			if len(whole.Payload) > cfg.MaxBody {
-				return nil, errBody.With(op, nil)
+				return nil, 0, errBody.With(op, nil)
 			}
 			next := block{num: uint32(len(whole.Payload) / b.size()), szx: b.szx} //nolint:gosec // bounded by MaxBody
 			part := *req
@@ -572,14 +582,15 @@ func (c *Conn) rest(ctx context.Context, op string, m, first *Message) (*Message
 			}
 			answer, err := c.roundTrip(ctx, op, &part, &exchange{answer: make(chan answer, 1)})
 			if err != nil {
-				return nil, err
+				return nil, 0, err
 			}
 			if answer.Code != first.Code {
 				if answer.Code>>5 == 2 {
 					changed = true
 					break
 				}
-				return answer, nil // an error code: the resource went away meanwhile
+				taken.drop()
+				return answer, 0, nil // an error code: the resource went away meanwhile
 			}
 			if !bytes.Equal(ETag(answer), ETag(first)) {
 				changed = true
@@ -587,32 +598,35 @@ func (c *Conn) rest(ctx context.Context, op string, m, first *Message) (*Message
 			}
 			got, ok, _ := blockOf(answer, Block2)
 			if !ok || got.offset() != len(whole.Payload) || !got.fits(len(answer.Payload)) || len(answer.Payload) == 0 {
-				return nil, errAnswer.With(op, errBlocks)
+				return nil, 0, errAnswer.With(op, errBlocks)
+			}
+			if !taken.take(len(answer.Payload)) {
+				return nil, 0, errBuffered.With(op, nil)
 			}
 			whole.Payload = append(whole.Payload, answer.Payload...)
 			b = got
 		}
 		if !changed {
 			if len(whole.Payload) > cfg.MaxBody {
-				return nil, errBody.With(op, nil)
+				return nil, 0, errBody.With(op, nil)
 			}
 			whole.Options = without(slices.Clone(whole.Options), Block2, Size2)
-			return &whole, nil
+			return &whole, taken.n, nil
 		}
 		if try == 2 || m.Code != codes.GET && m.Code != codeFetch {
-			return nil, errAnswer.With(op, errors.New("the representation keeps changing"))
+			return nil, 0, errAnswer.With(op, errors.New("the representation keeps changing"))
 		}
+		taken.drop()
 		again := *req
 		again.Payload = m.Payload // FETCH: asked anew, with its body
 		if fresh {
 			again.Token = c.token()
 		}
-		var err error
 		if first, err = c.roundTrip(ctx, op, &again, &exchange{answer: make(chan answer, 1)}); err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 		if _, has, _ = blockOf(first, Block2); !has {
-			return first, nil
+			return first, 0, nil
 		}
 	}
 }

@@ -50,3 +50,23 @@ func (b *budget) wait() <-chan struct{} {
 	}
 	return b.freed
 }
+
+// share is what one owner has taken of a budget.
+type share struct {
+	of *budget
+	n  int
+}
+
+func (s *share) take(n int) bool {
+	if !s.of.take(n) {
+		return false
+	}
+	s.n += n
+	return true
+}
+
+// drop gives back all of it.
+func (s *share) drop() {
+	s.of.give(s.n)
+	s.n = 0
+}

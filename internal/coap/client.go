@@ -72,8 +72,8 @@ func (o *Observation) Tag() any {
 // Do sends a request to the peer and returns its answer, whole even if one or the other went in blocks (RFC 7959). The
 // token of req is ignored; the engine makes its own. req is not changed and may be shared. Error responses are answers, not
 // errors. No more requests are under way than the peer takes (see Turn), further ones wait for ctx. Errors are of kind Deadline
-// or Unavailable (ctx ended, connection gone), TooLarge (the peer's limit or ours), Invalid or BadOption (an answer that breaks
-// the protocol).
+// or Unavailable (ctx ended, connection gone), TooLarge (the peer's limit or ours), Exhausted (Config.MaxBuffered leaves no room
+// for an answer in blocks), Invalid or BadOption (an answer that breaks the protocol).
 //
 // A handler may call it. If the peer fills its queue meanwhile, the answer is not read before the handler returns, and the
 // connection may end with ErrOverload: handlers that wait long for their peer do that in a goroutine of their own.
@@ -148,7 +148,9 @@ func (t *Turn) Do(ctx context.Context, req *Message) (*Message, error) {
 	if err != nil {
 		return nil, err
 	}
-	return c.rest(ctx, op, m, first)
+	whole, held, err := c.rest(ctx, op, m, first)
+	c.srv.budget.give(held) // from now on it is the caller's
+	return whole, err
 }
 
 // Observe registers for a resource (RFC 7641, Section 3.1): it sends req, a GET or FETCH, with Observe 0 and returns the
@@ -181,7 +183,8 @@ func (c *Conn) Observe(ctx context.Context, req *Message) (*Observation, *Messag
 		c.unwanted(m)
 		return nil, nil, err
 	}
-	whole, err := c.rest(ctx, op, m, first)
+	whole, held, err := c.rest(ctx, op, m, first)
+	c.srv.budget.give(held) // from now on it is the caller's
 	c.mu.Lock()
 	registered := c.observations[string(m.Token)] == o || o.cancelled.Load()
 	_, observed := first.Option(ObserveOption)
@@ -700,7 +703,7 @@ func (c *Conn) fetchAll() {
 		if job == nil {
 			continue
 		}
-		msg := c.fetchOne(o, job)
+		msg, held := c.fetchOne(o, job)
 		if msg == nil {
 			continue // the connection is gone
 		}
@@ -711,31 +714,38 @@ func (c *Conn) fetchAll() {
 		}
 		c.mu.Unlock()
 		if !current {
+			c.srv.budget.give(held)
 			continue // a newer one came; if it has blocks, it is listed
 		}
-		if err := c.enqueue(item{msg: msg, observation: o, ended: job.ended, size: len(msg.Payload) + 256}, false); err != nil {
+		size := held
+		if held == 0 { // one that says that there is no whole
+			size = messageCost + len(msg.Payload)
+		}
+		if err := c.enqueue(item{msg: msg, observation: o, ended: job.ended, size: size}, held > 0); err != nil {
 			c.tr.abort(err)
 		}
 	}
 }
 
-func (c *Conn) fetchOne(o *Observation, job *fetch) *Message {
+// fetchOne returns the whole with the bytes of the budget that it holds, or what says that there is none, or nil when the
+// connection is gone.
+func (c *Conn) fetchOne(o *Observation, job *fetch) (_ *Message, held int) {
 	const op = "coap.fetch"
 	ctx, cancel := context.WithTimeout(c.ctx, c.srv.cfg.TransferTimeout)
 	defer cancel()
 	whole, err := (*Message)(nil), c.slot(ctx, op)
 	if err == nil {
-		whole, err = c.rest(ctx, op, o.req, job.first)
+		whole, held, err = c.rest(ctx, op, o.req, job.first)
 		c.release()
 	}
 	switch {
 	case err == nil:
-		return whole
+		return whole, held
 	case c.ctx.Err() != nil:
-		return nil
+		return nil, 0
 	case hub.IsKind(err, hub.TooLarge):
-		return &Message{Code: codes.RequestEntityTooLarge, Token: o.req.Token}
+		return &Message{Code: codes.RequestEntityTooLarge, Token: o.req.Token}, 0
 	}
 	c.srv.log.Debug("cannot fetch the rest of a notification", "connection", c.id, "path", o.path, "error", err)
-	return &Message{Code: codes.GatewayTimeout, Token: o.req.Token}
+	return &Message{Code: codes.GatewayTimeout, Token: o.req.Token}, 0
 }

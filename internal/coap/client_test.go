@@ -639,3 +639,65 @@ func TestAnswerTooLarge(t *testing.T) {
 		wantKind(t, (<-r).err, hub.TooLarge)
 	})
 }
+
+// What comes in blocks is paid from the common budget while it grows, and no longer.
+func TestDownloadsArePaid(t *testing.T) {
+	h, notes := noting()
+	bubble(t, h, func(c *Config) { c.MaxBuffered = 6000 }, func(t *testing.T, s *sim) {
+		paid := func(when string, want int) {
+			t.Helper()
+			synctest.Wait()
+			if n := s.count("buffered_bytes"); n != float64(want) {
+				t.Errorf("%s: %v bytes are paid for, want %d", when, n, want)
+			}
+		}
+		p := s.dial(t)
+		c := <-s.conns
+		body := pattern(3000)
+		r := do(c, t.Context(), get("/big"))
+		p.serveBlocks(p.read(), body, 6, 1)
+		m := p.read()
+		paid("one block", messageCost+1024)
+		p.serveBlocks(m, body, 6, 1)
+		m = p.read()
+		paid("two blocks", messageCost+2048)
+		p.serveBlocks(m, body, 6, 2) // changed under way: what came before is worth nothing
+		m = p.read()
+		paid("it begins anew", 0)
+		p.serveBlocks(m, body, 6, 2)
+		m = p.read()
+		paid("one block of the newer", messageCost+1024)
+		p.send(reply(m, codes.NotFound, "gone"))
+		if got := <-r; got.err != nil || got.msg.Code != codes.NotFound {
+			t.Fatal(got.err, got.msg)
+		}
+		paid("it went away", 0)
+
+		huge := pattern(20_000)
+		r = do(c, t.Context(), get("/huge"))
+		for range 6 { // the sixth is beyond the budget
+			p.serveBlocks(p.read(), huge, 6, 1)
+		}
+		wantKind(t, (<-r).err, hub.Exhausted)
+		paid("too much", 0)
+
+		_, m = p.observed(t, c, "/notes")
+		p.serveBlocks(m, body, 6, 1)
+		p.serveBlocks(p.read(), body, 6, 1)
+		g := p.read()
+		paid("two blocks of a notification", messageCost+2048)
+		p.serveBlocks(g, body, 6, 1)
+		if n := <-notes; !bytes.Equal(n.Message.Payload, body) {
+			t.Fatalf("%v", n.Message)
+		}
+		paid("the notification is handled", 0)
+		p.serveBlocks(m, huge, 6, 3)
+		for range 5 {
+			p.serveBlocks(p.read(), huge, 6, 3)
+		}
+		if n := <-notes; n.Message.Code != codes.GatewayTimeout || n.Ended {
+			t.Errorf("%v, ended %v", n.Message.Code, n.Ended)
+		}
+		paid("a notification of too much", 0)
+	})
+}

@@ -62,6 +62,7 @@ var (
 	errGone        = hub.NewError(hub.Unavailable, "device-gone", "the device's connection ended")
 	errPeerLimit   = hub.NewError(hub.TooLarge, "too-large-for-device", "the device does not take messages this large")
 	errBody        = hub.NewError(hub.TooLarge, "answer-too-large", "the device's answer is larger than the limit")
+	errBuffered    = hub.NewError(hub.Exhausted, "answer-not-buffered", "the hub has no room for the device's answer now, try again later")
 	errAnswer      = hub.NewError(hub.Invalid, "bad-answer", "the device's answer breaks the protocol")
 	errAnswerOpt   = hub.NewError(hub.BadOption, "bad-answer-option", "the device's answer has a critical option that is not understood")
 	errObservation = hub.NewError(hub.Exhausted, "too-many-observations", "too many observations on one connection")
