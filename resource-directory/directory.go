@@ -37,6 +37,7 @@ type Directory struct {
 	waiters     waiters
 	tail        tail
 	changes     changes
+	trimDocs    int           // bytes of base documents that one step of the trimmer writes; beyond the constant the store refuses
 	closing     chan struct{} // closed when Run begins to end: nothing new is taken
 	stopped     chan struct{} // closed when no worker runs any more: nobody will answer
 }
@@ -57,7 +58,7 @@ func New(cfg Config, st store.Store, log *slog.Logger, reg prometheus.Registerer
 	}
 	d := &Directory{
 		cfg: cfg, store: st, log: log, metrics: m, codec: k, writer: writer, run: rand.Text(),
-		closing: make(chan struct{}), stopped: make(chan struct{}),
+		closing: make(chan struct{}), stopped: make(chan struct{}), tail: tail{most: tailCommits}, trimDocs: trimDocs,
 	}
 	for range cfg.Workers {
 		d.workers = append(d.workers, newWorker(d))

@@ -33,6 +33,7 @@ var errLagged = hub.NewError(hub.Precondition, "feed-lagged", "what came next is
 // arrives at its end and finds nobody waiting for the store does that for all (see lead). A reader's only claim on it is a
 // position, so one that stalls costs nobody anything.
 type tail struct {
+	most    int        // commits, but for a quarter more
 	mu      sync.Mutex // guards all below
 	readers int
 	known   bool // false: nobody has led since the last reader left
@@ -253,11 +254,11 @@ func (d *Directory) lead(ctx context.Context, from hub.Position) error {
 		t.entries = append(t.entries, tailed{hub.Fed{Before: t.end, At: entries[i].Position, Commit: &c}, size})
 		t.end, t.bytes = entries[i].Position, t.bytes+size
 	}
-	if len(t.entries) <= tailCommits+tailCommits/4 && t.bytes <= tailBytes+tailBytes/4 {
+	if len(t.entries) <= t.most+t.most/4 && t.bytes <= tailBytes+tailBytes/4 {
 		return nil // dropping moves the rest, so it is done seldom
 	}
 	drop := 0
-	for len(t.entries)-drop > tailCommits || t.bytes > tailBytes {
+	for len(t.entries)-drop > t.most || t.bytes > tailBytes {
 		t.bytes -= t.entries[drop].size
 		t.base = t.entries[drop].At
 		drop++

@@ -166,8 +166,9 @@ func TestRetentionKeepsEachLastValue(t *testing.T) {
 func TestTrimInSteps(t *testing.T) {
 	t.Parallel()
 	h := open(t)
+	h.d.trimDocs = 100 << 10
 	x := h.registered(lamp)
-	big := strings.Repeat("x", 200<<10)
+	big := strings.Repeat("x", 10<<10)
 	for i := range 36 {
 		h.must(x.notify(value(hub.Href(fmt.Sprintf("/big/%d", i)), big)))
 	}

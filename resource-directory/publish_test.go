@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/test/dose"
 )
 
 func TestPublishEmitsNewAndChangedLinksOnly(t *testing.T) {
@@ -133,11 +134,11 @@ func TestPublishRefusesBadLinks(t *testing.T) {
 	h.expect(lamp, "registered", "meta 0 online out-of-sync") // nothing half done
 }
 
-func TestTenThousandLinks(t *testing.T) {
+func TestThousandsOfLinks(t *testing.T) {
 	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
-	links := make([]hub.Link, 10000)
+	links := make([]hub.Link, dose.Of(2_000, 10_000, 10_000))
 	for i := range links {
 		links[i] = link(hub.Href(fmt.Sprintf("/r/%05d", i)), "oic.r.temperature")
 	}
@@ -159,7 +160,7 @@ func TestTenThousandLinks(t *testing.T) {
 	x = h.signIn(lamp, alice, 1, "conn-2")
 	removed, err := h.d.Unpublish(t.Context(), x.stamp(), nil)
 	h.must(err)
-	if len(removed) != len(links) || removed[0] != "/r/00000" || removed[9999] != "/r/09999" {
+	if len(removed) != len(links) || removed[0] != links[0].Href || removed[len(links)-1] != links[len(links)-1].Href {
 		t.Errorf("%d links were removed", len(removed))
 	}
 	d := h.device(alice, lamp)

@@ -226,7 +226,7 @@ func (d *Directory) trimDevice(ctx context.Context, dev hub.DeviceID, now time.T
 		for i := range c.Events {
 			size += eventSize(&c.Events[i]) + s.linkBytes/linkPages*len(c.Events[i].Links)
 		}
-		if size > trimDocs {
+		if size > d.trimDocs {
 			if err := flush(); err != nil {
 				return total, err
 			}
