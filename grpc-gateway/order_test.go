@@ -69,7 +69,7 @@ func fleet(w *world, n int) {
 func TestSortDevices(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
-	const n = 23
+	const n = 11
 	fleet(w, n)
 	keys := map[string]func(map[string]any) string{
 		"id":   func(map[string]any) string { return "" },
