@@ -129,6 +129,7 @@ func TestSimpleAndProtobufForm(t *testing.T) {
 		}
 		a := w.get(t, "/api/v1/devices", h...)
 		want(t, c.accept, a.Header().Get("Content-Type"), c.want)
+		want(t, "headers of a translation", a.Header().Get("Grpc-Metadata-Content-Type"), "")
 		want(t, "lines", strings.Count(a.Body.String(), "\n"), 2) // C17: one line feed after each element, in both forms
 		data := a.results()[0]["data"].(map[string]any)
 		_, raw := data["content"].(map[string]any)["data"]
