@@ -247,6 +247,12 @@ func TestCommandsThatAreRefused(t *testing.T) {
 		a := w.send(t, "alice", "PUT", light, `{}`)
 		want(t, err.Code, a.Code, code)
 		want(t, err.Code, a.reason(), err.Code)
+		_, text := hub.Public(err) // it may name the resource
+		want(t, err.Code, a.json()["message"], any(text))
+		_, failed := pb.NewGrpcGatewayClient(w.dial(t)).GetResourceFromDevice(as(t, "alice"), &pb.GetResourceFromDeviceRequest{
+			ResourceId: &rapb.ResourceId{DeviceId: string(lampA), Href: "/light/1"},
+		})
+		want(t, err.Code, status.Convert(failed).Message(), text)
 	}
 }
 
