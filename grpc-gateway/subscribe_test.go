@@ -175,6 +175,15 @@ func TestWebSocketConversation(t *testing.T) {
 	w.directory.happen(lampB, reports("/light/1", 7))
 	l.expect("-a1", "/light/1 7")
 	b.expect("+a1", "/light/1 6")
+	// Who names another's device is told nothing of it, until it is theirs.
+	b = w.listen(t, "bob", "")
+	b.say(`{"createSubscription":{"eventFilter":["RESOURCE_CHANGED"],"deviceIdFilter":[%q],"includeCurrentState":true}}`, lampB)
+	b.say(`{"createSubscription":{"eventFilter":["RESOURCE_CHANGED"],"resourceIdFilter":[{"resourceId":{"deviceId":%q,"href":"/light/1"}}]}}`, lampB)
+	b.expect("OK", "OK")
+	w.directory.happen(lampB, reports("/light/1", 8))
+	w.directory.transfer(lampB, bob)
+	w.directory.happen(lampB, reports("/light/1", 9))
+	b.expect("/light/1 9", "/light/1 9")
 }
 
 func TestWebSocketForms(t *testing.T) {
