@@ -532,9 +532,8 @@ func TestPendingCommands(t *testing.T) {
 }
 
 // Both ends of a command are in the history, in both forms.
-func TestCommandsInTheHistory(t *testing.T) {
-	t.Parallel()
-	w := newWorld(t)
+// commandEvents is what a device's log has of a command of each kind.
+func commandEvents(w *world) []hub.Event {
 	var events []hub.Event
 	for kind := hub.CommandCreate; kind <= hub.CommandTwinSync; kind++ {
 		pending := hub.Event{Kind: hub.CommandPending, Href: "/light/1", Correlation: "c", Content: ocf(map[string]any{"n": 1}), Command: &hub.CommandEvent{Kind: kind, ValidUntil: 5}}
@@ -549,7 +548,13 @@ func TestCommandsInTheHistory(t *testing.T) {
 		events = append(events, pending, hub.Event{Kind: hub.CommandBound, Correlation: "c", Command: &hub.CommandEvent{Kind: kind}}, ended,
 			hub.Event{Kind: hub.CommandLate, Correlation: "c", Command: &hub.CommandEvent{Kind: kind}})
 	}
-	w.commits[lampA] = []hub.Commit{{Device: lampA, Seq: 1, Time: t0, Owner: alice, Events: events}}
+	return events
+}
+
+func TestCommandsInTheHistory(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.commits[lampA] = []hub.Commit{{Device: lampA, Seq: 1, Time: t0, Owner: alice, Events: commandEvents(w)}}
 	var kinds []string
 	for _, r := range w.get(t, devA+"/events").results() {
 		for k := range r {
