@@ -342,6 +342,7 @@ func TestWebSocketDoor(t *testing.T) {
 		}
 	}
 	want(t, "without upgrade", w.get(t, "/api/v1/ws/events").reason(), "method-not-allowed")
+	want(t, "at another path", w.get(t, "/api/v1/ws/other", "Connection: Upgrade", "Upgrade: websocket").Code, http.StatusNotFound)
 	want(t, "without upgrade, without token", w.do(t, "", "GET", "/api/v1/ws/events").reason(), "token-missing")
 	want(t, "refused", w.counter(t, "coaphub_api_refused_total", "origin"), 4)
 }
