@@ -130,6 +130,25 @@ func TestCommands(t *testing.T) {
 	if err != nil || got.Decode(&light) != nil || light.Power != 7 {
 		t.Errorf("%+v, %v", got, err)
 	}
+	// Not waited for, what the device answers is an event.
+	answered := func() (n int) {
+		for _, e := range collect(t, c.ListEvents(ctx, client.EventQuery{DeviceIDs: []string{lamp}})) {
+			if e.Kind == client.Retrieved && e.Change.Decode(&light) == nil && light.Power == 7 {
+				n++
+			}
+		}
+		return n
+	}
+	already := answered()
+	if got, err := c.RetrieveResource(ctx, lamp, "/light/1", client.CommandOptions{Async: true}); err != nil || got != nil {
+		t.Errorf("%+v, %v", got, err)
+	}
+	eventually(t, func() error {
+		if answered() != already+1 {
+			return errors.New("the answer is no event yet")
+		}
+		return nil
+	})
 	_, err = c.CreateResource(ctx, lamp, "/info", struct{}{}, none)
 	fails(t, err, client.Unsupported, "device-error")
 	var e *client.Error

@@ -16,7 +16,7 @@ type CommandOptions struct {
 	// TTL is how long the device may take, which may be away until then: from 100 ms to a year, 0 = the hub's default. A call
 	// waits for five minutes at most; one for a device that may be away longer is better Async.
 	TTL time.Duration
-	// Async does not wait for the device: the outcome comes as an event. Not for RetrieveResource.
+	// Async does not wait for the device: the outcome comes as an event.
 	Async bool
 	// Force takes resources that the hub does not know. Not for RetrieveResource.
 	Force bool

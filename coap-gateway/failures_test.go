@@ -152,6 +152,7 @@ func TestTroubleOfOursIsNever401(t *testing.T) {
 					if !broken && trouble != "plain" {
 						continue // what does not need the part goes on whatever its trouble is: one will do
 					}
+					var d *device
 					attempt := func() (reply, error) {
 						h := start(t, nil)
 						h.gw.patience = time.Millisecond
@@ -164,7 +165,7 @@ func TestTroubleOfOursIsNever401(t *testing.T) {
 						if name == "update" && part != "Directory.Command" {
 							h.w.ends["order-1"] = hub.Answer{End: hub.CommandCompleted, Status: hub.StatusOK, Code: 0x44}
 						}
-						d := h.device(lampID)
+						d = h.device(lampID)
 						d.mute = true // the twin's writes are not what is asked here
 						h.connect(d, h.gw.Addresses().Plain, nil)
 						switch name {
@@ -198,6 +199,16 @@ func TestTroubleOfOursIsNever401(t *testing.T) {
 					}
 					if r.code == "5.03" && r.maxAge == 0 {
 						t.Errorf("%s: 5.03 without Max-Age", name)
+					}
+					switch name { // whoever cannot sign in begins anew; what else is refused costs no connection
+					case "sign-up", "refresh", "sign-in", "sign-out", "sign-off":
+						if broken {
+							d.awaitClosed()
+						}
+					default:
+						if broken {
+							d.alive()
+						}
 					}
 				}
 			})

@@ -309,7 +309,7 @@ func TestDeviceToDeviceModes(t *testing.T) {
 			h := start(t, func(c *Config, _ *Deps) { c.DeviceToDevice.Mode = mode })
 			h.w.off[lampID], h.w.off[fanID] = true, true
 			h.published("/light")
-			h.online(lampID, func(d *device) { d.res["/light"] = resource{format: 10000, body: []byte{0xa0}} })
+			lamp := h.online(lampID, func(d *device) { d.res["/light"] = resource{format: 10000, body: []byte{0xa0}} })
 			h.report("/light", 10000, "\xa0", "")
 			d := h.online(fanID, nil)
 			d.want(d.publish("/fan"), "2.04", "")
@@ -326,6 +326,10 @@ func TestDeviceToDeviceModes(t *testing.T) {
 			var ls []map[string]any
 			if err := decoding.Unmarshal(d.do(codes.GET, "/oic/res", nil).body, &ls); err != nil || fmt.Sprint(len(ls)) != want[2] {
 				t.Errorf("found %v, %v", ls, err)
+			}
+			asked := map[string]int{ModeFull: 6, ModeRead: 2}[mode] // by an interface and FETCH; the rest of the reads is the twin's
+			if got := lamp.commands(); len(got) != asked {
+				t.Errorf("the lamp was asked %q", got)
 			}
 		})
 	}

@@ -301,7 +301,7 @@ func doze(t *testing.T, published []string, change func(*Config), prepare func(*
 func TestSleeper(t *testing.T) {
 	t.Parallel()
 	const hours = 6 * time.Hour
-	doze(t, []string{"/a*", "/b"}, nil, nil, func(t *testing.T, w *world, gw *Gateway, d *dozer) {
+	doze(t, []string{"/a*", "/b"}, func(c *Config) { c.API.CoAP.MaxSilence = 3 * hours }, nil, func(t *testing.T, w *world, gw *Gateway, d *dozer) {
 		inSync := func(n int) {
 			t.Helper()
 			if got := w.count("twin 3"); got != n {
@@ -383,7 +383,7 @@ func TestSleeper(t *testing.T) {
 
 		// It does not come any more: until maxSilence it is late, then it is gone.
 		d.sleep()
-		after(24 * time.Hour)
+		after(3*hours - time.Hour)
 		if w.count("offline "+string(lampID)) != 0 {
 			t.Fatal("it went too early")
 		}

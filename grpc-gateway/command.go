@@ -274,7 +274,7 @@ func (s *server) call(ctx context.Context, id *rapb.ResourceId, ns int64, o hub.
 
 func (s *server) GetResourceFromDevice(ctx context.Context, r *pb.GetResourceFromDeviceRequest) (*pb.GetResourceFromDeviceResponse, error) {
 	m, err := s.call(ctx, r.GetResourceId(), r.GetTimeToLive(), hub.Order{
-		Kind: hub.CommandRetrieve, Interface: r.GetResourceInterface(), ETags: r.GetEtag(), Key: r.GetIdempotencyKey(),
+		Kind: hub.CommandRetrieve, Interface: r.GetResourceInterface(), ETags: r.GetEtag(), Async: r.GetAsync(), Key: r.GetIdempotencyKey(),
 	})
 	out, _ := m.(*pb.GetResourceFromDeviceResponse)
 	return out, err
@@ -425,7 +425,13 @@ func (g *Gateway) carryOut(w http.ResponseWriter, r *request, o hub.Order, onlyC
 	case out.Status == hub.StatusNotModified:
 		w.WriteHeader(http.StatusNotModified)
 		return nil
-	case onlyContent && !o.Async:
+	case o.Async: // without an ETag: that it was accepted is no representation of the resource
+		b, err := appendElement(nil, r, response{kind: o.Kind}, "")
+		if err != nil {
+			return err
+		}
+		return writeBody(w, r, r.contentType(), append(b, '\n'))
+	case onlyContent:
 		return writeContent(w, r, out.Content)
 	}
 	return writeOne(w, r, response{outcomeElement{out, g.deps.HubID}, o.Kind})
@@ -437,7 +443,7 @@ func (g *Gateway) readDevice(w http.ResponseWriter, r *request) error {
 	if err != nil {
 		return err
 	}
-	o.Async, o.Force = false, false
+	o.Force = false
 	o.ETags = r.query.etags(r.Header.Get("ETag"))
 	return g.carryOut(w, r, o, r.query.flag("onlyContent", false))
 }

@@ -132,7 +132,7 @@ func TestCommandsOverHTTP(t *testing.T) {
 		{"POST", linkA + "?resourceInterface=x&onlyContent=1", `{"power":1}`, nil, hub.Order{Kind: hub.CommandCreate, Href: "/light/1"}},
 		{"DELETE", linkA + "?resourceInterface=oic.if.a", "", nil, hub.Order{Kind: hub.CommandDelete, Href: "/light/1", Interface: "oic.if.a"}},
 		{"GET", light + "?twin=false&etag=AQ==&timeToLive=100000000", "", nil, hub.Order{Kind: hub.CommandRetrieve, Href: "/light/1", ETags: [][]byte{{1}}, TTL: 100 * time.Millisecond}},
-		{"GET", light + "?twin=maybe&async=true", "", nil, hub.Order{Kind: hub.CommandRetrieve, Href: "/light/1"}},
+		{"GET", light + "?twin=maybe&force=true", "", nil, hub.Order{Kind: hub.CommandRetrieve, Href: "/light/1"}},
 		{"GET", light + "?interface=oic.if.baseline", "", []string{"ETag: Ag=="}, hub.Order{Kind: hub.CommandRetrieve, Href: "/light/1", Interface: "oic.if.baseline", ETags: [][]byte{{2}}}},
 	} {
 		what := c.method + " " + c.target
@@ -173,6 +173,20 @@ func TestCommandsOverHTTP(t *testing.T) {
 	want(t, "ETag", a.Header().Get("ETag"), `W/"5wE="`)
 	for _, target := range []string{light + "?async=1", light + "?async=1&onlyContent=1"} {
 		want(t, "async", w.send(t, "alice", "PUT", target, `{"power":1}`).Body.String(), "{}\n")
+		w.orders = nil
+		for _, accept := range []string{"application/json", "application/cbor", "application/protojson"} {
+			a := w.get(t, target+"&twin=0", "Accept: "+accept)
+			want(t, "async retrieve", a.Code == 200 && a.Header().Get("ETag") == "", true)
+			if accept == "application/json" {
+				want(t, "async retrieve", a.Body.String(), "{}\n")
+			}
+		}
+		for _, o := range w.orders {
+			want(t, "order", o.Kind == hub.CommandRetrieve && o.Async, true)
+		}
+		want(t, "orders", len(w.orders), 3)
+		want(t, "a twin is there at once", strings.Contains(w.get(t, target).Body.String(), `"power":0`), true)
+		want(t, "and is no command", len(w.orders), 3)
 	}
 	a = w.send(t, "alice", "PUT", light, `{"contentType":"application/json","data":"e30="}`, "Content-Type: application/protojson; charset=utf-8")
 	want(t, "protojson", a.Header().Get("Content-Type"), "application/jsonpb")
@@ -247,6 +261,12 @@ func TestCommandsThatAreRefused(t *testing.T) {
 		a := w.send(t, "alice", "PUT", light, `{}`)
 		want(t, err.Code, a.Code, code)
 		want(t, err.Code, a.reason(), err.Code)
+		_, text := hub.Public(err) // it may name the resource
+		want(t, err.Code, a.json()["message"], any(text))
+		_, failed := pb.NewGrpcGatewayClient(w.dial(t)).GetResourceFromDevice(as(t, "alice"), &pb.GetResourceFromDeviceRequest{
+			ResourceId: &rapb.ResourceId{DeviceId: string(lampA), Href: "/light/1"},
+		})
+		want(t, err.Code, status.Convert(failed).Message(), text)
 	}
 }
 
@@ -368,6 +388,9 @@ func TestGRPCCommands(t *testing.T) {
 	want(t, "create", err == nil && conditional(w.orders[1]) && cr.GetData().GetResourceId().GetHref() == "/light/1", true)
 	r, err := c.GetResourceFromDevice(ctx, &pb.GetResourceFromDeviceRequest{ResourceId: id, Etag: [][]byte{{1}}})
 	want(t, "retrieve", err == nil && string(r.GetData().GetEtag()) == "\xe7\x01" && string(w.orders[2].ETags[0]) == "\x01", true)
+	r, err = c.GetResourceFromDevice(ctx, &pb.GetResourceFromDeviceRequest{ResourceId: id, Async: true})
+	want(t, "async retrieve", err == nil && r.GetData() == nil && w.orders[3].Async && w.orders[3].Kind == hub.CommandRetrieve, true)
+	w.orders = w.orders[:3]
 	d, err := c.DeleteResource(ctx, &pb.DeleteResourceRequest{ResourceId: id, Async: true, IfMatch: [][]byte{{1}, {}}, ForwardIfMatch: true})
 	want(t, "async", err == nil && conditional(w.orders[3]) && d.GetData() == nil, true)
 	for i, m := range []*pb.UpdateDeviceMetadataRequest{{}, {TwinEnabled: true}, {TwinEnabled: false, TwinForceSynchronization: true}} {
@@ -509,9 +532,8 @@ func TestPendingCommands(t *testing.T) {
 }
 
 // Both ends of a command are in the history, in both forms.
-func TestCommandsInTheHistory(t *testing.T) {
-	t.Parallel()
-	w := newWorld(t)
+// commandEvents is what a device's log has of a command of each kind.
+func commandEvents(w *world) []hub.Event {
 	var events []hub.Event
 	for kind := hub.CommandCreate; kind <= hub.CommandTwinSync; kind++ {
 		pending := hub.Event{Kind: hub.CommandPending, Href: "/light/1", Correlation: "c", Content: ocf(map[string]any{"n": 1}), Command: &hub.CommandEvent{Kind: kind, ValidUntil: 5}}
@@ -526,7 +548,13 @@ func TestCommandsInTheHistory(t *testing.T) {
 		events = append(events, pending, hub.Event{Kind: hub.CommandBound, Correlation: "c", Command: &hub.CommandEvent{Kind: kind}}, ended,
 			hub.Event{Kind: hub.CommandLate, Correlation: "c", Command: &hub.CommandEvent{Kind: kind}})
 	}
-	w.commits[lampA] = []hub.Commit{{Device: lampA, Seq: 1, Time: t0, Owner: alice, Events: events}}
+	return events
+}
+
+func TestCommandsInTheHistory(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.commits[lampA] = []hub.Commit{{Device: lampA, Seq: 1, Time: t0, Owner: alice, Events: commandEvents(w)}}
 	var kinds []string
 	for _, r := range w.get(t, devA+"/events").results() {
 		for k := range r {

@@ -23,7 +23,7 @@ const firstOurs = 200
 var extensions = map[string]protoreflect.FieldNumber{
 	"resume_token": 200, "include_current_state": 201, "limit": 202, "cursor": 203, "idempotency_key": 204, "all": 205,
 	"supersede": 206, "at": 207, "lagged": 208, "search": 210, "sort": 211, "labels": 212, "next_contact": 213,
-	"contact_interval": 214, "if_match": 215, "forward_if_match": 216,
+	"contact_interval": 214, "if_match": 215, "forward_if_match": 216, "async": 217,
 }
 
 func describe(f protoreflect.FieldDescriptor) string {

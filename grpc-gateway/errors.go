@@ -3,6 +3,7 @@ package grpcgateway
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math"
 	"net/http"
 	"strconv"
@@ -80,6 +81,12 @@ var (
 	errCrossOrigin  = hub.NewError(hub.Denied, "cross-origin", "requests from pages of another origin are not allowed")
 	errBody         = hub.NewError(hub.TooLarge, "body-too-large", "the body is larger than the limit")
 )
+
+// noResource names the resource that a read did not find: the same sentence for a device that is unknown, or another owner's.
+// The href is cut where it is too long for a sentence.
+func noResource(href hub.Href) error {
+	return hub.NewError(hub.NotFound, "not-found", fmt.Sprintf("not found: %.128q", string(href)))
+}
 
 func invalid(code, text string) error { return hub.NewError(hub.Invalid, code, text) }
 

@@ -240,8 +240,9 @@ func TestGRPCAuthorization(t *testing.T) {
 		want(t, r.token, reason, r.reason)
 	}
 	_, err := all(c.GetDevices(metadata.AppendToOutgoingContext(as(t, ""), "authorization", "alice"), &pb.GetDevicesRequest{}))
-	code, _ := reasonOf(t, err)
+	code, reason := reasonOf(t, err)
 	want(t, "no scheme", code, codes.Unauthenticated)
+	want(t, "no scheme", reason, "token-missing")
 	w.verifier.verify = func(context.Context, string) (hub.Claims, error) {
 		return hub.Claims{}, &hub.Error{Kind: hub.Unavailable, RetryAfter: time.Second}
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"iter"
 	"net/http"
@@ -129,6 +130,7 @@ func TestSimpleAndProtobufForm(t *testing.T) {
 		}
 		a := w.get(t, "/api/v1/devices", h...)
 		want(t, c.accept, a.Header().Get("Content-Type"), c.want)
+		want(t, "headers of a translation", a.Header().Get("Grpc-Metadata-Content-Type"), "")
 		want(t, "lines", strings.Count(a.Body.String(), "\n"), 2) // C17: one line feed after each element, in both forms
 		data := a.results()[0]["data"].(map[string]any)
 		_, raw := data["content"].(map[string]any)["data"]
@@ -293,6 +295,16 @@ func TestSingleReadsOfUnknownThings(t *testing.T) { // C20 for reads
 		want(t, target, a.Code, 404)
 		want(t, target, a.json()["code"], any(json.Number("5")))
 		want(t, target, a.reason(), "not-found")
+	}
+	// What is looked for is named, by its href and not by how that was written, and cut if it is long.
+	for target, named := range map[string]string{
+		devA + "/resources/none": "/none", devA + "/resources/%2Fa%22b//c?onlyContent=1": "/a\"b/c",
+		"/api/v1/devices/" + string(bobs) + "/resources/light/1": "/light/1", "/api/v1/devices/abc/resources/light/1": "/light/1",
+		devA + "/resources/" + strings.Repeat("\u00e9", 200): "/" + strings.Repeat("\u00e9", 127),
+	} {
+		a := w.get(t, target)
+		want(t, target, a.Code, 404)
+		want(t, target, a.json()["message"], any(fmt.Sprintf("not found: %q", named)))
 	}
 }
 

@@ -155,7 +155,7 @@ func (g *Gateway) getResource(w http.ResponseWriter, r *request) error {
 	}
 	id, err := hub.ParseDeviceID(r.vars.device)
 	if err != nil {
-		return errNotFound
+		return noResource(r.vars.href)
 	}
 	f := filter{any: true, resources: map[hub.DeviceID]map[hub.Href][][]byte{id: {r.vars.href: nil}}}
 	if f.at, err = r.query.at(); err != nil {
@@ -167,7 +167,7 @@ func (g *Gateway) getResource(w http.ResponseWriter, r *request) error {
 		}
 		link, ok := d.Links.Get(r.vars.href)
 		if !ok {
-			return errNotFound
+			return noResource(r.vars.href)
 		}
 		e := g.twin(d, link, nil)
 		if e.known {
@@ -185,7 +185,7 @@ func (g *Gateway) getResource(w http.ResponseWriter, r *request) error {
 		}
 		return writeOne(w, r, e)
 	}
-	return errNotFound
+	return noResource(r.vars.href)
 }
 
 // writeContent answers with a content alone: the message Content in protobuf's JSON, else the decoded value, null when the

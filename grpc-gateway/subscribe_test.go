@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"slices"
 	"strings"
@@ -174,6 +175,15 @@ func TestWebSocketConversation(t *testing.T) {
 	w.directory.happen(lampB, reports("/light/1", 7))
 	l.expect("-a1", "/light/1 7")
 	b.expect("+a1", "/light/1 6")
+	// Who names another's device is told nothing of it, until it is theirs.
+	b = w.listen(t, "bob", "")
+	b.say(`{"createSubscription":{"eventFilter":["RESOURCE_CHANGED"],"deviceIdFilter":[%q],"includeCurrentState":true}}`, lampB)
+	b.say(`{"createSubscription":{"eventFilter":["RESOURCE_CHANGED"],"resourceIdFilter":[{"resourceId":{"deviceId":%q,"href":"/light/1"}}]}}`, lampB)
+	b.expect("OK", "OK")
+	w.directory.happen(lampB, reports("/light/1", 8))
+	w.directory.transfer(lampB, bob)
+	w.directory.happen(lampB, reports("/light/1", 9))
+	b.expect("/light/1 9", "/light/1 9")
 }
 
 func TestWebSocketForms(t *testing.T) {
@@ -332,6 +342,8 @@ func TestWebSocketDoor(t *testing.T) {
 		}
 	}
 	want(t, "without upgrade", w.get(t, "/api/v1/ws/events").reason(), "method-not-allowed")
+	want(t, "at another path", w.get(t, "/api/v1/ws/other", "Connection: Upgrade", "Upgrade: websocket").Code, http.StatusNotFound)
+	want(t, "without upgrade, without token", w.do(t, "", "GET", "/api/v1/ws/events").reason(), "token-missing")
 	want(t, "refused", w.counter(t, "coaphub_api_refused_total", "origin"), 4)
 }
 
@@ -845,3 +857,88 @@ func (w *world) until(t *testing.T, what string, ok func() bool) {
 		}
 	}
 }
+
+// A WebSocket is asked whether its peer is there when nothing was sent for a while; who does not answer in time loses it, and
+// no sooner.
+func TestWebSocketWithoutPongs(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		near, far := net.Pipe()
+		conns := make(chan net.Conn, 1)
+		conns <- far
+		srv := &http.Server{Handler: w.HTTPHandler()} //nolint:gosec // nobody is slow here
+		over := make(chan error, 1)
+		go func() { over <- srv.Serve(pipeListener{conns, make(chan struct{})}) }()
+		if _, err := io.WriteString(near, "GET /api/v1/ws/events HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
+			"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Protocol: Bearer, alice\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		from := bufio.NewReader(near)
+		resp, err := http.ReadResponse(from, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = resp.Body.Close()
+		want(t, "status", resp.StatusCode, http.StatusSwitchingProtocols)
+		begun := time.Now()
+		opcode := func() (byte, []byte) { // RFC 6455, Section 5.2; frames of a server are not masked, and these are short
+			t.Helper()
+			head := make([]byte, 2)
+			if _, err := io.ReadFull(from, head); err != nil {
+				t.Fatal(err)
+			}
+			size := int64(head[1])
+			if size == 126 {
+				if _, err := io.ReadFull(from, head); err != nil {
+					t.Fatal(err)
+				}
+				size = int64(head[0])<<8 | int64(head[1])
+			}
+			body, err := io.ReadAll(io.LimitReader(from, size))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return head[0] & 0x0f, body
+		}
+		ping := func() []byte {
+			t.Helper()
+			op, body := opcode()
+			want(t, "a ping", op, 0x9)
+			return body
+		}
+		for range 3 { // answered, it stays
+			body := ping()
+			if _, err := near.Write(append([]byte{0x8a, 0x80 | byte(len(body)), 0, 0, 0, 0}, body...)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		want(t, "three pings", time.Since(begun), 3*keepAlive)
+		ping()
+		asked := time.Now()
+		_, err = io.Copy(io.Discard, from)
+		want(t, "the end", err, nil)
+		if d := time.Since(asked); d < w.cfg.Limits.StallTimeout || d > w.cfg.Limits.StallTimeout+10*time.Second {
+			t.Errorf("it ended %v after the ping", d)
+		}
+		_ = srv.Close()
+		want(t, "server", errors.Is(<-over, http.ErrServerClosed), true)
+	})
+}
+
+// pipeListener hands out the connections that are put into it.
+type pipeListener struct {
+	conns chan net.Conn
+	done  chan struct{}
+}
+
+func (l pipeListener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.conns:
+		return c, nil
+	case <-l.done:
+		return nil, net.ErrClosed
+	}
+}
+func (l pipeListener) Close() error   { close(l.done); return nil }
+func (l pipeListener) Addr() net.Addr { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)} }

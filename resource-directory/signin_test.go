@@ -123,15 +123,16 @@ func TestOfflineKeepsTheConnectionsFacts(t *testing.T) {
 	t.Parallel()
 	h := open(t)
 	x := h.registered(lamp)
+	h.must(h.d.SetLocalEndpoints(t.Context(), x.stamp(), []string{"coaps://192.0.2.1:5684"}))
 	h.must(h.d.SetTwin(t.Context(), x.stamp(), hub.TwinSyncing))
 	h.must(h.d.SetTwin(t.Context(), x.stamp(), hub.TwinInSync))
 	h.must(h.d.Offline(t.Context(), x.stamp()))
 	h.must(h.d.Offline(t.Context(), x.stamp())) // no second event
-	h.expect(lamp, "registered", "meta 0 online out-of-sync", "meta 1 online syncing", "meta 2 online in-sync",
-		"meta 3 offline out-of-sync")
+	h.expect(lamp, "registered", "meta 0 online out-of-sync", "meta 1 online out-of-sync", "meta 2 online syncing",
+		"meta 3 online in-sync", "meta 4 offline out-of-sync")
 	m := h.device(alice, lamp).Metadata
 	if c := m.Connection; c.ID != "conn-1" || c.ConnectedAt != 1000 || c.Protocol != hub.ProtocolCoAPSTCP ||
-		c.Service != "" {
+		c.Service != "" || !slices.Equal(c.LocalEndpoints, []string{"coaps://192.0.2.1:5684"}) {
 		t.Errorf("connection %+v", c)
 	}
 	if m.Twin.SyncingAt == 0 || m.Twin.InSyncAt < m.Twin.SyncingAt {

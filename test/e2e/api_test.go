@@ -1,6 +1,7 @@
 package e2e_test
 
 import (
+	"fmt"
 	"net/http"
 	"strings"
 	"sync"
@@ -17,6 +18,18 @@ var description = sync.OnceValues(func() (*openapitest.Checker, error) {
 	}
 	return openapitest.New(doc)
 })
+
+// checkFrame checks a message of the WebSocket of events.
+func checkFrame(b []byte) error {
+	c, err := description()
+	if err != nil {
+		return err
+	}
+	if err := c.CheckMessage("/api/v1/ws/events", b); err != nil {
+		return fmt.Errorf("%.300s: %w", b, err)
+	}
+	return nil
+}
 
 // checked is a client for the hub's HTTP API. Each answer that came whole must be as the OpenAPI description says, or t
 // fails; one that broke off says nothing.

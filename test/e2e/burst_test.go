@@ -122,8 +122,8 @@ func TestBurst(t *testing.T) {
 	if err := c.Write(ctx, websocket.MessageText, []byte(`{"createSubscription":{"eventFilter":["RESOURCE_CHANGED"],"hrefFilter":["/light"]},"correlationId":"all"}`)); err != nil {
 		t.Fatal(err)
 	}
-	if _, b, err := c.Read(ctx); err != nil || !strings.Contains(string(b), "operationProcessed") {
-		t.Fatalf("%s, %v", b, err)
+	if _, b, err := c.Read(ctx); err != nil || !strings.Contains(string(b), "operationProcessed") || checkFrame(b) != nil {
+		t.Fatalf("%s, %v, %v", b, err, checkFrame(b))
 	}
 	sent := make(chan error, devices)
 	for _, pe := range peers {
@@ -153,6 +153,9 @@ func TestBurst(t *testing.T) {
 		}
 		if err := json.Unmarshal(b, &e); err != nil {
 			t.Fatalf("%s: %v", b, err)
+		}
+		if err := checkFrame(b); err != nil {
+			t.Fatal(err)
 		}
 		id, n := e.Result.ResourceChanged.ResourceID.DeviceID, e.Result.ResourceChanged.Content.N
 		if heard[id]++; id == "" || n != heard[id] {

@@ -371,6 +371,7 @@ type GetResourceFromDeviceRequest struct {
 	TimeToLive        int64                           `protobuf:"varint,3,opt,name=time_to_live,json=timeToLive,proto3" json:"time_to_live,omitempty"` // nanoseconds; 0 = the default of the hub
 	Etag              [][]byte                        `protobuf:"bytes,4,rep,name=etag,proto3" json:"etag,omitempty"`
 	IdempotencyKey    string                          `protobuf:"bytes,204,opt,name=idempotency_key,json=idempotencyKey,proto3" json:"idempotency_key,omitempty"` // a repeat within 24 hours gives the first outcome
+	Async             bool                            `protobuf:"varint,217,opt,name=async,proto3" json:"async,omitempty"`                                        // answer as soon as it is stored; what the device answers comes as ResourceRetrieved
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -440,7 +441,14 @@ func (x *GetResourceFromDeviceRequest) GetIdempotencyKey() string {
 	return ""
 }
 
-// What the device answered.
+func (x *GetResourceFromDeviceRequest) GetAsync() bool {
+	if x != nil {
+		return x.Async
+	}
+	return false
+}
+
+// What the device answered; nothing with async.
 type GetResourceFromDeviceResponse struct {
 	state         protoimpl.MessageState                 `protogen:"open.v1"`
 	Data          *resourceaggregatepb.ResourceRetrieved `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
@@ -971,7 +979,7 @@ const file_grpc_gateway_resources_proto_rawDesc = "" +
 	"\a_cursor\"@\n" +
 	"\aContent\x12!\n" +
 	"\fcontent_type\x18\x01 \x01(\tR\vcontentType\x12\x12\n" +
-	"\x04data\x18\x02 \x01(\fR\x04data\"\xf0\x01\n" +
+	"\x04data\x18\x02 \x01(\fR\x04data\"\x87\x02\n" +
 	"\x1cGetResourceFromDeviceRequest\x12A\n" +
 	"\vresource_id\x18\x01 \x01(\v2 .resourceaggregate.pb.ResourceIdR\n" +
 	"resourceId\x12-\n" +
@@ -979,7 +987,8 @@ const file_grpc_gateway_resources_proto_rawDesc = "" +
 	"\ftime_to_live\x18\x03 \x01(\x03R\n" +
 	"timeToLive\x12\x12\n" +
 	"\x04etag\x18\x04 \x03(\fR\x04etag\x12(\n" +
-	"\x0fidempotency_key\x18\xcc\x01 \x01(\tR\x0eidempotencyKey\"\\\n" +
+	"\x0fidempotency_key\x18\xcc\x01 \x01(\tR\x0eidempotencyKey\x12\x15\n" +
+	"\x05async\x18\xd9\x01 \x01(\bR\x05async\"\\\n" +
 	"\x1dGetResourceFromDeviceResponse\x12;\n" +
 	"\x04data\x18\x01 \x01(\v2'.resourceaggregate.pb.ResourceRetrievedR\x04data\"\x9a\x03\n" +
 	"\x15UpdateResourceRequest\x12A\n" +
