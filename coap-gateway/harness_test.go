@@ -26,7 +26,7 @@ import (
 
 func TestMain(m *testing.M) {
 	// Refusals come late and tests wait for them: more of them at once than there are CPUs.
-	if err := flag.Set("test.parallel", "4"); err != nil {
+	if err := flag.Set("test.parallel", "8"); err != nil {
 		panic(err)
 	}
 	goleak.VerifyTestMain(m)

@@ -30,7 +30,7 @@ import (
 
 func TestMain(m *testing.M) {
 	// These tests wait for fleets and clocks most of their time: more of them at once than there are CPUs.
-	if err := flag.Set("test.parallel", "4"); err != nil {
+	if err := flag.Set("test.parallel", "8"); err != nil {
 		panic(err)
 	}
 	goleak.VerifyTestMain(m)
@@ -329,32 +329,41 @@ func TestOneSimulatedDevice(t *testing.T) {
 	runs(t, "status", "--refused", "--data", h.Data).want(t, exitOK, `sign-up +`+id, "^$")
 }
 
-// Devices over DTLS and UDP, and over plain TCP: a fleet over each, one device with a pre-shared key as onboard prints it, and
-// one without anything.
+// A fleet over each: DTLS with certificates and with keys, UDP, plain TCP.
 func TestSimulateOverDatagrams(t *testing.T) {
 	t.Parallel()
 	h := hubtest.Start(t, hubtest.WithConfig("coapGateway.api.coap.plainAddress=127.0.0.1:0"))
-	t.Run("fleets", func(t *testing.T) {
-		for _, way := range []string{"--scheme coaps", "--scheme coaps --psk", "--scheme coap", "--scheme coap+tcp"} {
-			t.Run(way, func(t *testing.T) {
-				t.Parallel()
-				args := append([]string{"simulate", "--devices", "2", "--seed", way, "--duration", "6s", "--data", h.Data}, strings.Fields(way)...)
-				runs(t, args...).want(t, exitOK, `devices 2  online 2  signed up 2 `, "^$")
-			})
-		}
-	})
-	r := runs(t, "onboard", "--device-id", lamp, "--psk", "--data", h.Data)
-	found := regexp.MustCompile(`(?m)^  coaphub (simulate .*--key .*)$`).FindStringSubmatch(r.out)
-	if found == nil {
-		t.Fatalf("onboard printed no command line: %q", r.out)
+	for _, way := range []string{"--scheme coaps", "--scheme coaps --psk", "--scheme coap", "--scheme coap+tcp"} {
+		t.Run(way, func(t *testing.T) {
+			t.Parallel()
+			args := append([]string{"simulate", "--devices", "2", "--seed", way, "--duration", "6s", "--data", h.Data}, strings.Fields(way)...)
+			runs(t, args...).want(t, exitOK, `devices 2  online 2  signed up 2 `, "^$")
+		})
 	}
-	args := append(strings.Fields(strings.ReplaceAll(found[1], "'", "")), "--duration", "5s")
-	runs(t, args...).want(t, exitOK, "device "+lamp+" is online at coaps://", "^$")
-	runs(t, "status", "--device", lamp, "--data", h.Data).want(t, exitOK, `(?s)protocol +coaps, DTLS 1\.2`, "^$")
-	runs(t, "simulate", "--device-id", fan, "--code", h.Code(t, fan), "--server", h.Endpoints.CoAP, "--duration", "5s").
-		want(t, exitOK, "device "+fan+" is online at coap://", "^$")
-	// It signed out: nothing else would tell the hub.
-	runs(t, "status", "--device", fan, "--data", h.Data).want(t, exitOK, `(?s)state +offline\nprotocol +coap\n`, "^$")
+}
+
+// One device over DTLS with a pre-shared key as onboard prints it, and one over UDP without anything but a code.
+func TestOneDeviceOverDatagrams(t *testing.T) {
+	t.Parallel()
+	h := hubtest.Start(t, hubtest.WithConfig("coapGateway.api.coap.plainAddress=127.0.0.1:0"))
+	t.Run("dtls", func(t *testing.T) {
+		t.Parallel()
+		r := runs(t, "onboard", "--device-id", lamp, "--psk", "--data", h.Data)
+		found := regexp.MustCompile(`(?m)^  coaphub (simulate .*--key .*)$`).FindStringSubmatch(r.out)
+		if found == nil {
+			t.Fatalf("onboard printed no command line: %q", r.out)
+		}
+		args := append(strings.Fields(strings.ReplaceAll(found[1], "'", "")), "--duration", "5s")
+		runs(t, args...).want(t, exitOK, "device "+lamp+" is online at coaps://", "^$")
+		runs(t, "status", "--device", lamp, "--data", h.Data).want(t, exitOK, `(?s)protocol +coaps, DTLS 1\.2`, "^$")
+	})
+	t.Run("udp", func(t *testing.T) {
+		t.Parallel()
+		runs(t, "simulate", "--device-id", fan, "--code", h.Code(t, fan), "--server", h.Endpoints.CoAP, "--duration", "5s").
+			want(t, exitOK, "device "+fan+" is online at coap://", "^$")
+		// It signed out: nothing else would tell the hub.
+		runs(t, "status", "--device", fan, "--data", h.Data).want(t, exitOK, `(?s)state +offline\nprotocol +coap\n`, "^$")
+	})
 }
 
 // Devices over WebSocket, on an HTTP port that is plain and on one with TLS: a fleet over each, and a device without

@@ -21,7 +21,7 @@ func TestFleet(t *testing.T) {
 	p := serve(t, t.TempDir())
 	ctx, cancel := context.WithTimeout(t.Context(), length+time.Minute)
 	defer cancel()
-	sim := exec.CommandContext(ctx, hubBinary, "simulate", "--data", p.data, "--devices", fmt.Sprint(devices), "--duration", length.String())
+	sim := exec.CommandContext(ctx, hubProgram(t), "simulate", "--data", p.data, "--devices", fmt.Sprint(devices), "--duration", length.String())
 	out := &lockedBuffer{}
 	sim.Stdout, sim.Stderr = out, out
 	start := time.Now() // the simulator counts its time from here too

@@ -25,8 +25,22 @@ import (
 	"go.uber.org/goleak"
 )
 
-// hubBinary is coaphub as a user builds it, without the race detector.
-var hubBinary string
+// built is closed when coaphub is there, as a user builds it, without the race detector. The tests that need none need not wait.
+var built = make(chan struct{})
+
+var (
+	program    string
+	buildError error
+)
+
+func hubProgram(t *testing.T) string {
+	t.Helper()
+	<-built
+	if buildError != nil {
+		t.Fatal(buildError)
+	}
+	return program
+}
 
 func TestMain(m *testing.M) {
 	dir, err := os.MkdirTemp("", "coaphub-e2e")
@@ -34,18 +48,21 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
-	hubBinary = filepath.Join(dir, "coaphub")
-	out, err := exec.Command("go", "build", "-ldflags", "-s -w", "-o", hubBinary, "github.com/coaphub/coaphub/cmd/coaphub").CombinedOutput()
-	if err != nil {
-		fmt.Fprintf(os.Stderr, "build coaphub: %v\n%s", err, out)
-		os.Exit(1)
-	}
+	program = filepath.Join(dir, "coaphub")
+	go func() {
+		defer close(built)
+		out, err := exec.Command("go", "build", "-ldflags", "-s -w", "-o", program, "github.com/coaphub/coaphub/cmd/coaphub").CombinedOutput()
+		if err != nil {
+			buildError = fmt.Errorf("build coaphub: %w\n%s", err, out)
+		}
+	}()
 	// These tests wait for processes, clocks and timeouts most of their time: more of them at once than there are CPUs.
-	if err := flag.Set("test.parallel", "12"); err != nil {
+	if err := flag.Set("test.parallel", "24"); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
 	code := m.Run()
+	<-built
 	http.DefaultClient.CloseIdleConnections()
 	if code == 0 {
 		if err := goleak.Find(); err != nil {
@@ -94,7 +111,7 @@ var loopback = []string{
 func serve(t *testing.T, data string, args ...string) *process {
 	t.Helper()
 	p := &process{t: t, data: data, log: &lockedBuffer{}, ended: make(chan error, 1)}
-	p.cmd = exec.Command(hubBinary, append(append([]string{"serve", "--data", data}, loopback...), args...)...)
+	p.cmd = exec.Command(hubProgram(t), append(append([]string{"serve", "--data", data}, loopback...), args...)...)
 	p.cmd.Stderr = p.log
 	out, err := p.cmd.StdoutPipe()
 	if err != nil {
@@ -149,7 +166,10 @@ func (p *process) run(args ...string) string {
 }
 
 func command(ctx context.Context, args ...string) (stdout, stderr string, err error) {
-	cmd := exec.CommandContext(ctx, hubBinary, args...)
+	if <-built; buildError != nil {
+		return "", "", buildError
+	}
+	cmd := exec.CommandContext(ctx, program, args...)
 	var o, e bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &o, &e
 	err = cmd.Run()

@@ -77,7 +77,8 @@ func TestScripts(t *testing.T) {
 	for i, f := range files {
 		t.Run(strings.TrimSuffix(filepath.Base(f), ".txt"), func(t *testing.T) {
 			t.Parallel()
-			ways := dose.Of([]transport{transports[i%len(transports)]}, transports, transports)
+			one := transports[(i+2)%len(transports)] // not datagrams for the scripts in which many are refused
+			ways := dose.Of([]transport{one}, transports, transports)
 			if *update {
 				ways = transports[:1] // what the scripts are written for
 			}

@@ -15,6 +15,7 @@ import (
 
 // TestSimulatedDevice lets a simulated device live over each way to the hub: it comes, reports and goes.
 func TestSimulatedDevice(t *testing.T) {
+	t.Parallel()
 	for _, tr := range transports {
 		t.Run(tr.name, func(t *testing.T) {
 			t.Parallel()

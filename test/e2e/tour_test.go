@@ -34,7 +34,7 @@ func TestTour(t *testing.T) {
 	if err := os.Mkdir(filepath.Join(home, "bin"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Symlink(hubBinary, filepath.Join(home, "bin", "coaphub")); err != nil {
+	if err := os.Symlink(hubProgram(t), filepath.Join(home, "bin", "coaphub")); err != nil {
 		t.Fatal(err)
 	}
 	p := serve(t, filepath.Join(home, "data"))
