@@ -131,14 +131,16 @@ type datagram struct {
 	finished bool // the Conn has ended or is about to; what is left answers duplicates
 	closed   bool // the link is closed
 	linger   time.Duration
+	vacated  atomic.Bool
 
-	rx       receptions
-	sent     []*transmission // confirmable messages that are not settled, in order
-	inFlight int             // those of them that are under way
-	nstart   atomic.Int32    // how many may be; read without mu
-	clean    int             // requests in a row that were answered without a retransmission
-	nextID   uint16
-	usedIDs  [4]time.Duration // when the last ID of each quarter was used
+	rx        receptions
+	sent      []*transmission // confirmable messages that are not settled, in order
+	inFlight  int             // those of them that are under way
+	notifying int             // those of them that are notifications
+	nstart    atomic.Int32    // how many may be; read without mu
+	clean     int             // requests in a row that were answered without a retransmission
+	nextID    uint16
+	usedIDs   [4]time.Duration // when the last ID of each quarter was used
 
 	proven    bool          // the address has answered
 	moved     bool          // the address changed after it was proven: only an answer to what was sent since proves it
@@ -315,8 +317,15 @@ func (d *datagram) close() {
 	d.g.mu.Lock()
 	delete(d.g.open, d)
 	d.g.mu.Unlock()
-	d.c.srv.gone()
+	d.vacate()
 	d.g.wg.Done()
+}
+
+// vacate gives back the session's place among the connections, once.
+func (d *datagram) vacate() {
+	if d.vacated.CompareAndSwap(false, true) {
+		d.c.srv.gone()
+	}
 }
 
 // silence is how long the peer may say nothing. Who has not proven its address gets no longer than a message may take, so

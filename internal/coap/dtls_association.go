@@ -75,6 +75,7 @@ type association struct {
 	l      *dtlsListener
 	first  endpoints
 	random helloRandom
+	since  time.Duration // when its ClientHello came
 	conn   *dtls.Conn
 	ctx    context.Context // of the handshake
 	cancel context.CancelCauseFunc

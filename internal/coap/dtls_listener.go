@@ -237,8 +237,10 @@ func (l *dtlsListener) hello(recs []record, e endpoints) {
 		return
 	}
 	for _, a := range []*association{shaking, old} {
-		if a != nil && a.random == h.random {
-			l.drop("duplicate") // it comes late
+		// One that comes late, but no later than the network can be: a device that begins with the same random after each reboot
+		// is not to wait for the end of its old session.
+		if a != nil && a.random == h.random && l.srv.now()-a.since < l.srv.cfg.exchangeLifetime() {
+			l.drop("duplicate")
 			return
 		}
 	}
@@ -274,11 +276,11 @@ type greyKey struct {
 
 // begin makes an association for a ClientHello.
 func (l *dtlsListener) begin(recs []record, h clientHello, e endpoints) {
-	if !l.srv.room() && !l.makeRoom() {
+	if !l.srv.room() && !l.replaceable() {
 		l.srv.refuse(net.UDPAddrFromAddrPort(e.remote), "max-connections", fmt.Sprintf("%d connections are open", l.srv.cfg.MaxConnections))
 		return
 	}
-	a := &association{l: l, first: e, random: h.random, route: l.newRoute(e), prefix: prefixOf(e.remote.Addr())}
+	a := &association{l: l, first: e, random: h.random, since: l.srv.now(), route: l.newRoute(e), prefix: prefixOf(e.remote.Addr())}
 	a.changed = sync.NewCond(&a.mu)
 	a.routes = []*route{a.route}
 	ctx, cancel := context.WithTimeout(l.ctx, l.conf.HandshakeTimeout)
@@ -489,8 +491,15 @@ func (s *Server) room() bool {
 	return s.count < s.cfg.MaxConnections
 }
 
-// makeRoom ends the oldest session that cannot be reached and reports whether there is room now. The end may take a moment:
-// the peer's next try finds it.
+// replaceable reports whether some session cannot be reached, so that it may give way to another. Not to whoever has sent a
+// ClientHello: anybody can forge one.
+func (l *dtlsListener) replaceable() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.mute.Len() > 0
+}
+
+// makeRoom ends the oldest session that cannot be reached, and reports whether there is room now.
 func (l *dtlsListener) makeRoom() bool {
 	l.mu.Lock()
 	var a *association
@@ -502,6 +511,7 @@ func (l *dtlsListener) makeRoom() bool {
 	l.mu.Unlock()
 	if a != nil {
 		a.session.lost(ErrReplaced)
+		a.session.vacate() // its end may take a moment
 	}
 	return l.srv.room()
 }

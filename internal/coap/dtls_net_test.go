@@ -280,6 +280,64 @@ func TestDTLSReboot(t *testing.T) {
 	}
 }
 
+// A hub that is full ends a session whose address is somebody else's now for a device that is there, and not for whoever forges
+// a ClientHello.
+func TestDTLSFullHub(t *testing.T) {
+	dtlsBubble(t, handlerFuncs{}, func(c *Config, _ *DTLSConfig) { c.MaxConnections = 2 }, func(t *testing.T, s *dtlsSim) {
+		nat := s.net.NAT("203.0.113.1", 0)
+		dial := func(sock net.PacketConn) *dtlsDevice {
+			d, err := s.shake(t, sock, pskOptions("lamp", testKey, true)...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			d.ask("/a")
+			s.conn(t)
+			return d
+		}
+		a := dial(behind(t, nat, "10.0.0.2:5000"))
+		nat.Forget()
+		b := dial(behind(t, nat, "10.0.0.3:5000")) // its port was a's
+		s.forge(t, "198.18.0.1:9", hello(1))
+		<-time.After(time.Second)
+		synctest.Wait()
+		s.stillOpen(t)
+		c := dial(s.socket(t, "198.51.100.1:5000"))
+		wantReason(t, s.reason(t), ErrReplaced)
+		b.ask("/still")
+		_ = a.conn.Close()
+		b.close()
+		c.close()
+	})
+}
+
+// A ClientHello with the random of the session that is there comes late; a device that begins with the same one after each reboot
+// is heard again once nothing can come as late as that.
+func TestDTLSSameRandom(t *testing.T) {
+	dtlsBubble(t, handlerFuncs{}, nil, func(t *testing.T, s *dtlsSim) {
+		d := s.dialPSK(t, "198.51.100.1:5000", false)
+		d.ask("/a")
+		a := s.conn(t).dg.link.(*association)
+		d.sock.Close()
+		again := hello(0)
+		copy(again[27:59], a.random[:])
+		begun := func() int {
+			s.forge(t, "198.51.100.1:5000", again)
+			synctest.Wait()
+			a.l.mu.Lock()
+			defer a.l.mu.Unlock()
+			return len(a.l.fresh)
+		}
+		if n := begun(); n != 0 {
+			t.Errorf("%d handshakes began at once", n)
+		}
+		<-time.After(5 * time.Minute)
+		if n := begun(); n != 1 {
+			t.Errorf("%d handshakes began after a while", n)
+		}
+		_ = d.conn.Close()
+	})
+}
+
 // A reboot in the middle of a handshake.
 func TestDTLSRebootDuringHandshake(t *testing.T) {
 	dtlsBubble(t, handlerFuncs{}, nil, func(t *testing.T, s *dtlsSim) {
