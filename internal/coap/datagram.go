@@ -674,12 +674,18 @@ func (d *datagram) repeat(r *reception) {
 
 // reply sends what r's message gets, or holds it until the address is proven; mu is held.
 func (d *datagram) reply(r *reception) {
-	if r.reply == nil || (d.proven || len(r.reply) <= 3*r.size) && d.put(r.reply) {
+	if r.reply == nil {
+		return
+	}
+	if (d.proven || len(r.reply) <= 3*r.size) && d.put(r.reply) {
+		r.spend()
 		return
 	}
 	if len(d.held) < maxHeld {
 		r.held = true
 		d.held = append(d.held, r)
+	} else {
+		r.spend()
 	}
 	d.probe()
 }
@@ -746,11 +752,8 @@ func (d *datagram) send(_ context.Context, m *Message, _ bool) error {
 			d.put(appendPacket(nil, nonConfirmable, id, m))
 			return nil
 		}
-		d.rx.lend(r, appendPacket(nil, nonConfirmable, id, m))
+		r.reply = appendPacket(nil, nonConfirmable, id, m) // duplicates of a NON get nothing, so it is not kept
 		d.reply(r)
-		if !r.held {
-			r.reply = nil // duplicates of a NON get nothing
-		}
 		return nil
 	case r.state == acknowledged: // RFC 7252, Section 5.2.2
 		r.state = given

@@ -94,7 +94,8 @@ func (x *receptions) forget(r *reception, b *budget) {
 	}
 }
 
-// keep remembers what r's duplicates get. When the common budget is used up they get nothing, which the peer takes for loss.
+// keep sets what r gets, and remembers it for r's duplicates. When the common budget is used up it is not paid for, and is
+// forgotten once it is sent (datagram.reply): then duplicates get nothing, which the peer takes for loss.
 func (x *receptions) keep(r *reception, reply []byte, cfg *Config, b *budget) {
 	r.reply = reply
 	if r.taken != 0 || x.byID[r.id] != r || !b.take(len(reply)) {
@@ -105,8 +106,12 @@ func (x *receptions) keep(r *reception, reply []byte, cfg *Config, b *budget) {
 	x.shrink(cfg, b)
 }
 
-// lend sets what is sent now and not kept.
-func (x *receptions) lend(r *reception, reply []byte) { r.reply = reply }
+// spend forgets a reply that nobody has paid for, after it was sent or when it will not be.
+func (r *reception) spend() {
+	if r.taken == 0 {
+		r.reply = nil
+	}
+}
 
 // await makes r, a request, one that gets an empty ACK at due.
 func (x *receptions) await(r *reception, due time.Duration) {

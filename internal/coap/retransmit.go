@@ -169,9 +169,8 @@ func (d *datagram) remove(t *transmission) {
 	if t == d.probing {
 		d.probing = nil
 		for _, r := range d.held { // duplicates of the requests ask for the answers, and for the proof, again
-			if r.held = false; !r.con {
-				r.reply = nil
-			}
+			r.held = false
+			r.spend()
 		}
 		d.held = nil
 	}
@@ -292,9 +291,7 @@ func (d *datagram) prove() {
 		if r.reply != nil {
 			d.write(r.reply)
 		}
-		if !r.con {
-			r.reply = nil
-		}
+		r.spend()
 	}
 	now := d.c.srv.now()
 	for _, t := range slices.Clone(d.sent) {

@@ -1304,6 +1304,39 @@ func TestDuplicateBounds(t *testing.T) {
 	}
 }
 
+// What the common budget has no room for is not kept for duplicates, which then get nothing and are still no new requests.
+func TestDuplicatesArePaid(t *testing.T) {
+	calls := 0
+	h := handlerFuncs{request: func(context.Context, *Message) Response {
+		calls++
+		return Response{Code: codes.Content, Payload: pattern(900)}
+	}}
+	udpBubble(t, h, func(c *Config) { c.MaxBuffered = 1500 }, func(t *testing.T, s *udpSim) {
+		p := s.device(t, deviceAddr)
+		s.begin2(t, p)
+		c := <-s.conns
+		for i := range 20 {
+			p.ask(get(fmt.Sprintf("/%d", i)))
+		}
+		synctest.Wait()
+		c.dg.mu.Lock()
+		kept, paid := 0, 0
+		for _, r := range c.dg.rx.order {
+			kept += len(r.reply)
+			paid += r.taken
+		}
+		c.dg.mu.Unlock()
+		if kept != paid || paid == 0 {
+			t.Errorf("%d bytes are kept, and %d paid for", kept, paid)
+		}
+		p.again(confirmable, p.id, get("/19"))
+		p.quiet(time.Minute)
+		if calls != 21 {
+			t.Errorf("%d calls", calls)
+		}
+	})
+}
+
 // begin2 proves the address of a peer whose first answer is large.
 func (s *udpSim) begin2(t *testing.T, p *udpPeer) {
 	t.Helper()
