@@ -309,7 +309,7 @@ func (d *datagram) close() {
 		return
 	}
 	d.closed = true
-	d.sent, d.held, d.probing = nil, nil, nil
+	d.sent, d.notifying, d.held, d.probing = nil, 0, nil, nil
 	d.rx.clear(d.c.srv.budget)
 	d.mu.Unlock()
 	_ = d.link.Close()

@@ -35,9 +35,9 @@ type Observer struct {
 // AddObserver enters the peer, whose request with Observe 0 the handler is answering, into the list of observers. The answer
 // must be a 2.xx with Observer.Number as its Observe option, or the entry is to be cancelled. What it is notified of before
 // that answer is on its way waits for it, so that the answer is not taken for newer. state says how the resource is, whenever
-// the observer is to be told although nothing changed, and may be Silent; it must not wait for the peer. ended, if not nil, is called once when
-// the entry is over for another reason than Cancel and the connection's end; it must not block. The error is of kind Exhausted
-// when there are Config.MaxObservations.
+// the observer is to be told although nothing changed, and may be Silent; it must not wait for the peer. ended, if not nil, is
+// called once when the entry is over for another reason than Cancel and the connection's end; it must not block. The error is
+// of kind Exhausted when there are Config.MaxObservations.
 func (c *Conn) AddObserver(req *Message, state func() Response, ended func()) (*Observer, error) {
 	const op = "coap.AddObserver"
 	o := &Observer{c: c, req: clone(req), from: req, state: state, ended: ended, told: c.srv.now(), busy: true}
@@ -89,15 +89,12 @@ func (c *Conn) remind(now time.Duration) (next time.Duration) {
 	}
 	c.mu.Unlock()
 	for _, o := range due {
-		if c.reserve(reminderSize) {
-			c.push(item{observer: o, size: reminderSize})
+		if c.reserve(messageCost) {
+			c.push(item{observer: o, size: messageCost})
 		}
 	}
 	return next
 }
-
-// reminderSize is what a reminder takes in the queue, roughly.
-const reminderSize = 256
 
 // tell sends the observer the state as it is now.
 func (o *Observer) tell() {
@@ -161,27 +158,36 @@ func (o *Observer) Notify(ctx context.Context, r Response) error {
 		return nil
 	}
 	o.busy = c.dg != nil
-	o.number++
-	o.told = c.srv.now()
-	number := o.number
+	number := o.next()
 	c.mu.Unlock()
-
-	err := o.send(ctx, r, number)
-	if err == nil && r.Code>>5 != 2 {
-		o.finish()
-	}
-	switch {
-	case err == nil:
+	err := o.say(ctx, r, number)
+	if err == nil {
 		return nil
+	}
+	o.settled(nil) // what came meanwhile is newer, and its turn
+	switch {
 	case ctx.Err() != nil:
 		return contextError(ctx, op)
 	case errors.Is(err, net.ErrClosed):
 		return errGone.With(op, err)
 	}
-	c.mu.Lock()
-	o.busy = false
-	c.mu.Unlock()
 	return &hub.Error{Kind: hub.Unavailable, Op: op, Err: err}
+}
+
+// next returns the number of the next notification, which is about to go; Conn.mu is held.
+func (o *Observer) next() uint32 {
+	o.number++
+	o.told = o.c.srv.now()
+	return o.number
+}
+
+// say sends a notification, and ends the entry with one that says so.
+func (o *Observer) say(ctx context.Context, r Response, number uint32) error {
+	err := o.send(ctx, r, number)
+	if err == nil && r.Code>>5 != 2 {
+		o.finish()
+	}
+	return err
 }
 
 // send sends one notification, or its first block; the peer fetches the others (RFC 7959, Section 3.4).
@@ -243,14 +249,21 @@ func (o *Observer) settled(err error) {
 		}
 		return
 	}
-	c.mu.Lock()
-	o.busy = false
-	next := o.waiting
-	o.waiting = nil
-	c.mu.Unlock()
-	if next != nil {
-		if err := o.Notify(c.ctx, *next); err != nil {
+	for {
+		c.mu.Lock()
+		next := o.waiting
+		o.waiting = nil
+		if next == nil {
+			o.busy = false
+			c.mu.Unlock()
+			return
+		}
+		number := o.next() // still busy: what is told while this one goes is newer
+		c.mu.Unlock()
+		if err := o.say(c.ctx, *next, number); err != nil {
 			c.srv.metrics.dropped.WithLabelValues("unsent").Inc()
+		} else if c.dg != nil {
+			return // until it is acknowledged
 		}
 	}
 }

@@ -172,6 +172,37 @@ func TestObserverUDP(t *testing.T) {
 	})
 }
 
+// However many observers a peer has and however slowly it acknowledges, each is told its newest state in the end.
+func TestManyObserversOfASlowPeer(t *testing.T) {
+	h := &observable{}
+	udpBubble(t, h.funcs(), nil, func(t *testing.T, s *udpSim) {
+		h.added = make(chan *Observer, 200)
+		p := s.device(t, deviceAddr)
+		s.begin(t, p)
+		const many = 2*maxBacklog + 2
+		var observers []*Observer
+		for i := range many {
+			p.ask(register(byte(i), 0))
+			observers = append(observers, <-h.added)
+		}
+		for _, o := range observers {
+			tell(t, o, "first")
+		}
+		h.early = "newest" // told before the answer that registers
+		p.send(confirmable, register(200, 0))
+		got := make(map[byte]string)
+		for m, ok := p.next(10 * time.Minute); ok; m, ok = p.next(10 * time.Minute) {
+			if m.typ == confirmable {
+				p.empty(acknowledgement, m.id)
+				got[m.Token[0]] = string(m.Payload)
+			}
+		}
+		if len(got) != many+1 || got[0] != "first" || got[many-1] != "first" || got[200] != "newest" {
+			t.Errorf("%d observers were told, the last %q and %q", len(got), got[many-1], got[200])
+		}
+	})
+}
+
 // RFC 7641, Section 4.5: at least every 24 h a confirmable notification, so that an observer that is gone does not stay. It is
 // the state as the handler says it then, with the Max-Age that it gives it.
 func TestObserverIsReminded(t *testing.T) {

@@ -12,20 +12,22 @@ import (
 
 // transmission is a confirmable message of ours that the peer has not settled (RFC 7252, Section 4.2).
 type transmission struct {
-	id      uint16
-	request bool
-	started bool
-	held    bool   // waits for the proof of the address
-	stale   bool   // was sent to another address than the peer has now, and not since
-	token   string // of a request: whose exchange fails with it
-	b       []byte
-	tries   int           // how often it was sent
-	wait    time.Duration // after the last time
-	due     time.Duration
-	settled func(error) // told of the ACK, by nil, or of a RST or silence; may be nil
+	id           uint16
+	request      bool
+	notification bool // of an observer, which has one at a time
+	started      bool
+	held         bool   // waits for the proof of the address
+	stale        bool   // was sent to another address than the peer has now, and not since
+	token        string // of a request: whose exchange fails with it
+	b            []byte
+	tries        int           // how often it was sent
+	wait         time.Duration // after the last time
+	due          time.Duration
+	settled      func(error) // told of the ACK, by nil, or of a RST or silence; may be nil
 }
 
-// maxBacklog bounds the confirmable messages of one session that wait for their turn.
+// maxBacklog bounds the confirmable messages of one session that wait for their turn, but for the notifications: of those
+// there is one for each observer, so none is lost for want of room.
 const maxBacklog = 64
 
 // What a confirmable message may come back with.
@@ -41,7 +43,7 @@ func (e *transmissionError) Error() string { return e.text }
 // confirm sends m in a confirmable message; mu is held. Requests are known by their token. settled, if not nil, is told
 // how it ended, without a lock.
 func (d *datagram) confirm(m *Message, settled func(error)) error {
-	t := &transmission{request: m.Code>>5 == 0, settled: settled}
+	t := &transmission{request: m.Code>>5 == 0, notification: m.from == nil && m.Code>>5 != 0, settled: settled}
 	if t.request {
 		t.token = string(m.Token)
 		d.c.messagesOut.Add(1)
@@ -55,7 +57,7 @@ func (d *datagram) transmit(t *transmission, m *Message) error {
 	if d.closed {
 		return net.ErrClosed
 	}
-	if len(d.sent) >= maxBacklog {
+	if t.notification && d.notifying >= d.c.srv.cfg.MaxObservations || !t.notification && len(d.sent)-d.notifying >= maxBacklog {
 		return errQueueFull
 	}
 	id, ok := d.messageID()
@@ -65,6 +67,9 @@ func (d *datagram) transmit(t *transmission, m *Message) error {
 	t.id = id
 	t.b = appendPacket(nil, confirmable, id, m)
 	d.sent = append(d.sent, t)
+	if t.notification {
+		d.notifying++
+	}
 	d.advance(d.c.srv.now())
 	return nil
 }
@@ -163,6 +168,9 @@ func (d *datagram) remove(t *transmission) {
 		return
 	}
 	d.sent = slices.Delete(d.sent, i, i+1)
+	if t.notification {
+		d.notifying--
+	}
 	if t.started && t != d.probing {
 		d.inFlight--
 	}
