@@ -11,9 +11,9 @@ import (
 // hub.Internal become 5.03, never 4.01.
 type Directory interface {
 	// SignIn records that the device is online on conn (its Online, ID, ConnectedAt, Protocol and Service; LocalEndpoints
-	// stay what they were) and gives the session's number. to is how the directory reaches the session; a former session of the device is closed
-	// through its own Deliverer after the commit. Signing in again on a live session keeps its number: the gateway does not
-	// call SignIn for that. Kinds: Denied if own's owner or generation is not the device's current one.
+	// stay what they were) and gives the session's number. to is how the directory reaches the session; a former session of
+	// the device is closed through its own Deliverer after the commit. Signing in again on a live session keeps its number:
+	// the gateway does not call SignIn for that. Kinds: Denied if own's owner or generation is not the device's current one.
 	SignIn(ctx context.Context, own hub.Ownership, conn hub.Connection, user string, to Deliverer) (hub.Session, error)
 	// SignOut ends the session and records OFFLINE. A session that is not the current one is Precondition.
 	SignOut(ctx context.Context, from hub.Stamp) error

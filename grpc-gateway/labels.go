@@ -94,8 +94,8 @@ func (g *Gateway) setLabels(w http.ResponseWriter, r *request, replace bool) err
 
 var errBodyForm = hub.NewError(hub.Invalid, "body-invalid", "the body is not the JSON or CBOR object that this call takes")
 
-// readJSON reads a body that is one document of ours, in JSON or, where Content-Type says so, in CBOR. What it does not know is Invalid: a member that was misspelt would
-// be passed over otherwise.
+// readJSON reads a body that is one document of ours, in JSON or, where Content-Type says so, in CBOR. What it does not know
+// is Invalid: a member that was misspelt would be passed over otherwise.
 func readJSON(r *request, v any) error {
 	b, err := r.document()
 	if err != nil {

@@ -42,8 +42,8 @@ func (d *Directory) Register(ctx context.Context, own hub.Ownership, user string
 
 var errCommandsLeft = hub.NewError(hub.Conflict, "commands-left", "commands of the former owner wait")
 
-// Unregister appends an unregistered event, ends the commands that wait, deletes links and twin, and closes the live session. The log stays until
-// retention. Repeating it, or asking it of a device that has a newer generation, does nothing.
+// Unregister appends an unregistered event, ends the commands that wait, deletes links and twin, and closes the live session.
+// The log stays until retention. Repeating it, or asking it of a device that has a newer generation, does nothing.
 func (d *Directory) Unregister(ctx context.Context, own hub.Ownership, user string) error {
 	r := &request{dev: own.Device, op: "directory.Unregister", fresh: true}
 	r.decide = func(s *state, _ int64) ([]hub.Event, error) {

@@ -56,9 +56,9 @@ type Handler interface {
 	Open(c *Conn) (ConnHandler, error)
 }
 
-// ConnHandler is the hub's side of one connection, which over UDP and DTLS means one session. The engine calls Request and Notifications from one goroutine at a time,
-// in the order of arrival; that goroutine exists only while there is work. Responses to Conn.Do are delivered beside it, so
-// handlers may wait for the peer's answers.
+// ConnHandler is the hub's side of one connection, which over UDP and DTLS means one session. The engine calls Request and
+// Notifications from one goroutine at a time, in the order of arrival; that goroutine exists only while there is work.
+// Responses to Conn.Do are delivered beside it, so handlers may wait for the peer's answers.
 type ConnHandler interface {
 	// Request answers one request, whole even if it came in blocks. A panic ends this request with 5.00 (logged, counted).
 	Request(ctx context.Context, req *Message) Response

@@ -321,7 +321,7 @@ func (c *Conn) assemble(m *Message, b block) (whole *Message, r Response, done b
 	if up.none {
 		opts = AddOption(opts, IfNoneMatch, nil)
 	}
-	return &Message{Code: m.Code, Token: m.Token, Options: opts, Payload: up.body}, Response{}, true
+	return &Message{Code: m.Code, Token: m.Token, Options: opts, Payload: up.body, from: m.from}, Response{}, true
 }
 
 // busy is 5.03 with a time to retry (RFC 7252, Section 5.9.3.4).
@@ -626,6 +626,9 @@ func (c *Conn) rest(ctx context.Context, op string, m, first *Message) (_ *Messa
 			return nil, 0, err
 		}
 		if _, has, _ = blockOf(first, Block2); !has {
+			if len(first.Payload) > cfg.MaxBody {
+				return nil, 0, errBody.With(op, nil)
+			}
 			return first, 0, nil
 		}
 	}

@@ -24,6 +24,8 @@ type exchange struct {
 	cancel      bool         // notifications with the same token may still come first
 	refresh     bool         // the answer is a notification, too
 
+	again bool // asked once more, with the Echo value that the peer wanted
+
 	// Of a refresh over UDP: its ACK came without the answer, and something came that is older by its number.
 	acknowledged, outdated bool
 }
@@ -157,8 +159,8 @@ func (t *Turn) Do(ctx context.Context, req *Message) (*Message, error) {
 // first answer, an error code included. The observation is nil if the answer has no Observe option. Notifications may reach
 // ConnHandler.Notifications before Observe returns; Observation.Path tells them apart even then. A notification with
 // more than Config.MaxBody arrives as 4.13 without payload, one whose further blocks cannot be fetched as 5.04, as does a
-// 2.03 for a representation that is not the newest known, all not ended; one with a critical option that is not understood as 4.02, ended. Errors are those of Do, and Exhausted when the
-// connection has Config.MaxObservations.
+// 2.03 for a representation that is not the newest known, all not ended; one with a critical option that is not understood as
+// 4.02, ended. Errors are those of Do, and Exhausted when the connection has Config.MaxObservations.
 func (c *Conn) Observe(ctx context.Context, req *Message) (*Observation, *Message, error) {
 	const op = "coap.Observe"
 	if err := c.slot(ctx, op); err != nil {
@@ -217,7 +219,8 @@ func (o *Observation) Stale() time.Time {
 // Refresh asks for the resource once more and renews the registration, by the request that began it, with its token (RFC 7641,
 // Section 3.3.1) and with the ETag of the newest representation, so that the peer may say 2.03. What it answers comes to
 // ConnHandler.Notifications, in order with all others and newer than those before: with Ended if it is an error or has no
-// Observe option. Errors are those of Do; the observation goes on. Refreshing one that is over does nothing.
+// Observe option, and as 5.04 if it is separate and its number is older, as that of a notification would be that was
+// overtaken. Errors are those of Do; the observation goes on. Refreshing one that is over does nothing.
 func (o *Observation) Refresh(ctx context.Context) error {
 	const op = "coap.Refresh"
 	c := o.c
@@ -238,34 +241,40 @@ func (o *Observation) Refresh(ctx context.Context) error {
 		return nil
 	}
 	_, err := c.roundTrip(ctx, op, m, &exchange{answer: make(chan answer, 1), refresh: true})
-	if errors.Is(err, errOutdated) {
-		_, err = c.roundTrip(ctx, op, m, &exchange{answer: make(chan answer, 1), refresh: true})
-	}
 	return err
 }
 
-// errOutdated ends a refresh whose separate answer may have come, with a number that is older than the newest: of a peer that
-// has rebooted, or a notification that was overtaken on its way. Nobody can tell them apart, as the token is the same.
-var errOutdated = errors.New("the answer may be older than the newest notification")
-
-// doubt ends x, the refresh of o with that token, if its answer may be what was dropped. Whatever comes next is then the newest.
-// Conn.mu is held.
-func (c *Conn) doubt(token string, x *exchange, o *Observation) {
+// doubt reports that the separate answer to x, the refresh of an observation, may have come with a number that is older than the
+// newest: of a peer that has rebooted, or it was a notification that was overtaken on its way. The token is the same, so nobody
+// can tell. Then what the resource is like is not known, and x is over. Conn.mu is held.
+func (c *Conn) doubt(token string, x *exchange) bool {
 	if !x.acknowledged || !x.outdated {
-		return
+		return false
 	}
 	delete(c.exchanges, token)
-	o.seen = 0
-	x.answer <- answer{err: errOutdated}
+	x.answer <- answer{msg: unknownState([]byte(token))}
+	return true
 }
+
+// unknownState is the notification that says that there is something newer than what we know, and no more than that.
+func unknownState(token []byte) *Message { return &Message{Code: codes.GatewayTimeout, Token: token} }
 
 // awaited notes that the answer to a request comes in a message of its own (RFC 7252, Section 5.2.2).
 func (c *Conn) awaited(token string) {
+	room := c.reserve(messageCost)
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	if x, o := c.exchanges[token], c.observations[token]; x != nil && x.refresh && o != nil {
+	x, o := c.exchanges[token], c.observations[token]
+	told := false
+	if x != nil && x.refresh && o != nil {
 		x.acknowledged = true
-		c.doubt(token, x, o)
+		told = room && c.doubt(token, x) // without room it is over with its time
+	}
+	c.mu.Unlock()
+	switch {
+	case told:
+		c.push(item{msg: unknownState([]byte(token)), observation: o, size: messageCost})
+	case room:
+		c.unreserve(messageCost)
 	}
 }
 
@@ -430,6 +439,7 @@ func (c *Conn) roundTrip(ctx context.Context, op string, m *Message, x *exchange
 		return answer, err
 	}
 	if _, asked := answer.Option(EchoOption); asked {
+		x.again = true
 		answer, err = c.attempt(ctx, op, c.echoing(m, true), x)
 	}
 	return answer, err
@@ -468,16 +478,17 @@ func (c *Conn) attempt(ctx context.Context, op string, m *Message, x *exchange) 
 		c.exchanges = make(map[string]*exchange)
 	}
 	c.asked++
-	x.begun, x.sent = c.asked, 0
+	x.begun, x.sent, x.acknowledged, x.outdated = c.asked, 0, false, false
 	c.exchanges[key] = x
 	c.mu.Unlock()
 	defer func() {
 		c.mu.Lock()
-		if c.exchanges[key] == x {
+		ours := c.exchanges[key] == x // else it was answered, or the token is that of another request by now
+		if ours {
 			delete(c.exchanges, key)
 		}
 		c.mu.Unlock()
-		if c.dg != nil {
+		if ours && c.dg != nil {
 			c.dg.abandon(m.Token)
 		}
 	}()
@@ -547,7 +558,9 @@ func (c *Conn) response(m *Message, f fault, room, settles bool) (item, verdict)
 	defer c.mu.Unlock()
 	x := c.exchanges[string(m.Token)]
 	refreshed := x != nil && x.refresh
-	if x != nil && !refreshed && !(x.cancel && observed) {
+	_, echo := m.Option(EchoOption)
+	challenged := refreshed && echo && !x.again && m.Code == codes.Unauthorized // it is asked again, and that is answered
+	if x != nil && (!refreshed || challenged) && !(x.cancel && observed) {
 		delete(c.exchanges, string(m.Token))
 		c.overtook(x)
 		if x.observation != nil && observed && m.Code>>5 == 2 && !f.bad() {
@@ -592,13 +605,15 @@ func (c *Conn) response(m *Message, f fault, room, settles bool) (item, verdict)
 			c.srv.metrics.dropped.WithLabelValues("stale").Inc()
 			if refreshed {
 				x.outdated = true
-				c.doubt(string(m.Token), x, o)
+				if c.doubt(string(m.Token), x) {
+					return item{msg: unknownState(m.Token), observation: o}, isNotification
+				}
 			}
 			return item{}, isStale
 		}
 		if !f.bad() && !o.learn(m, c.srv.now()) {
 			// RFC 7641, Section 3.3.2: what the ETag stands for is valid again, and we do not have it any more.
-			it.msg = &Message{Code: codes.GatewayTimeout, Token: m.Token}
+			it.msg = unknownState(m.Token)
 		}
 	}
 	if refreshed {
@@ -747,5 +762,5 @@ func (c *Conn) fetchOne(o *Observation, job *fetch) (_ *Message, held int) {
 		return &Message{Code: codes.RequestEntityTooLarge, Token: o.req.Token}, 0
 	}
 	c.srv.log.Debug("cannot fetch the rest of a notification", "connection", c.id, "path", o.path, "error", err)
-	return &Message{Code: codes.GatewayTimeout, Token: o.req.Token}, 0
+	return unknownState(o.req.Token), 0
 }

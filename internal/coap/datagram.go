@@ -511,7 +511,7 @@ func (d *datagram) malformed(p packet) {
 // dispatch brings a request or a response that is no duplicate to where it belongs.
 func (d *datagram) dispatch(p packet, r *reception, size int, now time.Duration) {
 	c, m := d.c, d.c.srv.metrics
-	size += 256 // what the message costs besides its bytes, roughly
+	size += messageCost
 	in, f, err := decodePacket(p)
 	if err != nil {
 		d.mu.Lock()
@@ -579,7 +579,7 @@ func (d *datagram) piggybacked(p packet) {
 		return // as if only the ACK had come: the caller's time decides
 	}
 	m.in[kindResponse].Inc()
-	size := len(p.body) + 256
+	size := len(p.body) + messageCost
 	room := d.c.reserve(size)
 	it, what := d.c.response(msg, f, room, true)
 	switch {

@@ -32,7 +32,8 @@ type DTLSConfig struct {
 	// identities exist (RFC 4279, Section 2). An error ends the handshake with internal_error. Nil: only certificates.
 	PSK func(ctx context.Context, identity []byte) ([]byte, error)
 	// Verify decides on a peer that has proven its credential; it is here that one is demanded. An error ends the handshake
-	// with bad_certificate, or with handshake_failure if the peer has proven nothing. It is called once for each association. Nil takes everybody, also who has proven nothing.
+	// with bad_certificate, or with handshake_failure if the peer has proven nothing. It is called once for each association.
+	// Nil takes everybody, also who has proven nothing.
 	Verify func(PeerCredential) error
 	// Gateway is the first part of all connection IDs, by which a load balancer can find this gateway.
 	Gateway uint16
