@@ -466,8 +466,8 @@ func (c *Conn) message(m *Message, r Response) *Message {
 // upload sends m, in blocks if the peer takes no message as large (RFC 7959, Section 2.5), and returns the answer to the
 // whole.
 func (c *Conn) upload(ctx context.Context, op string, m *Message) (*Message, error) {
-	send := func(m *Message) (*Message, error) {
-		return c.roundTrip(ctx, op, m, &exchange{answer: make(chan answer, 1)})
+	send := func(m *Message, num uint32) (*Message, error) {
+		return c.roundTrip(ctx, op, m, &exchange{answer: make(chan answer, 1), block: num})
 	}
 	largest, bert := c.tr.limits()
 	// One token for all blocks: go-coap's servers know a transfer by its token, and with others take the last block for the
@@ -475,7 +475,7 @@ func (c *Conn) upload(ctx context.Context, op string, m *Message) (*Message, err
 	// 4.2), the block number in the answer must be the one that was sent.
 	m.Token = c.token()
 	if c.tr.size(m) <= largest {
-		return send(m)
+		return send(m, 0)
 	}
 	part := clone(m)
 	part.Token, part.Payload = m.Token, nil
@@ -502,7 +502,7 @@ func (c *Conn) upload(ctx context.Context, op string, m *Message) (*Message, err
 			part.Options = without(part.Options, IfNoneMatch) // RFC 7959, Section 2.10
 		}
 		part.Payload = m.Payload[offset:end]
-		answer, err := send(part)
+		answer, err := send(part, b.num)
 		if err != nil {
 			return nil, err
 		}

@@ -23,8 +23,8 @@ type exchange struct {
 	observation *Observation // to be registered when the answer has an Observe option
 	cancel      bool         // notifications with the same token may still come first
 	refresh     bool         // the answer is a notification, too
-
-	again bool // asked once more, with the Echo value that the peer wanted
+	block       uint32       // of a body in blocks: the number of the one that is sent
+	again       bool         // asked once more, with the Echo value that the peer wanted
 
 	// Of a refresh over UDP: its ACK came without the answer, and something came that is older by its number.
 	acknowledged, outdated bool
@@ -544,7 +544,7 @@ type verdict uint8
 const (
 	isUnknown      verdict = iota // nobody waits for it
 	isAnswer                      // somebody has it
-	isStale                       // of an observation: older than what we have
+	isStale                       // older than what we have, or wait for
 	isTaken                       // of an observation: its blocks are fetched
 	isNotification                // to be handled
 	isWithheld                    // a notification for which there is no room
@@ -558,6 +558,13 @@ func (c *Conn) response(m *Message, f fault, room, settles bool) (item, verdict)
 	defer c.mu.Unlock()
 	x := c.exchanges[string(m.Token)]
 	refreshed := x != nil && x.refresh
+	if c.dg != nil && x != nil && !settles {
+		// A late second answer to a block before: the blocks have one token, see upload.
+		if b, ok, _ := blockOf(m, Block1); ok && b.num < x.block {
+			c.srv.metrics.dropped.WithLabelValues("late").Inc()
+			return item{}, isStale
+		}
+	}
 	_, echo := m.Option(EchoOption)
 	challenged := refreshed && echo && !x.again && m.Code == codes.Unauthorized // it is asked again, and that is answered
 	if x != nil && (!refreshed || challenged) && !(x.cancel && observed) {

@@ -195,9 +195,22 @@ func TestUDPUpload(t *testing.T) {
 		}
 		wantKind(t, (<-r).err, hub.Invalid)
 
-		// The peer refuses from the beginning.
+		// The answer to a block that was answered already, in a message of its own: it is acknowledged, and the next one counts.
 		r = do(c, t.Context(), post("/up", body))
 		m := p.read(confirmable)
+		first := &Message{Code: codes.Continue, Token: m.Token, Options: AddOption(nil, Block1, block{more: true, szx: 6}.value())}
+		p.raw(appendPacket(nil, acknowledgement, m.id, first))
+		m = p.read(confirmable)
+		p.send(confirmable, first)
+		p.read(acknowledgement)
+		p.raw(appendPacket(nil, acknowledgement, m.id, &Message{Code: codes.Changed, Token: m.Token, Options: AddOption(nil, Block1, block{num: 1, szx: 6}.value())}))
+		if res := <-r; res.err != nil || res.msg.Code != codes.Changed {
+			t.Fatalf("%+v", res)
+		}
+
+		// The peer refuses from the beginning.
+		r = do(c, t.Context(), post("/up", body))
+		m = p.read(confirmable)
 		p.raw(appendPacket(nil, acknowledgement, m.id, reply(m.Message, codes.RequestEntityTooLarge, "")))
 		if res := <-r; res.err != nil || res.msg.Code != codes.RequestEntityTooLarge {
 			t.Fatalf("%+v", res)
