@@ -112,16 +112,33 @@ func (c *Checker) Operations() []string {
 
 // Operation returns the operation of a method and an escaped path, nil if none is described.
 func (c *Checker) Operation(method, escapedPath string) *openapi3.Operation {
+	op, _ := c.find(method, escapedPath)
+	return op
+}
+
+// Name returns the operation of a method and an escaped path as Operations has it, empty if none is described.
+func (c *Checker) Name(method, escapedPath string) string {
+	op, template := c.find(method, escapedPath)
+	if op == nil {
+		return ""
+	}
+	if method == http.MethodHead {
+		method = http.MethodGet
+	}
+	return method + " " + template
+}
+
+func (c *Checker) find(method, escapedPath string) (op *openapi3.Operation, template string) {
 	if method == http.MethodHead {
 		method = http.MethodGet
 	}
 	for _, p := range c.paths {
 		if p.match.MatchString(escapedPath) {
 			// The last segment decides between an href and what is below it.
-			return p.item.GetOperation(method)
+			return p.item.GetOperation(method), p.template
 		}
 	}
-	return nil
+	return nil, ""
 }
 
 // Check reports what is wrong with an answer. Requests that no operation describes must be answered with an error. body is

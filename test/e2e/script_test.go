@@ -56,8 +56,11 @@ var update = flag.Bool("update", false, "write what came into the scripts")
 //	device NAME disconnects
 //	device NAME is closed by the hub              -> yes
 //	app WHO METHOD /path {body}                   -> 200 {body}
+//	app WHO begins METHOD /path {body}            which goes on beside what follows
+//	app WHO gets                                  -> 200 {body}, the answer to that
+//	app WHO calls RPC {body}                      -> OK {answer} ...
 //	app WHO says {message}                        over a WebSocket, which it opens first
-//	app WHO hears                                 -> {message}
+//	app WHO hears                                 -> {message}, or closed CODE
 //	app WHO hangs up
 //
 // A line that begins with "with certificates: " is left out where devices show none, over plain TCP and UDP and WebSocket.
@@ -67,16 +70,23 @@ var update = flag.Bool("update", false, "write what came into the scripts")
 //
 // NAME in a path or body stands for that device's ID, CODE for a fresh authorization code, TOKEN-OF-NAME and
 // REFRESH-OF-NAME for what its last sign-up or refresh brought, APP-TOKEN for an application's access token, RESUME for the
-// resume token of what WHO heard last. In what came, IDs become names and values that change from run to run become words in capitals.
+// resume token of what WHO heard last, CORRELATION for the command that an answer named last. In what came, IDs become names and values that change from run to run become words in capitals.
 func TestScripts(t *testing.T) {
 	t.Parallel()
 	files, err := filepath.Glob("../scripts/*.txt")
 	if err != nil || len(files) == 0 {
 		t.Fatalf("no scripts: %v", err)
 	}
+	played := make(chan string, len(files))
+	t.Cleanup(func() {
+		if len(played) == len(files) && !*update { // and not only some of them
+			wantAllReached(t)
+		}
+	})
 	for i, f := range files {
 		t.Run(strings.TrimSuffix(filepath.Base(f), ".txt"), func(t *testing.T) {
 			t.Parallel()
+			played <- f
 			one := transports[(i+2)%len(transports)] // not datagrams for the scripts in which many are refused
 			ways := dose.Of([]transport{one}, transports, transports)
 			if *update {
@@ -133,7 +143,7 @@ func play(t *testing.T, file string, tr transport) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &world{t: t, over: tr, config: tr.config(), devices: map[string]*actor{}, sockets: map[string]*socket{}}
+	w := &world{t: t, over: tr, config: tr.config(), devices: map[string]*actor{}, sockets: map[string]*socket{}, begun: map[string]chan appAnswer{}}
 	var out []string
 	for i, line := range strings.Split(strings.TrimRight(string(b), "\n"), "\n") {
 		act, want, arrow := split(line)
@@ -212,6 +222,10 @@ type world struct {
 	leaving []*peer // whom the hub has still to close
 	tokens  map[string]string
 	sockets map[string]*socket
+	grpc    *remote // nil before it is needed
+	begun   map[string]chan appAnswer
+
+	correlation string // of the newest command that an answer named
 }
 
 // actor is one device of a script.
@@ -564,36 +578,89 @@ func (w *world) appLine(ctx context.Context, owner, rest string) (string, error)
 	switch method {
 	case "says", "hears", "hangs":
 		return w.socketLine(ctx, owner, method, rest)
+	case "calls":
+		return w.callLine(ctx, owner, rest)
+	case "begins":
+		if w.begun[owner] != nil {
+			return "", fmt.Errorf("%s has begun a request already", owner)
+		}
+		method, rest, _ = strings.Cut(rest, " ")
+		req, err := w.request(w.t.Context(), owner, method, rest)
+		if err != nil {
+			return "", err
+		}
+		answer := make(chan appAnswer, 1)
+		w.begun[owner] = answer
+		client := checked(w.t)
+		go func() { answer <- ask(client, req) }()
+		return "", nil
+	case "gets":
+		answer := w.begun[owner]
+		delete(w.begun, owner)
+		select {
+		case a := <-answer:
+			return w.told(a)
+		case <-ctx.Done():
+			return "", ctx.Err()
+		}
 	}
+	req, err := w.request(ctx, owner, method, rest)
+	if err != nil {
+		return "", err
+	}
+	return w.told(ask(checked(w.t), req))
+}
+
+func (w *world) request(ctx context.Context, owner, method, rest string) (*http.Request, error) {
 	target, body, _ := strings.Cut(strings.TrimSpace(rest), " ")
-	h := w.start()
 	token, err := w.token(ctx, owner)
 	if err != nil {
-		return "", err
+		return nil, err
 	}
-	req, err := http.NewRequestWithContext(ctx, method, h.HTTP+w.ids(target), strings.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, method, w.start().HTTP+w.ids(target), strings.NewReader(body))
 	if err != nil {
-		return "", err
+		return nil, err
 	}
 	if token != "" {
 		req.Header.Set("Authorization", "Bearer "+token)
 	}
-	res, err := checked(w.t).Do(req)
+	d, err := description()
 	if err != nil {
-		return "", err
+		return nil, err
+	}
+	reached.Store(d.Name(method, req.URL.EscapedPath()), true)
+	return req, nil
+}
+
+// appAnswer is what the HTTP API said.
+type appAnswer struct {
+	status int
+	body   []byte
+	err    error
+}
+
+func ask(client *http.Client, req *http.Request) (a appAnswer) {
+	res, err := client.Do(req)
+	if err != nil {
+		return appAnswer{err: err}
 	}
 	defer res.Body.Close()
-	b, err := io.ReadAll(io.LimitReader(res.Body, 1<<20))
-	if err != nil {
-		return "", err
+	a.status = res.StatusCode
+	a.body, a.err = io.ReadAll(io.LimitReader(res.Body, 1<<20))
+	return a
+}
+
+func (w *world) told(a appAnswer) (string, error) {
+	if a.err != nil {
+		return "", a.err
 	}
 	var parts []string
-	for line := range bytes.Lines(b) {
+	for line := range bytes.Lines(a.body) {
 		if line = bytes.TrimSpace(line); len(line) > 0 {
-			parts = append(parts, w.renderJSON(line))
+			parts = append(parts, w.answered(line))
 		}
 	}
-	return strings.TrimSpace(fmt.Sprintf("%d %s", res.StatusCode, strings.Join(parts, " "))), nil
+	return strings.TrimSpace(fmt.Sprintf("%d %s", a.status, strings.Join(parts, " "))), nil
 }
 
 // socket is a WebSocket of an application.
@@ -625,6 +692,7 @@ func (w *world) socketLine(ctx context.Context, owner, verb, rest string) (strin
 		}
 		w.t.Cleanup(func() { _ = conn.CloseNow() })
 		s.conn = conn
+		reached.Store("GET /api/v1/ws/events", true)
 	}
 	if verb == "says" {
 		v, err := w.value(strings.ReplaceAll(rest, "RESUME", s.last))
@@ -638,6 +706,9 @@ func (w *world) socketLine(ctx context.Context, owner, verb, rest string) (strin
 		return "", s.conn.Write(ctx, websocket.MessageText, b)
 	}
 	_, b, err := s.conn.Read(ctx)
+	if code := websocket.CloseStatus(err); code != -1 {
+		return fmt.Sprintf("closed %d", code), nil
+	}
 	if err != nil {
 		return "", err
 	}
@@ -703,6 +774,7 @@ func (w *world) ids(s string) string {
 	if strings.Contains(s, "APP-TOKEN") {
 		s = strings.ReplaceAll(s, "APP-TOKEN", w.start().TokenOf(w.t, "admin"))
 	}
+	s = strings.ReplaceAll(s, "CORRELATION", w.correlation)
 	for name, d := range w.devices {
 		if strings.Contains(s, "CODE-OF-"+name) {
 			s = strings.ReplaceAll(s, "CODE-OF-"+name, d.onboard.Code)
@@ -720,6 +792,7 @@ func (w *world) names(s string) string {
 	}
 	if w.hub != nil {
 		s = strings.ReplaceAll(s, w.hub.ID, "HUB")
+		s = strings.ReplaceAll(s, w.hub.HTTP, "HUB-HTTP") // before its port, which is also that of CoAP over WebSocket
 		at := w.hub.CoAPS
 		switch {
 		case w.over.name == "ws":
@@ -743,7 +816,8 @@ var changing = map[string]string{
 	"accesstoken": "TOKEN", "refreshtoken": "TOKEN", "expiresin": "SECONDS", "connectionId": "CONNECTION",
 	"timestamp": "TIME", "connectedAt": "TIME", "syncingAt": "TIME", "inSyncAt": "TIME", "forceSynchronizationAt": "TIME",
 	"serviceId": "GATEWAY", "sequence": "N", "currentTime": "TIME", "etag": "ETAG", "validUntil": "TIME", "connection.id": "CONNECTION",
-	"resumeToken": "RESUME",
+	"resumeToken": "RESUME", "certificateAuthorities": "CERTIFICATES", "request": "REQUEST", "remote": "ADDRESS", "number": "N",
+	"cursor": "CURSOR", "coapGateway": "GATEWAY-ADDRESS",
 }
 
 // render writes a decoded body as a YAML flow value with sorted members.

@@ -1,0 +1,173 @@
+package e2e_test
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"path"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
+	grpcstatus "google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/reflect/protoregistry"
+	"google.golang.org/protobuf/types/dynamicpb"
+
+	pb "github.com/coaphub/coaphub/api/gen/grpcgatewaypb"
+)
+
+const apiService = "grpcgateway.pb.GrpcGateway"
+
+// remote is a script's connection to the gRPC door, which it knows by reflection alone.
+type remote struct {
+	conn  *grpc.ClientConn
+	files *protoregistry.Files
+}
+
+func (w *world) remote(ctx context.Context) (*remote, error) {
+	if w.grpc != nil {
+		return w.grpc, nil
+	}
+	conn, err := grpc.NewClient(w.start().GRPC, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return nil, err
+	}
+	w.t.Cleanup(func() { _ = conn.Close() })
+	w.grpc = &remote{conn, reflected(ctx, w.t, conn)}
+	return w.grpc, nil
+}
+
+// callLine calls an rpc of the API and tells its answers, or the error's code and sentence. Of a stream that has no end it tells
+// the first answer.
+func (w *world) callLine(ctx context.Context, who, rest string) (string, error) {
+	name, body, _ := strings.Cut(strings.TrimSpace(rest), " ")
+	r, err := w.remote(ctx)
+	if err != nil {
+		return "", err
+	}
+	found, err := r.files.FindDescriptorByName(protoreflect.FullName(apiService + "." + name))
+	if err != nil {
+		return "", err
+	}
+	method := found.(protoreflect.MethodDescriptor)
+	token, err := w.token(ctx, who)
+	if err != nil {
+		return "", err
+	}
+	if token != "" {
+		ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+token)
+	}
+	v, err := w.value(strings.TrimSpace(body))
+	if err != nil {
+		return "", err
+	}
+	b, err := json.Marshal(v)
+	if err != nil {
+		return "", err
+	}
+	in := dynamicpb.NewMessage(method.Input())
+	types := dynamicpb.NewTypes(r.files)
+	if err := (protojson.UnmarshalOptions{Resolver: types}).Unmarshal(b, in); err != nil {
+		return "", err
+	}
+	endless := method.IsStreamingClient()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	desc := &grpc.StreamDesc{ServerStreams: method.IsStreamingServer(), ClientStreams: endless}
+	stream, err := r.conn.NewStream(ctx, desc, path.Join("/", apiService, name))
+	if err != nil {
+		return "", err
+	}
+	if err := stream.SendMsg(in); err != nil && !errors.Is(err, io.EOF) { // the error is what RecvMsg brings
+		return "", err
+	}
+	if !endless {
+		if err := stream.CloseSend(); err != nil {
+			return "", err
+		}
+	}
+	reached.Store("rpc "+name, true)
+	parts := []string{"OK"}
+	for {
+		out := dynamicpb.NewMessage(method.Output())
+		err := stream.RecvMsg(out)
+		if s, ok := grpcstatus.FromError(err); err != nil && !errors.Is(err, io.EOF) {
+			if !ok {
+				return "", err
+			}
+			return fmt.Sprintf("%s (%s)", s.Code(), w.names(s.Message())), nil
+		}
+		if err != nil {
+			return strings.Join(parts, " "), nil
+		}
+		b, err := (protojson.MarshalOptions{Resolver: types}).Marshal(out)
+		if err != nil {
+			return "", err
+		}
+		parts = append(parts, contentWord.ReplaceAllStringFunc(w.answered(b), decoded))
+		if endless || !method.IsStreamingServer() {
+			return strings.Join(parts, " "), nil
+		}
+	}
+}
+
+// answered renders an answer of the API, and keeps what later lines name.
+func (w *world) answered(b []byte) string {
+	for _, m := range correlationWord.FindAllSubmatch(b, -1) {
+		w.correlation = string(m[1])
+	}
+	return w.renderJSON(b)
+}
+
+var correlationWord = regexp.MustCompile(`"correlationId":\s*"([-0-9a-f]{36})"`)
+
+// reached are the operations of the API that scripts have called: "METHOD template" and "rpc Name".
+var reached sync.Map
+
+// wantAllReached reports what no script has called.
+func wantAllReached(t *testing.T) {
+	t.Helper()
+	d, err := description()
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := d.Operations()
+	for _, m := range pb.GrpcGateway_ServiceDesc.Methods {
+		all = append(all, "rpc "+m.MethodName)
+	}
+	for _, m := range pb.GrpcGateway_ServiceDesc.Streams {
+		all = append(all, "rpc "+m.StreamName)
+	}
+	reached.Store("GET /api/v1/events/stream", true) // it has no end: TestCurlEvents
+	missing := slices.DeleteFunc(all, func(op string) bool { _, ok := reached.Load(op); return ok })
+	if len(missing) > 0 {
+		t.Errorf("no script calls\n%s", strings.Join(missing, "\n"))
+	}
+}
+
+// contentWord is the content of a resource as gRPC has it.
+var contentWord = regexp.MustCompile(`\{(?:coapContentFormat: \d+, )?contentType: "?application/(?:vnd.ocf\+)?cbor"?, data: [^ ,}]+\}`)
+
+// decoded shows what CBOR says: the order of its members, and so its bytes, differ from run to run.
+func decoded(content string) string {
+	_, data, _ := strings.Cut(strings.TrimSuffix(content, "}"), "data: ")
+	b, err := base64.StdEncoding.DecodeString(strings.Trim(data, `"`))
+	if err != nil {
+		return content
+	}
+	var v any
+	if err := decodeCBOR(b, &v); err != nil {
+		return content
+	}
+	return "CBOR " + (&world{}).render("", v)
+}
