@@ -4,7 +4,10 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
+	"net"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -36,6 +39,7 @@ type device struct {
 	asked    []string                  // what the hub asked, in order
 	watching map[string]message.Token
 	number   uint32 // of notifications
+	asking   int    // requests of ours that are under way
 	whole    bool   // messages are not cut into blocks
 	mute     bool   // nothing that the hub asks is answered
 }
@@ -75,12 +79,60 @@ func (d *device) dial(addr string, conf *tls.Config) error {
 	if d.whole {
 		opts = append(opts, options.WithBlockwise(false, 0, time.Second))
 	}
-	if conf != nil {
-		opts = append(opts, options.WithTLS(conf))
-	}
+	var conn net.Conn
 	var err error
-	d.conn, err = tcp.Dial(addr, opts...)
+	if conf != nil {
+		conn, err = (&tls.Dialer{Config: conf}).DialContext(d.t.Context(), "tcp", addr)
+	} else {
+		conn, err = (&net.Dialer{}).DialContext(d.t.Context(), "tcp", addr)
+	}
+	if err != nil {
+		return err
+	}
+	d.conn, err = tcp.Client(lastWord{conn, d}, append(opts, options.WithCloseSocket())...)
 	return err
+}
+
+// lastWord tells go-coap of the connection's end when what was asked has its answer: its client drops what it has read and not
+// yet handled by then.
+type lastWord struct {
+	net.Conn
+	d *device
+}
+
+func (c lastWord) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+		c.d.awaitAnswers()
+	}
+	return n, err
+}
+
+// awaitAnswers waits until no request is under way, but not for long: some get no answer.
+func (d *device) awaitAnswers() {
+	enough := time.After(500 * time.Millisecond)
+	for {
+		d.mu.Lock()
+		asking, bump := d.asking, d.bump
+		d.mu.Unlock()
+		if asking == 0 {
+			return
+		}
+		select {
+		case <-bump:
+		case <-enough:
+			return
+		}
+	}
+}
+
+// ask notes that one more request is under way, or one less.
+func (d *device) ask(more int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.asking += more
+	close(d.bump)
+	d.bump = make(chan struct{})
 }
 
 // serve answers the hub's requests.
@@ -291,6 +343,8 @@ func (d *device) try(code codes.Code, path string, body []byte, opts ...option) 
 		m.SetContentFormat(message.AppOcfCbor)
 		m.SetBody(bytes.NewReader(body))
 	}
+	d.ask(1)
+	defer d.ask(-1)
 	resp, err := d.conn.Do(m)
 	if err != nil {
 		return reply{}, err

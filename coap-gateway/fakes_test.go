@@ -17,6 +17,8 @@ import (
 // The fakes are structs of functions; a world gives each of them a simple default and keeps what happened.
 
 type fakeDirectory struct {
+	mu *sync.Mutex // the world's
+
 	signIn    func(context.Context, hub.Ownership, hub.Connection, string, Deliverer) (hub.Session, error)
 	signOut   func(context.Context, hub.Stamp) error
 	offline   func(context.Context, hub.Stamp) error
@@ -37,74 +39,83 @@ type fakeDirectory struct {
 	state     func(context.Context, hub.Owner, []hub.DeviceID) iter.Seq2[*hub.Device, error]
 }
 
-func (f *fakeDirectory) Command(ctx context.Context, owner hub.Owner, o hub.Order) (hub.Outcome, error) {
-	return f.command(ctx, owner, o)
+// now reads a function that a test may replace, with the world locked, while the gateway runs.
+func now[F any](mu *sync.Mutex, f *F) F {
+	mu.Lock()
+	defer mu.Unlock()
+	return *f
 }
 
-func (f *fakeDirectory) FeedHead(ctx context.Context) (hub.Cursor, error) { return f.head(ctx) }
+func (f *fakeDirectory) Command(ctx context.Context, owner hub.Owner, o hub.Order) (hub.Outcome, error) {
+	return now(f.mu, &f.command)(ctx, owner, o)
+}
+
+func (f *fakeDirectory) FeedHead(ctx context.Context) (hub.Cursor, error) {
+	return now(f.mu, &f.head)(ctx)
+}
 
 func (f *fakeDirectory) Feed(ctx context.Context, owner hub.Owner, from hub.Cursor) iter.Seq2[hub.Fed, error] {
-	return f.feed(ctx, owner, from)
+	return now(f.mu, &f.feed)(ctx, owner, from)
 }
 
 func (f *fakeDirectory) State(ctx context.Context, owner hub.Owner, ids []hub.DeviceID) iter.Seq2[*hub.Device, error] {
-	return f.state(ctx, owner, ids)
+	return now(f.mu, &f.state)(ctx, owner, ids)
 }
 
 func (f *fakeDirectory) TakeCommands(ctx context.Context, from hub.Stamp, have []hub.Taken, n int) ([]hub.Command, bool, error) {
-	return f.take(ctx, from, have, n)
+	return now(f.mu, &f.take)(ctx, from, have, n)
 }
 
 func (f *fakeDirectory) EndCommand(ctx context.Context, from hub.Stamp, id string, a hub.Answer) error {
-	return f.end(ctx, from, id, a)
+	return now(f.mu, &f.end)(ctx, from, id, a)
 }
 
 func (f *fakeDirectory) SignIn(ctx context.Context, own hub.Ownership, c hub.Connection, user string, to Deliverer) (hub.Session, error) {
-	return f.signIn(ctx, own, c, user, to)
+	return now(f.mu, &f.signIn)(ctx, own, c, user, to)
 }
 
 func (f *fakeDirectory) SignOut(ctx context.Context, from hub.Stamp) error {
-	return f.signOut(ctx, from)
+	return now(f.mu, &f.signOut)(ctx, from)
 }
 
 func (f *fakeDirectory) Offline(ctx context.Context, from hub.Stamp) error {
-	return f.offline(ctx, from)
+	return now(f.mu, &f.offline)(ctx, from)
 }
 
 func (f *fakeDirectory) Publish(ctx context.Context, from hub.Stamp, l []hub.Link) ([]hub.Link, error) {
-	return f.publish(ctx, from, l)
+	return now(f.mu, &f.publish)(ctx, from, l)
 }
 
 func (f *fakeDirectory) Unpublish(ctx context.Context, from hub.Stamp, h []hub.Href) ([]hub.Href, error) {
-	return f.unpublish(ctx, from, h)
+	return now(f.mu, &f.unpublish)(ctx, from, h)
 }
 
 func (f *fakeDirectory) Notify(ctx context.Context, from hub.Stamp, c []hub.Change) error {
-	return f.notify(ctx, from, c)
+	return now(f.mu, &f.notify)(ctx, from, c)
 }
 
 func (f *fakeDirectory) SetTwin(ctx context.Context, from hub.Stamp, s hub.TwinState) error {
-	return f.setTwin(ctx, from, s)
+	return now(f.mu, &f.setTwin)(ctx, from, s)
 }
 
 func (f *fakeDirectory) SetLocalEndpoints(ctx context.Context, from hub.Stamp, at []string) error {
-	return f.setLocal(ctx, from, at)
+	return now(f.mu, &f.setLocal)(ctx, from, at)
 }
 
 func (f *fakeDirectory) SetContact(ctx context.Context, from hub.Stamp, c hub.Contact) error {
-	return f.expect(ctx, from, c)
+	return now(f.mu, &f.expect)(ctx, from, c)
 }
 
 func (f *fakeDirectory) Device(ctx context.Context, o hub.Owner, d hub.DeviceID) (*hub.Device, error) {
-	return f.device(ctx, o, d)
+	return now(f.mu, &f.device)(ctx, o, d)
 }
 
 func (f *fakeDirectory) Devices(ctx context.Context, o hub.Owner, ids []hub.DeviceID) iter.Seq2[*hub.Device, error] {
-	return f.devices(ctx, o, ids)
+	return now(f.mu, &f.devices)(ctx, o, ids)
 }
 
 func (f *fakeDirectory) ETags(ctx context.Context, d hub.DeviceID, limit int) ([][]byte, error) {
-	return f.etags(ctx, d, limit)
+	return now(f.mu, &f.etags)(ctx, d, limit)
 }
 
 type fakeIdentities struct {
@@ -229,6 +240,7 @@ func newWorld() *world {
 		off: map[hub.DeviceID]bool{},
 	}
 	w.dir = fakeDirectory{
+		mu:     &w.mu,
 		signIn: w.signIn, signOut: w.signOut, offline: w.offline, publish: w.publish, unpublish: w.unpublish, notify: w.notify,
 		take: w.take, end: w.end, command: w.command, head: w.head, feed: w.feed,
 		setTwin: w.setTwin, setLocal: w.setLocal, expect: w.expect, device: w.device, devices: w.devices, etags: func(context.Context, hub.DeviceID, int) ([][]byte, error) {
