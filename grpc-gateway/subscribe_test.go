@@ -139,6 +139,9 @@ func (l *listener) expect(words ...string) frame {
 func TestWebSocketConversation(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
+	w.identities.devices = func(context.Context, hub.Owner) ([]hub.DeviceID, error) {
+		return []hub.DeviceID{lampA, lampB, bobs}, nil // a device is its new owner's before the directory hears of it: the stamps decide
+	}
 	w.run(t)
 	l := w.listen(t, "alice", "")
 	l.say(`{"createSubscription":{"eventFilter":["RESOURCE_CHANGED"]},"correlationId":"one"}`)
