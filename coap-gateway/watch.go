@@ -228,15 +228,17 @@ func (x *watches) listen(owner hub.Owner, head hub.Cursor) *ear {
 // watch looks how its resource is.
 func (x *watches) read(ctx context.Context, e *ear, head hub.Cursor) {
 	for {
-		for fed, err := range x.gw.deps.Directory.Feed(ctx, e.owner, head) {
-			if err != nil {
-				if ctx.Err() == nil {
-					x.gw.log.Warn("the feed of an owner cannot be read, trying again", "error", err)
+		x.gw.engine.Guard("feed", func() {
+			for fed, err := range x.gw.deps.Directory.Feed(ctx, e.owner, head) {
+				if err != nil {
+					if ctx.Err() == nil {
+						x.gw.log.Warn("the feed of an owner cannot be read, trying again", "error", err)
+					}
+					return
 				}
-				break
+				x.heed(e, fed.Commit)
 			}
-			x.heed(e, fed.Commit)
-		}
+		})
 		for {
 			t := time.NewTimer(askDirectoryAgain)
 			select {
@@ -360,8 +362,11 @@ func (w *watch) tell() bool {
 		w.s.log.Debug("a notification could not be sent", "device", w.at.device, "href", w.at.href, "error", notified)
 		return ctx.Err() != nil // over UDP there may be room later
 	}
-	if err != nil {
-		w.end()
+	if err != nil { // the observer ends by itself, with what it was told now
+		x := w.p.gw.watches
+		x.mu.Lock()
+		x.remove(w)
+		x.mu.Unlock()
 		return true
 	}
 	w.told = r.Seq

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message"
@@ -300,6 +301,44 @@ func TestObservationOfAnotherDeviceEnds(t *testing.T) {
 	}
 }
 
+// Over UDP, too, an observer hears that it is one no more, also when it has not acknowledged what it was told before.
+func TestObservationEndsForASlowObserver(t *testing.T) {
+	t.Parallel()
+	doze(t, nil, nil, func(d *dozer) { d.w.own(fanID, "alice") }, func(t *testing.T, w *world, gw *Gateway, d *dozer) {
+		report := func(value string) {
+			defer w.lock()()
+			w.store(fanID, hub.Change{Href: "/fan", Content: hub.Content{Format: hub.FormatOCFCBOR, Data: []byte(value)}})
+		}
+		report("1")
+		m := get(at(fanID, "/fan"), 5)
+		m.Options = coap.AddUint(m.Options, message.Observe, 0)
+		if a := d.ask(m); a.Code != codes.Content || string(a.Payload) != "1" {
+			t.Fatalf("%v", a)
+		}
+		d.sleep()
+		report("2")
+		synctest.Wait()
+		unlock := w.lock()
+		w.unregister(fanID)
+		unlock()
+		w.await(t, "the end of the observation", func() bool {
+			gw.watches.mu.Lock()
+			defer gw.watches.mu.Unlock()
+			return gw.watches.n == 0
+		})
+		d.set(func() { d.asleep = false })
+		after(time.Minute)
+		var got []string
+		for len(d.answers) > 0 {
+			a := <-d.answers
+			got = append(got, fmt.Sprintf("%v %s", a.Code, a.Payload))
+		}
+		if len(got) != 2 || got[0] != "Content 2" || !strings.HasPrefix(got[1], "ServiceUnavailable resource-gone: ") {
+			t.Errorf("it was told %q", got)
+		}
+	})
+}
+
 // transfer gives the lamp to an owner, with what the former one had of it.
 func (h *hall) transfer(to hub.Owner) {
 	unlock := h.w.lock()
@@ -450,6 +489,42 @@ func TestPanicOfAnObservation(t *testing.T) {
 		}
 	}
 	h.watched(0)
+}
+
+// One where the feed is read does not: it is read on from its end, and each watch looks.
+func TestPanicOfAFeed(t *testing.T) {
+	t.Parallel()
+	h := start(t, nil)
+	h.w.own(lampID, "alice")
+	h.report("/light", hub.FormatOCFCBOR, "\xa0", "")
+	n := h.neighbour(fanID)
+	unlock := h.w.lock()
+	feed := h.w.dir.feed
+	var panicked atomic.Bool
+	h.w.dir.feed = func(ctx context.Context, o hub.Owner, from hub.Cursor) iter.Seq2[hub.Fed, error] {
+		return func(yield func(hub.Fed, error) bool) {
+			for f, err := range feed(ctx, o, from) {
+				if !panicked.Load() {
+					break // the fake's lock is held by no one who panics
+				}
+				if !yield(f, err) {
+					return
+				}
+			}
+			if panicked.CompareAndSwap(false, true) {
+				panic("on purpose")
+			}
+		}
+	}
+	unlock()
+	n.is(n.ask(observe("/light", 5, 0)), codes.Content, "\xa0")
+	h.report("/light", hub.FormatOCFCBOR, "b", "")
+	n.is(n.answer(5), codes.Content, "b")
+	h.report("/light", hub.FormatOCFCBOR, "c", "")
+	n.is(n.answer(5), codes.Content, "c")
+	if !panicked.Load() {
+		t.Error("nothing panicked")
+	}
 }
 
 // A client of another house: go-coap's.

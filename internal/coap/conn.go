@@ -644,11 +644,18 @@ func (c *Conn) beside(size int, answer func(context.Context) Response, send func
 // Guard calls f and reports whether it returned without a panic; one is logged with its stack and counted. The engine calls
 // its handler so, and handlers call so what they do in goroutines of their own.
 func (c *Conn) Guard(what string, f func()) (ok bool) {
+	return c.srv.guard(what, f, "connection", c.id)
+}
+
+// Guard is Conn.Guard for what handlers do for more than one connection.
+func (s *Server) Guard(what string, f func()) (ok bool) { return s.guard(what, f) }
+
+func (s *Server) guard(what string, f func(), attrs ...any) (ok bool) {
 	defer func() {
 		if v := recover(); v != nil {
 			ok = false
-			c.srv.metrics.panics.Inc()
-			c.srv.log.Error("handler panicked", "call", what, "connection", c.id, "panic", fmt.Sprint(v), "stack", string(debug.Stack()))
+			s.metrics.panics.Inc()
+			s.log.With(attrs...).Error("handler panicked", "call", what, "panic", fmt.Sprint(v), "stack", string(debug.Stack()))
 		}
 	}()
 	f()

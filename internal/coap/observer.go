@@ -29,6 +29,7 @@ type Observer struct {
 	number  uint32
 	over    bool
 	busy    bool      // a notification is under way, or the answer that registers
+	ending  bool      // an error is to be told, and nothing after it
 	waiting *Response // the newest one behind it
 }
 
@@ -122,7 +123,7 @@ func (o *Observer) Number() uint32 {
 	return o.number & 0xffffff
 }
 
-// Cancel ends the entry; what is under way may still arrive. Cancelling again does nothing.
+// Cancel ends the entry; what is under way may still arrive, what waits for it is dropped. Cancelling again does nothing.
 func (o *Observer) Cancel() { o.finish() }
 
 // finish takes the entry out of the list and reports whether it was there.
@@ -142,28 +143,32 @@ func (o *Observer) finish() bool {
 
 // Notify tells the observer of a new state; r needs no Observe option, and its Content-Format must be that of the answer that
 // registered (RFC 7641, Section 4.2). Over a stream it waits for room until ctx ends; over UDP it never waits, and a state
-// that is overtaken by a newer one may never be sent. An error code ends the entry (RFC 7641, Section 4.2). Errors are of kind
-// Unavailable (the entry or the connection is over, or there is no room) and Deadline.
+// that is overtaken by a newer one may never be sent. An error code ends the entry when its turn comes, and nothing overtakes it
+// (RFC 7641, Section 4.2); Cancel would take it back. Errors are of kind Unavailable (the entry or the connection is over or
+// about to be, or there is no room) and Deadline.
 func (o *Observer) Notify(ctx context.Context, r Response) error {
 	const op = "coap.Notify"
 	c := o.c
 	c.mu.Lock()
 	switch {
-	case o.over || c.reason != nil:
+	case o.over || o.ending || c.reason != nil:
 		c.mu.Unlock()
 		return errGone.With(op, nil)
 	case o.busy:
-		o.waiting = &r
+		o.waiting, o.ending = &r, r.ends()
 		c.mu.Unlock()
 		return nil
 	}
-	o.busy = c.dg != nil
+	o.busy, o.ending = c.dg != nil, r.ends()
 	number := o.next()
 	c.mu.Unlock()
 	err := o.say(ctx, r, number)
 	if err == nil {
 		return nil
 	}
+	c.mu.Lock()
+	o.ending = o.waiting != nil && o.waiting.ends() // r was not told
+	c.mu.Unlock()
 	o.settled(nil) // what came meanwhile is newer, and its turn
 	switch {
 	case ctx.Err() != nil:
@@ -181,10 +186,13 @@ func (o *Observer) next() uint32 {
 	return o.number
 }
 
+// ends reports whether r, as a notification, ends the observation (RFC 7641, Section 4.2).
+func (r *Response) ends() bool { return r.Code>>5 != 2 }
+
 // say sends a notification, and ends the entry with one that says so.
 func (o *Observer) say(ctx context.Context, r Response, number uint32) error {
 	err := o.send(ctx, r, number)
-	if err == nil && r.Code>>5 != 2 {
+	if err == nil && r.ends() {
 		o.finish()
 	}
 	return err
@@ -262,6 +270,9 @@ func (o *Observer) settled(err error) {
 		c.mu.Unlock()
 		if err := o.say(c.ctx, *next, number); err != nil {
 			c.srv.metrics.dropped.WithLabelValues("unsent").Inc()
+			if next.ends() {
+				o.finish()
+			}
 		} else if c.dg != nil {
 			return // until it is acknowledged
 		}

@@ -20,6 +20,7 @@ type observable struct {
 	ended int
 	state Response // how it is, when the observer is to be told again
 	early string   // what the observer is told before the answer that registers it is on its way
+	gone  bool     // and then that it is over
 }
 
 func (h *observable) funcs() handlerFuncs {
@@ -37,6 +38,9 @@ func (h *observable) funcs() handlerFuncs {
 				if h.early != "" {
 					_ = o.Notify(h.c.Context(), Response{Code: codes.Content, Payload: []byte("overtaken")})
 					_ = o.Notify(h.c.Context(), Response{Code: codes.Content, Payload: []byte(h.early)})
+					if h.gone {
+						_ = o.Notify(h.c.Context(), Response{Code: codes.ServiceUnavailable})
+					}
 				}
 				h.added <- o
 			case ok:
@@ -169,6 +173,93 @@ func TestObserverUDP(t *testing.T) {
 		if h.ended != before+1 {
 			t.Fatalf("%d ended", h.ended-before)
 		}
+	})
+}
+
+// An error ends the entry, and is the last word: it waits for what is under way, and nothing newer takes its place (RFC 7641,
+// Section 4.2).
+func TestErrorNotificationWaits(t *testing.T) {
+	failure := Response{Code: codes.ServiceUnavailable}
+	t.Run("notification under way", func(t *testing.T) {
+		h := &observable{}
+		udpBubble(t, h.funcs(), nil, func(t *testing.T, s *udpSim) {
+			h.added = make(chan *Observer, 10)
+			p := s.device(t, deviceAddr)
+			s.begin(t, p)
+			p.ask(register(1, 0))
+			o := <-h.added
+			tell(t, o, "1")
+			first := p.read(confirmable)
+			tell(t, o, "2")
+			if err := o.Notify(t.Context(), failure); err != nil {
+				t.Fatal(err)
+			}
+			wantKind(t, o.Notify(t.Context(), Response{Code: codes.Content}), hub.Unavailable)
+			p.empty(acknowledgement, first.id)
+			m := p.read(confirmable)
+			if m.packet.code != codes.ServiceUnavailable || m.Token[0] != 1 || number(m.Message) != 1<<31 {
+				t.Fatalf("%s", m)
+			}
+			p.empty(acknowledgement, m.id)
+			synctest.Wait()
+			if o.c.Observer(register(1, 1)) != nil {
+				t.Fatal("the entry is still there")
+			}
+			p.quiet(time.Minute)
+		})
+	})
+	t.Run("cancelled", func(t *testing.T) {
+		h := &observable{}
+		udpBubble(t, h.funcs(), nil, func(t *testing.T, s *udpSim) {
+			h.added = make(chan *Observer, 10)
+			p := s.device(t, deviceAddr)
+			s.begin(t, p)
+			p.ask(register(1, 0))
+			o := <-h.added
+			tell(t, o, "1")
+			first := p.read(confirmable)
+			if err := o.Notify(t.Context(), failure); err != nil {
+				t.Fatal(err)
+			}
+			p.ask(register(1, 1)) // the peer knows that it is over
+			p.empty(acknowledgement, first.id)
+			p.quiet(time.Minute)
+		})
+	})
+	t.Run("registered again", func(t *testing.T) {
+		h := &observable{}
+		udpBubble(t, h.funcs(), nil, func(t *testing.T, s *udpSim) {
+			h.added = make(chan *Observer, 10)
+			p := s.device(t, deviceAddr)
+			s.begin(t, p)
+			p.ask(register(1, 0))
+			o := <-h.added
+			tell(t, o, "1")
+			first := p.read(confirmable)
+			if err := o.Notify(t.Context(), failure); err != nil {
+				t.Fatal(err)
+			}
+			p.ask(register(1, 0)) // it would take the error for the end of the new entry
+			p.empty(acknowledgement, first.id)
+			p.quiet(time.Minute)
+			tell(t, <-h.added, "2")
+			if m := p.read(confirmable); string(m.Payload) != "2" {
+				t.Fatalf("%s", m)
+			}
+		})
+	})
+	t.Run("answer that registers under way", func(t *testing.T) {
+		h := &observable{early: "second", gone: true}
+		bubble(t, h.funcs(), nil, func(t *testing.T, s *sim) {
+			h.added = make(chan *Observer, 10)
+			p := s.dial(t)
+			if first := p.ask(register(1, 0)); string(first.Payload) != "first" {
+				t.Fatalf("%q", first.Payload)
+			}
+			if m := p.read(); m.Code != codes.ServiceUnavailable || m.Token[0] != 1 {
+				t.Fatalf("%v %q", m.Code, m.Payload)
+			}
+		})
 	})
 }
 
