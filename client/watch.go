@@ -53,9 +53,9 @@ func (f EventFilter) values() (url.Values, error) {
 }
 
 // Watch hears events as they happen: each once, in each device's order, for as long as the loop goes on. When the connection
-// breaks or the hub restarts it comes back and goes on behind the last event that the loop got; if the hub no longer keeps
-// what happened meanwhile, an event Lagged says so, and the current state follows. The first event is Live, unless
-// EventFilter.Resume was lost, which is Lagged. A loop that is slow loses nothing: the hub keeps the place.
+// breaks or the hub restarts it comes back and goes on behind the last event that the loop got; if that is not possible, since
+// the hub no longer keeps what happened meanwhile or the current state had not been told whole, an event Lagged says so, and
+// the current state follows. The first event is Live. A loop that is slow loses nothing: the hub keeps the place.
 //
 // It ends with an error: that of the first connection if there never was one, one that coming back does not help, or the cause
 // of ctx's end.

@@ -50,9 +50,9 @@ type Directory interface {
 	Devices(ctx context.Context, owner hub.Owner, ids []hub.DeviceID) iter.Seq2[*hub.Device, error]
 	// FeedHead is the place behind everything that can be read now.
 	FeedHead(ctx context.Context) (hub.Cursor, error)
-	// Feed yields the commits behind the cursor that carry owner's stamp, and goes on with those that come, until ctx ends. An
-	// error is the last element.
-	Feed(ctx context.Context, owner hub.Owner, from hub.Cursor) iter.Seq2[hub.Fed, error]
+	// Feed yields the commits behind the cursor that carry owner's stamp: those up to the position to, which a head was, or, if
+	// that is zero, all, and those that come, until ctx ends. An error is the last element.
+	Feed(ctx context.Context, owner hub.Owner, from hub.Cursor, to hub.Position) iter.Seq2[hub.Fed, error]
 	// State yields pictures like Devices, never older than what FeedHead or Feed have told of.
 	State(ctx context.Context, owner hub.Owner, ids []hub.DeviceID) iter.Seq2[*hub.Device, error]
 	// ETags returns the newest ETags of the device's resources, newest first, at most limit.

@@ -54,7 +54,7 @@ func (f *fakeDirectory) FeedHead(ctx context.Context) (hub.Cursor, error) {
 	return now(f.mu, &f.head)(ctx)
 }
 
-func (f *fakeDirectory) Feed(ctx context.Context, owner hub.Owner, from hub.Cursor) iter.Seq2[hub.Fed, error] {
+func (f *fakeDirectory) Feed(ctx context.Context, owner hub.Owner, from hub.Cursor, _ hub.Position) iter.Seq2[hub.Fed, error] {
 	return now(f.mu, &f.feed)(ctx, owner, from)
 }
 

@@ -229,7 +229,7 @@ func (x *watches) listen(owner hub.Owner, head hub.Cursor) *ear {
 func (x *watches) read(ctx context.Context, e *ear, head hub.Cursor) {
 	for {
 		x.gw.engine.Guard("feed", func() {
-			for fed, err := range x.gw.deps.Directory.Feed(ctx, e.owner, head) {
+			for fed, err := range x.gw.deps.Directory.Feed(ctx, e.owner, head, hub.Position{}) {
 				if err != nil {
 					if ctx.Err() == nil {
 						x.gw.log.Warn("the feed of an owner cannot be read, trying again", "error", err)

@@ -34,10 +34,10 @@ type Directory interface {
 	CancelCommands(ctx context.Context, owner hub.Owner, dev hub.DeviceID, pick hub.CommandPick, user, connection string) ([]string, error)
 	// FeedHead is the place behind everything that has happened to any device.
 	FeedHead(ctx context.Context) (hub.Cursor, error)
-	// Feed yields the commits behind the cursor that carry owner's stamp, and goes on with those that come, until ctx ends. An
-	// error is the last element: Precondition with code feed-lagged if commits behind the cursor are no longer kept. Nobody else
-	// waits for a slow caller.
-	Feed(ctx context.Context, owner hub.Owner, from hub.Cursor) iter.Seq2[hub.Fed, error]
+	// Feed yields the commits behind the cursor that carry owner's stamp: those up to the position to, which a head was, or, if
+	// that is zero, all, and those that come, until ctx ends. An error is the last element: Precondition with code feed-lagged if
+	// commits behind the cursor are no longer kept. Nobody else waits for a slow caller.
+	Feed(ctx context.Context, owner hub.Owner, from hub.Cursor, to hub.Position) iter.Seq2[hub.Fed, error]
 	// State is Devices, but each picture has all commits in it that FeedHead was behind when State was called.
 	State(ctx context.Context, owner hub.Owner, ids []hub.DeviceID) iter.Seq2[*hub.Device, error]
 }

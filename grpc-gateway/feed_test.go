@@ -92,7 +92,7 @@ func (f *fakeFeed) FeedHead(context.Context) (hub.Cursor, error) {
 	return hub.Cursor{Log: f.log, After: f.head()}, f.headErr
 }
 
-func (f *fakeFeed) Feed(ctx context.Context, owner hub.Owner, from hub.Cursor) iter.Seq2[hub.Fed, error] {
+func (f *fakeFeed) Feed(ctx context.Context, owner hub.Owner, from hub.Cursor, to hub.Position) iter.Seq2[hub.Fed, error] {
 	return func(yield func(hub.Fed, error) bool) {
 		at := from.After
 		f.mu.Lock()
@@ -110,6 +110,8 @@ func (f *fakeFeed) Feed(ctx context.Context, owner hub.Owner, from hub.Cursor) i
 			switch {
 			case lagged:
 				yield(hub.Fed{}, hub.NewError(hub.Precondition, "feed-lagged", "what came next is no longer kept"))
+				return
+			case to != hub.Position{} && (i < 0 || e.At.Compare(to) > 0):
 				return
 			case i < 0:
 				select {

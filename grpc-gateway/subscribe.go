@@ -21,9 +21,14 @@ const (
 	checkEvery = time.Second
 	// linksPiece bounds the links of one event of a current state, so that it fits the message of a client with small limits.
 	linksPiece = 1000
+	// lagged is the code of a gap: the directory's when what comes next is no longer kept.
+	lagged = "feed-lagged"
 )
 
 var (
+	// errHalfState: nobody knows what of it was told, nor what happened since.
+	errHalfState = hub.NewError(hub.Precondition, lagged, "the current state had not been told whole; it follows anew")
+
 	errStopping = hub.NewError(hub.Unavailable, "hub-stopping", "the hub is stopping, come again and resume")
 	errTooMany  = hub.NewError(hub.Exhausted, "subscriptions-limit", "a stream has at most 100 subscriptions")
 	errNoAction = hub.NewError(hub.Invalid, "action-missing", "neither createSubscription nor cancelSubscription is set")
@@ -148,9 +153,7 @@ type subscription struct {
 	done     chan struct{}
 
 	resume
-	// seen is up to which seq the current state has each device; it is nil once the feed is behind until.
-	seen  map[hub.DeviceID]uint64
-	until hub.Position
+	gap error // nil, or why not everything since the place was or will be told: that is said before all else
 }
 
 // open makes a subscription that does not run yet. Where it begins is decided here: everything that happens from now on will
@@ -168,7 +171,9 @@ func (s *stream) open(m *pb.SubscribeToEvents_CreateSubscription, corr string) (
 		return nil, errTooMany
 	}
 	if token := m.GetResumeToken(); token != "" {
-		u.resume, err = s.g.resumeAt(s.claims.Owner, token)
+		if u.resume, err = s.g.resumeAt(s.claims.Owner, token); u.state {
+			u.gap = errHalfState
+		}
 		return u, err
 	}
 	u.state = m.GetIncludeCurrentState()
@@ -213,26 +218,34 @@ func (s *stream) start(u *subscription) error {
 // run tells what there is to tell until ctx ends; it returns with an error.
 func (u *subscription) run(ctx context.Context) error {
 	for {
-		if u.state {
-			if err := u.tellState(ctx); err != nil {
+		if u.gap != nil {
+			if err := u.tellGap(); err != nil {
 				return err
 			}
 		}
-		err := u.follow(ctx)
-		if code, _ := hub.Public(err); code != "feed-lagged" {
+		var err error
+		if u.state {
+			err = u.tellState(ctx)
+		}
+		if err == nil {
+			err = u.follow(ctx)
+		}
+		if code, _ := hub.Public(err); code != lagged {
 			return err
 		}
-		// What came next is gone. It is said, never passed over, and the current state has what is worth knowing of it.
-		u.s.g.metrics.lagged.Inc()
-		u.state = true
-		lagged := true
-		_, text := hub.Public(err)
-		if err := u.s.tell(told{sub: u.id, corr: u.corr, token: u.token(), processed: &pb.Event_OperationProcessed{
-			ErrorStatus: &pb.Event_OperationProcessed_ErrorStatus{Message: "feed-lagged: " + text}, Lagged: &lagged,
-		}}); err != nil {
-			return err
-		}
+		u.gap = err
 	}
+}
+
+// tellGap says that events are missing, which is never passed over; the current state has what is worth knowing of them.
+func (u *subscription) tellGap() error {
+	u.s.g.metrics.lagged.Inc()
+	code, text := hub.Public(u.gap)
+	u.state, u.gap = true, nil
+	yes := true
+	return u.s.tell(told{sub: u.id, corr: u.corr, token: u.token(), processed: &pb.Event_OperationProcessed{
+		ErrorStatus: &pb.Event_OperationProcessed_ErrorStatus{Message: code + ": " + text}, Lagged: &yes,
+	}})
 }
 
 // token is where a reader goes on that has all that was told so far.
@@ -240,27 +253,16 @@ func (u *subscription) token() string { return u.s.g.resumeToken(u.s.claims.Owne
 
 // follow tells the events behind u.at, as they come. It returns with an error.
 func (u *subscription) follow(ctx context.Context) error {
-	for f, err := range u.s.g.deps.Directory.Feed(ctx, u.s.claims.Owner, u.at) {
+	for f, err := range u.s.g.deps.Directory.Feed(ctx, u.s.claims.Owner, u.at, hub.Position{}) {
 		if err != nil {
 			return err
 		}
-		if u.seen != nil && f.At.Compare(u.until) > 0 {
-			u.seen, u.state = nil, false
-		}
-		if f.Commit.Seq <= u.seen[f.Commit.Device] {
-			continue // the current state had it
-		}
 		for i := f.Skip; i < len(f.Commit.Events); i++ {
-			ev := &f.Commit.Events[i]
-			k, ok := subscribables[kindOfEvent(ev)]
-			if !ok || !u.filter.wants(&k, f.Commit.Device, ev) {
+			if !u.wants(f.Commit, i) {
 				continue
 			}
 			u.at = f.Cursor(u.at.Log, i)
-			if err := ctx.Err(); err != nil { // it was cancelled
-				return err
-			}
-			if err := u.tellEvent(eventElement{f.Commit, i, u.s.g.deps.HubID}, true); err != nil {
+			if err := u.tellEvent(ctx, f.Commit, i, true); err != nil {
 				return err
 			}
 		}
@@ -268,14 +270,25 @@ func (u *subscription) follow(ctx context.Context) error {
 	return fmt.Errorf("follow the feed: %w", errors.Join(ctx.Err(), errors.New("it ended")))
 }
 
-func (u *subscription) tellEvent(e eventElement, shared bool) error {
-	return u.s.tell(told{sub: u.id, corr: u.corr, token: u.token(), event: e, shared: shared})
+func (u *subscription) wants(c *hub.Commit, i int) bool {
+	k, ok := subscribables[kindOfEvent(&c.Events[i])]
+	return ok && u.filter.wants(&k, c.Device, &c.Events[i])
 }
 
-// tellState tells the current state of the owner's devices and sets where the feed goes on behind it.
+// tellEvent tells an event of a commit; shared says that it is one of the feed, which others are told as well.
+func (u *subscription) tellEvent(ctx context.Context, c *hub.Commit, i int, shared bool) error {
+	if err := ctx.Err(); err != nil { // it was cancelled
+		return err
+	}
+	return u.s.tell(told{sub: u.id, corr: u.corr, token: u.token(), event: eventElement{c, i, u.s.g.deps.HubID}, shared: shared})
+}
+
+// tellState tells the current state of the owner's devices, and whatever happened meanwhile, up to one place of the feed, from
+// which it goes on: u.at. The last message of all that has this place as its token; who breaks off before it, and resumes, has a
+// gap and gets the state anew.
 //
-// The head comes before the pictures, so nothing is missed; a picture may have commits that the feed brings again, which its
-// seq tells. Until those are behind it, and as long as not all of it was told, a reader that resumes gets the state anew.
+// The head comes before the pictures, so nothing is missed; of the commits that the feed has behind it, a picture's seq says
+// which are in there.
 func (u *subscription) tellState(ctx context.Context) error {
 	g, owner := u.s.g, u.s.claims.Owner
 	head, err := g.deps.Directory.FeedHead(ctx)
@@ -286,41 +299,59 @@ func (u *subscription) tellState(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	u.at, u.seen = head, map[hub.DeviceID]uint64{}
-	var held *eventElement // the last one carries another token
+	u.at = head
+	var held struct { // the newest event, nil at first: the last one of all carries another token
+		*hub.Commit
+		event  int
+		shared bool
+	}
+	tell := func() error {
+		if held.Commit == nil {
+			return nil
+		}
+		return u.tellEvent(ctx, held.Commit, held.event, held.shared)
+	}
+	hold := func(c *hub.Commit, i int, shared bool) error {
+		if !u.wants(c, i) {
+			return nil
+		}
+		err := tell()
+		held.Commit, held.event, held.shared = c, i, shared
+		return err
+	}
+	seen := map[hub.DeviceID]uint64{}
 	for d, err := range g.deps.Directory.State(ctx, owner, ids) {
 		if err != nil {
 			return err
 		}
-		u.seen[d.ID] = d.Seq
+		seen[d.ID] = d.Seq
 		for c := range stateOf(d) {
-			ev := &c.Events[0]
-			k := subscribables[kindOfEvent(ev)]
-			if !u.filter.wants(&k, d.ID, ev) {
-				continue
-			}
-			if held != nil {
-				if err := u.tellEvent(*held, false); err != nil {
-					return err
-				}
-			}
-			if err := ctx.Err(); err != nil {
+			if err := hold(c, 0, false); err != nil {
 				return err
 			}
-			held = &eventElement{c, 0, g.deps.HubID}
 		}
 	}
-	now, err := g.deps.Directory.FeedHead(ctx)
+	until, err := g.deps.Directory.FeedHead(ctx)
 	if err != nil {
 		return err
 	}
-	if u.until = now.After; now == head {
-		u.seen, u.state = nil, false
+	if until != head {
+		for f, err := range g.deps.Directory.Feed(ctx, owner, head, until.After) {
+			if err != nil {
+				return err
+			}
+			if f.Commit.Seq <= seen[f.Commit.Device] {
+				continue
+			}
+			for i := range f.Commit.Events {
+				if err := hold(f.Commit, i, true); err != nil {
+					return err
+				}
+			}
+		}
 	}
-	if held != nil {
-		return u.tellEvent(*held, false)
-	}
-	return nil
+	u.at, u.state = until, false
+	return tell()
 }
 
 // stateOf makes events of a device's picture: that it is the owner's, its metadata, its links, the last representation of each

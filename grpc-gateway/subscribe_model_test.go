@@ -24,8 +24,10 @@ type subscriber struct {
 
 	st  *stream // nil: away
 	out chan told
-	// Of a subscriber that never asked for state nor lagged: what it heard, and all that it should hear.
-	exact bool
+	// What it heard since it was live, or the current state had been told whole, which was there. It is whole again after a gap,
+	// which the hub must have told it of.
+	from  hub.Cursor
+	whole bool
 	heard []string
 	// The version that each resource was last told in: the next event must follow it. Where a current state took the place of
 	// events, which perhaps has no such resource, that holds for those only that were told since: tight has them; nil: all.
@@ -76,19 +78,22 @@ func (s *subscriber) hear(rt *rapid.T) bool {
 	default:
 		return false
 	}
+	first := s.token == ""
 	s.token = t.token
+	at, err := s.st.g.resumeAt(alice, t.token)
+	if err != nil {
+		rt.Fatal(err)
+	}
+	if at.state && s.whole && !t.processed.GetLagged() {
+		rt.Fatalf("the state is told anew without a word: %+v", t)
+	}
 	switch {
 	case t.processed != nil:
-		if at, err := s.st.g.resumeAt(alice, t.token); err != nil {
-			rt.Fatal(err)
-		} else if at.state {
-			s.tight = map[resourcePlace]bool{}
+		if t.processed.GetLagged() || first && at.state {
+			s.whole, s.tight = false, map[resourcePlace]bool{}
 		}
 		if t.processed.GetErrorStatus().GetCode() != pb.Event_OperationProcessed_ErrorStatus_OK {
 			rt.Fatalf("refused: %v", t.processed)
-		}
-		if t.processed.GetLagged() {
-			s.exact = false
 		}
 	case t.event.commit != nil:
 		dev, ev := t.event.commit.Device, &t.event.commit.Events[t.event.index]
@@ -109,6 +114,9 @@ func (s *subscriber) hear(rt *rapid.T) bool {
 		}
 	default:
 		rt.Fatalf("told nothing: %+v", t)
+	}
+	if !s.whole && !at.state {
+		s.whole, s.from, s.heard = true, at.at, nil
 	}
 	return true
 }
@@ -180,7 +188,6 @@ func modelSubscriptions(rt *rapid.T, base *world) {
 	}()
 	for range rapid.IntRange(1, 4).Draw(rt, "subscribers") {
 		s := &subscriber{m: rapid.SampledFrom(modelFilters).Draw(rt, "filter"), state: rapid.Bool().Draw(rt, "state"), versions: map[resourcePlace]uint64{}}
-		s.exact = !s.state
 		subs = append(subs, s)
 		if err := s.connect(g, claims); err != nil {
 			rt.Fatal(err)
@@ -244,13 +251,15 @@ func modelSubscriptions(rt *rapid.T, base *world) {
 				if !told || e.Commit.Owner != alice || !f.wants(&kind, e.Commit.Device, ev) {
 					continue
 				}
-				all = append(all, saying(e.Commit.Device, ev))
+				if e.At.Compare(s.from.After) > 0 && (e.Before != s.from.After || k >= int(s.from.Skip)) {
+					all = append(all, saying(e.Commit.Device, ev))
+				}
 				if ev.Kind == hub.ResourceChanged && feed.owners[e.Commit.Device] == alice && feed.twins[e.Commit.Device][ev.Href].Version == ev.Version {
 					last[resourcePlace{e.Commit.Device, ev.Href}] = ev.Version
 				}
 			}
 		}
-		if s.exact && !slices.Equal(s.heard, all) {
+		if s.whole && !slices.Equal(s.heard, all) {
 			rt.Fatalf("subscriber %d heard\n%q\nof\n%q", i, s.heard, all)
 		}
 		for at, v := range last { // and whatever happened, it ends with what is

@@ -534,22 +534,53 @@ func TestCurrentState(t *testing.T) {
 	l := w.listen(t, "alice", "")
 	l.say(`{"createSubscription":{"eventFilter":["RESOURCE_CHANGED"],"hrefFilter":["/light/1"],"includeCurrentState":true}}`)
 	ack := l.expect("OK", "/light/1 1")
-	l.expect("/light/1 6") // of B's picture
-	half := l.expect("/light/1 2")
-	w.directory.happen(lampA, reports("/light/1", 3))
-	after := l.expect("/light/1 3")
+	half := l.expect("/light/1 6") // of B's picture
+	whole := l.expect("/light/1 2")
 	resume := func(token string) *listener {
 		l := w.listen(t, "alice", "")
 		l.say(`{"createSubscription":{"eventFilter":["RESOURCE_CHANGED"],"hrefFilter":["/light/1"],"resumeToken":%q}}`, token)
 		l.expect("OK")
 		return l
 	}
-	// Who goes away before the state was told whole, and what came beside it, gets it anew; later, only what is new.
-	resume(ack.Result.ResumeToken).expect("/light/1 3", "/light/1 6")
-	resume(half.Result.ResumeToken).expect("/light/1 3", "/light/1 6")
+	// Who goes away before the state was told whole, and what came beside it, has a gap; with the last message, none.
+	w.directory.happen(lampA, reports("/light/1", 3))
 	w.directory.happen(lampA, reports("/light/1", 4))
+	for _, token := range []string{ack.Result.ResumeToken, half.Result.ResumeToken} {
+		again := resume(token)
+		want(t, "lagged", again.expect("OK feed-lagged").Result.OperationProcessed.Lagged, true)
+		again.expect("/light/1 4", "/light/1 6")
+	}
+	resume(whole.Result.ResumeToken).expect("/light/1 3", "/light/1 4")
+	l.expect("/light/1 3", "/light/1 4")
+
+	// When nothing happened meanwhile, it is the last message, too.
+	l = w.listen(t, "alice", "")
+	l.say(`{"createSubscription":{"eventFilter":["RESOURCE_CHANGED"],"hrefFilter":["/light/1"],"includeCurrentState":true}}`)
+	whole = l.expect("OK", "/light/1 4", "/light/1 6")
 	w.directory.happen(lampA, reports("/light/1", 5))
-	resume(after.Result.ResumeToken).expect("/light/1 4", "/light/1 5")
+	w.directory.happen(lampA, reports("/light/1", 6))
+	resume(whole.Result.ResumeToken).expect("/light/1 5", "/light/1 6")
+}
+
+// What is trimmed away while the state is told is a gap like any other.
+func TestLaggedInTheState(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.run(t)
+	w.directory.happen(lampA, reports("/light/1", 1))
+	n := 0
+	w.directory.stateHas = func() {
+		if n++; n == 1 {
+			w.directory.happen(lampA, reports("/light/1", 2))
+			w.directory.trim()
+			w.directory.happen(lampA, reports("/light/1", 3))
+		}
+	}
+	l := w.listen(t, "alice", "")
+	l.say(`{"createSubscription":{"eventFilter":["RESOURCE_CHANGED"],"hrefFilter":["/light/1"],"includeCurrentState":true}}`)
+	l.expect("OK", "OK feed-lagged", "/light/1 3")
+	w.directory.happen(lampA, reports("/light/1", 4))
+	l.expect("/light/1 4")
 }
 
 // All that a picture has is told.

@@ -59,10 +59,11 @@ func (d *Directory) FeedHead(ctx context.Context) (hub.Cursor, error) {
 	return hub.Cursor{Log: d.store.LogID(), After: head}, nil
 }
 
-// Feed yields the commits behind the cursor that carry owner's stamp, in the order of the feed, and goes on with those that
-// come, until ctx ends. An error is the last element: of kind Precondition with code feed-lagged if commits behind the place
-// it stands at were trimmed away, or the cursor is of another log. How slow its caller is concerns nobody else.
-func (d *Directory) Feed(ctx context.Context, owner hub.Owner, from hub.Cursor) iter.Seq2[hub.Fed, error] {
+// Feed yields the commits behind the cursor that carry owner's stamp, in the order of the feed: those up to the position to,
+// which a head of the log was, or, if that is zero, all, and those that come, until ctx ends. An error is the last element: of
+// kind Precondition with code feed-lagged if commits behind the place it stands at were trimmed away, or the cursor is of
+// another log. How slow its caller is concerns nobody else.
+func (d *Directory) Feed(ctx context.Context, owner hub.Owner, from hub.Cursor, to hub.Position) iter.Seq2[hub.Fed, error] {
 	return func(yield func(hub.Fed, error) bool) {
 		fail := func(err error) { yield(hub.Fed{}, wrap("directory.Feed", err)) }
 		head, err := d.store.Head(ctx)
@@ -74,18 +75,21 @@ func (d *Directory) Feed(ctx context.Context, owner hub.Owner, from hub.Cursor) 
 			fail(errLagged)
 			return
 		}
-		r := &feedReader{d: d, owner: owner, at: from.After, skipAfter: from.After, skip: int(from.Skip), limit: 16}
+		r := &feedReader{d: d, owner: owner, at: from.After, to: to, skipAfter: from.After, skip: int(from.Skip), limit: 16}
 		d.tail.enter(1)
 		d.metrics.feedReaders.Inc()
 		defer d.metrics.feedReaders.Dec()
 		defer d.tail.enter(-1)
-		for {
+		for !r.over() {
 			page, err := r.next(ctx)
 			if err != nil {
 				fail(err)
 				return
 			}
 			for _, f := range page {
+				if to != (hub.Position{}) && f.At.Compare(to) > 0 {
+					return
+				}
 				if f.Before == r.skipAfter {
 					f.Skip = r.skip
 				}
@@ -111,12 +115,16 @@ type feedReader struct {
 	d         *Directory
 	owner     hub.Owner
 	at        hub.Position // everything up to here was given
+	to        hub.Position // where it ends; zero: nowhere
 	skipAfter hub.Position // of the commit behind it, skip events were given before
 	skip      int
 	limit     int // commits of the next page from the store
 }
 
-// next returns the reader's next commits, perhaps none; it blocks while there are no new ones of anybody.
+// over reports whether there is nothing more to give.
+func (r *feedReader) over() bool { return r.to != hub.Position{} && r.at.Compare(r.to) >= 0 }
+
+// next returns the reader's next commits, perhaps none at its end; it blocks while there are no new ones of anybody.
 func (r *feedReader) next(ctx context.Context) ([]hub.Fed, error) {
 	t := &r.d.tail
 	for {
@@ -127,7 +135,7 @@ func (r *feedReader) next(ctx context.Context) ([]hub.Fed, error) {
 		if t.known && r.at.Compare(t.base) >= 0 && r.at.Compare(t.end) < 0 {
 			page := r.look(t)
 			t.mu.Unlock()
-			if len(page) > 0 {
+			if len(page) > 0 || r.over() {
 				return page, nil
 			}
 			continue
@@ -159,7 +167,7 @@ func (r *feedReader) next(ctx context.Context) ([]hub.Fed, error) {
 		}
 		t.mu.Unlock()
 		page, more, err := r.catchUp(ctx)
-		if err != nil || len(page) > 0 {
+		if err != nil || len(page) > 0 || r.over() {
 			return page, err
 		}
 		if !more {

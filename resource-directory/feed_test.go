@@ -39,7 +39,7 @@ func (f *follower) read(ctx context.Context, d *Directory, n int) error {
 	if n <= 0 {
 		return nil
 	}
-	for fed, err := range d.Feed(ctx, f.owner, f.at) {
+	for fed, err := range d.Feed(ctx, f.owner, f.at, hub.Position{}) {
 		if err != nil {
 			return err
 		}
@@ -52,6 +52,20 @@ func (f *follower) read(ctx context.Context, d *Directory, n int) error {
 		}
 	}
 	return errors.New("the feed ended without an error")
+}
+
+// readTo takes all events up to a place, at which the feed ends.
+func (f *follower) readTo(ctx context.Context, d *Directory, to hub.Cursor) error {
+	for fed, err := range d.Feed(ctx, f.owner, f.at, to.After) {
+		if err != nil {
+			return err
+		}
+		for i := fed.Skip; i < len(fed.Commit.Events); i++ {
+			f.got = append(f.got, place(fed.Commit, i))
+		}
+	}
+	f.at = to
+	return nil
 }
 
 // truth is the events behind a position as the store has them, by owner; it remembers how far it has read.
@@ -150,6 +164,21 @@ func TestFeedModel(t *testing.T) {
 				rest := len(truth.of(f.owner)) - len(f.got)
 				h.must(f.read(ctx, h.d, rapid.IntRange(0, rest).Draw(rt, "n")))
 			},
+			"read to a place": func(rt *rapid.T) {
+				f := rapid.SampledFrom(readers).Draw(rt, "reader")
+				to, err := h.d.FeedHead(ctx)
+				h.must(err)
+				want := len(truth.of(f.owner))
+				if rapid.Bool().Draw(rt, "more") { // which is not for this reading
+					notify(pick(), 1)
+				}
+				if to.After.Compare(f.at.After) > 0 {
+					h.must(f.readTo(ctx, h.d, to))
+				}
+				if len(f.got) != want {
+					rt.Fatalf("%d events up to a place, want %d", len(f.got), want)
+				}
+			},
 		})
 		// Now all at once, while a device goes on reporting: some are in the middle, some at the beginning, all end at the end.
 		live := rapid.IntRange(0, 20).Draw(rt, "live")
@@ -191,7 +220,7 @@ func TestFeedOfAStalledReader(t *testing.T) {
 	stalled, resume, done := make(chan struct{}), make(chan struct{}), make(chan error, 2)
 	go func() {
 		n := 0
-		for fed, err := range h.d.Feed(t.Context(), alice, slow.at) {
+		for fed, err := range h.d.Feed(t.Context(), alice, slow.at, hub.Position{}) {
 			if err != nil {
 				done <- err
 				return
