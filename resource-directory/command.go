@@ -553,8 +553,9 @@ func (d *Directory) CancelCommands(
 
 // TakeCommands binds at most n of the commands that wait to the session and returns them: they may be sent once this has
 // returned, to this session and to no other. There is never more than one for an href, counting those in have, which the
-// session has already, and those for one href are taken in order. What was bound to the session and is not in have is returned
-// first, so that an answer that was lost is made up for by asking again. More says that others wait, be it for these to end.
+// session has already, and those for one href are taken in order. What was bound to the session, is not in have and has not
+// expired is returned first, so that an answer that was lost is made up for by asking again. More says that others wait, be it
+// for these to end.
 func (d *Directory) TakeCommands(ctx context.Context, from hub.Stamp, have []hub.Taken, n int) (taken []hub.Command, more bool, _ error) {
 	r := &request{dev: from.Device, op: "directory.TakeCommands"}
 	r.decide = func(s *state, now int64) ([]hub.Event, error) {
@@ -574,9 +575,13 @@ func (d *Directory) TakeCommands(ctx context.Context, from hub.Stamp, have []hub
 			if c.Session != from.Session {
 				continue
 			}
+			has := slices.ContainsFunc(have, func(h hub.Taken) bool { return h.ID == c.ID })
+			if !has && c.ValidUntil <= now {
+				continue // nobody is at it, and it ends by itself as soon as that can be stored
+			}
 			busy[c.Href] = true
 			switch {
-			case slices.ContainsFunc(have, func(h hub.Taken) bool { return h.ID == c.ID }):
+			case has:
 			case len(taken) < n:
 				taken = append(taken, *c)
 			default:

@@ -394,6 +394,47 @@ func TestCommandExpires(t *testing.T) {
 	})
 }
 
+// One that expired, and whose end cannot be stored, is not handed out over and over, and holds up nothing.
+func TestExpiredCommandIsNotHandedOut(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		f := &fake{}
+		h := open(t, faked(f))
+		x := h.commandable()
+		o := update("sent")
+		o.TTL = 3 * time.Second
+		h.async(o)
+		c := x.end.next(t)
+		h.async(update("waits")) // for 10 s
+		f.set(func(f *fake) {
+			f.append = func(ctx context.Context, entries []store.Entry) []error {
+				ends := slices.ContainsFunc(entries, func(e store.Entry) bool { return e.Commit.Events[0].Kind == hub.CommandEnded })
+				if !ends {
+					return f.Store.Append(ctx, entries)
+				}
+				errs := make([]error, len(entries))
+				for i := range errs {
+					errs[i] = hub.NewError(hub.Unavailable, "disk-full", "")
+				}
+				return errs
+			}
+		})
+		<-time.After(4 * time.Second)
+		synctest.Wait()
+		if d := h.device(alice, lamp); len(d.Commands) != 2 {
+			t.Fatalf("%d commands, want the one that cannot end, too", len(d.Commands))
+		}
+		if cs, more := x.takeMore(8, hub.Taken{ID: c.ID, Href: c.Href}); len(cs) != 0 || !more { // the session is still at it
+			t.Errorf("taken %+v, more %t", cs, more)
+		}
+		if cs, more := x.takeMore(8); len(cs) != 1 || string(cs[0].Content.Data) != "waits" || more {
+			t.Errorf("taken %+v, more %t", cs, more)
+		}
+		f.set(func(f *fake) { f.append = nil })
+		h.close()
+	})
+}
+
 func TestCommandIsCancelled(t *testing.T) {
 	t.Parallel()
 	h := open(t)
