@@ -37,6 +37,7 @@ func (g *Gateway) order(ctx context.Context, c hub.Claims, device, href string, 
 			return hub.Outcome{}, err
 		}
 	}
+	var unfit error
 	if o.Kind == hub.CommandCreate || o.Kind == hub.CommandUpdate {
 		var twin *hub.Resource
 		known := false
@@ -52,13 +53,21 @@ func (g *Gateway) order(ctx context.Context, c hub.Claims, device, href string, 
 		if !known {
 			return hub.Outcome{}, errNotYours
 		}
-		if o.Content, err = convert(o.Content, twin); err != nil {
-			return hub.Outcome{}, err
+		if o.Key != "" {
+			o.Asked = o.Content
+		}
+		if o.Content, unfit = convert(o.Content, twin); unfit != nil {
+			if o.Repeat = len(o.Asked.Data) > 0; !o.Repeat { // what was carried out before had what the resource took then
+				return hub.Outcome{}, unfit
+			}
 		}
 	} else {
 		o.Content = hub.Content{Format: hub.FormatNone}
 	}
 	out, err := g.deps.Directory.Command(ctx, c.Owner, o)
+	if o.Repeat && hub.IsKind(err, hub.NotFound) {
+		err = unfit
+	}
 	if err != nil || o.Async {
 		return out, err
 	}

@@ -107,6 +107,49 @@ func FuzzConvert(f *testing.F) {
 	})
 }
 
+// What a repeat is known by does not change with what the resource reports meanwhile, and one that came too late for its
+// conversion still has the outcome of the first.
+func TestRepeatedCommand(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	command, known := w.directory.command, true
+	w.directory.command = func(ctx context.Context, owner hub.Owner, o hub.Order) (hub.Outcome, error) {
+		out, err := command(ctx, owner, o)
+		if o.Repeat && !known {
+			return hub.Outcome{}, &hub.Error{Kind: hub.NotFound}
+		}
+		return out, err
+	}
+	repeat := func(reported *hub.Content, headers ...string) answer {
+		rs := resourceSet{}
+		if reported != nil {
+			rs = resourceSet{{Href: "/light/1", Owner: alice, Content: *reported}}
+		}
+		d := *w.pictures[lampA]
+		d.Resources = rs
+		w.pictures[lampA] = &d
+		return w.send(t, "alice", "PUT", light, "\xa0", append(headers, "Content-Type: application/cbor")...)
+	}
+	asJSON, octets := hub.Content{Type: mediaJSON, Data: []byte("{}")}, hub.Content{Type: "application/octet-stream", Data: []byte{0}}
+	for i, reported := range []*hub.Content{nil, &asJSON, &octets} {
+		want(t, "repeat", repeat(reported, "Idempotency-Key: k").Code, 200)
+		want(t, "asked", fmt.Sprint(w.orders[i].Asked), fmt.Sprint(w.orders[0].Asked))
+		want(t, "content", string(w.orders[i].Content.Data), []string{"\xa0", "{}", "\xa0"}[i])
+	}
+	// One that cannot be converted is a repeat or nothing.
+	text := func(headers ...string) answer {
+		return w.send(t, "alice", "PUT", light, `{"contentType":"text/plain","data":"eA=="}`, append(headers, "Content-Type: application/protojson")...)
+	}
+	_ = repeat(&asJSON)
+	w.orders = nil
+	want(t, "a repeat", text("Idempotency-Key: k").Code, 200)
+	want(t, "only that", len(w.orders) == 1 && w.orders[0].Repeat && string(w.orders[0].Asked.Data) == "x", true)
+	known = false
+	want(t, "no repeat", text("Idempotency-Key: k").reason(), "content-type-unsupported")
+	want(t, "no key", text().reason(), "content-type-unsupported")
+	want(t, "orders", len(w.orders), 2)
+}
+
 func TestCommandsOverHTTP(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -149,6 +192,9 @@ func TestCommandsOverHTTP(t *testing.T) {
 		}
 		got.Connection = ""
 		c.want.Content = hub.Content{Format: hub.FormatNone}
+		if c.want.Key != "" {
+			c.want.Asked = hub.Content{Type: mediaJSON, Format: hub.FormatNone, Data: []byte(c.body)}
+		}
 		if c.method == "PUT" || c.method == "POST" {
 			c.want.Content = hub.Content{Type: mediaOCFCBOR, Format: hub.FormatOCFCBOR, Data: body}
 		}

@@ -42,7 +42,7 @@ func convert(c hub.Content, twin *hub.Resource) (hub.Content, error) {
 	switch {
 	case !decodes(from) && to != from:
 		return c, invalid("content-type-unsupported", "the content cannot be converted to the type of the resource")
-	case !decodes(to) && from == mediaJSON: // the resource reported nothing, an error, or a text: OCF devices take CBOR
+	case !decodes(to) && from == mediaJSON: // the last report was empty, an error, or a text: OCF devices take CBOR
 		to = mediaOCFCBOR
 	case !decodes(to):
 		to = from

@@ -55,6 +55,7 @@ type CommandEvent struct {
 	IfMatch    [][]byte   // a condition that the device is to check: ETags of which its own must be one; an empty one is any
 	ValidUntil int64      // Unix nanoseconds
 	Key        string     // idempotency key, "" = none
+	Digest     []byte     // CommandPending with a key: of what the caller asked for, by which a repeat is known
 	Session    uint64     // the session that the command is bound to; 0 = it waits for one
 	// Code is one of CoAP's. Of a command that has not ended it is the method, 0 for that of its kind; of CommandEnded and
 	// CommandLate it is what the device answered, 0 if it did not, or nothing that can be read.
@@ -91,6 +92,10 @@ type Order struct {
 	ETags     [][]byte
 	TTL       time.Duration // 0 = the directory's default
 	Key       string        // a repeat with the same key within 24 h has the first one's outcome
+	// Asked is what the caller sent, if Content was made of that: a repeat is known by it, since what is made of it may change.
+	Asked Content
+	// Repeat takes only what repeats an order with the key, else NotFound.
+	Repeat bool
 	// Force takes resources that are not published and never reported.
 	Force bool
 	// Supersede cancels the commands of the same kind and resource that were not sent yet.

@@ -65,7 +65,15 @@ func (k keys) old(now int64) []*keyed {
 	return out
 }
 
-// sumOf tells whether two orders with the same key are the same.
+// digest tells whether two orders with the same key are the same.
+func digest(o *hub.Order) []byte {
+	c := o.Content
+	if len(o.Asked.Data) > 0 {
+		c = o.Asked
+	}
+	return sumOf(o.Kind, o.Method, o.Href, o.Interface, c, o.ETags, forwarded(o))
+}
+
 func sumOf(kind hub.CommandKind, method uint8, href hub.Href, iface string, c hub.Content, etags, ifMatch [][]byte) []byte {
 	h := sha256.New()
 	part := func(b []byte) {
@@ -153,10 +161,12 @@ func (s *state) applyCommand(c *hub.Commit, i int, changed []string) []string {
 				s.keys = s.keys.remove(e)
 				changed = append(changed, keyKey(e.key))
 			}
-			s.keys = s.keys.put(&keyed{
-				key: cmd.Key, id: cmd.ID, sum: sumOf(cmd.Kind, cmd.Code, cmd.Href, cmd.Interface, cmd.Content, cmd.ETags, cmd.IfMatch), time: c.Time,
-				seq: c.Seq, index: i,
-			})
+			sum := cmd.Digest
+			if sum == nil { // as it was stored before: of what was made of what was asked for
+				sum = sumOf(cmd.Kind, cmd.Code, cmd.Href, cmd.Interface, cmd.Content, cmd.ETags, cmd.IfMatch)
+			}
+			cmd.Digest = nil // the key has it
+			s.keys = s.keys.put(&keyed{key: cmd.Key, id: cmd.ID, sum: sum, time: c.Time, seq: c.Seq, index: i})
 			changed = append(changed, keyKey(cmd.Key))
 		}
 	case hub.CommandBound:
@@ -291,7 +301,7 @@ func (d *Directory) Command(ctx context.Context, owner hub.Owner, o hub.Order) (
 		return hub.Outcome{}, refused(op, err)
 	}
 	w := d.worker(o.Device)
-	fresh, sum := uuid.NewString(), sumOf(o.Kind, o.Method, o.Href, o.Interface, o.Content, o.ETags, forwarded(&o))
+	fresh, sum := uuid.NewString(), digest(&o)
 	var id string
 	var from uint64 // where to look for its end
 	r := &request{dev: o.Device, op: op}
@@ -306,6 +316,9 @@ func (d *Directory) Command(ctx context.Context, owner hub.Owner, o hub.Order) (
 			}
 			id, from = e.id, max(e.seq, e.end)
 			return nil, nil
+		}
+		if o.Repeat {
+			return nil, &hub.Error{Kind: hub.NotFound}
 		}
 		return d.ordered(s, &o, fresh, now, w.live[o.Device])
 	}
@@ -385,6 +398,9 @@ func (d *Directory) ordered(s *state, o *hub.Order, id string, now int64, l *liv
 			Kind: o.Kind, Interface: o.Interface, ETags: o.ETags, ValidUntil: now + int64(o.TTL), Key: o.Key, Code: o.Method,
 			IfMatch: forwarded(o),
 		},
+	}
+	if o.Key != "" {
+		ev.Command.Digest = digest(o)
 	}
 	if !o.Kind.OfTwin() {
 		link, published := s.links.get(string(o.Href))

@@ -683,6 +683,45 @@ func TestIdempotencyKey(t *testing.T) {
 }
 
 // Deleting a device ends its commands, for the owner who gave them.
+// A repeat is known by what was asked for, whatever was made of it.
+func TestIdempotencyKeyOfWhatWasAskedFor(t *testing.T) {
+	t.Parallel()
+	h := open(t)
+	x := h.commandable()
+	json := func(s string) hub.Content {
+		return hub.Content{Type: "application/json", Format: hub.FormatNone, Data: []byte(s)}
+	}
+	o := update(1)
+	o.Key, o.Asked = "k", json("{}")
+	a := h.ask(o)
+	h.must(x.answer(x.end.next(t).ID, "once"))
+	_, err := a.wait(t)
+	h.must(err)
+	same := func(o hub.Order) {
+		t.Helper()
+		if out, err := h.d.Command(t.Context(), alice, o); err != nil || string(out.Content.Data) != "once" {
+			t.Errorf("%+v, %v", out, err)
+		}
+	}
+	again := o
+	again.Content = hub.Content{Type: "application/vnd.ocf+cbor", Format: hub.FormatOCFCBOR, Data: []byte{0xa0}}
+	same(again)
+	again.Content, again.Repeat = again.Asked, true // it can be made into nothing any more
+	same(again)
+	h.restart()
+	same(again)
+	other := o
+	other.Asked = json("[]")
+	_, err = h.d.Command(t.Context(), alice, other)
+	wantKind(t, err, hub.Invalid, "idempotency-key-reused")
+	again.Key = "new"
+	_, err = h.d.Command(t.Context(), alice, again)
+	wantKind(t, err, hub.NotFound, "")
+	if n := len(h.device(alice, lamp).Commands); n != 0 {
+		t.Errorf("%d commands wait", n)
+	}
+}
+
 func TestCommandsEndWithTheirDevice(t *testing.T) {
 	t.Parallel()
 	h := open(t)

@@ -346,7 +346,7 @@ func eventSize(ev *hub.Event) int {
 		n += 128 + len(m.Connection.ID) + len(m.Connection.Service) + textsSize(m.Connection.LocalEndpoints)
 	}
 	if c := ev.Command; c != nil {
-		n += 48 + len(c.Interface) + len(c.Key)
+		n += 48 + len(c.Interface) + len(c.Key) + len(c.Digest)
 		for _, e := range slices.Concat(c.ETags, c.IfMatch) {
 			n += len(e) + 5
 		}

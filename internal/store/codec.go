@@ -34,6 +34,7 @@ const (
 	hasCommand
 	hasCode    // of the command
 	hasIfMatch // of the command
+	hasDigest  // of the command
 	allFields  = 1<<iota - 1
 )
 
@@ -64,6 +65,7 @@ func appendEvent(b []byte, e *hub.Event) []byte {
 		e.Content.Type != "" || e.Content.Format != 0 || len(e.Content.Data) != 0,
 		len(e.Links) != 0, len(e.Hrefs) != 0, e.Metadata != nil, e.Command != nil,
 		e.Command != nil && e.Command.Code != 0, e.Command != nil && len(e.Command.IfMatch) != 0,
+		e.Command != nil && len(e.Command.Digest) != 0,
 	} {
 		if present {
 			set |= 1 << bit
@@ -126,6 +128,9 @@ func appendEvent(b []byte, e *hub.Event) []byte {
 	}
 	if set&hasIfMatch != 0 {
 		b = appendTags(b, e.Command.IfMatch)
+	}
+	if set&hasDigest != 0 {
+		b = appendText(b, e.Command.Digest)
 	}
 	return b
 }
@@ -397,19 +402,18 @@ func (r *reader) event(e *hub.Event) {
 	if set&hasCommand != 0 {
 		e.Command = r.command()
 	}
+	if set&(hasCode|hasIfMatch|hasDigest) != 0 && e.Command == nil {
+		r.fail()
+		return
+	}
 	if set&hasCode != 0 {
-		if e.Command == nil {
-			r.fail()
-			return
-		}
 		e.Command.Code = r.byte()
 	}
 	if set&hasIfMatch != 0 {
-		if e.Command == nil {
-			r.fail()
-			return
-		}
 		e.Command.IfMatch = r.tags()
+	}
+	if set&hasDigest != 0 {
+		e.Command.Digest = r.bytes()
 	}
 }
 

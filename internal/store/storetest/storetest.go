@@ -75,7 +75,7 @@ func FullCommit(dev hub.DeviceID, seq uint64) hub.Commit {
 		hub.Event{Kind: hub.ResourceChanged, Href: "/none", Content: hub.Content{Format: hub.FormatNone}},
 		hub.Event{Kind: hub.CommandEnded, Href: "/none", Command: &hub.CommandEvent{
 			Kind: hub.CommandRetrieve, End: hub.CommandExpired, Interface: "oic.if.a", ETags: [][]byte{{1, 2}, {3}}, ValidUntil: 1 << 60,
-			Key: "key", Session: 1 << 40, Code: 0x45, IfMatch: [][]byte{nil, {1}},
+			Key: "key", Digest: []byte{9}, Session: 1 << 40, Code: 0x45, IfMatch: [][]byte{nil, {1}},
 		}},
 	)
 	return c
