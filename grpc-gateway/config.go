@@ -46,7 +46,8 @@ type LimitsConfig struct {
 	StallTimeout time.Duration `yaml:"stallTimeout"`
 	// RequestTimeout is how long reading and answering one request may take. Default 5m.
 	RequestTimeout time.Duration `yaml:"requestTimeout"`
-	// MaxConnections bounds the connections of each door; more wait in the system's queue. Default 4096.
+	// MaxConnections bounds the connections of each door, those of subscribers included; more wait in the system's queue. Default
+	// 4096.
 	MaxConnections int `yaml:"maxConnections"`
 	// MaxHeaderBytes bounds the head of an HTTP request, with its path, query and token. Default 65536.
 	MaxHeaderBytes int `yaml:"maxHeaderBytes"`

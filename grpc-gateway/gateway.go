@@ -133,6 +133,7 @@ func (g *Gateway) Run(ctx context.Context, ready func()) error {
 		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: g.cfg.Limits.MaxStreams},
 		ErrorLog:          slog.NewLogLogger(g.log.Handler(), slog.LevelDebug), // handshakes of strangers and the like
 		ConnState:         handedOver,
+		ConnContext:       withPlace,
 		BaseContext:       func(net.Listener) context.Context { return context.WithoutCancel(ctx) },
 		// No WriteTimeout: it would end long answers. Each write has a deadline of its own instead.
 	}

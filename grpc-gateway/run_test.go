@@ -226,24 +226,33 @@ func TestConnectionThatSaysNothingIsClosed(t *testing.T) {
 
 func TestConnectionsAreBounded(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, func(c *Config, _ *Deps) { c.Limits.MaxConnections = 1 })
-	w.run(t)
-	h, _ := w.Addresses()
 	const ask = "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
-	first := dialRaw(t, h, ask)
-	if _, err := bufio.NewReader(first).ReadString('\n'); err != nil {
-		t.Fatal(err)
-	}
-	second := dialRaw(t, h, ask)
-	_ = second.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
-	if n, err := second.Read(make([]byte, 1)); err == nil {
-		t.Fatalf("a second connection was answered: %d", n)
-	}
-	_ = first.Close()
-	_ = second.SetReadDeadline(time.Now().Add(20 * time.Second))
-	line, err := bufio.NewReader(second).ReadString('\n')
-	if err != nil || !strings.HasPrefix(line, "HTTP/1.1 200") {
-		t.Errorf("after the first ended: %q, %v", line, err)
+	for name, begin := range map[string]string{
+		"request": ask,
+		"WebSocket": "GET /api/v1/ws/events HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer alice\r\nConnection: Upgrade\r\n" +
+			"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n", // RFC 6455, Section 1.3
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t, func(c *Config, _ *Deps) { c.Limits.MaxConnections = 1 })
+			w.run(t)
+			h, _ := w.Addresses()
+			first := dialRaw(t, h, begin)
+			if line, err := bufio.NewReader(first).ReadString('\n'); err != nil || !strings.HasPrefix(line, "HTTP/1.1 200") && !strings.HasPrefix(line, "HTTP/1.1 101") {
+				t.Fatalf("%q, %v", line, err)
+			}
+			second := dialRaw(t, h, ask)
+			_ = second.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+			if n, err := second.Read(make([]byte, 1)); err == nil {
+				t.Fatalf("a second connection was answered: %d", n)
+			}
+			_ = first.Close()
+			_ = second.SetReadDeadline(time.Now().Add(20 * time.Second))
+			line, err := bufio.NewReader(second).ReadString('\n')
+			if err != nil || !strings.HasPrefix(line, "HTTP/1.1 200") {
+				t.Errorf("after the first ended: %q, %v", line, err)
+			}
+		})
 	}
 }
 

@@ -63,6 +63,7 @@ func (g *Gateway) subscribeWebSocket(w http.ResponseWriter, r *request) error {
 	}
 	g.sockets.Add(1)
 	defer g.sockets.Done()
+	keepPlace(r.Request)
 	c, err := websocket.Accept(w, r.Request, &websocket.AcceptOptions{
 		Subprotocols: []string{bearerProtocol}, InsecureSkipVerify: true, // the origin was looked at, by exact comparison
 	})
