@@ -216,7 +216,12 @@ func (r *feedReader) catchUp(ctx context.Context) (page []hub.Fed, more bool, er
 	size, before := 0, r.at
 	for i := range entries {
 		e := &entries[i]
-		size += commitSize(&e.Commit)
+		s := commitSize(&e.Commit)
+		if i > 0 && size+s > pageBytes {
+			entries, next = entries[:i], before // these are larger than those before were; they are read again
+			break
+		}
+		size += s
 		if e.Commit.Owner == r.owner {
 			c := e.Commit
 			page = append(page, hub.Fed{Before: before, At: e.Position, Commit: &c})

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -205,6 +206,44 @@ func TestFeedModel(t *testing.T) {
 			rt.Fatalf("%d readers and %d commits are left behind", h.d.tail.readers, len(h.d.tail.entries))
 		}
 	})
+}
+
+// However sizes change, a page is no larger than it may be, and nothing is left out or read twice.
+func TestPagesOfTheFeed(t *testing.T) {
+	t.Parallel()
+	h := open(t)
+	x := h.registered(lamp)
+	f := h.follower(alice)
+	large := strings.Repeat("x", 100<<10)
+	for i := range 60 { // one large one among small ones, then only large ones
+		if i == 20 || i > 50 {
+			h.must(x.notify(value("/large", fmt.Sprint(i, large))))
+			continue
+		}
+		h.must(x.notify(value("/small", i)))
+	}
+	want := h.truth(f.at.After).of(alice)
+	r := &feedReader{d: h.d, owner: alice, at: f.at.After, limit: 16}
+	for {
+		page, more, err := r.catchUp(t.Context())
+		h.must(err)
+		if !more {
+			break
+		}
+		size := 0
+		for _, fed := range page {
+			size += commitSize(fed.Commit)
+			for i := range fed.Commit.Events {
+				f.got = append(f.got, place(fed.Commit, i))
+			}
+		}
+		if size > pageBytes && len(page) > 1 || len(page) > pageCommits {
+			t.Errorf("a page of %d commits has %d bytes", len(page), size)
+		}
+	}
+	if !slices.Equal(f.got, want) || len(want) != 60 {
+		t.Errorf("read %d of %d", len(f.got), len(want))
+	}
 }
 
 // A reader that stalls holds its page and nothing else: the tail moves on, and what it missed comes from the store.
