@@ -461,25 +461,24 @@ func (l *dtlsListener) begun(a *association) {
 		l.mu.Unlock()
 		return
 	}
+	old := l.open[a.first]
+	if old != nil { // before anybody there has an answer of ours
+		old.mu.Lock()
+		if old.route.ends == a.first {
+			old.route.stale = true
+		}
+		old.mu.Unlock()
+	}
 	a.session = d
 	a.drain()
 	a.mu.Unlock()
-	old := l.open[a.first]
 	l.open[a.first] = a
 	if old != nil && old.hasCID && old.muted == nil {
 		// Its peer may come from another address: this one is somebody else's now, or its device has forgotten it.
 		old.muted = l.mute.PushBack(old)
 	}
 	l.mu.Unlock()
-	if old == nil {
-		return
-	}
-	old.mu.Lock()
-	if old.route.ends == a.first {
-		old.route.stale = true
-	}
-	old.mu.Unlock()
-	if !old.hasCID {
+	if old != nil && !old.hasCID {
 		old.session.lost(ErrReplaced)
 	}
 }
