@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -41,6 +42,8 @@ var update = flag.Bool("update", false, "write what came into the scripts")
 //	hub config KEY=VALUE …                        before anything else
 //	hub has NAME                                  an account with the role user
 //	hub restarts
+//	hub notes the time
+//	hub revokes WHO                               the token of a device or an application
 //	device NAME connects [without certificate|with certificate of other CA|...] -> connected
 //	device NAME METHOD /path?query {body} [format N] [accept N] [etag HEX]     -> 2.04 {body}
 //	device NAME sends HEX                         raw bytes
@@ -59,6 +62,7 @@ var update = flag.Bool("update", false, "write what came into the scripts")
 //	app WHO begins METHOD /path {body}            which goes on beside what follows
 //	app WHO gets                                  -> 200 {body}, the answer to that
 //	app WHO calls RPC {body}                      -> OK {answer} ...
+//	app WHO streams N ?query                      -> 200 {message} ..., the first N of the server-sent events
 //	app WHO says {message}                        over a WebSocket, which it opens first
 //	app WHO hears                                 -> {message}, or closed CODE
 //	app WHO hangs up
@@ -70,23 +74,25 @@ var update = flag.Bool("update", false, "write what came into the scripts")
 //
 // NAME in a path or body stands for that device's ID, CODE for a fresh authorization code, TOKEN-OF-NAME and
 // REFRESH-OF-NAME for what its last sign-up or refresh brought, APP-TOKEN for an application's access token, RESUME for the
-// resume token of what WHO heard last, CORRELATION for the command that an answer named last. In what came, IDs become names and values that change from run to run become words in capitals.
+// resume token of what WHO heard last, CORRELATION for the command that an answer named last, NOTED for the time that the hub
+// noted. In what came, IDs become names and values that change from run to run become words in capitals.
 func TestScripts(t *testing.T) {
 	t.Parallel()
 	files, err := filepath.Glob("../scripts/*.txt")
 	if err != nil || len(files) == 0 {
 		t.Fatalf("no scripts: %v", err)
 	}
-	played := make(chan string, len(files))
+	var played sync.Map // the files that were played to the end
 	t.Cleanup(func() {
-		if len(played) == len(files) && !*update { // and not only some of them
+		n := 0
+		played.Range(func(any, any) bool { n++; return true })
+		if n == len(files) && !*update { // and not only some of them
 			wantAllReached(t)
 		}
 	})
 	for i, f := range files {
 		t.Run(strings.TrimSuffix(filepath.Base(f), ".txt"), func(t *testing.T) {
 			t.Parallel()
-			played <- f
 			one := transports[(i+2)%len(transports)] // not datagrams for the scripts in which many are refused
 			ways := dose.Of([]transport{one}, transports, transports)
 			if *update {
@@ -96,6 +102,7 @@ func TestScripts(t *testing.T) {
 				t.Run(tr.name, func(t *testing.T) {
 					t.Parallel() // over DTLS refused devices are let go after ten seconds only
 					play(t, f, tr)
+					played.Store(f, true)
 				})
 			}
 		})
@@ -226,6 +233,7 @@ type world struct {
 	begun   map[string]chan appAnswer
 
 	correlation string // of the newest command that an answer named
+	noted       string // a time, in nanoseconds
 }
 
 // actor is one device of a script.
@@ -303,15 +311,25 @@ func (w *world) hubLine(ctx context.Context, what, rest string) (string, error) 
 		d := w.device(rest)
 		d.onboard.Code = w.hub.Code(w.t, d.id)
 		return "", nil
+	case "notes": // the time
+		w.noted = strconv.FormatInt(time.Now().UnixNano(), 10)
+		return "", nil
 	case "revokes":
-		return w.revoke(ctx, w.device(rest))
+		if d := w.devices[rest]; d != nil {
+			return w.revoke(ctx, d.access, "coaphub-device")
+		}
+		token, err := w.token(ctx, rest)
+		if err != nil {
+			return "", err
+		}
+		return w.revoke(ctx, token, "coaphub-cli")
 	}
 	return "", fmt.Errorf("a hub does not %q", what)
 }
 
-// revoke ends what a device's token stands on (RFC 7009), as whoever lost the device would.
-func (w *world) revoke(ctx context.Context, d *actor) (string, error) {
-	form := url.Values{"token": {d.access}, "client_id": {"coaphub-device"}}
+// revoke ends a token, and what a device's token stands on (RFC 7009), as whoever lost the device would.
+func (w *world) revoke(ctx context.Context, token, client string) (string, error) {
+	form := url.Values{"token": {token}, "client_id": {client}}
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, w.hub.Issuer+"/revoke", strings.NewReader(form.Encode()))
 	if err != nil {
 		return "", err
@@ -580,6 +598,8 @@ func (w *world) appLine(ctx context.Context, owner, rest string) (string, error)
 		return w.socketLine(ctx, owner, method, rest)
 	case "calls":
 		return w.callLine(ctx, owner, rest)
+	case "streams":
+		return w.streamLine(ctx, owner, rest)
 	case "begins":
 		if w.begun[owner] != nil {
 			return "", fmt.Errorf("%s has begun a request already", owner)
@@ -624,16 +644,12 @@ func (w *world) request(ctx context.Context, owner, method, rest string) (*http.
 	if token != "" {
 		req.Header.Set("Authorization", "Bearer "+token)
 	}
-	d, err := description()
-	if err != nil {
-		return nil, err
-	}
-	reached.Store(d.Name(method, req.URL.EscapedPath()), true)
 	return req, nil
 }
 
 // appAnswer is what the HTTP API said.
 type appAnswer struct {
+	req    *http.Request
 	status int
 	body   []byte
 	err    error
@@ -645,7 +661,7 @@ func ask(client *http.Client, req *http.Request) (a appAnswer) {
 		return appAnswer{err: err}
 	}
 	defer res.Body.Close()
-	a.status = res.StatusCode
+	a.req, a.status = req, res.StatusCode
 	a.body, a.err = io.ReadAll(io.LimitReader(res.Body, 1<<20))
 	return a
 }
@@ -653,6 +669,13 @@ func ask(client *http.Client, req *http.Request) (a appAnswer) {
 func (w *world) told(a appAnswer) (string, error) {
 	if a.err != nil {
 		return "", a.err
+	}
+	if a.status < 300 {
+		d, err := description()
+		if err != nil {
+			return "", err
+		}
+		reached.Store(d.Name(a.req.Method, a.req.URL.EscapedPath()), true)
 	}
 	var parts []string
 	for line := range bytes.Lines(a.body) {
@@ -774,7 +797,7 @@ func (w *world) ids(s string) string {
 	if strings.Contains(s, "APP-TOKEN") {
 		s = strings.ReplaceAll(s, "APP-TOKEN", w.start().TokenOf(w.t, "admin"))
 	}
-	s = strings.ReplaceAll(s, "CORRELATION", w.correlation)
+	s = strings.NewReplacer("CORRELATION", w.correlation, "NOTED", w.noted).Replace(s)
 	for name, d := range w.devices {
 		if strings.Contains(s, "CODE-OF-"+name) {
 			s = strings.ReplaceAll(s, "CODE-OF-"+name, d.onboard.Code)
