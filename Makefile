@@ -6,7 +6,7 @@ FUZZTIME ?= 60s
 
 .PHONY: help
 help: ## print this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 16
 
 .PHONY: run
 run: build ## build and start the hub with nothing to configure (stop it with Ctrl-C)
@@ -49,7 +49,15 @@ gen: ## make the generated files (api/gen, api/typescript, docs/api.md, docs/con
 	go generate ./...
 
 .PHONY: bench
-bench: ## all benchmarks, five runs each
+bench: ## measure a fresh hub and bare go-coap in turns, in about eight minutes
+	@go run ./test/load/bench
+
+.PHONY: bench-full
+bench-full: ## the same with all phases and transports, five rounds, into docs/performance.md
+	@go run ./test/load/bench -all -rounds 5 -for 10s -write docs/performance.md
+
+.PHONY: microbench
+microbench: ## all benchmarks of the code, five runs each
 	go test -run '^$$' -bench . -benchmem -count 5 ./...
 
 .PHONY: fuzz

@@ -162,7 +162,7 @@ func newRoot(p process) *cobra.Command {
 		newServe(p), newStatus(p), newAudit(p), newOnboard(p), newToken(p), newUser(p), newCA(p), newDevices(p), newGet(p), newWatch(p),
 		newSet(p), newCreate(p), newDelete(p), newCommands(p),
 		newThings(p), newCall(p), newLogin(p), newLogout(p),
-		newHistory(p), newSimulate(p), newConfig(p), newVerify(p), newBackup(p), newRestore(p), newVersion(p),
+		newHistory(p), newSimulate(p), newLoad(p), newConfig(p), newVerify(p), newBackup(p), newRestore(p), newVersion(p),
 	)
 	return root
 }

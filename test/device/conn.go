@@ -186,7 +186,7 @@ func (d *Device) association(ctx context.Context) (conn, error) {
 	var cc *udpclient.Conn
 	if d.over.secure {
 		sock := &polite{PacketConn: netpacket.PacketConnFromConn(raw)}
-		shaken, err := dtls.ClientWithOptions(sock, raw.RemoteAddr(), d.dtlsOptions()...)
+		shaken, err := dtls.ClientWithOptions(sock, raw.RemoteAddr(), DTLSOptions(d.cfg.TLS, d.cfg.PSK, !d.cfg.NoConnectionID)...)
 		if err == nil {
 			if err = shaken.HandshakeContext(ctx); err != nil {
 				_ = shaken.Close()
@@ -241,18 +241,17 @@ func (see monitor) UDPClientApply(cfg *udpclient.Config) {
 	}
 }
 
-// dtlsOptions is the device's side of the handshake.
-func (d *Device) dtlsOptions() []dtls.ClientOption {
+// DTLSOptions is a device's side of the handshake, with a pre-shared key or a certificate.
+func DTLSOptions(conf *tls.Config, k *PSK, connectionID bool) []dtls.ClientOption {
 	var out []dtls.ClientOption
-	if !d.cfg.NoConnectionID {
+	if connectionID {
 		// Devices behind NAT ask for a connection ID, which outlives a change of their address (RFC 9146).
 		out = append(out, dtls.WithConnectionIDGenerator(dtls.OnlySendCIDGenerator()))
 	}
-	if k := d.cfg.PSK; k != nil {
+	if k != nil {
 		return append(out, dtls.WithPSK(func([]byte) ([]byte, error) { return k.Key, nil }),
 			dtls.WithPSKIdentityHint([]byte(k.Identity)), dtls.WithCipherSuites(dtls.TLS_PSK_WITH_AES_128_CCM_8))
 	}
-	conf := d.cfg.TLS
 	out = append(out, dtls.WithRootCAs(conf.RootCAs), dtls.WithServerName(conf.ServerName),
 		dtls.WithInsecureSkipVerify(conf.InsecureSkipVerify), dtls.WithCipherSuites(dtls.TLS_ECDHE_ECDSA_WITH_AES_128_CCM_8))
 	if len(conf.Certificates) > 0 {

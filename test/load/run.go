@@ -1,0 +1,457 @@
+package load
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/coaphub/coaphub/test/device"
+)
+
+// Config is what to measure. The hub is one, and the owner of all devices too.
+type Config struct {
+	Devices   int
+	AtOnce    int           // workers of the phases that connect or ask
+	UnderWay  int           // notifications under way
+	During    time.Duration // of each phase that has no end of its own
+	Rate      float64       // notifications a second of the open loop
+	Burst     int           // notifications of each device at once
+	Listeners int           // of the fan-out
+	Phases    []string      // names of Phases; empty: all
+	Rounds    int           // how often all but the setup are measured, in turns
+	Transport string        // for the results
+	Seed      string        // makes the devices' IDs
+	PIDs      []int         // of the hub; none: its CPU and memory are not measured
+	API       API
+	// Onboard is asked for what each device needs.
+	Onboard func(ctx context.Context, id string) (device.Onboarding, error)
+}
+
+// The phases, in their order. What a phase is is written where it is carried out.
+var phases = []struct {
+	name string
+	do   func(*run, context.Context) Result
+}{
+	{"setup", (*run).setup},
+	{"idle", (*run).idle},
+	{"sign-ins", (*run).signIns},
+	{"notify", (*run).notifyClosed},
+	{"notify-open", (*run).notifyOpen},
+	{"burst", (*run).burst},
+	{"commands", func(r *run, ctx context.Context) Result { return r.command(ctx, "commands", r.cfg.AtOnce) }},
+	{"command", func(r *run, ctx context.Context) Result { return r.command(ctx, "command", 1) }},
+	{"device-reads", func(r *run, ctx context.Context) Result { return r.read(ctx, "device-reads", "?twin=false") }},
+	{"twin-reads", func(r *run, ctx context.Context) Result { return r.read(ctx, "twin-reads", "") }},
+	{"list", (*run).list},
+	{"fan-out", (*run).fanOut},
+	{"reconnect", (*run).reconnect},
+}
+
+// Phases are the names of the phases in their order.
+func Phases() (names []string) {
+	for _, p := range phases {
+		names = append(names, p.name)
+	}
+	return names
+}
+
+// patience is how long a single thing may take before it has failed.
+const patience = 10 * time.Second
+
+type run struct {
+	cfg    Config
+	peers  []*peer
+	before int64 // memory before the first device; 0: not known
+	value  atomic.Uint64
+}
+
+// Run measures, and hands each result on as soon as it is there. When ctx ends the phase under way ends with what it has, and
+// no other begins, which is no error. The error is of a setup without which nothing can be measured.
+func Run(ctx context.Context, cfg Config, report func(Result)) error {
+	for _, name := range cfg.Phases {
+		if !slices.Contains(Phases(), name) {
+			return fmt.Errorf("there is no phase %q; the phases are %s", name, strings.Join(Phases(), ", "))
+		}
+	}
+	r := &run{cfg: cfg}
+	r.value.Store(firstValue)
+	start := Result{Phase: "start", Transport: cfg.Transport} // the hub before its first device
+	var err error
+	if r.before, err = rssOf(cfg.PIDs); err != nil {
+		start.Missing = err.Error()
+	} else {
+		start.RSS = ptr(float64(r.before) / (1 << 20))
+	}
+	report(start)
+	defer func() {
+		var wg sync.WaitGroup
+		for _, p := range r.peers {
+			wg.Go(p.disconnect)
+		}
+		wg.Wait()
+	}()
+	for round := range max(cfg.Rounds, 1) {
+		for _, p := range phases {
+			setup := p.name == "setup"
+			switch {
+			case ctx.Err() != nil:
+				return nil
+			case setup && round > 0, !setup && len(cfg.Phases) > 0 && !slices.Contains(cfg.Phases, p.name):
+				continue
+			}
+			res := p.do(r, ctx)
+			report(res)
+			if setup && res.Failed > 0 && ctx.Err() == nil {
+				return fmt.Errorf("%d of %d devices could not be set up: %s", res.Failed, cfg.Devices, res.Error)
+			}
+		}
+	}
+	return nil
+}
+
+func (r *run) meter(phase string, atOnce int) *meter {
+	return newMeter(phase, r.cfg.Transport, atOnce, r.cfg.PIDs)
+}
+
+// setup signs all devices up, signs them in, publishes, and waits until the hub observes their resources.
+func (r *run) setup(ctx context.Context) Result {
+	for i := range r.cfg.Devices {
+		r.peers = append(r.peers, &peer{id: uuid.NewSHA1(uuid.NameSpaceURL, fmt.Appendf(nil, "coaphub load %s %d", r.cfg.Seed, i)).String()})
+	}
+	m := r.meter("setup", r.cfg.AtOnce)
+	m.closed(ctx, r.cfg.AtOnce, len(r.peers), 0, func(ctx context.Context, _, k int) (err error) {
+		p := r.peers[k]
+		if p.on, err = r.cfg.Onboard(ctx, p.id); err != nil {
+			return err
+		}
+		ctx, cancel := context.WithTimeout(ctx, 3*patience)
+		defer cancel()
+		for _, step := range []func(context.Context) error{p.connect, p.signUp, p.signIn, p.publish, p.observed} {
+			if err := step(ctx); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return m.end()
+}
+
+// idle is the memory of the hub while all devices are signed in and say nothing.
+func (r *run) idle(ctx context.Context) Result {
+	m := r.meter("idle", 0)
+	wait(ctx, r.cfg.During/2)
+	res := m.end()
+	rss, err := rssOf(r.cfg.PIDs)
+	switch {
+	case err != nil:
+		res.Missing = err.Error()
+	case r.before > 0:
+		res.PerDevice = ptr(float64(rss-r.before) / 1024 / float64(len(r.peers)))
+	}
+	return res
+}
+
+func wait(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}
+
+// signIns has all devices go, and come back some at once: connection, handshake, sign-in.
+func (r *run) signIns(ctx context.Context) Result { return r.comeBack(ctx, "sign-ins", r.cfg.AtOnce) }
+
+// reconnect is the same with all devices at once, as after a power failure.
+func (r *run) reconnect(ctx context.Context) Result {
+	return r.comeBack(ctx, "reconnect", len(r.peers))
+}
+
+func (r *run) comeBack(ctx context.Context, phase string, atOnce int) Result {
+	var wg sync.WaitGroup
+	for _, p := range r.peers {
+		wg.Go(p.disconnect)
+	}
+	wg.Wait()
+	m := r.meter(phase, atOnce)
+	m.closed(ctx, atOnce, len(r.peers), 0, func(ctx context.Context, _, k int) error {
+		ctx, cancel := context.WithTimeout(ctx, 6*patience)
+		defer cancel()
+		if err := r.peers[k].connect(ctx); err != nil {
+			return err
+		}
+		return r.peers[k].signIn(ctx)
+	})
+	res := m.end()
+	for _, p := range r.peers { // not measured: what follows needs it
+		late, cancel := context.WithTimeout(ctx, 3*patience)
+		if err := p.observed(late); err != nil && res.Error == "" && ctx.Err() == nil {
+			res.Error = err.Error()
+		}
+		cancel()
+	}
+	return res
+}
+
+// failed is a phase that could not begin.
+func (r *run) failed(phase string, err error) Result {
+	return Result{Phase: phase, Transport: r.cfg.Transport, Missing: err.Error()}
+}
+
+// next is the device and the light whose turn it is.
+func (r *run) next(k int) (*peer, int) {
+	return r.peers[k%len(r.peers)], k / len(r.peers) % lights
+}
+
+var (
+	errNotSent  = errors.New("a notification could not be sent: the resource is not observed, or the connection is gone")
+	errNotHeard = errors.New("a notification was not heard by the subscriber")
+)
+
+// notifyClosed has so many notifications under way, each from its device through the hub to a subscriber.
+func (r *run) notifyClosed(ctx context.Context) Result {
+	return r.loop(ctx, "notify", r.cfg.UnderWay, 1)
+}
+
+// fanOut is the same with more subscribers, each of whom hears everything; operations are what they heard.
+func (r *run) fanOut(ctx context.Context) Result {
+	return r.loop(ctx, "fan-out", r.cfg.AtOnce, r.cfg.Listeners)
+}
+
+func (r *run) loop(ctx context.Context, phase string, workers, listeners int) Result {
+	heard := make([]chan uint64, workers) // by whom it was sent
+	for i := range heard {
+		heard[i] = make(chan uint64, 1)
+	}
+	base := r.value.Load()
+	listening, stop := context.WithCancel(ctx)
+	defer stop()
+	var others atomic.Int64
+	for i := range listeners {
+		_, err := listen(listening, r.cfg.API, func(v uint64) {
+			if i > 0 {
+				others.Add(1)
+				return
+			}
+			if v >= base {
+				select {
+				case heard[(v-base)%uint64(workers)] <- v:
+				default: // nobody waits for it any more
+				}
+			}
+		})
+		if err != nil {
+			return r.failed(phase, fmt.Errorf("subscribe: %w", err))
+		}
+	}
+	m := r.meter(phase, workers)
+	m.closed(ctx, workers, 0, r.cfg.During, func(ctx context.Context, w, k int) error {
+		p, light := r.next(k)
+		v := base + uint64(k*workers+w)
+		if !p.notify(light, v) {
+			wait(ctx, 10*time.Millisecond)
+			return errNotSent
+		}
+		late := time.NewTimer(patience)
+		defer late.Stop()
+		for {
+			select {
+			case got := <-heard[w]:
+				if got == v {
+					return nil
+				}
+			case <-late.C:
+				return errNotHeard
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+	})
+	m.ops.Add(others.Load())
+	r.value.Add(uint64(len(m.lat)+int(m.failed.Load())+2*workers) * uint64(workers))
+	return m.end()
+}
+
+// notifyOpen sends at a fixed rate, whatever comes back: latencies are from the moment that a notification was due, so that a
+// hub that stalls is charged with all that waits.
+func (r *run) notifyOpen(ctx context.Context) Result {
+	const phase = "notify-open"
+	if r.cfg.Rate <= 0 {
+		return r.failed(phase, errors.New("the rate is zero"))
+	}
+	base := r.value.Load()
+	n := int(r.cfg.Rate * r.cfg.During.Seconds())
+	var mu sync.Mutex // guards left, m and started
+	left, all := n, make(chan struct{})
+	var started time.Time
+	due := func(i int) time.Time {
+		return started.Add(time.Duration(float64(i) / r.cfg.Rate * float64(time.Second)))
+	}
+	var m *meter
+	listening, stop := context.WithCancel(ctx)
+	defer stop()
+	if _, err := listen(listening, r.cfg.API, func(v uint64) {
+		if v < base || v >= base+uint64(n) {
+			return
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		m.did(time.Since(due(int(v - base))))
+		if left--; left == 0 {
+			close(all)
+		}
+	}); err != nil {
+		return r.failed(phase, fmt.Errorf("subscribe: %w", err))
+	}
+	mu.Lock()
+	m, started = r.meter(phase, 0), time.Now()
+	mu.Unlock()
+	sent, late := 0, 0
+	for i := range n {
+		if d := time.Until(due(i)); d > 0 {
+			wait(ctx, d)
+		}
+		if ctx.Err() != nil {
+			break
+		}
+		if time.Since(due(i)) > time.Millisecond {
+			late++
+		}
+		p, light := r.next(i)
+		if sent++; !p.notify(light, base+uint64(i)) {
+			m.fail(errNotSent)
+		}
+	}
+	rest := time.NewTimer(patience)
+	defer rest.Stop()
+	select {
+	case <-all:
+	case <-rest.C:
+	case <-ctx.Done():
+	}
+	stop()
+	r.value.Add(uint64(n))
+	res := m.end()
+	res.Late = late
+	if lost := sent - res.Ops - res.Failed; lost > 0 && ctx.Err() == nil {
+		res.Failed += lost
+		res.Error = errNotHeard.Error()
+	}
+	return res
+}
+
+// burst has each device send many notifications of one resource at once, and ends when every twin has the last one.
+func (r *run) burst(ctx context.Context) Result {
+	const phase = "burst"
+	if r.peers[0].datagrams() {
+		return r.failed(phase, errors.New("over datagrams a device has one message under way, so there are no bursts (NSTART of RFC 7252, Section 4.7)"))
+	}
+	last := r.value.Add(uint64(r.cfg.Burst))
+	m := r.meter(phase, len(r.peers))
+	var wg sync.WaitGroup
+	for _, p := range r.peers {
+		wg.Go(func() {
+			for i := range r.cfg.Burst {
+				if !p.notify(0, last-uint64(r.cfg.Burst-1-i)) {
+					m.fail(errNotSent)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	want := []byte(`"t":` + strconv.FormatUint(last, 10))
+	c := &caller{api: r.cfg.API}
+	defer c.close()
+	for _, p := range r.peers {
+		for until := time.Now().Add(6 * patience); ; wait(ctx, 5*time.Millisecond) {
+			_, _, err := c.do(ctx, "GET", "/api/v1/devices/"+p.id+"/resources"+lightHref(0), "")
+			if err == nil && bytes.Contains(c.body.Bytes(), want) {
+				m.ops.Add(int64(r.cfg.Burst))
+				break
+			}
+			if ctx.Err() != nil {
+				return m.end()
+			}
+			if time.Now().After(until) {
+				m.fail(errors.New("a twin did not end at the last value"))
+				break
+			}
+		}
+	}
+	return m.end()
+}
+
+// command has applications update resources; each waits for the device's answer.
+func (r *run) command(ctx context.Context, phase string, atOnce int) Result {
+	return r.call(ctx, phase, atOnce, func(k int) (method, path, body string) {
+		p, light := r.next(k)
+		return "PUT", "/api/v1/devices/" + p.id + "/resources" + lightHref(light), `{"t":` + strconv.Itoa(k) + `}`
+	})
+}
+
+// read has applications read resources: from the twin, or from the device.
+func (r *run) read(ctx context.Context, phase, query string) Result {
+	return r.call(ctx, phase, r.cfg.AtOnce, func(k int) (method, path, body string) {
+		p, light := r.next(k)
+		return "GET", "/api/v1/devices/" + p.id + "/resources" + lightHref(light) + query, ""
+	})
+}
+
+// list has one application read the list of all devices.
+func (r *run) list(ctx context.Context) Result {
+	return r.call(ctx, "list", 1, func(int) (method, path, body string) { return "GET", "/api/v1/devices", "" })
+}
+
+func (r *run) call(ctx context.Context, phase string, atOnce int, what func(k int) (method, path, body string)) Result {
+	callers := make([]*caller, atOnce)
+	for i := range callers {
+		callers[i] = &caller{api: r.cfg.API}
+		defer callers[i].close()
+	}
+	m := r.meter(phase, atOnce)
+	m.closed(ctx, atOnce, 0, r.cfg.During, func(ctx context.Context, w, k int) error {
+		ctx, cancel := context.WithTimeout(ctx, patience)
+		defer cancel()
+		begin := time.Now()
+		method, path, body := what(k)
+		first, _, err := callers[w].do(ctx, method, path, body)
+		if err == nil && atOnce == 1 {
+			m.mu.Lock()
+			m.first = append(m.first, first.Sub(begin))
+			m.mu.Unlock()
+		}
+		return err
+	})
+	return m.end()
+}
+
+// Echo measures a server that answers GET /echo, with so many connections that each have one request under way: what the
+// transport can do at all.
+func Echo(ctx context.Context, transport string, on device.Onboarding, connections int, during time.Duration, pids []int) Result {
+	const phase = "echo"
+	peers := make([]*peer, connections)
+	for i := range peers {
+		peers[i] = &peer{on: on}
+		if err := peers[i].connect(ctx); err != nil {
+			return Result{Phase: phase, Transport: transport, Missing: err.Error()}
+		}
+		defer peers[i].disconnect()
+	}
+	m := newMeter(phase, transport, connections, pids)
+	m.closed(ctx, connections, 0, during, func(ctx context.Context, w, _ int) error {
+		_, err := peers[w].get(ctx, "/echo")
+		return err
+	})
+	return m.end()
+}
