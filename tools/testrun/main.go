@@ -17,6 +17,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -192,6 +193,18 @@ func (s *tally) run(ctx context.Context, dir, timeout string) error {
 	return lines.Err()
 }
 
+// unfinished is what the tests of a package said that did not end, since it broke off: one of them has the stacks.
+func (s *tally) unfinished(pkg string) string {
+	var b strings.Builder
+	for _, key := range slices.Sorted(maps.Keys(s.output)) {
+		_, test, ok := strings.Cut(key, " ")
+		if ok && strings.HasPrefix(key, pkg+" ") && !s.passed[key] && !s.failed[key] && !s.skipped[key] {
+			fmt.Fprintf(&b, "%s did not end:\n%s", test, strings.Join(s.output[key], ""))
+		}
+	}
+	return b.String()
+}
+
 func (s *tally) take(e event) {
 	key := e.Package
 	if e.Test != "" {
@@ -216,6 +229,7 @@ func (s *tally) take(e event) {
 		}
 		if e.Action == "fail" {
 			fmt.Print(strings.Join(s.output[key], ""))
+			fmt.Print(s.unfinished(e.Package))
 			if !s.failedIn(e.Package) {
 				s.broken = append(s.broken, e.Package)
 			}

@@ -51,6 +51,22 @@ func TestTakePass(t *testing.T) {
 	}
 }
 
+// A package that breaks off has its stacks in the output of a test that has no end.
+func TestUnfinished(t *testing.T) {
+	s := feed(t, passes+`{"Action":"run","Package":"m/b","Test":"TestHangs"}
+{"Action":"output","Package":"m/b","Test":"TestHangs","Output":"goroutine 7 [sleep]\n"}
+{"Action":"output","Package":"m/b","Test":"TestFails","Output":"seen before\n"}
+{"Action":"fail","Package":"m/b","Test":"TestFails","Elapsed":1}
+{"Action":"fail","Package":"m/b","Elapsed":60}
+`)
+	if got := s.unfinished("m/b"); got != "TestHangs did not end:\ngoroutine 7 [sleep]\n" {
+		t.Errorf("%q", got)
+	}
+	if got := s.unfinished("m/a"); got != "" {
+		t.Errorf("%q", got)
+	}
+}
+
 func TestTakeSkip(t *testing.T) {
 	s := feed(t, `{"Action":"skip","Package":"m/a","Test":"TestLazy","Elapsed":0}
 {"Action":"pass","Package":"m/a","Elapsed":0.2}
