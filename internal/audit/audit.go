@@ -46,6 +46,11 @@ type Log struct {
 	in      chan *waiting // full: see Record
 	stopped chan struct{} // closed when Run has ended
 
+	// newest is the newest page as it is stored, while its revision is newestRev; Run's. With it a page is neither read nor decoded
+	// again for each entry.
+	newest    []byte
+	newestRev uint64
+
 	mu    sync.Mutex // guards what follows
 	pages []page     // oldest first; only Run changes it
 	last  uint64     // number of the newest entry
@@ -216,41 +221,43 @@ func (l *Log) tryAppend(ctx context.Context, batch []*waiting) error {
 		at = l.pages[n-1]
 	}
 	l.mu.Unlock()
-	var entries []hub.AuditEntry
-	if at.rev != 0 {
-		doc, err := l.docs.Get(ctx, collection, at.key())
-		if err != nil {
-			return err
-		}
-		if entries, err = decode(doc); err != nil {
-			return err
-		}
-		if doc.Rev != at.rev {
-			return &hub.Error{Kind: hub.Conflict, Op: "audit.append"}
-		}
-	}
+	entries := make([]hub.AuditEntry, len(batch))
 	for i, w := range batch {
-		e := w.entry
-		e.Number = last + 1 + uint64(i)
-		entries = append(entries, e)
+		entries[i] = w.entry
+		entries[i].Number = last + 1 + uint64(i)
 	}
 	b, err := json.Marshal(entries)
 	if err != nil {
 		return &hub.Error{Kind: hub.Internal, Op: "audit.append", Err: err}
 	}
+	if at.rev != 0 {
+		if l.newestRev != at.rev { // the first entry of this run, or another process wrote
+			doc, err := l.docs.Get(ctx, collection, at.key())
+			switch {
+			case err != nil:
+				return err
+			case doc.Rev != at.rev || len(doc.Value) == 0:
+				return &hub.Error{Kind: hub.Conflict, Op: "audit.append"}
+			}
+			l.newest, l.newestRev = doc.Value, doc.Rev
+		}
+		// Two arrays become one: the brackets between them a comma.
+		b = slices.Concat(l.newest[:len(l.newest)-1], []byte(","), b[1:])
+	}
 	rev, err := l.docs.Put(ctx, collection, store.Doc{Key: at.key(), Value: b, Rev: at.rev})
 	if err != nil {
 		return err
 	}
+	l.newest, l.newestRev = b, rev
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	now := page{at.first, len(entries), rev}
+	now := page{at.first, at.n + len(batch), rev}
 	if at.rev != 0 {
 		l.pages[len(l.pages)-1] = now
 	} else {
 		l.pages = append(l.pages, now)
 	}
-	l.last = entries[len(entries)-1].Number
+	l.last = last + uint64(len(batch))
 	return nil
 }
 
