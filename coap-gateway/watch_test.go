@@ -535,7 +535,9 @@ func TestStockClientObservesAnotherDevice(t *testing.T) {
 	h.report("/light", hub.FormatOCFCBOR, "a", "")
 	d := h.online(fanID, mute)
 	told := make(chan string, 8)
-	obs, err := d.conn.Observe(t.Context(), at(lampID, "/light"), func(m *pool.Message) {
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second) // go-coap's client waits for ever
+	defer cancel()
+	obs, err := d.conn.Observe(ctx, at(lampID, "/light"), func(m *pool.Message) {
 		b, _ := m.ReadBody()
 		told <- dotted(m.Code()) + " " + string(b)
 	})
@@ -558,7 +560,7 @@ func TestStockClientObservesAnotherDevice(t *testing.T) {
 		h.report("/light", hub.FormatOCFCBOR, s, "")
 		next("2.05 " + s)
 	}
-	if err := obs.Cancel(t.Context()); err != nil {
+	if err := obs.Cancel(ctx); err != nil {
 		t.Fatal(err)
 	}
 	h.watched(0)

@@ -462,6 +462,9 @@ func (l *dtlsListener) begun(a *association) {
 		return
 	}
 	old := l.open[a.first]
+	if old == a { // it has moved during the handshake, and back
+		old = nil
+	}
 	if old != nil { // before anybody there has an answer of ours
 		old.mu.Lock()
 		if old.route.ends == a.first {
