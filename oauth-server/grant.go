@@ -124,7 +124,15 @@ func GrantOf(tokenID string) string {
 
 // Active reports whether the grant behind a verified token's jti still stands. Tokens of other issuers are not active.
 func (s *Server) Active(ctx context.Context, tokenID string) (bool, error) {
-	_, ok, err := s.activeGrant(ctx, GrantOf(tokenID))
+	id := GrantOf(tokenID)
+	ok, since := s.standing.recalls(id)
+	if ok {
+		return true, nil
+	}
+	_, ok, err := s.activeGrant(ctx, id)
+	if ok {
+		s.standing.remember(id, since)
+	}
 	return ok, err
 }
 

@@ -31,6 +31,7 @@ type Ownership interface {
 type Server struct {
 	cfg       Config
 	docs      store.Documents
+	standing  *standing // the same, for what it remembers
 	ownership Ownership
 	log       *slog.Logger
 	metrics   *metrics
@@ -61,8 +62,10 @@ func openAt(ctx context.Context, cfg Config, docs store.Documents, ownership Own
 	if errs := cfg.Validate(); len(errs) > 0 {
 		return nil, &hub.Error{Kind: hub.Invalid, Op: "oauthServer", Code: "config-invalid", Err: errors.Join(errs...)}
 	}
+	stand := &standing{Documents: docs}
+	docs = stand
 	s := &Server{
-		cfg: cfg, docs: docs, ownership: ownership, log: log, metrics: newMetrics(reg), clock: at,
+		cfg: cfg, docs: docs, standing: stand, ownership: ownership, log: log, metrics: newMetrics(reg), clock: at,
 		keys: &keys{docs: docs, lifetime: cfg.KeyLifetime, clock: at}, hasher: newHasher(c),
 	}
 	var err error

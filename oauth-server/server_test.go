@@ -317,7 +317,7 @@ func TestRefreshTokenSlidesAndEnds(t *testing.T) {
 		wantKind(t, err, hub.Unauthenticated, "")
 		s.sweep(t.Context())
 		for _, collection := range []string{collGrants, collCodes} {
-			if n := len(s.docs.(*memory).docs[collection]); n != 0 {
+			if n := len(s.standing.Documents.(*memory).docs[collection]); n != 0 {
 				t.Errorf("%d documents left in %s", n, collection)
 			}
 		}
@@ -560,7 +560,7 @@ func TestKeysRotateWithOverlap(t *testing.T) {
 		if n := len(must[jose.JSONWebKeySet](t)(s.Keys(t.Context())).Keys); n > 4 {
 			t.Errorf("%d keys are kept", n)
 		}
-		other := openServer(t, config(), s.docs.(*memory), owners(nobody)) // keys outlive a restart
+		other := openServer(t, config(), s.standing.Documents.(*memory), owners(nobody)) // keys outlive a restart
 		verify(t, other, must[string](t)(s.IssueToken(t.Context(), admin, nil, 0)))
 		stop()
 		<-done
