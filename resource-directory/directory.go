@@ -25,8 +25,9 @@ type Directory struct {
 	log     *slog.Logger
 	metrics *metrics
 	codec   codec
-	writer  string        // names this process in commits
-	run     string        // random, names this run in the index of online devices
+	writer  string // names this process in commits
+	run     string // random, names this run in the index of online devices
+	marked  marked
 	number  atomic.Uint64 // running number of the newest commit
 
 	workers []*worker

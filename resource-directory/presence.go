@@ -15,8 +15,42 @@ import (
 // process that took it. A start looks there for the sessions of former processes instead of reading the whole fleet.
 const onlineIndex = "online"
 
+// maxMarked bounds what is remembered of the marks of this run; beyond, they are looked up again.
+const maxMarked = 16 << 10
+
+// marked remembers which devices are in the indexes of this run: nobody takes them out while it lasts.
+type marked struct {
+	mu   sync.Mutex
+	keys map[string]struct{} // index and device
+}
+
+func (m *marked) has(key string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	_, ok := m.keys[key]
+	return ok
+}
+
+func (m *marked) add(key string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.keys == nil || len(m.keys) >= maxMarked {
+		m.keys = map[string]struct{}{}
+	}
+	m.keys[key] = struct{}{}
+}
+
 // mark puts the device into an index of this run. It is written once a run, not each time.
-func (d *Directory) mark(ctx context.Context, index string, dev hub.DeviceID) error {
+func (d *Directory) mark(ctx context.Context, index string, dev hub.DeviceID) (err error) {
+	key := index + " " + string(dev)
+	if d.marked.has(key) {
+		return nil
+	}
+	defer func() {
+		if err == nil {
+			d.marked.add(key)
+		}
+	}()
 	for {
 		doc, err := d.store.Get(ctx, index, string(dev))
 		if err != nil {
