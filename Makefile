@@ -49,7 +49,7 @@ gen: ## make the generated files (api/gen, api/typescript, docs/api.md, docs/con
 	go generate ./...
 
 .PHONY: bench
-bench: ## measure a fresh hub and bare go-coap in turns, in about eight minutes
+bench: ## measure a fresh hub and bare go-coap in turns, in about five minutes
 	@go run ./test/load/bench
 
 .PHONY: bench-full
