@@ -29,7 +29,8 @@ type peer struct {
 	on         device.Onboarding
 	uid, token string // since the sign-up
 
-	asking sync.Mutex // one request at a time
+	asking    sync.Mutex // one request at a time
+	notifying sync.Mutex // notifications leave in the order of their numbers: the hub drops what is older than it has
 
 	mu      sync.Mutex // guards all below
 	l       link
@@ -195,6 +196,8 @@ func (p *peer) serve(m message.Message) message.Message {
 
 // notify sends a resource's value to the hub. False means that it is not observed, or the connection is gone.
 func (p *peer) notify(light int, v uint64) bool {
+	p.notifying.Lock()
+	defer p.notifying.Unlock()
 	p.mu.Lock()
 	tok := p.tokens[light]
 	if tok == nil {
