@@ -36,7 +36,8 @@ const (
 	// Live is told by Watch, once: everything that happens from then on is told.
 	Live EventKind = "live"
 	// Lagged is told by Watch when events are missing: the hub no longer keeps all that happened since the last one, or the
-	// connection broke before the current state had been told whole. The current state follows, as events.
+	// connection broke before the current state had been told whole, and things happened since. The current state follows, as
+	// events.
 	Lagged EventKind = "lagged"
 )
 

@@ -153,7 +153,8 @@ type subscription struct {
 	done     chan struct{}
 
 	resume
-	gap error // nil, or why not everything since the place was or will be told: that is said before all else
+	back hub.Cursor // where the feed was when it came back without the whole state; zero: it did not
+	gap  error      // nil, or why not everything since the place will be told: that is said before all else
 }
 
 // open makes a subscription that does not run yet. Where it begins is decided here: everything that happens from now on will
@@ -171,8 +172,8 @@ func (s *stream) open(m *pb.SubscribeToEvents_CreateSubscription, corr string) (
 		return nil, errTooMany
 	}
 	if token := m.GetResumeToken(); token != "" {
-		if u.resume, err = s.g.resumeAt(s.claims.Owner, token); u.state {
-			u.gap = errHalfState
+		if u.resume, err = s.g.resumeAt(s.claims.Owner, token); err == nil && u.state {
+			u.back, err = s.g.deps.Directory.FeedHead(s.ctx)
 		}
 		return u, err
 	}
@@ -217,9 +218,13 @@ func (s *stream) start(u *subscription) error {
 
 // run tells what there is to tell until ctx ends; it returns with an error.
 func (u *subscription) run(ctx context.Context) error {
+	u.gap = u.missed(ctx)
 	for {
 		if u.gap != nil {
-			if err := u.tellGap(); err != nil {
+			if code, _ := hub.Public(u.gap); code != lagged {
+				return u.gap
+			}
+			if err := u.tellGap(ctx); err != nil {
 				return err
 			}
 		}
@@ -237,11 +242,35 @@ func (u *subscription) run(ctx context.Context) error {
 	}
 }
 
-// tellGap says that events are missing, which is never passed over; the current state has what is worth knowing of them.
-func (u *subscription) tellGap() error {
+// missed says that a reader that comes back without the whole state misses something that happened since its place, and that it
+// was not told of. It is nil if there is nothing of that, for instance because the state had nothing to tell.
+func (u *subscription) missed(ctx context.Context) error {
+	if u.back == u.at || u.back == (hub.Cursor{}) {
+		return nil
+	}
+	for f, err := range u.s.g.deps.Directory.Feed(ctx, u.s.claims.Owner, u.at, u.back.After) {
+		if err != nil {
+			return err
+		}
+		for i := f.Skip; i < len(f.Commit.Events); i++ {
+			if u.wants(f.Commit, i) {
+				return errHalfState
+			}
+		}
+	}
+	return nil
+}
+
+// tellGap says that events are missing, which is never passed over; the current state, from now on, has what is worth knowing of
+// them.
+func (u *subscription) tellGap(ctx context.Context) error {
+	head, err := u.s.g.deps.Directory.FeedHead(ctx)
+	if err != nil {
+		return err
+	}
 	u.s.g.metrics.lagged.Inc()
 	code, text := hub.Public(u.gap)
-	u.state, u.gap = true, nil
+	u.at, u.state, u.gap = head, true, nil
 	yes := true
 	return u.s.tell(told{sub: u.id, corr: u.corr, token: u.token(), processed: &pb.Event_OperationProcessed{
 		ErrorStatus: &pb.Event_OperationProcessed_ErrorStatus{Message: code + ": " + text}, Lagged: &yes,

@@ -562,6 +562,33 @@ func TestCurrentState(t *testing.T) {
 	resume(whole.Result.ResumeToken).expect("/light/1 5", "/light/1 6")
 }
 
+// A state that has nothing to tell leaves no gap: whoever comes back before anything happened, or after what does not concern
+// it, gets the state again, and is told of what it missed, if there is any.
+func TestEmptyState(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.run(t)
+	const filter = `"eventFilter":["RESOURCE_CHANGED"],"hrefFilter":["/none"]`
+	l := w.listen(t, "alice", "")
+	l.say(`{"createSubscription":{` + filter + `,"includeCurrentState":true}}`)
+	token := l.expect("OK").Result.ResumeToken
+	resume := func() *listener {
+		l := w.listen(t, "alice", "")
+		l.say(`{"createSubscription":{`+filter+`,"resumeToken":%q}}`, token)
+		return l
+	}
+	resume().expect("OK")
+	w.directory.happen(lampA, reports("/light/1", 1))
+	again := resume()
+	again.expect("OK")
+	w.directory.happen(lampA, reports("/none", 1))
+	again.expect("/none 1")
+	l.expect("/none 1")
+	token = resume().expect("OK", "OK feed-lagged").Result.ResumeToken
+	resume().expect("OK", "/none 1") // the gap is said once
+	want(t, "lagged", w.counter(t, "coaphub_api_subscriptions_lagged_total"), 1)
+}
+
 // What is trimmed away while the state is told is a gap like any other.
 func TestLaggedInTheState(t *testing.T) {
 	t.Parallel()

@@ -1012,7 +1012,7 @@ type SubscribeToEvents_CreateSubscription struct {
 	ResourceIdFilter       []*ResourceIdFilter `protobuf:"bytes,5,rep,name=resource_id_filter,json=resourceIdFilter,proto3" json:"resource_id_filter,omitempty"`
 	LeadResourceTypeFilter []string            `protobuf:"bytes,6,rep,name=lead_resource_type_filter,json=leadResourceTypeFilter,proto3" json:"lead_resource_type_filter,omitempty"`
 	ResumeToken            string              `protobuf:"bytes,200,opt,name=resume_token,json=resumeToken,proto3" json:"resume_token,omitempty"`                            // go on after the event that carried this token
-	IncludeCurrentState    bool                `protobuf:"varint,201,opt,name=include_current_state,json=includeCurrentState,proto3" json:"include_current_state,omitempty"` // send the current state first; a token from before its end has it sent anew, as lagged
+	IncludeCurrentState    bool                `protobuf:"varint,201,opt,name=include_current_state,json=includeCurrentState,proto3" json:"include_current_state,omitempty"` // send the current state first; a token from before its end has it sent anew
 	unknownFields          protoimpl.UnknownFields
 	sizeCache              protoimpl.SizeCache
 }
