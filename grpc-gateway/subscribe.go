@@ -218,7 +218,9 @@ func (s *stream) start(u *subscription) error {
 
 // run tells what there is to tell until ctx ends; it returns with an error.
 func (u *subscription) run(ctx context.Context) error {
-	u.gap = u.missed(ctx)
+	if u.gap = u.missed(ctx); u.back != (hub.Cursor{}) {
+		u.at = u.back
+	}
 	for {
 		if u.gap != nil {
 			if code, _ := hub.Public(u.gap); code != lagged {
@@ -316,19 +318,14 @@ func (u *subscription) tellEvent(ctx context.Context, c *hub.Commit, i int, shar
 // which it goes on: u.at. The last message of all that has this place as its token; who breaks off before it, and resumes, has a
 // gap and gets the state anew.
 //
-// The head comes before the pictures, so nothing is missed; of the commits that the feed has behind it, a picture's seq says
-// which are in there.
+// It begins at u.at, where the subscription was live, so nothing is missed; of the commits that the feed has behind it, a
+// picture's seq says which are in there.
 func (u *subscription) tellState(ctx context.Context) error {
-	g, owner := u.s.g, u.s.claims.Owner
-	head, err := g.deps.Directory.FeedHead(ctx)
-	if err != nil {
-		return err
-	}
+	g, owner, head := u.s.g, u.s.claims.Owner, u.at
 	ids, err := g.deps.Identities.Devices(ctx, owner)
 	if err != nil {
 		return err
 	}
-	u.at = head
 	var held struct { // the newest event, nil at first: the last one of all carries another token
 		*hub.Commit
 		event  int
@@ -369,10 +366,10 @@ func (u *subscription) tellState(ctx context.Context) error {
 			if err != nil {
 				return err
 			}
-			if f.Commit.Seq <= seen[f.Commit.Device] {
-				continue
-			}
 			for i := range f.Commit.Events {
+				if f.Commit.Seq <= seen[f.Commit.Device] && !endsCommand(&f.Commit.Events[i]) {
+					continue
+				}
 				if err := hold(f.Commit, i, true); err != nil {
 					return err
 				}
@@ -381,6 +378,12 @@ func (u *subscription) tellState(ctx context.Context) error {
 	}
 	u.at, u.state = until, false
 	return tell()
+}
+
+// endsCommand reports whether an event is a command's end, which no picture has: whoever waits for it must hear it. One of the
+// twin ends with metadata, which it has.
+func endsCommand(ev *hub.Event) bool {
+	return ev.Kind == hub.CommandEnded && !ev.Command.Kind.OfTwin()
 }
 
 // stateOf makes events of a device's picture: that it is the owner's, its metadata, its links, the last representation of each

@@ -589,6 +589,28 @@ func TestEmptyState(t *testing.T) {
 	want(t, "lagged", w.counter(t, "coaphub_api_subscriptions_lagged_total"), 1)
 }
 
+// What happens from the acknowledgement on is in the state or told; a command's end is in no state, so it is told.
+func TestCommandEndsBesideTheState(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.run(t)
+	devices := w.identities.devices
+	once := false
+	w.identities.devices = func(ctx context.Context, o hub.Owner) ([]hub.DeviceID, error) {
+		if !once { // behind the acknowledgement, before the pictures
+			once = true
+			w.directory.happen(lampA, ordered(hub.CommandEnded, hub.CommandUpdate, "/light/1"), reports("/light/1", 3))
+		}
+		return devices(ctx, o)
+	}
+	l := w.listen(t, "alice", "")
+	l.say(`{"createSubscription":{"eventFilter":["RESOURCE_CHANGED","RESOURCE_UPDATED"],"hrefFilter":["/light/1"],"deviceIdFilter":[%q],"includeCurrentState":true}}`, lampA)
+	l.expect("OK", "/light/1 3")
+	if b := string(l.raw()); !strings.Contains(b, `"resourceUpdated"`) {
+		t.Errorf("%s", b)
+	}
+}
+
 // What is trimmed away while the state is told is a gap like any other.
 func TestLaggedInTheState(t *testing.T) {
 	t.Parallel()

@@ -46,10 +46,11 @@ type Log struct {
 	in      chan *waiting // full: see Record
 	stopped chan struct{} // closed when Run has ended
 
-	// newest is the newest page as it is stored, while its revision is newestRev; Run's. With it a page is neither read nor decoded
+	// newest is the page that begins at newestFirst as it is stored, while its revision is newestRev; Run's. With it a page is neither read nor decoded
 	// again for each entry.
-	newest    []byte
-	newestRev uint64
+	newest      []byte
+	newestFirst uint64
+	newestRev   uint64
 
 	mu    sync.Mutex // guards what follows
 	pages []page     // oldest first; only Run changes it
@@ -231,7 +232,7 @@ func (l *Log) tryAppend(ctx context.Context, batch []*waiting) error {
 		return &hub.Error{Kind: hub.Internal, Op: "audit.append", Err: err}
 	}
 	if at.rev != 0 {
-		if l.newestRev != at.rev { // the first entry of this run, or another process wrote
+		if l.newestFirst != at.first || l.newestRev != at.rev { // the first entry of this run, or another process wrote
 			doc, err := l.docs.Get(ctx, collection, at.key())
 			switch {
 			case err != nil:
@@ -239,7 +240,7 @@ func (l *Log) tryAppend(ctx context.Context, batch []*waiting) error {
 			case doc.Rev != at.rev || len(doc.Value) == 0:
 				return &hub.Error{Kind: hub.Conflict, Op: "audit.append"}
 			}
-			l.newest, l.newestRev = doc.Value, doc.Rev
+			l.newest, l.newestFirst, l.newestRev = doc.Value, at.first, doc.Rev
 		}
 		// Two arrays become one: the brackets between them a comma.
 		b = slices.Concat(l.newest[:len(l.newest)-1], []byte(","), b[1:])
@@ -248,7 +249,7 @@ func (l *Log) tryAppend(ctx context.Context, batch []*waiting) error {
 	if err != nil {
 		return err
 	}
-	l.newest, l.newestRev = b, rev
+	l.newest, l.newestFirst, l.newestRev = b, at.first, rev
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := page{at.first, at.n + len(batch), rev}
