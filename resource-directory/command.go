@@ -301,7 +301,11 @@ func (d *Directory) Command(ctx context.Context, owner hub.Owner, o hub.Order) (
 		return hub.Outcome{}, refused(op, err)
 	}
 	w := d.worker(o.Device)
-	fresh, sum := uuid.NewString(), digest(&o)
+	fresh := uuid.NewString()
+	var sum []byte // of what was asked for, with a key
+	if o.Key != "" {
+		sum = digest(&o)
+	}
 	var id string
 	var from uint64 // where to look for its end
 	r := &request{dev: o.Device, op: op}
@@ -320,7 +324,7 @@ func (d *Directory) Command(ctx context.Context, owner hub.Owner, o hub.Order) (
 		if o.Repeat {
 			return nil, &hub.Error{Kind: hub.NotFound}
 		}
-		return d.ordered(s, &o, fresh, now, w.live[o.Device])
+		return d.ordered(s, &o, fresh, sum, now, w.live[o.Device])
 	}
 	r.stored = func(w *worker) {
 		if id == fresh {
@@ -391,16 +395,13 @@ func (d *Directory) outcome(ctx context.Context, dev hub.DeviceID, id string, fr
 }
 
 // ordered makes the events of a new command.
-func (d *Directory) ordered(s *state, o *hub.Order, id string, now int64, l *live) ([]hub.Event, error) {
+func (d *Directory) ordered(s *state, o *hub.Order, id string, sum []byte, now int64, l *live) ([]hub.Event, error) {
 	ev := hub.Event{
 		Kind: hub.CommandPending, Href: o.Href, Correlation: id, User: o.User, Connection: o.Connection, Content: o.Content,
 		Command: &hub.CommandEvent{
 			Kind: o.Kind, Interface: o.Interface, ETags: o.ETags, ValidUntil: now + int64(o.TTL), Key: o.Key, Code: o.Method,
-			IfMatch: forwarded(o),
+			IfMatch: forwarded(o), Digest: sum,
 		},
-	}
-	if o.Key != "" {
-		ev.Command.Digest = digest(o)
 	}
 	if !o.Kind.OfTwin() {
 		link, published := s.links.get(string(o.Href))

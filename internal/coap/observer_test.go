@@ -179,8 +179,8 @@ func TestObserverUDP(t *testing.T) {
 // An error ends the entry, and is the last word: it waits for what is under way, and nothing newer takes its place (RFC 7641,
 // Section 4.2).
 func TestErrorNotificationWaits(t *testing.T) {
-	failure := Response{Code: codes.ServiceUnavailable}
-	t.Run("notification under way", func(t *testing.T) {
+	// underWay ends an observation while a notification, which is first, is not acknowledged, and another one waits unless it is "".
+	underWay := func(t *testing.T, waiting string, then func(t *testing.T, h *observable, p *udpPeer, o *Observer, first heardPacket)) {
 		h := &observable{}
 		udpBubble(t, h.funcs(), nil, func(t *testing.T, s *udpSim) {
 			h.added = make(chan *Observer, 10)
@@ -190,10 +190,17 @@ func TestErrorNotificationWaits(t *testing.T) {
 			o := <-h.added
 			tell(t, o, "1")
 			first := p.read(confirmable)
-			tell(t, o, "2")
-			if err := o.Notify(t.Context(), failure); err != nil {
+			if waiting != "" {
+				tell(t, o, waiting)
+			}
+			if err := o.Notify(t.Context(), Response{Code: codes.ServiceUnavailable}); err != nil {
 				t.Fatal(err)
 			}
+			then(t, h, p, o, first)
+		})
+	}
+	t.Run("notification under way", func(t *testing.T) {
+		underWay(t, "2", func(t *testing.T, _ *observable, p *udpPeer, o *Observer, first heardPacket) {
 			wantKind(t, o.Notify(t.Context(), Response{Code: codes.Content}), hub.Unavailable)
 			p.empty(acknowledgement, first.id)
 			m := p.read(confirmable)
@@ -209,36 +216,14 @@ func TestErrorNotificationWaits(t *testing.T) {
 		})
 	})
 	t.Run("cancelled", func(t *testing.T) {
-		h := &observable{}
-		udpBubble(t, h.funcs(), nil, func(t *testing.T, s *udpSim) {
-			h.added = make(chan *Observer, 10)
-			p := s.device(t, deviceAddr)
-			s.begin(t, p)
-			p.ask(register(1, 0))
-			o := <-h.added
-			tell(t, o, "1")
-			first := p.read(confirmable)
-			if err := o.Notify(t.Context(), failure); err != nil {
-				t.Fatal(err)
-			}
+		underWay(t, "", func(_ *testing.T, _ *observable, p *udpPeer, _ *Observer, first heardPacket) {
 			p.ask(register(1, 1)) // the peer knows that it is over
 			p.empty(acknowledgement, first.id)
 			p.quiet(time.Minute)
 		})
 	})
 	t.Run("registered again", func(t *testing.T) {
-		h := &observable{}
-		udpBubble(t, h.funcs(), nil, func(t *testing.T, s *udpSim) {
-			h.added = make(chan *Observer, 10)
-			p := s.device(t, deviceAddr)
-			s.begin(t, p)
-			p.ask(register(1, 0))
-			o := <-h.added
-			tell(t, o, "1")
-			first := p.read(confirmable)
-			if err := o.Notify(t.Context(), failure); err != nil {
-				t.Fatal(err)
-			}
+		underWay(t, "", func(t *testing.T, h *observable, p *udpPeer, _ *Observer, first heardPacket) {
 			p.ask(register(1, 0)) // it would take the error for the end of the new entry
 			p.empty(acknowledgement, first.id)
 			p.quiet(time.Minute)

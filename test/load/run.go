@@ -92,13 +92,7 @@ func Run(ctx context.Context, cfg Config, report func(Result)) error {
 		start.RSS = ptr(float64(r.before) / (1 << 20))
 	}
 	report(start)
-	defer func() {
-		var wg sync.WaitGroup
-		for _, p := range r.peers {
-			wg.Go(p.disconnect)
-		}
-		wg.Wait()
-	}()
+	defer r.disconnect()
 	for round := range max(cfg.Rounds, 1) {
 		for _, p := range phases {
 			setup := p.name == "setup"
@@ -116,6 +110,15 @@ func Run(ctx context.Context, cfg Config, report func(Result)) error {
 		}
 	}
 	return nil
+}
+
+// disconnect has all devices go.
+func (r *run) disconnect() {
+	var wg sync.WaitGroup
+	for _, p := range r.peers {
+		wg.Go(p.disconnect)
+	}
+	wg.Wait()
 }
 
 func (r *run) meter(phase string, atOnce int) *meter {
@@ -178,11 +181,7 @@ func (r *run) reconnect(ctx context.Context) Result {
 }
 
 func (r *run) comeBack(ctx context.Context, phase string, atOnce int) Result {
-	var wg sync.WaitGroup
-	for _, p := range r.peers {
-		wg.Go(p.disconnect)
-	}
-	wg.Wait()
+	r.disconnect()
 	m := r.meter(phase, atOnce)
 	m.closed(ctx, atOnce, len(r.peers), 0, func(ctx context.Context, _, k int) error {
 		ctx, cancel := context.WithTimeout(ctx, 6*patience)
