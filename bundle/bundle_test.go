@@ -644,6 +644,11 @@ func TestAdministrationOverTheAPI(t *testing.T) {
 
 	join(t, h, lamp)
 	send("PATCH", "/api/v1/devices/"+lamp+"/labels", `{"labels":{"room":"kitchen"}}`, 200)
+	// A device is in lists when its /oic/d has come, which is some time after its publishing was answered.
+	eventually(t, "the device is found by its label", func() bool {
+		_, list := get(t, h.HTTP+"/api/v1/devices?search=room%3Dkitchen", admin)
+		return strings.Contains(list, `"labels":{"room":"kitchen"}`)
+	})
 	if code, thing := get(t, h.HTTP+"/api/v1/things/"+lamp, admin); code != http.StatusOK || !strings.Contains(thing, `"base":"`+h.HTTP+`/api/v1/"`) ||
 		!strings.Contains(thing, `"href":"devices/`+lamp+`/resources/light/1?onlyContent=true"`) {
 		t.Errorf("thing: %d %s", code, thing)
