@@ -49,10 +49,6 @@ type DTLSConfig struct {
 	MaxPerPrefix int
 	// MTU is the largest datagram of a handshake. Default 1200.
 	MTU int
-	// RingLength and RingBytes bound the datagrams of one peer that wait to be decrypted; further ones are lost. Defaults 64
-	// and 32 KiB.
-	RingLength int
-	RingBytes  int
 }
 
 // DefaultDTLSConfig returns the defaults named at each field.
@@ -63,8 +59,6 @@ func DefaultDTLSConfig() DTLSConfig {
 		MaxHandshakes:    1024,
 		MaxPerPrefix:     256,
 		MTU:              1200,
-		RingLength:       64,
-		RingBytes:        32 << 10,
 	}
 }
 

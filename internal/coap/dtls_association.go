@@ -38,8 +38,11 @@ const (
 	maxSealed = 512
 	// maxRepeats bounds how often the peer can make us repeat a flight.
 	maxRepeats = 8
-	// maxRecord is the largest datagram that pion reads.
+	// maxRecord is the largest datagram that pion reads, and that we seal.
 	maxRecord = 8192
+	// ringLength and ringBytes bound what waits for pion, or for the session to begin; further datagrams are lost.
+	ringLength = 64
+	ringBytes  = 32 << 10
 )
 
 var (
@@ -48,8 +51,7 @@ var (
 	errRestarted   = errors.New("the peer began again")
 )
 
-// route is one way to the peer: an address of ours and one of the peer's. pion takes it for the peer's net.Addr and compares
-// pointers, so there is one for each pair of addresses of an association.
+// route is one way to the peer: an address of ours and one of the peer's. pion takes it for the peer's net.Addr.
 type route struct {
 	ends    endpoints
 	control []byte
@@ -75,8 +77,8 @@ type association struct {
 	l      *dtlsListener
 	first  endpoints
 	random helloRandom
-	since  time.Duration // when its ClientHello came
-	conn   *dtls.Conn
+	since  time.Duration   // when its ClientHello came
+	conn   *dtls.Conn      // of the handshake, whose goroutine alone uses it; nil afterwards
 	ctx    context.Context // of the handshake
 	cancel context.CancelCauseFunc
 	prefix netip.Prefix
@@ -95,17 +97,15 @@ type association struct {
 	hasCID  bool
 	route   *route // in use
 	routes  []*route
-	ring    []arrival
-	bytes   int // in the ring
-	reads   uint64
-	waiting bool   // pion waits for a datagram: it has done with all before
-	given   *route // not nil: pion looks at a datagram that came by another route
-	sealing bool   // our Finished is on its way: from now on application data may come
-	moved   bool   // the route has changed, and the session does not know
-	expired bool   // pion wants no more to read
-	closed  bool   // pion has closed
-	drains  bool   // a drain is running
+	keys    *cipherState // once the handshake is complete
+	ring    []arrival    // what waits for pion, or for the session
+	bytes   int          // in the ring
+	waiting bool         // pion waits for a datagram: it has done with all before
+	sealing bool         // our Finished is on its way: from now on all is sealed, and not for pion
+	expired bool         // pion wants no more to read
+	closed  bool         // pion has closed
 	session *datagram
+	opened  bool // the reader brings the session what comes
 	heard   bool // application data came
 
 	// During the handshake.
@@ -124,9 +124,9 @@ type association struct {
 	nothing bool              // the peer has shown no credential, and one is demanded
 }
 
-// arrival is a datagram of one association, without what is not for pion.
+// arrival is a datagram of one association, without the records that are not taken.
 type arrival struct {
-	from *route
+	from endpoints
 	b    []byte
 }
 
@@ -138,14 +138,7 @@ func (w wire) ReadFrom(b []byte) (int, net.Addr, error) {
 	a := w.association
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.given != nil {
-		a.mu.Unlock()
-		a.judged()
-		a.mu.Lock()
-	}
-	a.reads++
-	a.changed.Broadcast()
-	for len(a.ring) == 0 && !a.closed && !a.expired {
+	for (len(a.ring) == 0 || a.sealing) && !a.closed && !a.expired { // what follows our Finished is not for pion
 		a.waiting = true
 		a.changed.Wait()
 	}
@@ -156,89 +149,45 @@ func (w wire) ReadFrom(b []byte) (int, net.Addr, error) {
 	case a.expired:
 		return 0, nil, os.ErrDeadlineExceeded
 	}
-	next := &a.ring[0]
-	from, p := next.from, next.b
-	if from != a.route {
-		// One record at a time, so that it is known which of them moved the peer.
-		if r, rest, ok := nextRecord(p); ok && len(rest) > 0 {
-			p, next.b = r.raw, rest
-		} else {
-			next = nil
-		}
-		a.given = from
-	} else {
-		next = nil
-	}
-	if next == nil {
-		a.ring[0] = arrival{}
-		if a.ring = a.ring[1:]; len(a.ring) == 0 {
-			a.ring = nil
-		}
-	}
-	a.bytes -= len(p)
-	return copy(b, p), from, nil
+	next := a.ring[0].b
+	a.ring[0] = arrival{}
+	a.ring = a.ring[1:]
+	a.bytes -= len(next)
+	return copy(b, next), a.route, nil
 }
 
-// judged notes what pion made of a datagram that came by another route. RFC 9146, Section 6: the address changes with a record
-// that is valid and the newest.
-func (a *association) judged() {
-	chosen, _ := a.conn.RemoteAddr().(*route)
-	a.mu.Lock()
-	a.given = nil
-	left := a.route
-	moved := chosen != nil && chosen != left
-	if moved {
-		a.route, a.moved = chosen, true
-		chosen.proven, chosen.stale, chosen.out = false, false, 0
-	}
-	a.mu.Unlock()
-	if moved {
-		a.l.rerouted(a, left, chosen)
-	}
-}
-
-// WriteTo sends one datagram of pion's by the route it has chosen.
-func (w wire) WriteTo(b []byte, to net.Addr) (int, error) {
+// WriteTo sends one datagram of pion's, all of which belong to the handshake.
+func (w wire) WriteTo(b []byte, _ net.Addr) (int, error) {
 	a := w.association
-	r, ok := to.(*route)
-	if !ok {
-		return 0, &net.AddrError{Err: "not a route of this association", Addr: to.String()}
-	}
 	a.mu.Lock()
 	if a.closed {
 		a.mu.Unlock()
 		return 0, net.ErrClosed
 	}
 	was := a.stage
-	if a.stage < complete {
-		a.sent(b)
-		if a.withholds(b) {
-			a.mu.Unlock()
-			return len(b), nil
-		}
-	}
-	verifiedNow := was == unverified && a.stage == verified
-	switch {
-	case r.stale:
+	if a.stage >= complete { // the close_notify of a connection that goes on without pion
 		a.mu.Unlock()
-		return len(b), nil // it would only reach somebody else
-	case !r.proven && a.stage == complete:
-		// RFC 9146, Section 6: the new address may be somebody else's, to whom the peer wants us to send.
-		if r.out+len(b) > 3*r.in {
-			a.mu.Unlock()
-			a.l.drop("unproven")
-			return len(b), nil
-		}
-		r.out += len(b)
+		return len(b), nil
 	}
+	a.sent(b)
+	if a.withholds(b) {
+		a.mu.Unlock()
+		return len(b), nil
+	}
+	verifiedNow, r := was == unverified && a.stage == verified, a.route
 	a.mu.Unlock()
 	if verifiedNow {
 		a.l.promote(a)
 	}
-	if err := a.l.sock.write(b, r.control, r.ends); err != nil && !errors.Is(err, net.ErrClosed) {
-		a.l.drop("unsent") // as if the network had lost it; no reason for pion to give up
-	}
+	a.write(r, b)
 	return len(b), nil
+}
+
+// write sends a datagram, or loses it as the network may; that is no reason for anybody to give up.
+func (a *association) write(r *route, b []byte) {
+	if err := a.l.sock.write(b, r.control, r.ends); err != nil && !errors.Is(err, net.ErrClosed) {
+		a.l.drop("unsent")
+	}
 }
 
 // sent looks at what pion sends during the handshake; mu is held.
@@ -285,7 +234,6 @@ func (w wire) Close() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.closed = true
-	w.ring, w.bytes, w.given = nil, 0, nil
 	w.changed.Broadcast()
 	return nil
 }
@@ -294,12 +242,11 @@ func (w wire) LocalAddr() net.Addr { return w.l.sock.localAddr(w.first) }
 
 func (w wire) SetDeadline(t time.Time) error { return w.SetReadDeadline(t) }
 
-// SetReadDeadline is how pion ends a read: a time long ago now, none afterwards. After the handshake it does so only to close,
-// and Close ends the read as well; a reader that ended before would close ahead of the close_notify.
+// SetReadDeadline is how pion ends a read: a time long ago now, none afterwards.
 func (w wire) SetReadDeadline(t time.Time) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.expired = !t.IsZero() && w.stage < complete
+	w.expired = !t.IsZero()
 	w.changed.Broadcast()
 	return nil
 }
@@ -311,8 +258,9 @@ func (w wire) SetWriteDeadline(time.Time) error { return nil }
 func (a *association) opening(r record) bool {
 	switch {
 	case a.sealing:
-		// Our last flight may have been lost: the peer repeats its own, until it says something.
-		return r.typ == recordHandshake && isClientFlight(r.body) && !a.heard && a.grace(r)
+		// It waits until the keys are here. Our last flight may have been lost, and the peer's repetition of its own is known by
+		// the Finished: what nothing seals is not believed.
+		return r.epoch == dataEpoch && r.typ != recordChange
 	case r.epoch == 0 && r.typ == recordAlert:
 		// Anybody can forge it, so it ends nothing; the peer that sent it is not going to go on.
 		a.said = bytes.Clone(r.body[:min(len(r.body), 2)])
@@ -347,31 +295,30 @@ func (a *association) grace(r record) bool {
 // push takes the records of one datagram that are for this association. It never blocks.
 func (a *association) push(recs []record, e endpoints) {
 	a.mu.Lock()
-	if a.closed || a.stage == over {
+	switch {
+	case a.stage == over, a.closed && a.keys == nil:
 		a.mu.Unlock()
 		return
-	}
-	from := a.way(e)
-	if from == nil {
+	case a.opened:
+		a.mu.Unlock()
+		for i := range recs {
+			a.accept(&recs[i], e)
+		}
+		return
+	case a.route.ends != e && !a.sealing: // a handshake has one way
 		a.mu.Unlock()
 		a.l.drop("record")
 		return
 	}
 	size := 0
 	for i := range recs {
-		r := &recs[i]
-		switch {
-		case (!a.sealing || r.epoch == 0) && !a.opening(*r):
-			r.raw = nil
-		case a.sealing && (r.epoch > 1 || r.epoch == 1 && r.typ == recordChange):
-			// There is no second epoch. pion would keep its records, and believe a change_cipher_spec, which no key seals.
+		if r := &recs[i]; !a.opening(*r) {
 			r.raw = nil
 		}
-		size += len(r.raw)
+		size += len(recs[i].raw)
 	}
 	wrongKey := a.sealed >= 3 && !a.sealing
-	conf := &a.l.conf
-	room := size <= maxRecord && len(a.ring) < conf.RingLength && a.bytes+size <= conf.RingBytes
+	room := size <= maxRecord && len(a.ring) < ringLength && a.bytes+size <= ringBytes
 	if size > 0 && room {
 		b := make([]byte, 0, size)
 		for _, r := range recs {
@@ -382,14 +329,12 @@ func (a *association) push(recs []record, e endpoints) {
 				a.inSeq++
 			}
 		}
-		from.in += size
-		a.ring = append(a.ring, arrival{from, b})
+		a.ring = append(a.ring, arrival{e, b})
 		a.bytes += size
-		if a.stage < complete {
+		if !a.sealing {
 			a.flight, a.flown = nil, 0
 		}
 		a.changed.Broadcast()
-		a.drain()
 	}
 	a.mu.Unlock()
 	switch {
@@ -403,14 +348,109 @@ func (a *association) push(recs []record, e endpoints) {
 	}
 }
 
-// way finds the route of a datagram; nil when it may not come from there. mu is held.
+// established takes the keys from pion and lets it go.
+func (a *association) established() error {
+	keys, err := newCipherState(a.conn)
+	if err != nil {
+		return err
+	}
+	a.mu.Lock()
+	a.stage, a.keys = complete, keys
+	a.mu.Unlock()
+	_ = a.conn.Close() // nothing of it gets out any more, see wire.WriteTo
+	a.conn = nil
+	return nil
+}
+
+// open brings the session what has come already; what comes afterwards is the reader's to bring.
+func (a *association) open() {
+	for {
+		a.mu.Lock()
+		early := a.ring
+		a.ring, a.bytes = nil, 0
+		if len(early) == 0 || a.stage == over {
+			a.opened = true
+			a.mu.Unlock()
+			return
+		}
+		a.mu.Unlock()
+		for _, at := range early {
+			for rest := at.b; len(rest) > 0; {
+				r, more, ok := nextRecord(rest)
+				if !ok {
+					break
+				}
+				a.accept(&r, at.from)
+				rest = more
+			}
+		}
+	}
+}
+
+// accept opens one record and brings what is in it to the session. Calls must not overlap.
+func (a *association) accept(r *record, e endpoints) {
+	typ, content, newest, ok := a.keys.open(r)
+	if !ok {
+		a.l.drop("record")
+		return
+	}
+	a.mu.Lock()
+	left := a.route
+	from := left
+	if from.ends != e {
+		from = a.way(e)
+	}
+	from.in += len(r.raw)
+	moved := newest && from != left
+	if moved {
+		// RFC 9146, Section 6: the address changes with a record that is valid and the newest.
+		a.route = from
+		from.proven, from.stale, from.out = false, false, 0
+	}
+	found := from.stale && from == a.route // whoever had the address since has gone
+	if found {
+		from.stale = false
+	}
+	a.mu.Unlock()
+	if moved {
+		a.l.rerouted(a, left, from)
+		a.session.relocated(len(content))
+	}
+	if found {
+		a.l.unmute(a)
+	}
+	switch {
+	case typ == recordData:
+		a.mu.Lock()
+		a.heard, a.flight = true, nil
+		a.mu.Unlock()
+		a.session.deliver(content)
+	case typ == recordHandshake:
+		a.repeat()
+	case typ == recordAlert && len(content) == 2 && (content[0] == alertFatal || content[1] == alertClose):
+		// The peer's key has sealed it (RFC 5246, Section 7.2.1). Warnings end nothing.
+		a.session.lost(io.EOF)
+	}
+}
+
+// repeat sends our last flight again to a peer that repeats its own, whose Finished this was (RFC 6347, Section 4.2.4), until
+// it says something.
+func (a *association) repeat() {
+	a.mu.Lock()
+	if a.heard || a.repeats >= maxRepeats {
+		a.mu.Unlock()
+		return
+	}
+	a.repeats++
+	flight, r := a.flight, a.route
+	a.mu.Unlock()
+	for _, b := range flight {
+		a.write(r, b)
+	}
+}
+
+// way finds or makes the route of a datagram that the peer has sealed, of an association with a connection ID. mu is held.
 func (a *association) way(e endpoints) *route {
-	if a.route.ends == e {
-		return a.route
-	}
-	if a.stage < complete || !a.hasCID {
-		return nil
-	}
 	for _, r := range a.routes {
 		if r.ends == e {
 			return r
@@ -462,79 +502,8 @@ func (a *association) again() {
 	flight, r := a.flight, a.route
 	a.mu.Unlock()
 	for _, b := range flight {
-		if a.l.sock.write(b, r.control, r.ends) != nil {
-			a.l.drop("unsent")
-		}
+		a.write(r, b)
 	}
-}
-
-// drain starts the goroutine that brings decrypted datagrams to the session; it ends when there is nothing left, so that an
-// idle session has none. mu is held.
-func (a *association) drain() {
-	if a.session == nil || a.drains {
-		return
-	}
-	a.drains = true
-	a.l.wg.Add(1)
-	go a.deliver()
-}
-
-// drainPause is how long a drain waits for one more datagram.
-const drainPause = time.Second
-
-var drainBuffers = sync.Pool{New: func() any { return new([maxRecord]byte) }}
-
-func (a *association) deliver() {
-	defer a.l.wg.Done()
-	buf := drainBuffers.Get().(*[maxRecord]byte)
-	defer drainBuffers.Put(buf)
-	for {
-		a.mu.Lock()
-		// While pion waits it has given away all that it had: what a read finds now is the last.
-		idle, reads := a.waiting && len(a.ring) == 0, a.reads
-		a.mu.Unlock()
-		_ = a.conn.SetReadDeadline(time.Now().Add(drainPause))
-		n, err := a.conn.Read(buf[:])
-		var late net.Error
-		switch {
-		case err == nil:
-			a.delivered(buf[:n])
-		case errors.As(err, &late) && late.Timeout():
-			a.mu.Lock()
-			if idle && a.waiting && len(a.ring) == 0 && reads == a.reads {
-				a.drains = false
-				a.mu.Unlock()
-				return
-			}
-			a.mu.Unlock()
-		case errors.Is(err, io.EOF), errors.Is(err, net.ErrClosed), errors.Is(err, dtls.ErrConnClosed):
-			// A close_notify or a fatal alert that the peer's key has sealed (RFC 5246, Section 7.2.1), or our own end.
-			a.session.lost(io.EOF)
-			return
-		}
-		// Other errors are warnings of the peer's, which end nothing.
-	}
-}
-
-// delivered brings one datagram to the session, after pion has decided where the peer is.
-func (a *association) delivered(b []byte) {
-	a.mu.Lock()
-	for a.given != nil && !a.closed {
-		a.changed.Wait()
-	}
-	moved := a.moved
-	a.moved, a.heard = false, true
-	unmute := a.route.stale
-	a.route.stale = false
-	a.flight = nil
-	a.mu.Unlock()
-	if unmute {
-		a.l.unmute(a)
-	}
-	if moved {
-		a.session.relocated(len(b))
-	}
-	a.session.deliver(b)
 }
 
 // confirmed notes that the session has proven the route.
@@ -544,15 +513,44 @@ func (a *association) confirmed() {
 	a.mu.Unlock()
 }
 
+var sealBuffers = sync.Pool{New: func() any { return new([maxRecord + maxOverhead]byte) }}
+
 // WriteDatagram implements packetLink.
-func (a *association) WriteDatagram(b []byte) error {
-	_, err := a.conn.Write(b)
-	return err
+func (a *association) WriteDatagram(b []byte) error { return a.send(recordData, b) }
+
+// send seals one record and sends it by the route in use, or loses it.
+func (a *association) send(typ byte, content []byte) error {
+	buf := sealBuffers.Get().(*[maxRecord + maxOverhead]byte)
+	defer sealBuffers.Put(buf)
+	a.mu.Lock()
+	if a.stage == over {
+		a.mu.Unlock()
+		return net.ErrClosed
+	}
+	r := a.route
+	size := a.keys.size(len(content))
+	switch {
+	case r.stale:
+		a.mu.Unlock()
+		return nil // it would only reach somebody else
+	case !r.proven && r.out+size > 3*r.in:
+		// RFC 9146, Section 6: the new address may be somebody else's, to whom the peer wants us to send.
+		a.mu.Unlock()
+		a.l.drop("unproven")
+		return nil
+	case !r.proven:
+		r.out += size
+	}
+	seq := a.keys.next
+	a.keys.next++
+	a.mu.Unlock()
+	a.write(r, a.keys.seal(buf[:0], seq, typ, content))
+	return nil
 }
 
 // Close implements packetLink: it says close_notify and forgets the association.
 func (a *association) Close() error {
-	err := a.conn.Close()
+	err := a.send(recordAlert, []byte{alertWarning, alertClose})
 	a.mu.Lock()
 	a.stage = over
 	a.mu.Unlock()

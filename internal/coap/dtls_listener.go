@@ -375,9 +375,9 @@ func (l *dtlsListener) handshake(a *association) {
 	s := l.srv
 	err := a.conn.HandshakeContext(a.ctx)
 	if err == nil {
-		a.mu.Lock()
-		a.stage = complete
-		a.mu.Unlock()
+		err = a.established()
+	}
+	if err == nil {
 		s.metrics.handshakes.WithLabelValues("ok").Inc()
 		l.begun(a)
 		return
@@ -473,7 +473,6 @@ func (l *dtlsListener) begun(a *association) {
 		old.mu.Unlock()
 	}
 	a.session = d
-	a.drain()
 	a.mu.Unlock()
 	l.open[a.first] = a
 	if old != nil && old.hasCID && old.muted == nil {
@@ -484,6 +483,7 @@ func (l *dtlsListener) begun(a *association) {
 	if old != nil && !old.hasCID {
 		old.session.lost(ErrReplaced)
 	}
+	a.open()
 }
 
 // room reports whether there is room for one more connection.

@@ -667,27 +667,28 @@ func TestDTLSStuck(t *testing.T) {
 	})
 }
 
-// More at once than the ring holds is lost, and counted.
+// What comes before the session has begun waits for it; more than the ring holds is lost, and counted.
 func TestDTLSRing(t *testing.T) {
-	dtlsBubble(t, handlerFuncs{}, func(_ *Config, c *DTLSConfig) { c.RingLength = 4 }, func(t *testing.T, s *dtlsSim) {
-		d := s.dialPSK(t, "198.51.100.1:5000", false)
-		d.ask("/a")
-		a := s.conn(t).dg.link.(*association)
-		garbage := append([]byte{recordData, 0xfe, 0xfd, 0, 1, 0, 0, 0, 0, 0, 99, 0, 30}, make([]byte, 30)...)
-		r, _, _ := nextRecord(garbage)
-		a.mu.Lock()
-		for range 10 { // as if pion did not get to it
-			a.ring = append(a.ring, arrival{a.route, garbage})
-			a.bytes += len(garbage)
+	var hang chan struct{} // of the bubble
+	h := handlerFuncs{open: func(*Conn) error {
+		<-hang
+		return nil
+	}}
+	dtlsBubble(t, h, nil, func(t *testing.T, s *dtlsSim) {
+		hang = make(chan struct{})
+		d := s.dialPSK(t, "198.51.100.1:5000", true)
+		for i := range ringLength + 10 {
+			d.send(appendPacket(nil, confirmable, uint16(i), get("/early")))
 		}
-		a.mu.Unlock()
-		a.push([]record{r}, a.first)
-		if n := s.count("messages_dropped_total", "ring"); n != 1 {
+		synctest.Wait()
+		if n := s.count("messages_dropped_total", "ring"); n != 10 {
 			t.Errorf("%v were dropped", n)
 		}
-		a.mu.Lock()
-		a.changed.Broadcast()
-		a.mu.Unlock()
+		close(hang)
+		if p, _, ok := d.next(time.Second); !ok || p.id != 0 {
+			t.Errorf("the first answer is %+v, %t", p, ok)
+		}
+		d.id = 1000
 		d.ask("/b")
 	})
 }

@@ -21,9 +21,12 @@ const (
 	certificate  = 11
 	certVerify   = 15
 	keyExchange  = 16 // client_key_exchange
+
+	alertWarning = 1
 	alertFatal   = 2
 
 	// Descriptions of alerts (RFC 5246, Section 7.2).
+	alertClose          = 0  // close_notify
 	alertHandshake      = 40 // handshake_failure
 	alertBadCertificate = 42
 	alertUnsupported    = 43 // unsupported_certificate
