@@ -4,6 +4,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/coaphub/coaphub/bundle"
+	"github.com/coaphub/coaphub/internal/run"
 )
 
 func newServe(p process) *cobra.Command {
@@ -31,6 +32,7 @@ func newServe(p process) *cobra.Command {
 		}
 		cfg.Data = dataFlag(cmd)
 		overrides(&cfg)
+		go run.GiveBackMemory(cmd.Context()) // the process's matter, not the hub's: there may be several in one
 		return bundle.Run(cmd.Context(), cfg, bundle.Options{
 			Out: p.out, Log: p.err, Terminal: terminal(p.out), Version: version, Warnings: warnings,
 		})

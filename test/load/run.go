@@ -64,6 +64,9 @@ func Phases() (names []string) {
 	return names
 }
 
+// steady is for how long memory must not have become less.
+const steady = 12 * time.Second
+
 // patience is how long a single thing may take before it has failed.
 const patience = 10 * time.Second
 
@@ -148,17 +151,23 @@ func (r *run) setup(ctx context.Context) Result {
 	return m.end()
 }
 
-// idle is the memory of the hub while all devices are signed in and say nothing.
+// idle is the memory of the hub while all devices are signed in and say nothing, once it gets no less.
 func (r *run) idle(ctx context.Context) Result {
 	m := r.meter("idle", 0)
-	wait(ctx, r.cfg.During/2)
+	least, err := rssOf(r.cfg.PIDs)
+	for since := time.Now(); err == nil && ctx.Err() == nil && time.Since(since) < steady; {
+		wait(ctx, time.Second)
+		var now int64
+		if now, err = rssOf(r.cfg.PIDs); now < least-least/100 {
+			least, since = now, time.Now()
+		}
+	}
 	res := m.end()
-	rss, err := rssOf(r.cfg.PIDs)
 	switch {
 	case err != nil:
 		res.Missing = err.Error()
 	case r.before > 0:
-		res.PerDevice = ptr(float64(rss-r.before) / 1024 / float64(len(r.peers)))
+		res.PerDevice = ptr(float64(least-r.before) / 1024 / float64(len(r.peers)))
 	}
 	return res
 }
