@@ -1,8 +1,6 @@
 package grpcgateway
 
 import (
-	"encoding/json"
-
 	"google.golang.org/protobuf/proto"
 
 	pb "github.com/coaphub/coaphub/api/gen/grpcgatewaypb"
@@ -20,21 +18,18 @@ type localized struct {
 
 // deviceElement is a device in a list.
 type deviceElement struct {
-	id           hub.DeviceID
-	meta         hub.Metadata
-	metaCause    hub.Cause
-	link         hub.Link
-	data         changed // of /oic/d
-	name         string
-	model        string
-	manufacturer []localized
-	piid         string
-	labels       hub.Labels
+	id        hub.DeviceID
+	meta      hub.Metadata
+	metaCause hub.Cause
+	link      hub.Link
+	data      changed // of /oic/d
+	says      *description
+	labels    hub.Labels
 }
 
 // newDevice makes the element of a device, or reports false for one that is not listed: never attached, /oic/d not
 // published, not reported, or not a decodable object.
-func newDevice(d *hub.Device, hubID string) (deviceElement, bool) {
+func (g *Gateway) newDevice(d *hub.Device) (deviceElement, bool) {
 	link, ok := d.Links.Get(deviceHref)
 	if !ok || !d.MetaCause.Known {
 		return deviceElement{}, false
@@ -43,24 +38,13 @@ func newDevice(d *hub.Device, hubID string) (deviceElement, bool) {
 	if !ok {
 		return deviceElement{}, false
 	}
-	doc, ok := appendDecoded(nil, res.Content)
-	var members map[string]json.RawMessage
-	if !ok || json.Unmarshal(doc, &members) != nil || members == nil {
+	says := g.descriptions.of(d.ID, res)
+	if says == nil {
 		return deviceElement{}, false
 	}
-	e := deviceElement{id: d.ID, meta: d.Metadata, metaCause: d.MetaCause, link: link, data: twinOf(d.ID, res, hubID), labels: d.Labels}
-	// A member of a wrong type stays empty: it must not hide the device.
-	_ = json.Unmarshal(members["n"], &e.name)
-	_ = json.Unmarshal(members["dmno"], &e.model)
-	_ = json.Unmarshal(members["piid"], &e.piid)
-	if json.Unmarshal(members["dmn"], &e.manufacturer) != nil {
-		e.manufacturer = nil
-		var plain string // as devices of OCF 1.0 have it
-		if json.Unmarshal(members["dmn"], &plain) == nil && plain != "" {
-			e.manufacturer = []localized{{Value: plain}}
-		}
-	}
-	return e, true
+	return deviceElement{
+		id: d.ID, meta: d.Metadata, metaCause: d.MetaCause, link: link, data: twinOf(d.ID, res, g.deps.HubID), says: says, labels: d.Labels,
+	}, true
 }
 
 func (e deviceElement) endpoints() []string {
@@ -74,16 +58,16 @@ func (e deviceElement) endpoints() []string {
 func (e deviceElement) message(cursor string) proto.Message {
 	next, interval := contactFields(e.meta.Contact)
 	m := &pb.Device{
-		Id: string(e.id), Types: e.link.Types, Name: e.name,
+		Id: string(e.id), Types: e.link.Types, Name: e.says.name,
 		Metadata: &pb.Device_Metadata{
 			Connection: connectionMessage(e.meta.Connection), TwinSynchronization: twinMessage(e.meta.Twin, e.metaCause),
 			TwinEnabled: e.meta.Twin.Enabled, NextContact: next, ContactInterval: interval,
 		},
-		ModelNumber: e.model, Interfaces: e.link.Interfaces, ProtocolIndependentId: e.piid, Data: e.data.message(),
+		ModelNumber: e.says.model, Interfaces: e.link.Interfaces, ProtocolIndependentId: e.says.piid, Data: e.data.message(),
 		OwnershipStatus: pb.Device_OWNED, Endpoints: e.endpoints(), Cursor: optional(cursor),
 		Labels: e.labels,
 	}
-	for _, t := range e.manufacturer {
+	for _, t := range e.says.manufacturer {
 		m.ManufacturerName = append(m.ManufacturerName, &pb.LocalizedString{Language: t.Language, Value: t.Value})
 	}
 	return m
@@ -92,15 +76,15 @@ func (e deviceElement) message(cursor string) proto.Message {
 func (e deviceElement) appendJSON(b []byte, cursor string) []byte {
 	b = appendText(append(b, '{'), "id", string(e.id))
 	b = appendTexts(b, "types", e.link.Types)
-	b = appendText(b, "name", e.name)
+	b = appendText(b, "name", e.says.name)
 	b = append(appendName(b, "metadata"), '{')
 	b = appendConnection(b, e.meta.Connection)
 	b = appendTwin(b, e.meta.Twin, e.metaCause)
 	b = append(appendContact(b, e.meta.Contact), '}')
-	if len(e.manufacturer) > 0 {
+	if len(e.says.manufacturer) > 0 {
 		b = append(appendName(b, "manufacturerName"), '[')
 		first := true
-		for _, t := range e.manufacturer {
+		for _, t := range e.says.manufacturer {
 			if t == (localized{}) { // an empty object is left out, like all empty ones
 				continue
 			}
@@ -113,9 +97,9 @@ func (e deviceElement) appendJSON(b []byte, cursor string) []byte {
 		}
 		b = append(b, ']')
 	}
-	b = appendText(b, "modelNumber", e.model)
+	b = appendText(b, "modelNumber", e.says.model)
 	b = appendTexts(b, "interfaces", e.link.Interfaces)
-	b = appendText(b, "protocolIndependentId", e.piid)
+	b = appendText(b, "protocolIndependentId", e.says.piid)
 	b = e.data.appendJSON(appendName(b, "data"))
 	b = appendEnum(b, "ownershipStatus", pb.Device_OwnershipStatus_name, int32(pb.Device_OWNED))
 	b = appendTexts(b, "endpoints", e.endpoints())

@@ -158,7 +158,7 @@ func BenchmarkDeviceList(b *testing.B) {
 	b.ReportAllocs()
 	buf := make([]byte, 0, 4096)
 	for b.Loop() {
-		e, _ := newDevice(d, hubID)
+		e, _ := w.newDevice(d)
 		buf = e.appendJSON(buf[:0], "")
 	}
 }

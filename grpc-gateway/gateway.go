@@ -51,18 +51,19 @@ type Deps struct {
 
 // Gateway is the door. Make one with New.
 type Gateway struct {
-	cfg     Config
-	deps    Deps
-	log     *slog.Logger
-	metrics *metrics
-	openapi []byte // the description as JSON
-	hosts   map[string]bool
-	origins map[string]bool // of pages that may call the API
-	handler http.Handler
-	grpc    *grpc.Server
-	health  *health.Server
-	index   index
-	addrs   atomic.Pointer[[2]net.Addr]
+	cfg          Config
+	deps         Deps
+	log          *slog.Logger
+	metrics      *metrics
+	openapi      []byte // the description as JSON
+	hosts        map[string]bool
+	origins      map[string]bool // of pages that may call the API
+	handler      http.Handler
+	grpc         *grpc.Server
+	health       *health.Server
+	index        index
+	descriptions descriptions
+	addrs        atomic.Pointer[[2]net.Addr]
 
 	encodings encodings
 	closing   chan struct{}  // closed when the doors close: streams end

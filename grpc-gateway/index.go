@@ -24,7 +24,7 @@ type summary struct {
 
 func newSummary(e *deviceElement) *summary {
 	d := &summary{
-		id: e.id, name: strings.ToLower(e.name), model: strings.ToLower(e.model), plainTypes: e.link.Types,
+		id: e.id, name: strings.ToLower(e.says.name), model: strings.ToLower(e.says.model), plainTypes: e.link.Types,
 		online: e.meta.Connection.Online, connectedAt: e.meta.Connection.ConnectedAt,
 	}
 	d.texts = append(d.texts, d.name)
@@ -139,7 +139,7 @@ func (g *Gateway) summary(ctx context.Context, owner hub.Owner, id hub.DeviceID)
 		if err != nil {
 			return nil, err
 		}
-		if e, ok := newDevice(picture, g.deps.HubID); ok {
+		if e, ok := g.newDevice(picture); ok {
 			d = newSummary(&e)
 		}
 	}

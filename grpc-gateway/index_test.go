@@ -44,7 +44,7 @@ func TestSearchAndSortReadOnlyWhatTheySend(t *testing.T) {
 	get("sort=name&deviceIdFilter="+string(lampA), 0, 1) // unknown
 
 	const one hub.DeviceID = "d2000000-0000-4000-8000-000000000007"
-	w.pictures[one] = lamp(one, "aaa", true)
+	w.pictures[one] = later(lamp(one, "aaa", true))
 	w.pictures[one].Labels = hub.Labels{"room": "attic"}
 	get("search=attic", 0, 0) // it has not said so yet
 	changed(one)

@@ -125,7 +125,7 @@ func TestSortDevices(t *testing.T) {
 	// A name that changed between two pages costs no other device its place.
 	first := w.get(t, "/api/v1/devices?sort=name&limit=10").results()
 	cursor := first[9]["cursor"].(string)
-	w.pictures[hub.DeviceID(first[0]["id"].(string))] = lamp(hub.DeviceID(first[0]["id"].(string)), "zzz", true)
+	w.pictures[hub.DeviceID(first[0]["id"].(string))] = later(lamp(hub.DeviceID(first[0]["id"].(string)), "zzz", true))
 	second := w.get(t, "/api/v1/devices?sort=name&limit=100&cursor="+cursor).results()
 	want(t, "the rest, and the one that moved", len(second), n-10+1)
 

@@ -74,7 +74,7 @@ func (g *Gateway) devices(ctx context.Context, owner hub.Owner, f *filter) iter.
 		if d.ID == f.from.device {
 			return true
 		}
-		e, ok := newDevice(d, g.deps.HubID)
+		e, ok := g.newDevice(d)
 		if !ok || !f.wantsTypes(e.link.Types) || !f.wantsOnline(e.meta.Connection.Online) ||
 			len(f.search) > 0 && !f.search.found(newSummary(&e)) {
 			return true

@@ -133,8 +133,8 @@ func (g *Gateway) getThing(w http.ResponseWriter, r *request) error {
 // taken over for what it published; where things are and how to get in is the hub's to say.
 func (g *Gateway) describe(d *hub.Device) thing {
 	t := g.newThing(string(d.ID), string(d.ID))
-	if e, ok := newDevice(d, g.deps.HubID); ok && e.name != "" {
-		t.Title = e.name
+	if e, ok := g.newDevice(d); ok && e.says.name != "" {
+		t.Title = e.says.name
 	}
 	if d.LinksCause.Known {
 		t.Modified = time.Unix(0, d.LinksCause.Time).UTC().Format(time.RFC3339)

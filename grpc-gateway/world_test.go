@@ -328,6 +328,15 @@ func twin(h hub.Href, c hub.Content, etag string, types ...string) *hub.Resource
 	}
 }
 
+// later is a picture whose resources have all been reported again.
+func later(d *hub.Device) *hub.Device {
+	rs := d.Resources.(resourceSet)
+	for i := range rs {
+		rs[i].Seq += 10
+	}
+	return d
+}
+
 // lamp is a device with contents of all kinds. /late is published and never reported; /hidden reported, not published.
 func lamp(id hub.DeviceID, name string, online bool) *hub.Device {
 	link := func(h hub.Href, types ...string) hub.Link {
