@@ -49,6 +49,7 @@ type group struct {
 	seqs  map[device]uint64 // last seq of devices, kept from group to group
 	docs  map[string]docHead
 	buf   []byte
+	fresh []recent // commits that the batch adds, in order
 }
 
 // submit hands a request to the committer and waits for its outcome. Once the committer has it, the wait goes on past the
@@ -187,7 +188,7 @@ func (s *Store) commit(g *group, work []*request) bool {
 		s.metrics.batchSeconds.Observe(time.Since(start).Seconds())
 		s.metrics.batchRequests.Observe(float64(len(work)))
 		s.metrics.bytes.Add(float64(written))
-		if err := s.publish(g.state); err != nil {
+		if err := s.publish(g.state, g.fresh); err != nil {
 			s.fail(fmt.Errorf("publish a batch: %w", err))
 			return false
 		}
@@ -197,6 +198,8 @@ func (s *Store) commit(g *group, work []*request) bool {
 		return false
 	}
 	g.batch = nil
+	clear(g.fresh)
+	g.fresh = g.fresh[:0]
 	clear(g.docs)
 	for d := range g.seqs {
 		if len(g.seqs) <= maxSeqs {
@@ -319,8 +322,8 @@ func (g *group) append(e *store.Entry, p *prepared) error {
 	}
 	g.buf = commitKey(g.buf[:0], p.dev, e.Commit.Seq)
 	err = g.batch.Set(g.buf, p.value, nil)
-	pos := feedKey(nil, g.next())
-	err = errors.Join(err, g.batch.Set(pos, g.buf[1:], nil))
+	at := g.next()
+	err = errors.Join(err, g.batch.Set(feedKey(nil, at), g.buf[1:], nil))
 	for i := range e.Docs {
 		err = errors.Join(err, g.setState(p.dev, &e.Docs[i], e.Commit.Seq))
 	}
@@ -330,6 +333,7 @@ func (g *group) append(e *store.Entry, p *prepared) error {
 		return err
 	}
 	g.seqs[p.dev] = e.Commit.Seq
+	g.fresh = append(g.fresh, recent{store.FeedEntry{Position: at, Commit: e.Commit}, len(p.value)})
 	return nil
 }
 

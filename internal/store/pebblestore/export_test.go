@@ -40,6 +40,9 @@ func (s *Store) HasRoom() bool {
 	return true
 }
 
+// Forget makes a store that has not written yet read all of its feed from the disk.
+func (s *Store) Forget() { s.remembers = -1 }
+
 // Flush writes the memtable to tables, as Pebble does when it is full.
 func (s *Store) Flush() error { return s.db.Flush() }
 

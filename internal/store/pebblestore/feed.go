@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/cockroachdb/pebble/v2"
 
@@ -27,12 +28,65 @@ const (
 	maxFeedBytes = 4 << 20
 )
 
+// recent is a commit of the newest, as it was given to Append, and the size of its encoding.
+type recent struct {
+	store.FeedEntry
+	size int
+}
+
+// recentBytes bounds the commits that are remembered, and so their number.
+const recentBytes = 512 << 10
+
+// remember keeps the newest commits: most readers are at the feed's head, and reading back and decoding what has just been
+// written cost a tenth of a notification. before is the head that fresh follow. mu is held.
+func (s *Store) remember(before hub.Position, fresh []recent) {
+	if len(s.recent) == 0 {
+		s.before = before
+	}
+	s.recent = append(s.recent, fresh...)
+	for i := range fresh {
+		s.bytes += fresh[i].size
+	}
+	if s.bytes <= s.remembers+s.remembers/2 {
+		return // dropping moves the rest, so it is done seldom
+	}
+	drop := 0
+	for drop < len(s.recent) && s.bytes > s.remembers {
+		s.bytes -= s.recent[drop].size
+		s.before = s.recent[drop].Position
+		drop++
+	}
+	s.recent = slices.Delete(s.recent, 0, drop) // it clears what it leaves behind
+}
+
+// remembered returns what follows the position, and false if that is not remembered.
+func (s *Store) remembered(from hub.Position, limit int) (entries []store.FeedEntry, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.view == nil || from.Compare(s.before) < 0 || from.Compare(s.view.state.head) >= 0 || from.Compare(s.view.state.trimmed) < 0 {
+		return nil, false
+	}
+	i, _ := slices.BinarySearchFunc(s.recent, from, func(r recent, at hub.Position) int { // the first behind from
+		if r.Position.Compare(at) <= 0 {
+			return -1
+		}
+		return 1
+	})
+	for _, r := range s.recent[i:min(i+limit, len(s.recent))] {
+		entries = append(entries, r.FeedEntry)
+	}
+	return entries, len(entries) > 0
+}
+
 // ReadFeed reads on from a position; store.Feed has the contract. It may return fewer commits than there are.
 func (s *Store) ReadFeed(ctx context.Context, from hub.Position, limit int) (entries []store.FeedEntry, next hub.Position, lagged bool, err error) {
 	limit = min(limit, maxFeedPage)
 	next = from
 	if limit <= 0 {
 		return nil, next, false, nil
+	}
+	if entries, ok := s.remembered(from, limit); ok && ctx.Err() == nil && s.failure.Load() == nil {
+		return entries, entries[len(entries)-1].Position, false, nil
 	}
 	err = s.read(ctx, "ReadFeed", func(v *view) error {
 		if from.Compare(v.state.trimmed) < 0 {

@@ -69,6 +69,11 @@ type Store struct {
 	readers sync.WaitGroup // views given out and not released yet; added to under mu while view is not nil
 	view    *view          // what readers may see: everything in it is durable
 	moved   chan struct{}  // closed when view gets a new head; nil while nobody waits
+	recent  []recent       // the newest of the feed up to view's head, all of it after before
+	before  hub.Position
+	bytes   int // of recent
+
+	remembers int // bound of bytes, but for a half more
 
 	opened    atomic.Bool // from here on, the write-ahead log must not fail
 	failOnce  sync.Once
@@ -84,7 +89,7 @@ var _ store.Store = (*Store)(nil)
 func Open(dir string, opts Options) (*Store, error) {
 	s := &Store{
 		fs: opts.FS, dir: dir, log: opts.Log, fatal: opts.Fatal,
-		room: semaphore.NewWeighted(maxPending), wake: make(chan struct{}, 1),
+		remembers: recentBytes, room: semaphore.NewWeighted(maxPending), wake: make(chan struct{}, 1),
 		failed: make(chan struct{}), committer: make(chan struct{}),
 	}
 	if s.fs == nil {

@@ -64,11 +64,12 @@ func (s *Store) unref(v *view) error {
 }
 
 // publish makes everything that is in the database now readable. Only the committer calls it, after a synced batch.
-func (s *Store) publish(st state) error {
+func (s *Store) publish(st state, fresh []recent) error {
 	next := &view{snap: s.db.NewSnapshot(), state: st, refs: 1}
 	s.mu.Lock()
 	old := s.view
 	s.view = next
+	s.remember(old.state.head, fresh)
 	if s.moved != nil && old.state.head != st.head {
 		close(s.moved)
 		s.moved = nil

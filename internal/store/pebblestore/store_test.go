@@ -77,22 +77,30 @@ func verify(tb testing.TB, s *pebblestore.Store) {
 
 func TestConformance(t *testing.T) {
 	t.Parallel()
-	storetest.Run(t, func(t *testing.T) store.Store {
-		s := open(t, vfs.NewMem(), "store")
-		t.Cleanup(func() {
-			if t.Failed() {
-				_ = s.Close()
-				return
-			}
-			check, cancel := context.WithTimeout(context.Background(), time.Minute)
-			defer cancel()
-			if err := s.Verify(check, func(p pebblestore.Problem) { t.Errorf("%s: %s", p.Where, p.What) }); err != nil {
-				t.Errorf("verify: %v", err)
-			}
-			closeStore(t, s)
+	for name, prepare := range map[string]func(*pebblestore.Store){
+		"newest commits from memory": func(*pebblestore.Store) {},
+		"all from the disk":          (*pebblestore.Store).Forget,
+	} {
+		t.Run(name, func(t *testing.T) {
+			storetest.Run(t, func(t *testing.T) store.Store {
+				s := open(t, vfs.NewMem(), "store")
+				prepare(s)
+				t.Cleanup(func() {
+					if t.Failed() {
+						_ = s.Close()
+						return
+					}
+					check, cancel := context.WithTimeout(context.Background(), time.Minute)
+					defer cancel()
+					if err := s.Verify(check, func(p pebblestore.Problem) { t.Errorf("%s: %s", p.Where, p.What) }); err != nil {
+						t.Errorf("verify: %v", err)
+					}
+					closeStore(t, s)
+				})
+				return s
+			})
 		})
-		return s
-	})
+	}
 }
 
 func TestEverythingIsThereAfterReopening(t *testing.T) {
