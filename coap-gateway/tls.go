@@ -110,10 +110,10 @@ func (g *Gateway) dtlsConfig() coap.DTLSConfig {
 			return nil
 		case !co.TLS.ClientCertificateRequired:
 			return nil
-		case len(peer.Certificates) == 0:
+		case len(peer.Chain) == 0:
 			return errors.New("the device showed neither certificate nor pre-shared key")
 		case co.TLS.IdentityPropertiesRequired:
-			_, err := identify(peer.Certificates[0], g.deps.HubID)
+			_, err := identify(peer.Chain[0], g.deps.HubID)
 			return err
 		}
 		return nil
@@ -165,8 +165,8 @@ func (g *Gateway) credentialOf(info coap.ConnInfo) credential {
 		return c
 	case info.TLS != nil && len(info.TLS.VerifiedChains) > 0:
 		chain = info.TLS.VerifiedChains[0]
-	case len(info.Peer.Certificates) > 0:
-		chain = g.trusted.chain(info.Peer.Certificates)
+	default:
+		chain = info.Peer.Chain
 	}
 	if len(chain) == 0 {
 		return c
@@ -176,23 +176,4 @@ func (g *Gateway) credentialOf(info coap.ConnInfo) credential {
 	// Without the identity properties the certificate proves nothing but its CA: no device.
 	c.device, _ = identify(c.cert, g.deps.HubID)
 	return c
-}
-
-// chain is what crypto/tls tells of a handshake and pion does not: by whom the certificate that it verified is vouched for.
-// Nil: by nobody any more.
-func (t *trusted) chain(sent []*x509.Certificate) []*x509.Certificate {
-	if t.cas == nil {
-		return nil
-	}
-	between := x509.NewCertPool()
-	for _, cert := range sent[1:] {
-		between.AddCert(cert)
-	}
-	chains, err := sent[0].Verify(x509.VerifyOptions{
-		Roots: t.cas, Intermediates: between, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
-	})
-	if err != nil {
-		return nil
-	}
-	return chains[0]
 }

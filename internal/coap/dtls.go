@@ -18,9 +18,9 @@ import (
 
 // PeerCredential is what a peer has proven in a DTLS handshake. All empty: it is anonymous.
 type PeerCredential struct {
-	Certificates []*x509.Certificate // as sent, leaf first; verified against DTLSConfig's CAs
-	PSKIdentity  []byte              // whose key the peer has (RFC 4279); nil without one
-	PSKHash      [sha256.Size]byte   // of that key, to tell it from one that replaced it
+	Chain       []*x509.Certificate // from the peer's certificate to one of DTLSConfig's CAs
+	PSKIdentity []byte              // whose key the peer has (RFC 4279); nil without one
+	PSKHash     [sha256.Size]byte   // of that key, to tell it from one that replaced it
 }
 
 // DTLSConfig is what ServeDTLS needs besides Config. Start from DefaultDTLSConfig.
@@ -109,7 +109,8 @@ func (l *dtlsListener) options(a *association) []dtls.ServerOption {
 			opts = append(opts, dtls.WithCertificates(cert))
 			if cas != nil {
 				// What demands a certificate is Verify: under "require" pion refuses pre-shared keys in some versions.
-				opts = append(opts, dtls.WithClientAuth(dtls.VerifyClientCertIfGiven), dtls.WithClientCAs(cas))
+				opts = append(opts, dtls.WithClientAuth(dtls.VerifyClientCertIfGiven), dtls.WithClientCAs(cas),
+					dtls.WithVerifyPeerCertificate(a.vouched))
 			}
 		} else {
 			l.srv.log.Error("no certificate for a DTLS handshake", "error", err)
@@ -138,18 +139,20 @@ func (l *dtlsListener) key(a *association, identity []byte) ([]byte, error) {
 	return key, nil
 }
 
+// vouched is pion's VerifyPeerCertificate: the peer has shown a certificate, has its key, and some CA vouches for it.
+func (a *association) vouched(_ [][]byte, chains [][]*x509.Certificate) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if len(chains) > 0 {
+		a.chain = chains[0]
+	}
+	return nil
+}
+
 // verify is pion's VerifyConnection: the last thing before our Finished.
 func (l *dtlsListener) verify(a *association, s *dtls.State) error {
-	var peer PeerCredential
-	for _, der := range s.PeerCertificates {
-		cert, err := x509.ParseCertificate(der)
-		if err != nil {
-			return err
-		}
-		peer.Certificates = append(peer.Certificates, cert)
-	}
 	a.mu.Lock()
-	asked, hash := a.asked, a.keyHash
+	peer, asked, hash := PeerCredential{Chain: a.chain}, a.asked, a.keyHash
 	a.mu.Unlock()
 	if asked {
 		peer.PSKIdentity, peer.PSKHash = append([]byte{}, s.IdentityHint...), hash
@@ -157,7 +160,7 @@ func (l *dtlsListener) verify(a *association, s *dtls.State) error {
 	if l.conf.Verify != nil {
 		if err := l.conf.Verify(peer); err != nil {
 			a.mu.Lock()
-			a.nothing = !asked && len(peer.Certificates) == 0
+			a.nothing = !asked && len(peer.Chain) == 0
 			a.mu.Unlock()
 			return err
 		}

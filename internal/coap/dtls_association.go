@@ -5,6 +5,7 @@ import (
 	"container/list"
 	"context"
 	"crypto/sha256"
+	"crypto/x509"
 	"errors"
 	"io"
 	"net"
@@ -115,7 +116,8 @@ type association struct {
 	flight  [][]byte // what we sent since we last took something
 	flown   int
 	repeats int
-	nextSeq uint64            // of epoch 0
+	nextSeq uint64 // of epoch 0
+	chain   []*x509.Certificate
 	asked   bool              // the key of an identity was asked for
 	keyHash [sha256.Size]byte // of that key
 	sealed  int               // encrypted records since

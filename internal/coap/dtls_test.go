@@ -140,7 +140,7 @@ func dtlsConfig(t testing.TB, ca *authority) DTLSConfig {
 		return nil, nil
 	}
 	conf.Verify = func(p PeerCredential) error {
-		if len(p.Certificates) == 0 && p.PSKIdentity == nil {
+		if len(p.Chain) == 0 && p.PSKIdentity == nil {
 			return errNoCredential
 		}
 		return nil
@@ -427,8 +427,8 @@ func TestDTLSSuites(t *testing.T) {
 				}
 				d.ask("/a")
 				info := s.conn(t).Info()
-				if !info.Secure || info.Stream || info.TLS != nil || info.Peer.PSKIdentity != nil || len(info.Peer.Certificates) != 1 ||
-					info.Peer.Certificates[0].Subject.CommonName != "device" {
+				if !info.Secure || info.Stream || info.TLS != nil || info.Peer.PSKIdentity != nil || len(info.Peer.Chain) != 2 ||
+					info.Peer.Chain[0].Subject.CommonName != "device" {
 					t.Fatalf("info %+v", info)
 				}
 				if info.Local.String() != dtlsAddr || info.Remote.String() != d.conn.LocalAddr().String() {
@@ -448,7 +448,7 @@ func TestDTLSSuites(t *testing.T) {
 				}
 				d.ask("/a")
 				info := s.conn(t).Info()
-				if !info.Secure || info.Stream || string(info.Peer.PSKIdentity) != "lamp" || info.Peer.Certificates != nil ||
+				if !info.Secure || info.Stream || string(info.Peer.PSKIdentity) != "lamp" || info.Peer.Chain != nil ||
 					info.Peer.PSKHash != sha256.Sum256(testKey) {
 					t.Fatalf("info %+v", info)
 				}
@@ -496,7 +496,7 @@ func TestDTLSCertificates(t *testing.T) {
 	dtlsBubble(t, handlerFuncs{}, func(_ *Config, conf *DTLSConfig) {
 		demand := conf.Verify
 		conf.Verify = func(p PeerCredential) error {
-			if len(p.Certificates) > 0 && p.Certificates[0].Subject.CommonName == "revoked" {
+			if len(p.Chain) > 0 && p.Chain[0].Subject.CommonName == "revoked" {
 				return errors.New("the certificate is revoked")
 			}
 			return demand(p)
