@@ -450,16 +450,7 @@ func TestNoGrowth(t *testing.T) {
 				_ = s.reason(t)
 			}
 		}
-		synctest.Wait()
-		s.srv.mu.Lock()
-		s.srv.wheel.mu.Lock()
-		s.srv.budget.mu.Lock()
-		defer s.srv.mu.Unlock()
-		defer s.srv.wheel.mu.Unlock()
-		defer s.srv.budget.mu.Unlock()
-		if s.srv.count != 0 || s.srv.wheel.count != 0 || s.srv.budget.left != s.srv.cfg.MaxBuffered {
-			t.Errorf("%d connections, %d timers, %d bytes are left", s.srv.count, s.srv.wheel.count, s.srv.cfg.MaxBuffered-s.srv.budget.left)
-		}
+		s.empty(t)
 	})
 }
 
