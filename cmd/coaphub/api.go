@@ -40,39 +40,50 @@ func (f *apiFlags) open(cmd *cobra.Command, p process, scopes ...string) (*clien
 		}
 		return openLocal(cmd, scopes)
 	}
-	token, err := f.givenToken(p)
+	cfg, err := f.elsewhere(p)
 	if err != nil {
 		return nil, err
+	}
+	c, err := client.New(cfg)
+	if err != nil {
+		return nil, f.malformed()
+	}
+	return c, nil
+}
+
+func (f *apiFlags) malformed() error {
+	return usage("--server: %q is not a URL like https://hub.example:8080", f.server)
+}
+
+// elsewhere says where the hub of --server is, and who asks.
+func (f *apiFlags) elsewhere(p process) (cfg client.Config, err error) {
+	token, err := f.givenToken(p)
+	if err != nil {
+		return cfg, err
 	}
 	ca, err := readCA(f.ca)
 	if err != nil {
-		return nil, err
+		return cfg, err
 	}
-	cfg := client.Config{Server: f.server, Token: client.Static(token)}
+	cfg = client.Config{Server: f.server, Token: client.Static(token)}
 	if token == "" {
 		in, err := readLogin(p, f.server)
 		if err != nil {
-			return nil, err
+			return cfg, err
 		}
 		if ca == "" {
 			ca = in.CA
 		}
 		if in.TLS, err = trust(ca); err != nil {
-			return nil, err
+			return cfg, err
 		}
 		cfg.Token = in.Source(func(g client.Grant) error {
 			in.Grant = g
 			return in.write(p)
 		})
 	}
-	if cfg.TLS, err = trust(ca); err != nil {
-		return nil, err
-	}
-	c, err := client.New(cfg)
-	if err != nil {
-		return nil, usage("--server: %q is not a URL like https://hub.example:8080", f.server)
-	}
-	return c, nil
+	cfg.TLS, err = trust(ca)
+	return cfg, err
 }
 
 // givenToken is the token that the command line or the environment has, empty if none.

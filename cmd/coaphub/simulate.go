@@ -129,6 +129,7 @@ type onboarder struct {
 	control *bundle.Control
 	scheme  string
 	psk     bool
+	owner   string      // account of the devices; empty: the first administrator
 	web     *tls.Config // for coaps+ws, where devices have no certificates
 	keys    sync.Map    // by device ID: a further key would make the first one worth nothing
 }
@@ -149,7 +150,7 @@ func (o *onboarder) onboard(ctx context.Context, id string) (device.Onboarding, 
 	key, had := o.keys.Load(id)
 	secure := o.scheme == "coaps" || o.scheme == "coaps+tcp"
 	got, err := o.control.Onboard(ctx, bundle.OnboardRequest{
-		DeviceID: id, Certificate: secure && !o.psk, PSK: o.psk && !had,
+		DeviceID: id, Owner: o.owner, Certificate: secure && !o.psk, PSK: o.psk && !had,
 	})
 	if err != nil {
 		return device.Onboarding{}, err

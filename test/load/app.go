@@ -21,9 +21,9 @@ import (
 
 // API is where applications ask.
 type API struct {
-	URL   string // http://host:port
-	Token string // of the owner of all devices
-	TLS   *tls.Config
+	URL    string   // http://host:port
+	Tokens []string // of the owners
+	TLS    *tls.Config
 }
 
 func (a API) dial(ctx context.Context) (net.Conn, string, error) {
@@ -31,11 +31,18 @@ func (a API) dial(ctx context.Context) (net.Conn, string, error) {
 	if err != nil {
 		return nil, "", err
 	}
-	c, err := new(net.Dialer).DialContext(ctx, "tcp", u.Host)
+	host := u.Host
+	if u.Port() == "" {
+		host = net.JoinHostPort(u.Hostname(), u.Scheme) // the service's name stands for its port
+	}
+	c, err := new(net.Dialer).DialContext(ctx, "tcp", host)
 	if err != nil || u.Scheme != "https" {
 		return c, u.Host, err
 	}
 	conf := a.TLS.Clone()
+	if conf == nil {
+		conf = &tls.Config{MinVersion: tls.VersionTLS12}
+	}
 	conf.ServerName = u.Hostname()
 	conf.NextProtos = []string{"http/1.1"}
 	return tls.Client(c, conf), u.Host, nil
@@ -59,8 +66,9 @@ func (c *caller) close() {
 	}
 }
 
-// do asks and reads the whole answer; first is when its first byte came. An error is also a status that is no success.
-func (c *caller) do(ctx context.Context, method, path, body string) (first time.Time, n int64, err error) {
+// do asks for an owner and reads the whole answer; first is when its first byte came. An error is also a status that is no
+// success.
+func (c *caller) do(ctx context.Context, owner int, method, path, body string) (first time.Time, n int64, err error) {
 	if c.c == nil {
 		if c.c, c.host, err = c.api.dial(ctx); err != nil {
 			return first, 0, err
@@ -73,7 +81,8 @@ func (c *caller) do(ctx context.Context, method, path, body string) (first time.
 			c.close()
 		}
 	}()
-	c.out = fmt.Appendf(c.out[:0], "%s %s HTTP/1.1\r\nHost: %s\r\nAuthorization: Bearer %s\r\nAccept: application/json\r\n", method, path, c.host, c.api.Token)
+	c.out = fmt.Appendf(c.out[:0], "%s %s HTTP/1.1\r\nHost: %s\r\nAuthorization: Bearer %s\r\nAccept: application/json\r\n", method, path, c.host,
+		c.api.Tokens[owner])
 	if body != "" {
 		c.out = fmt.Appendf(c.out, "Content-Type: application/json\r\nContent-Length: %d\r\n", len(body))
 	}
@@ -99,24 +108,28 @@ func (c *caller) do(ctx context.Context, method, path, body string) (first time.
 	return first, 0, fmt.Errorf("%s %s: %s %s", method, path, res.Status, bytes.TrimSpace(b))
 }
 
-// listen subscribes to all changes of resources over a WebSocket and hands the value of each to heard, until ctx ends. It
-// returns when the subscription is live; what it returns then ends, and says why.
-func listen(ctx context.Context, a API, heard func(v uint64)) (ended <-chan error, err error) {
-	opts := &websocket.DialOptions{HTTPHeader: http.Header{"Authorization": {"Bearer " + a.Token}}}
-	if a.TLS != nil {
-		opts.HTTPClient = &http.Client{Transport: &http.Transport{TLSClientConfig: a.TLS}}
+// listen subscribes to all changes of an owner's resources over a WebSocket and hands the value of each to heard, until ctx
+// ends. It returns when the subscription is live; if that ends before ctx does, lost is told why.
+func listen(ctx context.Context, a API, owner int, heard func(v uint64), lost func(error)) error {
+	opts := &websocket.DialOptions{
+		HTTPHeader: http.Header{"Authorization": {"Bearer " + a.Tokens[owner]}},
+		HTTPClient: &http.Client{
+			Transport: &http.Transport{TLSClientConfig: a.TLS},
+			// A redirect would measure, and give the token to, somebody else.
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		},
 	}
 	c, _, err := websocket.Dial(ctx, "ws"+strings.TrimPrefix(a.URL, "http")+"/api/v1/ws/events", opts) //nolint:bodyclose // the library's
 	if err != nil {
-		return nil, err
+		return err
 	}
 	c.SetReadLimit(maxMessage)
 	if err := c.Write(ctx, websocket.MessageText, []byte(`{"createSubscription":{"eventFilter":["RESOURCE_CHANGED"]}}`)); err != nil {
-		return nil, err
+		return err
 	}
 	_, ack, err := c.Read(ctx)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	var m struct {
 		Result struct {
@@ -124,15 +137,16 @@ func listen(ctx context.Context, a API, heard func(v uint64)) (ended <-chan erro
 		} `json:"result"`
 	}
 	if err := json.Unmarshal(ack, &m); err != nil || m.Result.OperationProcessed == nil {
-		return nil, fmt.Errorf("the subscription was answered %q", ack)
+		return fmt.Errorf("the subscription was answered %q", ack)
 	}
-	done := make(chan error, 1)
 	go func() { // ends with ctx
 		defer func() { _ = c.CloseNow() }()
 		for {
 			_, b, err := c.Read(ctx)
 			if err != nil {
-				done <- err
+				if ctx.Err() == nil {
+					lost(fmt.Errorf("the subscription ended: %w", err))
+				}
 				return
 			}
 			if v, err := valueIn(b); err == nil {
@@ -140,7 +154,7 @@ func listen(ctx context.Context, a API, heard func(v uint64)) (ended <-chan erro
 			}
 		}
 	}()
-	return done, nil
+	return nil
 }
 
 var errNoValue = errors.New("no value of a light")

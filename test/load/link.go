@@ -15,7 +15,6 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 	tcpcoder "github.com/plgd-dev/go-coap/v3/tcp/coder"
-	udpcoder "github.com/plgd-dev/go-coap/v3/udp/coder"
 
 	"github.com/coaphub/coaphub/test/device"
 )
@@ -29,7 +28,8 @@ const (
 
 // link is a connection to the hub.
 type link interface {
-	// send writes a message; several goroutines may.
+	// send writes a message; several goroutines may. A confirmable one waits for its turn, and is sent again until it is
+	// acknowledged.
 	send(m message.Message) error
 	// recv reads the next message, which is good until the next call. One goroutine may.
 	recv() (message.Message, error)
@@ -39,7 +39,7 @@ type link interface {
 }
 
 // dial opens a connection by the scheme of the address: coaps+tcp, coaps, coap+tcp or coap.
-func dial(ctx context.Context, on device.Onboarding) (link, error) {
+func dial(ctx context.Context, on device.Onboarding, n *confirmables) (link, error) {
 	u, err := url.Parse(on.HubAddr)
 	if err != nil {
 		return nil, fmt.Errorf("the hub's address: %w", err)
@@ -56,12 +56,12 @@ func dial(ctx context.Context, on device.Onboarding) (link, error) {
 	}
 	switch u.Scheme {
 	case "coap":
-		return &datagram{c: raw}, nil
+		return &datagram{c: raw, n: n}, nil
 	case "coaps":
 		c, err := dtls.ClientWithOptions(netpacket.PacketConnFromConn(raw), raw.RemoteAddr(), device.DTLSOptions(on.TLS, on.PSK, true)...)
 		if err == nil {
 			if err = c.HandshakeContext(ctx); err == nil {
-				return &datagram{c: c}, nil
+				return &datagram{c: c, n: n}, nil
 			}
 			_ = c.Close()
 		}
@@ -143,38 +143,4 @@ func (s *stream) recv() (message.Message, error) {
 		}
 		s.have += n
 	}
-}
-
-// datagram is CoAP over UDP or DTLS (RFC 7252). Nothing is sent again: on loopback little is lost, and what is counts as failed.
-type datagram struct {
-	c net.Conn
-
-	mu  sync.Mutex // guards out
-	out [2048]byte
-
-	in      [2048]byte
-	options [maxOptions]message.Option
-}
-
-func (d *datagram) datagrams() bool { return true }
-func (d *datagram) close()          { _ = d.c.Close() }
-
-func (d *datagram) send(m message.Message) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	n, err := udpcoder.DefaultCoder.Encode(m, d.out[:])
-	if err != nil {
-		return err
-	}
-	_, err = d.c.Write(d.out[:n])
-	return err
-}
-
-func (d *datagram) recv() (message.Message, error) {
-	m := message.Message{Options: d.options[:0]}
-	n, err := d.c.Read(d.in[:])
-	if err == nil {
-		_, err = udpcoder.DefaultCoder.Decode(d.in[:n], &m)
-	}
-	return m, err
 }

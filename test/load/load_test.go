@@ -17,8 +17,8 @@ func TestHubGoes(t *testing.T) {
 	h := hubtest.Start(t)
 	cfg := Config{
 		Devices: 2, AtOnce: 2, UnderWay: 2, During: time.Second, Rate: 100, Burst: 2, Listeners: 1, Rounds: 1, Transport: "coaps+tcp",
-		Phases: []string{"twin-reads", "command"}, PIDs: []int{os.Getpid()}, API: API{URL: h.HTTP, Token: h.Token(t)},
-		Onboard: func(_ context.Context, id string) (device.Onboarding, error) {
+		Phases: []string{"twin-reads", "command"}, PIDs: []int{os.Getpid()}, API: API{URL: h.HTTP, Tokens: []string{h.Token(t)}},
+		Onboard: func(_ context.Context, _, _ int, id string) (device.Onboarding, error) {
 			o := h.Onboard(t, id)
 			return device.Onboarding{Code: o.Code, HubAddr: h.Endpoints.CoAPSTCP, Provider: "coaphub", TLS: o.TLS}, nil
 		},
@@ -35,12 +35,14 @@ func TestHubGoes(t *testing.T) {
 	if r := got["command"]; r.Failed > 0 || r.Ops == 0 {
 		t.Errorf("%+v", r)
 	}
-	if r := got["twin-reads"]; r.Failed == 0 || !strings.Contains(r.Error, "refused") || r.Ops != 0 {
+	if r := got["twin-reads"]; r.Failed == 0 || !strings.Contains(r.Missing, "refused") || r.Ops != 0 {
 		t.Errorf("%+v", r)
 	}
 	// Without devices that could be set up there is nothing to measure.
 	at := h.Endpoints.CoAPSTCP
-	cfg.Onboard = func(context.Context, string) (device.Onboarding, error) { return device.Onboarding{HubAddr: at}, nil }
+	cfg.Onboard = func(context.Context, int, int, string) (device.Onboarding, error) {
+		return device.Onboarding{HubAddr: at}, nil
+	}
 	if err := Run(t.Context(), cfg, func(Result) {}); err == nil || !strings.Contains(err.Error(), "could not be set up") {
 		t.Errorf("%v", err)
 	}

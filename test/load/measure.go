@@ -21,13 +21,15 @@ type Result struct {
 	AtOnce    int     `json:"atOnce,omitempty"`
 	Seconds   float64 `json:"seconds"`
 	Ops       int     `json:"ops"`
-	PerSecond float64 `json:"perSecond"`
+	PerSecond float64 `json:"perSecond,omitempty"` // zero: nothing was done
 	Failed    int     `json:"failed"`
 	Error     string  `json:"error,omitempty"` // the first one
 	// CPU seconds of the hub for 1000 operations; nil where its processes are not known.
 	HubCPU *float64 `json:"hubCpuPer1000,omitempty"`
-	// OwnCPU is our part of all the CPU time that the two of us took, from 0 to 1.
-	OwnCPU *float64 `json:"ownCpuShare,omitempty"`
+	// OwnCPU is our part of all the CPU time that the two of us took, from 0 to 1, nil if we are one process; OwnCores is how many
+	// cores we kept busy.
+	OwnCPU   *float64 `json:"ownCpuShare,omitempty"`
+	OwnCores *float64 `json:"ownCores,omitempty"`
 	// Latencies in milliseconds.
 	P50 *float64 `json:"p50ms,omitempty"`
 	P90 *float64 `json:"p90ms,omitempty"`
@@ -35,22 +37,43 @@ type Result struct {
 	Max *float64 `json:"maxMs,omitempty"`
 	// FirstByte is the median time to the first byte, in milliseconds.
 	FirstByte *float64 `json:"firstByteMs,omitempty"`
-	Late      int      `json:"late,omitempty"` // sends more than a millisecond after their time: we were too slow
-	RSS       *float64 `json:"hubRssMiB,omitempty"`
-	PerDevice *float64 `json:"kibPerDevice,omitempty"`
-	// Missing says what could not be measured, and why.
+	// Late are sends more than a millisecond after their time, LateBy is by how many milliseconds the worst was: we were too slow.
+	Late   int      `json:"late,omitempty"`
+	LateBy *float64 `json:"lateByMs,omitempty"`
+	// Retransmitted is how often devices sent a confirmable message again; nil where they sent none.
+	Retransmitted *int     `json:"retransmitted,omitempty"`
+	RSS           *float64 `json:"hubRssMiB,omitempty"`
+	PerDevice     *float64 `json:"kibPerDevice,omitempty"`
+	// Missing says that nothing was measured, and why.
 	Missing string `json:"missing,omitempty"`
 }
 
-func ptr(v float64) *float64 { return &v }
+// Doubts says why the figures may be those of the load in place of the hub's.
+func (r Result) Doubts() (doubts []string) {
+	if sent := r.Ops + r.Failed; r.LateBy != nil && r.Late*100 > sent { // one in a hundred is what the p99 shows
+		doubts = append(doubts, fmt.Sprintf("the load was late with %d of %d sends, by up to %.1f ms", r.Late, sent, *r.LateBy))
+	}
+	switch {
+	case r.OwnCPU != nil && *r.OwnCPU > 0.5:
+		doubts = append(doubts, fmt.Sprintf("the load took %.0f%% of the CPU time that it and the hub used", *r.OwnCPU*100))
+	case r.OwnCores != nil && *r.OwnCores > 0.8*float64(runtime.NumCPU()):
+		doubts = append(doubts, fmt.Sprintf("the load kept %.1f of %d cores busy", *r.OwnCores, runtime.NumCPU()))
+	}
+	return doubts
+}
+
+func ptr[T any](v T) *T { return &v }
 
 // meter takes what one phase costs.
 type meter struct {
 	r     *Result
 	pids  []int
+	n     *confirmables
 	begin time.Time
-	hub   float64
-	own   float64
+	// CPU seconds, and confirmable messages, so far; cpuErr says why the hub's are not known.
+	hub, own    float64
+	cpuErr      error
+	sent, again int64
 
 	ops, failed atomic.Int64
 	mu          sync.Mutex // guards all below
@@ -59,9 +82,11 @@ type meter struct {
 	err         error
 }
 
-func newMeter(phase, transport string, atOnce int, pids []int) *meter {
-	m := &meter{r: &Result{Phase: phase, Transport: transport, AtOnce: atOnce}, pids: pids, begin: time.Now()}
-	m.hub, m.own = cpu(pids), cpu([]int{os.Getpid()})
+func newMeter(phase, transport string, atOnce int, pids []int, n *confirmables) *meter {
+	m := &meter{r: &Result{Phase: phase, Transport: transport, AtOnce: atOnce}, pids: pids, n: n, begin: time.Now()}
+	m.hub, m.cpuErr = cpu(pids)
+	m.own, _ = cpu([]int{os.Getpid()})
+	m.sent, m.again = n.sent.Load(), n.again.Load()
 	return m
 }
 
@@ -91,12 +116,25 @@ func (m *meter) end() Result {
 	r.PerSecond = float64(r.Ops) / r.Seconds
 	if m.err != nil {
 		r.Error = m.err.Error()
-	}
-	if own, hub := cpu([]int{os.Getpid()})-m.own, cpu(m.pids)-m.hub; len(m.pids) > 0 && hub > 0 {
-		r.OwnCPU = ptr(own / (own + hub))
-		if r.Ops > 0 {
-			r.HubCPU = ptr(hub / float64(r.Ops) * 1000)
+		if r.Ops == 0 {
+			r.Missing = fmt.Sprintf("all %d failed: %s", r.Failed, r.Error)
 		}
+	}
+	own, ownErr := cpu([]int{os.Getpid()})
+	own -= m.own
+	if ownErr == nil {
+		r.OwnCores = ptr(own / r.Seconds)
+	}
+	if hub, err := cpu(m.pids); err == nil && m.cpuErr == nil && hub > m.hub {
+		if !slices.Contains(m.pids, os.Getpid()) {
+			r.OwnCPU = ptr(own / (own + hub - m.hub))
+		}
+		if r.Ops > 0 {
+			r.HubCPU = ptr((hub - m.hub) / float64(r.Ops) * 1000)
+		}
+	}
+	if m.n.sent.Load() > m.sent {
+		r.Retransmitted = ptr(int(m.n.again.Load() - m.again))
 	}
 	if rss, err := rssOf(m.pids); err == nil {
 		r.RSS = ptr(float64(rss) / (1 << 20))
@@ -145,13 +183,16 @@ func (m *meter) closed(ctx context.Context, workers, n int, during time.Duration
 	wg.Wait()
 }
 
-// cpu is the seconds that processes have used, 0 for those that are gone (proc(5): utime and stime, in hundredths).
-func cpu(pids []int) float64 {
+// cpu is the seconds that processes have used (proc(5): utime and stime, in hundredths).
+func cpu(pids []int) (float64, error) {
+	if len(pids) == 0 {
+		return 0, errNoPID
+	}
 	var ticks int
 	for _, pid := range pids {
 		b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
 		if err != nil {
-			continue
+			return 0, fmt.Errorf("read the CPU time of process %d: %w", pid, err)
 		}
 		_, rest, _ := strings.Cut(string(b), ") ") // behind the name, which may have anything in it
 		f := strings.Fields(rest)
@@ -161,7 +202,7 @@ func cpu(pids []int) float64 {
 			ticks += u + s
 		}
 	}
-	return float64(ticks) / 100
+	return float64(ticks) / 100, nil
 }
 
 var errNoPID = errors.New("the hub's processes are not known; name them with --pid")

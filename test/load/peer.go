@@ -26,7 +26,9 @@ var errGone = errors.New("the connection is gone")
 // peer is a device. It answers what it is asked for, and does nothing by itself.
 type peer struct {
 	id         string
+	owner      int // whose it is, by number
 	on         device.Onboarding
+	n          *confirmables
 	uid, token string // since the sign-up
 
 	asking    sync.Mutex // one request at a time
@@ -81,7 +83,7 @@ func stateOf(v uint64) []byte {
 
 // connect opens a connection.
 func (p *peer) connect(ctx context.Context) error {
-	l, err := dial(ctx, p.on)
+	l, err := dial(ctx, p.on, p.n)
 	if err != nil {
 		return err
 	}
@@ -128,6 +130,15 @@ func (p *peer) take(l link, m message.Message) bool {
 		return true
 	case m.Code == codes.Release || m.Code == codes.Abort:
 		return false
+	case l.datagrams() && m.Type == message.Reset: // RFC 7641, Section 3.6: it ends the observation
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		for i, tok := range p.tokens {
+			if tok != nil && bytes.Equal(tok, m.Token) {
+				p.tokens[i] = nil
+			}
+		}
+		return true
 	case m.Code == codes.Empty:
 		if l.datagrams() && m.Type == message.Confirmable { // RFC 7252, Section 4.3: the CoAP ping
 			return l.send(message.Message{Type: message.Reset, MessageID: m.MessageID}) == nil
@@ -194,15 +205,17 @@ func (p *peer) serve(m message.Message) message.Message {
 	return out
 }
 
-// notify sends a resource's value to the hub. False means that it is not observed, or the connection is gone.
-func (p *peer) notify(light int, v uint64) bool {
+var errNotObserved = errors.New("a notification could not be sent: the resource is not observed")
+
+// notify sends a resource's value to the hub.
+func (p *peer) notify(light int, v uint64) error {
 	p.notifying.Lock()
 	defer p.notifying.Unlock()
 	p.mu.Lock()
 	tok := p.tokens[light]
 	if tok == nil {
 		p.mu.Unlock()
-		return false
+		return errNotObserved
 	}
 	p.values[light] = v
 	p.number++
@@ -213,7 +226,10 @@ func (p *peer) notify(light int, v uint64) bool {
 	}
 	l := p.l
 	p.mu.Unlock()
-	return l.send(m) == nil
+	if err := l.send(m); err != nil {
+		return fmt.Errorf("a notification could not be sent: %w", err)
+	}
+	return nil
 }
 
 // observed waits until the hub observes all lights.

@@ -17,7 +17,7 @@ import (
 	"github.com/coaphub/coaphub/test/device"
 )
 
-// Config is what to measure. The hub is one, and the owner of all devices too.
+// Config is what to measure. The hub is one; API has a token for each owner, and the devices are theirs in turn.
 type Config struct {
 	Devices   int
 	AtOnce    int           // workers of the phases that connect or ask
@@ -25,15 +25,19 @@ type Config struct {
 	During    time.Duration // of each phase that has no end of its own
 	Rate      float64       // notifications a second of the open loop
 	Burst     int           // notifications of each device at once
-	Listeners int           // of the fan-out
+	Listeners int           // of each owner in the fan-out
 	Phases    []string      // names of Phases; empty: all
 	Rounds    int           // how often all but the setup are measured, in turns
 	Transport string        // for the results
 	Seed      string        // makes the devices' IDs
 	PIDs      []int         // of the hub; none: its CPU and memory are not measured
 	API       API
-	// Onboard is asked for what each device needs.
-	Onboard func(ctx context.Context, id string) (device.Onboarding, error)
+	// Restless says why the hub's memory before its first device is not known; empty: it is.
+	Restless string
+	// Onboard is asked for what each device needs, device by device of an owner, both by number.
+	Onboard func(ctx context.Context, owner, number int, id string) (device.Onboarding, error)
+
+	patience time.Duration // how long a single thing may take before it has failed; 0: ten seconds
 }
 
 // The phases, in their order. What a phase is is written where it is carried out.
@@ -67,11 +71,9 @@ func Phases() (names []string) {
 // steady is for how long memory must not have become less.
 const steady = 12 * time.Second
 
-// patience is how long a single thing may take before it has failed.
-const patience = 10 * time.Second
-
 type run struct {
 	cfg    Config
+	n      confirmables
 	peers  []*peer
 	before int64 // memory before the first device; 0: not known
 	value  atomic.Uint64
@@ -85,12 +87,18 @@ func Run(ctx context.Context, cfg Config, report func(Result)) error {
 			return fmt.Errorf("there is no phase %q; the phases are %s", name, strings.Join(Phases(), ", "))
 		}
 	}
+	if cfg.patience == 0 {
+		cfg.patience = 10 * time.Second
+	}
 	r := &run{cfg: cfg}
 	r.value.Store(firstValue)
 	start := Result{Phase: "start", Transport: cfg.Transport} // the hub before its first device
 	var err error
-	if r.before, err = rssOf(cfg.PIDs); err != nil {
-		start.Missing = err.Error()
+	if r.before, err = rssOf(cfg.PIDs); err == nil && cfg.Restless != "" {
+		err = errors.New(cfg.Restless)
+	}
+	if err != nil {
+		start.Missing, r.before = err.Error(), 0
 	} else {
 		start.RSS = ptr(float64(r.before) / (1 << 20))
 	}
@@ -125,21 +133,22 @@ func (r *run) disconnect() {
 }
 
 func (r *run) meter(phase string, atOnce int) *meter {
-	return newMeter(phase, r.cfg.Transport, atOnce, r.cfg.PIDs)
+	return newMeter(phase, r.cfg.Transport, atOnce, r.cfg.PIDs, &r.n)
 }
 
 // setup signs all devices up, signs them in, publishes, and waits until the hub observes their resources.
 func (r *run) setup(ctx context.Context) Result {
 	for i := range r.cfg.Devices {
-		r.peers = append(r.peers, &peer{id: uuid.NewSHA1(uuid.NameSpaceURL, fmt.Appendf(nil, "coaphub load %s %d", r.cfg.Seed, i)).String()})
+		id := uuid.NewSHA1(uuid.NameSpaceURL, fmt.Appendf(nil, "coaphub load %s %d", r.cfg.Seed, i)).String()
+		r.peers = append(r.peers, &peer{id: id, owner: i % len(r.cfg.API.Tokens), n: &r.n})
 	}
 	m := r.meter("setup", r.cfg.AtOnce)
 	m.closed(ctx, r.cfg.AtOnce, len(r.peers), 0, func(ctx context.Context, _, k int) (err error) {
 		p := r.peers[k]
-		if p.on, err = r.cfg.Onboard(ctx, p.id); err != nil {
+		if p.on, err = r.cfg.Onboard(ctx, p.owner, k, p.id); err != nil {
 			return err
 		}
-		ctx, cancel := context.WithTimeout(ctx, 3*patience)
+		ctx, cancel := context.WithTimeout(ctx, 3*r.cfg.patience)
 		defer cancel()
 		for _, step := range []func(context.Context) error{p.connect, p.signUp, p.signIn, p.publish, p.observed} {
 			if err := step(ctx); err != nil {
@@ -166,7 +175,9 @@ func (r *run) idle(ctx context.Context) Result {
 	switch {
 	case err != nil:
 		res.Missing = err.Error()
-	case r.before > 0:
+	case r.cfg.Restless != "":
+		res.Missing = r.cfg.Restless
+	case r.before > 0 && least > r.before: // else there are too few devices to see them, or the hub was in use before
 		res.PerDevice = ptr(float64(least-r.before) / 1024 / float64(len(r.peers)))
 	}
 	return res
@@ -193,7 +204,7 @@ func (r *run) comeBack(ctx context.Context, phase string, atOnce int) Result {
 	r.disconnect()
 	m := r.meter(phase, atOnce)
 	m.closed(ctx, atOnce, len(r.peers), 0, func(ctx context.Context, _, k int) error {
-		ctx, cancel := context.WithTimeout(ctx, 6*patience)
+		ctx, cancel := context.WithTimeout(ctx, 6*r.cfg.patience)
 		defer cancel()
 		if err := r.peers[k].connect(ctx); err != nil {
 			return err
@@ -201,12 +212,12 @@ func (r *run) comeBack(ctx context.Context, phase string, atOnce int) Result {
 		return r.peers[k].signIn(ctx)
 	})
 	res := m.end()
+	late, cancel := context.WithTimeout(ctx, 3*r.cfg.patience)
+	defer cancel()
 	for _, p := range r.peers { // not measured: what follows needs it
-		late, cancel := context.WithTimeout(ctx, 3*patience)
 		if err := p.observed(late); err != nil && res.Error == "" && ctx.Err() == nil {
 			res.Error = err.Error()
 		}
-		cancel()
 	}
 	return res
 }
@@ -221,17 +232,14 @@ func (r *run) next(k int) (*peer, int) {
 	return r.peers[k%len(r.peers)], k / len(r.peers) % lights
 }
 
-var (
-	errNotSent  = errors.New("a notification could not be sent: the resource is not observed, or the connection is gone")
-	errNotHeard = errors.New("a notification was not heard by the subscriber")
-)
+var errNotHeard = errors.New("a notification was not heard by the subscriber")
 
 // notifyClosed has so many notifications under way, each from its device through the hub to a subscriber.
 func (r *run) notifyClosed(ctx context.Context) Result {
 	return r.loop(ctx, "notify", r.cfg.UnderWay, 1)
 }
 
-// fanOut is the same with more subscribers, each of whom hears everything; operations are what they heard.
+// fanOut is the same with more subscribers, each of whom hears everything of its owner; operations are what they heard.
 func (r *run) fanOut(ctx context.Context) Result {
 	return r.loop(ctx, "fan-out", r.cfg.AtOnce, r.cfg.Listeners)
 }
@@ -244,33 +252,40 @@ func (r *run) loop(ctx context.Context, phase string, workers, listeners int) Re
 	base := r.value.Load()
 	listening, stop := context.WithCancel(ctx)
 	defer stop()
+	sending, cancel := context.WithCancelCause(ctx) // ends early with a subscription
+	defer cancel(nil)
 	var others atomic.Int64
-	for i := range listeners {
-		_, err := listen(listening, r.cfg.API, func(v uint64) {
-			if i > 0 {
-				others.Add(1)
-				return
-			}
-			if v >= base {
+	for owner := range r.cfg.API.Tokens {
+		for i := range listeners {
+			err := listen(listening, r.cfg.API, owner, func(v uint64) {
+				if v < base {
+					return
+				}
+				if i > 0 {
+					others.Add(1)
+					return
+				}
 				select {
 				case heard[(v-base)%uint64(workers)] <- v:
 				default: // nobody waits for it any more
 				}
+			}, func(err error) { cancel(err) })
+			if err != nil {
+				return r.failed(phase, fmt.Errorf("subscribe: %w", err))
 			}
-		})
-		if err != nil {
-			return r.failed(phase, fmt.Errorf("subscribe: %w", err))
 		}
 	}
 	m := r.meter(phase, workers)
-	m.closed(ctx, workers, 0, r.cfg.During, func(ctx context.Context, w, k int) error {
+	var begun atomic.Int64
+	m.closed(sending, workers, 0, r.cfg.During, func(ctx context.Context, w, k int) error {
+		begun.Add(1)
 		p, light := r.next(k)
 		v := base + uint64(k*workers+w)
-		if !p.notify(light, v) {
+		if err := p.notify(light, v); err != nil {
 			wait(ctx, 10*time.Millisecond)
-			return errNotSent
+			return err
 		}
-		late := time.NewTimer(patience)
+		late := time.NewTimer(r.cfg.patience)
 		defer late.Stop()
 		for {
 			select {
@@ -285,8 +300,19 @@ func (r *run) loop(ctx context.Context, phase string, workers, listeners int) Re
 			}
 		}
 	})
+	r.value.Add(uint64(begun.Load()+1) * uint64(workers))
+	due := m.ops.Load() * int64(listeners-1) // what one has heard the others hear, too
+	for until := time.Now().Add(r.cfg.patience); others.Load() < due && sending.Err() == nil && time.Now().Before(until); {
+		wait(sending, time.Millisecond)
+	}
+	if err := context.Cause(sending); err != nil && ctx.Err() == nil {
+		m.fail(err)
+	}
 	m.ops.Add(others.Load())
-	r.value.Add(uint64(len(m.lat)+int(m.failed.Load())+2*workers) * uint64(workers))
+	if lost := due - others.Load(); lost > 0 && sending.Err() == nil {
+		m.fail(errNotHeard)
+		m.failed.Add(lost - 1)
+	}
 	return m.end()
 }
 
@@ -294,11 +320,11 @@ func (r *run) loop(ctx context.Context, phase string, workers, listeners int) Re
 // hub that stalls is charged with all that waits.
 func (r *run) notifyOpen(ctx context.Context) Result {
 	const phase = "notify-open"
-	if r.cfg.Rate <= 0 {
-		return r.failed(phase, errors.New("the rate is zero"))
-	}
 	base := r.value.Load()
 	n := int(r.cfg.Rate * r.cfg.During.Seconds())
+	if n == 0 {
+		return r.failed(phase, errors.New("at this rate no notification is due in the time of the phase"))
+	}
 	var mu sync.Mutex // guards left, m and started
 	left, all := n, make(chan struct{})
 	var started time.Time
@@ -308,53 +334,65 @@ func (r *run) notifyOpen(ctx context.Context) Result {
 	var m *meter
 	listening, stop := context.WithCancel(ctx)
 	defer stop()
-	if _, err := listen(listening, r.cfg.API, func(v uint64) {
-		if v < base || v >= base+uint64(n) {
-			return
+	sending, cancel := context.WithCancelCause(ctx) // ends early with a subscription
+	defer cancel(nil)
+	for owner := range r.cfg.API.Tokens {
+		err := listen(listening, r.cfg.API, owner, func(v uint64) {
+			if v < base || v >= base+uint64(n) {
+				return
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			m.did(time.Since(due(int(v - base))))
+			if left--; left == 0 {
+				close(all)
+			}
+		}, func(err error) { cancel(err) })
+		if err != nil {
+			return r.failed(phase, fmt.Errorf("subscribe: %w", err))
 		}
-		mu.Lock()
-		defer mu.Unlock()
-		m.did(time.Since(due(int(v - base))))
-		if left--; left == 0 {
-			close(all)
-		}
-	}); err != nil {
-		return r.failed(phase, fmt.Errorf("subscribe: %w", err))
 	}
 	mu.Lock()
 	m, started = r.meter(phase, 0), time.Now()
 	mu.Unlock()
-	sent, late := 0, 0
+	sent, late, worst := 0, 0, time.Duration(0)
 	for i := range n {
 		if d := time.Until(due(i)); d > 0 {
-			wait(ctx, d)
+			wait(sending, d)
 		}
-		if ctx.Err() != nil {
+		if sending.Err() != nil {
 			break
 		}
-		if time.Since(due(i)) > time.Millisecond {
+		by := time.Since(due(i))
+		if worst = max(worst, by); by > time.Millisecond {
 			late++
 		}
 		p, light := r.next(i)
-		if sent++; !p.notify(light, base+uint64(i)) {
-			m.fail(errNotSent)
+		sent++
+		if err := p.notify(light, base+uint64(i)); err != nil {
+			m.fail(err)
 		}
 	}
-	rest := time.NewTimer(patience)
+	rest := time.NewTimer(r.cfg.patience)
 	defer rest.Stop()
 	select {
 	case <-all:
 	case <-rest.C:
-	case <-ctx.Done():
+	case <-sending.Done():
 	}
 	stop()
 	r.value.Add(uint64(n))
-	res := m.end()
-	res.Late = late
-	if lost := sent - res.Ops - res.Failed; lost > 0 && ctx.Err() == nil {
-		res.Failed += lost
-		res.Error = errNotHeard.Error()
+	if ctx.Err() == nil {
+		err := context.Cause(sending)
+		if err == nil {
+			err = errNotHeard
+		}
+		for range sent - int(m.ops.Load()+m.failed.Load()) {
+			m.fail(err)
+		}
 	}
+	res := m.end()
+	res.Late, res.LateBy = late, ptr(float64(worst)/float64(time.Millisecond))
 	return res
 }
 
@@ -370,8 +408,8 @@ func (r *run) burst(ctx context.Context) Result {
 	for _, p := range r.peers {
 		wg.Go(func() {
 			for i := range r.cfg.Burst {
-				if !p.notify(0, last-uint64(r.cfg.Burst-1-i)) {
-					m.fail(errNotSent)
+				if err := p.notify(0, last-uint64(r.cfg.Burst-1-i)); err != nil {
+					m.fail(err)
 					return
 				}
 			}
@@ -381,9 +419,10 @@ func (r *run) burst(ctx context.Context) Result {
 	want := []byte(`"t":` + strconv.FormatUint(last, 10))
 	c := &caller{api: r.cfg.API}
 	defer c.close()
+	until := time.Now().Add(6 * r.cfg.patience)
 	for _, p := range r.peers {
-		for until := time.Now().Add(6 * patience); ; wait(ctx, 5*time.Millisecond) {
-			_, _, err := c.do(ctx, "GET", "/api/v1/devices/"+p.id+"/resources"+lightHref(0), "")
+		for ; ; wait(ctx, 5*time.Millisecond) {
+			_, _, err := c.do(ctx, p.owner, "GET", "/api/v1/devices/"+p.id+"/resources"+lightHref(0), "")
 			if err == nil && bytes.Contains(c.body.Bytes(), want) {
 				m.ops.Add(int64(r.cfg.Burst))
 				break
@@ -392,7 +431,10 @@ func (r *run) burst(ctx context.Context) Result {
 				return m.end()
 			}
 			if time.Now().After(until) {
-				m.fail(errors.New("a twin did not end at the last value"))
+				if err == nil {
+					err = errors.New("a twin did not end at the last value")
+				}
+				m.fail(err)
 				break
 			}
 		}
@@ -400,28 +442,41 @@ func (r *run) burst(ctx context.Context) Result {
 	return m.end()
 }
 
+// request is one that an application makes; want is what its answer has in it, so that an answer with nothing in it does not
+// count as one.
+type request struct {
+	owner              int
+	method, path, body string
+	want               string
+	times              int // how often
+}
+
 // command has applications update resources; each waits for the device's answer.
 func (r *run) command(ctx context.Context, phase string, atOnce int) Result {
-	return r.call(ctx, phase, atOnce, func(k int) (method, path, body string) {
+	return r.call(ctx, phase, atOnce, func(k int) request {
 		p, light := r.next(k)
-		return "PUT", "/api/v1/devices/" + p.id + "/resources" + lightHref(light), `{"t":` + strconv.Itoa(k) + `}`
+		return request{p.owner, "PUT", "/api/v1/devices/" + p.id + "/resources" + lightHref(light), `{"t":` + strconv.Itoa(k) + `}`, "", 0}
 	})
 }
 
 // read has applications read resources: from the twin, or from the device.
 func (r *run) read(ctx context.Context, phase, query string) Result {
-	return r.call(ctx, phase, r.cfg.AtOnce, func(k int) (method, path, body string) {
+	return r.call(ctx, phase, r.cfg.AtOnce, func(k int) request {
 		p, light := r.next(k)
-		return "GET", "/api/v1/devices/" + p.id + "/resources" + lightHref(light) + query, ""
+		return request{p.owner, "GET", "/api/v1/devices/" + p.id + "/resources" + lightHref(light) + query, "", `"t":`, 1}
 	})
 }
 
-// list has one application read the list of all devices.
+// list has one application read the list of all devices, of each owner in turn.
 func (r *run) list(ctx context.Context) Result {
-	return r.call(ctx, "list", 1, func(int) (method, path, body string) { return "GET", "/api/v1/devices", "" })
+	return r.call(ctx, "list", 1, func(k int) request {
+		owners := len(r.cfg.API.Tokens)
+		owner := k % owners
+		return request{owner, "GET", "/api/v1/devices", "", `"result":`, (len(r.peers) + owners - 1 - owner) / owners}
+	})
 }
 
-func (r *run) call(ctx context.Context, phase string, atOnce int, what func(k int) (method, path, body string)) Result {
+func (r *run) call(ctx context.Context, phase string, atOnce int, what func(k int) request) Result {
 	callers := make([]*caller, atOnce)
 	for i := range callers {
 		callers[i] = &caller{api: r.cfg.API}
@@ -429,11 +484,14 @@ func (r *run) call(ctx context.Context, phase string, atOnce int, what func(k in
 	}
 	m := r.meter(phase, atOnce)
 	m.closed(ctx, atOnce, 0, r.cfg.During, func(ctx context.Context, w, k int) error {
-		ctx, cancel := context.WithTimeout(ctx, patience)
+		ctx, cancel := context.WithTimeout(ctx, r.cfg.patience)
 		defer cancel()
 		begin := time.Now()
-		method, path, body := what(k)
-		first, _, err := callers[w].do(ctx, method, path, body)
+		q := what(k)
+		first, _, err := callers[w].do(ctx, q.owner, q.method, q.path, q.body)
+		if err == nil && bytes.Count(callers[w].body.Bytes(), []byte(q.want)) < q.times {
+			err = fmt.Errorf("%s %s: the answer has less than %d of %s", q.method, q.path, q.times, q.want)
+		}
 		if err == nil && atOnce == 1 {
 			m.mu.Lock()
 			m.first = append(m.first, first.Sub(begin))
@@ -449,14 +507,15 @@ func (r *run) call(ctx context.Context, phase string, atOnce int, what func(k in
 func Echo(ctx context.Context, transport string, on device.Onboarding, connections int, during time.Duration, pids []int) Result {
 	const phase = "echo"
 	peers := make([]*peer, connections)
+	var n confirmables
 	for i := range peers {
-		peers[i] = &peer{on: on}
+		peers[i] = &peer{on: on, n: &n}
 		if err := peers[i].connect(ctx); err != nil {
 			return Result{Phase: phase, Transport: transport, Missing: err.Error()}
 		}
 		defer peers[i].disconnect()
 	}
-	m := newMeter(phase, transport, connections, pids)
+	m := newMeter(phase, transport, connections, pids, &n)
 	m.closed(ctx, connections, 0, during, func(ctx context.Context, w, _ int) error {
 		_, err := peers[w].get(ctx, "/echo")
 		return err

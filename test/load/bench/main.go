@@ -101,6 +101,13 @@ var measures = []struct {
 	{"KiB/device", func(r load.Result) *float64 { return r.PerDevice }},
 	{"hub MiB", func(r load.Result) *float64 { return r.RSS }},
 	{"own CPU", func(r load.Result) *float64 { return r.OwnCPU }},
+	{"sent again", func(r load.Result) *float64 {
+		if r.Retransmitted == nil {
+			return nil
+		}
+		n := float64(*r.Retransmitted)
+		return &n
+	}},
 }
 
 type bench struct {
@@ -279,7 +286,9 @@ func (b *bench) tables() string {
 		for _, m := range measures {
 			cell := "–"
 			if vs := b.values(r.Transport, r.Phase, m.name); len(vs) > 0 {
-				cell = number(vs[len(vs)/2])
+				if cell = "0"; vs[len(vs)/2] != 0 {
+					cell = number(vs[len(vs)/2])
+				}
 			}
 			p(" %s |", cell)
 		}
@@ -290,6 +299,11 @@ func (b *bench) tables() string {
 			}
 		}
 		p(" %d |\n", failed)
+	}
+	for _, r := range b.results {
+		for _, doubt := range r.Doubts() {
+			p("\n%s, %s: %s: the figures may be the load's.\n", r.Transport, r.Phase, doubt)
+		}
 	}
 	return out.String()
 }
