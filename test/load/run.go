@@ -383,11 +383,13 @@ func (r *run) notifyOpen(ctx context.Context) Result {
 	stop()
 	r.value.Add(uint64(n))
 	if ctx.Err() == nil {
-		err := context.Cause(sending)
+		lost, err := sent-int(m.ops.Load()+m.failed.Load()), context.Cause(sending)
 		if err == nil {
 			err = errNotHeard
+		} else {
+			lost = max(lost, 1) // it may have ended before anything was sent
 		}
-		for range sent - int(m.ops.Load()+m.failed.Load()) {
+		for range lost {
 			m.fail(err)
 		}
 	}
