@@ -152,6 +152,47 @@ func BenchmarkTwinRead(b *testing.B) {
 	})
 }
 
+// BenchmarkFrame is an event of the feed as it goes to a WebSocket: to the first subscriber, and to each further one.
+func BenchmarkFrame(b *testing.B) {
+	w := newWorld(b)
+	buf := make([]byte, 0, 4096)
+	b.Run("first", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			t := w.reported()
+			buf, _ = w.appendFrame(buf[:0], &t, false)
+		}
+	})
+	b.Run("further", func(b *testing.B) {
+		t := w.reported()
+		b.ReportAllocs()
+		for b.Loop() {
+			buf, _ = w.appendFrame(buf[:0], &t, false)
+		}
+	})
+}
+
+// reported is a change of a light as a subscriber is told it, in a commit of its own.
+func (w *world) reported() told {
+	light, _ := w.pictures[lampA].Resources.Get("/light/1")
+	c := &hub.Commit{Device: lampA, Seq: 5, Time: t0, Owner: alice, Generation: 1, Events: []hub.Event{{
+		Kind: hub.ResourceChanged, Href: "/light/1", Version: 5, Status: hub.StatusOK, Content: light.Content, ETag: []byte{1}, Types: []string{"core.light"},
+	}}}
+	return told{sub: "s", token: "t", event: eventElement{c, 0, hubID}, shared: true}
+}
+
+// What one subscriber was told costs the others no memory.
+func TestFurtherSubscribersCostNoAllocation(t *testing.T) {
+	w := newWorld(t)
+	m := w.reported()
+	buf := make([]byte, 0, 4096)
+	tell := func() { buf, _ = w.appendFrame(buf[:0], &m, false) }
+	tell()
+	if n := testing.AllocsPerRun(100, tell); n != 0 {
+		t.Errorf("a frame that is known took %v allocations", n)
+	}
+}
+
 func BenchmarkDeviceList(b *testing.B) {
 	w := newWorld(b)
 	d := w.pictures[lampA]

@@ -1,6 +1,7 @@
 package resourcedirectory
 
 import (
+	"context"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -9,6 +10,7 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/store"
 	"github.com/coaphub/coaphub/internal/store/pebblestore"
 )
 
@@ -54,6 +56,70 @@ func BenchmarkNotify(b *testing.B) {
 			wait.Wait()
 			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "events/s")
 		})
+	}
+}
+
+// switched is a store whose appends, once they are free, cost nothing and keep nothing.
+type switched struct {
+	store.Store
+	free *atomic.Bool
+}
+
+func (s switched) Append(ctx context.Context, entries []store.Entry) []error {
+	if s.free.Load() {
+		return make([]error, len(entries))
+	}
+	return s.Store.Append(ctx, entries)
+}
+
+// BenchmarkDecide is the way of a notification from its session through the directory without the store: the worker decides,
+// makes the commit and its documents, applies and answers.
+func BenchmarkDecide(b *testing.B) {
+	for _, devices := range []int{1, 64} {
+		b.Run(fmt.Sprintf("under-way=%d", devices), func(b *testing.B) {
+			var free atomic.Bool
+			h := open(b, func(h *house) {
+				h.wrap = func(s store.Store) store.Store { return switched{s, &free} }
+			})
+			xs := make([]*device, devices)
+			for i := range xs {
+				xs[i] = h.registered(testID(i))
+				h.must(xs[i].notify(value("/temperature", 0)))
+			}
+			free.Store(true)
+			var wait sync.WaitGroup
+			var n atomic.Int64
+			b.ReportAllocs()
+			b.ResetTimer()
+			for _, x := range xs {
+				wait.Go(func() {
+					for i := n.Add(1); i <= int64(b.N); i = n.Add(1) {
+						if err := x.notify(value("/temperature", i)); err != nil {
+							b.Error(err)
+							return
+						}
+					}
+				})
+			}
+			wait.Wait()
+			b.StopTimer() // what follows is stored again, and refused: the directory is ahead of the store
+		})
+	}
+}
+
+// BenchmarkApply makes the next state of a device with three resources from a commit of one event.
+func BenchmarkApply(b *testing.B) {
+	h := open(b)
+	x := h.registered(lamp)
+	h.must(x.notify(value("/light/1", 1), value("/light/2", 1), value("/light/3", 1)))
+	s, err := h.d.read(b.Context(), lamp)
+	h.must(err)
+	c := &hub.Commit{Device: lamp, Seq: s.seq + 1, Owner: alice, Generation: 1, Time: s.time}
+	change := value("/light/2", 2)
+	c.Events = []hub.Event{s.changed(x.stamp(), &change)}
+	b.ReportAllocs()
+	for b.Loop() {
+		s.fold(c)
 	}
 }
 

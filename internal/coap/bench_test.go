@@ -88,14 +88,31 @@ func BenchmarkNotifications(b *testing.B) {
 	}
 }
 
-// BenchmarkDecode is what one message costs before anybody looks at it.
+// BenchmarkDecode is what one notification costs before anybody looks at it: framing, options and payload.
 func BenchmarkDecode(b *testing.B) {
-	m := post("/oic/rd", make([]byte, 90)).with(ContentFormatOpt, 10000).with(OCFContentVersion, 2048)
-	frame := appendFrame(nil, m)
-	b.ReportAllocs()
-	for b.Loop() {
-		h, _, _ := parseHeader(frame)
-		in := &inbound{}
-		in.Options, in.Payload, _, _ = decodeBody(frame[h.size+h.tkl:], in.room[:0], false)
+	m := &Message{
+		Code: codes.Content, Token: make([]byte, 8), Options: AddUint(AddUint(nil, ObserveOption, 5), ContentFormatOpt, 10000), Payload: make([]byte, 90),
 	}
+	b.Run("tcp", func(b *testing.B) {
+		frame := appendFrame(nil, m)
+		b.ReportAllocs()
+		for b.Loop() {
+			h, _, _ := parseHeader(frame)
+			in := &inbound{Message: Message{Code: h.code, Token: frame[h.size : h.size+h.tkl]}}
+			in.Options, in.Payload, _, _ = decodeBody(frame[h.size+h.tkl:], in.room[:0], false)
+		}
+	})
+	b.Run("udp", func(b *testing.B) {
+		datagram := appendPacket(nil, confirmable, 1, m)
+		b.ReportAllocs()
+		for b.Loop() {
+			p, err := parsePacket(datagram)
+			if err != nil {
+				b.Fatal(err)
+			}
+			if _, _, err := decodePacket(p); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
 }

@@ -42,3 +42,60 @@ func BenchmarkAppend(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkAppendBatch appends so many commits of different devices in one call, on the real disk; the figures are of one
+// commit.
+func BenchmarkAppendBatch(b *testing.B) {
+	for _, size := range []int{1, 64, 256} {
+		b.Run(fmt.Sprintf("commits=%d", size), func(b *testing.B) {
+			s := open(b, nil, b.TempDir())
+			defer closeStore(b, s)
+			doc := make([]byte, 200)
+			entries := make([]store.Entry, size)
+			seq := uint64(0)
+			b.ReportAllocs()
+			for left := b.N; left > 0; left -= size {
+				seq++
+				entries = entries[:min(size, left)]
+				for i := range entries {
+					dev := hub.DeviceID(fmt.Sprintf("00000000-0000-4000-8000-%012x", i+1))
+					entries[i] = store.Entry{Commit: storetest.Commit(dev, seq), Docs: []store.StateDoc{{Key: "r/light/1", Value: doc}}}
+				}
+				for _, err := range s.Append(b.Context(), entries) {
+					if err != nil {
+						b.Fatal(err)
+					}
+				}
+			}
+		})
+	}
+}
+
+// BenchmarkReadFeed reads the feed in pages of 64, as a reader does who is behind; the figures are of one commit.
+func BenchmarkReadFeed(b *testing.B) {
+	const commits, page = 4096, 64
+	s := open(b, nil, b.TempDir())
+	defer closeStore(b, s)
+	entries := make([]store.Entry, commits)
+	for i := range entries {
+		entries[i].Commit = storetest.Commit(storetest.Device(1), uint64(i+1))
+	}
+	for _, err := range s.Append(b.Context(), entries) {
+		if err != nil {
+			b.Fatal(err)
+		}
+	}
+	var at hub.Position
+	b.ReportAllocs()
+	b.ResetTimer()
+	for n := 0; n < b.N; {
+		got, next, lagged, err := s.ReadFeed(b.Context(), at, min(page, b.N-n))
+		if err != nil || lagged {
+			b.Fatal(lagged, err)
+		}
+		n += len(got)
+		if at = next; len(got) == 0 {
+			at = hub.Position{}
+		}
+	}
+}
