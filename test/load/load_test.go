@@ -57,6 +57,61 @@ func TestHubGoes(t *testing.T) {
 	}
 }
 
+// The current state, with which a subscription begins, is not taken for a notification.
+func TestCurrentStateIsNoNotification(t *testing.T) {
+	t.Parallel()
+	h := hubtest.Start(t)
+	var current atomic.Value // the last twin that was read
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /api/v1/devices/", func(w http.ResponseWriter, r *http.Request) {
+		c := caller{api: API{URL: h.HTTP, Tokens: []string{h.Token(t)}}}
+		defer c.close()
+		if _, _, err := c.do(r.Context(), 0, r.Method, r.URL.Path, ""); err != nil {
+			http.Error(w, err.Error(), http.StatusBadGateway)
+			return
+		}
+		current.Store(c.body.String())
+		_, _ = w.Write(c.body.Bytes())
+	})
+	mux.HandleFunc("GET /api/v1/ws/events", func(w http.ResponseWriter, r *http.Request) {
+		subscribed(w, r, func(c *websocket.Conn) {
+			_ = c.Write(r.Context(), websocket.MessageText, []byte(current.Load().(string)))
+			_, _, _ = c.Read(r.Context())
+		})
+	})
+	s := httptest.NewServer(mux)
+	t.Cleanup(s.Close)
+	var got Result
+	if err := Run(t.Context(), Config{
+		Devices: 1, AtOnce: 1, Listeners: 1, During: time.Millisecond, Burst: 5, Phases: []string{"burst", "fan-out"}, patience: time.Second,
+		API: API{URL: s.URL, Tokens: []string{"x"}},
+		Onboard: func(_ context.Context, _, _ int, id string) (device.Onboarding, error) {
+			o := h.Onboard(t, id)
+			return device.Onboarding{Code: o.Code, HubAddr: h.Endpoints.CoAPSTCP, Provider: "coaphub", TLS: o.TLS}, nil
+		},
+	}, func(r Result) { got = r }); err != nil {
+		t.Fatal(err)
+	}
+	if got.Phase != "fan-out" || got.Ops != 0 || got.Failed != 1 {
+		t.Errorf("%+v", got)
+	}
+}
+
+// subscribed acknowledges a subscription; then the rest is what comes of it.
+func subscribed(w http.ResponseWriter, r *http.Request, rest func(*websocket.Conn)) {
+	c, err := websocket.Accept(w, r, nil)
+	if err != nil {
+		return
+	}
+	defer func() { _ = c.CloseNow() }()
+	if _, _, err = c.Read(r.Context()); err == nil {
+		err = c.Write(r.Context(), websocket.MessageText, []byte(`{"result":{"operationProcessed":{"errorStatus":{"code":"OK"}}}}`))
+	}
+	if err == nil {
+		rest(c)
+	}
+}
+
 // front stands before a hub's API and does not let through what a phase needs: commands are refused, lists and answers are
 // empty, and a subscription is acknowledged and then silent, or at its end.
 func front(t *testing.T, h *hubtest.Hub, silent bool) string {
@@ -65,17 +120,11 @@ func front(t *testing.T, h *hubtest.Hub, silent bool) string {
 	mux.HandleFunc("PUT /", func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "not here", http.StatusForbidden) })
 	mux.HandleFunc("GET /", func(http.ResponseWriter, *http.Request) {})
 	mux.HandleFunc("GET /api/v1/ws/events", func(w http.ResponseWriter, r *http.Request) {
-		c, err := websocket.Accept(w, r, nil)
-		if err != nil {
-			return
-		}
-		defer func() { _ = c.CloseNow() }()
-		if _, _, err = c.Read(r.Context()); err == nil {
-			err = c.Write(r.Context(), websocket.MessageText, []byte(`{"result":{"operationProcessed":{"errorStatus":{"code":"OK"}}}}`))
-		}
-		if err == nil && silent {
-			_, _, _ = c.Read(r.Context())
-		}
+		subscribed(w, r, func(c *websocket.Conn) {
+			if silent {
+				_, _, _ = c.Read(r.Context())
+			}
+		})
 	})
 	s := httptest.NewServer(mux)
 	t.Cleanup(s.Close)

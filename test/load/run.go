@@ -232,7 +232,10 @@ func (r *run) next(k int) (*peer, int) {
 	return r.peers[k%len(r.peers)], k / len(r.peers) % lights
 }
 
-var errNotHeard = errors.New("a notification was not heard by the subscriber")
+var (
+	errNotHeard = errors.New("a notification was not heard by the subscriber")
+	errNotByAll = errors.New("a notification was not heard by all subscribers")
+)
 
 // notifyClosed has so many notifications under way, each from its device through the hub to a subscriber.
 func (r *run) notifyClosed(ctx context.Context) Result {
@@ -310,7 +313,7 @@ func (r *run) loop(ctx context.Context, phase string, workers, listeners int) Re
 	}
 	m.ops.Add(others.Load())
 	if lost := due - others.Load(); lost > 0 && sending.Err() == nil {
-		m.fail(errNotHeard)
+		m.fail(errNotByAll)
 		m.failed.Add(lost - 1)
 	}
 	return m.end()
@@ -404,7 +407,7 @@ func (r *run) burst(ctx context.Context) Result {
 	if r.peers[0].datagrams() {
 		return r.failed(phase, errors.New("over datagrams a device has one message under way, so there are no bursts (NSTART of RFC 7252, Section 4.7)"))
 	}
-	last := r.value.Add(uint64(r.cfg.Burst))
+	last := r.value.Add(uint64(r.cfg.Burst)) - 1
 	m := r.meter(phase, len(r.peers))
 	var wg sync.WaitGroup
 	for _, p := range r.peers {
