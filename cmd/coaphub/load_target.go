@@ -221,7 +221,7 @@ func (l *loadTarget) elsewhere(cmd *cobra.Command, p process, cfg *load.Config) 
 	if err := l.allowed(ctx, at); err != nil {
 		return err
 	}
-	code, err := l.readCodes(cfg.Devices, tokens)
+	code, err := l.readCodes(cfg.Devices, len(tokens))
 	if err != nil {
 		return err
 	}
@@ -252,12 +252,9 @@ func (l *loadTarget) elsewhere(cmd *cobra.Command, p process, cfg *load.Config) 
 }
 
 // readCodes returns what a device of an owner signs up with, both by number.
-func (l *loadTarget) readCodes(devices int, tokens []string) (func(owner, number int) string, error) {
+func (l *loadTarget) readCodes(devices, owners int) (func(owner, number int) string, error) {
 	if l.codes == "" {
-		if l.clientID == "" {
-			return nil, usage("--server needs --code-file, for the sign-ups of the devices")
-		}
-		return func(owner, _ int) string { return tokens[owner] }, nil
+		return nil, usage("--server needs --code-file, for the sign-ups of the devices")
 	}
 	b, err := os.ReadFile(l.codes)
 	if err != nil {
@@ -266,10 +263,10 @@ func (l *loadTarget) readCodes(devices int, tokens []string) (func(owner, number
 	switch codes := strings.Fields(string(b)); len(codes) {
 	case devices:
 		return func(_, number int) string { return codes[number] }, nil
-	case len(tokens):
+	case owners:
 		return func(owner, _ int) string { return codes[owner] }, nil
 	default:
-		return nil, usage("--code-file: there are %d codes, neither one for each of %d devices nor one for each of %d owners", len(codes), devices, len(tokens))
+		return nil, usage("--code-file: there are %d codes, neither one for each of %d devices nor one for each of %d owners", len(codes), devices, owners)
 	}
 }
 
@@ -280,7 +277,11 @@ func (l *loadTarget) ownCredentials(authority string, trust *tls.Config) client.
 		if err != nil {
 			return t, fmt.Errorf("read the client's secret: %w", err)
 		}
-		web := &http.Client{Transport: &http.Transport{TLSClientConfig: trust, Proxy: http.ProxyFromEnvironment}, Timeout: 30 * time.Second}
+		web := &http.Client{
+			Transport: &http.Transport{TLSClientConfig: trust, Proxy: http.ProxyFromEnvironment}, Timeout: 30 * time.Second,
+			// A redirect would carry the secret to wherever it points.
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		}
 		defer web.CloseIdleConnections()
 		r, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimRight(authority, "/")+"/.well-known/openid-configuration", nil)
 		if err != nil {

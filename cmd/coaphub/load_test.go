@@ -181,6 +181,25 @@ func TestLoadElsewhere(t *testing.T) {
 	}
 }
 
+// There is a code for each device, or for each owner.
+func TestCodes(t *testing.T) {
+	t.Parallel()
+	l := loadTarget{codes: filepath.Join(t.TempDir(), "codes")}
+	for text, want := range map[string]string{"a b c d": "abcd", "a\nb\n": "abab", "a b c": ""} {
+		if err := os.WriteFile(l.codes, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		got := ""
+		code, err := l.readCodes(4, 2)
+		for i := 0; err == nil && i < 4; i++ {
+			got += code(i%2, i)
+		}
+		if got != want || (err == nil) != (want != "") {
+			t.Errorf("%q: %q, %v", text, got, err)
+		}
+	}
+}
+
 // authority makes a CA and its key, PEM.
 func authority(t *testing.T) (cert, key string) {
 	t.Helper()
