@@ -40,6 +40,8 @@ func newLoad(p process) *cobra.Command {
 		switch {
 		case cfg.Devices < 1 || cfg.Devices > 100_000:
 			return usage("--devices must be from 1 to 100000")
+		case l.owners > cfg.Devices:
+			return usage("--owners must not be more than --devices")
 		case cfg.AtOnce < 1 || cfg.UnderWay < 1 || cfg.Rounds < 1 || cfg.Burst < 1 || cfg.Listeners < 1 || cfg.Rate <= 0:
 			return usage("--at-once, --under-way, --rounds, --burst, --listeners and --rate must be above zero")
 		}

@@ -203,6 +203,9 @@ func (l *loadTarget) elsewhere(cmd *cobra.Command, p process, cfg *load.Config) 
 	if cmd.Flags().Changed("owners") && l.owners != len(tokens) {
 		return usage("--owners %d: there are %d tokens", l.owners, len(tokens))
 	}
+	if len(tokens) > cfg.Devices {
+		return usage("there are more tokens than --devices")
+	}
 	at := l.coap
 	if at == "" {
 		at = about.CoAPGateway

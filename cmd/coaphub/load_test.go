@@ -274,6 +274,7 @@ func TestLoadRefuses(t *testing.T) {
 		"--rate 0":                     "must be above zero",
 		"--psk":                        "--psk goes with",
 		"--owners 0":                   "--owners must be",
+		"--owners 101":                 "--owners must not be",
 		"--code-file codes":            "belong to --server",
 		"--token x":                    "belong to --server",
 		"extra":                        "",

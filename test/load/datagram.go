@@ -20,12 +20,18 @@ const (
 	ackTimeout    = 2 * time.Second
 	ackSpread     = time.Second // ACK_TIMEOUT * (ACK_RANDOM_FACTOR - 1)
 	maxRetransmit = 4
+	// A message ID is not used again for EXCHANGE_LIFETIME (Sections 4.4 and 4.8.2): who does it is not heard.
+	exchangeLifetime = 247 * time.Second
+	messageIDs       = 1 << 16
 )
 
 // maxWaiting bounds the confirmable messages of one device that are not acknowledged; a further one is not sent.
 const maxWaiting = 64
 
-var errWaiting = errors.New("too many messages of a device wait for their acknowledgement")
+var (
+	errWaiting = errors.New("too many messages of a device wait for their acknowledgement")
+	errNoID    = errors.New("a device has used all its message IDs within 247 s (RFC 7252, Section 4.4): measure with more devices")
+)
 
 // confirmables counts the confirmable messages of all devices, and how often one was sent again.
 type confirmables struct{ sent, again atomic.Int64 }
@@ -39,8 +45,10 @@ type datagram struct {
 	mu      sync.Mutex // guards all below to the empty line
 	out     [2048]byte
 	waiting []message.Message // the first is under way
-	tries   int               // how often it was sent again
-	timeout time.Duration     // until it is sent again
+	ids     int               // how many message IDs were used since begun
+	begun   time.Time
+	tries   int           // how often it was sent again
+	timeout time.Duration // until it is sent again
 	timer   *time.Timer
 
 	in      [2048]byte
@@ -67,6 +75,15 @@ func (d *datagram) send(m message.Message) error {
 	}
 	if len(d.waiting) >= maxWaiting {
 		return errWaiting
+	}
+	if d.ids == messageIDs {
+		if time.Since(d.begun) < exchangeLifetime {
+			return errNoID
+		}
+		d.ids = 0
+	}
+	if d.ids++; d.ids == 1 {
+		d.begun = time.Now()
 	}
 	if d.waiting = append(d.waiting, m); len(d.waiting) > 1 {
 		return nil

@@ -133,3 +133,42 @@ func TestWaitingIsBounded(t *testing.T) {
 		}
 	})
 }
+
+// A device does not use a message ID twice within the time that the hub remembers it for.
+func TestMessageIDs(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		d, hub := linked(t)
+		go func() {
+			for {
+				m, err := hub.recv()
+				if err == nil {
+					err = hub.send(message.Message{Type: message.Acknowledgement, MessageID: m.MessageID})
+				}
+				if err != nil {
+					return
+				}
+			}
+		}()
+		go func() {
+			for {
+				if _, err := d.recv(); err != nil {
+					return
+				}
+			}
+		}()
+		send := func(want error) {
+			t.Helper()
+			if err := d.send(confirmable(int32(d.ids % messageIDs))); err != want {
+				t.Fatalf("message %d: %v, want %v", d.ids, err, want)
+			}
+			synctest.Wait()
+		}
+		for range messageIDs {
+			send(nil)
+		}
+		send(errNoID)
+		time.Sleep(exchangeLifetime)
+		send(nil)
+	})
+}
