@@ -71,31 +71,50 @@ func BenchmarkAppendBatch(b *testing.B) {
 	}
 }
 
-// BenchmarkReadFeed reads the feed in pages of 64, as a reader does who is behind; the figures are of one commit.
+// BenchmarkReadFeed reads the feed in pages of 64, as a reader does who is behind, and as one at its head; the figures are of one
+// commit.
 func BenchmarkReadFeed(b *testing.B) {
 	const commits, page = 4096, 64
-	s := open(b, nil, b.TempDir())
-	defer closeStore(b, s)
-	entries := make([]store.Entry, commits)
-	for i := range entries {
-		entries[i].Commit = storetest.Commit(storetest.Device(1), uint64(i+1))
-	}
-	for _, err := range s.Append(b.Context(), entries) {
-		if err != nil {
-			b.Fatal(err)
-		}
-	}
-	var at hub.Position
-	b.ReportAllocs()
-	b.ResetTimer()
-	for n := 0; n < b.N; {
-		got, next, lagged, err := s.ReadFeed(b.Context(), at, min(page, b.N-n))
-		if err != nil || lagged {
-			b.Fatal(lagged, err)
-		}
-		n += len(got)
-		if at = next; len(got) == 0 {
-			at = hub.Position{}
-		}
+	for _, c := range []struct {
+		name   string
+		newest bool
+	}{{"disk", false}, {"newest", true}} {
+		b.Run(c.name, func(b *testing.B) {
+			s := open(b, nil, b.TempDir())
+			defer closeStore(b, s)
+			if !c.newest {
+				s.Forget()
+			}
+			entries := make([]store.Entry, commits)
+			for i := range entries {
+				entries[i].Commit = storetest.Commit(storetest.Device(1), uint64(i+1))
+			}
+			for _, err := range s.Append(b.Context(), entries) {
+				if err != nil {
+					b.Fatal(err)
+				}
+			}
+			var from hub.Position
+			if c.newest {
+				head, err := s.Head(b.Context())
+				if err != nil {
+					b.Fatal(err)
+				}
+				from = hub.Position{Day: head.Day, N: head.N - page}
+			}
+			at := from
+			b.ReportAllocs()
+			b.ResetTimer()
+			for n := 0; n < b.N; {
+				got, next, lagged, err := s.ReadFeed(b.Context(), at, min(page, b.N-n))
+				if err != nil || lagged {
+					b.Fatal(lagged, err)
+				}
+				n += len(got)
+				if at = next; len(got) == 0 {
+					at = from
+				}
+			}
+		})
 	}
 }
