@@ -18,6 +18,7 @@ type Config struct {
 	API            APIConfig            `yaml:"api"`
 	DeviceTwin     TwinConfig           `yaml:"deviceTwin"`
 	DeviceToDevice DeviceToDeviceConfig `yaml:"deviceToDevice"`
+	Limits         LimitsConfig         `yaml:"limits"`
 }
 
 // APIConfig is everything below coapGateway.api.
@@ -171,6 +172,41 @@ type DeviceToDeviceConfig struct {
 	MaxObservationsInAll int `yaml:"maxObservationsInAll"`
 }
 
+// LimitsConfig is everything below coapGateway.limits: how much devices may ask for. Requests beyond a rate are refused with a
+// time to come again; notifications cannot be refused and are taken more slowly. Account requests have their own bound, and
+// GET /oic/rd, by which devices keep a session alive, has none.
+type LimitsConfig struct {
+	// Device is what one device may ask for. The default lets a bridge report 10 000 resources once a minute, and all at once.
+	Device RateConfig `yaml:"device"`
+	// Owner is what all devices of one owner may ask for together. By default there is no such limit: on most hubs one owner
+	// has most devices.
+	Owner RateConfig `yaml:"owner"`
+	// Hub is what all devices may ask for together. By default there is no such limit: how much the machine can do it shows by
+	// itself, when its queues fill.
+	Hub     RateConfig    `yaml:"hub"`
+	SignIns SignInsConfig `yaml:"signIns"`
+}
+
+// RateConfig is a number of requests and notifications.
+type RateConfig struct {
+	// Rate is how many requests and notifications a second in the long run. 0: no limit.
+	Rate int `yaml:"rate"`
+	// Burst is how many of them at once after a time of rest.
+	Burst int `yaml:"burst"`
+}
+
+// SignInsConfig is everything below coapGateway.limits.signIns: two queues, of devices that sign in, and of those that sign up or
+// refresh their token, for which a provider is asked. When all of them come at once, for instance after a power cut, they are
+// served in the order in which they came.
+type SignInsConfig struct {
+	// UnderWay is how many sign-ins are served at a time, and how many sign-ups and refreshes.
+	UnderWay int `yaml:"underWay"`
+	// Waiting is how many more of each may wait. Further ones are told when to come again, each at another time.
+	Waiting int `yaml:"waiting"`
+	// MaxWait is for how long one may wait, at most api.coap.keepAlive.timeout: devices give up on an answer after a while.
+	MaxWait time.Duration `yaml:"maxWait"`
+}
+
 // Values of DeviceToDeviceConfig.Mode.
 const (
 	ModeOff  = "off"
@@ -200,6 +236,10 @@ func Default() Config {
 		DeviceTwin: TwinConfig{UseETags: true, MaxETagsCountInRequest: 8, AskQuietAfter: 10 * time.Second},
 		DeviceToDevice: DeviceToDeviceConfig{
 			Mode: ModeFull, MaxRequests: 16, MaxObservations: 256, MaxObservationsInAll: 100_000,
+		},
+		Limits: LimitsConfig{
+			Device:  RateConfig{Rate: 200, Burst: 10_000},
+			SignIns: SignInsConfig{UnderWay: 64, Waiting: 10_000, MaxWait: 10 * time.Second},
 		},
 	}
 }
@@ -317,6 +357,26 @@ func (c Config) Validate() []error {
 	}
 	if dd.MaxObservationsInAll < 0 {
 		bad("coapGateway.deviceToDevice.maxObservationsInAll", "%d is negative", dd.MaxObservationsInAll)
+	}
+	for _, r := range []struct {
+		path string
+		RateConfig
+	}{{"device", c.Limits.Device}, {"owner", c.Limits.Owner}, {"hub", c.Limits.Hub}} {
+		if r.Rate < 0 || r.Rate > 1_000_000 {
+			bad("coapGateway.limits."+r.path+".rate", "%d is not between 0 and 1000000", r.Rate)
+		}
+		if r.Rate > 0 && r.Burst < 1 || r.Burst < 0 || r.Burst > 10_000_000 {
+			bad("coapGateway.limits."+r.path+".burst", "%d is not between 1 and 10000000", r.Burst)
+		}
+	}
+	if n := c.Limits.SignIns.UnderWay; n < 1 || n > 10_000 {
+		bad("coapGateway.limits.signIns.underWay", "%d is not between 1 and 10000", n)
+	}
+	if n := c.Limits.SignIns.Waiting; n < 0 || n > 1_000_000 {
+		bad("coapGateway.limits.signIns.waiting", "%d is not between 0 and 1000000", n)
+	}
+	if d := c.Limits.SignIns.MaxWait; d < 0 || d > time.Minute {
+		bad("coapGateway.limits.signIns.maxWait", "%v is not between 0s and 1m", d)
 	}
 	return errs
 }

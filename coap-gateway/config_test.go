@@ -72,6 +72,13 @@ func TestValidateNamesThePath(t *testing.T) {
 		"coapGateway.deviceToDevice.maxRequests":          func(c *Config) { c.DeviceToDevice.MaxRequests = 0 },
 		"coapGateway.deviceToDevice.maxObservations":      func(c *Config) { c.DeviceToDevice.MaxObservations = -1 },
 		"coapGateway.deviceToDevice.maxObservationsInAll": func(c *Config) { c.DeviceToDevice.MaxObservationsInAll = -1 },
+		"coapGateway.limits.device.rate":                  func(c *Config) { c.Limits.Device.Rate = -1 },
+		"coapGateway.limits.device.burst":                 func(c *Config) { c.Limits.Device.Burst = 0 },
+		"coapGateway.limits.owner.burst":                  func(c *Config) { c.Limits.Owner.Rate = 1 },
+		"coapGateway.limits.hub.rate":                     func(c *Config) { c.Limits.Hub.Rate = -1 },
+		"coapGateway.limits.signIns.underWay":             func(c *Config) { c.Limits.SignIns.UnderWay = 0 },
+		"coapGateway.limits.signIns.waiting":              func(c *Config) { c.Limits.SignIns.Waiting = -1 },
+		"coapGateway.limits.signIns.maxWait":              func(c *Config) { c.Limits.SignIns.MaxWait = time.Hour },
 	} {
 		t.Run(path, func(t *testing.T) {
 			c := Default()

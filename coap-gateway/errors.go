@@ -12,7 +12,7 @@ import (
 	"github.com/coaphub/coaphub/internal/coap"
 )
 
-// codeOf is the one table from hub's kinds to CoAP codes (RFC 7252, Section 12.1.2). All paths of this door are OCF paths:
+// codeOf is the one table from hub's kinds to CoAP codes (RFC 7252, Section 12.1.2). It is made for OCF paths:
 // iotivity-lite takes 4.08, 4.12 and 4.29 for success and drops its credentials on 4.01, so trouble of ours is always 5.03
 // with Max-Age as the time to retry (RFC 7252, Section 5.9.3.4).
 var codeOf = map[hub.Kind]codes.Code{
@@ -44,13 +44,13 @@ func failure(err error) coap.Response {
 	if own := (*coded)(nil); errors.As(err, &own) {
 		r.Code = own.code
 	}
-	if r.Code == codes.ServiceUnavailable {
+	if r.Code == codes.ServiceUnavailable || r.Code == codes.TooManyRequests { // RFC 8516, Section 3
 		wait := retryAfter
 		var e *hub.Error
 		if errors.As(err, &e) && e.RetryAfter > 0 {
 			wait = e.RetryAfter
 		}
-		r.Options = message.Options{{ID: message.MaxAge, Value: uintOption(uint32(max(1, wait/time.Second)))}}
+		r.Options = message.Options{{ID: message.MaxAge, Value: uintOption(uint32((wait + time.Second - 1) / time.Second))}}
 	}
 	return r
 }

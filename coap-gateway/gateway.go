@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/admission"
 	"github.com/coaphub/coaphub/internal/coap"
 )
 
@@ -49,20 +50,24 @@ type Deps struct {
 
 // Gateway is the devices' door.
 type Gateway struct {
-	cfg      Config
-	deps     Deps
-	log      *slog.Logger
-	metrics  *metrics
-	engine   *coap.Server
-	web      *coap.WebSocket // nil when it is off
-	tls      *tls.Config     // nil when there is no secure listener
-	trusted  trusted         // who vouches for devices there
-	refused  refusals
-	devices  *diagnostics
-	live     *live
-	quiet    *quietQueue
-	watches  *watches
-	patience time.Duration // how long a write is tried again before a session is given up
+	cfg     Config
+	deps    Deps
+	log     *slog.Logger
+	metrics *metrics
+	engine  *coap.Server
+	web     *coap.WebSocket // nil when it is off
+	tls     *tls.Config     // nil when there is no secure listener
+	trusted trusted         // who vouches for devices there
+	refused refusals
+	devices *diagnostics
+	live    *live
+	quiet   *quietQueue
+	watches *watches
+	rates   *rates
+	// signIns and exchanges have sign-ins, and sign-ups and refreshes. Those wait for the provider, and one that hangs must keep
+	// nobody out who has a token.
+	signIns, exchanges *admission.Queue
+	patience           time.Duration // how long a write is tried again before a session is given up
 
 	mu        sync.Mutex // guards addresses
 	addresses Addresses
@@ -85,11 +90,13 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 		return nil, errors.New("coap-gateway needs at least one provider")
 	}
 	g := &Gateway{
-		cfg: cfg, deps: deps, log: log, metrics: newMetrics(reg), devices: newDiagnostics(), live: newLive(),
+		cfg: cfg, deps: deps, log: log, devices: newDiagnostics(), live: newLive(), rates: newRates(cfg.Limits),
+		signIns: cfg.Limits.SignIns.queue(), exchanges: cfg.Limits.SignIns.queue(),
 		quiet: newQuietQueue(cfg.DeviceTwin.AskQuietAfter),
 		// Devices wait 4 s for a Pong and reconnect then (iotivity-lite); whatever is not stored by 3 s is better sent again.
 		patience: 3 * time.Second,
 	}
+	g.metrics = newMetrics(reg, g.signIns, g.exchanges)
 	g.watches = &watches{gw: g, ears: map[hub.Owner]*ear{}}
 	if cfg.API.CoAP.Address != "" {
 		var err error

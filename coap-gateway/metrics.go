@@ -2,6 +2,8 @@ package coapgateway
 
 import (
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/coaphub/coaphub/internal/admission"
 )
 
 type metrics struct {
@@ -15,13 +17,15 @@ type metrics struct {
 	syncs         *prometheus.CounterVec
 	quiet         *prometheus.CounterVec
 	sessionsEnded *prometheus.CounterVec
+	overload      *prometheus.CounterVec
+	slowed        *prometheus.CounterVec
 
 	watches        prometheus.Gauge
 	commands       *prometheus.CounterVec
 	commandSeconds prometheus.Histogram
 }
 
-func newMetrics(reg prometheus.Registerer) *metrics {
+func newMetrics(reg prometheus.Registerer, signIns, exchanges *admission.Queue) *metrics {
 	opts := func(name, help string) prometheus.CounterOpts {
 		return prometheus.CounterOpts{Namespace: "coaphub", Subsystem: "coap_gateway", Name: name, Help: help}
 	}
@@ -56,6 +60,13 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		sessionsEnded: prometheus.NewCounterVec(opts("sessions_ended_total",
 			"Sessions by why they ended. Rising second-session: devices reconnect without closing, or two share an identity; rising "+
 				"expired: devices do not refresh their tokens; revoked, key-replaced: their credentials were ended by somebody."), []string{"reason"}),
+		overload: prometheus.NewCounterVec(opts("overload_refused_total",
+			"Requests that were refused and told when to come again, by the code of the reason. device-rate: a device in a loop, or "+
+				"limits.device is too low; owner-rate, hub-rate: as configured; sign-ins-full: more devices come than can be served, see account_requests."),
+			[]string{"reason"}),
+		slowed: prometheus.NewCounterVec(opts("notifications_slowed_total",
+			"Pauses in taking a device's notifications, by the code of the reason, as in overload_refused_total. When it rises, look "+
+				"for devices that report too often."), []string{"reason"}),
 		watches: prometheus.NewGauge(prometheus.GaugeOpts{
 			Namespace: "coaphub", Subsystem: "coap_gateway", Name: "observations",
 			Help: "Resources that devices observe at each other. Near deviceToDevice.maxObservationsInAll further ones are refused.",
@@ -69,7 +80,20 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 			Buckets: prometheus.ExponentialBuckets(0.001, 2, 15),
 		}),
 	}
+	accounts := func(kind, state string, n func() int) prometheus.GaugeFunc {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Namespace: "coaphub", Subsystem: "coap_gateway", Name: "account_requests",
+			ConstLabels: prometheus.Labels{"kind": kind, "state": state},
+			Help: "Account requests by kind (sign-in; exchange: sign-ups and refreshes) that are under way or waiting for that. Many " +
+				"wait for long: identity store, store, or for exchange the provider is slow, or limits.signIns.underWay is too low.",
+		}, func() float64 { return float64(n()) })
+	}
 	if reg != nil {
+		for kind, q := range map[string]*admission.Queue{"sign-in": signIns, "exchange": exchanges} {
+			reg.MustRegister(accounts(kind, "under-way", func() int { n, _ := q.State(); return n }),
+				accounts(kind, "waiting", func() int { _, n := q.State(); return n }))
+		}
+		reg.MustRegister(m.overload, m.slowed)
 		reg.MustRegister(m.sessions, m.requests, m.refused, m.changes, m.batchSkipped, m.tooLarge, m.notStored, m.syncs, m.quiet,
 			m.sessionsEnded, m.watches, m.commands, m.commandSeconds)
 	}

@@ -10,6 +10,7 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/admission"
 	"github.com/coaphub/coaphub/internal/coap"
 )
 
@@ -23,9 +24,10 @@ type peer struct {
 	sess *session // nil when nobody is signed in
 	// listening is sess for Heard, which the connection's goroutine does not call.
 	listening atomic.Pointer[session]
-	closing   atomic.Bool // an answer was given after which the connection ends; the engine's refusals set it too
-	request   uint64      // counts requests, for the log
-	told      uint64      // how many ends of credentials were told when the account request under way began
+	closing   atomic.Bool      // an answer was given after which the connection ends; the engine's refusals set it too
+	request   uint64           // counts requests, for the log
+	told      uint64           // how many ends of credentials were told when the account request under way began
+	bucket    admission.Bucket // what the device has left of its rate
 	helpers   sync.WaitGroup
 	// later is set by the method that is being called, to answer beside the connection's goroutine.
 	later func(context.Context) (coap.Response, error)
@@ -69,7 +71,7 @@ var routes = map[string]route{
 	"/.well-known/core": {own: true, methods: map[codes.Code]method{codes.GET: (*peer).core}},
 }
 
-// Request implements coap.ConnHandler. The order of refusals is path, method, session, format, body: a 4.01 costs a device
+// Request implements coap.ConnHandler. The order of refusals is path, method, session, rate, format, body: a 4.01 costs a device
 // its token, so nothing is 4.01 that would not work with a session either.
 func (p *peer) Request(ctx context.Context, req *coap.Message) coap.Response {
 	if p.closing.Load() {
@@ -172,6 +174,11 @@ func (p *peer) answer(ctx context.Context, r route, known bool, path string, req
 	}
 	if r.session && p.sess == nil {
 		return coap.Response{}, unauthenticated("not-signed-in", "nobody is signed in on this connection")
+	}
+	if !r.account && (path != "/oic/rd" || req.Code != codes.GET) { // which keeps a session alive, and is never refused
+		if err := p.admit(r); err != nil {
+			return coap.Response{}, err
+		}
 	}
 	if !r.foreign && !fulfilled(req) {
 		return coap.Response{}, &hub.Error{Kind: hub.Precondition}

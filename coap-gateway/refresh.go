@@ -44,6 +44,11 @@ func (p *peer) tryRefresh(ctx context.Context, req *coap.Message, format int32, 
 	if err != nil {
 		return coap.Response{}, dev, err
 	}
+	place, err := p.enter(ctx, p.gw.exchanges)
+	if err != nil {
+		return coap.Response{}, dev, err
+	}
+	defer place.Leave()
 	candidates := p.gw.deps.Providers
 	if body.Provider != "" {
 		one, err := p.gw.provider(body.Provider)

@@ -32,6 +32,7 @@ type session struct {
 
 	ctx    context.Context // ends with the session
 	cancel context.CancelFunc
+	share  *share
 	to     *deliverer
 	twin   *twin
 	rhythm *rhythm      // when the device listens
@@ -156,6 +157,7 @@ func (p *peer) endSession(reason string, offline bool) {
 	s := p.sess
 	p.sess = nil
 	p.gw.live.leave(s)
+	p.gw.rates.leave(s.own.Owner)
 	p.listening.Store(nil)
 	s.stop()
 	s.conn.ForgetAnswers()

@@ -39,6 +39,12 @@ func (p *peer) signInOrOut(ctx context.Context, req *coap.Message, format int32)
 	if !body.Login {
 		return p.signOut(ctx, &body, format)
 	}
+	place, err := p.enter(ctx, p.gw.signIns)
+	if err != nil {
+		p.refuse("sign-in", "", body.Device, err)
+		return coap.Response{}, err
+	}
+	defer place.Leave()
 	claims, dev, err := p.signIn(ctx, &body)
 	if err != nil {
 		p.refuse("sign-in", dev, body.Device, err)
@@ -96,6 +102,7 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 		p.endSession("signed-in-again", false)
 	}
 	s.own, s.number = own, got.Number
+	s.share = p.gw.rates.join(own.Owner)
 	s.log = p.log.With("device", dev, "owner", own.Owner, "session", got.Number)
 	s.ctx, s.cancel = context.WithCancel(p.conn.Context())
 	p.renew(s, claims)

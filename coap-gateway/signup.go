@@ -53,6 +53,11 @@ func (p *peer) trySignUp(ctx context.Context, req *coap.Message, format int32, b
 	if err != nil {
 		return coap.Response{}, dev, err
 	}
+	place, err := p.enter(ctx, p.gw.exchanges)
+	if err != nil {
+		return coap.Response{}, dev, err
+	}
+	defer place.Leave()
 	provider, err := p.gw.provider(body.Provider)
 	if err != nil {
 		return coap.Response{}, dev, err

@@ -57,6 +57,7 @@ type quiet struct {
 	posts  []string                   // their paths, in order
 	open   map[string]message.Token   // those that have no answer
 	line   []message.Message          // what is looked at later
+	tokens map[string]message.Token   // of the observations
 }
 
 // answer answers the POST to a resource, and then what came meanwhile.
@@ -134,6 +135,12 @@ func (q *quiet) hear(m message.Message, at time.Duration) {
 		}
 		q.mu.Lock()
 		q.asked[path] = append(q.asked[path], at)
+		if err == nil {
+			if q.tokens == nil {
+				q.tokens = map[string]message.Token{}
+			}
+			q.tokens[path] = slices.Clone(m.Token)
+		}
 		silent := q.silent[path]
 		q.mu.Unlock()
 		answer.Code = codes.NotFound

@@ -70,6 +70,16 @@ type ConnHandler interface {
 	Closed(err error)
 }
 
+// Pacer is implemented by a ConnHandler that slows peers down which report too much. Notifications cannot be refused; what is
+// not handed over fills the queue, and then a stream is not read, while over UDP and DTLS what is confirmable gets no ACK and
+// comes again.
+type Pacer interface {
+	// Pace is called when n notifications are about to be handed over. It returns how many of them will be, at least one, and
+	// after how long. Nothing else of the peer is handled meanwhile, so that should be well below Config.OverloadTimeout. It
+	// must not block. The wait ends early when the connection does.
+	Pace(n int) (some int, after time.Duration)
+}
+
 // Refuser is implemented by a ConnHandler that wants to know of requests which the engine answers with an error by itself:
 // options that are not understood, blocks that do not fit together, bodies over the limit. Refused is called once the answer
 // is queued, from any goroutine, and must not block.

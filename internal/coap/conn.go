@@ -70,6 +70,7 @@ type Conn struct {
 	queued       int           // waiting or being handled
 	queuedBytes  int           //
 	space        chan struct{} // not nil while the reader waits for queue space
+	paused       chan struct{} // not nil while the worker waits because of Pacer
 	working      bool
 	later        int             // answers that are made beside the worker
 	reason       error           // not nil: the connection is closing
@@ -208,6 +209,10 @@ func (c *Conn) shut(err error, drain bool) {
 	c.srv.wheel.set(&c.timer, c.srv.cfg.CloseTimeout)
 	idle := !c.working && !c.due()
 	c.wakeReader()
+	if c.paused != nil {
+		close(c.paused)
+		c.paused = nil
+	}
 	c.mu.Unlock()
 	if idle {
 		c.tr.finish()
@@ -522,6 +527,9 @@ func (c *Conn) work() {
 				for n < len(items) && items[n].observation != nil {
 					n++
 				}
+				if n = c.pace(n); c.stopped() {
+					continue // it ended meanwhile
+				}
 				c.notify(items[:n])
 			}
 			c.handled(items[:n])
@@ -529,6 +537,37 @@ func (c *Conn) work() {
 		}
 		c.lose(items)
 	}
+}
+
+// pace asks the handler how many of n notifications it takes now, and waits as long as it says, or until the connection is
+// closing.
+func (c *Conn) pace(n int) int {
+	h, ok := c.handler.(Pacer)
+	if !ok {
+		return n
+	}
+	some, after := h.Pace(n)
+	if after <= 0 {
+		return some
+	}
+	c.mu.Lock()
+	if c.reason != nil { // what is still to be handled then, CloseTimeout bounds
+		c.mu.Unlock()
+		return some
+	}
+	paused := make(chan struct{})
+	c.paused = paused
+	c.mu.Unlock()
+	t := time.NewTimer(after)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-paused:
+	}
+	c.mu.Lock()
+	c.paused = nil
+	c.mu.Unlock()
+	return some
 }
 
 // stopped reports that the rest of the queue is not to be handled.
