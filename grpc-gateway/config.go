@@ -55,6 +55,25 @@ type LimitsConfig struct {
 	MaxBodyBytes int `yaml:"maxBodyBytes"`
 	// MaxStreams bounds the concurrent calls of one HTTP/2 connection, gRPC's included. Default 250.
 	MaxStreams int `yaml:"maxStreams"`
+	// MaxRequests is how many requests of all owners are under way at a time, over HTTP and gRPC together. Streams of events,
+	// which stay open, are none of them. Default 4096.
+	MaxRequests int `yaml:"maxRequests"`
+	// MaxWaiting is how many more may wait for one of these places; further ones are refused with a time to come again. Default
+	// 1024.
+	MaxWaiting int `yaml:"maxWaiting"`
+	// MaxWait is how long one may wait. Default 1s.
+	MaxWait time.Duration `yaml:"maxWait"`
+	// OwnerRequests is how many requests of one owner are under way at a time, so that others find a place; a command is until
+	// the device has answered. Default 1024.
+	OwnerRequests int `yaml:"ownerRequests"`
+	// OwnerStreams is how many streams of events one owner may have open: WebSockets, server-sent events, and gRPC's. Default
+	// 1024.
+	OwnerStreams int `yaml:"ownerStreams"`
+	// OwnerRate is how many requests of one owner may begin each second in the long run. 0: no limit, which is the default,
+	// because how many the machine takes nobody knows before, and ownerRequests keeps them from others.
+	OwnerRate int `yaml:"ownerRate"`
+	// OwnerBurst is how many of them may begin at once after a time of rest. Default 0.
+	OwnerBurst int `yaml:"ownerBurst"`
 }
 
 // Default returns the configuration of a hub without a configuration file.
@@ -64,6 +83,7 @@ func Default() Config {
 		Limits: LimitsConfig{
 			HeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, StallTimeout: 30 * time.Second,
 			RequestTimeout: 5 * time.Minute, MaxConnections: 4096, MaxHeaderBytes: 64 << 10, MaxBodyBytes: 1 << 20, MaxStreams: 250,
+			MaxRequests: 4096, MaxWaiting: 1024, MaxWait: time.Second, OwnerRequests: 1024, OwnerStreams: 1024,
 		},
 	}
 }
@@ -94,6 +114,7 @@ func (c Config) Validate() []error {
 		{"idleTimeout", c.Limits.IdleTimeout},
 		{"stallTimeout", c.Limits.StallTimeout},
 		{"requestTimeout", c.Limits.RequestTimeout},
+		{"maxWait", c.Limits.MaxWait},
 	} {
 		if d.value <= 0 {
 			errs = append(errs, fmt.Errorf("limits.%s: %s is not positive", d.key, d.value))
@@ -107,6 +128,12 @@ func (c Config) Validate() []error {
 		{"maxHeaderBytes", c.Limits.MaxHeaderBytes, 4096},
 		{"maxBodyBytes", c.Limits.MaxBodyBytes, 1024},
 		{"maxStreams", c.Limits.MaxStreams, 1},
+		{"maxRequests", c.Limits.MaxRequests, 1},
+		{"maxWaiting", c.Limits.MaxWaiting, 0},
+		{"ownerRequests", c.Limits.OwnerRequests, 1},
+		{"ownerStreams", c.Limits.OwnerStreams, 0},
+		{"ownerRate", c.Limits.OwnerRate, 0},
+		{"ownerBurst", c.Limits.OwnerBurst, min(c.Limits.OwnerRate, 1)},
 	} {
 		if n.value < n.min {
 			errs = append(errs, fmt.Errorf("limits.%s: %d is below %d", n.key, n.value, n.min))

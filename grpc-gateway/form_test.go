@@ -112,8 +112,14 @@ func TestValidateNamesEachKey(t *testing.T) {
 		all = append(all, key)
 	}
 	wantList(t, "keys", all, "api.http.address", "api.grpc.address", "api.http.hosts[1]", "api.http.hosts[2]", "api.http.hosts[3]",
-		"limits.headerTimeout", "limits.idleTimeout", "limits.stallTimeout", "limits.requestTimeout", "limits.maxConnections",
-		"limits.maxHeaderBytes", "limits.maxBodyBytes", "limits.maxStreams")
+		"limits.headerTimeout", "limits.idleTimeout", "limits.stallTimeout", "limits.requestTimeout", "limits.maxWait",
+		"limits.maxConnections", "limits.maxHeaderBytes", "limits.maxBodyBytes", "limits.maxStreams", "limits.maxRequests",
+		"limits.ownerRequests")
+	rate := Default()
+	rate.Limits.OwnerRate = 5
+	if errs := rate.Validate(); len(errs) != 1 || !strings.HasPrefix(errs[0].Error(), "limits.ownerBurst: ") {
+		t.Errorf("a rate without a burst: %v", errs)
+	}
 }
 
 // discard is an answer nobody reads.

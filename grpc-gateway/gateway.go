@@ -20,6 +20,7 @@ import (
 
 	"github.com/coaphub/coaphub/api"
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/admission"
 )
 
 // Deps is what the door needs of the rest of the hub. All fields without a remark must be set.
@@ -63,6 +64,7 @@ type Gateway struct {
 	health       *health.Server
 	index        index
 	descriptions descriptions
+	admit        *admissions
 	addrs        atomic.Pointer[[2]net.Addr]
 
 	encodings encodings
@@ -81,9 +83,12 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 		_, _ = rand.Read(deps.CursorKey) // never fails
 	}
 	g := &Gateway{
-		cfg: cfg, deps: deps, log: log, metrics: newMetrics(reg), openapi: doc, hosts: map[string]bool{}, origins: map[string]bool{},
+		cfg: cfg, deps: deps, log: log, openapi: doc, hosts: map[string]bool{}, origins: map[string]bool{},
 		closing: make(chan struct{}),
 	}
+	all := admission.NewQueue(cfg.Limits.MaxRequests, cfg.Limits.MaxWaiting, cfg.Limits.MaxWait)
+	g.metrics = newMetrics(reg, all)
+	g.admit = newAdmissions(&g.cfg.Limits, g.metrics, all)
 	for _, o := range cfg.API.HTTP.CORS.Origins {
 		g.origins[o] = true
 	}

@@ -140,7 +140,15 @@ func (g *Gateway) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo
 	if ctx, err = g.begin(ctx, info.FullMethod); err != nil {
 		return nil, err
 	}
-	if !known[info.FullMethod] || reads[info.FullMethod] || public[info.FullMethod] {
+	if public[info.FullMethod] {
+		return handle(ctx, req)
+	}
+	in, err := g.admit.enter(ctx, claimsOf(ctx).Owner, false)
+	if err != nil {
+		return nil, err
+	}
+	defer in.leave()
+	if !known[info.FullMethod] || reads[info.FullMethod] {
 		return handle(ctx, req)
 	}
 	err = g.audited(ctx, auditGRPC(ctx, path.Base(info.FullMethod), id, req), claimsOf(ctx), func() (err error) {
@@ -158,7 +166,15 @@ func (g *Gateway) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerI
 	if err != nil {
 		return err
 	}
-	if info.IsClientStream || public[info.FullMethod] { // subscriptions, health and reflection go on
+	if public[info.FullMethod] { // health and reflection go on
+		return handle(srv, &contextStream{ss, ctx})
+	}
+	in, err := g.admit.enter(ctx, claimsOf(ctx).Owner, info.IsClientStream)
+	if err != nil {
+		return err
+	}
+	defer in.leave()
+	if info.IsClientStream { // subscriptions go on, too
 		return handle(srv, &contextStream{ss, ctx})
 	}
 	ctx, cancel := context.WithTimeout(ctx, g.cfg.Limits.RequestTimeout)

@@ -168,6 +168,11 @@ func (g *Gateway) serve(ctx context.Context, w *writer, r *http.Request, templat
 		if req.claims, err = g.authorize(ctx, presented, op.scope); err != nil {
 			return err
 		}
+		in, err := g.admit.enter(ctx, req.claims.Owner, op.stream)
+		if err != nil {
+			return err
+		}
+		defer in.leave()
 		w.Header().Set("Cache-Control", "private, no-cache") // what it says belongs to one owner
 		w.Header().Add("Vary", "Accept, Authorization")
 	}

@@ -1,6 +1,10 @@
 package grpcgateway
 
-import "github.com/prometheus/client_golang/prometheus"
+import (
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/coaphub/coaphub/internal/admission"
+)
 
 type metrics struct {
 	requests *prometheus.CounterVec
@@ -13,7 +17,7 @@ type metrics struct {
 	lagged        prometheus.Counter
 }
 
-func newMetrics(reg prometheus.Registerer) *metrics {
+func newMetrics(reg prometheus.Registerer, all *admission.Queue) *metrics {
 	m := &metrics{
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "coaphub_api_requests_total",
@@ -33,8 +37,10 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		}, []string{"door"}),
 		refused: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "coaphub_api_refused_total",
-			Help: "HTTP requests refused before routing: host (a name that is not in grpcGateway.api.http.hosts) or origin (a " +
-				"page of another origin). If host rises after a change of names or proxies, add the name to the list.",
+			Help: "Requests refused before they were carried out: host (a name that is not in grpcGateway.api.http.hosts) or origin (a " +
+				"page of another origin) over HTTP; over all doors owner-requests, owner-rate, owner-streams (an owner asks for more " +
+				"than grpcGateway.limits allow) or hub-busy (all together do). If host rises after a change of names or proxies, add " +
+				"the name to the list; if hub-busy rises, look at store and machine.",
 		}, []string{"why"}),
 	}
 	m.subscriptions = prometheus.NewGaugeVec(prometheus.GaugeOpts{
@@ -50,6 +56,15 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		Help: "Times that a subscriber came so late that what it had not seen was no longer kept; it got the current state. If it " +
 			"rises, keep more history (resourceDirectory.history) or find out which reader is too slow.",
 	})
+	underWay := func(state string, n func() int) prometheus.GaugeFunc {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "coaphub_api_requests", ConstLabels: prometheus.Labels{"state": state},
+			Help: "Requests of applications that are under way or waiting for that. If some wait, devices that are asked answer " +
+				"slowly, or the machine is overloaded: see grpcGateway.limits.maxRequests.",
+		}, func() float64 { return float64(n()) })
+	}
+	reg.MustRegister(underWay("under-way", func() int { n, _ := all.State(); return n }),
+		underWay("waiting", func() int { _, n := all.State(); return n }))
 	reg.MustRegister(m.requests, m.seconds, m.panics, m.refused, m.subscriptions, m.told, m.lagged)
 	return m
 }
