@@ -23,7 +23,8 @@ type Config struct {
 	Audience string `yaml:"audience"`
 	// DeviceIDClaim names the claim with the device's ID in a device's token. Default device_id.
 	DeviceIDClaim string `yaml:"deviceIDClaim"`
-	// AccessTokenLifetime is how long an access token is good, at most 30d. Default 1h.
+	// AccessTokenLifetime is how long an access token is good, at most 30d. A device's is good for up to a tenth less, so that
+	// devices that came together do not refresh together. Default 1h.
 	AccessTokenLifetime time.Duration `yaml:"accessTokenLifetime"`
 	// RefreshTokenLifetime is how long a refresh token is good after its last use; a device that is off for longer has to be
 	// onboarded again. Default 90d.

@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"errors"
+	mathrand "math/rand/v2"
 	"slices"
 	"strings"
 	"time"
@@ -77,7 +78,7 @@ func (s *Server) next(id string, secret []byte) string {
 	return refreshToken(id, mac(s.secrets.refresh, []byte(id), secret))
 }
 
-// sign makes an access token on the grant.
+// sign makes an access token on the grant. One for a device lives up to a tenth shorter than lifetime.
 func (s *Server) sign(ctx context.Context, id string, g grant, scopes []string, lifetime time.Duration) (token string, expiry time.Time, err error) {
 	key, _, err := s.keys.current(ctx)
 	if err != nil {
@@ -87,6 +88,9 @@ func (s *Server) sign(ctx context.Context, id string, g grant, scopes []string, 
 		(&jose.SignerOptions{}).WithType("JWT"))
 	if err != nil {
 		return "", time.Time{}, &hub.Error{Kind: hub.Internal, Op: "sign token", Err: err}
+	}
+	if g.Device != "" { // devices that came at the same time must not all refresh at the same time
+		lifetime -= mathrand.N(lifetime/10 + 1)
 	}
 	now := s.clock.Now()
 	expiry = now.Add(lifetime).Truncate(time.Second).UTC()

@@ -134,13 +134,42 @@ func TestDeviceCodeGivesADevicesToken(t *testing.T) {
 					t.Errorf("%s is %v, want %v", claim, claims[claim], want)
 				}
 			}
-			if d := time.Until(tokens.Expiry); d > time.Hour || d < time.Hour-5*time.Second || tokens.Refresh == "" {
+			if d := time.Until(tokens.Expiry); d > time.Hour || d < 54*time.Minute-5*time.Second || tokens.Refresh == "" {
 				t.Errorf("lives %s, refresh token %q", d, tokens.Refresh)
 			}
 			if ok, err := s.Active(t.Context(), claims["jti"].(string)); err != nil || !ok {
 				t.Errorf("Active: %v, %v", ok, err)
 			}
 		})
+	}
+}
+
+// Devices that come together do not refresh together: each token ends at another time, which the answer says. Those of people
+// and programs live as long as configured.
+func TestDeviceTokensEndAtDifferentTimes(t *testing.T) {
+	t.Parallel()
+	s := newServer(t)
+	ends := map[int64]bool{}
+	check := func(tokens hub.Tokens) {
+		t.Helper()
+		end := int64(verify(t, s, tokens.Access)["exp"].(float64))
+		if left := time.Until(tokens.Expiry); tokens.Expiry.Unix() != end || left > time.Hour || left < 54*time.Minute-5*time.Second {
+			t.Errorf("the answer says that it ends at %d, in %v, and it ends at %d", tokens.Expiry.Unix(), left, end)
+		}
+		ends[end] = true
+	}
+	tokens := must[hub.Tokens](t)(s.Exchange(t.Context(), lamp, "cert", onboard(t, s, lamp)))
+	check(tokens)
+	for range 20 {
+		tokens = must[hub.Tokens](t)(s.Refresh(t.Context(), lamp, tokens.Refresh))
+		check(tokens)
+	}
+	if len(ends) < 10 {
+		t.Errorf("21 tokens end at %d different times", len(ends))
+	}
+	claims := verify(t, s, must[string](t)(s.IssueToken(t.Context(), admin, nil, 0)))
+	if lives := claims["exp"].(float64) - claims["iat"].(float64); lives < 3599 || lives > 3600 {
+		t.Errorf("an owner's token lives %v s", lives)
 	}
 }
 
