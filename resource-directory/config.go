@@ -13,7 +13,7 @@ type Config struct {
 	// Workers is how many goroutines decide; each device belongs to one of them. Default 4.
 	Workers int `json:"workers" yaml:"workers"`
 	// Queue is how many requests may wait for one worker; callers beyond it wait up to QueueWait and are then refused with
-	// Exhausted. Default 4096.
+	// Unavailable. Default 4096.
 	Queue int `json:"queue" yaml:"queue"`
 	// QueueWait bounds the wait for a place in a full queue. Default 2s.
 	QueueWait time.Duration `json:"queueWait" yaml:"queueWait"`

@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/admission"
 	"github.com/coaphub/coaphub/internal/store"
 )
 
@@ -168,16 +169,16 @@ func (d *Directory) enqueue(ctx context.Context, w *worker, r *request) error {
 		return errStopping.With(r.op, nil)
 	case <-full.C:
 		d.metrics.refused.WithLabelValues("queue").Inc()
-		return errBusy.With(r.op, nil)
+		busy := errBusy.With(r.op, nil)
+		busy.RetryAfter = admission.Again(d.cfg.QueueWait) // not the same for all who are refused now
+		return busy
 	}
 }
 
 var (
 	errStopping = hub.NewError(hub.Unavailable, "directory-stopping", "the hub is stopping, try again later")
-	errBusy     = &hub.Error{
-		Kind: hub.Exhausted, Code: "directory-busy", Text: "too many requests are waiting, try again later",
-		RetryAfter: 2 * time.Second,
-	}
+	// It is the hub that has too much to do: whoever is refused did not ask for too much.
+	errBusy = hub.NewError(hub.Unavailable, "directory-busy", "too many requests are waiting, try again later")
 )
 
 func (d *Directory) worker(dev hub.DeviceID) *worker {

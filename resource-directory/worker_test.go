@@ -3,6 +3,7 @@ package resourcedirectory
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"sync"
@@ -287,7 +288,10 @@ func TestFullQueueIsRefused(t *testing.T) {
 				return
 			}
 			refused.Add(1)
-			wantKind(t, err, hub.Exhausted, "directory-busy")
+			wantKind(t, err, hub.Unavailable, "directory-busy")
+			if e := (*hub.Error)(nil); !errors.As(err, &e) || e.RetryAfter < time.Second {
+				t.Errorf("%v does not say when to come again", err)
+			}
 		})
 	}
 	register(0)
@@ -505,7 +509,7 @@ func TestOfflineSurvivesAFullQueue(t *testing.T) {
 	register(3)
 	register(4)
 
-	wantKind(t, h.d.Offline(t.Context(), x.stamp()), hub.Exhausted, "directory-busy")
+	wantKind(t, h.d.Offline(t.Context(), x.stamp()), hub.Unavailable, "directory-busy")
 	over, cancel := context.WithCancel(t.Context())
 	cancel()
 	if err := h.d.Offline(over, y.stamp()); err == nil {
