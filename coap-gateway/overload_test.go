@@ -325,6 +325,71 @@ func TestSlowedDeviceLeaves(t *testing.T) {
 	})
 }
 
+// Of a device that is held up the hub keeps little: it is the device's to keep.
+func TestSlowedDeviceTakesLittleRoom(t *testing.T) {
+	t.Parallel()
+	docked(t, func(l *LimitsConfig) { l.Device = RateConfig{Rate: 1, Burst: 1} }, func(t *testing.T, d *dock) {
+		d.published("/a*")
+		lamp := d.visit(t, lampID, "alice")
+		lamp.signIn(true)
+		after(time.Minute)
+		var sent atomic.Int32
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			for range 300 {
+				lamp.report(strings.Repeat("x", 1000))
+				sent.Add(1)
+			}
+		}()
+		after(5 * time.Second)
+		first := sent.Load()
+		if first > 60 { // what fits one read of the connection comes on top
+			t.Errorf("%d reports are in the hub", first)
+		}
+		after(time.Minute)
+		if n := sent.Load() - first; n < 30 || n > 80 || d.w.count("offline "+string(lampID)) != 0 {
+			t.Errorf("%d more in a minute", n)
+		}
+		lamp.leave()
+		<-done
+	})
+}
+
+// A device whose queue was full when it began to be held up, because the store was slow, is read on, too.
+func TestSlowedWithAFullQueue(t *testing.T) {
+	t.Parallel()
+	docked(t, func(l *LimitsConfig) { l.Device = RateConfig{Rate: 1, Burst: 1} }, func(t *testing.T, d *dock) {
+		d.published("/a*")
+		lamp := d.visit(t, lampID, "alice")
+		lamp.signIn(true)
+		after(time.Minute)
+		d.w.mu.Lock()
+		notify := d.w.dir.notify
+		d.w.dir.notify = func(ctx context.Context, from hub.Stamp, c []hub.Change) error {
+			d.w.mu.Lock()
+			d.w.dir.notify = notify // once
+			d.w.mu.Unlock()
+			time.Sleep(2 * time.Second)
+			return notify(ctx, from, c)
+		}
+		d.w.mu.Unlock()
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			for range 1000 {
+				lamp.report("x")
+			}
+		}()
+		after(time.Minute)
+		if n := len(d.w.changed("/a")); n < 50 || n > 70 || d.w.count("offline "+string(lampID)) != 0 {
+			t.Errorf("%d reports are stored in a minute; %q", n, d.w.soFar())
+		}
+		lamp.leave()
+		<-done
+	})
+}
+
 // Over DTLS nothing stops a device that reports too much. What is confirmable is acknowledged when it is its turn; of the rest
 // some is lost, but not what is true in the end.
 func TestSlowedOverUDP(t *testing.T) {

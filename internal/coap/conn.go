@@ -71,6 +71,7 @@ type Conn struct {
 	queuedBytes  int           //
 	space        chan struct{} // not nil while the reader waits for queue space
 	paused       chan struct{} // not nil while the worker waits because of Pacer
+	slow         bool          // it had to wait before it handed over what it did last
 	working      bool
 	later        int             // answers that are made beside the worker
 	reason       error           // not nil: the connection is closing
@@ -401,6 +402,7 @@ func (c *Conn) sendNow(m *Message) {
 func (c *Conn) enqueue(it item, taken bool) error {
 	cfg := &c.srv.cfg
 	var timeout *time.Timer
+	turn := false // something was handled while this waited
 	for {
 		c.mu.Lock()
 		if c.reason != nil {
@@ -412,7 +414,9 @@ func (c *Conn) enqueue(it item, taken bool) error {
 			return nil
 		}
 		var space, freed <-chan struct{}
-		if c.queued < cfg.QueueLength && c.queuedBytes < cfg.QueueBytes {
+		// A peer that is slowed down brings one for each that is handled, however many it brought before that began: the reader
+		// must get on, or there are no Pongs.
+		if c.room(c.slow && !turn) {
 			if !taken {
 				if taken = c.srv.budget.take(it.size); !taken {
 					freed = c.srv.budget.wait()
@@ -451,6 +455,7 @@ func (c *Conn) enqueue(it item, taken bool) error {
 		}
 		select {
 		case <-space:
+			turn = true
 		case <-freed:
 		case <-late:
 			if taken {
@@ -462,12 +467,21 @@ func (c *Conn) enqueue(it item, taken bool) error {
 	}
 }
 
+// room reports whether the queue has room for one more; mu is held. Of a peer that is slowed down it takes little: what it wants
+// to say is the peer's to keep, else many such peers together would use up what is for all.
+func (c *Conn) room(little bool) bool {
+	length, bytes := c.srv.cfg.QueueLength, c.srv.cfg.QueueBytes
+	if little {
+		length, bytes = max(1, length/16), max(1, bytes/16)
+	}
+	return c.queued < length && c.queuedBytes < bytes
+}
+
 // reserve takes room in the queue for one item of that size, without waiting; push uses it, unreserve gives it back.
 func (c *Conn) reserve(size int) bool {
-	cfg := &c.srv.cfg
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.reason != nil || c.queued >= cfg.QueueLength || c.queuedBytes >= cfg.QueueBytes || !c.srv.budget.take(size) {
+	if c.reason != nil || !c.room(c.slow) || !c.srv.budget.take(size) {
 		return false
 	}
 	c.queued++
@@ -547,10 +561,15 @@ func (c *Conn) pace(n int) int {
 		return n
 	}
 	some, after := h.Pace(n)
-	if after <= 0 {
+	if after <= 0 && !c.slow { // only the worker changes it
 		return some
 	}
 	c.mu.Lock()
+	c.slow = after > 0
+	if after <= 0 {
+		c.mu.Unlock()
+		return some
+	}
 	if c.reason != nil { // what is still to be handled then, CloseTimeout bounds
 		c.mu.Unlock()
 		return some
