@@ -128,7 +128,11 @@ func (w *watch) run(ctx context.Context, broken func(error)) error {
 		default:
 			return err
 		}
-		wait := time.NewTimer(pause)
+		again := pause
+		if e := (*Error)(nil); errors.As(err, &e) {
+			again = max(pause, e.RetryAfter) // the hub knows when it has time
+		}
+		wait := time.NewTimer(again)
 		select {
 		case <-wait.C:
 		case <-ctx.Done():

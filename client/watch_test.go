@@ -304,12 +304,18 @@ func TestWatchAcrossFaults(t *testing.T) {
 		frame("D1", processed) + "data:nonsense\n\n",
 	}
 	var asked []string
+	var refused, back time.Time
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		asked = append(asked, r.Header.Get("Last-Event-ID"))
 		a := answers[len(asked)-1]
-		if a == "503" {
+		switch {
+		case a == "503":
+			refused = time.Now()
+			w.Header().Set("Retry-After", "2")
 			w.WriteHeader(http.StatusServiceUnavailable)
 			return
+		case back.IsZero() && !refused.IsZero():
+			back = time.Now()
 		}
 		_, _ = w.Write([]byte(a))
 	}))
@@ -331,6 +337,9 @@ func TestWatchAcrossFaults(t *testing.T) {
 	fails(t, err, client.Invalid, client.ErrRefused)
 	if want := []string{"", "A2", "A2", "B2", "C2"}; !slices.Equal(asked, want) {
 		t.Errorf("asked for what came behind %q, want %q", asked, want)
+	}
+	if d := back.Sub(refused); d < 2*time.Second {
+		t.Errorf("it came back %v after it was told to come in 2 s", d)
 	}
 	if n := len(h.broken); n != 3 { // the second one did not get anywhere: it is the same break
 		t.Errorf("told of %d breaks", n)

@@ -37,6 +37,7 @@ type fakeHub struct {
 	mu      sync.Mutex // guards all below
 	conns   []mux.Conn
 	refuse  map[string]codes.Code // by path
+	with    message.Options       // of refusals
 	expires int64
 	seen    []string       // "POST /oic/rd"
 	bodies  map[string]any // the last by path
@@ -86,7 +87,7 @@ func (h *fakeHub) serve(w mux.ResponseWriter, m *mux.Message) {
 	h.bodies[path] = body
 	fields, _ := body.(map[string]any)
 	if code := h.refuse[path]; code != 0 {
-		_ = w.SetResponse(code, message.TextPlain, strings.NewReader("refused"))
+		_ = w.SetResponse(code, message.TextPlain, strings.NewReader("refused"), h.with...)
 		if path != "/oic/rd" {
 			cc := w.Conn()
 			time.AfterFunc(20*time.Millisecond, func() { _ = cc.Close() }) // as a hub does

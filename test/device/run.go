@@ -25,6 +25,13 @@ const (
 // errRefused is an answer that means: the credential is bad.
 var errRefused = errors.New("the hub refused the credential")
 
+// laterError is an answer that says when to come again.
+type laterError struct{ Answer }
+
+func (e laterError) Error() string {
+	return fmt.Sprintf("the hub answered %v, and to come again in %d s", e.Answer, e.MaxAge)
+}
+
 // Run is a device's life until ctx ends: it connects, signs up with a code of its own when it has no credentials, refreshes
 // them when they are old or refused, signs in, publishes, pings, and comes back after every break, later and later with
 // jitter. code is asked each time the device has to sign up. It returns ctx's error.
@@ -46,9 +53,14 @@ func (d *Device) Run(ctx context.Context, code func(context.Context) (string, er
 		if time.Since(begin) > settled {
 			wait = firstRetry
 		}
-		// Between half of it and all of it, so that a fleet does not come back at one moment.
+		// Between half of it and all of it, so that a fleet does not come back at one moment; a hub that says when to come has
+		// seen to that itself.
+		pause := wait/2 + rand.N(wait/2+1)
+		if e := (laterError{}); errors.As(err, &e) {
+			pause = max(pause, time.Duration(e.MaxAge)*time.Second)
+		}
 		select {
-		case <-time.After(wait/2 + rand.N(wait/2+1)):
+		case <-time.After(pause):
 		case <-ctx.Done():
 			return ctx.Err()
 		}
@@ -150,7 +162,7 @@ func (d *Device) enter(ctx context.Context, code func(context.Context) (string, 
 	return nil
 }
 
-// settle makes an error of an answer that is not 2.xx; 4.01 is errRefused.
+// settle makes an error of an answer that is not 2.xx; 4.01 is errRefused, 5.03 with Max-Age a laterError.
 func (d *Device) settle(a Answer, err error) error {
 	switch {
 	case err != nil:
@@ -159,6 +171,8 @@ func (d *Device) settle(a Answer, err error) error {
 		return nil
 	case a.Code == codes.Unauthorized:
 		return fmt.Errorf("%w: %v", errRefused, a)
+	case a.Code == codes.ServiceUnavailable && a.MaxAge > 0:
+		return laterError{a}
 	}
 	return fmt.Errorf("the hub answered %v", a)
 }

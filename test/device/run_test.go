@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 	"github.com/plgd-dev/go-coap/v3/message/pool"
 )
@@ -92,6 +93,24 @@ func TestRunKeepsItsCredentialsOn503(t *testing.T) {
 	}
 	if h.saw("POST /oic/sec/tokenrefresh") != 0 {
 		t.Error("it refreshed a token that nobody refused")
+	}
+}
+
+// A device comes again when the hub says, and not before.
+func TestRunWaitsForMaxAge(t *testing.T) {
+	t.Parallel()
+	h := startHub(t)
+	d := newDevice(t, h)
+	d.SetCredentials(Credentials{UID: "alice", Access: "a", Refresh: "r"})
+	h.set(func() {
+		h.refuse["/oic/sec/session"] = codes.ServiceUnavailable
+		h.with = message.Options{{ID: message.MaxAge, Value: []byte{2}}}
+	})
+	begin := time.Now()
+	runDevice(t, d, func(context.Context) (string, error) { return "", errors.New("no code is needed") })
+	until(t, "second attempt", func() bool { return h.saw("POST /oic/sec/session") > 1 })
+	if took := time.Since(begin); took < 2*time.Second {
+		t.Errorf("it came again after %v", took)
 	}
 }
 
