@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 
@@ -144,6 +146,91 @@ func BenchmarkNotifyBySize(b *testing.B) {
 			}
 		})
 	}
+}
+
+// BenchmarkByHistory shows that an event costs the same whatever is in the log already: 1, 100 or 10 000 times 50 commits, of
+// one device or of many. So do the reads that do not ask for all of it: the newest events, the end of the feed, a twin in memory
+// and one that is not. The store's files are in memory, and cpu-ns/op has its work in the background, which ns/op may not have.
+func BenchmarkByHistory(b *testing.B) {
+	for _, devices := range []int{1, 50} {
+		for _, times := range []int{1, 100, 10_000} {
+			b.Run(fmt.Sprintf("devices=%d/history=%d", devices, times), func(b *testing.B) {
+				h := open(b)
+				xs := make([]*device, devices)
+				var wait sync.WaitGroup
+				for i := range xs {
+					wait.Go(func() {
+						h.must(h.d.Register(b.Context(), own(testID(i), alice, 1), ""))
+						xs[i] = h.signIn(testID(i), alice, 1, "c")
+						for n := range 50 * times / devices {
+							h.must(xs[i].notify(value("/temperature", n)))
+						}
+					})
+				}
+				wait.Wait()
+				x := xs[0]
+				var cursor hub.Cursor
+				var since time.Time
+				for n := range 10 {
+					if n == 1 {
+						var err error
+						cursor, err = h.d.FeedHead(b.Context())
+						h.must(err)
+						since = time.Now()
+					}
+					h.must(x.notify(value("/temperature", -n)))
+				}
+				head, err := h.d.FeedHead(b.Context())
+				h.must(err)
+				measure := func(what string, do func(i int)) {
+					b.Run(what, func(b *testing.B) {
+						b.ReportAllocs()
+						cpu := cpuTime(b)
+						for i := 0; b.Loop(); i++ {
+							do(i)
+						}
+						b.ReportMetric(float64(cpuTime(b)-cpu)/float64(b.N), "cpu-ns/op")
+					})
+				}
+				nine := func(n int) {
+					if n != 9 {
+						b.Fatalf("%d commits, want 9", n)
+					}
+				}
+				measure("read=events", func(int) {
+					n := 0
+					for _, err := range h.d.History(b.Context(), alice, testID(0), since) {
+						h.must(err)
+						n++
+					}
+					nine(n)
+				})
+				measure("read=feed", func(int) {
+					n := 0
+					for _, err := range h.d.Feed(b.Context(), alice, cursor, head.After) {
+						h.must(err)
+						n++
+					}
+					nine(n)
+				})
+				measure("read=twin", func(int) { h.device(alice, testID(0)) })
+				measure("read=cold-twin", func(int) {
+					_, err := h.d.codec.load(b.Context(), h.st, testID(0))
+					h.must(err)
+				})
+				measure("notify", func(i int) { h.must(xs[i%devices].notify(value("/temperature", fmt.Sprint("measured ", i)))) })
+			})
+		}
+	}
+}
+
+// cpuTime is what the process has taken of all processors.
+func cpuTime(b *testing.B) time.Duration {
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
 // BenchmarkDevice reads the picture of a device in memory.
