@@ -210,14 +210,27 @@ func (s *Store) Load(ctx context.Context, dev hub.DeviceID) (store.State, error)
 			return err
 		}
 		prefix := devicePrefix(prefixState, d)
-		return each(v.snap, prefix, after(prefix), func(key, value []byte) (bool, error) {
-			if len(value) < 8 {
-				return false, fmt.Errorf("state document %s/%q is damaged", dev, key[17:])
+		it, err := v.snap.NewIter(&pebble.IterOptions{LowerBound: prefix, UpperBound: after(prefix)})
+		if err != nil {
+			return err
+		}
+		// The next document is looked for, not stepped to: between the two is all that this one was before, which of a busy device
+		// are thousands of values until the write buffer is flushed.
+		var next []byte
+		for ok := it.First(); ok; ok = it.SeekGE(next) {
+			key := it.Key()
+			value, err := it.ValueAndErr()
+			if err == nil && len(value) < 8 {
+				err = fmt.Errorf("state document %s/%q is damaged", dev, key[17:])
+			}
+			if err != nil {
+				return errors.Join(err, it.Close())
 			}
 			doc := store.StateDoc{Key: string(key[17:]), Value: append(make([]byte, 0, len(value)-8), value[8:]...)}
 			st.Docs = append(st.Docs, doc)
-			return true, nil
-		})
+			next = append(append(next[:0], key...), 0) // the very next key that can exist
+		}
+		return it.Close()
 	})
 	if err != nil {
 		return store.State{}, err
