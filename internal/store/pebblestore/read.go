@@ -285,8 +285,9 @@ func (s *Store) Commits(ctx context.Context, dev hub.DeviceID, from uint64) iter
 	}
 }
 
-// SeqAt finds the newest commit at or before t by halving the device's log: its seqs have no holes and its times never go
-// back, so no index of times has to be written, trimmed and verified.
+// SeqAt finds the newest commit at or before t in the device's log itself: its seqs have no holes and its times never go
+// back, so no index of times has to be written, trimmed and verified. It goes back from the newest in strides that double, and
+// halves what is left once that is shorter: what is near the end, as it mostly is, costs the same however long the log is.
 func (s *Store) SeqAt(ctx context.Context, dev hub.DeviceID, t time.Time) (uint64, error) {
 	d, err := parseDevice(dev)
 	if err != nil {
@@ -299,8 +300,13 @@ func (s *Store) SeqAt(ctx context.Context, dev hub.DeviceID, t time.Time) (uint6
 		if err != nil || hi == 0 {
 			return err
 		}
+		stride := uint64(0)
 		for lo <= hi { // commits before lo are at or before t, those after hi are later
 			mid := lo + (hi-lo)/2
+			if stride <= hi-mid {
+				mid = hi - stride
+				stride = 2*stride + 1
+			}
 			when, err := get(v.snap, commitKey(nil, d, mid), func(v []byte) (*int64, error) {
 				when, err := store.CommitTime(v)
 				return &when, err

@@ -438,6 +438,18 @@ func seqAtFindsTheMoment(t *testing.T, s store.Store) {
 	if got, err := s.SeqAt(ctx, Device(2), time.Unix(0, 40)); err != nil || got != 0 {
 		t.Errorf("an unknown device: %d, %v", got, err)
 	}
+	// However long the log is and wherever in it the moment lies.
+	dev = Device(3)
+	for seq := uint64(1); seq <= 70; seq++ {
+		c := Commit(dev, seq)
+		c.Time = int64(10 * seq)
+		if err := appendOne(ctx, s, c); err != nil {
+			t.Fatal(err)
+		}
+		for at := range int64(seq) + 2 {
+			check(map[int64]uint64{10*at - 1: min(seq, uint64(max(at-1, 0))), 10 * at: min(seq, uint64(at))})
+		}
+	}
 }
 
 func devicesInOrder(t *testing.T, s store.Store) {
