@@ -129,6 +129,16 @@ func (s *withSecrets) Find(ctx context.Context, collection, index string) iter.S
 	return noList
 }
 
+// FindKeys is of store.Documents; secrets have no other keys.
+func (s *withSecrets) FindKeys(ctx context.Context, collection, index string) iter.Seq2[string, error] {
+	if collection != secretCollection {
+		return s.Documents.FindKeys(ctx, collection, index)
+	}
+	return func(yield func(string, error) bool) { yield("", errListed) }
+}
+
+var errListed = &hub.Error{Kind: hub.Internal, Op: "secrets", Err: errors.New("secrets are not listed")}
+
 func noList(yield func(store.Doc, error) bool) {
-	yield(store.Doc{}, &hub.Error{Kind: hub.Internal, Op: "secrets", Err: errors.New("secrets are not listed")})
+	yield(store.Doc{}, errListed)
 }

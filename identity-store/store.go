@@ -195,11 +195,11 @@ func (s *Store) Devices(ctx context.Context, owner hub.Owner) ([]hub.DeviceID, e
 		return ids, nil
 	}
 	ids = []hub.DeviceID{}
-	for doc, err := range s.docs.Find(ctx, collDevices, indexOwner+string(owner)) {
+	for id, err := range s.docs.FindKeys(ctx, collDevices, indexOwner+string(owner)) {
 		if err != nil {
 			return nil, trouble("list devices", err)
 		}
-		ids = append(ids, hub.DeviceID(doc.Key))
+		ids = append(ids, hub.DeviceID(id))
 	}
 	s.lists.put(owner, ids, epoch)
 	return ids, nil

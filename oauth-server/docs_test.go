@@ -79,6 +79,16 @@ func (m *memory) Find(_ context.Context, collection, index string) iter.Seq2[sto
 	return m.list("find", collection, func(d store.Doc) bool { return slices.Contains(d.Index, index) })
 }
 
+func (m *memory) FindKeys(ctx context.Context, collection, index string) iter.Seq2[string, error] {
+	return func(yield func(string, error) bool) {
+		for d, err := range m.Find(ctx, collection, index) {
+			if !yield(d.Key, err) {
+				return
+			}
+		}
+	}
+}
+
 func (m *memory) list(op, collection string, want func(store.Doc) bool) iter.Seq2[store.Doc, error] {
 	return func(yield func(store.Doc, error) bool) {
 		m.mu.Lock()

@@ -115,4 +115,6 @@ type Documents interface {
 	Range(ctx context.Context, collection, from, to string) iter.Seq2[Doc, error]
 	// Find yields the documents that carry the secondary key, in key order.
 	Find(ctx context.Context, collection, index string) iter.Seq2[Doc, error]
+	// FindKeys yields the keys of the documents that Find does, without reading them.
+	FindKeys(ctx context.Context, collection, index string) iter.Seq2[string, error]
 }

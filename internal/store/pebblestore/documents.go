@@ -203,6 +203,24 @@ func (s *Store) Find(ctx context.Context, collection, index string) iter.Seq2[st
 	})
 }
 
+// FindKeys reads the secondary keys alone.
+func (s *Store) FindKeys(ctx context.Context, collection, index string) iter.Seq2[string, error] {
+	if len(index) > store.MaxIndex { // nothing can carry it
+		return func(func(string, error) bool) {}
+	}
+	prefix := indexPrefix(collection, index)
+	all := s.pages(ctx, "FindKeys", collection, prefix, after(prefix), func(_ *view, key, _ []byte) (store.Doc, error) {
+		return store.Doc{Key: string(key[len(prefix):])}, nil
+	})
+	return func(yield func(string, error) bool) {
+		for doc, err := range all {
+			if !yield(doc.Key, err) {
+				return
+			}
+		}
+	}
+}
+
 func (s *Store) pages(ctx context.Context, op, collection string, from, to []byte, decode func(v *view, key, value []byte) (store.Doc, error)) iter.Seq2[store.Doc, error] {
 	return func(yield func(store.Doc, error) bool) {
 		if collection == "" || len(collection) > store.MaxCollection {

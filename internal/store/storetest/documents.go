@@ -196,6 +196,9 @@ func findFollowsSecondaryKeys(t *testing.T, s store.Store) {
 		if !slices.Equal(keys(got), append([]string{}, want...)) {
 			t.Errorf("%q finds %v, want %v", index, keys(got), want)
 		}
+		if got := must(t, s.FindKeys(ctx, "c", index)); !slices.Equal(got, want) {
+			t.Errorf("%q finds the keys %v, want %v", index, got, want)
+		}
 	}
 	b := put(t, s, "c", store.Doc{Key: "b", Value: []byte("vb"), Index: []string{"owner=a", "kind=x"}})
 	put(t, s, "c", store.Doc{Key: "a", Index: []string{"owner=a"}})
@@ -292,8 +295,10 @@ func documentsEndWithTheContext(t *testing.T, s store.Store) {
 	_, putErr := s.Put(ctx, "c", store.Doc{Key: "k", Rev: rev})
 	_, rangeErr := collect(t, s.Range(ctx, "c", "", ""))
 	_, findErr := collect(t, s.Find(ctx, "c", "i"))
+	_, keysErr := collect(t, s.FindKeys(ctx, "c", "i"))
 	for what, err := range map[string]error{
 		"Get": getErr, "Put": putErr, "Delete": s.Delete(ctx, "c", "k", rev), "Range": rangeErr, "Find": findErr,
+		"FindKeys": keysErr,
 	} {
 		if !errors.Is(err, context.Canceled) {
 			t.Errorf("%s after the context's end: %v", what, err)
