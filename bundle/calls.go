@@ -15,7 +15,7 @@ import (
 // calls is what the socket answers. Whoever opened it is administrator (socket.go), so nothing here asks again.
 func (a *assembly) calls() *http.ServeMux {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /status", call(func(ctx context.Context, _ struct{}) (Status, error) { return a.status(ctx), nil }, a.log))
+	mux.HandleFunc("GET /status", call(a.countedStatus, a.log))
 	mux.HandleFunc("GET /refused", call(a.refused, a.log))
 	mux.HandleFunc("POST /device", call(a.device, a.log))
 	mux.HandleFunc("POST /onboard", call(a.onboard, a.log))
@@ -35,6 +35,7 @@ func (a *assembly) calls() *http.ServeMux {
 	return mux
 }
 
+// status is that of a hub whose devices nobody counts: a start does not wait for it.
 func (a *assembly) status(ctx context.Context) Status {
 	s := Status{
 		HubID: a.hubID, Version: a.build.Version, Build: a.build, Started: a.started.UTC(), PID: os.Getpid(), Data: a.folder.Path,
@@ -49,9 +50,15 @@ func (a *assembly) status(ctx context.Context) Status {
 	if a.store.Full() {
 		s.ReadOnly = fmt.Sprintf("the disk has less than %s free (store.minFree): reads go on, writes are refused until there is room", a.cfg.Store.MinFree)
 	}
-	s.Devices, s.Online = a.count(ctx)
 	s.FirstLogin = a.firstLoginFile(ctx)
 	return s
+}
+
+// countedStatus is the status with the number of devices.
+func (a *assembly) countedStatus(ctx context.Context, _ struct{}) (Status, error) {
+	s := a.status(ctx)
+	s.Devices, s.Online = a.count(ctx)
+	return s, nil
 }
 
 // owned is how many devices there are: those of all accounts, or, where the accounts are elsewhere, all the store knows.

@@ -19,7 +19,7 @@ type Options struct {
 	Terminal bool      // Out is a terminal: the first account's one-time password may be shown there
 	Version  string    // what the linker was told; empty: what the Go tool knows
 	Warnings []string  // of LoadConfig; they go to the log
-	// Started is called once when everything serves; it must not block. Nil is allowed.
+	// Started is called once when everything serves; it must not block. The devices are not counted. Nil is allowed.
 	Started func(Status)
 }
 
