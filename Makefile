@@ -56,6 +56,10 @@ bench: ## measure a fresh hub and bare go-coap in turns, in about five minutes
 bench-full: ## the same with all phases and transports, five rounds, into docs/performance.md
 	@go run ./test/load/bench -all -rounds 5 -for 10s -write docs/performance.md
 
+.PHONY: growth
+growth: ## measure start and lists of a hub with 1 000 000 devices and 10 000 000 events; takes long, and 5 GB of /tmp
+	@go run ./test/load/growth
+
 .PHONY: microbench
 microbench: ## all benchmarks of the code, five runs each
 	go test -run '^$$' -bench . -benchmem -count 5 ./...

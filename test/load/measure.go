@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"runtime"
 	"slices"
 	"strconv"
@@ -84,8 +85,8 @@ type meter struct {
 
 func newMeter(phase, transport string, atOnce int, pids []int, n *confirmables) *meter {
 	m := &meter{r: &Result{Phase: phase, Transport: transport, AtOnce: atOnce}, pids: pids, n: n, begin: time.Now()}
-	m.hub, m.cpuErr = cpu(pids)
-	m.own, _ = cpu([]int{os.Getpid()})
+	m.hub, m.cpuErr = CPU(pids)
+	m.own, _ = CPU([]int{os.Getpid()})
 	m.sent, m.again = n.sent.Load(), n.again.Load()
 	return m
 }
@@ -120,12 +121,12 @@ func (m *meter) end() Result {
 			r.Missing = fmt.Sprintf("all %d failed: %s", r.Failed, r.Error)
 		}
 	}
-	own, ownErr := cpu([]int{os.Getpid()})
+	own, ownErr := CPU([]int{os.Getpid()})
 	own -= m.own
 	if ownErr == nil {
 		r.OwnCores = ptr(own / r.Seconds)
 	}
-	if hub, err := cpu(m.pids); err == nil && m.cpuErr == nil && hub > m.hub {
+	if hub, err := CPU(m.pids); err == nil && m.cpuErr == nil && hub > m.hub {
 		if !slices.Contains(m.pids, os.Getpid()) {
 			r.OwnCPU = ptr(own / (own + hub - m.hub))
 		}
@@ -136,7 +137,7 @@ func (m *meter) end() Result {
 	if m.n.sent.Load() > m.sent {
 		r.Retransmitted = ptr(int(m.n.again.Load() - m.again))
 	}
-	if rss, err := rssOf(m.pids); err == nil {
+	if rss, err := RSS(m.pids); err == nil {
 		r.RSS = ptr(float64(rss) / (1 << 20))
 	}
 	if len(m.lat) > 0 {
@@ -183,8 +184,8 @@ func (m *meter) closed(ctx context.Context, workers, n int, during time.Duration
 	wg.Wait()
 }
 
-// cpu is the seconds that processes have used (proc(5): utime and stime, in hundredths).
-func cpu(pids []int) (float64, error) {
+// CPU is the seconds that processes have used (proc(5): utime and stime, in hundredths).
+func CPU(pids []int) (float64, error) {
 	if len(pids) == 0 {
 		return 0, errNoPID
 	}
@@ -207,8 +208,8 @@ func cpu(pids []int) (float64, error) {
 
 var errNoPID = errors.New("the hub's processes are not known; name them with --pid")
 
-// rssOf is the resident memory of processes in bytes.
-func rssOf(pids []int) (int64, error) {
+// RSS is the resident memory of processes in bytes.
+func RSS(pids []int) (int64, error) {
 	if len(pids) == 0 {
 		return 0, errNoPID
 	}
@@ -229,4 +230,23 @@ func rssOf(pids []int) (int64, error) {
 		}
 	}
 	return sum, nil
+}
+
+// Machine says where the figures come from.
+func Machine() string {
+	model := "unknown processor"
+	if b, err := os.ReadFile("/proc/cpuinfo"); err == nil {
+		for line := range strings.Lines(string(b)) {
+			if k, v, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(k) == "model name" {
+				model = strings.TrimSpace(v)
+				break
+			}
+		}
+	}
+	version := "unknown"
+	if out, err := exec.CommandContext(context.Background(), "git", "describe", "--tags", "--always", "--dirty").Output(); err == nil {
+		version = strings.TrimSpace(string(out))
+	}
+	return fmt.Sprintf("coaphub %s, %s, %s/%s, %d cores (%s), hub and load together.", version, runtime.Version(), runtime.GOOS, runtime.GOARCH,
+		runtime.NumCPU(), model)
 }

@@ -94,7 +94,7 @@ func Run(ctx context.Context, cfg Config, report func(Result)) error {
 	r.value.Store(firstValue)
 	start := Result{Phase: "start", Transport: cfg.Transport} // the hub before its first device
 	var err error
-	if r.before, err = rssOf(cfg.PIDs); err == nil && cfg.Restless != "" {
+	if r.before, err = RSS(cfg.PIDs); err == nil && cfg.Restless != "" {
 		err = errors.New(cfg.Restless)
 	}
 	if err != nil {
@@ -163,11 +163,11 @@ func (r *run) setup(ctx context.Context) Result {
 // idle is the memory of the hub while all devices are signed in and say nothing, once it gets no less.
 func (r *run) idle(ctx context.Context) Result {
 	m := r.meter("idle", 0)
-	least, err := rssOf(r.cfg.PIDs)
+	least, err := RSS(r.cfg.PIDs)
 	for since := time.Now(); err == nil && ctx.Err() == nil && time.Since(since) < steady; {
 		wait(ctx, time.Second)
 		var now int64
-		if now, err = rssOf(r.cfg.PIDs); now < least-least/100 {
+		if now, err = RSS(r.cfg.PIDs); now < least-least/100 {
 			least, since = now, time.Now()
 		}
 	}

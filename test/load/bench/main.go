@@ -18,7 +18,6 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -245,7 +244,7 @@ func (b *bench) hub(ctx context.Context, transport []string) error {
 func (b *bench) tables() string {
 	var out strings.Builder
 	p := func(format string, args ...any) { fmt.Fprintf(&out, format, args...) }
-	p("%s\n\n", machine())
+	p("%s\n\n", load.Machine())
 	p("%d rounds, %d devices with three observed resources each, payload about 90 bytes of CBOR, %s for each timed phase; binary %.0f MB. ",
 		b.rounds, b.devices, b.during, float64(b.size)/1e6)
 	p("Median of the rounds, with the lowest and the highest; \"own CPU\" is what the load took of all CPU time.\n\n")
@@ -341,25 +340,6 @@ func number(v float64) string {
 		return fmt.Sprintf("%.1f", v)
 	}
 	return fmt.Sprintf("%.3g", v)
-}
-
-// machine says where the figures come from.
-func machine() string {
-	model := "unknown processor"
-	if b, err := os.ReadFile("/proc/cpuinfo"); err == nil {
-		for line := range strings.Lines(string(b)) {
-			if k, v, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(k) == "model name" {
-				model = strings.TrimSpace(v)
-				break
-			}
-		}
-	}
-	version := "unknown"
-	if out, err := exec.CommandContext(context.Background(), "git", "describe", "--tags", "--always", "--dirty").Output(); err == nil {
-		version = strings.TrimSpace(string(out))
-	}
-	return fmt.Sprintf("coaphub %s, %s, %s/%s, %d cores (%s), hub and load together.", version, runtime.Version(), runtime.GOOS, runtime.GOARCH,
-		runtime.NumCPU(), model)
 }
 
 const beginMark, endMark = "<!-- figures: written by make bench-full -->", "<!-- end of figures -->"
