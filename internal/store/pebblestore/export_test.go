@@ -46,6 +46,9 @@ func (s *Store) Forget() { s.remembers = -1 }
 // Flush writes the memtable to tables, as Pebble does when it is full.
 func (s *Store) Flush() error { return s.db.Flush() }
 
+// BlocksRead is how many blocks were read that the cache did not have.
+func (s *Store) BlocksRead() int64 { return s.db.Metrics().BlockCache.Misses }
+
 const (
 	SpaceInterval = spaceInterval
 	BallastName   = ballastName

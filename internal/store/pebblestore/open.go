@@ -27,6 +27,9 @@ import (
 // schema is the version of the keys and values below. A store written by a later one is refused by name.
 const schema = 1
 
+// writeBuffers is how many write buffers there are at most.
+const writeBuffers = 2
+
 // Options says how to open a store. The zero value is good.
 type Options struct {
 	FS         vfs.FS                // nil: the disk. Tests pass an in-memory or failing one.
@@ -208,9 +211,12 @@ func (s *Store) pebbleOptions(opts Options) *pebble.Options {
 	o := &pebble.Options{
 		FS: guard{s.fs, s}, Lock: s.lock, Logger: pebbleLogger{s},
 		FormatMajorVersion: pebble.FormatNewest,
-		CacheSize:          cache,
-		MemTableSize:       mem,
-		MaxOpenFiles:       256,
+		// Pebble takes its write buffers out of this: with no more than the cache's own share nothing would be left of it.
+		CacheSize:    cache + writeBuffers*int64(mem),
+		MemTableSize: mem,
+		// One is written while the other is flushed.
+		MemTableStopWritesThreshold: writeBuffers,
+		MaxOpenFiles:                256,
 		// One compaction at a time, two when it falls behind: the hub shares a small machine.
 		CompactionConcurrencyRange: func() (int, int) { return 1, 2 },
 		// Many small appends and few reads of old data: compacting less often costs reads a little, and halves the CPU of

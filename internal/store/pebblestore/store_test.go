@@ -75,6 +75,38 @@ func verify(tb testing.TB, s *pebblestore.Store) {
 	}
 }
 
+// What was read just now is not read from the disk again, also when the write buffers are as large as they get.
+func TestBlocksAreCached(t *testing.T) {
+	t.Parallel()
+	s := open(t, vfs.NewMem(), "data")
+	defer closeStore(t, s)
+	dev := storetest.Device(1)
+	add(t, s, dev, 1, 10)
+	if err := s.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	large := make([]byte, 256<<10)
+	for seq := uint64(1); seq <= 64; seq++ { // twice what the buffers hold
+		doc := store.StateDoc{Key: "large", Value: large}
+		if err := appendOne(t.Context(), s, storetest.Commit(storetest.Device(2), seq), doc); err != nil {
+			t.Fatal(err)
+		}
+	}
+	read := func() int64 {
+		before := s.BlocksRead()
+		if _, err := s.Load(t.Context(), dev); err != nil {
+			t.Fatal(err)
+		}
+		return s.BlocksRead() - before
+	}
+	deadline := time.Now().Add(10 * time.Second)
+	for n := read(); n != 0; n = read() { // a compaction may come in between
+		if time.Now().After(deadline) {
+			t.Fatalf("%d blocks are read each time", n)
+		}
+	}
+}
+
 func TestConformance(t *testing.T) {
 	t.Parallel()
 	for name, prepare := range map[string]func(*pebblestore.Store){
