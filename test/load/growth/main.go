@@ -132,8 +132,12 @@ func (g *growth) first(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for n := range g.owners - 1 {
-		account := bundle.UserRequest{Name: fmt.Sprintf("owner-%d", n+2), Roles: []string{"user"}}
+	have, err := h.control.Users(ctx) // more than the first if the folder was measured before
+	if err != nil {
+		return errors.Join(err, h.end(os.Interrupt))
+	}
+	for n := len(have); n < g.owners; n++ {
+		account := bundle.UserRequest{Name: fmt.Sprintf("owner-%d", n+1), Roles: []string{"user"}}
 		if _, err := h.control.AddUser(ctx, account); err != nil {
 			return errors.Join(err, h.end(os.Interrupt))
 		}
@@ -337,8 +341,11 @@ func overHTTP(ctx context.Context, base, token string, l listing) (first time.Ti
 			}
 		}
 		_ = res.Body.Close()
-		if !errors.Is(err, io.EOF) || res.StatusCode != http.StatusOK {
-			return first, devices, fmt.Errorf("%s: %w, %s", res.Status, err, end)
+		switch {
+		case !errors.Is(err, io.EOF):
+			return first, devices, err
+		case res.StatusCode != http.StatusOK:
+			return first, devices, fmt.Errorf("%s: %s", res.Status, end)
 		}
 		cursor = ""
 		last := end[bytes.LastIndexByte(bytes.TrimSpace(end), '\n')+1:]
