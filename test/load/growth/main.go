@@ -400,10 +400,12 @@ func (g *growth) table() string {
 			switch {
 			case len(vs) == 0:
 				p(" – |")
+			case c == "devices":
+				p(" %.0f |", vs[0])
 			case vs[0] == vs[len(vs)-1]:
-				p(" %.4g |", vs[0])
+				p(" %.3g |", vs[0])
 			default:
-				p(" %.3g (%.3g–%.3g) |", vs[len(vs)/2], vs[0], vs[len(vs)-1])
+				p(" %.3g (%.3g–%.3g) |", (vs[(len(vs)-1)/2]+vs[len(vs)/2])/2, vs[0], vs[len(vs)-1])
 			}
 		}
 		p("\n")
