@@ -72,7 +72,8 @@ type AdminHTTPConfig struct {
 type StoreConfig struct {
 	// MinFree is the free space on the disk below which writes are refused while reads go on.
 	MinFree conf.Size `yaml:"minFree"`
-	// Cache is the size of the cache of blocks read from the disk.
+	// Cache is the size of the cache of blocks read from the disk. Two write buffers of 8 MiB come on top; as long as they are
+	// smaller the cache has the rest of their room.
 	Cache conf.Size `yaml:"cache"`
 }
 

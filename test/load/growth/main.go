@@ -249,7 +249,7 @@ type listing struct {
 }
 
 var lists = []listing{
-	{what: "HTTP, a tenth", query: "limit=10000"},
+	{what: "HTTP, limit=10000", query: "limit=10000"},
 	{what: "HTTP"},
 	{what: "HTTP, slow reader", pause: 5 * time.Millisecond},
 	{what: "HTTP, search: all", query: "search=light"},
