@@ -156,7 +156,7 @@ func (f *filling) fill(ctx context.Context, data string, progress io.Writer) (er
 			fmt.Fprintf(progress, "%s: %d of %d devices, %d of %d events\n", time.Since(begin).Round(time.Second), f.made.Load(),
 				f.devices, f.stored.Load(), f.events)
 		case <-running:
-			if failed == nil && ctx.Err() != nil {
+			if failed == nil && f.stored.Load() < int64(f.events) {
 				failed = errors.New("ended before all was made")
 			}
 			return failed
