@@ -1,5 +1,5 @@
-// Package hubtest is a whole hub in one line, for tests: in process, on loopback ports of its own, with a data folder of its
-// own, gone at the end of the test.
+// Package hubtest is a whole hub in one line, for tests: in process, or in one of its own, on loopback ports of its own, with a
+// data folder of its own, gone at the end of the test.
 //
 // It must not know the hub's insides: what it gives is addresses, codes, certificates and tokens, as an operator gets them.
 package hubtest
@@ -9,14 +9,19 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"html"
 	"io"
 	"net/http"
 	"net/http/cookiejar"
 	"net/url"
+	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -44,9 +49,10 @@ type Hub struct {
 	Endpoints    bundle.Endpoints
 	Control      *bundle.Control
 
-	env  []string
-	log  *log
-	stop func() error
+	env   []string
+	apart bool
+	log   *log
+	stop  func() error
 }
 
 // Option changes a hub before it starts.
@@ -65,6 +71,66 @@ func WithConfig(settings ...string) Option {
 
 // WithData starts the hub on a data folder that is there already.
 func WithData(path string) Option { return func(h *Hub) { h.Data = path } }
+
+// Apart runs the hub in a process of its own, so that what its metrics say of the process is of the hub alone, and not of the
+// tests and of other hubs. It is for tests whose TestMain calls Main.
+func Apart() Option { return func(h *Hub) { h.apart = true } }
+
+// dataVariable tells a process that it is to be a hub apart, with this data folder.
+const dataVariable = "HUBTEST_DATA"
+
+// Main is a hub apart, in a process that Start made for one; elsewhere it does nothing. Before m.Run there is nothing else in
+// the process.
+func Main() {
+	data, be := os.LookupEnv(dataVariable)
+	if !be {
+		return
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	go func() { // ends with the process that has the other end of the pipe, or when that one closes it
+		defer cancel()
+		_, _ = io.Copy(io.Discard, os.Stdin)
+	}()
+	cfg, _, err := bundle.LoadConfig("", os.Environ())
+	if err == nil {
+		cfg.Data = data
+		err = bundle.Run(ctx, cfg, bundle.Options{
+			Log: os.Stderr, Version: "test", Started: func(s bundle.Status) { _ = json.NewEncoder(os.Stdout).Encode(s) },
+		})
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+// startApart starts the hub's own process.
+func (h *Hub) startApart(t testing.TB) {
+	t.Helper()
+	cmd := exec.CommandContext(context.Background(), os.Args[0])
+	cmd.Env = append(slices.Clone(h.env), dataVariable+"="+h.Data)
+	cmd.Stderr = h.log
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	h.stop = func() error { _ = in.Close(); return cmd.Wait() }
+	late := time.AfterFunc(30*time.Second, func() { _ = cmd.Process.Kill() })
+	defer late.Stop()
+	var s bundle.Status
+	if err := json.NewDecoder(out).Decode(&s); err != nil {
+		t.Fatalf("the hub did not start: %v", err)
+	}
+	h.at(t, s)
+}
 
 // Start starts a hub and stops it when the test ends. A hub that does not start or stop fails the test; the hub's log is
 // shown when the test failed.
@@ -116,6 +182,10 @@ func (h *Hub) start(t testing.TB) {
 	}
 	for _, w := range warnings { // a slip in a test's key must not pass
 		t.Fatalf("the hub's configuration: %s", w)
+	}
+	if h.apart {
+		h.startApart(t)
+		return
 	}
 	cfg.Data = h.Data
 	for deadline := time.Now().Add(5 * time.Second); ; {
