@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -90,6 +91,10 @@ func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 	}
 	w := &writer{ResponseWriter: rw, control: http.NewResponseController(rw), stall: g.cfg.Limits.StallTimeout}
 	begun := time.Now()
+	if r.Body != nil && r.Body != http.NoBody { // net/http reads it before it answers, also one that nobody wants
+		_ = w.control.SetReadDeadline(begun.Add(g.cfg.Limits.RequestTimeout)) // tests' recorders have none
+		r.Body = &timedBody{r.Body, w.control}
+	}
 	id := requestID()
 	w.Header().Set("X-Request-Id", id)
 	defer func() {
@@ -234,6 +239,21 @@ func (w *writer) Write(b []byte) (int, error) {
 	}
 	_ = w.control.SetWriteDeadline(time.Now().Add(w.stall)) // tests' recorders have none
 	return w.ResponseWriter.Write(b)
+}
+
+// timedBody is a body that has to be there by a deadline. The deadline goes with its end: net/http then reads on to learn when
+// the caller is gone, and would take the deadline for that.
+type timedBody struct {
+	io.ReadCloser
+	control *http.ResponseController
+}
+
+func (b *timedBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if errors.Is(err, io.EOF) {
+		_ = b.control.SetReadDeadline(time.Time{})
+	}
+	return n, err
 }
 
 // contentType of an answer in one of the two forms. protobuf's JSON has the name that other hubs give it.

@@ -7,6 +7,7 @@ import (
 	"io"
 	"maps"
 	"net/http"
+	"os"
 	"slices"
 
 	"github.com/coaphub/coaphub/hub"
@@ -138,6 +139,8 @@ func (r *request) body() ([]byte, error) {
 	switch {
 	case errors.As(err, &tooLarge):
 		return nil, errBody
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return nil, &hub.Error{Kind: hub.Deadline, Op: "http.body", Err: err}
 	case err != nil:
 		return nil, &hub.Error{Kind: hub.Unavailable, Op: "http.body", Err: err} // the caller is gone
 	}

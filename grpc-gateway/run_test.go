@@ -224,6 +224,47 @@ func TestConnectionThatSaysNothingIsClosed(t *testing.T) {
 	}
 }
 
+// TestBodyThatStopsIsCutOff: a body that does not come is waited for as long as a request may take, whether somebody reads it or
+// the request was refused before, and its connection ends then.
+func TestBodyThatStopsIsCutOff(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, func(c *Config, d *Deps) {
+		c.Limits.RequestTimeout = 300 * time.Millisecond
+		d.Pages = http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+			if _, err := io.ReadAll(r.Body); err != nil {
+				rw.WriteHeader(http.StatusBadRequest)
+			}
+		})
+	})
+	w.run(t)
+	h, _ := w.Addresses()
+	const head = " HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n"
+	for want, ask := range map[string]string{
+		"504": "PUT /api/v1/devices/" + string(lampA) + "/resources/light/1" + head + "Authorization: Bearer alice\r\n\r\n{",
+		"401": "PUT /api/v1/devices/" + string(lampA) + "/resources/light/1" + head + "\r\n{",
+		"400": "POST /page" + head + "\r\n{",
+	} {
+		c := dialRaw(t, h, ask)
+		_ = c.SetReadDeadline(time.Now().Add(20 * time.Second))
+		b, err := io.ReadAll(c)
+		if err != nil || !strings.HasPrefix(string(b), "HTTP/1.1 "+want) {
+			t.Errorf("want %s and the end, got %.60q, %v", want, b, err)
+		}
+	}
+	// One that comes in time leaves the connection to the next request.
+	c := dialRaw(t, h, "POST /page"+head+"\r\n"+strings.Repeat("1", 100))
+	answers := bufio.NewReader(c)
+	for i := range 2 {
+		_ = c.SetReadDeadline(time.Now().Add(20 * time.Second))
+		resp, err := http.ReadResponse(answers, nil)
+		if err != nil || resp.StatusCode != http.StatusOK {
+			t.Fatalf("request %d: %v, %v", i, resp, err)
+		}
+		_ = resp.Body.Close()
+		_, _ = io.WriteString(c, "GET /page HTTP/1.1\r\nHost: localhost\r\n\r\n")
+	}
+}
+
 func TestConnectionsAreBounded(t *testing.T) {
 	t.Parallel()
 	const ask = "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
