@@ -2,6 +2,7 @@ package grpcgateway
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"path"
 	"runtime/debug"
@@ -15,6 +16,7 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/tap"
 
 	pb "github.com/coaphub/coaphub/api/gen/grpcgatewaypb"
 	rapb "github.com/coaphub/coaphub/api/gen/resourceaggregatepb"
@@ -26,6 +28,14 @@ var public = map[string]bool{
 	pb.GrpcGateway_GetHubConfiguration_FullMethodName:                true,
 	grpc_health_v1.Health_Check_FullMethodName:                       true,
 	grpc_health_v1.Health_List_FullMethodName:                        true,
+	grpc_health_v1.Health_Watch_FullMethodName:                       true,
+	"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo":      true,
+	"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": true,
+}
+
+// lasting are the calls that go on for as long as the caller wants.
+var lasting = map[string]bool{
+	pb.GrpcGateway_SubscribeToEvents_FullMethodName:                  true,
 	grpc_health_v1.Health_Watch_FullMethodName:                       true,
 	"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo":      true,
 	"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": true,
@@ -58,7 +68,7 @@ var known = func() map[string]bool {
 
 func (g *Gateway) newGRPC() (*grpc.Server, *health.Server) {
 	s := grpc.NewServer(
-		grpc.ChainUnaryInterceptor(g.unary), grpc.ChainStreamInterceptor(g.stream),
+		grpc.InTapHandle(g.tap), grpc.ChainUnaryInterceptor(g.unary), grpc.ChainStreamInterceptor(g.stream),
 		grpc.MaxConcurrentStreams(uint32(g.cfg.Limits.MaxStreams)),
 		grpc.MaxRecvMsgSize(g.cfg.Limits.MaxBodyBytes),
 		grpc.MaxHeaderListSize(uint32(g.cfg.Limits.MaxHeaderBytes)),
@@ -81,6 +91,17 @@ type claimsKey struct{}
 
 // claimsOf returns whose call this is. Only the interceptor puts it there; every call that is not public has it.
 func claimsOf(ctx context.Context) hub.Claims { return ctx.Value(claimsKey{}).(hub.Claims) }
+
+// tap gives a call its time before its message is there: interceptors come after that, and whoever sends none, which needs no
+// token, would keep a goroutine for ever.
+func (g *Gateway) tap(ctx context.Context, info *tap.Info) (context.Context, error) {
+	if lasting[info.FullMethodName] {
+		return ctx, nil
+	}
+	timed, cancel := context.WithTimeout(ctx, g.cfg.Limits.RequestTimeout)
+	context.AfterFunc(ctx, cancel)
+	return timed, nil
+}
 
 // begin is what applies to every call before it runs.
 func (g *Gateway) begin(ctx context.Context, method string) (context.Context, error) {
@@ -108,6 +129,9 @@ func (g *Gateway) end(ctx context.Context, method, id string, begun time.Time, e
 	}
 	outcome := "ok"
 	if *err != nil {
+		if errors.Is(ctx.Err(), context.DeadlineExceeded) { // the transport may have noticed first, and says it without a reason
+			*err = &hub.Error{Kind: hub.Deadline, Op: method}
+		}
 		kind := hub.KindOf(*err)
 		outcome = kind.String()
 		if _, is := status.FromError(*err); is || gone(ctx) { // is: from the transport, which lost the peer
@@ -135,8 +159,6 @@ func (g *Gateway) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo
 	id := requestID()
 	_ = grpc.SetHeader(ctx, metadata.Pairs("x-request-id", id)) // fails only without a stream
 	defer g.end(ctx, info.FullMethod, id, time.Now(), &err)
-	ctx, cancel := context.WithTimeout(ctx, g.cfg.Limits.RequestTimeout)
-	defer cancel()
 	if ctx, err = g.begin(ctx, info.FullMethod); err != nil {
 		return nil, err
 	}
@@ -166,7 +188,7 @@ func (g *Gateway) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerI
 	if err != nil {
 		return err
 	}
-	if public[info.FullMethod] { // health and reflection go on
+	if public[info.FullMethod] { // health and reflection
 		return handle(srv, &contextStream{ss, ctx})
 	}
 	in, err := g.admit.enter(ctx, claimsOf(ctx).Owner, info.IsClientStream)
@@ -174,11 +196,9 @@ func (g *Gateway) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerI
 		return err
 	}
 	defer in.leave()
-	if info.IsClientStream { // subscriptions go on, too
+	if lasting[info.FullMethod] {
 		return handle(srv, &contextStream{ss, ctx})
 	}
-	ctx, cancel := context.WithTimeout(ctx, g.cfg.Limits.RequestTimeout)
-	defer cancel()
 	l := newListStream(ctx, ss, g.cfg.Limits.StallTimeout)
 	defer l.close()
 	return handle(srv, l)

@@ -16,9 +16,12 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 
 	pb "github.com/coaphub/coaphub/api/gen/grpcgatewaypb"
 	"github.com/coaphub/coaphub/hub"
@@ -262,6 +265,34 @@ func TestBodyThatStopsIsCutOff(t *testing.T) {
 		}
 		_ = resp.Body.Close()
 		_, _ = io.WriteString(c, "GET /page HTTP/1.1\r\nHost: localhost\r\n\r\n")
+	}
+}
+
+// TestCallThatSendsNothingEnds: a call whose one message does not come is waited for as long as a request may take.
+func TestCallThatSendsNothingEnds(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, func(c *Config, _ *Deps) { c.Limits.RequestTimeout = 300 * time.Millisecond })
+	w.run(t)
+	_, g := w.Addresses()
+	conn, err := grpc.NewClient(g.String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	for _, method := range []string{
+		pb.GrpcGateway_GetHubConfiguration_FullMethodName, pb.GrpcGateway_UpdateResource_FullMethodName,
+		pb.GrpcGateway_GetDevices_FullMethodName, grpc_health_v1.Health_Check_FullMethodName,
+	} {
+		ctx := metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer alice")
+		s, err := conn.NewStream(ctx, &grpc.StreamDesc{ServerStreams: true, ClientStreams: true}, method)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.RecvMsg(&pb.HubConfigurationResponse{}); status.Code(err) != codes.DeadlineExceeded || ctx.Err() != nil {
+			t.Errorf("%s: %v", method, err)
+		}
 	}
 }
 
