@@ -92,8 +92,9 @@ func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 	w := &writer{ResponseWriter: rw, control: http.NewResponseController(rw), stall: g.cfg.Limits.StallTimeout}
 	begun := time.Now()
 	if r.Body != nil && r.Body != http.NoBody { // net/http reads it before it answers, also one that nobody wants
-		_ = w.control.SetReadDeadline(begun.Add(g.cfg.Limits.RequestTimeout)) // tests' recorders have none
-		r.Body = &timedBody{r.Body, w.control}
+		w.bodyBy = begun.Add(g.cfg.Limits.RequestTimeout)
+		_ = w.control.SetReadDeadline(w.bodyBy) // tests' recorders have none
+		r.Body = &timedBody{r.Body, w}
 	}
 	id := requestID()
 	w.Header().Set("X-Request-Id", id)
@@ -220,8 +221,9 @@ type writer struct {
 	control *http.ResponseController
 	stall   time.Duration
 	status  int
-	proto   bool // an error is told in protobuf's JSON
-	cut     bool // the answer ended with an error after it had begun
+	bodyBy  time.Time // until when the rest of the request's body may come; zero when there is none
+	proto   bool      // an error is told in protobuf's JSON
+	cut     bool      // the answer ended with an error after it had begun
 }
 
 func (w *writer) Unwrap() http.ResponseWriter { return w.ResponseWriter }
@@ -237,7 +239,11 @@ func (w *writer) Write(b []byte) (int, error) {
 	if w.status == 0 {
 		w.status = http.StatusOK
 	}
-	_ = w.control.SetWriteDeadline(time.Now().Add(w.stall)) // tests' recorders have none
+	from := time.Now()
+	if w.bodyBy.After(from) {
+		from = w.bodyBy // what is left of the body comes first
+	}
+	_ = w.control.SetWriteDeadline(from.Add(w.stall)) // tests' recorders have none
 	return w.ResponseWriter.Write(b)
 }
 
@@ -245,13 +251,14 @@ func (w *writer) Write(b []byte) (int, error) {
 // the caller is gone, and would take the deadline for that.
 type timedBody struct {
 	io.ReadCloser
-	control *http.ResponseController
+	w *writer
 }
 
 func (b *timedBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
 	if errors.Is(err, io.EOF) {
-		_ = b.control.SetReadDeadline(time.Time{})
+		b.w.bodyBy = time.Time{}
+		_ = b.w.control.SetReadDeadline(time.Time{})
 	}
 	return n, err
 }

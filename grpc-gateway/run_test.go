@@ -228,11 +228,11 @@ func TestConnectionThatSaysNothingIsClosed(t *testing.T) {
 }
 
 // TestBodyThatStopsIsCutOff: a body that does not come is waited for as long as a request may take, whether somebody reads it or
-// the request was refused before, and its connection ends then.
+// the request was refused before, which is told all the same, and its connection ends then.
 func TestBodyThatStopsIsCutOff(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, func(c *Config, d *Deps) {
-		c.Limits.RequestTimeout = 300 * time.Millisecond
+		c.Limits.RequestTimeout, c.Limits.StallTimeout = 300*time.Millisecond, 100*time.Millisecond
 		d.Pages = http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 			if _, err := io.ReadAll(r.Body); err != nil {
 				rw.WriteHeader(http.StatusBadRequest)
