@@ -92,8 +92,17 @@ func (w *world) device(id, endpoint string) *device.Device {
 // lives lets a device live until the test ends.
 func (w *world) lives(id, endpoint string) {
 	w.t.Helper()
-	d := w.device(id, endpoint)
-	code := w.Code(w.t, id)
+	w.runs(w.device(id, endpoint))
+	w.until("a device to be there", func() bool {
+		_, ok := w.power(w.t.Context(), id)
+		return ok
+	})
+}
+
+// runs is lives for a device that was made.
+func (w *world) runs(d *device.Device) {
+	w.t.Helper()
+	code := w.Code(w.t, d.ID())
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan struct{})
 	go func() { // ends with cancel
@@ -104,12 +113,8 @@ func (w *world) lives(id, endpoint string) {
 		cancel()
 		<-ended
 		if n := d.Stats().Failures.Load(); n > 0 {
-			w.t.Errorf("%s lost its connection %d times", id, n)
+			w.t.Errorf("%s lost its connection %d times", d.ID(), n)
 		}
-	})
-	w.until("a device to be there", func() bool {
-		_, ok := w.power(w.t.Context(), id)
-		return ok
 	})
 }
 
