@@ -77,6 +77,13 @@ func datagram(typ message.Type, id uint16, m message.Message) []byte {
 	return b
 }
 
+// parse decodes a datagram.
+func parse(b []byte) (m message.Message, ok bool) {
+	m.Options = make(message.Options, 0, 32)
+	_, err := udpcoder.DefaultCoder.Decode(b, &m)
+	return m, err == nil
+}
+
 // stranger is a connection over TLS of a device that has a certificate and does what a test says.
 type stranger struct {
 	net.Conn
@@ -172,5 +179,20 @@ func (s *stranger) read() (m message.Message, ok bool) {
 			return m, false
 		}
 		s.buf = append(s.buf[:len(s.buf):len(s.buf)], chunk[:n]...)
+	}
+}
+
+// end reads to the end of the connection and returns the hub's Abort, if it sent one, and whether there was an end.
+func (s *stranger) end() (abort string, over bool) {
+	s.t.Helper()
+	for {
+		m, ok := s.read()
+		if !ok {
+			_, over = ended(s)
+			return abort, over
+		}
+		if m.Code == codes.Abort {
+			abort = string(m.Payload)
+		}
 	}
 }
