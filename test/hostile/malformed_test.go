@@ -334,21 +334,6 @@ func TestMonstersFromDevices(t *testing.T) {
 	w.givenBack()
 }
 
-// ask sends a request and returns its answer, whatever it is.
-func (s *stranger) ask(m message.Message) message.Message {
-	s.t.Helper()
-	write(s, frame(m))
-	for {
-		a, ok := s.read()
-		if !ok {
-			s.t.Fatalf("%v: no answer", m.Code)
-		}
-		if a.Code>>5 != 0 && a.Code>>5 != 7 && string(a.Token) == string(m.Token) {
-			return a
-		}
-	}
-}
-
 // TestMonstersFromApplications: the same from the other side.
 func TestMonstersFromApplications(t *testing.T) {
 	t.Parallel()

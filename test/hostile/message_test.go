@@ -138,21 +138,30 @@ func signIn(id string, with tokens) message.Message {
 	return post("/oic/sec/session", map[string]any{"di": id, "uid": with.UID, "accesstoken": with.Access, "login": true})
 }
 
-// want sends a request and wants the answer's code.
+// want asks and wants an answer with this code.
 func (s *stranger) want(code codes.Code, m message.Message) message.Message {
+	s.t.Helper()
+	a := s.ask(m)
+	if a.Code != code {
+		s.t.Fatalf("%v: %v %q, want %v", m.Code, a.Code, a.Payload, code)
+	}
+	return a
+}
+
+// ask sends a request and returns its answer. To what the hub asks meanwhile it says that there is nothing.
+func (s *stranger) ask(m message.Message) message.Message {
 	s.t.Helper()
 	if !write(s, frame(m)) {
 		s.t.Fatalf("%v: the hub has closed the connection", m.Code)
 	}
 	for {
 		a, ok := s.read()
-		switch {
+		switch class := a.Code >> 5; {
 		case !ok:
 			s.t.Fatalf("%v: no answer", m.Code)
-		case a.Code>>5 == 0 || a.Code>>5 == 7 || string(a.Token) != string(m.Token): // the hub asks, too
-		case a.Code != code:
-			s.t.Fatalf("%v: %v %q, want %v", m.Code, a.Code, a.Payload, code)
-		default:
+		case class == 0 && a.Code != codes.Empty:
+			write(s, frame(message.Message{Code: codes.NotFound, Token: a.Token}))
+		case class != 0 && class != 7 && string(a.Token) == string(m.Token):
 			return a
 		}
 	}
