@@ -19,7 +19,8 @@ type Config struct {
 	// same bound holds for bodies that are fetched in blocks. Default 256 KiB.
 	MaxBody int
 	// MaxConnections bounds connections and sessions that are complete or in their handshake; further ones are closed at
-	// once. Over plain UDP the oldest session whose address is not proven gives way. Default 50 000.
+	// once. The oldest session over plain UDP whose address is not proven gives way to one that does not come over plain UDP, and
+	// to one that does when it tries again. Default 50 000.
 	MaxConnections int
 	// HandshakeTimeout ends a TLS handshake that takes longer. Default 10 s.
 	HandshakeTimeout time.Duration

@@ -441,7 +441,7 @@ func alertOf(err error, nothing bool) byte {
 // begun makes a session of a complete association, which takes the place of the one before it.
 func (l *dtlsListener) begun(a *association) {
 	s := l.srv
-	if !s.admit() && (!l.makeRoom() || !s.admit()) {
+	if !s.admitProven() && (!l.makeRoom() || !s.admit()) {
 		s.refuse(a.route.remote, "max-connections", fmt.Sprintf("%d connections are open", s.cfg.MaxConnections))
 		_ = a.Close()
 		return
@@ -486,11 +486,11 @@ func (l *dtlsListener) begun(a *association) {
 	a.open()
 }
 
-// room reports whether there is room for one more connection.
+// room reports whether there is room for one more connection, or can be.
 func (s *Server) room() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.count < s.cfg.MaxConnections
+	return s.count < s.cfg.MaxConnections || s.forgeable() != nil
 }
 
 // replaceable reports whether some session cannot be reached, so that it may give way to another. Not to whoever has sent a

@@ -35,6 +35,7 @@ type Server struct {
 	shaking  *list.List           // of *handshake, oldest first
 	networks map[netip.Prefix]int // how many of shaking each has
 	shakeEnd chan struct{}        // closed when one ends; nil while nobody waits
+	unproven *list.List           // of *datagram: sessions over plain UDP, oldest first; some are proven meanwhile
 }
 
 // handshake is a connection that is not complete yet.
@@ -50,8 +51,8 @@ type handshake struct {
 func NewServer(cfg Config, h Handler, log *slog.Logger, m *Metrics) *Server {
 	return &Server{
 		cfg: cfg, handler: h, log: log, metrics: m, start: time.Now(), wheel: newWheel(), shaking: list.New(),
-		networks: make(map[netip.Prefix]int),
-		budget:   &budget{left: cfg.MaxBuffered, gauge: m.buffered},
+		networks: make(map[netip.Prefix]int), unproven: list.New(),
+		budget: &budget{left: cfg.MaxBuffered, gauge: m.buffered},
 	}
 }
 
@@ -135,7 +136,7 @@ func (l *listener) accept(ctx context.Context, ln net.Listener) error {
 			continue
 		}
 		pause = 0
-		if !s.admit() {
+		if !s.admitProven() {
 			_ = raw.Close()
 			s.refuse(raw.RemoteAddr(), "max-connections", fmt.Sprintf("%d connections are open", s.cfg.MaxConnections))
 			continue
@@ -170,6 +171,40 @@ func (s *Server) admit() bool {
 	}
 	s.count++
 	return true
+}
+
+// admitProven is admit for a peer that has shown that its address is its own: a session over plain UDP that anybody may have
+// forged gives way to it.
+func (s *Server) admitProven() bool { return s.admit() || s.evict() && s.admit() }
+
+// evict ends the oldest session whose address was never proven, and reports whether there was one.
+func (s *Server) evict() bool {
+	s.mu.Lock()
+	at := s.forgeable()
+	if at == nil {
+		s.mu.Unlock()
+		return false
+	}
+	d := s.unproven.Remove(at).(*datagram)
+	s.mu.Unlock()
+	d.c.shut(ErrEvicted, false)
+	d.vacate() // its end may take a moment
+	return true
+}
+
+// forgeable is the oldest session whose address is not proven; nil when there is none. s.mu is held.
+func (s *Server) forgeable() *list.Element {
+	for at := s.unproven.Front(); at != nil; at = s.unproven.Front() {
+		d := at.Value.(*datagram)
+		d.mu.Lock()
+		proven := d.proven
+		d.mu.Unlock()
+		if !proven {
+			return at
+		}
+		s.unproven.Remove(at)
+	}
+	return nil
 }
 
 func (s *Server) gone() {

@@ -139,9 +139,8 @@ type udpListener struct {
 	sock     *socket
 	sessions *sessions
 
-	mu       sync.Mutex
-	peers    map[endpoints]*udpLink
-	unproven *list.List // of *udpLink, oldest first; some are proven meanwhile
+	mu    sync.Mutex
+	peers map[endpoints]*udpLink
 }
 
 // udpLink is the link of a plain session: an address.
@@ -150,7 +149,8 @@ type udpLink struct {
 	ends    endpoints
 	control []byte
 	session *datagram     // the reader's alone
-	at      *list.Element // in unproven
+	closed  bool          // guarded by the server's mu, with at
+	at      *list.Element // in Server.unproven
 }
 
 func (k *udpLink) WriteDatagram(b []byte) error { return k.l.sock.write(b, k.control, k.ends) }
@@ -163,11 +163,16 @@ func (k *udpLink) describe(info *ConnInfo) {
 
 func (k *udpLink) Close() error {
 	k.l.mu.Lock()
-	defer k.l.mu.Unlock()
 	if k.l.peers[k.ends] == k {
 		delete(k.l.peers, k.ends)
 	}
-	k.l.unproven.Remove(k.at)
+	k.l.mu.Unlock()
+	s := k.l.srv
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if k.closed = true; k.at != nil {
+		s.unproven.Remove(k.at)
+	}
 	return nil
 }
 
@@ -183,7 +188,7 @@ func (s *Server) ServeUDP(ctx context.Context, conn net.PacketConn) error {
 	}
 	s.enter()
 	defer s.leave()
-	l := &udpListener{srv: s, sock: sock, sessions: s.newSessions(), peers: make(map[endpoints]*udpLink), unproven: list.New()}
+	l := &udpListener{srv: s, sock: sock, sessions: s.newSessions(), peers: make(map[endpoints]*udpLink)}
 	ended := make(chan error, 1)
 	go func() { ended <- l.srv.readDatagrams(l.sock, l.route) }()
 	select {
@@ -248,13 +253,12 @@ func (l *udpListener) route(b []byte, e endpoints) {
 func (l *udpListener) session(e endpoints) *datagram {
 	if !l.srv.admit() {
 		// The next time the peer tries there may be room.
-		l.evict()
+		l.srv.evict()
 		l.srv.refuse(net.UDPAddrFromAddrPort(e.remote), "max-connections", fmt.Sprintf("%d connections are open", l.srv.cfg.MaxConnections))
 		return nil
 	}
 	k := &udpLink{l: l, ends: e, control: l.sock.control(e)}
 	l.mu.Lock()
-	k.at = l.unproven.PushBack(k)
 	l.peers[e] = k // before the start, which may end the session at once; only this goroutine looks k's session up
 	l.mu.Unlock()
 	d, err := l.sessions.start(k)
@@ -264,6 +268,11 @@ func (l *udpListener) session(e endpoints) *datagram {
 		return nil
 	}
 	k.session = d
+	l.srv.mu.Lock()
+	if !k.closed {
+		k.at = l.srv.unproven.PushBack(d)
+	}
+	l.srv.mu.Unlock()
 	return d
 }
 
@@ -291,28 +300,4 @@ func (l *udpListener) opens(b []byte, e endpoints) bool {
 		_ = l.sock.write(emptyPacket(reset, p.id), l.sock.control(e), e)
 	}
 	return false
-}
-
-// evict ends the oldest session whose address was never proven.
-func (l *udpListener) evict() {
-	l.mu.Lock()
-	var victim *datagram
-	for at := l.unproven.Front(); at != nil; at = l.unproven.Front() {
-		l.unproven.Remove(at)
-		d := at.Value.(*udpLink).session
-		if d == nil {
-			continue
-		}
-		d.mu.Lock()
-		proven := d.proven
-		d.mu.Unlock()
-		if !proven {
-			victim = d
-			break
-		}
-	}
-	l.mu.Unlock()
-	if victim != nil {
-		victim.c.shut(ErrEvicted, false)
-	}
 }

@@ -2,7 +2,6 @@ package coap
 
 import (
 	"bytes"
-	"container/list"
 	"context"
 	"fmt"
 	"log/slog"
@@ -400,7 +399,7 @@ func dialEngine(t testing.TB, srv *Server, pc net.PacketConn, to netip.AddrPort)
 		t.Fatal(err)
 	}
 	srv.enter()
-	l := &udpListener{srv: srv, sock: sock, sessions: srv.newSessions(), peers: make(map[endpoints]*udpLink), unproven: list.New()}
+	l := &udpListener{srv: srv, sock: sock, sessions: srv.newSessions(), peers: make(map[endpoints]*udpLink)}
 	e := endpoints{remote: to}
 	if a, ok := addrPort(pc.LocalAddr()); ok {
 		e.local = a.Addr()

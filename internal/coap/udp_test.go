@@ -1279,6 +1279,43 @@ func TestUDPMaxConnections(t *testing.T) {
 	})
 }
 
+// A session that anybody may have forged gives way to a peer that has an address of its own; one of those gives way to nobody.
+func TestForgedSessionsGiveWay(t *testing.T) {
+	opened := make(chan struct{}, 2)
+	addr, srv := listenUDP(t, handlerFuncs{open: func(*Conn) error { opened <- struct{}{}; return nil }}, "127.0.0.1:0", func(c *Config) {
+		c.MaxConnections = 1
+	})
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- srv.ServeTCP(ctx, ln, nil) }()
+	defer func() { cancel(); <-done }()
+
+	forged, err := net.Dial("udp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer forged.Close()
+	if _, err := forged.Write(appendPacket(nil, nonConfirmable, 7, get("/a"))); err != nil {
+		t.Fatal(err)
+	}
+	<-opened
+	for _, taken := range []bool{true, false} {
+		c, err := net.Dial("tcp", ln.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		_ = c.SetReadDeadline(time.Now().Add(20 * time.Second))
+		if _, err := c.Read(make([]byte, 1)); (err == nil) != taken {
+			t.Errorf("a connection over TCP: %v, want to be taken %t", err, taken)
+		}
+	}
+}
+
 // The memory for duplicates is bounded, in number and in bytes.
 func TestDuplicateBounds(t *testing.T) {
 	body := pattern(900)

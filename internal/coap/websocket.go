@@ -107,7 +107,7 @@ func (w *WebSocket) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		refuse(http.StatusServiceUnavailable, "websocket", errNoRoom)
 		return
 	}
-	if !s.admit() {
+	if !s.admitProven() {
 		l.wg.Done()
 		rw.Header().Set("Retry-After", "5")
 		refuse(http.StatusServiceUnavailable, "max-connections", errNoRoom)
