@@ -12,11 +12,8 @@ import (
 	"testing"
 
 	"github.com/coder/websocket"
-	"github.com/pion/dtls/v3"
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
-
-	"github.com/coaphub/coaphub/test/device"
 )
 
 // everyWay opens all doors for devices.
@@ -144,21 +141,7 @@ func TestMalformedWebSocketMessages(t *testing.T) {
 func TestMalformedDatagrams(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, everyWay...)
-	o := w.Onboard(t, deviceID(3))
-	conf, err := device.TLS([]byte(o.CA), []byte(o.Identity.Chain), []byte(o.Identity.Key), w.ID)
-	if err != nil {
-		t.Fatal(err)
-	}
-	at, err := net.ResolveUDPAddr("udp", w.CoAPSUDP)
-	if err != nil {
-		t.Fatal(err)
-	}
-	secure, err := dtls.DialWithOptions("udp", at, device.DTLSOptions(conf, nil, true)...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = secure.Close() })
-	for way, c := range map[string]net.Conn{"UDP": socket(t, w.CoAPPlainUDP), "DTLS": secure} {
+	for way, c := range map[string]net.Conn{"UDP": socket(t, w.CoAPPlainUDP), "DTLS": w.association(deviceID(3))} {
 		id := uint16(100)
 		ask := func(typ message.Type, code byte, body ...byte) (reply message.Message, ok bool) {
 			id++
