@@ -103,15 +103,12 @@ func (d *datagram) advance(now time.Duration) {
 // fire sends t once more; mu is held.
 func (d *datagram) fire(t *transmission, now time.Duration) {
 	cfg := &d.c.srv.cfg
-	if t != d.probing && !d.put(t.b) {
+	if !d.put(t.b) && t != d.probing { // a ping for which there are no bytes left is as good as lost
 		t.held = true
 		t.due = now + cfg.AckTimeout
 		d.schedule(t.due)
 		d.probe()
 		return
-	}
-	if t == d.probing {
-		d.write(t.b) // a ping is as short as a datagram can be
 	}
 	t.held, t.stale = false, false
 	if t.tries++; t.tries == 1 {

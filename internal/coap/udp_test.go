@@ -751,9 +751,21 @@ func TestAmplification(t *testing.T) {
 			t.Fatal(got.err)
 		}
 
+		// Repetitions count: what is as short as a ping gets no more than three of them.
+		p = s.device(t, "192.0.2.6:6")
+		p.raw(appendPacket(nil, confirmable, 1, &Message{Code: codes.GET}))
+		got := 0
+		for m, ok := p.next(10 * time.Minute); ok; m, ok = p.next(10 * time.Minute) {
+			got += baseHeader + len(m.body)
+		}
+		if got == 0 || got > 3*baseHeader {
+			t.Fatalf("%d bytes for %d", got, baseHeader)
+		}
+
 		// A forged address never answers: what it gets is pings, and it is forgotten soon.
 		p = s.device(t, "192.0.2.3:3")
-		sent, got := 0, 0
+		sent := 0
+		got = 0
 		for range 10 {
 			req := appendPacket(nil, confirmable, uint16(sent), get("/big")) //nolint:gosec // small
 			p.raw(req)
