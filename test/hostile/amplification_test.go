@@ -111,7 +111,7 @@ func TestAmplificationOverUDP(t *testing.T) {
 	if n := w.usage().connections() - w.before.connections(); n > len(asks) {
 		t.Errorf("%d sessions for %d addresses", n, len(asks))
 	}
-	w.costs(20, 16*mebibyte)
+	w.costs(20, 48*mebibyte)
 	w.undisturbed()
 }
 

@@ -71,7 +71,7 @@ func TestRepliesToNothing(t *testing.T) {
 	if n := w.usage().connections() - w.before.connections(); n > 1 { // the association
 		t.Errorf("there are %d sessions", n)
 	}
-	w.costs(20, 16*mebibyte)
+	w.costs(20, 48*mebibyte)
 	w.undisturbed()
 }
 
@@ -105,7 +105,7 @@ func TestPings(t *testing.T) {
 		}
 	}
 	pinging.Wait()
-	w.costs(20, 16*mebibyte)
+	w.costs(20, 48*mebibyte)
 	w.undisturbed()
 	_ = c.Close()
 	w.givenBack()
@@ -127,7 +127,7 @@ func TestStrangersOverUDP(t *testing.T) {
 	w.until("the first to give way", func() bool {
 		return w.usage()[`coaphub_coap_connections_closed_total{reason="evicted"}`] > 0
 	})
-	w.costs(20, 16*mebibyte)
+	w.costs(20, 48*mebibyte)
 	for i, endpoint := range []string{w.Endpoints.CoAPSTCP, w.Endpoints.CoAPS, "coap://" + w.CoAPPlainUDP} {
 		w.until("all places to be taken", func() bool {
 			n := w.usage().connections()
@@ -171,7 +171,7 @@ func TestRequestsNobodyUnderstands(t *testing.T) {
 	if counts[codes.BadOption] != flood/10 || counts[codes.MethodNotAllowed] != flood/10 {
 		t.Errorf("the answers were %v", counts)
 	}
-	w.costs(20, 16*mebibyte)
+	w.costs(20, 48*mebibyte)
 	w.undisturbed()
 	_ = c.Close()
 	w.givenBack()

@@ -24,7 +24,7 @@ func TestHalfOpenTLS(t *testing.T) {
 	w.until("the oldest to make room", func() bool {
 		return w.usage()[`coaphub_coap_handshakes_total{outcome="evicted"}`] >= more
 	})
-	w.costs(bound+20, 32*mebibyte)
+	w.costs(bound+20, 48*mebibyte)
 	w.newcomer(deviceID(3), w.Endpoints.CoAPSTCP)
 	w.undisturbed()
 	for i, c := range conns {
@@ -55,7 +55,7 @@ func TestSilentTCP(t *testing.T) {
 	if n := w.usage().connections(); n > most {
 		t.Errorf("there are %d connections", n)
 	}
-	w.costs(most+20, 16*mebibyte)
+	w.costs(most+20, 48*mebibyte)
 	w.undisturbed()
 	for i, c := range conns {
 		if _, over := ended(c); !over {
@@ -102,7 +102,7 @@ func TestHelloWithoutCookie(t *testing.T) {
 	w.until("the oldest to make room", func() bool {
 		return w.usage()[`coaphub_coap_handshakes_total{outcome="evicted"}`] >= peers-mostHandshakes
 	})
-	w.costs(mostHandshakes*perHandshake+20, 16*mebibyte)
+	w.costs(mostHandshakes*perHandshake+20, 48*mebibyte)
 	w.newcomer(deviceID(3), w.Endpoints.CoAPS)
 	w.undisturbed()
 	w.givenBack()
@@ -123,7 +123,7 @@ func TestHelloAndNoMore(t *testing.T) {
 	if n := w.usage()[`coaphub_coap_handshakes_total{outcome="evicted"}`]; n < peers-mostHandshakes {
 		t.Errorf("%v handshakes have made room", n)
 	}
-	w.costs(mostHandshakes*perHandshake+20, 16*mebibyte)
+	w.costs(mostHandshakes*perHandshake+20, 48*mebibyte)
 	w.newcomer(deviceID(3), w.Endpoints.CoAPS)
 	w.undisturbed()
 	w.givenBack()

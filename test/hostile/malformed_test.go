@@ -237,7 +237,7 @@ func TestUploadsWithoutEnd(t *testing.T) {
 	if n := int(w.usage()["coaphub_coap_buffered_bytes"]); n > transfers*20<<10+remembered {
 		t.Errorf("%d bytes are held for %d transfers", n, transfers)
 	}
-	w.costs(20, 16*mebibyte)
+	w.costs(20, 48*mebibyte)
 	w.undisturbed()
 	_ = c.Close()
 	w.givenBack()
@@ -310,7 +310,7 @@ func TestMonstersFromDevices(t *testing.T) {
 	if n := w.usage().connections(); n != w.before.connections()+1 {
 		t.Errorf("there are %d connections", n)
 	}
-	w.costs(20, 32*mebibyte)
+	w.costs(20, 48*mebibyte)
 	w.undisturbed()
 	_ = c.Close()
 	serving.Wait()

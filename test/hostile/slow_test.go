@@ -64,9 +64,9 @@ func TestTLSHandshakeByteByByte(t *testing.T) {
 func TestMessageByteByByte(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, "coapGateway.api.coap.plainAddress=127.0.0.1:0")
-	conns := make([]net.Conn, 40)
+	conns := make([]net.Conn, 400)
 	for i := range conns {
-		if i%2 == 0 {
+		if i%20 > 0 {
 			conns[i] = dial(t, w.CoAPPlain)
 		} else {
 			conns[i] = w.secure(deviceID(3)).Conn
@@ -79,7 +79,7 @@ func TestMessageByteByByte(t *testing.T) {
 	if n := w.usage().connections() - w.before.connections(); !dose.Night() && n != len(conns) {
 		t.Errorf("%d of %d connections are there", n, len(conns))
 	}
-	w.costs(len(conns)+20, 16*mebibyte)
+	w.costs(len(conns)+20, 48*mebibyte)
 	w.undisturbed()
 	for i, c := range conns {
 		if dose.Night() {
@@ -109,7 +109,7 @@ func TestPeerThatNeverReads(t *testing.T) {
 	many := bytes.Repeat(frame(get("/oic/res")), 1000)
 	for write(c, many) {
 	}
-	w.costs(20, 16*mebibyte)
+	w.costs(20, 48*mebibyte)
 	u := w.usage()
 	if n := u[`coaphub_coap_connections_closed_total{reason="write-timeout"}`] + u[`coaphub_coap_connections_closed_total{reason="overload"}`]; n != 1 {
 		t.Error("the connection was not closed for what was not read")
@@ -167,7 +167,7 @@ func TestHTTPByteByByte(t *testing.T) {
 					}
 				})
 			}
-			w.costs(2*len(conns)+20, 16*mebibyte)
+			w.costs(2*len(conns)+20, 48*mebibyte)
 			w.undisturbed()
 			busy.Wait()
 		})
@@ -290,7 +290,7 @@ func TestStreamsThatSendNothing(t *testing.T) {
 			conns[i].open(t, uint32(2*n+1), pb.GrpcGateway_UpdateResource_FullMethodName, "")
 		}
 	}
-	w.costs(len(conns)*(bound+5)+20, 32*mebibyte)
+	w.costs(len(conns)*(bound+5)+20, 48*mebibyte)
 	w.undisturbed()
 	for i, c := range conns {
 		refused, late := 0, 0
