@@ -40,7 +40,7 @@ type CoAPConfig struct {
 	ExternalAddress string `yaml:"externalAddress"`
 	// MaxMessageSize in bytes, everything counted. Larger messages end the connection.
 	MaxMessageSize int `yaml:"maxMessageSize"`
-	// MaxConnections in all; further ones are closed at once.
+	// MaxConnections in all; further ones are closed at once. Over plain UDP the oldest whose address was never proven gives way.
 	MaxConnections int `yaml:"maxConnections"`
 	// MaxLinks is how many links one publish may have, and how many resources of a session are observed.
 	MaxLinks  int             `yaml:"maxLinks"`
