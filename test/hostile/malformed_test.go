@@ -192,6 +192,11 @@ func TestMalformedDatagrams(t *testing.T) {
 		if m, ok := ask(message.NonConfirmable, 1, 0x90); ok {
 			t.Errorf("%s, a critical option in a NON: %v", way, m)
 		}
+		// As much as a datagram, or a record, holds: far more than one should (RFC 7252, Section 4.6).
+		large := append([]byte{0xb1, 'x', 0xff}, make([]byte, map[string]int{"UDP": 60_000, "DTLS": 8_000}[way])...)
+		if m, ok := ask(message.Confirmable, 2, large...); !ok || m.Code != codes.NotFound {
+			t.Errorf("%s, a large request: %v, %t", way, m, ok)
+		}
 		if m, ok := ask(message.Confirmable, 1, 0xb1, 'x'); !ok || m.Code != codes.NotFound {
 			t.Errorf("%s, a request: %v, %t", way, m, ok)
 		}
