@@ -93,12 +93,12 @@ type claimsKey struct{}
 func claimsOf(ctx context.Context) hub.Claims { return ctx.Value(claimsKey{}).(hub.Claims) }
 
 // tap gives a call its time before its message is there: interceptors come after that, and whoever sends none, which needs no
-// token, would keep a goroutine for ever.
+// token, would keep a goroutine for ever. It is as long again as interceptors give, whose end says why.
 func (g *Gateway) tap(ctx context.Context, info *tap.Info) (context.Context, error) {
 	if lasting[info.FullMethodName] {
 		return ctx, nil
 	}
-	timed, cancel := context.WithTimeout(ctx, g.cfg.Limits.RequestTimeout)
+	timed, cancel := context.WithTimeout(ctx, 2*g.cfg.Limits.RequestTimeout)
 	context.AfterFunc(ctx, cancel)
 	return timed, nil
 }
@@ -159,6 +159,8 @@ func (g *Gateway) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo
 	id := requestID()
 	_ = grpc.SetHeader(ctx, metadata.Pairs("x-request-id", id)) // fails only without a stream
 	defer g.end(ctx, info.FullMethod, id, time.Now(), &err)
+	ctx, cancel := context.WithTimeout(ctx, g.cfg.Limits.RequestTimeout)
+	defer cancel()
 	if ctx, err = g.begin(ctx, info.FullMethod); err != nil {
 		return nil, err
 	}
@@ -199,6 +201,8 @@ func (g *Gateway) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerI
 	if lasting[info.FullMethod] {
 		return handle(srv, &contextStream{ss, ctx})
 	}
+	ctx, cancel := context.WithTimeout(ctx, g.cfg.Limits.RequestTimeout)
+	defer cancel()
 	l := newListStream(ctx, ss, g.cfg.Limits.StallTimeout)
 	defer l.close()
 	return handle(srv, l)
