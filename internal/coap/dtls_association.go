@@ -352,14 +352,17 @@ func (a *association) push(recs []record, e endpoints) {
 
 // established takes the keys from pion and lets it go.
 func (a *association) established() error {
+	a.mu.Lock()
+	a.stage = complete // nothing of pion's gets out any more: what it numbers from here on would take a number of ours
+	a.mu.Unlock()
 	keys, err := newCipherState(a.conn)
 	if err != nil {
 		return err
 	}
 	a.mu.Lock()
-	a.stage, a.keys = complete, keys
+	a.keys = keys
 	a.mu.Unlock()
-	_ = a.conn.Close() // nothing of it gets out any more, see wire.WriteTo
+	_ = a.conn.Close()
 	a.conn = nil
 	return nil
 }
@@ -396,30 +399,33 @@ func (a *association) accept(r *record, e endpoints) {
 		a.l.drop("record")
 		return
 	}
+	if typ == recordHandshake {
+		a.repeat() // it may be an old one, and says nothing of where the peer is
+		return
+	}
 	a.mu.Lock()
 	left := a.route
 	from := left
 	if from.ends != e {
 		from = a.way(e)
 	}
-	from.in += len(r.raw)
 	moved := newest && from != left
 	if moved {
 		// RFC 9146, Section 6: the address changes with a record that is valid and the newest.
 		a.route = from
-		from.proven, from.stale, from.out = false, false, 0
+		from.proven, from.stale, from.in, from.out = false, false, 0, 0
 	}
+	from.in += len(r.raw)
 	found := from.stale && from == a.route // whoever had the address since has gone
 	if found {
 		from.stale = false
 	}
 	a.mu.Unlock()
-	if moved {
+	if moved || found {
 		a.l.rerouted(a, left, from)
-		a.session.relocated(len(content))
 	}
-	if found {
-		a.l.unmute(a)
+	if moved {
+		a.session.relocated(len(content))
 	}
 	switch {
 	case typ == recordData:
@@ -427,8 +433,6 @@ func (a *association) accept(r *record, e endpoints) {
 		a.heard, a.flight = true, nil
 		a.mu.Unlock()
 		a.session.deliver(content)
-	case typ == recordHandshake:
-		a.repeat()
 	case typ == recordAlert && len(content) == 2 && (content[0] == alertFatal || content[1] == alertClose):
 		// The peer's key has sealed it (RFC 5246, Section 7.2.1). Warnings end nothing.
 		a.session.lost(io.EOF)
@@ -439,7 +443,7 @@ func (a *association) accept(r *record, e endpoints) {
 // it says something.
 func (a *association) repeat() {
 	a.mu.Lock()
-	if a.heard || a.repeats >= maxRepeats {
+	if a.heard || a.repeats >= maxRepeats || !a.route.proven || a.route.stale {
 		a.mu.Unlock()
 		return
 	}
@@ -525,7 +529,7 @@ func (a *association) send(typ byte, content []byte) error {
 	buf := sealBuffers.Get().(*[maxRecord + maxOverhead]byte)
 	defer sealBuffers.Put(buf)
 	a.mu.Lock()
-	if a.stage == over {
+	if a.stage == over || a.keys.next > maxSequence {
 		a.mu.Unlock()
 		return net.ErrClosed
 	}

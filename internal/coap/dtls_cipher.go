@@ -29,6 +29,8 @@ const (
 	maxOverhead = recordHeader + maxCID + explicitNonce + 1 + maxTag
 	// dataEpoch is the only epoch with keys: there is no renegotiation.
 	dataEpoch = 1
+	// maxSequence is the last number of an epoch; the association is of no use then (RFC 6347, Section 4.1).
+	maxSequence = 1<<48 - 1
 )
 
 // cipherState seals and opens the records of an association once its handshake, which is pion's, is complete (RFC 6347,
@@ -180,7 +182,7 @@ func (c *cipherState) seal(b []byte, seq uint64, typ byte, content []byte) []byt
 }
 
 // open decrypts a record in its place. newest reports that no later one was opened before. ok is false for what the peer did
-// not seal, or sealed for another time. The caller alone may use the state's incoming side meanwhile.
+// not seal, and for what was opened before, unless it is of the handshake. The caller alone may use the state's incoming side meanwhile.
 func (c *cipherState) open(r *record) (typ byte, content []byte, newest, ok bool) {
 	overhead := explicitNonce + c.in.Overhead()
 	if r.epoch != dataEpoch || (r.typ == recordCID) != c.withCID || len(r.body) < overhead {

@@ -2,11 +2,16 @@ package coap
 
 import (
 	"bytes"
+	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/plgd-dev/go-coap/v3/message/codes"
 )
 
 // peerOf seals what a's peer would, beside it.
@@ -89,6 +94,116 @@ func TestDTLSReplay(t *testing.T) {
 			})
 		})
 	}
+}
+
+// recording keeps the sealed records that pass, by their numbers.
+type recording struct {
+	net.PacketConn
+	double bool // the network brings the flight with the client's keys twice
+
+	mu  sync.Mutex
+	out [][]byte                   // what the device sealed
+	in  map[uint64]map[string]bool // what the hub did
+}
+
+func (p *recording) WriteTo(b []byte, to net.Addr) (int, error) {
+	p.mu.Lock()
+	for rest := b; len(rest) > 0; {
+		r, more, ok := nextRecord(rest)
+		if !ok {
+			break
+		}
+		if r.epoch == dataEpoch {
+			p.out = append(p.out, bytes.Clone(r.raw))
+		}
+		rest = more
+	}
+	p.mu.Unlock()
+	if r, _, ok := nextRecord(b); ok && p.double && r.epoch == 0 && r.typ == recordHandshake && isClientFlight(r.body) {
+		if _, err := p.PacketConn.WriteTo(b, to); err != nil {
+			return 0, err
+		}
+	}
+	return p.PacketConn.WriteTo(b, to)
+}
+
+func (p *recording) ReadFrom(b []byte) (int, net.Addr, error) {
+	n, from, err := p.PacketConn.ReadFrom(b)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for rest := b[:max(n, 0)]; len(rest) > 0; {
+		r, more, ok := nextRecord(rest)
+		if !ok {
+			break
+		}
+		if r.epoch == dataEpoch {
+			if p.in[r.seq] == nil {
+				p.in[r.seq] = map[string]bool{}
+			}
+			p.in[r.seq][string(r.raw)] = true
+		}
+		rest = more
+	}
+	return n, from, err
+}
+
+// Somebody on the way who sends a device's Finished again gets nothing, and does not move the session, although it is the first
+// record that we open ourselves.
+func TestDTLSReplayedFinished(t *testing.T) {
+	dtlsBubble(t, handlerFuncs{}, nil, func(t *testing.T, s *dtlsSim) {
+		sock := &recording{PacketConn: s.socket(t, "198.51.100.1:5000"), in: map[uint64]map[string]bool{}}
+		d, err := s.shake(t, sock, pskOptions("lamp", testKey, true)...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := s.conn(t)
+		other := s.socket(t, "198.51.100.2:5000")
+		for range 2 * maxRepeats {
+			if _, err := other.WriteTo(sock.out[0], s.hub); err != nil {
+				t.Fatal(err)
+			}
+			synctest.Wait()
+		}
+		if at := c.Info().Remote.String(); at != "198.51.100.1:5000" {
+			t.Errorf("the session is at %s", at)
+		}
+		if sent, _ := s.traffic("198.51.100.2:5000"); sent != 0 {
+			t.Errorf("%d bytes were sent to whoever repeats", sent)
+		}
+		answer := do(c, t.Context(), get("/light"))
+		if p, _, ok := d.next(time.Second); !ok || p.code != codes.GET {
+			t.Error("the device does not hear the hub")
+		}
+		c.Close(nil)
+		<-answer
+	})
+}
+
+// No number is used for two records, whichever side of the handover they come from: one key, one nonce, one content.
+func TestDTLSNumbersAreUsedOnce(t *testing.T) {
+	dtlsBubble(t, handlerFuncs{}, nil, func(t *testing.T, s *dtlsSim) {
+		for i := range 100 {
+			sock := &recording{PacketConn: s.socket(t, fmt.Sprintf("198.51.100.%d:5000", i+1)), double: true, in: map[uint64]map[string]bool{}}
+			d, err := s.shake(t, sock, pskOptions("lamp", testKey, false)...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			d.ask("/a")
+			s.conn(t)
+			d.close()
+			_ = s.reason(t)
+			sock.mu.Lock()
+			if len(sock.in) < 2 {
+				t.Errorf("%d records", len(sock.in))
+			}
+			for seq, records := range sock.in {
+				if len(records) != 1 {
+					t.Errorf("number %d was used for %d records", seq, len(records))
+				}
+			}
+			sock.mu.Unlock()
+		}
+	})
 }
 
 // What a peer seals besides data: padding is taken off (RFC 9146, Section 4), our last flight is sent again as often as it may be

@@ -518,17 +518,8 @@ func (l *dtlsListener) makeRoom() bool {
 	return l.srv.room()
 }
 
-func (l *dtlsListener) unmute(a *association) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if a.muted != nil {
-		l.mute.Remove(a.muted)
-		a.muted = nil
-	}
-}
-
-// rerouted notes that the peer of a session is elsewhere now. An address that another session has stays that one's: who
-// forges it must not get its records.
+// rerouted notes that the peer of a session is elsewhere now, or back where somebody else was meanwhile. An address that another
+// session has stays that one's: who forges it must not get its records.
 func (l *dtlsListener) rerouted(a *association, left, now *route) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
