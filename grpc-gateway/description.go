@@ -35,8 +35,12 @@ func newDescription(c hub.Content) *description {
 	return d
 }
 
-// maxDescribed bounds the devices whose descriptions are remembered, at some 200 bytes each.
-const maxDescribed = 100_000
+// maxDescribed bounds the devices whose descriptions are remembered, and maxDescription the contents of those, in bytes: a device
+// may say as much as it likes, and most take some 200.
+const (
+	maxDescribed   = 100_000
+	maxDescription = 1 << 10
+)
 
 // descriptions remembers what devices say of themselves: it changes seldom, and reading it is half of what a list costs. The
 // zero value is empty.
@@ -61,6 +65,9 @@ func (k *descriptions) of(dev hub.DeviceID, r *hub.Resource) *description {
 		return known.description
 	}
 	d := newDescription(r.Content)
+	if len(r.Content.Data) > maxDescription {
+		return d
+	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.devices == nil {
