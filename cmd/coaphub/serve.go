@@ -1,6 +1,9 @@
 package main
 
 import (
+	"context"
+	"sync"
+
 	"github.com/spf13/cobra"
 
 	"github.com/coaphub/coaphub/bundle"
@@ -32,7 +35,11 @@ func newServe(p process) *cobra.Command {
 		}
 		cfg.Data = dataFlag(cmd)
 		overrides(&cfg)
-		go run.GiveBackMemory(cmd.Context()) // the process's matter, not the hub's: there may be several in one
+		ctx, cancel := context.WithCancel(cmd.Context())
+		var helper sync.WaitGroup
+		defer helper.Wait()
+		defer cancel()
+		helper.Go(func() { run.GiveBackMemory(ctx) }) // the process's matter, not the hub's: there may be several in one
 		return bundle.Run(cmd.Context(), cfg, bundle.Options{
 			Out: p.out, Log: p.err, Terminal: terminal(p.out), Version: version, Warnings: warnings,
 		})
