@@ -19,6 +19,7 @@ func TLS(ca, chain, key []byte, hubID string) (*tls.Config, error) {
 	}
 	cfg := &tls.Config{
 		MinVersion:         tls.VersionTLS12,
+		CurvePreferences:   []tls.CurveID{tls.CurveP256}, // the one that devices have (RFC 7252, Section 9.1.3.2)
 		RootCAs:            pool,
 		InsecureSkipVerify: true, // VerifyConnection below verifies all but the host name
 		VerifyConnection: func(cs tls.ConnectionState) error {
