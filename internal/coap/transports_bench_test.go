@@ -5,7 +5,9 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/binary"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -14,6 +16,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"testing"
 	"time"
@@ -49,6 +52,8 @@ var benchTransports = []benchTransport{
 	{"dtls", benchDTLS, goCoAPDTLS, dialBenchDTLS, 16, 300},
 	{"tcp", func(tb testing.TB) string { return benchStream(tb, nil) }, func(tb testing.TB) string { return goCoAPStream(tb, nil) }, dialStream, 64, 1000},
 	{"tls", func(tb testing.TB) string { return benchStream(tb, anyoneTLS(tb)) }, func(tb testing.TB) string { return goCoAPStream(tb, anyoneTLS(tb)) }, dialSecureStream, 64, 500},
+	{"dtls-cert", benchDTLSCert, nil, dialBenchDTLSCert, 16, 300},
+	{"tls-cert", func(tb testing.TB) string { return benchStream(tb, benchIdentity(tb)) }, nil, dialIdentifiedStream, 64, 500},
 	{"ws", func(tb testing.TB) string { return startPlainWeb(tb) }, nil, dialWebSocket, 64, 1000},
 }
 
@@ -96,7 +101,7 @@ func BenchmarkTransportsIdle(b *testing.B) {
 // stream one goroutine, over UDP and DTLS none. The bounds are generous, for the race detector's sake.
 func TestIdleCost(t *testing.T) {
 	most := map[string]cost{
-		"udp": {8 << 10, 0}, "dtls": {12 << 10, 0}, "tcp": {24 << 10, 1}, "tls": {48 << 10, 1}, "ws": {24 << 10, 1},
+		"udp": {8 << 10, 0}, "dtls": {12 << 10, 0}, "tcp": {24 << 10, 1}, "tls": {48 << 10, 1}, "dtls-cert": {24 << 10, 0}, "tls-cert": {64 << 10, 1}, "ws": {24 << 10, 1},
 	}
 	for _, tr := range benchTransports {
 		t.Run(tr.name, func(t *testing.T) {
@@ -308,7 +313,51 @@ func benchDTLS(tb testing.TB) string {
 	return listenDTLS(tb, echoBody(), conf)
 }
 
+func benchDTLSCert(tb testing.TB) string {
+	server := benchIdentity(tb)
+	conf := DefaultDTLSConfig()
+	conf.Credentials = func() (tls.Certificate, *x509.CertPool, error) { return server.Certificates[0], server.ClientCAs, nil }
+	conf.MaxPerPrefix = conf.MaxHandshakes
+	return listenDTLS(tb, echoBody(), conf)
+}
+
 func dialBenchDTLS(addr string) (benchClient, error) {
+	return dialAssociation(addr, pskOptions("lamp", testKey, false)...)
+}
+
+func dialBenchDTLSCert(addr string) (benchClient, error) {
+	cert, err := identity()
+	if err != nil {
+		return nil, err
+	}
+	return dialAssociation(addr, dtls.WithCertificates(cert), dtls.WithInsecureSkipVerify(true), dtls.WithCipherSuites(certificateSuites[0]))
+}
+
+const benchCert = "COAPHUB_BENCH_CERT" // file with a certificate and its key, for a process of clients
+
+// benchIdentity is a server that wants certificates, of which the clients of the process to come have one.
+func benchIdentity(tb testing.TB) *tls.Config {
+	tb.Helper()
+	server, device := testTLS(tb)
+	key, err := x509.MarshalPKCS8PrivateKey(device.Certificates[0].PrivateKey)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	b := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})
+	b = append(b, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: device.Certificates[0].Certificate[0]})...)
+	file := filepath.Join(tb.TempDir(), "identity.pem")
+	if err := os.WriteFile(file, b, 0o600); err != nil {
+		tb.Fatal(err)
+	}
+	tb.Setenv(benchCert, file)
+	return server
+}
+
+func identity() (tls.Certificate, error) {
+	return tls.LoadX509KeyPair(os.Getenv(benchCert), os.Getenv(benchCert))
+}
+
+func dialAssociation(addr string, opts ...dtls.ClientOption) (benchClient, error) {
 	to, err := net.ResolveUDPAddr("udp", addr)
 	if err != nil {
 		return nil, err
@@ -317,7 +366,7 @@ func dialBenchDTLS(addr string) (benchClient, error) {
 	if err != nil {
 		return nil, err
 	}
-	c, err := dtls.ClientWithOptions(sock, to, pskOptions("lamp", testKey, false)...)
+	c, err := dtls.ClientWithOptions(sock, to, opts...)
 	if err != nil {
 		return nil, err
 	}
@@ -370,7 +419,19 @@ func dialStream(addr string) (benchClient, error) {
 }
 
 func dialSecureStream(addr string) (benchClient, error) {
-	c, err := tls.Dial("tcp", addr, &tls.Config{InsecureSkipVerify: true}) //nolint:gosec // its price is asked, not who it is
+	return dialTLS(addr, &tls.Config{InsecureSkipVerify: true}) //nolint:gosec // its price is asked, not who it is
+}
+
+func dialIdentifiedStream(addr string) (benchClient, error) {
+	cert, err := identity()
+	if err != nil {
+		return nil, err
+	}
+	return dialTLS(addr, &tls.Config{InsecureSkipVerify: true, Certificates: []tls.Certificate{cert}}) //nolint:gosec // the same
+}
+
+func dialTLS(addr string, conf *tls.Config) (benchClient, error) {
+	c, err := tls.Dial("tcp", addr, conf)
 	if err != nil {
 		return nil, err
 	}
