@@ -33,12 +33,10 @@ var public = map[string]bool{
 	"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": true,
 }
 
-// lasting are the calls that go on for as long as the caller wants.
+// lasting are the calls that go on for as long as the caller wants. Their number is bounded.
 var lasting = map[string]bool{
-	pb.GrpcGateway_SubscribeToEvents_FullMethodName:                  true,
-	grpc_health_v1.Health_Watch_FullMethodName:                       true,
-	"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo":      true,
-	"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": true,
+	pb.GrpcGateway_SubscribeToEvents_FullMethodName: true,
+	grpc_health_v1.Health_Watch_FullMethodName:      true,
 }
 
 // reads are the calls for which a token that may read is enough; all others change something.
@@ -190,10 +188,14 @@ func (g *Gateway) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerI
 	if err != nil {
 		return err
 	}
-	if public[info.FullMethod] { // health and reflection
+	if public[info.FullMethod] && !lasting[info.FullMethod] {
 		return handle(srv, &contextStream{ss, ctx})
 	}
-	in, err := g.admit.enter(ctx, claimsOf(ctx).Owner, info.IsClientStream)
+	var owner hub.Owner // nobody's, for those who watch the health
+	if !public[info.FullMethod] {
+		owner = claimsOf(ctx).Owner
+	}
+	in, err := g.admit.enter(ctx, owner, lasting[info.FullMethod])
 	if err != nil {
 		return err
 	}

@@ -91,9 +91,13 @@ func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 	}
 	w := &writer{ResponseWriter: rw, control: http.NewResponseController(rw), stall: g.cfg.Limits.StallTimeout}
 	begun := time.Now()
-	if r.Body != nil && r.Body != http.NoBody { // net/http reads it before it answers, also one that nobody wants
-		w.bodyBy = begun.Add(g.cfg.Limits.RequestTimeout)
-		_ = w.control.SetReadDeadline(w.bodyBy) // tests' recorders have none
+	if r.ContentLength != 0 {
+		by := begun.Add(g.cfg.Limits.RequestTimeout)
+		_ = w.control.SetReadDeadline(by) // tests' recorders have none
+		if r.ProtoMajor == 1 {            // there net/http reads it before it answers, also one that nobody wants
+			w.bodyBy = by
+		}
+		r = r.WithContext(r.Context()) // net/http looks at the body of its own: whether it was asked to continue, and what is left
 		r.Body = &timedBody{r.Body, w}
 	}
 	id := requestID()
@@ -188,7 +192,7 @@ func (g *Gateway) serve(ctx context.Context, w *writer, r *http.Request, templat
 	case r.ContentLength > int64(g.cfg.Limits.MaxBodyBytes):
 		return errBody
 	}
-	r.Body = http.MaxBytesReader(w, r.Body, int64(g.cfg.Limits.MaxBodyBytes))
+	req.Body = http.MaxBytesReader(w, r.Body, int64(g.cfg.Limits.MaxBodyBytes))
 	if req.query, err = parseQuery(r.URL.RawQuery); err != nil {
 		return err
 	}
@@ -221,7 +225,7 @@ type writer struct {
 	control *http.ResponseController
 	stall   time.Duration
 	status  int
-	bodyBy  time.Time // until when the rest of the request's body may come; zero when there is none
+	bodyBy  time.Time // until when the rest of the request's body may come before the answer; zero when there is none
 	proto   bool      // an error is told in protobuf's JSON
 	cut     bool      // the answer ended with an error after it had begun
 }
@@ -247,8 +251,7 @@ func (w *writer) Write(b []byte) (int, error) {
 	return w.ResponseWriter.Write(b)
 }
 
-// timedBody is a body that has to be there by a deadline. The deadline goes with its end: net/http then reads on to learn when
-// the caller is gone, and would take the deadline for that.
+// timedBody is a body that has to be there by a deadline, which goes with its end.
 type timedBody struct {
 	io.ReadCloser
 	w *writer

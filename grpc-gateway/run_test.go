@@ -183,6 +183,56 @@ func TestReaderThatStopsReadingIsCutOff(t *testing.T) {
 	}
 }
 
+// Over HTTP/2 a request without a body is none that could still come.
+func TestReaderOverHTTP2ThatStopsReadingIsCutOff(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, func(c *Config, _ *Deps) { c.Limits.StallTimeout = 100 * time.Millisecond })
+	ended := endless(w)
+	srv := httptest.NewUnstartedServer(w.HTTPHandler())
+	srv.EnableHTTP2 = true
+	srv.StartTLS()
+	defer srv.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, srv.URL+"/api/v1/devices", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Header.Set("Authorization", "Bearer alice")
+	resp, err := srv.Client().Do(r)
+	if err != nil || resp.ProtoMajor != 2 {
+		t.Fatalf("%v, %v", resp, err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	select {
+	case <-ended:
+	case <-time.After(20 * time.Second):
+		t.Error("the list still waits for its reader")
+	}
+}
+
+// A body of which nobody knows the length is bounded like any other; one that was asked for is not read before it is wanted.
+func TestBodiesWithoutLengthAndUnasked(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, func(c *Config, _ *Deps) { c.Limits.MaxBodyBytes = 4096 })
+	w.run(t)
+	h, _ := w.Addresses()
+	const put = "PATCH /api/v1/devices/" + string(lampA) + "/labels HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+	chunk := "1000\r\n" + strings.Repeat(" ", 4096) + "\r\n"
+	for what, c := range map[string]struct{ ask, want string }{
+		"chunked":            {put + "Authorization: Bearer alice\r\nTransfer-Encoding: chunked\r\n\r\n" + strings.Repeat(chunk, 20) + "0\r\n\r\n", "413"},
+		"expect, no token":   {put + "Content-Length: 1000\r\nExpect: 100-continue\r\n\r\n", "401"},
+		"expect, with token": {put + "Authorization: Bearer alice\r\nContent-Length: 1000\r\nExpect: 100-continue\r\n\r\n", "100"},
+	} {
+		conn := dialRaw(t, h, c.ask)
+		_ = conn.SetReadDeadline(time.Now().Add(20 * time.Second))
+		line, err := bufio.NewReader(conn).ReadString('\n')
+		if err != nil || !strings.HasPrefix(line, "HTTP/1.1 "+c.want) {
+			t.Errorf("%s: %q, %v, want %s", what, line, err, c.want)
+		}
+	}
+}
+
 func TestListEndsAtItsDeadline(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, func(c *Config, _ *Deps) { c.Limits.RequestTimeout = 300 * time.Millisecond })
@@ -284,6 +334,7 @@ func TestCallThatSendsNothingEnds(t *testing.T) {
 	for _, method := range []string{
 		pb.GrpcGateway_GetHubConfiguration_FullMethodName, pb.GrpcGateway_UpdateResource_FullMethodName,
 		pb.GrpcGateway_GetDevices_FullMethodName, grpc_health_v1.Health_Check_FullMethodName,
+		"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
 	} {
 		ctx := metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer alice")
 		s, err := conn.NewStream(ctx, &grpc.StreamDesc{ServerStreams: true, ClientStreams: true}, method)
