@@ -147,7 +147,8 @@ func (c *Client) Do(ctx context.Context, r Request) (*http.Response, error) {
 		return nil, err
 	}
 	resp, err := c.once(ctx, r, token)
-	if !errors.Is(err, Unauthenticated) {
+	// A device that answers 4.01 is Unauthenticated, too, but has had the command: another token changes nothing of that.
+	if !errors.Is(err, Unauthenticated) || errors.Is(err, deviceError) {
 		return resp, err
 	}
 	// Nothing was done (the hub looks at the token first), so asking again with another one is safe.

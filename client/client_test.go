@@ -477,3 +477,28 @@ func TestTokens(t *testing.T) {
 		t.Errorf("%d tokens", n)
 	}
 }
+
+// A device that answers 4.01 has got the command: it is not given again with another token.
+func TestDevicesThatRefuse(t *testing.T) {
+	t.Parallel()
+	given, asked := 0, 0
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		given++
+		w.WriteHeader(http.StatusUnauthorized)
+		_, _ = w.Write([]byte(`{"code":16,"message":"error response from device","details":[{"reason":"device-error"}]}`))
+	}))
+	defer srv.Close()
+	c, err := client.New(client.Config{Server: srv.URL, Token: func(context.Context) (client.Token, error) {
+		asked++
+		return client.Token{Access: fmt.Sprint("t", asked)}, nil
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	_, err = c.UpdateResource(t.Context(), lamp, "/light/1", map[string]int{"power": 1}, client.CommandOptions{})
+	fails(t, err, client.Unauthenticated, "device-error")
+	if given != 1 || asked != 1 {
+		t.Errorf("the command was given %d times, with %d tokens", given, asked)
+	}
+}

@@ -14,7 +14,7 @@ type Kind string
 // The sorts of failures. Callers can act on each of them, except for Internal.
 const (
 	Invalid         Kind = "invalid"         // the request makes no sense to the hub, or the hub's answer none to us
-	Unauthenticated Kind = "unauthenticated" // there is no token, or it is bad, expired or revoked
+	Unauthenticated Kind = "unauthenticated" // there is no token, or it is bad, expired or revoked; or the device answered 4.01
 	Denied          Kind = "denied"          // the caller may not do this, or not to this device
 	NotFound        Kind = "not-found"       // there is no such thing
 	Unsupported     Kind = "unsupported"     // the hub or the device cannot do this
@@ -45,6 +45,9 @@ const (
 	// ErrLogin says that the provider refused a login, or the refresh of one.
 	ErrLogin Code = "grant-refused"
 )
+
+// deviceError is the hub's code for a device that was of another mind.
+const deviceError Code = "device-error"
 
 // Error is why a call failed.
 type Error struct {
