@@ -1,6 +1,9 @@
 package main
 
 import (
+	"fmt"
+	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 	"time"
@@ -89,6 +92,29 @@ func TestCommandsOfPeople(t *testing.T) {
 	eventually(t, "what waited", func() bool { return on("commands").err == "no commands wait\n" })
 	if v, _ := d.Value("/light/1").(map[string]any); v["power"] != uint64(9) {
 		t.Errorf("the device has %v", v)
+	}
+}
+
+// What a device answers says nothing of the caller's token.
+func TestDevicesThatRefuse(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		status, code int
+		reason       string
+		exit         int
+	}{
+		{http.StatusUnauthorized, 16, "device-error", exitFailure},
+		{http.StatusForbidden, 7, "device-error", exitFailure},
+		{http.StatusNotFound, 5, "device-error", exitNotFound},
+		{http.StatusUnauthorized, 16, "token-expired", exitDenied},
+		{http.StatusForbidden, 7, "device-not-yours", exitDenied},
+	} {
+		api := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(c.status)
+			_, _ = fmt.Fprintf(w, `{"code":%d,"message":"no","details":[{"reason":%q}]}`, c.code, c.reason)
+		}))
+		runs(t, "set", lamp, "/light/1", "{}", "--server", api.URL, "--token", "x").want(t, c.exit, "^$", c.reason)
+		api.Close()
 	}
 }
 

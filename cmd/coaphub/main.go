@@ -93,7 +93,9 @@ func execute(ctx context.Context, args []string, p process) int {
 	if errors.As(err, &answer) {
 		switch answer.Kind {
 		case client.Unauthenticated, client.Denied:
-			return exitDenied
+			if answer.Code != "device-error" { // that is the device, which has not seen the caller's token
+				return exitDenied
+			}
 		case client.NotFound:
 			return exitNotFound
 		case client.Unavailable, client.Exhausted, client.Deadline:
