@@ -128,7 +128,7 @@ func (c *Client) lost() {
 // Request is one call of the API as it stands in docs/api.md, for what this package has no method for.
 type Request struct {
 	Method string // empty: GET
-	Path   string // below the server, escaped: /api/v1/…; DevicePath and ResourcePath make some
+	Path   string // below the server, escaped: /api/v1/…, never without its slash; DevicePath and ResourcePath make some
 	Query  url.Values
 	Header http.Header // Authorization is the client's; Accept is application/json by default
 	Body   []byte      // in JSON, unless Header has another Content-Type; nil: none
@@ -166,6 +166,9 @@ func (c *Client) once(ctx context.Context, r Request, token string) (*http.Respo
 	server, err := c.at(ctx)
 	if err != nil {
 		return nil, err
+	}
+	if !strings.HasPrefix(r.Path, "/") { // "@other.example" or ".other.example" would bring the token to another host
+		return nil, &Error{Kind: Invalid, Code: "request-invalid", Message: "the request makes no sense: its path does not begin with a slash"}
 	}
 	target := server + r.Path
 	if len(r.Query) > 0 {

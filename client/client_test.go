@@ -502,3 +502,24 @@ func TestDevicesThatRefuse(t *testing.T) {
 		t.Errorf("the command was given %d times, with %d tokens", given, asked)
 	}
 }
+
+// A path is below the server: nothing makes another host of it, which would get the token.
+func TestPathsStayAtTheServer(t *testing.T) {
+	t.Parallel()
+	asked := 0
+	srv := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { asked++ }))
+	defer srv.Close()
+	c, err := client.New(client.Config{Server: "http://hub.invalid", Token: client.Static("secret")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	elsewhere := strings.TrimPrefix(srv.URL, "http://")
+	for _, path := range []string{"@" + elsewhere + "/x", "x:y@" + elsewhere, ".example/x", ":1/x", "api/v1/devices", ""} {
+		_, err := c.Do(t.Context(), client.Request{Path: path})
+		fails(t, err, client.Invalid, "request-invalid")
+	}
+	if asked > 0 {
+		t.Errorf("another host was asked %d times", asked)
+	}
+}
