@@ -77,10 +77,7 @@ func (f *apiFlags) elsewhere(p process) (cfg client.Config, err error) {
 		if in.TLS, err = trust(ca); err != nil {
 			return cfg, err
 		}
-		cfg.Token = in.Source(func(g client.Grant) error {
-			in.Grant = g
-			return in.write(p)
-		})
+		cfg.Token = in.source(p)
 	}
 	cfg.TLS, err = trust(ca)
 	return cfg, err

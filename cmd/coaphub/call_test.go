@@ -147,7 +147,7 @@ func TestAHubElsewhere(t *testing.T) {
 	if code := <-ended; code != exitOK || out.String() != "signed in at "+h.HTTP+"\n" {
 		t.Fatalf("it ended with %d: %s %s", code, &out, &errs)
 	}
-	kept, err := filepath.Glob(filepath.Join(home, ".config", "coaphub", "logins", "*"))
+	kept, err := filepath.Glob(filepath.Join(home, ".config", "coaphub", "logins", "*.json"))
 	if err != nil || len(kept) != 1 {
 		t.Fatalf("%v, %v", kept, err)
 	}

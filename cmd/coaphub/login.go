@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -9,11 +10,20 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/coaphub/coaphub/client"
 	"github.com/coaphub/coaphub/hub"
+)
+
+const (
+	// refreshTimeout bounds a refresh of a login, which others wait for.
+	refreshTimeout = 20 * time.Second
+	// lockTimeout bounds how long they do: longer, so that they have what it brings.
+	lockTimeout = 30 * time.Second
 )
 
 // login is one hub's, in a file of its own that only this user reads.
@@ -55,7 +65,92 @@ func readLogin(p process, server string) (in login, err error) {
 	return in, nil
 }
 
-// write keeps a login. The file is whole at any time, so that two commands at once do not hurt each other.
+// lockLogin keeps other programs from replacing the login of a server, until unlock.
+func lockLogin(ctx context.Context, p process, server string) (unlock func(), err error) {
+	file, err := loginFile(p, server)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
+		return nil, fmt.Errorf("lock the login: %w", err)
+	}
+	f, err := os.OpenFile(file+".lock", os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock the login: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			_ = f.Close()
+		}
+	}()
+	poll := time.NewTicker(20 * time.Millisecond)
+	defer poll.Stop()
+	late := time.NewTimer(lockTimeout)
+	defer late.Stop()
+	for {
+		// flock goes with the process, however it ends: there are no stale locks.
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		switch {
+		case err == nil:
+			return func() { _ = f.Close() }, nil
+		case !errors.Is(err, unix.EWOULDBLOCK):
+			return nil, fmt.Errorf("lock the login: %w", err)
+		}
+		select {
+		case <-poll.C:
+		case <-late.C:
+			return nil, &client.Error{Kind: client.Unavailable, Code: "login-busy", Message: "another coaphub does not let go of the login at " + server}
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+// source gives the access tokens of a login that other programs of this user have, too. A refresh token is good once, and one
+// that comes back may end the login for all (RFC 9700, Section 4.14.2): one program at a time refreshes what is newest, and the
+// others take what it kept.
+func (in login) source(p process) client.TokenSource {
+	given := "" // the access token that this program had last: asked again, it needs another
+	newest := func() (now login, good bool, err error) {
+		now, err = readLogin(p, in.Server)
+		if errors.As(err, new(usageError)) {
+			err = &client.Error{Kind: client.Unauthenticated, Code: client.ErrLogin, Message: "the login has ended: sign in again"}
+		}
+		now.TLS = in.TLS
+		return now, now.Access != given && (now.Expires.IsZero() || time.Until(now.Expires) > 30*time.Second), err
+	}
+	return func(ctx context.Context) (client.Token, error) {
+		now, good, err := newest() // without the lock: the file is whole at any time
+		if err == nil && !good {
+			var unlock func()
+			if unlock, err = lockLogin(ctx, p, in.Server); err != nil {
+				return client.Token{}, err
+			}
+			defer unlock()
+			now, good, err = newest()
+		}
+		if err != nil {
+			return client.Token{}, err
+		}
+		if !good {
+			now.Expires = time.Now() // whatever it says: it was refused
+			late := &client.Error{Kind: client.Unavailable, Code: client.ErrUnreachable, Message: "the provider at " + now.Issuer + " gave no answer in time"}
+			ctx, cancel := context.WithTimeoutCause(ctx, refreshTimeout, late)
+			defer cancel()
+			refresh := now.Source(func(g client.Grant) error {
+				now.Grant = g
+				return now.write(p)
+			})
+			if _, err := refresh(ctx); err != nil {
+				return client.Token{}, err
+			}
+		}
+		given = now.Access
+		return now.Token, nil
+	}
+}
+
+// write keeps a login, for whoever has its lock. The file is whole at any time, for those who only read it.
 func (in login) write(p process) error {
 	file, err := loginFile(p, in.Server)
 	if err != nil {
@@ -63,9 +158,6 @@ func (in login) write(p process) error {
 	}
 	b, err := json.Marshal(in)
 	if err != nil {
-		return fmt.Errorf("keep the login: %w", err)
-	}
-	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
 		return fmt.Errorf("keep the login: %w", err)
 	}
 	t, err := os.CreateTemp(filepath.Dir(file), ".login") // 0600
@@ -128,6 +220,11 @@ func newLogin(p process) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			unlock, err := lockLogin(cmd.Context(), p, server)
+			if err != nil {
+				return err
+			}
+			defer unlock()
 			if err := (login{Grant: g, Server: server, CA: pem}).write(p); err != nil {
 				return err
 			}
@@ -165,6 +262,11 @@ func newLogout(p process) *cobra.Command {
 			if in.TLS, err = trust(in.CA); err != nil {
 				return err
 			}
+			unlock, err := lockLogin(cmd.Context(), p, server)
+			if err != nil {
+				return err
+			}
+			defer unlock()
 			// The file goes in any case; that the tokens live on is said.
 			revoked := in.Revoke(cmd.Context())
 			file, err := loginFile(p, server)
