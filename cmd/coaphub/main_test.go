@@ -26,6 +26,7 @@ import (
 	"github.com/coaphub/coaphub/bundle"
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/test/hubtest"
+	"github.com/coaphub/coaphub/test/issuer"
 )
 
 func TestMain(m *testing.M) {
@@ -327,6 +328,27 @@ func TestOneSimulatedDevice(t *testing.T) {
 	}
 	runs(t, args...).want(t, exitFailure, "^$", "refused the sign-up; coaphub onboard")
 	runs(t, "status", "--refused", "--data", h.Data).want(t, exitOK, `sign-up +`+id, "^$")
+}
+
+// Where another provider gives the codes, onboard has none: it prints no command lines that would need one.
+func TestOnboardWithAnExternalProvider(t *testing.T) {
+	t.Parallel()
+	op := issuer.Start(t)
+	h := hubtest.Start(t, hubtest.WithConfig(
+		`authorization.issuers=[{"authority":"`+op.URL()+`","audience":["hub"]}]`,
+		`coapGateway.api.coap.authorization.providers=[{"name":"op","authority":"`+op.URL()+`","clientID":"cloud","redirectURL":"https://localhost/devices"}]`,
+	))
+	dir := filepath.Join(t.TempDir(), "lamp")
+	r := runs(t, "onboard", "--device-id", lamp, "--psk", "--out", dir, "--data", h.Data)
+	r.want(t, exitOK, `(?s)provider +op\nauthorize +`+op.URL()+`.*open the authorize address in a browser.*-u \S+ -k \S+ .*wrote cert.pem, key.pem and ca.pem to.*-m get -c`, "^$")
+	for _, with := range []string{"simulate", "cloud_server", "-m post", "signup"} {
+		if strings.Contains(r.out, with) {
+			t.Errorf("without a code it printed %q:\n%s", with, r.out)
+		}
+	}
+	if _, err := os.Stat(filepath.Join(dir, "signup.cbor")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("there is a sign-up without a code: %v", err)
+	}
 }
 
 // A fleet over each: DTLS with certificates and with keys, UDP, plain TCP.

@@ -22,7 +22,8 @@ func newOnboard(p process) *cobra.Command {
 		Use:   "onboard (--device-id ID | --any-device)",
 		Short: "Make what a device needs to sign up",
 		Long: "onboard makes what a device needs to sign up: where the hub is, whom to trust, and a code that lives 15 minutes and\n" +
-			"works once. With --out it also writes an identity certificate and prints command lines that use it.",
+			"works once, or where another provider gives such codes. With --out it also writes an identity certificate and prints\n" +
+			"command lines that use it.",
 		Args: none,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			switch {
@@ -93,14 +94,27 @@ func printOnboarding(p process, o bundle.Onboarding, out string) error {
 	if err := t.end(); err != nil {
 		return err
 	}
+	if o.AuthorizeURL != "" {
+		if _, err := fmt.Fprint(p.out, `
+to sign up, open the authorize address in a browser and sign in there: the address that it ends at has a code. The device
+signs up with that code and the provider's name above.
+`); err != nil {
+			return err
+		}
+	}
 	if o.PSK != "" {
 		if _, err := fmt.Fprintf(p.out, `
 libcoap, ask for the hub's time with the pre-shared key:
   coap-client-openssl -m get -u %s -k %s '%s/x.plgd.dev/time'
-
+`, o.PSKIdentity, quote(o.PSK), o.Endpoints.CoAPS); err != nil {
+			return err
+		}
+	}
+	if o.PSK != "" && o.AuthorizationCode != "" {
+		if _, err := fmt.Fprintf(p.out, `
 the simulator, sign up, publish and notify:
   coaphub simulate --device-id %s --key %s --code %s --server '%s'
-`, o.PSKIdentity, quote(o.PSK), o.Endpoints.CoAPS, o.DeviceID, quote(o.PSK), o.AuthorizationCode, o.Endpoints.CoAPS); err != nil {
+`, o.DeviceID, quote(o.PSK), o.AuthorizationCode, o.Endpoints.CoAPS); err != nil {
 			return err
 		}
 	}
@@ -111,40 +125,51 @@ the simulator, sign up, publish and notify:
 	return printRecipes(p, o, out)
 }
 
-// printRecipes writes command lines that work as they stand, and the body of a sign-up for the first of them.
+// printRecipes writes command lines that work as they stand, and the body of a sign-up for one of them. Without a code there are
+// none for the sign-up.
 func printRecipes(p process, o bundle.Onboarding, out string) error {
 	u, err := url.Parse(o.Endpoints.CoAPSTCP)
 	if err != nil {
 		return fmt.Errorf("the hub's endpoint: %w", err)
 	}
-	// libcoap's client reads bodies from a file. The code is a secret for 15 minutes.
-	body := filepath.Join(out, "signup.cbor")
-	text, err := cbor.Marshal(map[string]string{"di": o.DeviceID, "accesstoken": o.AuthorizationCode, "authprovider": o.AuthorizationProvider})
-	if err != nil {
-		return fmt.Errorf("encode the sign-up: %w", err)
+	wrote, body := "cert.pem, key.pem and ca.pem", filepath.Join(out, "signup.cbor")
+	if o.AuthorizationCode != "" {
+		// libcoap's client reads bodies from a file. The code is a secret for 15 minutes.
+		text, err := cbor.Marshal(map[string]string{"di": o.DeviceID, "accesstoken": o.AuthorizationCode, "authprovider": o.AuthorizationProvider})
+		if err != nil {
+			return fmt.Errorf("encode the sign-up: %w", err)
+		}
+		if err := os.WriteFile(body, text, 0o600); err != nil {
+			return err
+		}
+		wrote = "cert.pem, key.pem, ca.pem and signup.cbor"
 	}
-	if err := os.WriteFile(body, text, 0o600); err != nil {
+	if _, err := fmt.Fprintf(p.out, "\nwrote %s to %s\n", wrote, out); err != nil {
 		return err
 	}
 	if o.Endpoints.CoAPSTCP == "" { // a hub without TLS has no use for the certificate
-		_, err := fmt.Fprintf(p.out, "\nwrote cert.pem, key.pem, ca.pem and signup.cbor to %s\n", out)
-		return err
+		return nil
 	}
 	at := func(name string) string { return quote(filepath.Join(out, name)) }
-	overDTLS := ""
-	if o.Endpoints.CoAPS != "" {
-		overDTLS = fmt.Sprintf(`libcoap, the same over DTLS:
-  coap-client-openssl -m get -c %s -j %s -R %s '%s/x.plgd.dev/time'
-
-`, at("cert.pem"), at("key.pem"), at("ca.pem"), o.Endpoints.CoAPS)
-	}
-	_, err = fmt.Fprintf(p.out, `
-wrote cert.pem, key.pem, ca.pem and signup.cbor to %s
-
+	if _, err := fmt.Fprintf(p.out, `
 libcoap, ask for the hub's time:
   coap-client-openssl -m get -c %s -j %s -R %s 'coaps+tcp://%s/x.plgd.dev/time'
-
-%slibcoap, sign up (the answer has the device's tokens):
+`, at("cert.pem"), at("key.pem"), at("ca.pem"), u.Host); err != nil {
+		return err
+	}
+	if o.Endpoints.CoAPS != "" {
+		if _, err := fmt.Fprintf(p.out, `
+libcoap, the same over DTLS:
+  coap-client-openssl -m get -c %s -j %s -R %s '%s/x.plgd.dev/time'
+`, at("cert.pem"), at("key.pem"), at("ca.pem"), o.Endpoints.CoAPS); err != nil {
+			return err
+		}
+	}
+	if o.AuthorizationCode == "" {
+		return nil
+	}
+	_, err = fmt.Fprintf(p.out, `
+libcoap, sign up (the answer has the device's tokens):
   coap-client-openssl -m post -t 60 -A 50 -c %s -j %s -R %s -f %s 'coaps+tcp://%s/oic/sec/account'
 
 the simulator, sign up, publish and notify:
@@ -152,8 +177,7 @@ the simulator, sign up, publish and notify:
 
 iotivity-lite's cloud_server (name, code, hub's address, hub's ID, provider):
   cloud_server lamp '%s' '%s' %s %s
-`, out, at("cert.pem"), at("key.pem"), at("ca.pem"), u.Host, overDTLS,
-		at("cert.pem"), at("key.pem"), at("ca.pem"), quote(body), u.Host,
+`, at("cert.pem"), at("key.pem"), at("ca.pem"), quote(body), u.Host,
 		o.DeviceID, quote(out), o.AuthorizationCode, o.Endpoints.CoAPSTCP,
 		o.AuthorizationCode, o.Endpoints.CoAPSTCP, o.HubID, o.AuthorizationProvider)
 	return err
