@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -9,6 +10,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/coaphub/coaphub/bundle"
 	"github.com/coaphub/coaphub/internal/conf"
@@ -55,6 +57,9 @@ func newCA(p process) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if err := makeFolder(out); err != nil {
+				return err
+			}
 			id, err := c.Issue(cmd.Context(), device, d)
 			if err != nil {
 				return err
@@ -72,24 +77,46 @@ func newCA(p process) *cobra.Command {
 	return group("ca", "The hub's own certification authorities", root, issue)
 }
 
+// makeFolder makes a folder for secrets, or sees that it can be written: before there is anything that would be lost.
+func makeFolder(dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("make the folder: %w", err)
+	}
+	if err := unix.Access(dir, unix.W_OK|unix.X_OK); err != nil {
+		return fmt.Errorf("write to the folder %s: %w", dir, err)
+	}
+	return nil
+}
+
 // writeIdentity writes a device's three files; the key is readable by its owner only. ca.pem has the issuing certificate after
 // the root: libcoap with OpenSSL sends only the first certificate of cert.pem, and completes the chain from what it trusts.
 func writeIdentity(dir string, id bundle.Identity) error {
 	_, issuing := pem.Decode([]byte(id.Chain))
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return fmt.Errorf("make the folder: %w", err)
-	}
 	for _, f := range []struct {
 		name, text string
 		mode       os.FileMode
 	}{{"cert.pem", id.Chain, 0o644}, {"key.pem", id.Key, 0o600}, {"ca.pem", id.CA + string(issuing), 0o644}} {
-		path := filepath.Join(dir, f.name)
-		if err := os.WriteFile(path, []byte(f.text), f.mode); err != nil {
+		if err := writeFile(filepath.Join(dir, f.name), []byte(f.text), f.mode); err != nil {
 			return err
 		}
-		if err := os.Chmod(path, f.mode); err != nil { // the file may have been there with another mode
-			return err
-		}
+	}
+	return nil
+}
+
+// writeFile puts a file in place in one step: one that was there may have another mode, and others may have it open.
+func writeFile(path string, b []byte, mode os.FileMode) error {
+	f, err := os.CreateTemp(filepath.Dir(path), ".new-*") // 0600
+	if err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	_, err = f.Write(b)
+	err = errors.Join(err, f.Chmod(mode), f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		_ = os.Remove(f.Name())
+		return fmt.Errorf("write %s: %w", path, err)
 	}
 	return nil
 }

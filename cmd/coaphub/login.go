@@ -160,17 +160,7 @@ func (in login) write(p process) error {
 	if err != nil {
 		return fmt.Errorf("keep the login: %w", err)
 	}
-	t, err := os.CreateTemp(filepath.Dir(file), ".login") // 0600
-	if err != nil {
-		return fmt.Errorf("keep the login: %w", err)
-	}
-	_, err = t.Write(b)
-	err = errors.Join(err, t.Close())
-	if err == nil {
-		err = os.Rename(t.Name(), file)
-	}
-	if err != nil {
-		_ = os.Remove(t.Name())
+	if err := writeFile(file, b, 0o600); err != nil {
 		return fmt.Errorf("keep the login: %w", err)
 	}
 	return nil

@@ -330,6 +330,38 @@ func TestOneSimulatedDevice(t *testing.T) {
 	runs(t, "status", "--refused", "--data", h.Data).want(t, exitOK, `sign-up +`+id, "^$")
 }
 
+// Secrets are not written into files that others have open, or may read.
+func TestSecretsReplaceFiles(t *testing.T) {
+	t.Parallel()
+	h := hubtest.Start(t)
+	dir := t.TempDir()
+	old := map[string]*os.File{}
+	for _, name := range []string{"key.pem", "signup.cbor"} {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, nil, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		f, err := os.Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = f.Close() }()
+		old[path] = f
+	}
+	runs(t, "onboard", "--device-id", lamp, "--out", dir, "--data", h.Data).want(t, exitOK, "wrote cert.pem", "^$")
+	for path, f := range old {
+		if b, err := io.ReadAll(f); err != nil || len(b) > 0 {
+			t.Errorf("who had %s open reads %q, %v", path, b, err)
+		}
+		if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 || info.Size() == 0 {
+			t.Errorf("%s: %v, %v", path, info, err)
+		}
+	}
+	if files, err := os.ReadDir(dir); err != nil || len(files) != 4 {
+		t.Errorf("they left %v, %v", files, err)
+	}
+}
+
 // Where another provider gives the codes, onboard has none: it prints no command lines that would need one.
 func TestOnboardWithAnExternalProvider(t *testing.T) {
 	t.Parallel()
@@ -375,6 +407,12 @@ func TestOneDeviceOverDatagrams(t *testing.T) {
 		if found == nil {
 			t.Fatalf("onboard printed no command line: %q", r.out)
 		}
+		// A key that could not be written anywhere is not made: the device keeps its own.
+		file := filepath.Join(t.TempDir(), "file")
+		if err := os.WriteFile(file, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		runs(t, "onboard", "--device-id", lamp, "--psk", "--out", filepath.Join(file, "lamp"), "--data", h.Data).want(t, exitFailure, "^$", "not a directory")
 		args := append(strings.Fields(strings.ReplaceAll(found[1], "'", "")), "--duration", "5s")
 		runs(t, args...).want(t, exitOK, "device "+lamp+" is online at coaps://", "^$")
 		runs(t, "status", "--device", lamp, "--data", h.Data).want(t, exitOK, `(?s)protocol +coaps, DTLS 1\.2`, "^$")

@@ -3,7 +3,6 @@ package main
 import (
 	"fmt"
 	"net/url"
-	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -38,6 +37,11 @@ func newOnboard(p process) *cobra.Command {
 			c, err := control(cmd)
 			if err != nil {
 				return err
+			}
+			if out != "" { // the hub forgets the device's former key as soon as it makes another
+				if err := makeFolder(out); err != nil {
+					return err
+				}
 			}
 			o, err := c.Onboard(cmd.Context(), q)
 			if err != nil {
@@ -139,7 +143,7 @@ func printRecipes(p process, o bundle.Onboarding, out string) error {
 		if err != nil {
 			return fmt.Errorf("encode the sign-up: %w", err)
 		}
-		if err := os.WriteFile(body, text, 0o600); err != nil {
+		if err := writeFile(body, text, 0o600); err != nil {
 			return err
 		}
 		wrote = "cert.pem, key.pem, ca.pem and signup.cbor"
