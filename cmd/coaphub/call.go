@@ -104,8 +104,8 @@ func newCall(p process) *cobra.Command {
 			}
 			defer func() { _ = resp.Body.Close() }()
 			err = showAnswer(p, c, resp, f.asJSON)
-			if err != nil && cmd.Context().Err() != nil {
-				return nil // a stream that was interrupted, which is how it ends
+			if err != nil && cmd.Context().Err() != nil && kindOfAnswer(resp) == stream {
+				return nil // it was interrupted, which is how it ends
 			}
 			return err
 		},
@@ -291,13 +291,19 @@ func listOperations(cmd *cobra.Command, p process, c *client.Client, asJSON bool
 }
 
 // showAnswer prints an answer: JSON in lines of its own for people and one object a line for scripts, lists and streams as
-// they come, and everything else, contents alone too, as it stands.
+// they come, and everything else, contents alone too, as it stands. On a terminal all of it is plain.
 func showAnswer(p process, c *client.Client, resp *http.Response, asJSON bool) error {
-	kind, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
-	structured := kind == "text/event-stream" || strings.HasSuffix(kind, "json") || strings.HasSuffix(kind, "jsonpb")
-	if !structured || resp.Request.URL.Query().Get("onlyContent") != "" {
-		_, err := io.Copy(p.out, resp.Body)
+	write := func(r io.Reader) error {
+		_, err := io.Copy(p.out, r)
 		return err
+	}
+	if terminal(p.out) {
+		write = func(r io.Reader) error { return copyPlain(p.out, r) }
+	}
+	kind := kindOfAnswer(resp)
+	structured := kind == stream || strings.HasSuffix(kind, "json") || strings.HasSuffix(kind, "jsonpb")
+	if !structured || resp.Request.URL.Query().Get("onlyContent") != "" {
+		return write(resp.Body)
 	}
 	for raw, err := range c.Elements(resp) {
 		if err != nil {
@@ -310,13 +316,23 @@ func showAnswer(p process, c *client.Client, resp *http.Response, asJSON bool) e
 			err = json.Indent(&b, raw, "", "  ")
 		}
 		if err == nil {
-			err = line(p.out, b.Bytes())
+			b.WriteByte('\n')
+			err = write(&b)
 		}
 		if err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// stream is the kind of an answer that goes on until it is interrupted.
+const stream = "text/event-stream"
+
+// kindOfAnswer is the media type of an answer, without parameters.
+func kindOfAnswer(resp *http.Response) string {
+	kind, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
+	return kind
 }
 
 // completeOperations completes the name of an operation and then its parameters.

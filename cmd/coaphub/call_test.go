@@ -2,6 +2,9 @@ package main
 
 import (
 	"encoding/json"
+	"io"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -80,6 +83,28 @@ func TestCall(t *testing.T) {
 	out.until(t, `(?m)^\{.*"resourceChanged":\{.*\}$`)
 	if code := stop(); code != exitOK {
 		t.Errorf("interrupted, it ended with %d", code)
+	}
+}
+
+// A stream ends by being interrupted; anything else was not read to its end then.
+func TestCallIsInterrupted(t *testing.T) {
+	t.Parallel()
+	for kind, want := range map[string]int{"text/event-stream": exitOK, "application/json": exitFailure, "text/plain": exitFailure} {
+		api := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Content-Type", kind)
+			if kind == "text/event-stream" {
+				_, _ = io.WriteString(w, "data:")
+			}
+			_, _ = io.WriteString(w, "{\"begun\":1}\n\n")
+			_ = http.NewResponseController(w).Flush()
+			<-r.Context().Done()
+		}))
+		out, errs, stop := executing(t, "call", "GET", "/x", "--server", api.URL, "--token", "x", "--json")
+		out.until(t, `begun`)
+		if code := stop(); code != want {
+			t.Errorf("%s: interrupted, it ended with %d: %s", kind, code, errs)
+		}
+		api.Close()
 	}
 }
 

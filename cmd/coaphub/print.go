@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -61,4 +62,30 @@ func plain(s string) string {
 		}
 		return r
 	}, s)
+}
+
+// copyPlain copies a text of several lines as plain does: line feeds and tabs stay, what is not UTF-8 becomes U+FFFD.
+func copyPlain(w io.Writer, r io.Reader) error {
+	in, out := bufio.NewReader(r), bufio.NewWriter(w)
+	for {
+		c, _, err := in.ReadRune()
+		if err != nil {
+			if errors.Is(err, io.EOF) {
+				err = nil
+			}
+			return errors.Join(err, out.Flush())
+		}
+		text := string(c)
+		if c != '\n' && c != '\t' {
+			text = plain(text)
+		}
+		if _, err := out.WriteString(text); err != nil {
+			return err
+		}
+		if in.Buffered() == 0 { // the next may take its time
+			if err := out.Flush(); err != nil {
+				return err
+			}
+		}
+	}
 }
