@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"net/http"
@@ -10,6 +11,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/coaphub/coaphub/test/hubtest"
 )
 
 // openTerminal opens a terminal for a command: its person types what is written to them, and reads what the command shows.
@@ -66,5 +69,23 @@ func TestCallOnATerminal(t *testing.T) {
 			t.Errorf("%s %.40q is written as %.80q, with %d", s.kind, s.body, r.out, r.code)
 		}
 		api.Close()
+	}
+}
+
+// Who types no password is asked for one: the hub would take none for a wish for a one-time password.
+func TestPasswordOnATerminal(t *testing.T) {
+	t.Parallel()
+	h := hubtest.Start(t)
+	for typed, want := range map[string]result{
+		"\n":                      {exitUsage, "^$", `^password: \ncoaphub: --password-stdin: no password was typed`},
+		"correct horse battery\n": {exitOK, `^added alice \(user\)\n$`, "^password: \n$"},
+	} {
+		person, tty := openTerminal(t)
+		if _, err := io.WriteString(person, typed); err != nil {
+			t.Fatal(err)
+		}
+		var out, errs bytes.Buffer
+		code := execute(t.Context(), []string{"user", "add", "alice", "--password-stdin", "--data", h.Data}, process{tty, &out, &errs, nil})
+		result{code, out.String(), errs.String()}.want(t, want.code, want.out, want.err)
 	}
 }

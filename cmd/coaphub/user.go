@@ -135,6 +135,9 @@ func readPassword(p process, want bool) (string, error) {
 		if err != nil {
 			return "", fmt.Errorf("read the password: %w", err)
 		}
+		if len(b) == 0 {
+			return "", usage("--password-stdin: no password was typed; without the flag the account gets a one-time password")
+		}
 		return string(b), nil
 	}
 	line, err := bufio.NewReader(io.LimitReader(p.in, 4096)).ReadString('\n')
