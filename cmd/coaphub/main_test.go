@@ -413,14 +413,17 @@ func TestOneDeviceOverDatagrams(t *testing.T) {
 			t.Fatal(err)
 		}
 		runs(t, "onboard", "--device-id", lamp, "--psk", "--out", filepath.Join(file, "lamp"), "--data", h.Data).want(t, exitFailure, "^$", "not a directory")
-		args := append(strings.Fields(strings.ReplaceAll(found[1], "'", "")), "--duration", "5s")
+		args := append(strings.Fields(strings.ReplaceAll(found[1], "'", "")), "--duration", "5s", "--rate", "0")
 		runs(t, args...).want(t, exitOK, "device "+lamp+" is online at coaps://", "^$")
 		runs(t, "status", "--device", lamp, "--data", h.Data).want(t, exitOK, `(?s)protocol +coaps, DTLS 1\.2`, "^$")
 	})
 	t.Run("udp", func(t *testing.T) {
 		t.Parallel()
-		runs(t, "simulate", "--device-id", fan, "--code", h.Code(t, fan), "--server", h.Endpoints.CoAP, "--duration", "5s").
+		runs(t, "simulate", "--device-id", fan, "--code", h.Code(t, fan), "--server", h.Endpoints.CoAP, "--duration", "5s", "--rate", "1e-12").
 			want(t, exitOK, "device "+fan+" is online at coap://", "^$")
+		if r := runs(t, "history", fan, "/light/1", "--data", h.Data); r.code != exitOK || strings.Count(r.out, "resourceChanged") > 2 {
+			t.Errorf("notified once in many years, it ended with %d: %.300s", r.code, r.out) // what it had at first is there
+		}
 		// It signed out: nothing else would tell the hub.
 		runs(t, "status", "--device", fan, "--data", h.Data).want(t, exitOK, `(?s)state +offline\nprotocol +coap\n`, "^$")
 	})

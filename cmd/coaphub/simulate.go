@@ -229,11 +229,13 @@ func (s *single) simulate(ctx context.Context, p process, rate float64, log *slo
 		})
 	}()
 	every := time.Duration(math.MaxInt64)
-	if rate > 0 {
-		every = time.Duration(float64(time.Second) / rate)
+	if period := float64(time.Second) / rate; rate > 0 && period < math.MaxInt64 {
+		every = time.Duration(period)
 	}
 	tick := time.NewTicker(max(every, time.Millisecond))
 	defer tick.Stop()
+	look := time.NewTicker(100 * time.Millisecond)
+	defer look.Stop()
 	online := false
 	for n := 0; ; {
 		select {
@@ -246,12 +248,14 @@ func (s *single) simulate(ctx context.Context, p process, rate float64, log *slo
 				return nil
 			}
 			return err
-		case <-tick.C:
-			if now := d.Stats().Online.Load(); now > 0 && !online {
-				online = true
+		case <-look.C:
+			now := d.Stats().Online.Load() > 0
+			if now && !online {
 				_, _ = fmt.Fprintf(p.out, "device %s is online at %s\n", s.id, s.server)
-			} else if now == 0 {
-				online = false
+			}
+			online = now
+		case <-tick.C:
+			if !online {
 				continue
 			}
 			n++
