@@ -117,7 +117,7 @@ func (f Fleet) Run(ctx context.Context) (Counts, error) {
 	}
 
 	wg.Go(func() {
-		tick := time.NewTicker(time.Second / time.Duration(f.StartRate))
+		tick := time.NewTicker(max(time.Second/time.Duration(f.StartRate), 1))
 		defer tick.Stop()
 		for i := range f.Devices {
 			wg.Go(func() {

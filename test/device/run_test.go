@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -196,6 +197,21 @@ func TestFleetNotifiesWhatIsObserved(t *testing.T) {
 	}
 	if c := <-done; c.Notified <= 10 {
 		t.Errorf("counts %v", c)
+	}
+}
+
+// All devices start at once if so many may.
+func TestFleetStartsAtOnce(t *testing.T) {
+	t.Parallel()
+	ctx, stop := context.WithCancel(t.Context())
+	asked := 0
+	f := Fleet{Devices: 1, StartRate: math.MaxInt, Onboard: func(context.Context, string) (Onboarding, error) {
+		asked++
+		stop()
+		return Onboarding{}, errors.New("enough")
+	}}
+	if _, err := f.Run(ctx); err != nil || asked != 1 {
+		t.Errorf("%d devices, %v", asked, err)
 	}
 }
 
