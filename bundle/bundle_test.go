@@ -280,6 +280,19 @@ func TestTheReadyLine(t *testing.T) {
 	}
 }
 
+// The address that is configured for the secure listener is said of it over both protocols, and of no other.
+func TestTheExternalAddressIsTheSecureListeners(t *testing.T) {
+	t.Parallel()
+	h := hubtest.Start(t, hubtest.WithConfig("coapGateway.api.coap.externalAddress=nat.example:443", "coapGateway.api.coap.plainAddress=127.0.0.1:0"))
+	e := h.Endpoints
+	if e.CoAPSTCP != "coaps+tcp://nat.example:443" || e.CoAPS != "coaps://nat.example:443" {
+		t.Errorf("the secure endpoints are %s and %s", e.CoAPSTCP, e.CoAPS)
+	}
+	if !strings.HasPrefix(e.CoAPTCP, "coap+tcp://127.0.0.1:") || e.CoAP != "coap"+strings.TrimPrefix(e.CoAPTCP, "coap+tcp") {
+		t.Errorf("the plain endpoints are %s and %s", e.CoAPTCP, e.CoAP)
+	}
+}
+
 // A hub that stops says so to probes until it is gone: the call that is still read on the socket holds up the other parts.
 func TestReadinessSaysStopping(t *testing.T) {
 	t.Parallel()

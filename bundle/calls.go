@@ -102,19 +102,8 @@ func (a *assembly) count(ctx context.Context) (devices, online int) {
 }
 
 func (a *assembly) endpoints() (e Endpoints) {
-	at := a.devices.Addresses()
-	if at.Secure != "" {
-		e.CoAPSTCP = "coaps+tcp://" + a.reachDevices(at.Secure)
-	}
-	if at.SecureUDP != "" {
-		e.CoAPS = "coaps://" + a.reachDevices(at.SecureUDP)
-	}
-	if at.PlainUDP != "" {
-		e.CoAP = "coap://" + reach(at.PlainUDP, a.external)
-	}
-	if at.Plain != "" {
-		e.CoAPTCP = "coap+tcp://" + reach(at.Plain, a.external)
-	}
+	e.CoAPSTCP, e.CoAPS = a.devices.Endpoint(hub.ProtocolCoAPSTCP), a.devices.Endpoint(hub.ProtocolCoAPS)
+	e.CoAPTCP, e.CoAP = a.devices.Endpoint(hub.ProtocolCoAPTCP), a.devices.Endpoint(hub.ProtocolCoAP)
 	e.HTTP, e.GRPC = a.httpURL, a.grpcAddress
 	if a.devices.WebSocket() != nil {
 		if at, secure := strings.CutPrefix(a.httpURL, "https://"); secure {
@@ -158,14 +147,6 @@ func (a *assembly) issue(_ context.Context, q issueRequest) (Identity, error) {
 	}
 	id, err := a.authority.IssueDevice(dev, q.Validity)
 	return Identity{Chain: string(id.Chain), Key: string(id.Key), CA: string(id.CA)}, err
-}
-
-// reachDevices is how devices reach the secure listener.
-func (a *assembly) reachDevices(address string) string {
-	if e := a.cfg.CoAPGateway.API.CoAP.ExternalAddress; e != "" {
-		return e
-	}
-	return reach(address, a.external)
 }
 
 func (a *assembly) refused(context.Context, struct{}) ([]Refusal, error) {

@@ -35,8 +35,8 @@ type CoAPConfig struct {
 	PlainAddress string `yaml:"plainAddress"`
 	// Protocols are those of both addresses: tcp (TLS and plain TCP), udp (DTLS and plain UDP). Default: both.
 	Protocols []string `yaml:"protocols"`
-	// ExternalAddress is host and port as devices reach the hub; it goes into the endpoints of discovery. Empty: the
-	// listener's own address.
+	// ExternalAddress is host and port under which devices reach the listener of address; it goes into endpoints and discovery.
+	// Empty: the hub's externalAddress with the port of the listener.
 	ExternalAddress string `yaml:"externalAddress"`
 	// MaxMessageSize in bytes, everything counted. Larger messages end the connection.
 	MaxMessageSize int `yaml:"maxMessageSize"`

@@ -3,7 +3,6 @@ package coapgateway
 import (
 	"context"
 	"encoding/binary"
-	"net"
 	"slices"
 
 	"github.com/plgd-dev/go-coap/v3/message/codes"
@@ -75,23 +74,13 @@ func (p *peer) discover(ctx context.Context, req *coap.Message, format int32) (c
 // externalEndpoint is where the asking device reaches the hub: the scheme is that of its own connection.
 func (p *peer) externalEndpoint() string {
 	info := p.conn.Info()
-	scheme := "coap"
-	if info.Secure {
-		scheme = "coaps"
+	switch {
+	case info.Host == "":
+		return p.gw.Endpoint(p.protocol())
+	case info.Secure:
+		return "coaps+ws://" + info.Host // RFC 8323, Sections 8.3 to 8.5
 	}
-	if info.Host != "" {
-		return scheme + "+ws://" + info.Host // RFC 8323, Sections 8.3 to 8.5
-	}
-	if info.Stream {
-		scheme += "+tcp"
-	}
-	at := p.gw.cfg.API.CoAP.ExternalAddress
-	if at == "" {
-		at = info.Local.String()
-	} else if _, _, err := net.SplitHostPort(at); err != nil {
-		at = info.Local.String()
-	}
-	return scheme + "://" + at
+	return "coap+ws://" + info.Host
 }
 
 // listBody is a CBOR or JSON array that is encoded member by member, so that it can be given up before it is too large.

@@ -46,6 +46,8 @@ type Deps struct {
 	HubID hub.DeviceID
 	// Service names this gateway in the connections it records.
 	Service string
+	// Reach returns host and port under which devices reach the listener of an address. Nil: under that address.
+	Reach func(address string) string
 }
 
 // Gateway is the devices' door.
@@ -173,6 +175,32 @@ func (g *Gateway) Addresses() Addresses {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return g.addresses
+}
+
+// Endpoint is the URI under which devices reach the gateway over a protocol, once Run called ready; "" for one that is off.
+func (g *Gateway) Endpoint(over hub.Protocol) string {
+	at, external := g.Addresses(), g.cfg.API.CoAP.ExternalAddress
+	var address string
+	switch over {
+	case hub.ProtocolCoAPSTCP:
+		address = at.Secure
+	case hub.ProtocolCoAPS:
+		address = at.SecureUDP
+	case hub.ProtocolCoAPTCP:
+		address, external = at.Plain, "" // it has another port, which says nothing about the one outside
+	case hub.ProtocolCoAP:
+		address, external = at.PlainUDP, ""
+	case hub.ProtocolUnknown, hub.ProtocolC2C:
+	}
+	switch {
+	case address == "":
+		return ""
+	case external != "":
+		address = external
+	case g.deps.Reach != nil:
+		address = g.deps.Reach(address)
+	}
+	return over.String() + "://" + address
 }
 
 // WebSocket is the way in over WebSocket, for an HTTP server to mount at coap.WebSocketPath; nil when it is off. While the

@@ -135,7 +135,6 @@ func start(t *testing.T, change func(*Config, *Deps)) *hall {
 	h := &hall{t: t, w: newWorld(), ca: house.ca}
 	cfg := Default()
 	cfg.API.CoAP.Address, cfg.API.CoAP.PlainAddress = "127.0.0.1:0", "127.0.0.1:0"
-	cfg.API.CoAP.ExternalAddress = "hub.example:5684"
 	deps := Deps{
 		Directory: &h.w.dir, Identities: &h.w.ids, Verifier: &h.w.ver,
 		Providers:   []NamedProvider{{Name: "main", Provider: &h.w.prov}},

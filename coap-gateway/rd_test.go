@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"net"
 	"slices"
 	"strings"
 	"testing"
@@ -330,21 +331,11 @@ func TestDiscovery(t *testing.T) {
 		if err := decoding.Unmarshal(d.do(codes.GET, "/oic/res", nil).body, &ls); err != nil {
 			t.Fatal(err)
 		}
-		if fmt.Sprint(ls[0]["eps"]) != "[map[ep:coap+tcp://hub.example:5684 pri:1]]" {
-			t.Errorf("eps are %v", ls[0]["eps"])
-		}
 		if ls[0]["anchor"] != "ocf://x" || ls[1]["anchor"] != "ocf://"+string(fanID) || ls[0]["di"] != string(lampID) || ls[0]["title"] != "t" {
 			t.Errorf("links are %v", ls)
 		}
 		if _, ok := ls[0]["ins"]; ok {
 			t.Error("ins is not for other devices")
-		}
-		s := h.device(fanID)
-		s.mute = true
-		h.connect(s, h.gw.Addresses().Secure, h.tlsFor(h.ca.identity(t, fanID, nil)))
-		s.want(s.signIn("token-"+string(lampID)), "2.04", "")
-		if err := decoding.Unmarshal(s.do(codes.GET, "/oic/res", nil).body, &ls); err != nil || fmt.Sprint(ls[0]["eps"]) != "[map[ep:coaps+tcp://hub.example:5684 pri:1]]" {
-			t.Errorf("over TLS eps are %v", ls[0]["eps"])
 		}
 	})
 	t.Run("Accept 60", func(t *testing.T) {
@@ -375,6 +366,48 @@ func TestDiscovery(t *testing.T) {
 		d.want(d.do(codes.GET, "/oic/res", nil, query("rt=%zz")), "4.00", "query-invalid: ")
 		d.alive()
 	})
+}
+
+// Links lead to the listener that the asking device came to, as it is reached from outside: api.coap.externalAddress is the
+// secure one's, all others have the hub's own host.
+func TestDiscoveredEndpoints(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct{ external, secure, plain string }{
+		"configured":            {"nat.example:443", "coaps+tcp://nat.example:443", "coap+tcp://hub.example:"},
+		"as the hub is reached": {"", "coaps+tcp://hub.example:", "coap+tcp://hub.example:"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := start(t, func(cfg *Config, deps *Deps) {
+				cfg.API.CoAP.ExternalAddress = c.external
+				deps.Reach = func(address string) string { return strings.Replace(address, "127.0.0.1", "hub.example", 1) }
+			})
+			port := func(uri, address string) string {
+				if !strings.HasSuffix(uri, ":") {
+					return uri
+				}
+				_, port, _ := net.SplitHostPort(address)
+				return uri + port
+			}
+			at := h.gw.Addresses()
+			secure, plain := port(c.secure, at.Secure), port(c.plain, at.Plain)
+			h.w.own(fanID, "alice")
+			lamp, fan := h.online(lampID, mute), h.secure(fanID)
+			fan.mute = true
+			fan.want(fan.signIn("token-"+string(lampID)), "2.04", "")
+			h.w.mu.Lock()
+			h.w.links[lampID] = links{"/light": {Href: "/light"}}
+			h.w.mu.Unlock()
+			for d, want := range map[*device]string{lamp: plain, fan: secure} {
+				var ls []map[string]any
+				if err := decoding.Unmarshal(d.do(codes.GET, "/oic/res", nil).body, &ls); err != nil || len(ls) != 1 {
+					t.Fatalf("links are %v, %v", ls, err)
+				}
+				if got := fmt.Sprint(ls[0]["eps"]); got != "[map[ep:"+want+" pri:1]]" {
+					t.Errorf("eps are %s, want %s", got, want)
+				}
+			}
+		})
+	}
 }
 
 // An answer that would not end is given up, and the device told what to do.
