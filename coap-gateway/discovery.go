@@ -3,7 +3,9 @@ package coapgateway
 import (
 	"context"
 	"encoding/binary"
+	"maps"
 	"slices"
+	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
@@ -13,6 +15,14 @@ import (
 
 // maxDiscovery bounds the answer of GET /oic/res; above it the device is told to ask for less.
 const maxDiscovery = 4 << 20
+
+// Discoveries under way are few, since each may read thousands of devices and build maxDiscovery. Others wait, on the goroutine
+// of their connection, for less than a device waits for a Pong (4 s, iotivity-lite).
+const (
+	discoveriesUnderWay = 8
+	discoveriesWaiting  = 1000
+	discoveryMaxWait    = 2 * time.Second
+)
 
 // deviceLinks is the form that Accept 60 asks for.
 type deviceLinks struct {
@@ -29,29 +39,32 @@ func (p *peer) discover(ctx context.Context, req *coap.Message, format int32) (c
 	if err != nil {
 		return coap.Response{}, err
 	}
-	owner := p.sess.own.Owner
-	ids, err := p.gw.deps.Identities.Devices(ctx, owner)
+	place, err := p.enter(ctx, p.gw.discoveries, errDiscoveries)
 	if err != nil {
 		return coap.Response{}, err
 	}
-	if p.gw.cfg.DeviceToDevice.Mode == ModeOff {
-		ids = slices.DeleteFunc(slices.Clone(ids), func(id hub.DeviceID) bool { return id != p.sess.own.Device })
+	defer place.Leave()
+	ids, err := p.discoverable(ctx, q["di"])
+	if err != nil {
+		return coap.Response{}, err
 	}
-	if only := q["di"]; len(only) > 0 {
-		ids = slices.DeleteFunc(slices.Clone(ids), func(id hub.DeviceID) bool {
-			return !slices.ContainsFunc(only, func(s string) bool { d, err := hub.ParseDeviceID(s); return err == nil && d == id })
-		})
+	types := map[string]bool{}
+	for _, rt := range q["rt"] {
+		types[rt] = true
 	}
 	eps := []endpoint{{URI: p.externalEndpoint(), Priority: 1}}
 	list := listBody{format: format}
 	if len(ids) > 0 { // an empty list would be all devices to nobody's surprise but the owner's
-		for dev, err := range p.gw.deps.Directory.Devices(ctx, owner, ids) {
+		for dev, err := range p.gw.deps.Directory.Devices(ctx, p.sess.own.Owner, ids) {
+			if ended := ctx.Err(); err == nil && ended != nil { // what is in memory comes without a look at it
+				err = &hub.Error{Kind: hub.KindOf(ended), Op: "discover", Err: ended}
+			}
 			if err != nil {
 				return coap.Response{}, err
 			}
 			group := deviceLinks{Device: string(dev.ID), TTL: -1, Lifetime: -1}
 			for l := range dev.Links.All() {
-				if rt := q["rt"]; len(rt) > 0 && !slices.ContainsFunc(rt, func(t string) bool { return slices.Contains(l.Types, t) }) {
+				if len(types) > 0 && !slices.ContainsFunc(l.Types, func(t string) bool { return types[t] }) {
 					continue
 				}
 				one := routed(dev.ID, l, eps)
@@ -69,6 +82,25 @@ func (p *peer) discover(ctx context.Context, req *coap.Message, format int32) (c
 		}
 	}
 	return withFormat(codes.Content, format, list.bytes()), nil
+}
+
+// discoverable are the devices to look at: all of the owner's, or those that the request names. Whether those are the owner's
+// is decided by the stamp on each, so that a few of them need no list of all.
+func (p *peer) discoverable(ctx context.Context, di []string) ([]hub.DeviceID, error) {
+	self, alone := p.sess.own.Device, p.gw.cfg.DeviceToDevice.Mode == ModeOff
+	if len(di) == 0 {
+		if alone {
+			return []hub.DeviceID{self}, nil
+		}
+		return p.gw.deps.Identities.Devices(ctx, p.sess.own.Owner)
+	}
+	named := map[hub.DeviceID]bool{}
+	for _, s := range di {
+		if id, err := hub.ParseDeviceID(s); err == nil && (id == self || !alone) { // what is no ID is no device's
+			named[id] = true
+		}
+	}
+	return slices.Sorted(maps.Keys(named)), nil
 }
 
 // externalEndpoint is where the asking device reaches the hub: the scheme is that of its own connection.

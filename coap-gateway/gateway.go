@@ -69,6 +69,7 @@ type Gateway struct {
 	// signIns and exchanges have sign-ins, and sign-ups and refreshes. Those wait for the provider, and one that hangs must keep
 	// nobody out who has a token.
 	signIns, exchanges *admission.Queue
+	discoveries        *admission.Queue
 	patience           time.Duration // how long a write is tried again before a session is given up
 
 	mu        sync.Mutex // guards addresses
@@ -94,7 +95,8 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 	g := &Gateway{
 		cfg: cfg, deps: deps, log: log, devices: newDiagnostics(), live: newLive(), rates: newRates(cfg.Limits),
 		signIns: cfg.Limits.SignIns.queue(), exchanges: cfg.Limits.SignIns.queue(),
-		quiet: newQuietQueue(cfg.DeviceTwin.AskQuietAfter),
+		discoveries: admission.NewQueue(discoveriesUnderWay, discoveriesWaiting, discoveryMaxWait),
+		quiet:       newQuietQueue(cfg.DeviceTwin.AskQuietAfter),
 		// Devices wait 4 s for a Pong and reconnect then (iotivity-lite); whatever is not stored by 3 s is better sent again.
 		patience: 3 * time.Second,
 	}

@@ -21,6 +21,8 @@ var (
 	errOwnerRate  = hub.NewError(hub.Exhausted, "owner-rate", "the owner's devices ask for more than they may together")
 	errHubRate    = hub.NewError(hub.Unavailable, "hub-rate", "the hub is asked for more than it may do")
 	errSignIns    = hub.NewError(hub.Unavailable, "sign-ins-full", "too many devices come at the same time")
+
+	errDiscoveries = hub.NewError(hub.Unavailable, "discoveries-full", "too many devices ask for the links of others at the same time")
 )
 
 // rates are how much devices may ask for. One of them is a connection, which has its own bucket: who comes again to have a
@@ -139,15 +141,15 @@ func (p *peer) Pace(n int) (int, time.Duration) {
 	return 1, min(wait, maxPause)
 }
 
-// enter takes a place among the account requests that are under way; whoever did must leave it. Over its waiting connection a
-// device cannot ask for anything else.
-func (p *peer) enter(ctx context.Context, q *admission.Queue) (admission.Place, error) {
-	place, again := q.Enter(ctx)
-	if again > 0 {
-		p.gw.metrics.overload.WithLabelValues(errSignIns.Code).Inc()
-		full := *errSignIns
-		full.RetryAfter = again
-		return place, &coded{codes.ServiceUnavailable, &full}
+// enter takes a place among the requests of the queue that are under way, or says that it is full; whoever has one must leave
+// it. Over its waiting connection a device cannot ask for anything else.
+func (p *peer) enter(ctx context.Context, q *admission.Queue, full *hub.Error) (admission.Place, error) {
+	place, wait := q.Enter(ctx)
+	if wait > 0 {
+		p.gw.metrics.overload.WithLabelValues(full.Code).Inc()
+		again := *full
+		again.RetryAfter = wait
+		return place, &coded{codes.ServiceUnavailable, &again}
 	}
 	if p.conn.Closing() { // it has given up, and would only be signed in to go offline
 		place.Leave()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"log/slog"
 	"net"
 	"slices"
@@ -21,6 +22,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/admission"
 	"github.com/coaphub/coaphub/internal/coap"
 	"github.com/coaphub/coaphub/test/dose"
 )
@@ -505,6 +507,72 @@ func TestSignInsQueue(t *testing.T) {
 		for _, v := range append(come, here) {
 			v.leave()
 		}
+	})
+}
+
+// Discovery is for a few at a time. Others wait, for whom there is no room learns when to come again, and all else goes on.
+func TestDiscoveriesQueue(t *testing.T) {
+	t.Parallel()
+	docked(t, func(*LimitsConfig) {}, func(t *testing.T, d *dock) {
+		d.gw.discoveries = admission.NewQueue(1, 1, discoveryMaxWait)
+		lamp, fan, bobs := d.visit(t, lampID, "alice"), d.visit(t, fanID, "alice"), d.visit(t, bobsID, "bob")
+		for _, v := range []*visitor{lamp, fan, bobs} {
+			v.signIn(true)
+		}
+		after(time.Minute)
+		hold := make(chan struct{})
+		d.w.mu.Lock()
+		devices := d.w.dir.devices
+		d.w.dir.devices = func(ctx context.Context, owner hub.Owner, ids []hub.DeviceID) iter.Seq2[*hub.Device, error] {
+			<-hold
+			return devices(ctx, owner, ids)
+		}
+		d.w.mu.Unlock()
+		var all sync.WaitGroup
+		for _, v := range []*visitor{lamp, fan} {
+			all.Go(func() { v.wants(get("/oic/res", 0), codes.Content, "") })
+			synctest.Wait()
+		}
+		bobs.wants(get("/oic/rd", 0), codes.Content, "")
+		again := bobs.wants(get("/oic/res", 0), codes.ServiceUnavailable, "discoveries-full: ")
+		if n := testutil.ToFloat64(d.gw.metrics.overload.WithLabelValues("discoveries-full")); n != 1 {
+			t.Errorf("%v refusals are counted, want 1", n)
+		}
+		close(hold)
+		all.Wait()
+		after(again)
+		bobs.wants(get("/oic/res", 0), codes.Content, "")
+		for _, v := range []*visitor{lamp, fan, bobs} {
+			v.leave()
+		}
+	})
+}
+
+// A discovery goes on no longer than its device waits, however many devices there are.
+func TestDiscoveryEndsWithItsTime(t *testing.T) {
+	t.Parallel()
+	docked(t, func(*LimitsConfig) {}, func(t *testing.T, d *dock) {
+		lamp := d.visit(t, lampID, "alice")
+		lamp.signIn(true)
+		after(time.Minute)
+		read := 0
+		d.w.mu.Lock()
+		d.w.dir.devices = func(_ context.Context, owner hub.Owner, _ []hub.DeviceID) iter.Seq2[*hub.Device, error] {
+			return func(yield func(*hub.Device, error) bool) {
+				for range 1000 {
+					<-time.After(time.Second) // as long as reading one takes
+					if read++; !yield(&hub.Device{ID: lampID, Owner: owner, Links: links{}}, nil) {
+						return
+					}
+				}
+			}
+		}
+		d.w.mu.Unlock()
+		lamp.wants(get("/oic/res", 0), codes.ServiceUnavailable, "deadline: ")
+		if most := int(d.gw.cfg.API.CoAP.KeepAlive.Timeout/time.Second) + 1; read > most {
+			t.Errorf("%d devices were read, a second each, want at most %d", read, most)
+		}
+		lamp.leave()
 	})
 }
 

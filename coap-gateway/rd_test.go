@@ -2,8 +2,10 @@ package coapgateway
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
+	"iter"
 	"net"
 	"slices"
 	"strings"
@@ -407,6 +409,41 @@ func TestDiscoveredEndpoints(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// Who asks for a few devices gets them without a look at all others of the owner.
+func TestDiscoveryOfAFew(t *testing.T) {
+	t.Parallel()
+	h := start(t, nil)
+	d := h.online(lampID, mute)
+	h.w.own(fanID, "alice")
+	h.w.own(bobsID, "bob")
+	h.w.mu.Lock()
+	for _, id := range []hub.DeviceID{lampID, fanID, bobsID} {
+		h.w.links[id] = links{"/light": {Href: "/light"}}
+	}
+	var asked []hub.DeviceID
+	devices := h.w.dir.devices
+	h.w.dir.devices = func(ctx context.Context, owner hub.Owner, ids []hub.DeviceID) iter.Seq2[*hub.Device, error] {
+		asked = ids
+		return devices(ctx, owner, ids)
+	}
+	h.w.ids.devices = func(context.Context, hub.Owner) ([]hub.DeviceID, error) {
+		t.Error("the owner's devices were listed")
+		return nil, nil
+	}
+	h.w.mu.Unlock()
+	r := d.want(d.do(codes.GET, "/oic/res", nil, accept(60), query("di="+strings.ToUpper(string(fanID))), query("di="+string(bobsID)),
+		query("di="+string(fanID)), query("di=x")), "2.05", "")
+	var groups []map[string]any
+	if err := decoding.Unmarshal(r.body, &groups); err != nil || len(groups) != 1 || groups[0]["di"] != string(fanID) {
+		t.Errorf("got %v, %v", groups, err)
+	}
+	want := []hub.DeviceID{fanID, bobsID} // each once; that bob's is not alice's is the directory's to say
+	slices.Sort(want)
+	if !slices.Equal(asked, want) {
+		t.Errorf("the directory was asked for %q, want %q", asked, want)
 	}
 }
 

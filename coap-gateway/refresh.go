@@ -44,7 +44,7 @@ func (p *peer) tryRefresh(ctx context.Context, req *coap.Message, format int32, 
 	if err != nil {
 		return coap.Response{}, dev, err
 	}
-	place, err := p.enter(ctx, p.gw.exchanges)
+	place, err := p.enter(ctx, p.gw.exchanges, errSignIns)
 	if err != nil {
 		return coap.Response{}, dev, err
 	}

@@ -39,7 +39,7 @@ func (p *peer) signInOrOut(ctx context.Context, req *coap.Message, format int32)
 	if !body.Login {
 		return p.signOut(ctx, &body, format)
 	}
-	place, err := p.enter(ctx, p.gw.signIns)
+	place, err := p.enter(ctx, p.gw.signIns, errSignIns)
 	if err != nil {
 		p.refuse("sign-in", "", body.Device, err)
 		return coap.Response{}, err

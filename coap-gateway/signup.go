@@ -53,7 +53,7 @@ func (p *peer) trySignUp(ctx context.Context, req *coap.Message, format int32, b
 	if err != nil {
 		return coap.Response{}, dev, err
 	}
-	place, err := p.enter(ctx, p.gw.exchanges)
+	place, err := p.enter(ctx, p.gw.exchanges, errSignIns)
 	if err != nil {
 		return coap.Response{}, dev, err
 	}
