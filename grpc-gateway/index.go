@@ -85,19 +85,25 @@ func (x *index) put(id hub.DeviceID, e indexed) {
 	x.devices[id] = e
 }
 
+// candidate is what is known of a device, and the device itself if it was read to know it: nil when the index knew.
+type candidate struct {
+	*summary
+	read *deviceElement
+}
+
 // summaries yields what is known of the devices that the filter wants, in ID order, from the place on.
-func (g *Gateway) summaries(ctx context.Context, owner hub.Owner, f *filter) iter.Seq2[*summary, error] {
-	return func(yield func(*summary, error) bool) {
+func (g *Gateway) summaries(ctx context.Context, owner hub.Owner, f *filter) iter.Seq2[candidate, error] {
+	return func(yield func(candidate, error) bool) {
 		if !f.at.IsZero() { // of the past nothing is remembered
 			then := *f
 			then.order = order{}
 			for e, err := range g.devices(ctx, owner, &then) {
 				if err != nil {
-					yield(nil, err)
+					yield(candidate{}, err)
 					return
 				}
 				d := e.element.(deviceElement)
-				if !yield(newSummary(&d), nil) {
+				if !yield(candidate{newSummary(&d), &d}, nil) {
 					return
 				}
 			}
@@ -111,11 +117,11 @@ func (g *Gateway) summaries(ctx context.Context, owner hub.Owner, f *filter) ite
 			if id == f.from.device {
 				continue
 			}
-			var d *summary
-			if d, err = g.summary(ctx, owner, id); err != nil {
+			var d candidate
+			if d, err = g.candidate(ctx, owner, id); err != nil {
 				break
 			}
-			if d == nil || !f.wantsTypes(d.plainTypes) || !f.wantsOnline(d.online) || !f.search.found(d) {
+			if d.summary == nil || !f.wantsTypes(d.plainTypes) || !f.wantsOnline(d.online) || !f.search.found(d.summary) {
 				continue
 			}
 			if !yield(d, nil) {
@@ -123,26 +129,25 @@ func (g *Gateway) summaries(ctx context.Context, owner hub.Owner, f *filter) ite
 			}
 		}
 		if err != nil {
-			yield(nil, err)
+			yield(candidate{}, err)
 		}
 	}
 }
 
-// summary returns what is known of a device, nil if it is in no list of owner's.
-func (g *Gateway) summary(ctx context.Context, owner hub.Owner, id hub.DeviceID) (*summary, error) {
+// candidate returns what is known of a device, without a summary if it is in no list of owner's.
+func (g *Gateway) candidate(ctx context.Context, owner hub.Owner, id hub.DeviceID) (d candidate, _ error) {
 	changes := g.deps.Directory.Changes(id) // before it is read: see index
-	if d, ok := g.index.get(id, owner, changes); ok {
-		return d, nil
+	if s, ok := g.index.get(id, owner, changes); ok {
+		return candidate{summary: s}, nil
 	}
-	var d *summary
 	for picture, err := range g.deps.Directory.Devices(ctx, owner, []hub.DeviceID{id}) {
 		if err != nil {
-			return nil, err
+			return candidate{}, err
 		}
 		if e, ok := g.newDevice(picture); ok {
-			d = newSummary(&e)
+			d = candidate{newSummary(&e), &e}
 		}
 	}
-	g.index.put(id, indexed{changes, owner, d})
+	g.index.put(id, indexed{changes, owner, d.summary})
 	return d, nil
 }

@@ -144,7 +144,7 @@ func (g *Gateway) sortedPage(ctx context.Context, owner hub.Owner, f *filter) (p
 		if err != nil {
 			return nil, false, err
 		}
-		at := place{device: d.id, href: hub.Href(f.order.key(d))}
+		at := place{device: d.id, href: hub.Href(f.order.key(d.summary))}
 		if f.from.device != "" && f.order.compare(at, f.from) <= 0 {
 			continue
 		}
@@ -173,13 +173,19 @@ func (g *Gateway) sortedPage(ctx context.Context, owner hub.Owner, f *filter) (p
 	return page, len(page) == len(h.all), nil
 }
 
-// searchedDevices yields the devices that are found, in ID order, and reads no others.
+// searchedDevices yields the devices that are found, in ID order. It reads no others that the index knows, and none twice.
 func (g *Gateway) searchedDevices(ctx context.Context, owner hub.Owner, f *filter) iter.Seq2[found, error] {
 	return func(yield func(found, error) bool) {
 		for d, err := range g.summaries(ctx, owner, f) {
 			if err != nil {
 				yield(found{}, err)
 				return
+			}
+			if d.read != nil {
+				if !yield(found{*d.read, place{device: d.id}}, nil) {
+					return
+				}
+				continue
 			}
 			one := filter{any: true, online: true, offline: true, devices: map[hub.DeviceID]bool{d.id: true}}
 			for e, err := range g.devices(ctx, owner, &one) { // none if it went meanwhile
