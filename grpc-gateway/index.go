@@ -9,8 +9,13 @@ import (
 	"github.com/coaphub/coaphub/hub"
 )
 
-// maxIndexed bounds the devices that the index remembers, at some 500 bytes each; beyond it some are read again each time.
-const maxIndexed = 100_000
+// maxIndexed bounds the devices that the index remembers, and maxSummary the bytes that the texts of one may take; beyond them
+// devices are read again each time. With all that belongs to it, an entry with a name and two types takes some 420 bytes, one
+// with twelve labels besides 900, and the largest 1.4 KiB: 140 MiB for all, however long the names are.
+const (
+	maxIndexed = 100_000
+	maxSummary = 1 << 10
+)
 
 // summary is what devices are searched and sorted by. Texts are in lower case, since searching and sorting have no case.
 type summary struct {
@@ -27,7 +32,7 @@ func newSummary(e *deviceElement) *summary {
 		id: e.id, name: strings.ToLower(e.says.name), model: strings.ToLower(e.says.model), plainTypes: e.link.Types,
 		online: e.meta.Connection.Online, connectedAt: e.meta.Connection.ConnectedAt,
 	}
-	d.texts = append(d.texts, d.name)
+	d.texts = append(make([]string, 0, 1+len(e.link.Types)+len(e.labels)), d.name)
 	for _, t := range e.link.Types {
 		d.texts = append(d.texts, strings.ToLower(t))
 	}
@@ -35,6 +40,18 @@ func newSummary(e *deviceElement) *summary {
 		d.texts = append(d.texts, strings.ToLower(name+"="+value))
 	}
 	return d
+}
+
+// size is how many bytes the texts of a summary take, each with its header.
+func (d *summary) size() int {
+	const header = 16
+	n := len(d.model)
+	for _, texts := range [][]string{d.texts, d.plainTypes} { // the first of texts is the name
+		for _, t := range texts {
+			n += header + len(t)
+		}
+	}
+	return n
 }
 
 // has reports whether the word, in lower case, occurs.
@@ -73,6 +90,10 @@ func (x *index) get(id hub.DeviceID, owner hub.Owner, changes uint64) (*summary,
 func (x *index) put(id hub.DeviceID, e indexed) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
+	if e.summary != nil && e.summary.size() > maxSummary {
+		delete(x.devices, id)
+		return
+	}
 	if x.devices == nil {
 		x.devices = map[hub.DeviceID]indexed{}
 	}

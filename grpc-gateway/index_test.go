@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"iter"
+	"strings"
 	"testing"
 
 	"github.com/coaphub/coaphub/hub"
@@ -103,6 +104,54 @@ func TestIndexIsBounded(t *testing.T) {
 	want(t, "devices", len(x.devices), maxIndexed)
 	_, ok := x.get(hub.DeviceID(fmt.Sprint(maxIndexed+9)), alice, 1)
 	want(t, "the newest is there", ok, true)
+}
+
+// A device whose texts would take much of the index is found all the same, but read each time.
+func TestLargeSummariesAreNotRemembered(t *testing.T) {
+	t.Parallel()
+	long := strings.Repeat("x", maxSummary)
+	for name, large := range map[string]func(*hub.Device){
+		"name": func(d *hub.Device) { *d = *later(lamp(d.ID, long, true)) },
+		"types": func(d *hub.Device) {
+			types := []string{"oic.wk.d"}
+			for i := range maxSummary / 40 {
+				types = append(types, fmt.Sprintf("x.type.%d", i))
+			}
+			l, _ := d.Links.Get(deviceHref)
+			l.Types = types
+			d.Links = linkSet{l}
+		},
+		"labels": func(d *hub.Device) {
+			d.Labels = hub.Labels{}
+			for i := range maxSummary / 32 {
+				d.Labels[fmt.Sprintf("label-%d", i)] = "a value"
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			fleet(w, 10)
+			const one hub.DeviceID = "d2000000-0000-4000-8000-000000000007"
+			reads, changed := counted(w)
+			nothing := func(read int) {
+				t.Helper()
+				*reads = 0
+				want(t, "found", len(w.get(t, "/api/v1/devices?search=nothing").results()), 0)
+				want(t, "devices read", *reads, read)
+			}
+			nothing(10)
+			nothing(0)
+			large(w.pictures[one])
+			changed(one)
+			nothing(1)
+			nothing(1)
+			want(t, "found by its ID", len(w.get(t, "/api/v1/devices?search=000000000007").results()), 1)
+			w.pictures[one] = later(later(lamp(one, "small again", true)))
+			changed(one)
+			nothing(1)
+			nothing(0)
+		})
+	}
 }
 
 // BenchmarkSearch looks for one among 10 000 devices that are known.
