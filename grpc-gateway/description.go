@@ -35,8 +35,19 @@ func newDescription(c hub.Content) *description {
 	return d
 }
 
-// maxDescribed bounds the devices whose descriptions are remembered, and maxDescription the contents of those, in bytes: a device
-// may say as much as it likes, and most take some 200.
+// size is how many bytes the texts of a description take, those of a list each with their headers.
+func (d *description) size() int {
+	const headers = 32
+	n := len(d.name) + len(d.model) + len(d.piid)
+	for _, m := range d.manufacturer {
+		n += headers + len(m.Language) + len(m.Value)
+	}
+	return n
+}
+
+// maxDescribed bounds the devices whose descriptions are remembered, and maxDescription the bytes that the texts of one may
+// take; beyond them what a device says is read each time. With all that belongs to it, an entry with a name, a model and a
+// manufacturer takes some 300 bytes, and the largest 1.8 KiB.
 const (
 	maxDescribed   = 100_000
 	maxDescription = 1 << 10
@@ -65,11 +76,12 @@ func (k *descriptions) of(dev hub.DeviceID, r *hub.Resource) *description {
 		return known.description
 	}
 	d := newDescription(r.Content)
-	if len(r.Content.Data) > maxDescription {
-		return d
-	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if d != nil && d.size() > maxDescription {
+		delete(k.devices, dev)
+		return d
+	}
 	if k.devices == nil {
 		k.devices = map[hub.DeviceID]described{}
 	}

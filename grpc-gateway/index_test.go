@@ -154,6 +154,26 @@ func TestLargeSummariesAreNotRemembered(t *testing.T) {
 	}
 }
 
+// What a device says of itself is shown, however long it is, and remembered only if it is short.
+func TestLongDescriptionsAreNotRemembered(t *testing.T) {
+	t.Parallel()
+	var k descriptions
+	maker := []any{}
+	for range maxDescription / 32 {
+		maker = append(maker, map[string]any{"language": "en", "value": "Acme"})
+	}
+	for i, says := range []map[string]any{{"n": strings.Repeat("x", maxDescription+1)}, {"n": "lamp", "dmn": maker}} {
+		short := &hub.Resource{Seq: uint64(2*i + 1), Content: ocf(map[string]any{"n": "lamp"})}
+		want(t, "a short name", k.of(lampA, short).name, "lamp")
+		want(t, "remembered", len(k.devices), 1)
+		long := &hub.Resource{Seq: uint64(2*i + 2), Content: ocf(says)}
+		d := k.of(lampA, long)
+		want(t, "the name", d.name, says["n"].(string))
+		want(t, "manufacturers", len(d.manufacturer), i*len(maker))
+		want(t, "remembered", len(k.devices), 0)
+	}
+}
+
 // BenchmarkSearch looks for one among 10 000 devices that are known.
 func BenchmarkSearch(b *testing.B) {
 	w := newWorld(b)
