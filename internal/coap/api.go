@@ -20,6 +20,7 @@ type Message struct {
 	from      *reception // the datagram that a request came in, and that an answer answers; nil on streams
 	challenge bool       // of an answer: Response.Challenge
 	era       int        // of a request: blocks.era when it was taken up
+	again     bool       // of a request: it asks for more of an answer that is kept
 }
 
 // Response is what a handler answers. The engine adds the token and cuts it into blocks where needed.

@@ -226,6 +226,7 @@ func (c *Conn) serve(m *Message) {
 			}
 			r = c.request(whole)
 		}
+		m.again = ok
 	} else {
 		r = c.request(whole)
 	}
@@ -446,10 +447,10 @@ func (c *Conn) slice(m *Message, out *Message, b block, asked bool, largest int,
 		_, _ = h.Write(body)
 		opts = AddOption(opts, ETagOption, h.Sum(nil))
 	}
+	if piece.more && (offset == 0 || !m.again) {
+		c.keep(m, Response{Code: out.Code, Options: without(slices.Clone(out.Options), Block1), Payload: body})
+	}
 	if offset == 0 {
-		if piece.more {
-			c.keep(m, Response{Code: out.Code, Options: without(slices.Clone(out.Options), Block1), Payload: body})
-		}
 		opts = AddUint(opts, Size2, uint32(len(body))) //nolint:gosec // bounded by what handlers make
 	} else if !piece.more {
 		c.forgetAnswer(m)

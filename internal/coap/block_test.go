@@ -251,6 +251,28 @@ func TestDownloadOfChangingResource(t *testing.T) {
 	})
 }
 
+// RFC 7959, Section 2.4: any block may be asked for first. The answer is made once, not for each block.
+func TestDownloadFromTheMiddle(t *testing.T) {
+	asked := 0
+	h := handlerFuncs{request: func(context.Context, *Message) Response {
+		asked++
+		return Response{Code: codes.Content, Payload: pattern(5000)}
+	}}
+	bubble(t, h, nil, func(t *testing.T, s *sim) {
+		p := s.dial(t)
+		body, _ := fetchBlocks(t, p, get("/big"), 6, pattern(5000)[:2048])
+		if !bytes.Equal(body, pattern(5000)) || asked != 1 {
+			t.Fatalf("%d bytes, and the answer was made %d times", len(body), asked)
+		}
+		synctest.Wait() // the last block is sent before the answer is let go
+		s.srv.budget.mu.Lock()
+		defer s.srv.budget.mu.Unlock()
+		if s.srv.budget.left != s.srv.cfg.MaxBuffered {
+			t.Error("the answer is kept after its last block")
+		}
+	})
+}
+
 func TestDownloadRefused(t *testing.T) {
 	bubble(t, echoHandler(), nil, func(t *testing.T, s *sim) {
 		p := s.dial(t)
