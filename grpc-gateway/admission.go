@@ -31,18 +31,50 @@ type admissions struct {
 	owners map[hub.Owner]*share
 }
 
-// share is what an owner has under way, and has left of the rate.
+// share is what an owner has under way, and has left of the rate. Commands that wait for their devices are counted apart: they
+// must not keep the owner from reading, and from ending them.
 type share struct {
-	bucket            admission.Bucket
-	requests, streams int
+	bucket                     admission.Bucket
+	requests, streams, waiting int
 }
 
 // admitted is a request or a stream that was let in; it must leave.
 type admitted struct {
-	a      *admissions
-	owner  hub.Owner
-	stream bool
-	place  admission.Place
+	a     *admissions
+	owner hub.Owner
+	count func(*share) *int // which of the owner's numbers it is in
+	place admission.Place
+}
+
+func requests(s *share) *int { return &s.requests }
+func streams(s *share) *int  { return &s.streams }
+func waiting(s *share) *int  { return &s.waiting }
+
+type admittedKey struct{}
+
+// waits is called when the request of the context begins to wait for a device: it gives its place back, and is refused if the
+// owner has as many waiting as it may have requests under way.
+func waits(ctx context.Context) error {
+	in, ok := ctx.Value(admittedKey{}).(*admitted)
+	if !ok {
+		return nil
+	}
+	in.place.Leave()
+	in.place = admission.Place{}
+	a := in.a
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	s := a.owners[in.owner]
+	if s.waiting >= a.limits.OwnerRequests {
+		a.metrics.refused.WithLabelValues(errOwnerRequests.Code).Inc()
+		again := *errOwnerRequests
+		again.RetryAfter = admission.Again(0)
+		return &again
+	}
+	s.requests--
+	s.waiting++
+	in.count = waiting
+	return nil
 }
 
 func newAdmissions(c *LimitsConfig, m *metrics, all *admission.Queue) *admissions {
@@ -52,24 +84,25 @@ func newAdmissions(c *LimitsConfig, m *metrics, all *admission.Queue) *admission
 }
 
 // enter lets in a request, or a stream, which goes on for as long as somebody listens and is therefore counted apart.
-func (a *admissions) enter(ctx context.Context, owner hub.Owner, stream bool) (admitted, error) {
+func (a *admissions) enter(ctx context.Context, owner hub.Owner, stream bool) (*admitted, error) {
 	if err := a.count(owner, stream); err != nil {
-		return admitted{}, err
+		return nil, err
 	}
-	in := admitted{a: a, owner: owner, stream: stream}
+	in := &admitted{a: a, owner: owner, count: requests}
 	if stream {
+		in.count = streams
 		return in, nil
 	}
 	place, again := a.all.Enter(ctx)
 	if again > 0 {
 		in.leave()
 		if gone(ctx) {
-			return admitted{}, ctx.Err()
+			return nil, ctx.Err()
 		}
 		a.metrics.refused.WithLabelValues(errHubBusy.Code).Inc()
 		busy := *errHubBusy
 		busy.RetryAfter = again
-		return admitted{}, &busy
+		return nil, &busy
 	}
 	in.place = place
 	return in, nil
@@ -113,23 +146,16 @@ func (a *admissions) count(owner hub.Owner, stream bool) error {
 // way. a.mu is held.
 func (a *admissions) forget() {
 	for owner, s := range a.owners {
-		if s.requests == 0 && s.streams == 0 {
+		if s.requests+s.streams+s.waiting == 0 {
 			delete(a.owners, owner)
 		}
 	}
 }
 
 // leave ends what was let in.
-func (in admitted) leave() {
-	if in.a == nil {
-		return
-	}
+func (in *admitted) leave() {
 	in.place.Leave()
 	in.a.mu.Lock()
 	defer in.a.mu.Unlock()
-	if s := in.a.owners[in.owner]; in.stream {
-		s.streams--
-	} else {
-		s.requests--
-	}
+	*in.count(in.a.owners[in.owner])--
 }

@@ -64,6 +64,11 @@ func (g *Gateway) order(ctx context.Context, c hub.Claims, device, href string, 
 	} else {
 		o.Content = hub.Content{Format: hub.FormatNone}
 	}
+	if !o.Async {
+		if err := waits(ctx); err != nil {
+			return hub.Outcome{}, err
+		}
+	}
 	out, err := g.deps.Directory.Command(ctx, c.Owner, o)
 	if o.Repeat && hub.IsKind(err, hub.NotFound) {
 		err = unfit

@@ -63,8 +63,8 @@ type LimitsConfig struct {
 	MaxWaiting int `yaml:"maxWaiting"`
 	// MaxWait is how long one may wait. Default 1s.
 	MaxWait time.Duration `yaml:"maxWait"`
-	// OwnerRequests is how many requests of one owner are under way at a time, so that others find a place; a command is until
-	// the device has answered. Default 1024.
+	// OwnerRequests is how many requests of one owner are under way at a time, so that others find a place. As many commands more
+	// may wait for their devices, which takes no place. Default 1024.
 	OwnerRequests int `yaml:"ownerRequests"`
 	// OwnerStreams is how many streams of events one owner may have open: WebSockets, server-sent events, and gRPC's. Default
 	// 1024.

@@ -170,6 +170,7 @@ func (g *Gateway) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo
 		return nil, err
 	}
 	defer in.leave()
+	ctx = context.WithValue(ctx, admittedKey{}, in)
 	if !known[info.FullMethod] || reads[info.FullMethod] {
 		return handle(ctx, req)
 	}

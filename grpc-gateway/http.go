@@ -170,7 +170,7 @@ func (g *Gateway) serve(ctx context.Context, w *writer, r *http.Request, templat
 		return errNoMethod
 	}
 	req := &request{
-		Request: r.WithContext(ctx), token: bearer(presented), vars: v,
+		Request: r, token: bearer(presented), vars: v,
 		proto: r.Header.Get("Accept") == "application/protojson", cbor: wantsCBOR(r),
 	}
 	var err error
@@ -183,9 +183,11 @@ func (g *Gateway) serve(ctx context.Context, w *writer, r *http.Request, templat
 			return err
 		}
 		defer in.leave()
+		ctx = context.WithValue(ctx, admittedKey{}, in)
 		w.Header().Set("Cache-Control", "private, no-cache") // what it says belongs to one owner
 		w.Header().Add("Vary", "Accept, Authorization")
 	}
+	req.Request = r.WithContext(ctx)
 	switch {
 	case bad != nil:
 		return bad
