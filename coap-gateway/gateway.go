@@ -66,11 +66,12 @@ type Gateway struct {
 	quiet   *quietQueue
 	watches *watches
 	rates   *rates
-	// signIns and exchanges have sign-ins, and sign-ups and refreshes. Those wait for the provider, and one that hangs must keep
-	// nobody out who has a token.
-	signIns, exchanges *admission.Queue
-	discoveries        *admission.Queue
-	patience           time.Duration // how long a write is tried again before a session is given up
+	// signIns has sign-ins, and exchanges the sign-ups and refreshes of each provider. Those wait for it, and one that hangs must
+	// keep nobody out who has a token, or another provider.
+	signIns     *admission.Queue
+	exchanges   map[string]*admission.Queue // by the providers' names
+	discoveries *admission.Queue
+	patience    time.Duration // how long a write is tried again before a session is given up
 
 	mu        sync.Mutex // guards addresses
 	addresses Addresses
@@ -94,11 +95,14 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 	}
 	g := &Gateway{
 		cfg: cfg, deps: deps, log: log, devices: newDiagnostics(), live: newLive(), rates: newRates(cfg.Limits),
-		signIns: cfg.Limits.SignIns.queue(), exchanges: cfg.Limits.SignIns.queue(),
+		signIns: cfg.Limits.SignIns.queue(), exchanges: map[string]*admission.Queue{},
 		discoveries: admission.NewQueue(discoveriesUnderWay, discoveriesWaiting, discoveryMaxWait),
 		quiet:       newQuietQueue(cfg.DeviceTwin.AskQuietAfter),
 		// Devices wait 4 s for a Pong and reconnect then (iotivity-lite); whatever is not stored by 3 s is better sent again.
 		patience: 3 * time.Second,
+	}
+	for _, p := range deps.Providers {
+		g.exchanges[p.Name] = cfg.Limits.SignIns.queue()
 	}
 	g.metrics = newMetrics(reg, g.signIns, g.exchanges)
 	g.watches = &watches{gw: g, ears: map[hub.Owner]*ear{}}

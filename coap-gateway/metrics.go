@@ -25,7 +25,7 @@ type metrics struct {
 	commandSeconds prometheus.Histogram
 }
 
-func newMetrics(reg prometheus.Registerer, signIns, exchanges *admission.Queue) *metrics {
+func newMetrics(reg prometheus.Registerer, signIns *admission.Queue, exchanges map[string]*admission.Queue) *metrics {
 	opts := func(name, help string) prometheus.CounterOpts {
 		return prometheus.CounterOpts{Namespace: "coaphub", Subsystem: "coap_gateway", Name: name, Help: help}
 	}
@@ -81,18 +81,22 @@ func newMetrics(reg prometheus.Registerer, signIns, exchanges *admission.Queue) 
 			Buckets: prometheus.ExponentialBuckets(0.001, 2, 15),
 		}),
 	}
-	accounts := func(kind, state string, n func() int) prometheus.GaugeFunc {
+	accounts := func(kind, provider, state string, n func() int) prometheus.GaugeFunc {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Namespace: "coaphub", Subsystem: "coap_gateway", Name: "account_requests",
-			ConstLabels: prometheus.Labels{"kind": kind, "state": state},
-			Help: "Account requests by kind (sign-in; exchange: sign-ups and refreshes) that are under way or waiting for that. Many " +
+			ConstLabels: prometheus.Labels{"kind": kind, "provider": provider, "state": state},
+			Help: "Account requests by kind (sign-in; exchange: sign-ups and refreshes, by provider) that are under way or waiting for that. Many " +
 				"wait for long: identity store, store, or for exchange the provider is slow, or limits.signIns.underWay is too low.",
 		}, func() float64 { return float64(n()) })
 	}
 	if reg != nil {
-		for kind, q := range map[string]*admission.Queue{"sign-in": signIns, "exchange": exchanges} {
-			reg.MustRegister(accounts(kind, "under-way", func() int { n, _ := q.State(); return n }),
-				accounts(kind, "waiting", func() int { _, n := q.State(); return n }))
+		queue := func(kind, provider string, q *admission.Queue) {
+			reg.MustRegister(accounts(kind, provider, "under-way", func() int { n, _ := q.State(); return n }),
+				accounts(kind, provider, "waiting", func() int { _, n := q.State(); return n }))
+		}
+		queue("sign-in", "", signIns)
+		for provider, q := range exchanges {
+			queue("exchange", provider, q)
 		}
 		reg.MustRegister(m.overload, m.slowed)
 		reg.MustRegister(m.sessions, m.requests, m.refused, m.changes, m.batchSkipped, m.tooLarge, m.notStored, m.syncs, m.quiet,

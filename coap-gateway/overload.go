@@ -146,7 +146,9 @@ func (p *peer) Pace(n int) (int, time.Duration) {
 func (p *peer) enter(ctx context.Context, q *admission.Queue, full *hub.Error) (admission.Place, error) {
 	place, wait := q.Enter(ctx)
 	if wait > 0 {
-		p.gw.metrics.overload.WithLabelValues(full.Code).Inc()
+		if ctx.Err() == nil {
+			p.gw.metrics.overload.WithLabelValues(full.Code).Inc()
+		}
 		again := *full
 		again.RetryAfter = wait
 		return place, &coded{codes.ServiceUnavailable, &again}

@@ -30,8 +30,9 @@ import (
 // dock is a gateway for a bubble, to which devices come over pipes.
 type dock struct {
 	*hall
-	ln  pipes
-	reg *prometheus.Registry
+	ln    pipes
+	reg   *prometheus.Registry
+	other fakeProvider
 }
 
 // visitor is a device there. What the hub asks it answers as quiet does.
@@ -51,14 +52,14 @@ func docked(t *testing.T, change func(*LimitsConfig), test func(t *testing.T, d 
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld()
-		d := &dock{hall: &hall{t: t, w: w}, ln: make(pipes), reg: prometheus.NewRegistry()}
+		d := &dock{hall: &hall{t: t, w: w}, ln: make(pipes), reg: prometheus.NewRegistry(), other: w.prov}
 		cfg := Default()
 		cfg.API.CoAP.Address, cfg.API.CoAP.PlainAddress = "", "127.0.0.1:0"
 		change(&cfg.Limits)
 		var err error
 		d.gw, err = New(cfg, Deps{
 			Directory: &w.dir, Identities: &w.ids, Verifier: &w.ver, HubID: hubID, Service: "gateway-1",
-			Providers: []NamedProvider{{Name: "main", Provider: &w.prov}},
+			Providers: []NamedProvider{{Name: "main", Provider: &w.prov}, {Name: "other", Provider: &d.other}},
 		}, slog.New(slog.DiscardHandler), d.reg)
 		if err != nil {
 			t.Fatal(err)
@@ -468,12 +469,14 @@ func TestSignInsQueue(t *testing.T) {
 			t.Errorf("%d are under way and %d wait, want 1 and 3", busy, waiting)
 		}
 		want := `
-			# HELP coaphub_coap_gateway_account_requests Account requests by kind (sign-in; exchange: sign-ups and refreshes) that are under way or waiting for that. Many wait for long: identity store, store, or for exchange the provider is slow, or limits.signIns.underWay is too low.
+			# HELP coaphub_coap_gateway_account_requests Account requests by kind (sign-in; exchange: sign-ups and refreshes, by provider) that are under way or waiting for that. Many wait for long: identity store, store, or for exchange the provider is slow, or limits.signIns.underWay is too low.
 			# TYPE coaphub_coap_gateway_account_requests gauge
-			coaphub_coap_gateway_account_requests{kind="exchange",state="under-way"} 0
-			coaphub_coap_gateway_account_requests{kind="exchange",state="waiting"} 0
-			coaphub_coap_gateway_account_requests{kind="sign-in",state="under-way"} 1
-			coaphub_coap_gateway_account_requests{kind="sign-in",state="waiting"} 3
+			coaphub_coap_gateway_account_requests{kind="exchange",provider="main",state="under-way"} 0
+			coaphub_coap_gateway_account_requests{kind="exchange",provider="main",state="waiting"} 0
+			coaphub_coap_gateway_account_requests{kind="exchange",provider="other",state="under-way"} 0
+			coaphub_coap_gateway_account_requests{kind="exchange",provider="other",state="waiting"} 0
+			coaphub_coap_gateway_account_requests{kind="sign-in",provider="",state="under-way"} 1
+			coaphub_coap_gateway_account_requests{kind="sign-in",provider="",state="waiting"} 3
 		`
 		if err := testutil.GatherAndCompare(d.reg, strings.NewReader(want), "coaphub_coap_gateway_account_requests"); err != nil {
 			t.Error(err)
@@ -609,6 +612,13 @@ func TestProviderThatHangsKeepsNobodyOut(t *testing.T) {
 			t.Errorf("sign-in: %v %q", a.Code, a.Payload)
 		}
 		lamp.leave()
+		// Nor anybody who has another provider.
+		refresh := cborOf(t, body{"di": string(fanID), "uid": "alice", "refreshtoken": "unknown", "authprovider": "other"})
+		fan := d.visit(t, fanID, "alice")
+		if a := fan.ask(post("/oic/sec/tokenrefresh", 0, refresh)); a.Code != codes.Unauthorized {
+			t.Errorf("refresh at another provider: %v %q", a.Code, a.Payload)
+		}
+		fan.leave()
 		close(hang)
 		all.Wait()
 	})

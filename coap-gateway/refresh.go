@@ -6,6 +6,7 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/admission"
 	"github.com/coaphub/coaphub/internal/coap"
 )
 
@@ -44,11 +45,6 @@ func (p *peer) tryRefresh(ctx context.Context, req *coap.Message, format int32, 
 	if err != nil {
 		return coap.Response{}, dev, err
 	}
-	place, err := p.enter(ctx, p.gw.exchanges, errSignIns)
-	if err != nil {
-		return coap.Response{}, dev, err
-	}
-	defer place.Leave()
 	candidates := p.gw.deps.Providers
 	if body.Provider != "" {
 		one, err := p.gw.provider(body.Provider)
@@ -57,10 +53,11 @@ func (p *peer) tryRefresh(ctx context.Context, req *coap.Message, format int32, 
 		}
 		candidates = []NamedProvider{one}
 	}
-	provider, tokens, err := refreshAt(ctx, candidates, dev, body.Token)
+	provider, tokens, place, err := p.refreshAt(ctx, candidates, dev, body.Token)
 	if err != nil {
 		return coap.Response{}, dev, err
 	}
+	defer place.Leave()
 	if tokens.Refresh == "" { // RFC 6749, Section 6: the old one stays good
 		tokens.Refresh = body.Token
 	}
@@ -86,24 +83,30 @@ func (p *peer) tryRefresh(ctx context.Context, req *coap.Message, format int32, 
 }
 
 // refreshAt asks one provider after the other. Only if all of them refuse the token is it bad: one that could not be asked
-// might have taken it.
-func refreshAt(ctx context.Context, providers []NamedProvider, dev hub.DeviceID, token string) (NamedProvider, hub.Tokens, error) {
+// might have taken it. Of the one that took it the place is the caller's to leave.
+func (p *peer) refreshAt(ctx context.Context, providers []NamedProvider, dev hub.DeviceID, token string) (NamedProvider, hub.Tokens, admission.Place, error) {
 	var trouble, refused error
 	for _, np := range providers {
+		place, err := p.enter(ctx, p.gw.exchanges[np.Name], errSignIns)
+		if err != nil {
+			trouble = err
+			continue
+		}
 		t, err := np.Provider.Refresh(ctx, dev, token)
-		switch {
-		case err == nil:
-			return np, t, nil
-		case hub.IsKind(err, hub.Unauthenticated):
+		if err == nil {
+			return np, t, place, nil
+		}
+		place.Leave()
+		if hub.IsKind(err, hub.Unauthenticated) {
 			refused = err
-		default:
+		} else {
 			trouble = err
 		}
 	}
 	if trouble != nil {
-		return NamedProvider{}, hub.Tokens{}, trouble
+		return NamedProvider{}, hub.Tokens{}, admission.Place{}, trouble
 	}
-	return NamedProvider{}, hub.Tokens{}, &hub.Error{
+	return NamedProvider{}, hub.Tokens{}, admission.Place{}, &hub.Error{
 		Kind: hub.Unauthenticated, Code: "refresh-token-refused", Text: "the provider refused the refresh token", Op: "refresh", Err: refused,
 	}
 }

@@ -53,15 +53,15 @@ func (p *peer) trySignUp(ctx context.Context, req *coap.Message, format int32, b
 	if err != nil {
 		return coap.Response{}, dev, err
 	}
-	place, err := p.enter(ctx, p.gw.exchanges, errSignIns)
-	if err != nil {
-		return coap.Response{}, dev, err
-	}
-	defer place.Leave()
 	provider, err := p.gw.provider(body.Provider)
 	if err != nil {
 		return coap.Response{}, dev, err
 	}
+	place, err := p.enter(ctx, p.gw.exchanges[provider.Name], errSignIns)
+	if err != nil {
+		return coap.Response{}, dev, err
+	}
+	defer place.Leave()
 	if provider.ClientCredentials {
 		// The device shows a JWT in place of a code: it must be for this hub, which the verifier checks, and for this use.
 		c, err := p.gw.deps.Verifier.Verify(ctx, code)

@@ -71,6 +71,9 @@ func (q *Queue) Enter(ctx context.Context) (_ Place, again time.Duration) {
 	default:
 	}
 	q.waiting.Remove(at)
+	if ctx.Err() != nil { // nobody will come at the time
+		return Place{}, time.Second
+	}
 	return Place{}, q.book()
 }
 

@@ -515,7 +515,7 @@ func (c *Conn) work() {
 		c.mu.Lock()
 		closing := c.reason != nil
 		if len(c.queue) == 0 || closing && !c.drain {
-			c.working = false
+			c.working, c.slow = false, false
 			left := c.queue
 			c.queue = nil
 			closing = closing && !c.due()
