@@ -215,7 +215,8 @@ func (r *run) comeBack(ctx context.Context, phase string, atOnce int) Result {
 	late, cancel := context.WithTimeout(ctx, 3*r.cfg.patience)
 	defer cancel()
 	for _, p := range r.peers { // not measured: what follows needs it
-		if err := p.observed(late); err != nil && res.Error == "" && ctx.Err() == nil {
+		if err := p.observed(late); err != nil && ctx.Err() == nil {
+			res.Failed++ // it is signed in, but of no use
 			res.Error = err.Error()
 		}
 	}

@@ -291,13 +291,25 @@ func (b *bench) tables() string {
 			}
 			p(" %s |", cell)
 		}
-		failed := 0
+		failed, tried := 0, false
 		for _, x := range b.results {
 			if x.Transport == r.Transport && x.Phase == r.Phase {
 				failed += x.Failed
+				tried = tried || x.Ops+x.Failed > 0
 			}
 		}
-		p(" %d |\n", failed)
+		if tried {
+			p(" %d |\n", failed)
+		} else {
+			p(" – |\n")
+		}
+	}
+	said := map[string]bool{}
+	for _, r := range b.results {
+		if why := fmt.Sprintf("\n%s, %s was not measured: %s.\n", r.Transport, r.Phase, r.Missing); r.Missing != "" && !said[why] {
+			said[why] = true
+			p("%s", why)
+		}
 	}
 	for _, r := range b.results {
 		for _, doubt := range r.Doubts() {
