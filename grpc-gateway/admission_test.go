@@ -6,6 +6,7 @@ import (
 	"iter"
 	"net/http"
 	"strconv"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -210,9 +211,12 @@ func TestCommandsThatWait(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, func(c *Config, _ *Deps) { c.Limits.OwnerRequests, c.Limits.MaxRequests, c.Limits.MaxWaiting = 2, 2, 0 })
 	hold, asked, command := make(chan struct{}), make(chan struct{}, 3), w.directory.command
+	var mu sync.Mutex
 	w.directory.command = func(ctx context.Context, owner hub.Owner, o hub.Order) (hub.Outcome, error) {
 		asked <- struct{}{}
 		<-hold
+		mu.Lock() // the world notes what it was asked
+		defer mu.Unlock()
 		return command(ctx, owner, o)
 	}
 	answers := make(chan answer)
