@@ -87,6 +87,7 @@ type association struct {
 	// Guarded by the listener's mu.
 	half            *halfOpen // where it is listed, at inAll and inPrefix
 	inAll, inPrefix *list.Element
+	listed          time.Duration
 	muted           *list.Element
 
 	cid  connectionID // set when hasCID is

@@ -46,7 +46,7 @@ type halfOpen struct {
 	prefix map[netip.Prefix]*list.List
 }
 
-func (h *halfOpen) add(a *association) {
+func (h *halfOpen) add(a *association, now time.Duration) {
 	if h.all == nil {
 		h.all, h.prefix = list.New(), make(map[netip.Prefix]*list.List)
 	}
@@ -55,7 +55,7 @@ func (h *halfOpen) add(a *association) {
 		p = list.New()
 		h.prefix[a.prefix] = p
 	}
-	a.half, a.inAll, a.inPrefix = h, h.all.PushBack(a), p.PushBack(a)
+	a.half, a.inAll, a.inPrefix, a.listed = h, h.all.PushBack(a), p.PushBack(a), now
 }
 
 // unlist takes a out of the list it is in.
@@ -225,6 +225,10 @@ func (l *dtlsListener) hello(recs []record, e endpoints) {
 			a.mu.Unlock()
 			switch {
 			case known && first:
+				if l.full(verified, a.prefix) {
+					l.drop("crowded")
+					return
+				}
 				a.push(recs, e)
 				return
 			case known:
@@ -249,11 +253,24 @@ func (l *dtlsListener) hello(recs []record, e endpoints) {
 		fresh.again()
 		return
 	}
-	if l.tooMany(h, e) {
+	if l.tooMany(h, e) || l.full(unverified, prefixOf(e.remote.Addr())) {
 		l.drop("crowded")
 		return
 	}
 	l.begin(recs, h, e)
+}
+
+// begunTime is for how long a handshake does not give way to others of its own network.
+const begunTime = 2 * time.Second
+
+// full reports that a network has as many handshakes of a stage as it may, and that the oldest of them has begun just now. It
+// goes on rather than give way, else none of a fleet that comes back at once, behind one address, gets to its end. Whoever came
+// now comes again (RFC 6347, Section 4.2.4).
+func (l *dtlsListener) full(s stage, prefix netip.Prefix) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	p := l.halfOpen[s].prefix[prefix]
+	return p != nil && p.Len() >= l.conf.MaxPerPrefix && l.srv.now()-p.Front().Value.(*association).listed < begunTime
 }
 
 // tooMany reports that a ClientHello has to come again before it is worth an association.
@@ -310,7 +327,7 @@ func (l *dtlsListener) begin(recs []record, h clientHello, e endpoints) {
 		restarted.unlist()
 	}
 	l.fresh[e] = a
-	half.add(a)
+	half.add(a, l.srv.now())
 	l.wg.Add(1)
 	l.mu.Unlock()
 	if victim != nil {
@@ -345,7 +362,7 @@ func (l *dtlsListener) promote(a *association) {
 		restarted.unlist()
 	}
 	l.shaking[a.first] = a
-	half.add(a)
+	half.add(a, l.srv.now())
 	l.mu.Unlock()
 	if victim != nil {
 		victim.cancel(errEvictedHalf)
