@@ -425,12 +425,11 @@ func TestObservationOutlivesTrouble(t *testing.T) {
 		}
 		return head(ctx)
 	}
-	cut := false
+	var cut atomic.Bool
 	h.w.dir.feed = func(ctx context.Context, o hub.Owner, from hub.Cursor) iter.Seq2[hub.Fed, error] {
 		return func(yield func(hub.Fed, error) bool) {
 			for f, err := range feed(ctx, o, from) {
-				if !cut {
-					cut = true
+				if err == nil && cut.CompareAndSwap(false, true) { // else it is the reader for the first watch, which has gone
 					broken <- "feed"
 					yield(hub.Fed{}, trouble)
 					return
@@ -455,10 +454,13 @@ func TestObservationOutlivesTrouble(t *testing.T) {
 
 	// The state cannot be read for a while.
 	unlock = h.w.lock()
-	reads := 0
+	var back atomic.Bool
 	h.w.dir.state = func(ctx context.Context, o hub.Owner, ids []hub.DeviceID) iter.Seq2[*hub.Device, error] {
-		if reads++; reads == 1 {
-			broken <- "state"
+		if !back.Load() {
+			select {
+			case broken <- "state":
+			default:
+			}
 			return func(yield func(*hub.Device, error) bool) { yield(nil, trouble) }
 		}
 		return state(ctx, o, ids)
@@ -467,6 +469,7 @@ func TestObservationOutlivesTrouble(t *testing.T) {
 	h.report("/light", hub.FormatOCFCBOR, "c", "")
 	<-broken
 	h.report("/light", hub.FormatOCFCBOR, "d", "")
+	back.Store(true)
 	n.is(n.answer(5), codes.Content, "d")
 	n.quiet(5)
 }
