@@ -79,8 +79,13 @@ func (f *field) end() {
 // shake makes the lamp's association, with a connection ID.
 func (f *field) shake(sock net.PacketConn) *dtls.Conn {
 	f.t.Helper()
+	return f.shakeAs(sock, lampID)
+}
+
+func (f *field) shakeAs(sock net.PacketConn, dev hub.DeviceID) *dtls.Conn {
+	f.t.Helper()
 	conn, err := dtls.ClientWithOptions(sock, fieldDTLS,
-		dtls.WithPSK(func([]byte) ([]byte, error) { return f.key, nil }), dtls.WithPSKIdentityHint([]byte(lampID)),
+		dtls.WithPSK(func([]byte) ([]byte, error) { return f.key, nil }), dtls.WithPSKIdentityHint([]byte(dev)),
 		dtls.WithCipherSuites(dtls.TLS_PSK_WITH_AES_128_CCM_8), dtls.WithMTU(1200),
 		dtls.WithConnectionIDGenerator(dtls.OnlySendCIDGenerator()))
 	if err != nil {

@@ -449,16 +449,29 @@ func TestSignInsQueue(t *testing.T) {
 		here.signIn(true)
 		after(time.Minute)
 		hold := make(chan struct{})
+		const slowID hub.DeviceID = "d0000000-0000-4000-8000-0000000000c0"
 		d.w.mu.Lock()
-		verify := d.w.ver.verify
+		verify, store := d.w.ver.verify, d.w.dir.signIn
 		d.w.ver.verify = func(ctx context.Context, token string) (hub.Claims, error) {
-			<-hold
+			if token == "token of "+string(slowID) { // its issuer does not give its keys away
+				<-hold
+			}
 			return verify(ctx, token)
+		}
+		d.w.dir.signIn = func(ctx context.Context, own hub.Ownership, c hub.Connection, user string, to Deliverer) (hub.Session, error) {
+			<-hold
+			return store(ctx, own, c, user, to)
 		}
 		d.w.mu.Unlock()
 		var come []*visitor
 		var results [4]message.Message
+		slow := d.visit(t, slowID, "alice")
 		var all sync.WaitGroup
+		all.Go(func() { slow.signIn(true) })
+		synctest.Wait()
+		if busy, waiting := d.gw.signIns.State(); busy != 0 || waiting != 0 {
+			t.Errorf("whoever waits for keys has a place: %d, %d", busy, waiting)
+		}
 		for i := range results {
 			v := d.visit(t, hub.DeviceID(fmt.Sprintf("d0000000-0000-4000-8000-%012d", i)), "alice")
 			come = append(come, v)
@@ -484,7 +497,7 @@ func TestSignInsQueue(t *testing.T) {
 		here.wants(get("/oic/rd", 0), codes.Content, "")
 		here.wants(get("/oic/res", 0), codes.Content, "")
 		late := d.visit(t, lampID, "alice")
-		request := body{"di": string(lampID), "uid": "alice", "accesstoken": "code", "login": true}
+		request := body{"di": string(lampID), "uid": "alice", "accesstoken": "token of " + string(lampID), "login": true}
 		late.wants(post("/oic/sec/session", 0, cborOf(t, request)), codes.ServiceUnavailable, "sign-ins-full: ")
 		<-late.gone // devices rely on that
 		if n := testutil.ToFloat64(d.gw.metrics.overload.WithLabelValues("sign-ins-full")); n != 1 {
@@ -507,7 +520,7 @@ func TestSignInsQueue(t *testing.T) {
 		if got := strings.Join(order, " "); got != "0 1 3" {
 			t.Errorf("they came in as %s", got)
 		}
-		for _, v := range append(come, here) {
+		for _, v := range append(come, here, slow) {
 			v.leave()
 		}
 	})

@@ -39,12 +39,6 @@ func (p *peer) signInOrOut(ctx context.Context, req *coap.Message, format int32)
 	if !body.Login {
 		return p.signOut(ctx, &body, format)
 	}
-	place, err := p.enter(ctx, p.gw.signIns, errSignIns)
-	if err != nil {
-		p.refuse("sign-in", "", body.Device, err)
-		return coap.Response{}, err
-	}
-	defer place.Leave()
 	claims, dev, err := p.signIn(ctx, &body)
 	if err != nil {
 		p.refuse("sign-in", dev, body.Device, err)
@@ -66,6 +60,12 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 	if time.Until(p.deadline(claims)) <= 0 {
 		return claims, dev, unauthenticated("token-expired", "the credential has expired")
 	}
+	// Not before: whoever's issuer does not give its keys away waits for them without a place.
+	place, err := p.enter(ctx, p.gw.signIns, errSignIns)
+	if err != nil {
+		return claims, dev, err
+	}
+	defer place.Leave()
 	own, err := p.ownership(ctx, dev, claims.Owner)
 	if err != nil {
 		return claims, dev, err
