@@ -64,6 +64,10 @@ growth: ## measure start and lists of a hub with 1 000 000 devices and 10 000 00
 microbench: ## all benchmarks of the code, five runs each
 	go test -run '^$$' -bench . -benchmem -count 5 ./...
 
+.PHONY: compare
+compare: ## benchmarks of PKG at the commit BASE and here, in turns, compared by benchstat (BENCH, ROUNDS, BENCHTIME)
+	@tools/compare
+
 .PHONY: fuzz
 fuzz: ## each fuzzer for FUZZTIME (60s)
 	@go run -C tools ./testrun -fuzz $(FUZZTIME)
