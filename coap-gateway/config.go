@@ -92,7 +92,7 @@ type DTLSConfig struct {
 	// MaxHandshakes bounds the handshakes under way; beyond it the oldest is given up.
 	MaxHandshakes int `yaml:"maxHandshakes"`
 	// MaxHandshakesPerNetwork is the same for one network (IPv4 /24, IPv6 /56), whose oldest goes on for two seconds all the same:
-	// whoever begins meanwhile has to come again.
+	// whoever begins meanwhile waits until others are done.
 	MaxHandshakesPerNetwork int `yaml:"maxHandshakesPerNetwork"`
 	// Gateway is the first part of connection IDs, by which a load balancer can tell gateways apart.
 	Gateway uint16 `yaml:"gateway"`

@@ -183,6 +183,9 @@ func (w wire) WriteTo(b []byte, _ net.Addr) (int, error) {
 		a.l.promote(a)
 	}
 	a.write(r, b)
+	if verifiedNow {
+		a.l.callIn()
+	}
 	return len(b), nil
 }
 

@@ -37,6 +37,7 @@ type dtlsListener struct {
 	mute     *list.List                 // sessions whose address somebody else has now, oldest first
 	halfOpen [2]halfOpen                // by stage: unverified, verified
 	grey     *greylist                  // made when it is first needed
+	waiting  waitingRoom
 }
 
 // halfOpen are handshakes of one stage, oldest first. The stages have lists of their own, so that a flood of ClientHellos
@@ -226,7 +227,7 @@ func (l *dtlsListener) hello(recs []record, e endpoints) {
 			switch {
 			case known && first:
 				if l.full(verified, a.prefix) {
-					l.drop("crowded")
+					l.putOff(recs[0], verified, e)
 					return
 				}
 				a.push(recs, e)
@@ -254,7 +255,7 @@ func (l *dtlsListener) hello(recs []record, e endpoints) {
 		return
 	}
 	if l.tooMany(h, e) || l.full(unverified, prefixOf(e.remote.Addr())) {
-		l.drop("crowded")
+		l.putOff(recs[0], unverified, e)
 		return
 	}
 	l.begin(recs, h, e)
@@ -265,7 +266,7 @@ const begunTime = 2 * time.Second
 
 // full reports that a network has as many handshakes of a stage as it may, and that the oldest of them has begun just now. It
 // goes on rather than give way, else none of a fleet that comes back at once, behind one address, gets to its end. Whoever came
-// now comes again (RFC 6347, Section 4.2.4).
+// now waits, and comes again (RFC 6347, Section 4.2.4).
 func (l *dtlsListener) full(s stage, prefix netip.Prefix) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -397,6 +398,7 @@ func (l *dtlsListener) handshake(a *association) {
 	if err == nil {
 		s.metrics.handshakes.WithLabelValues("ok").Inc()
 		l.begun(a)
+		l.callIn()
 		return
 	}
 	cause := context.Cause(a.ctx)
@@ -413,6 +415,7 @@ func (l *dtlsListener) handshake(a *association) {
 	said := a.said
 	a.mu.Unlock()
 	l.forget(a)
+	l.callIn()
 	outcome, reason := "failed", err
 	switch {
 	case errors.Is(cause, errRestarted):

@@ -770,6 +770,7 @@ func TestDTLSConnectionID(t *testing.T) {
 func TestDTLSFleetBehindOneAddress(t *testing.T) {
 	dtlsBubble(t, handlerFuncs{}, func(_ *Config, c *DTLSConfig) { c.MaxPerPrefix = 8 }, func(t *testing.T, s *dtlsSim) {
 		s.net.SetPath(simnet.Path{Delay: 100 * time.Millisecond})
+		begun := time.Now()
 		nat := s.net.NAT("203.0.113.1", 0)
 		var all sync.WaitGroup
 		for i := range 30 {
@@ -784,5 +785,9 @@ func TestDTLSFleetBehindOneAddress(t *testing.T) {
 			})
 		}
 		all.Wait()
+		// Their hellos come again after one second, three, and seven.
+		if took := time.Since(begun); took > 6*time.Second {
+			t.Errorf("the last was in after %v", took)
+		}
 	})
 }
