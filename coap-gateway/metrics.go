@@ -63,7 +63,8 @@ func newMetrics(reg prometheus.Registerer, signIns *admission.Queue, exchanges m
 		overload: prometheus.NewCounterVec(opts("overload_refused_total",
 			"Requests that were refused and told when to come again, by the code of the reason. device-rate: a device in a loop, or "+
 				"limits.device is too low; owner-rate, hub-rate: as configured; sign-ins-full: more devices come than can be served, see account_requests; "+
-				"discoveries-full: devices look for others too often, or the store is slow."),
+				"discoveries-full: devices look for others too often, or the store is slow; too-many-requests, too-many-observations: of other "+
+				"devices, see deviceToDevice."),
 			[]string{"reason"}),
 		slowed: prometheus.NewCounterVec(opts("notifications_slowed_total",
 			"Pauses in taking a device's notifications, by the code of the reason, as in overload_refused_total. When it rises, look "+

@@ -23,6 +23,9 @@ var (
 	errSignIns    = hub.NewError(hub.Unavailable, "sign-ins-full", "too many devices come at the same time")
 
 	errDiscoveries = hub.NewError(hub.Unavailable, "discoveries-full", "too many devices ask for the links of others at the same time")
+
+	errRequests     = hub.NewError(hub.Exhausted, "too-many-requests", "too many requests of the device wait for other devices")
+	errObservations = hub.NewError(hub.Exhausted, "too-many-observations", "too many resources of other devices are observed")
 )
 
 // rates are how much devices may ask for. One of them is a connection, which has its own bucket: who comes again to have a
@@ -113,6 +116,12 @@ func (p *peer) admit(r route) error {
 	again := *over
 	again.RetryAfter = admission.Again(wait)
 	return &coded{code, &again}
+}
+
+// over counts the refusal of what is beyond a limit.
+func (g *Gateway) over(e *hub.Error) error {
+	g.metrics.overload.WithLabelValues(e.Code).Inc()
+	return e
 }
 
 var _ coap.Pacer = (*peer)(nil)

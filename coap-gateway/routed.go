@@ -130,7 +130,7 @@ func (p *peer) aside(f func(context.Context) (coap.Response, error)) error {
 	s := p.sess
 	if s.aside.Add(1) > int32(p.gw.cfg.DeviceToDevice.MaxRequests) {
 		s.aside.Add(-1)
-		return hub.NewError(hub.Exhausted, "too-many-requests", "too many requests of the device wait for other devices")
+		return p.gw.over(errRequests)
 	}
 	p.later = func(ctx context.Context) (coap.Response, error) {
 		defer s.aside.Add(-1)

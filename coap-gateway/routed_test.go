@@ -10,6 +10,7 @@ import (
 
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/coap"
@@ -266,6 +267,9 @@ func TestWaitingForAnotherDeviceHoldsUpNothing(t *testing.T) {
 	n.write(post(at(lampID, "/slow"), 20, []byte{0xa0}), post(at(lampID, "/slow"), 21, []byte{0xa0}), post(at(lampID, "/slow"), 22, []byte{0xa0}))
 	if a := n.answer(22); a.Code != codes.ServiceUnavailable || !bytes.HasPrefix(a.Payload, []byte("too-many-requests: ")) {
 		t.Fatalf("%v %q", a.Code, a.Payload)
+	}
+	if n := testutil.ToFloat64(h.gw.metrics.overload.WithLabelValues("too-many-requests")); n != 1 {
+		t.Errorf("%v refusals are counted, want 1", n)
 	}
 	if a := n.ask(get("/oic/rd", 23)); a.Code != codes.Content { // the keep-alive of iotivity-lite
 		t.Fatalf("%v", a.Code)

@@ -103,7 +103,7 @@ func (x *watches) add(ctx context.Context, p *peer, req *coap.Message, at place)
 			return nil, &hub.Error{Kind: hub.Unavailable}
 		case (len(s.watching) >= limits.MaxObservations || x.n >= limits.MaxObservationsInAll) && x.find(s, req.Token) == nil: // else it takes that one's place
 			x.mu.Unlock()
-			return nil, hub.NewError(hub.Exhausted, "too-many-observations", "too many resources of other devices are observed")
+			return nil, x.gw.over(errObservations)
 		case e != nil || known:
 			if e == nil {
 				e = x.listen(owner, head)

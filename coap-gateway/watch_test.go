@@ -13,6 +13,7 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 	"github.com/plgd-dev/go-coap/v3/message/pool"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/coap"
@@ -392,6 +393,9 @@ func TestObservationsOfOtherDevicesAreBounded(t *testing.T) {
 	n.is(n.ask(observe("/light", 7, 0)), codes.ServiceUnavailable, "too-many-observations: ")
 	m.is(m.ask(observe("/light", 5, 0)), codes.Content, "\xa0")
 	m.is(m.ask(observe("/light", 6, 0)), codes.ServiceUnavailable, "too-many-observations: ")
+	if n := testutil.ToFloat64(h.gw.metrics.overload.WithLabelValues("too-many-observations")); n != 2 {
+		t.Errorf("%v refusals are counted, want 2", n)
+	}
 	n.is(n.ask(observe("/light", 5, 1)), codes.Content, "\xa0")
 	m.is(m.ask(observe("/light", 6, 0)), codes.Content, "\xa0")
 	h.report("/light", hub.FormatOCFCBOR, "b", "")

@@ -39,7 +39,7 @@ func newMetrics(reg prometheus.Registerer, all *admission.Queue) *metrics {
 			Name: "coaphub_api_refused_total",
 			Help: "Requests refused before they were carried out: host (a name that is not in grpcGateway.api.http.hosts) or origin (a " +
 				"page of another origin) over HTTP; over all doors owner-requests, owner-rate, owner-streams (an owner asks for more " +
-				"than grpcGateway.limits allow) or hub-busy (all together do). If host rises after a change of names or proxies, add " +
+				"than grpcGateway.limits allow), subscriptions-limit (one stream has too many) or hub-busy (all together do). If host rises after a change of names or proxies, add " +
 				"the name to the list; if hub-busy rises, look at store and machine.",
 		}, []string{"why"}),
 	}

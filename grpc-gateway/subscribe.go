@@ -169,6 +169,7 @@ func (s *stream) open(m *pb.SubscribeToEvents_CreateSubscription, corr string) (
 	n := len(s.subs)
 	s.mu.Unlock()
 	if n >= maxSubscriptions {
+		s.g.metrics.refused.WithLabelValues(errTooMany.Code).Inc()
 		return nil, errTooMany
 	}
 	if token := m.GetResumeToken(); token != "" {

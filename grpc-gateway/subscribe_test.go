@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/coder/websocket"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -288,6 +289,9 @@ func TestWebSocketLimitsSubscriptions(t *testing.T) {
 	}
 	l.say(`{"createSubscription":{}}`)
 	l.expect("ERROR subscriptions-limit")
+	if n := testutil.ToFloat64(w.metrics.refused.WithLabelValues("subscriptions-limit")); n != 1 {
+		t.Errorf("%v refusals are counted, want 1", n)
+	}
 	l.say(`{"cancelSubscription":{"subscriptionId":%q}}`, first.Result.SubscriptionID)
 	l.expect("canceled", "OK")
 	l.say(`{"createSubscription":{}}`)
