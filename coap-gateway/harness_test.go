@@ -128,6 +128,12 @@ var house struct {
 // start runs a gateway on loopback with both listeners.
 func start(t *testing.T, change func(*Config, *Deps)) *hall {
 	t.Helper()
+	return startPatient(t, 300*time.Millisecond, change)
+}
+
+// startPatient has writes tried again for so long.
+func startPatient(t *testing.T, patience time.Duration, change func(*Config, *Deps)) *hall {
+	t.Helper()
 	house.once.Do(func() {
 		house.ca = newCA(t)
 		house.hub = house.ca.identity(t, hubID, nil)
@@ -148,7 +154,7 @@ func start(t *testing.T, change func(*Config, *Deps)) *hall {
 	if err != nil {
 		t.Fatal(err)
 	}
-	gw.patience = 300 * time.Millisecond
+	gw.patience = patience
 	h.gw = gw
 	ctx, cancel := context.WithCancel(context.Background())
 	ready, done := make(chan struct{}), make(chan error, 1)

@@ -458,7 +458,11 @@ func TestNotificationsThatCannotBeStored(t *testing.T) {
 		"busy for a while": {&hub.Error{Kind: hub.Exhausted}, 2, true, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
-			h := start(t, nil)
+			patience := 300 * time.Millisecond
+			if c.lives {
+				patience = time.Minute
+			}
+			h := startPatient(t, patience, nil)
 			h.published("/x*")
 			d := h.online(lampID, func(d *device) { d.res["/x"] = value(t, 1, true) })
 			h.w.awaitLog(t, "twin 3")

@@ -645,10 +645,10 @@ func TestFleetComesAtOnce(t *testing.T) {
 	docked(t, func(l *LimitsConfig) {
 		l.SignIns = SignInsConfig{UnderWay: 8, Waiting: devices / 10, MaxWait: 10 * time.Second}
 	}, func(t *testing.T, d *dock) {
-		verify := d.w.ver.verify
-		d.w.ver.verify = func(ctx context.Context, token string) (hub.Claims, error) {
+		store := d.w.dir.signIn
+		d.w.dir.signIn = func(ctx context.Context, own hub.Ownership, c hub.Connection, user string, to Deliverer) (hub.Session, error) {
 			time.Sleep(serving)
-			return verify(ctx, token)
+			return store(ctx, own, c, user, to)
 		}
 		begin := time.Now()
 		var refused atomic.Int64
