@@ -123,6 +123,8 @@ type Identity struct {
 	Chain []byte // the device's certificate, then the issuing one
 	Key   []byte // PKCS #8; it is not kept here
 	CA    []byte // the device root, which also signs the hub's certificate
+
+	leaf *x509.Certificate // the first of Chain
 }
 
 // IssueDevice makes a key and an identity certificate for dev: common name uuid:<dev>, clientAuth, serverAuth and the OCF
@@ -136,7 +138,7 @@ func (a *Authority) IssueDevice(dev hub.DeviceID, validity time.Duration) (Ident
 	case err != nil:
 		return Identity{}, fmt.Errorf("%s: %w", op, err)
 	case id == a.hubID:
-		return Identity{}, hub.NewError(hub.Denied, "device-id-of-hub", "the ID is the hub's own").With(op, nil)
+		return Identity{}, errOfHub.With(op, nil)
 	case validity <= 0:
 		return Identity{}, hub.NewError(hub.Invalid, "validity-invalid", "the validity is not positive").With(op, nil)
 	}
@@ -153,8 +155,11 @@ func (a *Authority) IssueDevice(dev hub.DeviceID, validity time.Duration) (Ident
 		Chain: slices.Concat(certPEM(leaf), certPEM(s.issuing)),
 		Key:   keyText,
 		CA:    certPEM(s.root),
+		leaf:  leaf,
 	}, nil
 }
+
+var errOfHub = hub.NewError(hub.Denied, "device-id-of-hub", "the ID is the hub's own")
 
 func (a *Authority) serverCertificate(r Root, name string, hosts []string, use usage) (tls.Certificate, error) {
 	for _, h := range hosts {

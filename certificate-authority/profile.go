@@ -1,6 +1,7 @@
 package certificateauthority
 
 import (
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -36,17 +37,23 @@ var (
 
 // sign makes a key and a certificate for it. Hosts were checked by the caller.
 func (s signer) sign(name string, validity time.Duration, use usage, hosts []string) (*x509.Certificate, *ecdsa.PrivateKey, error) {
-	now := time.Now()
-	if !now.Before(s.issuing.NotAfter) || now.Before(s.issuing.NotBefore) {
-		return nil, nil, hub.NewError(hub.Unavailable, "issuing-certificate-expired", "the hub's issuing certificate is not valid now")
-	}
-	serial, err := newSerial()
-	if err != nil {
-		return nil, nil, err
-	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, nil, fmt.Errorf("make a key: %w", err)
+	}
+	cert, err := s.signKey(&key.PublicKey, name, validity, use, hosts)
+	return cert, key, err
+}
+
+// signKey makes a certificate for a key that somebody else has.
+func (s signer) signKey(key crypto.PublicKey, name string, validity time.Duration, use usage, hosts []string) (*x509.Certificate, error) {
+	now := time.Now()
+	if !now.Before(s.issuing.NotAfter) || now.Before(s.issuing.NotBefore) {
+		return nil, hub.NewError(hub.Unavailable, "issuing-certificate-expired", "the hub's issuing certificate is not valid now")
+	}
+	serial, err := newSerial()
+	if err != nil {
+		return nil, err
 	}
 	t := &x509.Certificate{
 		SerialNumber:          serial,
@@ -65,8 +72,10 @@ func (s signer) sign(name string, validity time.Duration, use usage, hosts []str
 			t.DNSNames = append(t.DNSNames, h)
 		}
 	}
-	cert, err := create(t, s.issuing, key, s.key)
-	return cert, key, err
+	if _, ec := key.(*ecdsa.PublicKey); !ec {
+		t.KeyUsage &^= x509.KeyUsageKeyAgreement // a key of Ed25519 signs only (RFC 8410, Section 5)
+	}
+	return create(t, s.issuing, key, s.key)
 }
 
 // newRoot makes a root's key and self-signed certificate. Path length 1: it signs issuing certificates, they sign leaves.
@@ -80,7 +89,7 @@ func newRoot(r Root, hubID hub.DeviceID) (*x509.Certificate, *ecdsa.PrivateKey, 
 		return nil, nil, err
 	}
 	t.MaxPathLen = 1
-	cert, err := create(t, t, key, key)
+	cert, err := create(t, t, &key.PublicKey, key)
 	return cert, key, err
 }
 
@@ -96,7 +105,7 @@ func newIssuing(r Root, hubID hub.DeviceID, root *x509.Certificate, rootKey *ecd
 	}
 	t.NotBefore, t.NotAfter = later(t.NotBefore, root.NotBefore), earlier(t.NotAfter, root.NotAfter)
 	t.MaxPathLenZero = true
-	cert, err := create(t, root, key, rootKey)
+	cert, err := create(t, root, &key.PublicKey, rootKey)
 	return cert, key, err
 }
 
@@ -117,8 +126,8 @@ func authorityTemplate(name string, years int) (*x509.Certificate, error) {
 	}, nil
 }
 
-func create(t, parent *x509.Certificate, key, parentKey *ecdsa.PrivateKey) (*x509.Certificate, error) {
-	der, err := x509.CreateCertificate(rand.Reader, t, parent, &key.PublicKey, parentKey)
+func create(t, parent *x509.Certificate, key crypto.PublicKey, parentKey *ecdsa.PrivateKey) (*x509.Certificate, error) {
+	der, err := x509.CreateCertificate(rand.Reader, t, parent, key, parentKey)
 	if err != nil {
 		return nil, fmt.Errorf("sign the certificate of %s: %w", t.Subject.CommonName, err)
 	}

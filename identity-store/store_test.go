@@ -17,6 +17,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/store/storetest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -71,7 +72,7 @@ func (d *directory) Unregister(_ context.Context, own hub.Ownership, _ string) e
 	return nil
 }
 
-func newStore(t *testing.T, docs *memory, dir *directory) *Store {
+func newStore(t *testing.T, docs *storetest.Memory, dir *directory) *Store {
 	t.Helper()
 	s, err := New(Default(), docs, dir, quiet(), prometheus.NewRegistry())
 	if err != nil {
@@ -104,7 +105,7 @@ func signUp(t *testing.T, s *Store, dev hub.DeviceID, owner hub.Owner) hub.Owner
 func TestSignUpClaimsAndRegisters(t *testing.T) {
 	t.Parallel()
 	dir := newDirectory()
-	s := newStore(t, newMemory(), dir)
+	s := newStore(t, storetest.NewMemory(), dir)
 	want := hub.Ownership{Device: lamp, Owner: alice, Generation: 1, Pin: "pin"}
 	if own := signUp(t, s, lamp, alice); own != want {
 		t.Fatalf("got %+v, want %+v", own, want)
@@ -125,7 +126,7 @@ func TestSignUpClaimsAndRegisters(t *testing.T) {
 
 func TestSecondOwnerIsRefused(t *testing.T) {
 	t.Parallel()
-	s := newStore(t, newMemory(), newDirectory())
+	s := newStore(t, storetest.NewMemory(), newDirectory())
 	signUp(t, s, lamp, alice)
 	_, err := s.SignUp(t.Context(), lamp, bob, "pin", "user")
 	wantKind(t, err, hub.Denied, "device-owned-by-other")
@@ -137,7 +138,7 @@ func TestSecondOwnerIsRefused(t *testing.T) {
 
 func TestOwnersThatNoStoreCouldHoldAreInvalid(t *testing.T) {
 	t.Parallel()
-	s := newStore(t, newMemory(), newDirectory())
+	s := newStore(t, storetest.NewMemory(), newDirectory())
 	for _, owner := range []hub.Owner{"", hub.Owner(strings.Repeat("x", maxOwner+1))} {
 		_, err := s.SignUp(t.Context(), lamp, owner, "pin", "user")
 		wantKind(t, err, hub.Invalid, "owner-invalid")
@@ -148,7 +149,7 @@ func TestOwnersThatNoStoreCouldHoldAreInvalid(t *testing.T) {
 
 func TestPinIsFixedUntilRelease(t *testing.T) {
 	t.Parallel()
-	s := newStore(t, newMemory(), newDirectory())
+	s := newStore(t, storetest.NewMemory(), newDirectory())
 	signUp(t, s, lamp, alice)
 	_, err := s.SignUp(t.Context(), lamp, alice, "another", "user")
 	wantKind(t, err, hub.Denied, "device-pinned")
@@ -162,7 +163,7 @@ func TestPinIsFixedUntilRelease(t *testing.T) {
 
 func TestParallelSignUpsHaveOneWinner(t *testing.T) {
 	t.Parallel()
-	docs, dir := newMemory(), newDirectory()
+	docs, dir := storetest.NewMemory(), newDirectory()
 	// Two stores on the same documents are two processes of a cluster.
 	stores := []*Store{newStore(t, docs, dir), newStore(t, docs, dir)}
 	var wg sync.WaitGroup
@@ -192,7 +193,7 @@ func TestParallelSignUpsHaveOneWinner(t *testing.T) {
 func TestSignOffReleasesAndGenerationGoesOn(t *testing.T) {
 	t.Parallel()
 	dir := newDirectory()
-	s := newStore(t, newMemory(), dir)
+	s := newStore(t, storetest.NewMemory(), dir)
 	signUp(t, s, lamp, alice)
 	if err := s.SignOff(t.Context(), lamp, alice, "user"); err != nil {
 		t.Fatal(err)
@@ -214,7 +215,7 @@ func TestCrashBetweenStepsIsFinishedLater(t *testing.T) {
 	away := errors.New("directory away")
 	for _, how := range []string{"sign-up", "sign-in", "start"} {
 		t.Run("claimed, finished at "+how, func(t *testing.T) {
-			docs, dir := newMemory(), newDirectory()
+			docs, dir := storetest.NewMemory(), newDirectory()
 			dir.register = func(hub.Ownership) error { return away }
 			_, err := newStore(t, docs, dir).SignUp(t.Context(), lamp, alice, "pin", "user")
 			wantKind(t, err, hub.Unavailable, "")
@@ -241,7 +242,7 @@ func TestCrashBetweenStepsIsFinishedLater(t *testing.T) {
 	}
 	for _, how := range []string{"sign-off", "sign-in", "sign-up of another", "start"} {
 		t.Run("releasing, finished at "+how, func(t *testing.T) {
-			docs, dir := newMemory(), newDirectory()
+			docs, dir := storetest.NewMemory(), newDirectory()
 			s := newStore(t, docs, dir)
 			signUp(t, s, lamp, alice)
 			dir.unregister = func(hub.Ownership) error { return away }
@@ -297,7 +298,7 @@ func start(t *testing.T, s *Store) {
 // A registration that was delayed in one process while another signed the device off must not bring the old owner back.
 func TestLateRegistrationDoesNotReviveAnOwner(t *testing.T) {
 	t.Parallel()
-	docs, dir := newMemory(), newDirectory()
+	docs, dir := storetest.NewMemory(), newDirectory()
 	s, other := newStore(t, docs, dir), newStore(t, docs, dir)
 	paused := false
 	dir.register = func(own hub.Ownership) error {
@@ -324,7 +325,7 @@ func TestLateRegistrationDoesNotReviveAnOwner(t *testing.T) {
 // Else a registration that is still on its way somewhere would come after the release and stand.
 func TestSignOffOfAClaimRegistersFirst(t *testing.T) {
 	t.Parallel()
-	docs, dir := newMemory(), newDirectory()
+	docs, dir := storetest.NewMemory(), newDirectory()
 	dir.register = func(hub.Ownership) error { return errors.New("away") }
 	s := newStore(t, docs, dir)
 	_, err := s.SignUp(t.Context(), lamp, alice, "pin", "user")
@@ -342,7 +343,7 @@ func TestSignOffOfAClaimRegistersFirst(t *testing.T) {
 
 func TestDevicesAreListedInOrderAndCached(t *testing.T) {
 	t.Parallel()
-	docs := newMemory()
+	docs := storetest.NewMemory()
 	s := newStore(t, docs, newDirectory())
 	list := func() []hub.DeviceID {
 		ids, err := s.Devices(t.Context(), alice)
@@ -360,11 +361,11 @@ func TestDevicesAreListedInOrderAndCached(t *testing.T) {
 	if ids := list(); !slices.Equal(ids, []hub.DeviceID{lamp, meter}) {
 		t.Fatal(ids)
 	}
-	docs.fail = func(string, string, string) error { return errors.New("must be answered from the cache") }
+	docs.Fail = func(string, string, string) error { return errors.New("must be answered from the cache") }
 	if ids := list(); len(ids) != 2 {
 		t.Fatal(ids)
 	}
-	docs.fail = nil
+	docs.Fail = nil
 	if err := s.SignOff(t.Context(), lamp, alice, "user"); err != nil {
 		t.Fatal(err)
 	}
@@ -395,7 +396,7 @@ func TestListsAreBounded(t *testing.T) {
 func TestEventsOwnedKeepsFormerOwnersUntilRetention(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		docs := newMemory()
+		docs := storetest.NewMemory()
 		s := newStore(t, docs, newDirectory())
 		ctx, stop := context.WithCancel(t.Context())
 		done := make(chan error, 1)
@@ -419,7 +420,7 @@ func TestEventsOwnedKeepsFormerOwnersUntilRetention(t *testing.T) {
 		time.Sleep(s.cfg.Retention + sweepEvery)
 		synctest.Wait()
 		want(alice, meter)
-		if n := len(docs.docs[collPast]); n != 0 {
+		if n := len(docs.Docs[collPast]); n != 0 {
 			t.Fatalf("%d notes of former owners left", n)
 		}
 		stop()
@@ -440,10 +441,10 @@ func TestTroubleIsUnavailable(t *testing.T) {
 	for name, cause := range broken {
 		t.Run(name, func(t *testing.T) {
 			for _, op := range []string{"get", "put", "range", "find", "register", "unregister"} {
-				docs, dir := newMemory(), newDirectory()
+				docs, dir := storetest.NewMemory(), newDirectory()
 				s := newStore(t, docs, dir)
 				signUp(t, s, meter, bob)
-				docs.fail = func(at, _, _ string) error {
+				docs.Fail = func(at, _, _ string) error {
 					if at == op {
 						return cause
 					}
@@ -485,7 +486,7 @@ func TestConfigReportsAllMistakes(t *testing.T) {
 	if errs := (Config{}).Validate(); len(errs) != 2 {
 		t.Fatal(errs)
 	}
-	if _, err := New(Config{}, newMemory(), newDirectory(), slog.Default(), prometheus.NewRegistry()); !hub.IsKind(err, hub.Invalid) {
+	if _, err := New(Config{}, storetest.NewMemory(), newDirectory(), slog.Default(), prometheus.NewRegistry()); !hub.IsKind(err, hub.Invalid) {
 		t.Fatal(err)
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/store/storetest"
 )
 
 func TestPasswords(t *testing.T) {
@@ -145,7 +146,7 @@ func TestRolesBoundDevices(t *testing.T) {
 
 func TestFirstLogin(t *testing.T) {
 	t.Parallel()
-	docs := newMemory()
+	docs := storetest.NewMemory()
 	s := openServer(t, config(), docs, owners(nobody))
 	name, first, ok := s.FirstLogin()
 	if !ok || name != "admin" || len(first) != 24 {
@@ -163,7 +164,7 @@ func TestFirstLogin(t *testing.T) {
 	}
 	cfg := config()
 	cfg.InitialPassword = "from a secret"
-	s = openServer(t, cfg, newMemory(), owners(nobody))
+	s = openServer(t, cfg, storetest.NewMemory(), owners(nobody))
 	if _, _, ok := s.FirstLogin(); ok {
 		t.Fatal("a configured password is shown")
 	}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/clock"
+	"github.com/coaphub/coaphub/internal/store/storetest"
 )
 
 const year = 365 * 24 * time.Hour
@@ -22,7 +23,7 @@ type hand struct {
 
 func (h *hand) read() (time.Time, time.Duration) { return h.start.Add(h.set + h.passed), h.passed }
 
-func serverAt(t *testing.T, docs *memory) (*Server, *hand) {
+func serverAt(t *testing.T, docs *storetest.Memory) (*Server, *hand) {
 	t.Helper()
 	h := &hand{start: time.Now()}
 	s, err := openAt(t.Context(), config(), docs, owners(nobody), quiet(), prometheus.NewRegistry(), cheap, clock.With(h.read))
@@ -35,7 +36,7 @@ func serverAt(t *testing.T, docs *memory) (*Server, *hand) {
 // Without a clock of its own, a hub is years behind until NTP sets its clock. What devices got before is as good as its age.
 func TestClockSetForwardCostsNoDeviceItsCredential(t *testing.T) {
 	t.Parallel()
-	docs := newMemory()
+	docs := storetest.NewMemory()
 	s, h := serverAt(t, docs)
 	ctx := t.Context()
 	printed, repeated := onboard(t, s, meter), onboard(t, s, lamp)
@@ -78,7 +79,7 @@ func TestClockSetForwardCostsNoDeviceItsCredential(t *testing.T) {
 // By the time that passes, everything still ends.
 func TestWhatTheClockLeaptOverEndsLater(t *testing.T) {
 	t.Parallel()
-	docs := newMemory()
+	docs := storetest.NewMemory()
 	s, h := serverAt(t, docs)
 	ctx := t.Context()
 	tokens := must[hub.Tokens](t)(s.Exchange(ctx, lamp, "", onboard(t, s, lamp)))
@@ -94,7 +95,7 @@ func TestWhatTheClockLeaptOverEndsLater(t *testing.T) {
 	h.passed += repeatWindow
 	s.sweep(ctx)
 	for _, collection := range []string{collGrants, collCodes} {
-		if n := len(docs.docs[collection]); n != 0 {
+		if n := len(docs.Docs[collection]); n != 0 {
 			t.Errorf("%d documents left in %s", n, collection)
 		}
 	}
@@ -103,7 +104,7 @@ func TestWhatTheClockLeaptOverEndsLater(t *testing.T) {
 // A slip of a hand, put right within the hour, leaves everything as it was.
 func TestClockSetForwardByMistake(t *testing.T) {
 	t.Parallel()
-	s, h := serverAt(t, newMemory())
+	s, h := serverAt(t, storetest.NewMemory())
 	ctx := t.Context()
 	kids := func() map[string]bool {
 		out := map[string]bool{}

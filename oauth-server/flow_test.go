@@ -22,6 +22,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/store/storetest"
 )
 
 const (
@@ -33,13 +34,13 @@ const (
 type site struct {
 	*Server
 	url  string // of the issuer
-	docs *memory
+	docs *storetest.Memory
 	t    *testing.T
 }
 
 func newSite(t *testing.T, configure func(*Config), own Ownership) *site {
 	t.Helper()
-	docs, web := newMemory(), httptest.NewUnstartedServer(nil)
+	docs, web := storetest.NewMemory(), httptest.NewUnstartedServer(nil)
 	cfg := Default()
 	cfg.BaseURL = "http://" + web.Listener.Addr().String()
 	cfg.Clients.Device.RedirectURIs = []string{"myapp://onboard"}
@@ -352,8 +353,8 @@ func TestParallelRedemptionsOverHTTPGiveOneToken(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if given != 1 || len(w.docs.docs[collGrants]) != 1 {
-		t.Fatalf("%d tokens on %d grants", given, len(w.docs.docs[collGrants]))
+	if given != 1 || len(w.docs.Docs[collGrants]) != 1 {
+		t.Fatalf("%d tokens on %d grants", given, len(w.docs.Docs[collGrants]))
 	}
 }
 
@@ -884,14 +885,14 @@ func TestStoreTroubleOverHTTPIs503(t *testing.T) {
 		"device":  {"grant_type": {"urn:ietf:params:oauth:grant-type:device_code"}, "device_code": {"x"}, "client_id": {"coaphub-cli"}},
 	}
 	for _, broken := range []string{"get", "put"} {
-		w.docs.mu.Lock()
-		w.docs.fail = func(op, _, _ string) error {
+		w.docs.Mu.Lock()
+		w.docs.Fail = func(op, _, _ string) error {
 			if op == broken {
 				return errors.New("disk on fire in /var/lib")
 			}
 			return nil
 		}
-		w.docs.mu.Unlock()
+		w.docs.Mu.Unlock()
 		for name, form := range forms {
 			if name == "device" && broken == "put" {
 				continue // an unknown code is only read
@@ -902,9 +903,9 @@ func TestStoreTroubleOverHTTPIs503(t *testing.T) {
 			}
 		}
 	}
-	w.docs.mu.Lock()
-	w.docs.fail = nil
-	w.docs.mu.Unlock()
+	w.docs.Mu.Lock()
+	w.docs.Fail = nil
+	w.docs.Mu.Unlock()
 	for _, name := range []string{"code", "refresh"} {
 		if r := w.do(c, "POST", "/token", forms[name]); r.StatusCode != http.StatusOK {
 			t.Errorf("%s afterwards: %d %s", name, r.StatusCode, r.body)

@@ -9,6 +9,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/coaphub/coaphub/internal/store/storetest"
 )
 
 // FuzzTokenRequest gives the endpoints that take forms whatever comes: each answer is OAuth's JSON, none is a token, nothing
@@ -34,7 +36,7 @@ func FuzzTokenRequest(f *testing.F) {
 	}
 	cfg := config()
 	cfg.Machines = []MachineConfig{{ID: "robot", Secret: "0123456789abcdef", Owner: "admin", Scopes: []string{"devices:read"}}}
-	s, err := openWith(f.Context(), cfg, newMemory(), owners(nobody), quiet(), prometheus.NewRegistry(), cheap)
+	s, err := openWith(f.Context(), cfg, storetest.NewMemory(), owners(nobody), quiet(), prometheus.NewRegistry(), cheap)
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -105,7 +107,7 @@ func FuzzAuthorize(f *testing.F) {
 	} {
 		f.Add(seed)
 	}
-	s, err := openWith(f.Context(), config(), newMemory(), owners(nobody), quiet(), prometheus.NewRegistry(), cheap)
+	s, err := openWith(f.Context(), config(), storetest.NewMemory(), owners(nobody), quiet(), prometheus.NewRegistry(), cheap)
 	if err != nil {
 		f.Fatal(err)
 	}

@@ -18,6 +18,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/store/storetest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -55,7 +56,7 @@ func config() Config {
 	return cfg
 }
 
-func openServer(t *testing.T, cfg Config, docs *memory, own Ownership) *Server {
+func openServer(t *testing.T, cfg Config, docs *storetest.Memory, own Ownership) *Server {
 	t.Helper()
 	s, err := openWith(t.Context(), cfg, docs, own, quiet(), prometheus.NewRegistry(), cheap)
 	if err != nil {
@@ -64,7 +65,9 @@ func openServer(t *testing.T, cfg Config, docs *memory, own Ownership) *Server {
 	return s
 }
 
-func newServer(t *testing.T) *Server { return openServer(t, config(), newMemory(), owners(nobody)) }
+func newServer(t *testing.T) *Server {
+	return openServer(t, config(), storetest.NewMemory(), owners(nobody))
+}
 
 func wantKind(t *testing.T, err error, kind hub.Kind, code string) {
 	t.Helper()
@@ -177,7 +180,7 @@ func TestDeviceIDClaimIsConfigurable(t *testing.T) {
 	t.Parallel()
 	cfg := config()
 	cfg.DeviceIDClaim = "https://plgd.dev/deviceId"
-	s := openServer(t, cfg, newMemory(), owners(nobody))
+	s := openServer(t, cfg, storetest.NewMemory(), owners(nobody))
 	tokens := must[hub.Tokens](t)(s.Exchange(t.Context(), lamp, "", onboard(t, s, lamp)))
 	if got := verify(t, s, tokens.Access)["https://plgd.dev/deviceId"]; got != string(lamp) {
 		t.Fatalf("claim is %v", got)
@@ -227,7 +230,7 @@ func TestCodeIsRepeatableForTheSameDeviceFor60s(t *testing.T) {
 
 func TestParallelDeviceRedemptionsGiveOneToken(t *testing.T) {
 	t.Parallel()
-	docs := newMemory()
+	docs := storetest.NewMemory()
 	stores := []*Server{openServer(t, config(), docs, owners(nobody)), openServer(t, config(), docs, owners(nobody))}
 	text := onboard(t, stores[0], "")
 	tokens, errs := make([]hub.Tokens, 8), make([]error, 8)
@@ -246,17 +249,17 @@ func TestParallelDeviceRedemptionsGiveOneToken(t *testing.T) {
 		}
 		given[tokens[i]] = true
 	}
-	if len(given) != 1 || len(docs.docs[collGrants]) != 1 {
-		t.Fatalf("%d different tokens, %d grants", len(given), len(docs.docs[collGrants]))
+	if len(given) != 1 || len(docs.Docs[collGrants]) != 1 {
+		t.Fatalf("%d different tokens, %d grants", len(given), len(docs.Docs[collGrants]))
 	}
 }
 
 func TestCrashBetweenCodeAndGrantIsFinishedByARepeat(t *testing.T) {
 	t.Parallel()
-	docs := newMemory()
+	docs := storetest.NewMemory()
 	s := openServer(t, config(), docs, owners(nobody))
 	text := onboard(t, s, lamp)
-	docs.fail = func(op, collection, _ string) error {
+	docs.Fail = func(op, collection, _ string) error {
 		if op == "put" && collection == collGrants {
 			return errors.New("power cut")
 		}
@@ -264,7 +267,7 @@ func TestCrashBetweenCodeAndGrantIsFinishedByARepeat(t *testing.T) {
 	}
 	_, err := s.Exchange(t.Context(), lamp, "cert", text)
 	wantKind(t, err, hub.Unavailable, "")
-	docs.fail = nil
+	docs.Fail = nil
 	s = openServer(t, config(), docs, owners(nobody))
 	tokens := must[hub.Tokens](t)(s.Exchange(t.Context(), lamp, "cert", text))
 	must[hub.Tokens](t)(s.Refresh(t.Context(), lamp, tokens.Refresh))
@@ -272,7 +275,7 @@ func TestCrashBetweenCodeAndGrantIsFinishedByARepeat(t *testing.T) {
 
 func TestDeviceIDIsGrantedForUnownedAndOwnDevicesOnly(t *testing.T) {
 	t.Parallel()
-	docs := newMemory()
+	docs := storetest.NewMemory()
 	own := owners(nobody)
 	s := openServer(t, config(), docs, owners(func(dev hub.DeviceID) (hub.Ownership, error) { return own(dev) }))
 	text := onboard(t, s, lamp)
@@ -346,7 +349,7 @@ func TestRefreshTokenSlidesAndEnds(t *testing.T) {
 		wantKind(t, err, hub.Unauthenticated, "")
 		s.sweep(t.Context())
 		for _, collection := range []string{collGrants, collCodes} {
-			if n := len(s.standing.Documents.(*memory).docs[collection]); n != 0 {
+			if n := len(s.standing.Documents.(*storetest.Memory).Docs[collection]); n != 0 {
 				t.Errorf("%d documents left in %s", n, collection)
 			}
 		}
@@ -431,7 +434,7 @@ func TestEndedGrantsAreTold(t *testing.T) {
 	t.Parallel()
 	var s *Server
 	var told []string
-	cfg, docs := config(), newMemory()
+	cfg, docs := config(), storetest.NewMemory()
 	cfg.Ended = func(id string) {
 		if ok, err := s.Active(t.Context(), id); ok || err != nil {
 			t.Errorf("told of a grant that stands: %v, %v", ok, err)
@@ -531,7 +534,7 @@ func TestIssueToken(t *testing.T) {
 }
 
 func TestIssuerIsFixedAtTheFirstStart(t *testing.T) {
-	docs := newMemory()
+	docs := storetest.NewMemory()
 	if s := openServer(t, config(), docs, owners(nobody)); s.Issuer() != base+"/oauth" {
 		t.Fatal(s.Issuer())
 	}
@@ -544,7 +547,7 @@ func TestIssuerIsFixedAtTheFirstStart(t *testing.T) {
 	_, err := openWith(t.Context(), moved, docs, owners(nobody), quiet(), prometheus.NewRegistry(), cheap)
 	wantKind(t, err, hub.Invalid, "issuer-fixed")
 	none := Default()
-	_, err = openWith(t.Context(), none, newMemory(), owners(nobody), quiet(), prometheus.NewRegistry(), cheap)
+	_, err = openWith(t.Context(), none, storetest.NewMemory(), owners(nobody), quiet(), prometheus.NewRegistry(), cheap)
 	wantKind(t, err, hub.Invalid, "")
 }
 
@@ -589,7 +592,7 @@ func TestKeysRotateWithOverlap(t *testing.T) {
 		if n := len(must[jose.JSONWebKeySet](t)(s.Keys(t.Context())).Keys); n > 4 {
 			t.Errorf("%d keys are kept", n)
 		}
-		other := openServer(t, config(), s.standing.Documents.(*memory), owners(nobody)) // keys outlive a restart
+		other := openServer(t, config(), s.standing.Documents.(*storetest.Memory), owners(nobody)) // keys outlive a restart
 		verify(t, other, must[string](t)(s.IssueToken(t.Context(), admin, nil, 0)))
 		stop()
 		<-done
@@ -600,11 +603,11 @@ func TestKeysRotateWithOverlap(t *testing.T) {
 func TestStoreTroubleIsNeverARefusal(t *testing.T) {
 	t.Parallel()
 	for _, op := range []string{"get", "put"} {
-		docs := newMemory()
+		docs := storetest.NewMemory()
 		s := openServer(t, config(), docs, owners(nobody))
 		text := onboard(t, s, lamp)
 		tokens := must[hub.Tokens](t)(s.Exchange(t.Context(), lamp, "", onboard(t, s, lamp)))
-		docs.fail = func(at, _, _ string) error {
+		docs.Fail = func(at, _, _ string) error {
 			if at == op {
 				return &hub.Error{Kind: hub.Denied} // whatever the store says
 			}
@@ -617,7 +620,7 @@ func TestStoreTroubleIsNeverARefusal(t *testing.T) {
 		wantKind(t, s.Revoke(t.Context(), tokens), hub.Unavailable, "")
 		_, err = s.IssueToken(t.Context(), admin, nil, 0)
 		wantKind(t, err, hub.Unavailable, "")
-		docs.fail = nil
+		docs.Fail = nil
 		must[hub.Tokens](t)(s.Exchange(t.Context(), lamp, "", text))
 		must[hub.Tokens](t)(s.Refresh(t.Context(), lamp, tokens.Refresh))
 	}
@@ -625,7 +628,7 @@ func TestStoreTroubleIsNeverARefusal(t *testing.T) {
 
 func TestNothingSecretIsStoredInTheClear(t *testing.T) {
 	t.Parallel()
-	docs := newMemory()
+	docs := storetest.NewMemory()
 	s := openServer(t, config(), docs, owners(nobody))
 	_, password, ok := s.FirstLogin()
 	if !ok {
@@ -633,7 +636,7 @@ func TestNothingSecretIsStoredInTheClear(t *testing.T) {
 	}
 	text := onboard(t, s, lamp)
 	tokens := must[hub.Tokens](t)(s.Exchange(t.Context(), lamp, "", text))
-	for collection, all := range docs.docs {
+	for collection, all := range docs.Docs {
 		for _, d := range all {
 			for name, secret := range map[string]string{"password": password, "code": text, "refresh": tokens.Refresh, "access": tokens.Access} {
 				if strings.Contains(d.Key+string(d.Value), secret) {

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/store/storetest"
 )
 
 // That a grant stands is read once a second, however often it is asked for. What this process ends has ended at once; what
@@ -14,7 +15,7 @@ func TestActiveGrantsAreRemembered(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t)
-		docs := s.standing.Documents.(*memory)
+		docs := s.standing.Documents.(*storetest.Memory)
 		begin := func() (tokens hub.Tokens, jti string) {
 			tokens = must[hub.Tokens](t)(s.Exchange(t.Context(), lamp, "", onboard(t, s, lamp)))
 			return tokens, verify(t, s, tokens.Access)["jti"].(string)
@@ -24,17 +25,17 @@ func TestActiveGrantsAreRemembered(t *testing.T) {
 			return must[bool](t)(s.Active(t.Context(), jti))
 		}
 		tokens, jti := begin()
-		before := docs.gets
+		before := docs.Gets
 		for range 100 {
 			if !active(jti) {
 				t.Fatal("not active")
 			}
 		}
-		if n := docs.gets - before; n != 1 {
+		if n := docs.Gets - before; n != 1 {
 			t.Errorf("it was read %d times", n)
 		}
 		time.Sleep(recallFor)
-		if active(jti); docs.gets-before != 2 {
+		if active(jti); docs.Gets-before != 2 {
 			t.Error("it is remembered for longer than a second")
 		}
 		if err := s.Revoke(t.Context(), tokens); err != nil {

@@ -1,0 +1,89 @@
+package certificateauthority
+
+import (
+	"bytes"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/x509"
+	"encoding/asn1"
+	"encoding/pem"
+	"strings"
+
+	"github.com/coaphub/coaphub/hub"
+)
+
+// maxRequest bounds a certificate signing request in PEM. One with a P-384 key and a dozen names has less than 2 KiB.
+const maxRequest = 16 << 10
+
+// request is what is taken of a certificate signing request: the key, and whose it is to be. All else in it is the profile's to
+// say, so names, usages and extensions that it asks for are not even read.
+type request struct {
+	key    crypto.PublicKey
+	device hub.DeviceID
+}
+
+var commonName = asn1.ObjectIdentifier{2, 5, 4, 3}
+
+// parseRequest reads a PKCS #10 request (RFC 2986), PEM or DER, whose signature proves that the sender has the key. Its subject
+// is one common name, the device's ID with or without "uuid:" in front. All errors are Invalid or TooLarge.
+func parseRequest(b []byte) (request, error) {
+	if len(b) > maxRequest {
+		return request{}, hub.NewError(hub.TooLarge, "csr-too-large", "a certificate signing request has at most 16 KiB")
+	}
+	if block, rest := pem.Decode(b); block != nil {
+		// RFC 7468, Section 7 names the first; OpenSSL wrote the second for long.
+		if block.Type != "CERTIFICATE REQUEST" && block.Type != "NEW CERTIFICATE REQUEST" || len(bytes.TrimSpace(rest)) > 0 {
+			return request{}, hub.NewError(hub.Invalid, "csr-invalid", "one PEM block of a certificate request is wanted")
+		}
+		b = block.Bytes
+	}
+	csr, err := x509.ParseCertificateRequest(b)
+	if err != nil {
+		return request{}, hub.NewError(hub.Invalid, "csr-invalid", "this is no certificate signing request").With("x509", err)
+	}
+	if err := checkKey(csr.PublicKey); err != nil { // before its signature, which may cost more the larger the key
+		return request{}, err
+	}
+	if err := csr.CheckSignature(); err != nil {
+		return request{}, hub.NewError(hub.Invalid, "csr-signature", "the request is not signed by its own key").With("x509", err)
+	}
+	dev, err := subjectDevice(csr)
+	return request{csr.PublicKey, dev}, err
+}
+
+// checkKey takes the kinds of keys that the profiles of devices have.
+func checkKey(key crypto.PublicKey) error {
+	switch k := key.(type) {
+	case *ecdsa.PublicKey:
+		if k.Curve == elliptic.P256() || k.Curve == elliptic.P384() {
+			return nil
+		}
+	case ed25519.PublicKey:
+		return nil
+	}
+	return hub.NewError(hub.Invalid, "csr-key", "the key must be of P-256, P-384 or Ed25519")
+}
+
+// subjectDevice is the device that a request names.
+func subjectDevice(csr *x509.CertificateRequest) (hub.DeviceID, error) {
+	bad := hub.NewError(hub.Invalid, "csr-name", "the request's common name must be uuid: and the device's ID, once")
+	var name string
+	for i, n := range csr.Subject.Names {
+		text, ok := n.Value.(string)
+		if i > 0 || !ok || !n.Type.Equal(commonName) {
+			return "", bad
+		}
+		name = text
+	}
+	const prefix = "uuid:"
+	if len(name) > len(prefix) && strings.EqualFold(name[:len(prefix)], prefix) {
+		name = name[len(prefix):]
+	}
+	dev, err := hub.ParseDeviceID(name)
+	if err != nil {
+		return "", bad
+	}
+	return dev, nil
+}

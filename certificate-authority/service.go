@@ -1,0 +1,361 @@
+package certificateauthority
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"math/big"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/store"
+)
+
+const (
+	// DeviceValidity is how long a device's identity certificate lasts.
+	DeviceValidity = 365 * 24 * time.Hour
+	// maxLive bounds the certificates of a device that are good at a time: the one in use, one that takes its place, and some
+	// that were lost on the way.
+	maxLive = 16
+	// reservedFor is for how long an ID without owner is kept for whoever had a certificate made for it, and maxReserved for how
+	// many IDs an owner may do that.
+	reservedFor = 24 * time.Hour
+	maxReserved = 1000
+	// keptAfter is for how long the ledger keeps certificates that have ended.
+	keptAfter = 90 * 24 * time.Hour
+	// listValid is how long a revocation list is good, and listAge how old the one that is given out may be.
+	listValid, listAge = 24 * time.Hour, 10 * time.Minute
+
+	sweepEvery = time.Hour
+)
+
+// collLists has, by issuer, the number of its newest revocation list.
+const collLists = "certificate-lists"
+
+// collReserved has, by device, for whom an ID without owner is kept.
+const collReserved = "certificate-reservations"
+
+type reservation struct {
+	Owner hub.Owner `json:"owner"`
+	Until time.Time `json:"until"`
+}
+
+// Owners says who owns a device: NotFound if nobody does.
+type Owners interface {
+	Owner(ctx context.Context, dev hub.DeviceID) (hub.Ownership, error)
+}
+
+// Service is the device side of an Authority: it decides who gets a certificate for which device, keeps the ledger of all of
+// them, and revokes them. Its methods may be called from any goroutine.
+type Service struct {
+	a      *Authority
+	docs   store.Documents
+	owners Owners
+	log    *slog.Logger
+	issuer string // names the issuing key
+	issued *prometheus.CounterVec
+
+	mu      sync.Mutex          // guards all below
+	revoked map[string]struct{} // serials of those that the ledger has as revoked
+	ended   func(serial string)
+	list    []byte // the newest revocation list, DER; nil when there was another revocation since
+	listed  time.Time
+	changes uint64     // counts revocations
+	listing sync.Mutex // held by who makes the next one; before mu
+}
+
+// NewService makes a Service. It reads which certificates are revoked, and fails when it cannot: then nobody could be let in.
+func NewService(ctx context.Context, a *Authority, docs store.Documents, owners Owners, log *slog.Logger, reg prometheus.Registerer) (*Service, error) {
+	s := &Service{
+		a: a, docs: docs, owners: owners, log: log, issuer: nameOf(a.signers[Device].issuing.RawSubjectPublicKeyInfo),
+		revoked: map[string]struct{}{},
+		issued: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "coaphub_certificates_total",
+			Help: "Certificates of devices by what came of it: issued, or refused. Many that are refused: somebody asks for devices of others, or tries what a request may hold.",
+		}, []string{"outcome"}),
+	}
+	if reg != nil {
+		reg.MustRegister(s.issued)
+	}
+	for serial, err := range docs.FindKeys(ctx, collCertificates, indexRevoked) {
+		if err != nil {
+			return nil, fmt.Errorf("read which certificates are revoked: %w", err)
+		}
+		s.revoked[serial] = struct{}{}
+	}
+	return s, nil
+}
+
+// Run removes what has ended from the ledger, now and then, until ctx ends. The error is always nil.
+func (s *Service) Run(ctx context.Context, ready func()) error {
+	ready()
+	tick := time.NewTicker(sweepEvery)
+	defer tick.Stop()
+	for {
+		if err := s.sweep(ctx); err != nil && ctx.Err() == nil {
+			s.log.WarnContext(ctx, "certificates that have ended could not be removed from the ledger, trying again", "error", err)
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// sweep removes what ended longer ago than keptAfter; from the month before the oldest that can be kept, a year back.
+func (s *Service) sweep(ctx context.Context) error {
+	before := time.Now().UTC().Add(-keptAfter)
+	first := time.Date(before.Year(), before.Month(), 1, 0, 0, 0, 0, time.UTC)
+	for back := range 13 {
+		for doc, err := range s.docs.Find(ctx, collCertificates, month(first.AddDate(0, -back, 0))) {
+			if err != nil {
+				return err
+			}
+			e, err := decodeEntry(doc)
+			if err != nil {
+				return err
+			}
+			if !e.NotAfter.Before(before) {
+				continue
+			}
+			if err := s.docs.Delete(ctx, collCertificates, doc.Key, doc.Rev); err != nil && !hub.IsKind(err, hub.Conflict) {
+				return err
+			}
+			s.mu.Lock()
+			delete(s.revoked, doc.Key)
+			s.mu.Unlock()
+		}
+	}
+	for doc, err := range s.docs.Range(ctx, collReserved, "", "") {
+		if err != nil {
+			return err
+		}
+		var r reservation
+		if json.Unmarshal(doc.Value, &r) == nil && time.Now().Before(r.Until) {
+			continue
+		}
+		if err := s.docs.Delete(ctx, collReserved, doc.Key, doc.Rev); err != nil && !hub.IsKind(err, hub.Conflict) {
+			return err
+		}
+	}
+	return nil
+}
+
+// Sign answers a certificate signing request of an owner with a certificate, PEM, and the one that issued it behind it. It is
+// for a device of the owner, or for one that nobody owns, which is kept for the owner for 24 hours then. Kinds: Invalid and
+// TooLarge for what is wrong with the request, Denied for the hub's ID ("device-id-of-hub") and for devices of others
+// ("device-owned-by-other"), Exhausted when the device has 16 certificates that are good ("certificates-limit") or the owner
+// 1000 IDs that are kept ("reservations-limit"). What is returned is in the ledger.
+func (s *Service) Sign(ctx context.Context, owner hub.Owner, user string, csr []byte) (chain []byte, err error) {
+	defer func() { s.count(err) }()
+	const op = "certificateauthority.Sign"
+	if owner == "" {
+		return nil, hub.NewError(hub.Denied, "owner-missing", "certificates are for owners").With(op, nil)
+	}
+	req, err := parseRequest(csr)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", op, err)
+	}
+	if req.device == s.a.hubID {
+		return nil, errOfHub.With(op, nil)
+	}
+	if err := s.entitled(ctx, owner, req.device); err != nil {
+		return nil, fmt.Errorf("%s: %w", op, err)
+	}
+	if err := s.room(ctx, req.device); err != nil {
+		return nil, fmt.Errorf("%s: %w", op, err)
+	}
+	signer := s.a.signers[Device]
+	leaf, err := signer.signKey(req.key, "uuid:"+string(req.device), DeviceValidity, deviceUsage, nil)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", op, err)
+	}
+	if err := s.record(ctx, leaf, entry{Device: req.device, Owner: owner, How: hub.ByCSR, User: user}); err != nil {
+		return nil, fmt.Errorf("%s: %w", op, err)
+	}
+	return slices.Concat(certPEM(leaf), certPEM(signer.issuing)), nil
+}
+
+// IssueDevice is Authority.IssueDevice for an operator, whom nobody asks who owns the device. What is returned is in the
+// ledger.
+func (s *Service) IssueDevice(ctx context.Context, dev hub.DeviceID, validity time.Duration, user string) (id Identity, err error) {
+	defer func() { s.count(err) }()
+	if id, err = s.a.IssueDevice(dev, validity); err != nil {
+		return Identity{}, err
+	}
+	if err := s.record(ctx, id.leaf, entry{Device: dev, How: hub.ByOperator, User: user}); err != nil {
+		return Identity{}, fmt.Errorf("certificateauthority.IssueDevice: %w", err)
+	}
+	return id, nil
+}
+
+func (s *Service) count(err error) {
+	outcome := "issued"
+	if err != nil {
+		outcome = "refused"
+	}
+	s.issued.WithLabelValues(outcome).Inc()
+}
+
+// entitled reports whether the owner may have certificates for a device, and keeps an ID without owner for him.
+func (s *Service) entitled(ctx context.Context, owner hub.Owner, dev hub.DeviceID) error {
+	switch own, err := s.owners.Owner(ctx, dev); {
+	case err == nil && own.Owner == owner:
+		return nil
+	case err == nil:
+		return errOther
+	case !hub.IsKind(err, hub.NotFound):
+		return err
+	}
+	for {
+		doc, err := s.docs.Get(ctx, collReserved, string(dev))
+		if err != nil {
+			return err
+		}
+		var old reservation
+		if doc.Rev != 0 {
+			if err := json.Unmarshal(doc.Value, &old); err != nil {
+				return &hub.Error{Kind: hub.Internal, Code: "data-damaged", Text: "a reservation of a device ID is damaged", Err: err}
+			}
+		}
+		now := time.Now().UTC()
+		mine := old.Owner == owner
+		if !mine && now.Before(old.Until) {
+			return errOther
+		}
+		if !mine {
+			n := 0
+			for _, err := range s.docs.FindKeys(ctx, collReserved, indexOwner+string(owner)) {
+				if err != nil {
+					return err
+				}
+				if n++; n >= maxReserved {
+					return errReserved
+				}
+			}
+		}
+		value, err := json.Marshal(reservation{owner, now.Add(reservedFor)})
+		if err != nil {
+			return fmt.Errorf("encode a reservation: %w", err)
+		}
+		_, err = s.docs.Put(ctx, collReserved, store.Doc{Key: string(dev), Value: value, Rev: doc.Rev, Index: []string{indexOwner + string(owner)}})
+		if !hub.IsKind(err, hub.Conflict) {
+			return err
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+	}
+}
+
+var (
+	errOther    = hub.NewError(hub.Denied, "device-owned-by-other", "the device belongs to another owner")
+	errReserved = hub.NewError(hub.Exhausted, "reservations-limit", "certificates were made for too many devices that have not signed up")
+	errLive     = hub.NewError(hub.Exhausted, "certificates-limit", "the device has too many certificates that are good; revoke some")
+)
+
+// room refuses one more certificate for a device that has many.
+func (s *Service) room(ctx context.Context, dev hub.DeviceID) error {
+	n, now := 0, time.Now()
+	for doc, err := range s.docs.Find(ctx, collCertificates, indexDevice+string(dev)) {
+		if err != nil {
+			return err
+		}
+		e, err := decodeEntry(doc)
+		if err != nil {
+			return err
+		}
+		if e.live(now) {
+			n++
+		}
+	}
+	if n >= maxLive {
+		return errLive
+	}
+	return nil
+}
+
+// List returns the revocation list of an issuer, DER (RFC 5280, Section 5): what was revoked before its time, as long as it
+// would have been good. It is at most ten minutes old, or newer than the newest revocation, and good for a day. NotFound for
+// an issuer that is not ours.
+func (s *Service) List(ctx context.Context, issuer string) ([]byte, error) {
+	const op = "certificateauthority.List"
+	if issuer != s.issuer {
+		return nil, hub.NewError(hub.NotFound, "issuer-unknown", "there is no such issuer").With(op, nil)
+	}
+	s.listing.Lock() // all who ask at the same time get the same
+	defer s.listing.Unlock()
+	now := time.Now()
+	s.mu.Lock()
+	if s.list != nil && now.Sub(s.listed) < listAge {
+		defer s.mu.Unlock()
+		return s.list, nil
+	}
+	changes := s.changes
+	s.mu.Unlock()
+	number, err := s.nextNumber(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", op, err)
+	}
+	t := &x509.RevocationList{Number: big.NewInt(number), ThisUpdate: now, NextUpdate: now.Add(listValid)}
+	for doc, err := range s.docs.Find(ctx, collCertificates, indexRevoked) {
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", op, err)
+		}
+		e, err := decodeEntry(doc)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", op, err)
+		}
+		serial, ok := new(big.Int).SetString(doc.Key, 16)
+		if !ok || now.After(e.NotAfter) {
+			continue
+		}
+		t.RevokedCertificateEntries = append(t.RevokedCertificateEntries, x509.RevocationListEntry{
+			SerialNumber: serial, RevocationTime: e.Revoked, ReasonCode: int(e.Reason),
+		})
+	}
+	signer := s.a.signers[Device]
+	der, err := x509.CreateRevocationList(rand.Reader, t, signer.issuing, signer.key)
+	if err != nil {
+		return nil, fmt.Errorf("%s: sign the list: %w", op, err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.changes == changes { // else there may be one that it does not have
+		s.list, s.listed = der, now
+	}
+	return der, nil
+}
+
+// nextNumber counts the lists, also over a restart (RFC 5280, Section 5.2.3).
+func (s *Service) nextNumber(ctx context.Context) (int64, error) {
+	for {
+		doc, err := s.docs.Get(ctx, collLists, s.issuer)
+		if err != nil {
+			return 0, err
+		}
+		var n int64
+		if doc.Rev != 0 {
+			if n, err = strconv.ParseInt(string(doc.Value), 10, 64); err != nil {
+				return 0, &hub.Error{Kind: hub.Internal, Code: "data-damaged", Text: "the number of the revocation lists is damaged", Err: err}
+			}
+		}
+		n++
+		_, err = s.docs.Put(ctx, collLists, store.Doc{Key: s.issuer, Value: strconv.AppendInt(nil, n, 10), Rev: doc.Rev})
+		if !hub.IsKind(err, hub.Conflict) {
+			return n, err
+		}
+	}
+}
+
+// Issuer names the key that signs devices' certificates, as List takes it.
+func (s *Service) Issuer() string { return s.issuer }

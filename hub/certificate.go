@@ -1,0 +1,51 @@
+package hub
+
+import "time"
+
+// Certificate is what the certificate authority's ledger has of one certificate. Nothing of it changes but its revocation.
+type Certificate struct {
+	Serial    string // hexadecimal, lower case
+	Issuer    string // names the key that signed it, a UUID
+	Name      string // the common name of its subject
+	Key       string // names its public key, a UUID
+	Device    DeviceID
+	Owner     Owner         // for whom it was signed; "" for whoever has the device
+	How       RequestMethod // it was requested
+	User      string        // who asked
+	PEM       string        // the certificate alone
+	Created   time.Time
+	NotBefore time.Time
+	NotAfter  time.Time
+	Revoked   time.Time        // zero: it is not
+	Reason    RevocationReason // of that
+}
+
+// RequestMethod is how somebody came by a certificate. They are stored: never change one.
+type RequestMethod string
+
+// The request methods.
+const (
+	ByCSR      RequestMethod = "csr"      // a certificate signing request over the API
+	ByOperator RequestMethod = "operator" // made together with its key, on the hub's machine
+)
+
+// RevocationReason is a CRLReason (RFC 5280, Section 5.3.1). They are stored.
+type RevocationReason uint8
+
+// The reasons that the hub gives.
+const (
+	RevokedUnspecified   RevocationReason = 0
+	RevokedKeyCompromise RevocationReason = 1
+	RevokedSuperseded    RevocationReason = 4
+	RevokedCessation     RevocationReason = 5 // cessationOfOperation
+)
+
+// CertificateFilter says which certificates are meant: those that match all of what is set. All is what only an operator may
+// mean: without it and without an owner it matches none.
+type CertificateFilter struct {
+	All     bool // whoever's they are
+	Owner   Owner
+	Serials []string
+	Devices []DeviceID
+	Names   []string
+}
