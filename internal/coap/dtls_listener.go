@@ -450,6 +450,8 @@ func alertOf(err error, nothing bool) byte {
 		return alertHandshake
 	case errors.As(err, &unknown):
 		return alertUnknownCA
+	case errors.Is(err, ErrRevoked):
+		return alertRevoked
 	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
 		return alertExpired
 	case errors.As(err, &invalid) && invalid.Reason == x509.IncompatibleUsage:

@@ -30,6 +30,7 @@ const (
 	alertHandshake      = 40 // handshake_failure
 	alertBadCertificate = 42
 	alertUnsupported    = 43 // unsupported_certificate
+	alertRevoked        = 44 // certificate_revoked
 	alertExpired        = 45 // certificate_expired
 	alertUnknownCA      = 48
 	alertDecrypt        = 51 // decrypt_error

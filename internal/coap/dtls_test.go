@@ -11,6 +11,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"math/big"
@@ -496,8 +497,13 @@ func TestDTLSCertificates(t *testing.T) {
 	dtlsBubble(t, handlerFuncs{}, func(_ *Config, conf *DTLSConfig) {
 		demand := conf.Verify
 		conf.Verify = func(p PeerCredential) error {
-			if len(p.Chain) > 0 && p.Chain[0].Subject.CommonName == "revoked" {
-				return errors.New("the certificate is revoked")
+			if len(p.Chain) > 0 {
+				switch p.Chain[0].Subject.CommonName {
+				case "revoked":
+					return fmt.Errorf("look at the certificate: %w", ErrRevoked)
+				case "stranger":
+					return errors.New("nobody knows the device")
+				}
 			}
 			return demand(p)
 		}
@@ -511,7 +517,8 @@ func TestDTLSCertificates(t *testing.T) {
 			{"of another authority", "unknown authority", "UnknownCA", []tls.Certificate{other.issue(t, "device", time.Time{})}},
 			{"expired", "expired", "CertificateExpired", []tls.Certificate{s.ca.issue(t, "device", time.Now().Add(-time.Hour))}},
 			{"for servers", "incompatible key usage", "UnsupportedCertificate", []tls.Certificate{s.ca.issue(t, "server", time.Time{})}},
-			{"revoked", "revoked", "BadCertificate", []tls.Certificate{s.ca.issue(t, "revoked", time.Time{})}},
+			{"revoked", "revoked", "CertificateRevoked", []tls.Certificate{s.ca.issue(t, "revoked", time.Time{})}},
+			{"not taken", "nobody knows", "BadCertificate", []tls.Certificate{s.ca.issue(t, "stranger", time.Time{})}},
 		}
 		for _, c := range cases {
 			_, err := s.shake(t, s.socket(t, "198.51.100.1:0"), certOptions(s.ca, c.certs)...)
