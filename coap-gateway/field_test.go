@@ -23,6 +23,8 @@ type field struct {
 	gw      *Gateway
 	net     *simnet.Network
 	key     []byte
+	ca      *ca
+	ledger  ledger          // of ca
 	ctx     context.Context // ends with the gateway
 	cancel  context.CancelFunc
 	running sync.WaitGroup // whoever ends with ctx or with its socket; end waits for them
@@ -30,9 +32,8 @@ type field struct {
 
 func newField(t *testing.T, w *world, seed uint64, change func(*Config)) *field {
 	t.Helper()
-	authority := newCA(t)
-	certificate := authority.identity(t, hubID, nil)
-	f := &field{t: t, net: simnet.New(seed, nil), key: []byte("0123456789abcdef")}
+	f := &field{t: t, net: simnet.New(seed, nil), key: []byte("0123456789abcdef"), ca: newCA(t)}
+	certificate := f.ca.identity(t, hubID, nil)
 	cfg := Default()
 	cfg.API.CoAP.PlainAddress = "127.0.0.1:0" // plain connections are allowed; nobody listens there
 	if change != nil {
@@ -41,7 +42,7 @@ func newField(t *testing.T, w *world, seed uint64, change func(*Config)) *field 
 	var err error
 	f.gw, err = New(cfg, Deps{
 		Directory: &w.dir, Identities: &w.ids, Verifier: &w.ver, HubID: hubID, Service: "gateway-1",
-		Providers: []NamedProvider{{Name: "main", Provider: &w.prov}}, ClientCAs: authority.pool(),
+		Providers: []NamedProvider{{Name: "main", Provider: &w.prov}}, ClientCAs: f.ca.pool(), Revoked: f.ledger.revoked,
 		Certificate: func() (*tls.Certificate, error) { return &certificate, nil },
 		PSK:         func(context.Context, hub.DeviceID) ([]byte, error) { return f.key, nil },
 	}, slog.New(slog.DiscardHandler), nil)
@@ -84,10 +85,14 @@ func (f *field) shake(sock net.PacketConn) *dtls.Conn {
 
 func (f *field) shakeAs(sock net.PacketConn, dev hub.DeviceID) *dtls.Conn {
 	f.t.Helper()
+	return f.shakeWith(sock, dtls.WithPSK(func([]byte) ([]byte, error) { return f.key, nil }), dtls.WithPSKIdentityHint([]byte(dev)),
+		dtls.WithCipherSuites(dtls.TLS_PSK_WITH_AES_128_CCM_8))
+}
+
+func (f *field) shakeWith(sock net.PacketConn, opts ...dtls.ClientOption) *dtls.Conn {
+	f.t.Helper()
 	conn, err := dtls.ClientWithOptions(sock, fieldDTLS,
-		dtls.WithPSK(func([]byte) ([]byte, error) { return f.key, nil }), dtls.WithPSKIdentityHint([]byte(dev)),
-		dtls.WithCipherSuites(dtls.TLS_PSK_WITH_AES_128_CCM_8), dtls.WithMTU(1200),
-		dtls.WithConnectionIDGenerator(dtls.OnlySendCIDGenerator()))
+		append(opts, dtls.WithMTU(1200), dtls.WithConnectionIDGenerator(dtls.OnlySendCIDGenerator()))...)
 	if err != nil {
 		f.t.Fatal(err)
 	}

@@ -41,6 +41,9 @@ type Deps struct {
 	// ClientIntermediates are certificates under ClientCAs that issue devices' certificates, for clients that send their own
 	// certificate and not its chain. They admit nobody whom ClientCAs would not; a configured caPool replaces them too.
 	ClientIntermediates []*x509.Certificate
+	// Revoked reports whether a device's certificate was revoked; the chain was verified. It knows those of the hub's own
+	// authority only, and does not block. It must say so of a certificate before EndCertificate is told of it. Nil: none was.
+	Revoked func(*x509.Certificate) bool
 	// PSK returns the pre-shared key of a device, nil if it has none. Nil: devices have certificates only.
 	PSK   func(context.Context, hub.DeviceID) ([]byte, error)
 	HubID hub.DeviceID
@@ -92,6 +95,9 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 	}
 	if len(deps.Providers) == 0 {
 		return nil, errors.New("coap-gateway needs at least one provider")
+	}
+	if deps.Revoked == nil {
+		deps.Revoked = func(*x509.Certificate) bool { return false }
 	}
 	g := &Gateway{
 		cfg: cfg, deps: deps, log: log, devices: newDiagnostics(), live: newLive(), rates: newRates(cfg.Limits),

@@ -1,6 +1,7 @@
 package coapgateway
 
 import (
+	"crypto/tls"
 	"fmt"
 	"net"
 	"runtime"
@@ -38,11 +39,12 @@ type guest struct {
 	owner hub.Owner
 	token string // its grant has the same name
 	sock  net.PacketConn
-	conn  *dtls.Conn // nil over plain UDP
-	last  byte       // the newest token of a request
+	conn  *dtls.Conn      // nil over plain UDP
+	cert  tls.Certificate // empty: it has a pre-shared key, or nothing
+	last  byte            // the newest token of a request
 }
 
-// come brings a device. Devices that end in an even number come over DTLS.
+// come brings a device. Devices that end in an even number come over DTLS, every other of them with a new certificate.
 func (d *day) come(number int) *guest {
 	d.t.Helper()
 	d.n++
@@ -55,8 +57,14 @@ func (d *day) come(number int) *guest {
 		d.t.Fatal(err)
 	}
 	g.sock, g.dozer.conn = sock, plainSocket{sock}
-	if number%2 == 0 {
+	switch number % 4 {
+	case 0:
+		g.cert = d.ca.identity(d.t, g.id, nil)
+		g.conn = d.shakeWith(sock, dtls.WithCertificates(g.cert), dtls.WithRootCAs(d.ca.pool()), dtls.WithServerName("localhost"))
+	case 2:
 		g.conn = d.shakeAs(sock, g.id)
+	}
+	if g.conn != nil {
 		g.dozer.conn = g.conn
 	}
 	for _, href := range []string{"/a", "/b", "/busy"} {
@@ -147,6 +155,12 @@ func TestNoGrowth(t *testing.T) {
 		func(g *guest) { g.must(codes.Deleted, g.request(codes.DELETE, "/oic/sec/account", nil)); g.vanish() },
 		func(g *guest) { g.day.gw.EndGrant("main", g.token); g.vanish() },
 		func(g *guest) { g.day.gw.EndKey(g.id); g.vanish() },
+		func(g *guest) {
+			if g.cert.Leaf != nil {
+				g.day.gw.EndCertificate(g.day.ledger.revoke(g.cert))
+			}
+			g.vanish()
+		},
 		func(g *guest) { // its token ends soon
 			g.token += "-short"
 			g.day.w.grant(g.token, hub.Claims{Owner: g.owner, Expiry: time.Now().Add(10 * time.Minute), Issuer: "main", Grant: g.token})
@@ -238,7 +252,7 @@ func (d *day) empty() {
 	t, gw := d.t, d.gw
 	t.Helper()
 	gw.live.mu.Lock()
-	if n := len(gw.live.grants) + len(gw.live.keys); n > 0 {
+	if n := len(gw.live.grants) + len(gw.live.keys) + len(gw.live.certs); n > 0 {
 		t.Errorf("%d credentials are stood on", n)
 	}
 	gw.live.mu.Unlock()

@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
+	"encoding/hex"
 	"encoding/pem"
 	"flag"
 	"fmt"
@@ -59,14 +60,16 @@ func (c *ca) make(t *testing.T, tmpl *x509.Certificate) (*x509.Certificate, *ecd
 	if err != nil {
 		t.Fatal(err)
 	}
-	if tmpl.SerialNumber, err = rand.Int(rand.Reader, big.NewInt(1<<62)); err != nil {
-		t.Fatal(err)
+	if tmpl.SerialNumber == nil {
+		if tmpl.SerialNumber, err = rand.Int(rand.Reader, big.NewInt(1<<62)); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if tmpl.NotBefore.IsZero() {
 		tmpl.NotBefore = time.Now().Add(-time.Hour)
 	}
 	if tmpl.NotAfter.IsZero() {
-		tmpl.NotAfter = time.Now().Add(time.Hour)
+		tmpl.NotAfter = time.Now().Add(48 * time.Hour)
 	}
 	parent, signer := c.cert, c.key
 	if parent == nil {
@@ -108,6 +111,33 @@ func (c *ca) identity(t *testing.T, id hub.DeviceID, spoil func(*x509.Certificat
 	}
 	cert, key := c.make(t, tmpl)
 	return tls.Certificate{Certificate: [][]byte{cert.Raw}, PrivateKey: key, Leaf: cert}
+}
+
+// ledger is what authorities know of the end of their certificates.
+type ledger struct {
+	mu   sync.Mutex // guards gone
+	gone map[string]bool
+}
+
+func (l *ledger) key(c *x509.Certificate) string {
+	return fmt.Sprintf("%x %x", c.AuthorityKeyId, c.SerialNumber)
+}
+
+// revoke stores the end of a certificate, of which nobody is told yet, and returns its serial.
+func (l *ledger) revoke(c tls.Certificate) string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.gone == nil {
+		l.gone = map[string]bool{}
+	}
+	l.gone[l.key(c.Leaf)] = true
+	return hex.EncodeToString(c.Leaf.SerialNumber.Bytes())
+}
+
+func (l *ledger) revoked(c *x509.Certificate) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.gone[l.key(c)]
 }
 
 // hall is a running gateway with a world behind it.

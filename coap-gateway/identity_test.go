@@ -328,6 +328,33 @@ func (h *hall) recorded(t *testing.T, start time.Time, reason string) {
 	}
 }
 
+// A certificate that was revoked opens no connection, whatever else is demanded of it; another one of the same device does.
+func TestRevokedCertificateIsRefusedInTheHandshake(t *testing.T) {
+	t.Parallel()
+	for name, properties := range map[string]bool{"identity demanded": true, "any certificate of the CA": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var l ledger
+			h := start(t, func(c *Config, deps *Deps) {
+				c.API.CoAP.TLS.IdentityPropertiesRequired = properties
+				deps.Revoked = l.revoked
+			})
+			bad, good := h.ca.identity(t, lampID, nil), h.ca.identity(t, lampID, nil)
+			l.revoke(bad)
+			h.refusedInHandshake(t, bad, "the certificate was revoked")
+			if _, err := h.shake(t, dtls.WithCertificates(bad)); err == nil || !strings.Contains(err.Error(), "CertificateRevoked") {
+				t.Errorf("the DTLS handshake ended with %v, want the alert certificate_revoked", err)
+			}
+			h.connect(h.device(lampID), h.gw.Addresses().Secure, h.tlsFor(good)).alive()
+			conn, err := h.shake(t, dtls.WithCertificates(good))
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = conn.Close()
+		})
+	}
+}
+
 // The name may have its prefix and hex digits in capitals.
 func TestCertificateNameInCapitals(t *testing.T) {
 	t.Parallel()

@@ -3,6 +3,8 @@ package coapgateway
 import (
 	"context"
 	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
 	"maps"
 	"slices"
 	"sync"
@@ -10,9 +12,9 @@ import (
 	"github.com/coaphub/coaphub/hub"
 )
 
-// live finds the sessions that stand on a credential which ends before its time: on the grant of their token, or on a device's
-// pre-shared key. It holds sessions and nothing else, so connections bound it, and it costs nothing as long as nothing ends:
-// nobody asks again and again for 100 000 tokens.
+// live finds the sessions that stand on a credential which ends before its time: on the grant of their token, on a device's
+// pre-shared key, or on its certificate. It holds sessions and nothing else, so connections bound it, and it costs nothing as
+// long as nothing ends: nobody asks again and again for 100 000 tokens.
 //
 // That no end is missed rests on an order. Whoever ends a credential stores that first and tells it then. A session's
 // credential is checked, then the session enters, and if anything was told since before that check, it is checked once more.
@@ -21,6 +23,7 @@ type live struct {
 	told   uint64     // how many ends were told
 	grants map[grant]sessions
 	keys   map[hub.DeviceID]sessions
+	certs  map[string]sessions // by serial, which two authorities may both have given
 }
 
 // grant is what tokens of an issuer were issued on.
@@ -28,7 +31,12 @@ type grant struct{ issuer, id string }
 
 type sessions map[*session]struct{}
 
-func newLive() *live { return &live{grants: map[grant]sessions{}, keys: map[hub.DeviceID]sessions{}} }
+func newLive() *live {
+	return &live{grants: map[grant]sessions{}, keys: map[hub.DeviceID]sessions{}, certs: map[string]sessions{}}
+}
+
+// serialOf writes a serial as the ledger of certificates does.
+func serialOf(c *x509.Certificate) string { return hex.EncodeToString(c.SerialNumber.Bytes()) }
 
 // soFar counts the ends that were told.
 func (l *live) soFar() uint64 {
@@ -50,6 +58,9 @@ func (l *live) enter(s *session, key hub.DeviceID) {
 	if key != "" {
 		add(l.keys, key, s)
 	}
+	if s.cert != nil {
+		add(l.certs, serialOf(s.cert), s)
+	}
 }
 
 func (l *live) leave(s *session) {
@@ -61,6 +72,9 @@ func (l *live) leave(s *session) {
 func (l *live) remove(s *session) {
 	drop(l.grants, s.grant, s)
 	drop(l.keys, s.key, s)
+	if s.cert != nil {
+		drop(l.certs, serialOf(s.cert), s)
+	}
 }
 
 func add[K comparable](m map[K]sessions, k K, s *session) {
@@ -101,8 +115,23 @@ func (g *Gateway) EndKey(dev hub.DeviceID) {
 	}
 }
 
-// checkKey refuses whoever came with a pre-shared key that was replaced since: its association outlives the key. Others pass.
-func (p *peer) checkKey(ctx context.Context) error {
+// EndCertificate ends the sessions that came with the certificate of the hub's own authority that has the serial (lower case,
+// hexadecimal), after it was revoked. It does not block. It may be called more than once, and for certificates that nobody came
+// with.
+func (g *Gateway) EndCertificate(serial string) {
+	for _, s := range ended(g.live, g.live.certs, serial) {
+		if g.deps.Revoked(s.cert) { // else it is another authority's with the same serial
+			s.conn.Close(closing{"certificate-revoked"})
+		}
+	}
+}
+
+// checkCredential refuses whoever came with a certificate that was revoked since, or with a pre-shared key that was replaced
+// since: its connection outlives both. Others pass.
+func (p *peer) checkCredential(ctx context.Context) error {
+	if p.cred.cert != nil && p.gw.deps.Revoked(p.cred.cert) {
+		return unauthenticated("certificate-revoked", "the device's certificate was revoked")
+	}
 	if !p.cred.psk {
 		return nil
 	}
@@ -127,7 +156,7 @@ func (p *peer) entered(ctx context.Context, s *session, token string) error {
 	if p.gw.live.soFar() == p.told {
 		return nil
 	}
-	if err := p.checkKey(ctx); err != nil {
+	if err := p.checkCredential(ctx); err != nil {
 		return err
 	}
 	_, err := p.gw.deps.Verifier.Verify(ctx, token)

@@ -59,7 +59,7 @@ func newMetrics(reg prometheus.Registerer, signIns *admission.Queue, exchanges m
 			[]string{"outcome"}),
 		sessionsEnded: prometheus.NewCounterVec(opts("sessions_ended_total",
 			"Sessions by why they ended. Rising second-session: devices reconnect without closing, or two share an identity; rising "+
-				"expired: devices do not refresh their tokens; revoked, key-replaced: their credentials were ended by somebody."), []string{"reason"}),
+				"expired: devices do not refresh their tokens; revoked, key-replaced, certificate-revoked: their credentials were ended by somebody."), []string{"reason"}),
 		overload: prometheus.NewCounterVec(opts("overload_refused_total",
 			"Requests that were refused and told when to come again, by the code of the reason. device-rate: a device in a loop, or "+
 				"limits.device is too low; owner-rate, hub-rate: as configured; sign-ins-full: more devices come than can be served, see account_requests; "+

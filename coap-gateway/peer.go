@@ -197,7 +197,7 @@ func (p *peer) answer(ctx context.Context, r route, known bool, path string, req
 		return m(p, ctx, req, format)
 	}
 	p.told = p.gw.live.soFar() // before anything is checked
-	err := p.checkKey(ctx)
+	err := p.checkCredential(ctx)
 	var resp coap.Response
 	if err == nil {
 		resp, err = m(p, ctx, req, format)

@@ -2,6 +2,7 @@ package coapgateway
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"log/slog"
 	"sync"
@@ -29,6 +30,8 @@ type session struct {
 	timer  *time.Timer  // closes the connection when the credential expires
 	grant  grant        // what live has it under; live guards both
 	key    hub.DeviceID // "": it did not come with a pre-shared key
+	// cert is what it came with, nil if it did not come with one; it does not change.
+	cert *x509.Certificate
 
 	ctx    context.Context // ends with the session
 	cancel context.CancelFunc

@@ -88,7 +88,7 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 		return claims, dev, p.entered(ctx, p.sess, body.Token)
 	}
 	s := &session{
-		gw: p.gw, conn: p.conn, uid: body.UID, to: &deliverer{conn: p.conn},
+		gw: p.gw, conn: p.conn, cert: p.cred.cert, uid: body.UID, to: &deliverer{conn: p.conn},
 		turn: make(chan struct{}, 1), early: map[*coap.Observation]map[hub.Href]bool{},
 	}
 	conn := hub.Connection{

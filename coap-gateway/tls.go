@@ -62,14 +62,22 @@ func (g *Gateway) tlsConfig() (*tls.Config, trusted, error) {
 	}
 	conf.ClientCAs = is.cas
 	conf.ClientAuth = tls.RequireAndVerifyClientCert
-	if co.IdentityPropertiesRequired {
-		// VerifyConnection and not VerifyPeerCertificate: the latter is skipped on resumed connections.
-		conf.VerifyConnection = func(state tls.ConnectionState) error {
-			_, err := identify(state.PeerCertificates[0], g.deps.HubID)
-			return err
-		}
-	}
+	// VerifyConnection and not VerifyPeerCertificate: the latter is skipped on resumed connections. crypto/tls makes any error
+	// of it the alert bad_certificate.
+	conf.VerifyConnection = func(state tls.ConnectionState) error { return g.admissible(state.PeerCertificates[0]) }
 	return conf, is, nil
+}
+
+// admissible decides in the handshake on a device's own certificate, whose chain was verified.
+func (g *Gateway) admissible(cert *x509.Certificate) error {
+	if g.deps.Revoked(cert) {
+		return coap.ErrRevoked
+	}
+	if !g.cfg.API.CoAP.TLS.IdentityPropertiesRequired {
+		return nil
+	}
+	_, err := identify(cert, g.deps.HubID)
+	return err
 }
 
 // forDTLS tells whether a key is of a kind that the suites of constrained devices use: none of them has RSA.
@@ -112,11 +120,8 @@ func (g *Gateway) dtlsConfig() coap.DTLSConfig {
 			return nil
 		case len(peer.Chain) == 0:
 			return errors.New("the device showed neither certificate nor pre-shared key")
-		case co.TLS.IdentityPropertiesRequired:
-			_, err := identify(peer.Chain[0], g.deps.HubID)
-			return err
 		}
-		return nil
+		return g.admissible(peer.Chain[0])
 	}
 	return conf
 }
