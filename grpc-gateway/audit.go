@@ -28,15 +28,16 @@ func (o operation) changes(method string) bool {
 }
 
 // audited runs what changes something and notes how it ended, before the answer is whole. A call whose entry cannot be
-// written has happened nevertheless: the log and a metric say so, the caller is answered as if it were there.
-func (g *Gateway) audited(ctx context.Context, e hub.AuditEntry, c hub.Claims, do func() error) (err error) {
+// written has happened nevertheless: the log and a metric say so, the caller is answered as if it were there. do may add to the
+// entry's target.
+func (g *Gateway) audited(ctx context.Context, e *hub.AuditEntry, c hub.Claims, do func() error) (err error) {
 	if g.deps.Audit == nil {
 		return do()
 	}
 	e.User, e.Owner, e.Client = c.Subject, c.Owner, c.ClientID
 	e.Outcome = hub.Internal.String() // unless it ends without a panic
 	defer func() {
-		if failed := g.deps.Audit.Record(ctx, e); failed != nil {
+		if failed := g.deps.Audit.Record(ctx, *e); failed != nil {
 			g.log.ErrorContext(ctx, "a call is missing in the audit log", "request", e.Request, "call", e.Call, "user", e.User,
 				"target", e.Target, "outcome", e.Outcome, "error", failed)
 		}

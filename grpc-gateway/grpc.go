@@ -174,7 +174,8 @@ func (g *Gateway) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo
 	if !known[info.FullMethod] || reads[info.FullMethod] {
 		return handle(ctx, req)
 	}
-	err = g.audited(ctx, auditGRPC(ctx, path.Base(info.FullMethod), id, req), claimsOf(ctx), func() (err error) {
+	e := auditGRPC(ctx, path.Base(info.FullMethod), id, req)
+	err = g.audited(ctx, &e, claimsOf(ctx), func() (err error) {
 		resp, err = handle(ctx, req)
 		return err
 	})

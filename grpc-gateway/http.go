@@ -26,6 +26,9 @@ type request struct {
 	query  query
 	proto  bool // protobuf's JSON instead of the simple form
 	cbor   bool // CBOR instead of it
+	// target is what the audit log will say the call was about; nil for reads. Who carries it out may add what the path does not
+	// say.
+	target *string
 }
 
 // newHandler is everything that applies to every request, from the outside in.
@@ -200,7 +203,9 @@ func (g *Gateway) serve(ctx context.Context, w *writer, r *http.Request, templat
 	}
 	serve := func() error { return op.serve(g, w, req) }
 	if op.changes(r.Method) {
-		err = g.audited(ctx, auditHTTP(r, op.id, w.Header().Get("X-Request-Id")), req.claims, serve)
+		e := auditHTTP(r, op.id, w.Header().Get("X-Request-Id"))
+		req.target = &e.Target
+		err = g.audited(ctx, &e, req.claims, serve)
 	} else {
 		err = serve()
 	}
