@@ -37,7 +37,7 @@ const (
 // Access-Control-Allow-Credentials is never sent: a cookie authorizes nothing here, and the provider's pages are not shared
 // at all.
 func (g *Gateway) crossOrigin(w http.ResponseWriter, r *http.Request) bool {
-	if len(g.origins) == 0 || !strings.HasPrefix(r.URL.Path, "/api/") && !strings.HasPrefix(r.URL.Path, "/.well-known/") {
+	if len(g.origins) == 0 || !ofAPI(r.URL.Path) && !strings.HasPrefix(r.URL.Path, "/.well-known/") {
 		return false
 	}
 	h := w.Header()

@@ -30,6 +30,7 @@ func TestCORS(t *testing.T) {
 	}
 	a = w.do(t, "alice", "DELETE", target, "Origin: "+page, "Sec-Fetch-Site: cross-site")
 	want(t, "change", a.Code, 200)
+	want(t, "the authority's", w.get(t, records, "Origin: "+page).Header().Get("Access-Control-Allow-Origin"), page)
 	want(t, "an error is readable too", w.do(t, "", "GET", target, "Origin: "+page).Header().Get("Access-Control-Allow-Origin"), page)
 
 	for _, origin := range []string{"https://app.example.com:8443", "http://app.example.com", "https://app.example.com.evil.org", "null", "https://APP.example.com"} {

@@ -26,6 +26,8 @@ const (
 	listAudit     list = 18
 	listRefusals  list = 19
 	listAccounts  list = 20
+
+	listCertificates list = 21
 )
 
 // place is where a page ended: after this device, within it after this href (resources) or after this event of this commit

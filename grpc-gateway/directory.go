@@ -53,6 +53,22 @@ type Identities interface {
 	EventsOwned(ctx context.Context, owner hub.Owner) ([]hub.DeviceID, error)
 }
 
+// Certificates is what the door needs from the certificate authority.
+type Certificates interface {
+	// Sign answers a certificate signing request (PKCS #10, PEM or DER) with a certificate in PEM, and the one that issued it
+	// behind it. user asks. Invalid and TooLarge for what is wrong with the request, Denied for a device that is not owner's and
+	// not free, Exhausted when there are too many certificates.
+	Sign(ctx context.Context, owner hub.Owner, user string, csr []byte) ([]byte, error)
+	// Certificates yields what is known of the certificates that the filter means, in no order. An error is the last element.
+	Certificates(ctx context.Context, f hub.CertificateFilter) iter.Seq2[hub.Certificate, error]
+	// Revoke ends those certificates that the filter means and that have not ended yet, and returns them; also beside an error,
+	// after which it may be repeated.
+	Revoke(ctx context.Context, f hub.CertificateFilter, reason hub.RevocationReason) ([]hub.Certificate, error)
+	// List returns the revocation list of an issuer, DER (RFC 5280, Section 5). It is cheap to ask again. NotFound for an issuer
+	// that is not ours.
+	List(ctx context.Context, issuer string) ([]byte, error)
+}
+
 // Verifier checks access tokens. Kinds: Unauthenticated for a bad token, Unavailable while the provider's keys cannot be
 // had.
 type Verifier interface {

@@ -75,6 +75,7 @@ var (
 	errNotFound     = hub.NewError(hub.NotFound, "not-found", "not found")
 	errNotYours     = hub.NewError(hub.Denied, "device-not-yours", "there is no such device, or it is not yours")
 	errDeleteAll    = hub.NewError(hub.Invalid, "filter-empty", "name the devices to delete, or ask for all of them with all=true")
+	errRevokeAll    = hub.NewError(hub.Invalid, "filter-empty", "name the certificates to revoke, or ask for all of them with all=true")
 	errDeleteBoth   = hub.NewError(hub.Invalid, "filter-and-all", "all=true and a filter exclude each other")
 	errCursor       = hub.NewError(hub.Invalid, "cursor-invalid", "the cursor is not one of this call and this caller")
 	errHost         = hub.NewError(hub.Denied, "host-not-allowed", "this host name is not one of the hub's")

@@ -36,6 +36,8 @@ type filter struct {
 	limit     uint32    // 0 = none
 	from      place
 	pending   pendingFilter // for the list of commands
+	serials   []string      // for certificates
+	names     []string      // common names, for certificates
 }
 
 // newFilter reads the filters that all lists share. A device ID that is no UUID, and an href that is none, are Invalid with
@@ -132,6 +134,12 @@ func (f *filter) digest() []byte {
 		for _, href := range slices.Sorted(maps.Keys(f.resources[id])) {
 			put("resource", string(id), string(href)) // ETags say what the caller has, not what is asked for
 		}
+	}
+	for _, serial := range f.serials {
+		put("serial", serial)
+	}
+	for _, name := range f.names {
+		put("name", name)
 	}
 	put(slices.Sorted(slices.Values(f.types))...)
 	put(f.search...)

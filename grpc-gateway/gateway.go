@@ -30,6 +30,8 @@ type Deps struct {
 	Verifier   Verifier
 	// Administration is what administrators see and do. nil: their calls are 404.
 	Administration Administration
+	// Certificates is the device side of the certificate authority. nil: its calls are 404.
+	Certificates Certificates
 	// Audit keeps which calls changed something. nil: nobody does.
 	Audit Audit
 	// HubID goes into the metadata of events.

@@ -72,11 +72,10 @@ func canonicalHost(h string) string {
 	return h
 }
 
-// route finds the operation and runs it. What it does not know goes to Deps.Pages, except below /api/.
+// route finds the operation and runs it. What it does not know goes to Deps.Pages, unless its path is the API's.
 func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 	template, v, err := split(r.URL.EscapedPath())
-	api := strings.HasPrefix(r.URL.Path, "/api/")
-	page := g.deps.Pages != nil && template == "" && !api
+	page := g.deps.Pages != nil && template == "" && !ofAPI(r.URL.Path)
 	method := r.Method
 	if method == http.MethodHead { // net/http leaves the body away
 		method = http.MethodGet
@@ -162,7 +161,7 @@ func (g *Gateway) serve(ctx context.Context, w *writer, r *http.Request, templat
 	presented := authorization(r)
 	switch {
 	case template == "":
-		if strings.HasPrefix(r.URL.Path, "/api/") { // strangers do not learn which paths there are
+		if ofAPI(r.URL.Path) { // strangers do not learn which paths there are
 			if _, err := g.authorize(ctx, presented, hub.ScopeRead); err != nil {
 				return err
 			}

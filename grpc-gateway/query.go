@@ -31,6 +31,7 @@ var queryNames = map[string]string{
 	"resourceid.deviceid": "resourceId.deviceId", "resourceid.href": "resourceId.href",
 	"limit": "limit", "cursor": "cursor", "at": "at", "all": "all", "search": "search", "sort": "sort",
 	"eventfilter": "eventFilter", "hreffilter": "hrefFilter", "leadresourcetypefilter": "leadResourceTypeFilter",
+	"idfilter": "idFilter", "commonnamefilter": "commonNameFilter", "reason": "reason",
 	"includecurrentstate": "includeCurrentState", "resumetoken": "resumeToken",
 }
 

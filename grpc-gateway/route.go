@@ -15,6 +15,7 @@ type vars struct {
 	// correlation is the ID of one command.
 	correlation string
 	name        string // of an account
+	issuer      string // of certificates
 }
 
 // named finds the template of a path that names something other than a device's resource, "" if there is none.
@@ -25,6 +26,7 @@ func named(path string) (template string, v vars) {
 	}{
 		{"/api/v1/things/", "{deviceId}", &v.device},
 		{"/api/v1/accounts/", "{name}", &v.name},
+		{"/certificate-authority/api/v1/signing/crl/", "{issuerId}", &v.issuer},
 	} {
 		rest, ok := strings.CutPrefix(path, n.prefix)
 		if !ok {
@@ -117,6 +119,11 @@ func split(path string) (template string, v vars, err error) {
 		return template, v, hub.NewError(hub.Invalid, "href-invalid", "the path names no resource").With("http.split", err)
 	}
 	return template, v, nil
+}
+
+// ofAPI reports whether a path is the API's, also one that is not there: nothing below it goes to Deps.Pages.
+func ofAPI(path string) bool {
+	return strings.HasPrefix(path, "/api/") || strings.HasPrefix(path, "/certificate-authority/api/")
 }
 
 func cutLast(s string) (before, last string, ok bool) {
@@ -217,6 +224,17 @@ func init() { // not a literal: split reads what it leads to
 			"GET":    read("getPendingCommand", (*Gateway).getPendingOfResource),
 			"DELETE": write("cancelPendingCommand", (*Gateway).cancelPendingOfResource),
 		},
+
+		// Other hubs have the authority's calls at two paths, the second for clients from before it was a service of its own.
+		"/certificate-authority/api/v1/sign/identity-csr": {"POST": write("signIdentityCertificate", (*Gateway).signIdentity)},
+		"/api/v1/sign/identity-csr":                       {"POST": write("signIdentityCertificateOld", (*Gateway).signIdentity)},
+		"/certificate-authority/api/v1/signing/records": {
+			"GET": read("getSigningRecords", (*Gateway).getCertificates), "DELETE": write("deleteSigningRecords", (*Gateway).revokeCertificates),
+		},
+		"/api/v1/signing/records": {
+			"GET": read("getSigningRecordsOld", (*Gateway).getCertificates), "DELETE": write("deleteSigningRecordsOld", (*Gateway).revokeCertificates),
+		},
+		"/certificate-authority/api/v1/signing/crl/{issuerId}": {"GET": open("getRevocationList", (*Gateway).getRevocationList)},
 
 		"/api/v1/ws/events":     {"GET": stream("subscribeWebSocket", (*Gateway).subscribeWebSocket)},
 		"/api/v1/events/stream": {"GET": stream("subscribeEvents", (*Gateway).subscribeSSE)},

@@ -103,6 +103,52 @@ func (f *fakeIdentities) EventsOwned(ctx context.Context, o hub.Owner) ([]hub.De
 	return f.eventsOwned(ctx, o)
 }
 
+// fakeCertificates is a ledger in memory. What is signed, and the list, are up to the tests.
+type fakeCertificates struct {
+	ledger []hub.Certificate
+	sign   func(owner hub.Owner, user string, csr []byte) ([]byte, error)
+	list   func(issuer string) ([]byte, error)
+	err    error // behind what is yielded or revoked
+}
+
+func (f *fakeCertificates) Sign(_ context.Context, owner hub.Owner, user string, csr []byte) ([]byte, error) {
+	return f.sign(owner, user, csr)
+}
+
+// means is the contract of the filter.
+func (*fakeCertificates) means(f hub.CertificateFilter, c hub.Certificate) bool {
+	return c.Owner == f.Owner && !f.All && (len(f.Serials) == 0 || slices.Contains(f.Serials, c.Serial)) &&
+		(len(f.Devices) == 0 || slices.Contains(f.Devices, c.Device)) && (len(f.Names) == 0 || slices.Contains(f.Names, c.Name))
+}
+
+func (f *fakeCertificates) Certificates(_ context.Context, filter hub.CertificateFilter) iter.Seq2[hub.Certificate, error] {
+	return func(yield func(hub.Certificate, error) bool) {
+		for _, c := range f.ledger {
+			if f.means(filter, c) && !yield(c, nil) {
+				return
+			}
+		}
+		if f.err != nil {
+			yield(hub.Certificate{}, f.err)
+		}
+	}
+}
+
+func (f *fakeCertificates) Revoke(_ context.Context, filter hub.CertificateFilter, reason hub.RevocationReason) ([]hub.Certificate, error) {
+	var out []hub.Certificate
+	for i := range f.ledger {
+		if c := &f.ledger[i]; f.means(filter, *c) && c.Revoked.IsZero() {
+			c.Revoked, c.Reason = time.Unix(0, t0+7), reason
+			out = append(out, *c)
+		}
+	}
+	return out, f.err
+}
+
+func (f *fakeCertificates) List(_ context.Context, issuer string) ([]byte, error) {
+	return f.list(issuer)
+}
+
 type fakeVerifier struct {
 	verify func(context.Context, string) (hub.Claims, error)
 }
@@ -147,11 +193,12 @@ type world struct {
 	picks    []hub.CommandPick
 	outcome  func(hub.Order) hub.Outcome
 
-	directory  *fakeDirectory
-	identities *fakeIdentities
-	verifier   *fakeVerifier
-	registry   *prometheus.Registry
-	log        *logBuffer
+	directory    *fakeDirectory
+	identities   *fakeIdentities
+	certificates *fakeCertificates
+	verifier     *fakeVerifier
+	registry     *prometheus.Registry
+	log          *logBuffer
 }
 
 func newWorld(t testing.TB, change ...func(*Config, *Deps)) *world {
@@ -274,10 +321,12 @@ func newWorld(t testing.TB, change ...func(*Config, *Deps)) *world {
 		}
 		return hub.Claims{}, hub.NewError(hub.Unauthenticated, "token-invalid", "the access token is not valid")
 	}}
+	w.certificates = &fakeCertificates{list: func(string) ([]byte, error) { return []byte{0x30, 0}, nil }}
 	cfg := Default()
 	cfg.API.HTTP.Address, cfg.API.GRPC.Address = "127.0.0.1:0", "127.0.0.1:0"
 	deps := Deps{
-		Directory: w.directory, Identities: w.identities, Verifier: w.verifier, HubID: hubID, Hosts: []string{"example.com"},
+		Directory: w.directory, Identities: w.identities, Certificates: w.certificates, Verifier: w.verifier, HubID: hubID,
+		Hosts:     []string{"example.com"},
 		CursorKey: []byte("0123456789abcdef0123456789abcdef"),
 		HubInfo: func() HubConfiguration {
 			return HubConfiguration{

@@ -1,0 +1,255 @@
+package grpcgateway
+
+import (
+	"cmp"
+	"context"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/pem"
+	"fmt"
+	"iter"
+	"math/big"
+	"net/http"
+	"slices"
+	"strings"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/coaphub/coaphub/hub"
+)
+
+// Certificates of devices. Everybody, administrators too, sees those of his own owner. These calls have one form, which is
+// protobuf's JSON of other hubs with members of our own, and exist over HTTP only.
+
+// maxSerial is how many hexadecimal digits a serial number has at most (RFC 5280, Section 4.1.2.2).
+const maxSerial = 40
+
+// certificateFilter reads which certificates are meant. Filters of different kinds narrow each other.
+func (r *request) certificateFilter() (filter, error) {
+	f, err := newFilter(r.query["deviceIdFilter"], nil, nil)
+	if err != nil {
+		return f, err
+	}
+	for i, s := range r.query["idFilter"] {
+		serial := strings.ToLower(s) // as openssl prints it
+		if serial == "" || len(serial) > maxSerial || strings.Trim(serial, "0123456789abcdef") != "" {
+			return f, badFilter("idFilter", i, invalid("filter-invalid", "this is no serial number in hexadecimal digits"))
+		}
+		f.serials = append(f.serials, serial)
+	}
+	for i, name := range r.query["commonNameFilter"] {
+		if name == "" {
+			return f, badFilter("commonNameFilter", i, invalid("filter-invalid", "the name is empty"))
+		}
+		f.names = append(f.names, name)
+	}
+	slices.Sort(f.serials)
+	slices.Sort(f.names)
+	f.serials, f.names = slices.Compact(f.serials), slices.Compact(f.names)
+	return f, nil
+}
+
+func (f *filter) ofCertificates(owner hub.Owner) hub.CertificateFilter {
+	return hub.CertificateFilter{Owner: owner, Serials: f.serials, Devices: f.ids(), Names: f.names}
+}
+
+// signBody is a request for a certificate; its member is PEM in base64.
+type signBody struct {
+	Request string `json:"certificateSigningRequest"`
+}
+
+type signAnswer struct {
+	Certificate []byte `json:"certificate"` // PEM, what issued it behind it
+}
+
+func (g *Gateway) signIdentity(w http.ResponseWriter, r *request) error {
+	if g.deps.Certificates == nil {
+		return errNoRoute
+	}
+	var body signBody
+	if err := readJSON(r, &body); err != nil {
+		return err
+	}
+	if body.Request == "" {
+		return invalid("body-incomplete", "the body lacks the member certificateSigningRequest")
+	}
+	csr, err := fromBase64(body.Request)
+	if err != nil {
+		return invalid("body-invalid", "certificateSigningRequest is not base64")
+	}
+	chain, err := g.deps.Certificates.Sign(r.Context(), r.claims.Owner, r.claims.Subject, csr)
+	if err != nil {
+		return err
+	}
+	if block, _ := pem.Decode(chain); block != nil {
+		if leaf, err := x509.ParseCertificate(block.Bytes); err == nil {
+			*r.target += fmt.Sprintf(" device=%s serial=%x", strings.TrimPrefix(leaf.Subject.CommonName, "uuid:"), leaf.SerialNumber.Bytes())
+		}
+	}
+	return writeJSON(w, r, signAnswer{chain})
+}
+
+// fromBase64 takes what protobuf's JSON does: the standard alphabet or that of URLs, with or without padding.
+func fromBase64(s string) ([]byte, error) {
+	s = strings.TrimRight(s, "=")
+	if strings.ContainsAny(s, "-_") {
+		return base64.RawURLEncoding.DecodeString(s)
+	}
+	return base64.RawStdEncoding.DecodeString(s)
+}
+
+// reasons are the names of what the hub gives as a reason (RFC 5280, Section 5.3.1).
+var reasons = map[string]hub.RevocationReason{
+	"unspecified": hub.RevokedUnspecified, "keyCompromise": hub.RevokedKeyCompromise,
+	"superseded": hub.RevokedSuperseded, "cessationOfOperation": hub.RevokedCessation,
+}
+
+type certificateElement struct{ hub.Certificate }
+
+func (certificateElement) message(string) proto.Message { return nil } // there is no such call over gRPC
+
+func (e certificateElement) appendJSON(b []byte, cursor string) []byte {
+	b = appendText(append(b, '{'), "id", e.Serial)
+	b = appendText(b, "owner", string(e.Owner))
+	b = appendText(b, "commonName", e.Name)
+	b = appendText(b, "deviceId", string(e.Device))
+	b = appendText(b, "publicKey", e.Key)
+	b = appendInt(b, "creationDate", e.Created.UnixNano())
+	b = append(appendName(b, "credential"), '{')
+	b = appendInt(b, "date", e.Created.UnixNano())
+	b = appendText(b, "certificatePem", e.PEM)
+	b = appendInt(b, "validUntilDate", e.NotAfter.UnixNano())
+	if n, ok := new(big.Int).SetString(e.Serial, 16); ok {
+		b = appendText(b, "serial", n.String())
+	}
+	b = append(appendText(b, "issuerId", e.Issuer), '}')
+	b = appendText(b, "requestedBy", e.User)
+	b = appendText(b, "requestMethod", string(e.How))
+	if !e.Revoked.IsZero() {
+		b = appendInt(b, "revokedDate", e.Revoked.UnixNano())
+		for name, reason := range reasons {
+			if reason == e.Reason {
+				b = appendText(b, "revocationReason", name)
+			}
+		}
+	}
+	return append(appendText(b, "cursor", cursor), '}')
+}
+
+// certificates yields certificates as they are read, in no order: an owner may have more than should be in memory. Pages are in
+// the order of serial numbers, and at most maxSorted long.
+func (g *Gateway) certificates(ctx context.Context, owner hub.Owner, f *filter) iter.Seq2[found, error] {
+	f.limit = min(f.limit, maxSorted) // before the page is counted
+	return func(yield func(found, error) bool) {
+		send := func(c hub.Certificate) bool {
+			return yield(found{certificateElement{c}, place{device: nobody, href: hub.Href(c.Serial)}}, nil)
+		}
+		var page []hub.Certificate
+		first := func(n int) { // keeps the first n
+			slices.SortFunc(page, func(a, b hub.Certificate) int { return cmp.Compare(a.Serial, b.Serial) })
+			page = page[:min(n, len(page))]
+		}
+		next := int(f.limit) + 1 // with the one that says that there is more
+		for c, err := range g.deps.Certificates.Certificates(ctx, f.ofCertificates(owner)) {
+			switch {
+			case err != nil:
+				yield(found{}, err)
+				return
+			case c.Serial <= string(f.from.href):
+			case f.limit == 0:
+				if !send(c) {
+					return
+				}
+			default:
+				if page = append(page, c); len(page) == 2*next {
+					first(next)
+				}
+			}
+		}
+		first(next)
+		for _, c := range page {
+			if !send(c) {
+				return
+			}
+		}
+	}
+}
+
+func (g *Gateway) getCertificates(w http.ResponseWriter, r *request) error {
+	if g.deps.Certificates == nil {
+		return errNoRoute
+	}
+	f, err := r.certificateFilter()
+	if err != nil {
+		return err
+	}
+	return g.writeList(w, r.simple(), listCertificates, &f, g.certificates)
+}
+
+// revokeCertificates is other hubs' deletion of records: here the record stays until after the certificate's end, as revoked. As
+// with devices, a filter that names nothing is an error.
+func (g *Gateway) revokeCertificates(w http.ResponseWriter, r *request) error {
+	if g.deps.Certificates == nil {
+		return errNoRoute
+	}
+	all, err := r.query.strictFlag("all")
+	if err != nil {
+		return err
+	}
+	reason := hub.RevokedSuperseded
+	if names, ok := r.query["reason"]; ok {
+		if reason, ok = reasons[names[0]]; !ok {
+			return invalid("query-invalid", "reason is none of unspecified, keyCompromise, superseded and cessationOfOperation")
+		}
+	}
+	var named []string
+	for _, filter := range []string{"idFilter", "deviceIdFilter", "commonNameFilter"} {
+		named = append(named, r.query[filter]...)
+	}
+	switch {
+	case all && len(named) > 0:
+		return errDeleteBoth
+	case !all && (len(named) == 0 || slices.Contains(named, "")):
+		return errRevokeAll
+	}
+	f, err := r.certificateFilter()
+	if err != nil {
+		return err
+	}
+	revoked, err := g.deps.Certificates.Revoke(r.Context(), f.ofCertificates(r.claims.Owner), reason)
+	*r.target += serialsOf(revoked)
+	if err != nil {
+		return err
+	}
+	return writeJSON(w, r, struct {
+		Count int `json:"count,string"`
+	}{len(revoked)})
+}
+
+// serialsOf says for the audit log which certificates were revoked; the first of many, since the ledger has when each was.
+func serialsOf(cs []hub.Certificate) string {
+	const most = 16
+	var b strings.Builder
+	for i, c := range cs {
+		if i == most {
+			fmt.Fprintf(&b, " and %d more", len(cs)-most)
+			break
+		}
+		b.WriteString(" serial=" + c.Serial)
+	}
+	return b.String()
+}
+
+// getRevocationList is open: whoever is shown a certificate must be able to ask. Caches may keep the list for a minute, which is
+// little beside its validity, and much beside how often somebody asks.
+func (g *Gateway) getRevocationList(w http.ResponseWriter, r *request) error {
+	if g.deps.Certificates == nil {
+		return errNoRoute
+	}
+	list, err := g.deps.Certificates.List(r.Context(), r.vars.issuer)
+	if err != nil {
+		return err
+	}
+	w.Header().Set("Cache-Control", "public, max-age=60")
+	return writeTagged(w, r, "application/pkix-crl", list)
+}
