@@ -80,7 +80,7 @@ func (a *assembly) onboard(ctx context.Context, q OnboardRequest) (Onboarding, e
 		}
 	}
 	if q.Certificate {
-		id, err := a.issue(ctx, issueRequest{DeviceID: string(dev)})
+		id, err := a.issueFor(ctx, hub.Owner(o.Owner), issueRequest{DeviceID: string(dev)})
 		if err != nil {
 			return Onboarding{}, err
 		}

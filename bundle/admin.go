@@ -101,12 +101,20 @@ func (c *Control) Audit(ctx context.Context, before uint64, limit int) (es []hub
 // socketReads are the calls over the socket that change nothing; all others are in the audit log.
 var socketReads = map[string]bool{
 	"GET /status": true, "GET /refused": true, "GET /users": true, "POST /device": true, "POST /ca/root": true, "POST /audit": true,
-	"POST /checkpoint": true, "POST /checkpoint/release": true, // verify and backup: they read
+	"POST /certificates": true,
+	"POST /checkpoint":   true, "POST /checkpoint/release": true, // verify and backup: they read
 }
 
 // What calls over the socket are about, for the audit log.
 
 func (q OnboardRequest) target() string { return q.DeviceID }
+
+func (q CertificatesRequest) target() string {
+	if q.DeviceID == "" && len(q.Serials) == 1 {
+		return q.Serials[0]
+	}
+	return q.DeviceID
+}
 
 func (q TokenRequest) target() string { return q.Owner }
 

@@ -29,6 +29,8 @@ func (a *assembly) calls() *http.ServeMux {
 	mux.HandleFunc("POST /audit", call(a.auditLog, a.log))
 	mux.HandleFunc("POST /ca/root", call(a.root, a.log))
 	mux.HandleFunc("POST /ca/issue", call(a.issue, a.log))
+	mux.HandleFunc("POST /certificates", call(a.listCertificates, a.log))
+	mux.HandleFunc("POST /certificates/revoke", call(a.revokeCertificates, a.log))
 	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
 		refuse(w, &hub.Error{Kind: hub.NotFound, Code: "call-unknown", Text: "the hub does not know this call; are hub and command of the same version?"})
 	})
@@ -134,18 +136,19 @@ func (a *assembly) root(_ context.Context, q rootRequest) (string, error) {
 	return string(pem), err
 }
 
-// deviceValidity is how long an identity certificate lasts when nobody says otherwise.
-const deviceValidity = 365 * 24 * time.Hour
+func (a *assembly) issue(ctx context.Context, q issueRequest) (Identity, error) {
+	return a.issueFor(ctx, "", q)
+}
 
-func (a *assembly) issue(_ context.Context, q issueRequest) (Identity, error) {
+func (a *assembly) issueFor(ctx context.Context, owner hub.Owner, q issueRequest) (Identity, error) {
 	dev, err := hub.ParseDeviceID(q.DeviceID)
 	if err != nil {
 		return Identity{}, err
 	}
 	if q.Validity == 0 {
-		q.Validity = deviceValidity
+		q.Validity = certificateauthority.DeviceValidity
 	}
-	id, err := a.authority.IssueDevice(dev, q.Validity)
+	id, err := a.certificates.IssueDevice(ctx, dev, q.Validity, owner, callerOf(ctx))
 	return Identity{Chain: string(id.Chain), Key: string(id.Key), CA: string(id.CA)}, err
 }
 

@@ -304,6 +304,19 @@ func (c *Control) Issue(ctx context.Context, deviceID string, validity time.Dura
 	return id, err
 }
 
+// Certificates lists the newest of the certificates that are meant, newest first.
+func (c *Control) Certificates(ctx context.Context, q CertificatesRequest) (cs []Certificate, err error) {
+	err = c.call(ctx, http.MethodPost, "/certificates", q, &cs)
+	return cs, err
+}
+
+// RevokeCertificates revokes the certificates that are meant, which must name some or a device, and returns what was good until
+// then.
+func (c *Control) RevokeCertificates(ctx context.Context, q CertificatesRequest) (cs []Certificate, err error) {
+	err = c.call(ctx, http.MethodPost, "/certificates/revoke", q, &cs)
+	return cs, err
+}
+
 // Checkpoint makes a consistent copy of the store below the data folder and returns its path relative to it. Release removes
 // it.
 func (c *Control) Checkpoint(ctx context.Context) (path string, err error) {

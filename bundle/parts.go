@@ -25,6 +25,7 @@ func (a *assembly) parts() []run.Part {
 		run.Part{Name: "audit", Run: a.audit.Run}, // ends after the doors, whose last calls it still takes
 		run.Part{Name: "resource-directory", Run: a.directory.Run},
 		run.Part{Name: "identity-store", Run: a.identities.Run},
+		run.Part{Name: "certificate-authority", Run: a.certificates.Run},
 	)
 	if a.provider != nil {
 		ps = append(ps, run.Part{Name: "oauth-server", Run: a.provider.Run})

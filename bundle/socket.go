@@ -173,6 +173,14 @@ func userOf(peer string) string {
 	return strconv.Itoa(uid)
 }
 
+type callerKey struct{}
+
+// callerOf names the user who makes the call over the socket.
+func callerOf(ctx context.Context) string {
+	user, _ := ctx.Value(callerKey{}).(string)
+	return user
+}
+
 // statusOf says with which HTTP status a kind of error is answered on the socket. The client reads kind and code from the
 // body; the status is for people with curl.
 func statusOf(k hub.Kind) int {
@@ -240,7 +248,7 @@ func call[Q, A any](do func(ctx context.Context, q Q) (A, error), log *slog.Logg
 				rec.target = named.target()
 			}
 		}
-		a, err := do(r.Context(), q)
+		a, err := do(context.WithValue(r.Context(), callerKey{}, userOf(r.RemoteAddr)), q)
 		if err != nil {
 			if k := hub.KindOf(err); k == hub.Internal || k == hub.Unavailable {
 				log.Error("call over the socket failed", "call", r.URL.Path, "error", err)

@@ -43,18 +43,19 @@ type assembly struct {
 	grpcAddress, deviceRoot string
 	first                   firstLogin
 
-	store      *pebblestore.Store
-	documents  store.Documents // of the store, but secrets are files
-	authority  *certificateauthority.Authority
-	audit      *audit.Log
-	directory  *resourcedirectory.Directory
-	identities *identitystore.Store
-	provider   *oauthserver.Server // nil with external providers
-	clients    []*auth.Client      // of external providers
-	verifier   *auth.Verifier
-	psk        *preShared
-	devices    *coapgateway.Gateway
-	apps       *grpcgateway.Gateway
+	store        *pebblestore.Store
+	documents    store.Documents // of the store, but secrets are files
+	authority    *certificateauthority.Authority
+	certificates *certificateauthority.Service
+	audit        *audit.Log
+	directory    *resourcedirectory.Directory
+	identities   *identitystore.Store
+	provider     *oauthserver.Server // nil with external providers
+	clients      []*auth.Client      // of external providers
+	verifier     *auth.Verifier
+	psk          *preShared
+	devices      *coapgateway.Gateway
+	apps         *grpcgateway.Gateway
 
 	listeners  []net.Listener // all of them
 	admin      net.Listener   // nil: none
@@ -128,6 +129,14 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	if a.identities, err = identitystore.New(cfg.IdentityStore, a.store, a.directory, log.With("part", "identity-store"), a.registry); err != nil {
 		return nil, err
 	}
+	lists := ""
+	if a.external != "" { // else nobody but this machine knows where the hub is
+		lists = a.httpURL
+	}
+	a.certificates, err = certificateauthority.NewService(ctx, a.authority, a.store, a.identities, lists, log.With("part", "certificate-authority"), a.registry)
+	if err != nil {
+		return nil, fmt.Errorf("certification authorities: %w", err)
+	}
 	providers, err := a.authorization(ctx)
 	if err != nil {
 		return nil, err
@@ -151,12 +160,13 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	a.devices, err = coapgateway.New(gatewayConfig, coapgateway.Deps{
 		Directory: a.directory, Identities: a.identities, Verifier: a.verifier, Providers: providers,
 		Certificate: certificate, ClientCAs: a.authority.DevicePool(), ClientIntermediates: a.authority.DeviceIntermediates(),
-		PSK: a.psk.key, HubID: hub.DeviceID(a.hubID), Service: writer,
+		PSK: a.psk.key, Revoked: a.certificates.Revoked, HubID: hub.DeviceID(a.hubID), Service: writer,
 		Reach: func(address string) string { return reach(address, a.external) },
 	}, log.With("part", "coap-gateway"), a.registry)
 	if err != nil {
 		return nil, err
 	}
+	a.certificates.Ended(a.devices.EndCertificate)
 	https, err := a.httpsConfig()
 	if err != nil {
 		return nil, err
@@ -168,7 +178,7 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	}
 	a.apps, err = grpcgateway.New(cfg.GRPCGateway, grpcgateway.Deps{
 		Directory: a.directory, Identities: a.identities, Verifier: a.verifier, HubID: a.hubID, HubInfo: a.hubInfo,
-		Administration: administration{a}, Audit: a.audit,
+		Administration: administration{a}, Certificates: a.certificates, Audit: a.audit,
 		Hosts: []string{a.external}, Pages: a.pages(), TLS: https, Listen: a.opened, CursorKey: cursors,
 	}, log.With("part", "grpc-gateway"), a.registry)
 	if err != nil {

@@ -132,6 +132,10 @@ type Identity struct {
 // the issuing certificate. The hub's own ID is Denied: its holder would be the hub to every device. A validity that is not
 // positive, or an ID that ParseDeviceID did not make, is Invalid.
 func (a *Authority) IssueDevice(dev hub.DeviceID, validity time.Duration) (Identity, error) {
+	return a.issueDevice(dev, validity, deviceUsage)
+}
+
+func (a *Authority) issueDevice(dev hub.DeviceID, validity time.Duration, use usage) (Identity, error) {
 	const op = "certificateauthority.IssueDevice"
 	id, err := hub.ParseDeviceID(string(dev))
 	switch {
@@ -143,7 +147,7 @@ func (a *Authority) IssueDevice(dev hub.DeviceID, validity time.Duration) (Ident
 		return Identity{}, hub.NewError(hub.Invalid, "validity-invalid", "the validity is not positive").With(op, nil)
 	}
 	s := a.signers[Device]
-	leaf, key, err := s.sign("uuid:"+string(id), validity, deviceUsage, nil)
+	leaf, key, err := s.sign("uuid:"+string(id), validity, use, nil)
 	if err != nil {
 		return Identity{}, fmt.Errorf("%s: %w", op, err)
 	}

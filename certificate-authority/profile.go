@@ -22,6 +22,8 @@ type usage struct {
 	key x509.KeyUsage
 	ext []x509.ExtKeyUsage
 	oid []asn1.ObjectIdentifier
+	// lists are URLs of the issuer's revocation list (RFC 5280, Section 4.2.1.13).
+	lists []string
 }
 
 var (
@@ -64,6 +66,7 @@ func (s signer) signKey(key crypto.PublicKey, name string, validity time.Duratio
 		ExtKeyUsage:           use.ext,
 		UnknownExtKeyUsage:    use.oid,
 		BasicConstraintsValid: true,
+		CRLDistributionPoints: use.lists,
 	}
 	for _, h := range hosts {
 		if ip, err := netip.ParseAddr(h); err == nil {

@@ -61,6 +61,7 @@ type Service struct {
 	owners Owners
 	log    *slog.Logger
 	issuer string // names the issuing key
+	use    usage  // of devices' certificates
 	issued *prometheus.CounterVec
 
 	mu      sync.Mutex          // guards all below
@@ -72,15 +73,25 @@ type Service struct {
 	listing sync.Mutex // held by who makes the next one; before mu
 }
 
+// ListsPath is where the doors serve the revocation lists, below which each issuer's has its name.
+const ListsPath = "/certificate-authority/api/v1/signing/crl/"
+
 // NewService makes a Service. It reads which certificates are revoked, and fails when it cannot: then nobody could be let in.
-func NewService(ctx context.Context, a *Authority, docs store.Documents, owners Owners, log *slog.Logger, reg prometheus.Registerer) (*Service, error) {
+// The certificates that it makes name the revocation list below base, the URL of the applications' door as everybody reaches
+// it; "": they name none.
+func NewService(
+	ctx context.Context, a *Authority, docs store.Documents, owners Owners, base string, log *slog.Logger, reg prometheus.Registerer,
+) (*Service, error) {
 	s := &Service{
-		a: a, docs: docs, owners: owners, log: log, issuer: nameOf(a.signers[Device].issuing.RawSubjectPublicKeyInfo),
+		a: a, docs: docs, owners: owners, log: log, issuer: nameOf(a.signers[Device].issuing.RawSubjectPublicKeyInfo), use: deviceUsage,
 		revoked: map[string]struct{}{},
 		issued: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "coaphub_certificates_total",
 			Help: "Certificates of devices by what came of it: issued, or refused. Many that are refused: somebody asks for devices of others, or tries what a request may hold.",
 		}, []string{"outcome"}),
+	}
+	if base != "" {
+		s.use.lists = []string{base + ListsPath + s.issuer}
 	}
 	if reg != nil {
 		reg.MustRegister(s.issued)
@@ -175,7 +186,7 @@ func (s *Service) Sign(ctx context.Context, owner hub.Owner, user string, csr []
 		return nil, fmt.Errorf("%s: %w", op, err)
 	}
 	signer := s.a.signers[Device]
-	leaf, err := signer.signKey(req.key, "uuid:"+string(req.device), DeviceValidity, deviceUsage, nil)
+	leaf, err := signer.signKey(req.key, "uuid:"+string(req.device), DeviceValidity, s.use, nil)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", op, err)
 	}
@@ -185,14 +196,14 @@ func (s *Service) Sign(ctx context.Context, owner hub.Owner, user string, csr []
 	return slices.Concat(certPEM(leaf), certPEM(signer.issuing)), nil
 }
 
-// IssueDevice is Authority.IssueDevice for an operator, whom nobody asks who owns the device. What is returned is in the
-// ledger.
-func (s *Service) IssueDevice(ctx context.Context, dev hub.DeviceID, validity time.Duration, user string) (id Identity, err error) {
+// IssueDevice is Authority.IssueDevice for an operator, whom nobody asks who owns the device. The ledger has it as signed for
+// owner, "" for whoever has the device. What is returned is in the ledger.
+func (s *Service) IssueDevice(ctx context.Context, dev hub.DeviceID, validity time.Duration, owner hub.Owner, user string) (id Identity, err error) {
 	defer func() { s.count(err) }()
-	if id, err = s.a.IssueDevice(dev, validity); err != nil {
+	if id, err = s.a.issueDevice(dev, validity, s.use); err != nil {
 		return Identity{}, err
 	}
-	if err := s.record(ctx, id.leaf, entry{Device: dev, How: hub.ByOperator, User: user}); err != nil {
+	if err := s.record(ctx, id.leaf, entry{Device: dev, Owner: owner, How: hub.ByOperator, User: user}); err != nil {
 		return Identity{}, fmt.Errorf("certificateauthority.IssueDevice: %w", err)
 	}
 	return id, nil

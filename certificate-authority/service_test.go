@@ -64,7 +64,7 @@ func newOffice(t *testing.T) *office {
 func (o *office) start(a *Authority) {
 	o.t.Helper()
 	var err error
-	o.Service, err = NewService(o.t.Context(), a, o.docs, o.own, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+	o.Service, err = NewService(o.t.Context(), a, o.docs, o.own, "https://hub.example:8080", slog.New(slog.DiscardHandler), prometheus.NewRegistry())
 	if err != nil {
 		o.t.Fatal(err)
 	}
@@ -174,6 +174,7 @@ func TestSign(t *testing.T) {
 		leaf := firstOf(t, chain)
 		if leaf.Subject.String() != "CN=uuid:"+string(testDev) || leaf.IsCA || leaf.KeyUsage != c.use ||
 			len(leaf.DNSNames)+len(leaf.IPAddresses)+len(leaf.EmailAddresses)+len(leaf.URIs) > 0 ||
+			!slices.Equal(leaf.CRLDistributionPoints, []string{"https://hub.example:8080" + ListsPath + o.Issuer()}) ||
 			!slices.Equal(leaf.ExtKeyUsage, deviceUsage.ext) || len(leaf.UnknownExtKeyUsage) != 1 || !leaf.UnknownExtKeyUsage[0].Equal(OCFIdentity) {
 			t.Errorf("%s: %s, CA %t, usages %b %v %v, names %v", name, leaf.Subject, leaf.IsCA, leaf.KeyUsage, leaf.ExtKeyUsage, leaf.UnknownExtKeyUsage, leaf.DNSNames)
 		}
@@ -309,7 +310,7 @@ func TestNothingOutsideTheLedger(t *testing.T) {
 	if _, err := o.sign("alice", testDev); !hub.IsKind(err, hub.Unavailable) {
 		t.Errorf("a request: %v", err)
 	}
-	if id, err := o.IssueDevice(t.Context(), testDev, time.Hour, "root"); !hub.IsKind(err, hub.Unavailable) || len(id.Chain)+len(id.Key) > 0 {
+	if id, err := o.IssueDevice(t.Context(), testDev, time.Hour, "", "root"); !hub.IsKind(err, hub.Unavailable) || len(id.Chain)+len(id.Key) > 0 {
 		t.Errorf("the operator: %v, %d bytes", err, len(id.Chain))
 	}
 }
@@ -444,7 +445,7 @@ func TestLedgerForgets(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		var running sync.WaitGroup
 		running.Go(func() { _ = o.Run(ctx, func() {}) })
-		if _, err := o.IssueDevice(t.Context(), testDev, 40*24*time.Hour, "root"); err != nil {
+		if _, err := o.IssueDevice(t.Context(), testDev, 40*24*time.Hour, "", "root"); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := o.sign("alice", testDev); err != nil {

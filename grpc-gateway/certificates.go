@@ -98,12 +98,6 @@ func fromBase64(s string) ([]byte, error) {
 	return base64.RawStdEncoding.DecodeString(s)
 }
 
-// reasons are the names of what the hub gives as a reason (RFC 5280, Section 5.3.1).
-var reasons = map[string]hub.RevocationReason{
-	"unspecified": hub.RevokedUnspecified, "keyCompromise": hub.RevokedKeyCompromise,
-	"superseded": hub.RevokedSuperseded, "cessationOfOperation": hub.RevokedCessation,
-}
-
 type certificateElement struct{ hub.Certificate }
 
 func (certificateElement) message(string) proto.Message { return nil } // there is no such call over gRPC
@@ -127,11 +121,7 @@ func (e certificateElement) appendJSON(b []byte, cursor string) []byte {
 	b = appendText(b, "requestMethod", string(e.How))
 	if !e.Revoked.IsZero() {
 		b = appendInt(b, "revokedDate", e.Revoked.UnixNano())
-		for name, reason := range reasons {
-			if reason == e.Reason {
-				b = appendText(b, "revocationReason", name)
-			}
-		}
+		b = appendText(b, "revocationReason", e.Reason.String())
 	}
 	return append(appendText(b, "cursor", cursor), '}')
 }
@@ -198,8 +188,8 @@ func (g *Gateway) revokeCertificates(w http.ResponseWriter, r *request) error {
 	}
 	reason := hub.RevokedSuperseded
 	if names, ok := r.query["reason"]; ok {
-		if reason, ok = reasons[names[0]]; !ok {
-			return invalid("query-invalid", "reason is none of unspecified, keyCompromise, superseded and cessationOfOperation")
+		if reason, err = hub.ParseRevocationReason(names[0]); err != nil {
+			return err
 		}
 	}
 	var named []string

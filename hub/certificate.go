@@ -40,6 +40,30 @@ const (
 	RevokedCessation     RevocationReason = 5 // cessationOfOperation
 )
 
+var revocationReasons = map[string]RevocationReason{
+	"unspecified": RevokedUnspecified, "keyCompromise": RevokedKeyCompromise, "superseded": RevokedSuperseded,
+	"cessationOfOperation": RevokedCessation,
+}
+
+// ParseRevocationReason reads a reason as RFC 5280 names it; others are Invalid.
+func ParseRevocationReason(s string) (RevocationReason, error) {
+	r, ok := revocationReasons[s]
+	if !ok {
+		return 0, &Error{Kind: Invalid, Code: "reason-unknown", Text: "the reasons are unspecified, keyCompromise, superseded and cessationOfOperation"}
+	}
+	return r, nil
+}
+
+// String is the name that RFC 5280 has for the reason, "unspecified" for one that the hub does not give.
+func (r RevocationReason) String() string {
+	for name, reason := range revocationReasons {
+		if reason == r {
+			return name
+		}
+	}
+	return "unspecified"
+}
+
 // CertificateFilter says which certificates are meant: those that match all of what is set. All is what only an operator may
 // mean: without it and without an owner it matches none.
 type CertificateFilter struct {

@@ -159,8 +159,13 @@ func (w *world) answered(b []byte) string {
 	for _, m := range correlationWord.FindAllSubmatch(b, -1) {
 		w.correlation = string(m[1])
 	}
+	for _, m := range issuerWord.FindAllSubmatch(b, -1) {
+		w.issuer = string(m[1])
+	}
 	return w.renderJSON(b)
 }
+
+var issuerWord = regexp.MustCompile(`"issuerId":\s*"([-0-9a-f]{36})"`)
 
 var correlationWord = regexp.MustCompile(`"correlationId":\s*"([-0-9a-f]{36})"`)
 

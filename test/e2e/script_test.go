@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -72,7 +74,8 @@ var update = flag.Bool("update", false, "write what came into the scripts")
 // WHO is an account; "nobody", who has no token; a device, who takes the token of its last sign-up; or ACCOUNT-for-3s, whose
 // token lasts so long.
 //
-// NAME in a path or body stands for that device's ID, CODE for a fresh authorization code, TOKEN-OF-NAME and
+// NAME in a path or body stands for that device's ID, CSR-OF-NAME for a request for its certificate, base64, ISSUER for the issuer that a
+// record of certificates named last, CODE for a fresh authorization code, TOKEN-OF-NAME and
 // REFRESH-OF-NAME for what its last sign-up or refresh brought, APP-TOKEN for an application's access token, RESUME for the
 // resume token of what WHO heard last, CORRELATION for the command that an answer named last, NOTED for the time that the hub
 // noted. In what came, IDs become names and values that change from run to run become words in capitals.
@@ -233,6 +236,7 @@ type world struct {
 	begun   map[string]chan appAnswer
 
 	correlation string // of the newest command that an answer named
+	issuer      string // of the newest record of a certificate that an answer had
 	noted       string // a time, in nanoseconds
 }
 
@@ -637,7 +641,7 @@ func (w *world) request(ctx context.Context, owner, method, rest string) (*http.
 	if err != nil {
 		return nil, err
 	}
-	req, err := http.NewRequestWithContext(ctx, method, w.start().HTTP+w.ids(target), strings.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, method, w.start().HTTP+w.ids(target), strings.NewReader(w.csrs(body)))
 	if err != nil {
 		return nil, err
 	}
@@ -676,6 +680,9 @@ func (w *world) told(a appAnswer) (string, error) {
 			return "", err
 		}
 		reached.Store(d.Name(a.req.Method, a.req.URL.EscapedPath()), true)
+	}
+	if l, err := x509.ParseRevocationList(a.body); err == nil {
+		return fmt.Sprintf("%d with %d revoked", a.status, len(l.RevokedCertificateEntries)), nil
 	}
 	var parts []string
 	for line := range bytes.Lines(a.body) {
@@ -806,7 +813,15 @@ func (w *world) ids(s string) string {
 		s = strings.ReplaceAll(s, "REFRESH-OF-"+name, d.refresh)
 		s = regexp.MustCompile(`\b`+name+`\b`).ReplaceAllString(s, d.id)
 	}
-	return s
+	return strings.ReplaceAll(s, "ISSUER", w.issuer)
+}
+
+// csrs makes the requests for certificates that a body names.
+func (w *world) csrs(body string) string {
+	return csrWord.ReplaceAllStringFunc(body, func(word string) string {
+		csr, _ := csrFor(w.t, w.ids(strings.TrimPrefix(word, "CSR-OF-")))
+		return base64.StdEncoding.EncodeToString(csr)
+	})
 }
 
 func (w *world) names(s string) string {
@@ -830,6 +845,8 @@ func (w *world) names(s string) string {
 
 var (
 	uuidWord = regexp.MustCompile(`[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}`)
+	csrWord  = regexp.MustCompile(`CSR-OF-[-a-z0-9]+`)
+	hexWord  = regexp.MustCompile(`^[0-9a-f]{30,32}$`)
 	timeWord = regexp.MustCompile(`^\d{4}-\d\d-\d\dT`)
 	plain    = regexp.MustCompile(`^[A-Za-z_/.][-A-Za-z0-9_./:+]*$`)
 )
@@ -840,7 +857,8 @@ var changing = map[string]string{
 	"timestamp": "TIME", "connectedAt": "TIME", "syncingAt": "TIME", "inSyncAt": "TIME", "forceSynchronizationAt": "TIME",
 	"serviceId": "GATEWAY", "sequence": "N", "currentTime": "TIME", "etag": "ETAG", "validUntil": "TIME", "connection.id": "CONNECTION",
 	"resumeToken": "RESUME", "certificateAuthorities": "CERTIFICATES", "request": "REQUEST", "remote": "ADDRESS", "number": "N",
-	"cursor": "CURSOR", "coapGateway": "GATEWAY-ADDRESS",
+	"cursor": "CURSOR", "coapGateway": "GATEWAY-ADDRESS", "certificate": "CERTIFICATE", "certificatePem": "CERTIFICATE", "serial": "SERIAL",
+	"creationDate": "TIME", "date": "TIME", "validUntilDate": "TIME", "revokedDate": "TIME",
 }
 
 // render writes a decoded body as a YAML flow value with sorted members.
@@ -879,6 +897,8 @@ func (w *world) render(key string, v any) string {
 	case string:
 		s := w.names(v)
 		switch {
+		case hexWord.MatchString(s):
+			return "SERIAL"
 		case timeWord.MatchString(s):
 			return "TIME"
 		case plain.MatchString(s):

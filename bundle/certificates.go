@@ -1,0 +1,120 @@
+package bundle
+
+import (
+	"cmp"
+	"context"
+	"slices"
+	"time"
+
+	"github.com/coaphub/coaphub/hub"
+)
+
+// maxCertificates bounds how many entries of the ledger one call answers.
+const maxCertificates = 10_000
+
+// CertificatesRequest says which certificates of the ledger are meant: those that match all that is set. Nothing: all.
+type CertificatesRequest struct {
+	DeviceID string   `json:"deviceId,omitempty"`
+	Owner    string   `json:"owner,omitempty"`
+	Serials  []string `json:"serials,omitempty"` // hexadecimal
+	Limit    int      `json:"limit,omitempty"`   // at most so many, the newest; 0: 10 000, which is the most
+	PEM      bool     `json:"pem,omitempty"`     // with the certificates themselves
+	// Reason is for revocations: unspecified, keyCompromise, superseded, cessationOfOperation. "": unspecified.
+	Reason string `json:"reason,omitempty"`
+}
+
+// Certificate is an entry of the ledger.
+type Certificate struct {
+	Serial    string     `json:"serial"`
+	DeviceID  string     `json:"deviceId"`
+	Owner     string     `json:"owner,omitempty"` // "": an operator made it for whoever has the device
+	Method    string     `json:"requestMethod"`
+	User      string     `json:"requestedBy,omitempty"`
+	Key       string     `json:"publicKey"` // names it, a UUID
+	Issuer    string     `json:"issuerId"`  // likewise
+	Created   time.Time  `json:"created"`
+	NotBefore time.Time  `json:"notBefore"`
+	NotAfter  time.Time  `json:"notAfter"`
+	Revoked   *time.Time `json:"revoked,omitempty"`
+	Reason    string     `json:"reason,omitempty"`
+	PEM       string     `json:"pem,omitempty"`
+}
+
+func certificateFrom(c hub.Certificate, withPEM bool) Certificate {
+	out := Certificate{
+		Serial: c.Serial, DeviceID: string(c.Device), Owner: string(c.Owner), Method: string(c.How), User: c.User, Key: c.Key, Issuer: c.Issuer,
+		Created: c.Created, NotBefore: c.NotBefore, NotAfter: c.NotAfter,
+	}
+	if withPEM {
+		out.PEM = c.PEM
+	}
+	if !c.Revoked.IsZero() {
+		out.Revoked = &c.Revoked
+		out.Reason = c.Reason.String()
+	}
+	return out
+}
+
+func (q CertificatesRequest) filter() (hub.CertificateFilter, error) {
+	f := hub.CertificateFilter{All: q.Owner == "", Owner: hub.Owner(q.Owner), Serials: q.Serials}
+	if q.DeviceID != "" {
+		dev, err := hub.ParseDeviceID(q.DeviceID)
+		if err != nil {
+			return f, err
+		}
+		f.Devices = []hub.DeviceID{dev}
+	}
+	return f, nil
+}
+
+// listCertificates answers the newest entries of the ledger, newest first.
+func (a *assembly) listCertificates(ctx context.Context, q CertificatesRequest) ([]Certificate, error) {
+	f, err := q.filter()
+	if err != nil {
+		return nil, err
+	}
+	limit := cmp.Or(q.Limit, maxCertificates)
+	if limit < 0 || limit > maxCertificates {
+		return nil, hub.NewError(hub.Invalid, "limit-invalid", "the limit is from 1 to 10000")
+	}
+	out := []Certificate{}
+	newestFirst := func(a, b Certificate) int {
+		return cmp.Or(b.Created.Compare(a.Created), cmp.Compare(a.Serial, b.Serial))
+	}
+	for c, err := range a.certificates.Certificates(ctx, f) {
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, certificateFrom(c, q.PEM))
+		if len(out) >= 2*limit { // the ledger has no order of time
+			slices.SortFunc(out, newestFirst)
+			out = out[:limit]
+		}
+	}
+	slices.SortFunc(out, newestFirst)
+	return out[:min(limit, len(out))], nil
+}
+
+// revokeCertificates revokes what is named, and answers what was good until then. Nothing named is no way to say all.
+func (a *assembly) revokeCertificates(ctx context.Context, q CertificatesRequest) ([]Certificate, error) {
+	f, err := q.filter()
+	if err != nil {
+		return nil, err
+	}
+	reason, err := hub.ParseRevocationReason(cmp.Or(q.Reason, "unspecified"))
+	if err != nil {
+		return nil, err
+	}
+	if len(f.Serials) == 0 && len(f.Devices) == 0 {
+		return nil, hub.NewError(hub.Invalid, "filter-empty", "name certificates or a device")
+	}
+	revoked, err := a.certificates.Revoke(ctx, f, reason)
+	if err != nil {
+		return nil, err
+	}
+	out := []Certificate{}
+	for _, c := range revoked {
+		out = append(out, certificateFrom(c, false))
+	}
+	return out, nil
+}
