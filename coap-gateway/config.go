@@ -91,7 +91,7 @@ type DTLSConfig struct {
 	FlightInterval time.Duration `yaml:"flightInterval"`
 	// MaxHandshakes bounds the handshakes under way; beyond it the oldest is given up.
 	MaxHandshakes int `yaml:"maxHandshakes"`
-	// MaxHandshakesPerNetwork is the same for one network (IPv4 /24, IPv6 /56), whose oldest goes on for two seconds all the same:
+	// MaxHandshakesPerNetwork is the same for one network (IPv4 /24, IPv6 /56), whose oldest goes on for nine seconds all the same:
 	// whoever begins meanwhile waits until others are done.
 	MaxHandshakesPerNetwork int `yaml:"maxHandshakesPerNetwork"`
 	// Gateway is the first part of connection IDs, by which a load balancer can tell gateways apart.
@@ -198,7 +198,7 @@ type RateConfig struct {
 
 // SignInsConfig is everything below coapGateway.limits.signIns: two queues, of devices that sign in, and of those that sign up or
 // refresh their token, for which a provider is asked. When all of them come at once, for instance after a power cut, they are
-// served in the order in which they came.
+// served in the order in which they came, sign-ins when their tokens are verified.
 type SignInsConfig struct {
 	// UnderWay is how many sign-ins are served at a time, and how many sign-ups and refreshes.
 	UnderWay int `yaml:"underWay"`

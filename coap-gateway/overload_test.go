@@ -526,6 +526,39 @@ func TestSignInsQueue(t *testing.T) {
 	})
 }
 
+// A token that ends while its sign-in waits for a place signs nobody in.
+func TestTokenEndsWhileItsSignInWaits(t *testing.T) {
+	t.Parallel()
+	docked(t, func(l *LimitsConfig) { l.SignIns = SignInsConfig{UnderWay: 1, Waiting: 3, MaxWait: 10 * time.Second} }, func(t *testing.T, d *dock) {
+		hold := make(chan struct{})
+		d.w.mu.Lock()
+		store := d.w.dir.signIn
+		d.w.dir.signIn = func(ctx context.Context, own hub.Ownership, c hub.Connection, user string, to Deliverer) (hub.Session, error) {
+			<-hold
+			return store(ctx, own, c, user, to)
+		}
+		d.w.mu.Unlock()
+		var all sync.WaitGroup
+		first, second := d.visit(t, lampID, "alice"), d.visit(t, fanID, "alice")
+		all.Go(func() { first.signIn(true) })
+		synctest.Wait()
+		d.w.grant("token of "+string(fanID), hub.Claims{Owner: "alice", Expiry: time.Now().Add(5 * time.Second)})
+		var a message.Message
+		all.Go(func() { a = second.signIn(true) })
+		after(8 * time.Second)
+		close(hold)
+		all.Wait()
+		if a.Code != codes.Unauthorized || !strings.HasPrefix(string(a.Payload), "token-expired: ") {
+			t.Errorf("it got %v %q", a.Code, a.Payload)
+		}
+		if d.w.count("online "+string(fanID)) != 0 {
+			t.Error("it was online")
+		}
+		first.leave()
+		<-second.gone
+	})
+}
+
 // Discovery is for a few at a time. Others wait, for whom there is no room learns when to come again, and all else goes on.
 func TestDiscoveriesQueue(t *testing.T) {
 	t.Parallel()

@@ -47,6 +47,8 @@ func (p *peer) signInOrOut(ctx context.Context, req *coap.Message, format int32)
 	return success(codes.Changed, format, signInResponse{ExpiresIn: sessionSeconds(p.deadline(claims))})
 }
 
+var errExpired = unauthenticated("token-expired", "the credential has expired")
+
 // signIn makes the connection a session of the device. It never waits for the device: the twin's requests go out beside the
 // answer.
 func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hub.DeviceID, error) {
@@ -58,7 +60,7 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 		return claims, dev, err
 	}
 	if time.Until(p.deadline(claims)) <= 0 {
-		return claims, dev, unauthenticated("token-expired", "the credential has expired")
+		return claims, dev, errExpired
 	}
 	// Not before: whoever's issuer does not give its keys away waits for them without a place.
 	place, err := p.enter(ctx, p.gw.signIns, errSignIns)
@@ -66,6 +68,9 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 		return claims, dev, err
 	}
 	defer place.Leave()
+	if time.Until(p.deadline(claims)) <= 0 { // while it waited
+		return claims, dev, errExpired
+	}
 	own, err := p.ownership(ctx, dev, claims.Owner)
 	if err != nil {
 		return claims, dev, err

@@ -76,6 +76,22 @@ func TestNoGrowth(t *testing.T) {
 				}
 				offline(x)
 			},
+			func(id hub.DeviceID, x *device) { // one that is refused, one that came before, and one that does not matter any more
+				refused := order(id, "/light", time.Minute)
+				refused.IfMatch = [][]byte{[]byte("another")}
+				_, err := d.Command(t.Context(), alice, refused)
+				wantKind(t, err, hub.Precondition, "")
+				o := order(id, "/light", time.Minute)
+				o.Key = fmt.Sprint("key ", len(ends))
+				h.async(o)
+				for _, c := range x.take(1) {
+					h.must(x.answer(c.ID, "done"))
+				}
+				if _, err := d.Command(t.Context(), alice, o); err != nil { // the same once more
+					t.Error(err)
+				}
+				offline(x)
+			},
 			func(id hub.DeviceID, x *device) { // one that is cancelled
 				h.async(order(id, "/light", time.Hour))
 				_, err := d.CancelCommands(t.Context(), alice, id, hub.CommandPick{Href: "/light"}, "user-2", "app-1")

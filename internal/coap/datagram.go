@@ -128,6 +128,8 @@ type datagram struct {
 
 	mu       sync.Mutex // the last in the order of locks but for the wheel's and the budget's
 	due      time.Duration
+	begun    bool // it has its handler, who is to hear of its end
+	early    bool // it was ended before
 	finished bool // the Conn has ended or is about to; what is left answers duplicates
 	closed   bool // the link is closed
 	linger   time.Duration
@@ -213,8 +215,13 @@ func (g *sessions) start(link packetLink) (*datagram, error) {
 	s.metrics.opened.Inc()
 	s.metrics.connections.Inc()
 	d.mu.Lock()
+	d.begun = true
+	early := d.early
 	d.schedule(s.now() + d.silence())
 	d.mu.Unlock()
+	if early {
+		d.finish()
+	}
 	g.mu.Lock()
 	closing := g.closing
 	g.mu.Unlock()
@@ -267,10 +274,11 @@ func (d *datagram) lost(err error) { d.c.shut(err, false) }
 
 func (d *datagram) cut() { d.finish() }
 
-// finish ends the session: its owner is made now, since an idle session has none.
+// finish ends the session: its owner is made now, since an idle session has none. One whose handler is being made ends when it
+// is there.
 func (d *datagram) finish() {
 	d.mu.Lock()
-	if d.finished {
+	if d.early = d.early || !d.begun; d.finished || !d.begun {
 		d.mu.Unlock()
 		return
 	}

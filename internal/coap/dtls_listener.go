@@ -37,7 +37,7 @@ type dtlsListener struct {
 	mute     *list.List                 // sessions whose address somebody else has now, oldest first
 	halfOpen [2]halfOpen                // by stage: unverified, verified
 	grey     *greylist                  // made when it is first needed
-	waiting  waitingRoom
+	waiting  [2]waitingRoom             // by the stage that they would come to
 }
 
 // halfOpen are handshakes of one stage, oldest first. The stages have lists of their own, so that a flood of ClientHellos
@@ -73,21 +73,32 @@ func (a *association) unlist() {
 	a.half, a.inAll, a.inPrefix = nil, nil, nil
 }
 
-// over returns the one that has to go for another one of that prefix, if any.
-func (h *halfOpen) over(prefix netip.Prefix, conf *DTLSConfig) *association {
+// over returns the one that has to go for another one of that prefix, if any. It is none of those who have begun just now in a
+// network that is full; then full says so.
+func (h *halfOpen) over(prefix netip.Prefix, conf *DTLSConfig, now time.Duration) (victim *association, full bool) {
 	if p := h.prefix[prefix]; p != nil && p.Len() >= conf.MaxPerPrefix {
-		return p.Front().Value.(*association)
+		if oldest := p.Front().Value.(*association); now-oldest.listed >= begunTime {
+			return oldest, false
+		}
+		full = true
 	}
 	if h.all != nil && h.all.Len() >= conf.MaxHandshakes {
-		return h.all.Front().Value.(*association)
+		return h.all.Front().Value.(*association), full
 	}
-	return nil
+	return nil, full
+}
+
+// of counts those of a prefix.
+func (h *halfOpen) of(prefix netip.Prefix) int {
+	if p := h.prefix[prefix]; p != nil {
+		return p.Len()
+	}
+	return 0
 }
 
 // crowded reports that half of what there is for that prefix, or for all, is taken.
 func (h *halfOpen) crowded(prefix netip.Prefix, conf *DTLSConfig) bool {
-	p := h.prefix[prefix]
-	return p != nil && 2*p.Len() >= conf.MaxPerPrefix || h.all != nil && 2*h.all.Len() >= conf.MaxHandshakes
+	return 2*h.of(prefix) >= conf.MaxPerPrefix || h.all != nil && 2*h.all.Len() >= conf.MaxHandshakes
 }
 
 // greylist remembers ClientHellos for a while, roughly. pion makes the cookie, and keeps one association for each; when
@@ -230,6 +241,9 @@ func (l *dtlsListener) hello(recs []record, e endpoints) {
 					l.putOff(recs[0], verified, e)
 					return
 				}
+				l.mu.Lock()
+				l.waiting[verified].forget(e)
+				l.mu.Unlock()
 				a.push(recs, e)
 				return
 			case known:
@@ -254,15 +268,24 @@ func (l *dtlsListener) hello(recs []record, e endpoints) {
 		fresh.again()
 		return
 	}
-	if l.tooMany(h, e) || l.full(unverified, prefixOf(e.remote.Addr())) {
-		l.putOff(recs[0], unverified, e)
+	if prefix := prefixOf(e.remote.Addr()); l.tooMany(h, e) || l.full(unverified, prefix) {
+		l.mu.Lock()
+		own := 2*l.halfOpen[unverified].of(prefix) >= l.conf.MaxPerPrefix
+		l.mu.Unlock()
+		if own {
+			l.putOff(recs[0], unverified, e)
+		} else { // a flood from everywhere: who waited would go around the greylist
+			l.lose(1)
+		}
 		return
 	}
 	l.begin(recs, h, e)
 }
 
-// begunTime is for how long a handshake does not give way to others of its own network.
-const begunTime = 2 * time.Second
+// begunTime is for how long a handshake does not give way to others of its own network: what a device with a slow radio needs
+// between two of its messages (RFC 7925, Section 11). One that gave way has to begin anew, with another cookie, and few devices
+// do before they have given up.
+const begunTime = 9 * time.Second
 
 // full reports that a network has as many handshakes of a stage as it may, and that the oldest of them has begun just now. It
 // goes on rather than give way, else none of a fleet that comes back at once, behind one address, gets to its end. Whoever came
@@ -270,8 +293,8 @@ const begunTime = 2 * time.Second
 func (l *dtlsListener) full(s stage, prefix netip.Prefix) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	p := l.halfOpen[s].prefix[prefix]
-	return p != nil && p.Len() >= l.conf.MaxPerPrefix && l.srv.now()-p.Front().Value.(*association).listed < begunTime
+	_, full := l.halfOpen[s].over(prefix, &l.conf, l.srv.now())
+	return full
 }
 
 // tooMany reports that a ClientHello has to come again before it is worth an association.
@@ -318,12 +341,24 @@ func (l *dtlsListener) begin(recs []record, h clientHello, e endpoints) {
 		cancel()
 		return
 	}
-	victim := half.over(a.prefix, &l.conf)
+	restarted := l.fresh[e]
+	if restarted != nil && restarted.random == h.random { // it came again while the one that waited was called in
+		l.mu.Unlock()
+		cancel()
+		return
+	}
+	victim, full := half.over(a.prefix, &l.conf, l.srv.now())
+	if full { // since hello looked
+		l.mu.Unlock()
+		cancel()
+		l.putOff(recs[0], unverified, e)
+		return
+	}
+	l.waiting[unverified].forget(e)
 	if victim != nil {
 		victim.unlist()
 		delete(l.fresh, victim.first)
 	}
-	restarted := l.fresh[e]
 	if restarted != nil {
 		restarted.unlist()
 	}
@@ -353,7 +388,8 @@ func (l *dtlsListener) promote(a *association) {
 	if l.fresh[a.first] == a {
 		delete(l.fresh, a.first)
 	}
-	victim := half.over(a.prefix, &l.conf)
+	// There may be more of a network than it may have, as many as it had cookies out when it became full.
+	victim, _ := half.over(a.prefix, &l.conf, l.srv.now())
 	if victim != nil {
 		victim.unlist()
 		delete(l.shaking, victim.first)

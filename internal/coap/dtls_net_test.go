@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -707,6 +708,33 @@ func TestDTLSShutdown(t *testing.T) {
 			t.Errorf("the device read %v", err)
 		}
 	})
+}
+
+// The engine stops, or the session is ended, while its handler is being made: that handler hears of the end, and once.
+func TestDTLSEndsWhileItOpens(t *testing.T) {
+	for what, end := range map[string]func(*dtlsSim, *Conn){
+		"stop": func(s *dtlsSim, _ *Conn) { go s.stop() }, "close": func(_ *dtlsSim, c *Conn) { c.Close(nil) },
+	} {
+		opening, proceed := make(chan *Conn, 1), make(chan struct{})
+		var ends atomic.Int32
+		h := handlerFuncs{
+			open:   func(c *Conn) error { opening <- c; <-proceed; return nil },
+			closed: func(error) { ends.Add(1) },
+		}
+		dtlsBubble(t, h, nil, func(t *testing.T, s *dtlsSim) {
+			opening, proceed = make(chan *Conn, 1), make(chan struct{})
+			ends.Store(0)
+			go func() { _, _ = s.shake(t, s.socket(t, "198.51.100.1:5000"), pskOptions("lamp", testKey, true)...) }()
+			end(s, <-opening)
+			synctest.Wait()
+			close(proceed)
+			synctest.Wait()
+			s.stop()
+			if n := ends.Load(); n != 1 {
+				t.Errorf("%s: it heard of %d ends", what, n)
+			}
+		})
+	}
 }
 
 // A refused account request ends the association after its answer.

@@ -8,65 +8,85 @@ import (
 )
 
 const (
-	// maxWaiting bounds the ClientHellos that wait, and maxWaitingHello the bytes of each.
+	// maxWaiting bounds the ClientHellos of a stage that wait, and maxWaitingHello the bytes of each. A network has no more of them
+	// than it may have handshakes.
 	maxWaiting      = 1024
 	maxWaitingHello = 1 << 10
 	// helloWaits is for how long: as devices with a slow radio wait before they send it again (RFC 7925, Section 11).
 	helloWaits = 9 * time.Second
 )
 
-// waitingRoom has ClientHellos that came while their network, or all together, had too many handshakes. Each begins when others
-// have come to their end, so a fleet that comes back at once, behind one address, comes in as fast as the machine can, and not
-// as rarely as its devices ask again (RFC 6347, Section 4.2.4.1). Forged ones wait in vain: a flood brings nothing to its end.
-// The listener's lock guards it.
+// waitingRoom has ClientHellos that came while their network had too many handshakes of a stage. Each begins, or goes on, when
+// others have come to their end, so a fleet that comes back at once, behind one address, comes in as fast as it can, and not as
+// rarely as its devices ask again (RFC 6347, Section 4.2.4.1). The listener's lock guards it.
 type waitingRoom struct {
-	hellos list.List // of *waitingHello, oldest first
+	hellos list.List // of *waitingHello, by the time at which they came
 	from   map[endpoints]*list.Element
+	prefix map[netip.Prefix]int // how many of each network
 }
 
 type waitingHello struct {
 	rec    record
 	e      endpoints
-	stage  stage // that it would begin
 	prefix netip.Prefix
 	since  time.Duration
 }
 
-// putOff has a ClientHello wait. The newest of an address takes the place of the one before.
+// putOff has a ClientHello wait, or drops it when there is no room. The newest of an address takes the place of the one before.
 func (l *dtlsListener) putOff(rec record, s stage, e endpoints) {
-	l.drop("crowded")
-	if len(rec.raw) > maxWaitingHello {
-		return
-	}
-	raw := bytes.Clone(rec.raw)
-	rec.raw, rec.body = raw, raw[len(raw)-len(rec.body):]
-	h := &waitingHello{rec: rec, e: e, stage: s, prefix: prefixOf(e.remote.Addr()), since: l.srv.now()}
+	h := &waitingHello{e: e, prefix: prefixOf(e.remote.Addr()), since: l.srv.now()}
 	l.mu.Lock()
-	defer l.mu.Unlock()
-	w := &l.waiting
-	if at := w.from[e]; at != nil {
-		at.Value = h
-		return
+	w := &l.waiting[s]
+	lost := w.expire(h.since)
+	w.forget(e)
+	if len(rec.raw) <= maxWaitingHello && w.hellos.Len() < maxWaiting && w.prefix[h.prefix] < l.conf.MaxPerPrefix {
+		h.rec = rec
+		h.rec.raw = bytes.Clone(rec.raw)
+		h.rec.body = h.rec.raw[len(rec.raw)-len(rec.body):]
+		w.add(h)
+	} else {
+		lost++
 	}
-	if at := w.hellos.Front(); at != nil && w.hellos.Len() >= maxWaiting && h.since-at.Value.(*waitingHello).since >= helloWaits {
-		w.remove(at)
-	}
-	if w.hellos.Len() >= maxWaiting {
-		return // the device sends it again
-	}
+	l.mu.Unlock()
+	l.lose(lost)
+}
+
+func (w *waitingRoom) add(h *waitingHello) {
 	if w.from == nil {
-		w.from = make(map[endpoints]*list.Element)
+		w.from, w.prefix = make(map[endpoints]*list.Element), make(map[netip.Prefix]int)
 	}
-	w.from[e] = w.hellos.PushBack(h)
+	w.from[h.e] = w.hellos.PushBack(h)
+	w.prefix[h.prefix]++
 }
 
 func (w *waitingRoom) remove(at *list.Element) *waitingHello {
 	h := w.hellos.Remove(at).(*waitingHello)
 	delete(w.from, h.e)
+	if w.prefix[h.prefix]--; w.prefix[h.prefix] == 0 {
+		delete(w.prefix, h.prefix)
+	}
 	return h
 }
 
-// callIn begins what waits and has room now. It is called when a handshake has come to an end, or one stage farther.
+// forget drops what waits of an address: it has come again, or got in.
+func (w *waitingRoom) forget(e endpoints) {
+	if at := w.from[e]; at != nil {
+		w.remove(at)
+	}
+}
+
+// expire removes those that have waited too long, and counts them.
+func (w *waitingRoom) expire(now time.Duration) (n int) {
+	for at := w.hellos.Front(); at != nil && now-at.Value.(*waitingHello).since >= helloWaits; at = w.hellos.Front() {
+		w.remove(at)
+		n++
+	}
+	return n
+}
+
+func (l *dtlsListener) lose(n int) { l.srv.metrics.dropped.WithLabelValues("crowded").Add(float64(n)) }
+
+// callIn goes on with what waits and has room now. It is called when a handshake has come to an end, or one stage farther.
 func (l *dtlsListener) callIn() {
 	for {
 		h := l.called()
@@ -77,21 +97,23 @@ func (l *dtlsListener) callIn() {
 	}
 }
 
-// called takes the first that has room.
-func (l *dtlsListener) called() *waitingHello {
+// called takes the first that has room; those that have shown their cookie go first.
+func (l *dtlsListener) called() (h *waitingHello) {
 	l.mu.Lock()
-	defer l.mu.Unlock()
-	now := l.srv.now()
-	w := &l.waiting
-	for at := w.hellos.Front(); at != nil; {
-		h, next := at.Value.(*waitingHello), at.Next()
-		switch half := &l.halfOpen[h.stage]; {
-		case now-h.since >= helloWaits:
-			w.remove(at)
-		case !half.crowded(h.prefix, &l.conf):
-			return w.remove(at)
+	now, lost := l.srv.now(), 0
+	for _, s := range []stage{verified, unverified} {
+		w, half := &l.waiting[s], &l.halfOpen[s]
+		lost += w.expire(now)
+		for at := w.hellos.Front(); at != nil && h == nil; at = at.Next() {
+			prefix := at.Value.(*waitingHello).prefix
+			// As whoever comes now: with a cookie until the network is full, without one while it is not crowded.
+			if s == verified && half.of(prefix) < l.conf.MaxPerPrefix || s == unverified && !half.crowded(prefix, &l.conf) {
+				h = w.remove(at)
+				break
+			}
 		}
-		at = next
 	}
-	return nil
+	l.mu.Unlock()
+	l.lose(lost)
+	return h
 }

@@ -60,7 +60,7 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		bytesOut:     counter("sent_bytes_total", "Bytes of CoAP sent. A rise without more devices: look for large answers."),
 		queueFull:    counter("queue_full_total", "Times a connection was not read because its queue or the common buffer was full. Rising: the hub is overloaded, look at the store's latency."),
 		panics:       counter("panics_total", "Panics of handlers. Any: a fault of the hub, the log has the stack; report it."),
-		dropped:      vec("messages_dropped_total", "Messages dropped by reason. late: answers nobody waits for any more, raise time-outs; pong: peers that do not read; ring: more datagrams of one peer than its handshake, or the beginning of its session, can take; crowded: a crowd of handshakes, whose hellos wait or come again, or a flood; unproven: a peer that moved and does not answer; others: broken devices, or strangers.", "reason"),
+		dropped:      vec("messages_dropped_total", "Messages dropped by reason. late: answers nobody waits for any more, raise time-outs; pong: peers that do not read; ring: more datagrams of one peer than its handshake, or the beginning of its session, can take; crowded: hellos that found no room, and must come again; unproven: a peer that moved and does not answer; others: broken devices, or strangers.", "reason"),
 		buffered:     gauge("buffered_bytes", "Bytes queued and in block-wise transfers. Near maxBuffered: the hub is overloaded or somebody leaves transfers unfinished."),
 		acceptErrors: counter("accept_errors_total", "Failed accepts. Rising: the process has no file descriptors left, raise its limit."),
 	}
