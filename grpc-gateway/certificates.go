@@ -18,26 +18,26 @@ import (
 	"github.com/coaphub/coaphub/hub"
 )
 
-// Certificates of devices. Everybody, administrators too, sees those of his own owner. These calls have one form, which is
-// protobuf's JSON of other hubs with members of our own, and exist over HTTP only.
+// Certificates of devices. Everybody, administrators too, sees those of his own owner. Over HTTP these calls have one
+// form, which is protobuf's JSON of other hubs with members of our own.
 
 // maxSerial is how many hexadecimal digits a serial number has at most (RFC 5280, Section 4.1.2.2).
 const maxSerial = 40
 
 // certificateFilter reads which certificates are meant. Filters of different kinds narrow each other.
-func (r *request) certificateFilter() (filter, error) {
-	f, err := newFilter(r.query["deviceIdFilter"], nil, nil)
+func certificateFilter(devices, serials, names []string) (filter, error) {
+	f, err := newFilter(devices, nil, nil)
 	if err != nil {
 		return f, err
 	}
-	for i, s := range r.query["idFilter"] {
+	for i, s := range serials {
 		serial := strings.ToLower(s) // as openssl prints it
 		if serial == "" || len(serial) > maxSerial || strings.Trim(serial, "0123456789abcdef") != "" {
 			return f, badFilter("idFilter", i, invalid("filter-invalid", "this is no serial number in hexadecimal digits"))
 		}
 		f.serials = append(f.serials, serial)
 	}
-	for i, name := range r.query["commonNameFilter"] {
+	for i, name := range names {
 		if name == "" {
 			return f, badFilter("commonNameFilter", i, invalid("filter-invalid", "the name is empty"))
 		}
@@ -77,16 +77,25 @@ func (g *Gateway) signIdentity(w http.ResponseWriter, r *request) error {
 	if err != nil {
 		return invalid("body-invalid", "certificateSigningRequest is not base64")
 	}
-	chain, err := g.deps.Certificates.Sign(r.Context(), r.claims.Owner, r.claims.Subject, csr)
+	chain, err := g.signed(r.Context(), r.claims, csr, r.target)
 	if err != nil {
 		return err
 	}
+	return writeJSON(w, r, signAnswer{chain})
+}
+
+// signed has a request signed, and adds to the target what came of it.
+func (g *Gateway) signed(ctx context.Context, c hub.Claims, csr []byte, target *string) ([]byte, error) {
+	chain, err := g.deps.Certificates.Sign(ctx, c.Owner, c.Subject, csr)
+	if err != nil {
+		return nil, err
+	}
 	if block, _ := pem.Decode(chain); block != nil {
 		if leaf, err := x509.ParseCertificate(block.Bytes); err == nil {
-			*r.target += fmt.Sprintf(" device=%s serial=%x", strings.TrimPrefix(leaf.Subject.CommonName, "uuid:"), leaf.SerialNumber.Bytes())
+			*target += fmt.Sprintf(" device=%s serial=%x", strings.TrimPrefix(leaf.Subject.CommonName, "uuid:"), leaf.SerialNumber.Bytes())
 		}
 	}
-	return writeJSON(w, r, signAnswer{chain})
+	return chain, nil
 }
 
 // fromBase64 takes what protobuf's JSON does: the standard alphabet or that of URLs, with or without padding.
@@ -169,7 +178,7 @@ func (g *Gateway) getCertificates(w http.ResponseWriter, r *request) error {
 	if g.deps.Certificates == nil {
 		return errNoRoute
 	}
-	f, err := r.certificateFilter()
+	f, err := certificateFilter(r.query["deviceIdFilter"], r.query["idFilter"], r.query["commonNameFilter"])
 	if err != nil {
 		return err
 	}
@@ -186,34 +195,52 @@ func (g *Gateway) revokeCertificates(w http.ResponseWriter, r *request) error {
 	if err != nil {
 		return err
 	}
-	reason := hub.RevokedSuperseded
+	word := ""
 	if names, ok := r.query["reason"]; ok {
-		if reason, err = hub.ParseRevocationReason(names[0]); err != nil {
-			return err
+		if word = names[0]; word == "" {
+			word = "nothing" // which is no reason
 		}
 	}
-	var named []string
-	for _, filter := range []string{"idFilter", "deviceIdFilter", "commonNameFilter"} {
-		named = append(named, r.query[filter]...)
-	}
-	switch {
-	case all && len(named) > 0:
-		return errDeleteBoth
-	case !all && (len(named) == 0 || slices.Contains(named, "")):
-		return errRevokeAll
-	}
-	f, err := r.certificateFilter()
-	if err != nil {
-		return err
-	}
-	revoked, err := g.deps.Certificates.Revoke(r.Context(), f.ofCertificates(r.claims.Owner), reason)
-	*r.target += serialsOf(revoked)
+	n, err := g.revoked(r.Context(), r.claims.Owner, toRevoke{
+		devices: r.query["deviceIdFilter"], serials: r.query["idFilter"], names: r.query["commonNameFilter"], all: all, reason: word,
+	}, r.target)
 	if err != nil {
 		return err
 	}
 	return writeJSON(w, r, struct {
 		Count int `json:"count,string"`
-	}{len(revoked)})
+	}{n})
+}
+
+// toRevoke is what a caller says of the certificates that are to be revoked.
+type toRevoke struct {
+	devices, serials, names []string
+	all                     bool
+	reason                  string // a word; "": superseded
+}
+
+// revoked revokes an owner's certificates, counts them, and adds them to the target.
+func (g *Gateway) revoked(ctx context.Context, owner hub.Owner, q toRevoke, target *string) (int, error) {
+	named := slices.Concat(q.devices, q.serials, q.names)
+	switch {
+	case q.all && len(named) > 0:
+		return 0, errDeleteBoth
+	case !q.all && (len(named) == 0 || slices.Contains(named, "")):
+		return 0, errRevokeAll
+	}
+	f, err := certificateFilter(q.devices, q.serials, q.names)
+	if err != nil {
+		return 0, err
+	}
+	why := hub.RevokedSuperseded
+	if q.reason != "" {
+		if why, err = hub.ParseRevocationReason(q.reason); err != nil {
+			return 0, err
+		}
+	}
+	cs, err := g.deps.Certificates.Revoke(ctx, f.ofCertificates(owner), why)
+	*target += serialsOf(cs)
+	return len(cs), err
 }
 
 // serialsOf says for the audit log which certificates were revoked; the first of many, since the ledger has when each was.

@@ -9,7 +9,9 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
+	"io"
 	"math/big"
 	"net/http"
 	"net/url"
@@ -19,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	capb "github.com/coaphub/coaphub/api/gen/certificateauthoritypb"
 	"github.com/coaphub/coaphub/hub"
 )
 
@@ -419,4 +422,72 @@ func TestCertificatesAndLimits(t *testing.T) {
 	for range 3 {
 		want(t, "list", w.do(t, "", "GET", authority+"/signing/crl/"+issuer).Code, 200)
 	}
+}
+
+// The same over gRPC.
+func TestCertificatesOverGRPC(t *testing.T) {
+	t.Parallel()
+	w, log := newCertificatesWorld(t)
+	chain := chainPEM(t, "uuid:"+string(lampA), 0xb7)
+	w.certificates.sign = func(o hub.Owner, user string, csr []byte) ([]byte, error) {
+		if o != "alice" || string(csr) != csrPEM {
+			return nil, hub.NewError(hub.Denied, "device-owned-by-other", "the device belongs to another owner")
+		}
+		return chain, nil
+	}
+	c := capb.NewCertificateAuthorityClient(w.dial(t))
+	signed, err := c.SignIdentityCertificate(as(t, "alice"), &capb.SignCertificateRequest{CertificateSigningRequest: []byte(csrPEM)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want(t, "certificate", string(signed.GetCertificate()), string(chain))
+	want(t, "audit", log.entries[0].Target, " device="+string(lampA)+" serial=b7")
+	_, err = c.SignIdentityCertificate(as(t, "bob"), &capb.SignCertificateRequest{CertificateSigningRequest: []byte(csrPEM)})
+	code, reason := reasonOf(t, err)
+	want(t, "another's", code.String()+" "+reason, "PermissionDenied device-owned-by-other")
+	list := func(token string, r *capb.GetSigningRecordsRequest) (out []*capb.SigningRecord) {
+		t.Helper()
+		s, err := c.GetSigningRecords(as(t, token), r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for {
+			m, err := s.Recv()
+			if errors.Is(err, io.EOF) {
+				return out
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			out = append(out, m)
+		}
+	}
+	want(t, "alice's", len(list("alice", &capb.GetSigningRecordsRequest{})), 4)
+	want(t, "bob's", len(list("bob", &capb.GetSigningRecordsRequest{DeviceIdFilter: []string{string(bobs)}})), 1)
+	for _, r := range []*capb.DeleteSigningRecordsRequest{{}, {IdFilter: []string{""}}, {All: true, IdFilter: []string{"0a"}}, {All: true, Reason: "bored"}} {
+		_, err := c.DeleteSigningRecords(as(t, "alice"), r)
+		code, _ := reasonOf(t, err)
+		want(t, r.String(), code.String(), "InvalidArgument")
+	}
+	n, err := c.DeleteSigningRecords(as(t, "alice"), &capb.DeleteSigningRecordsRequest{DeviceIdFilter: []string{string(lampA)}, Reason: "keyCompromise"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want(t, "count", n.GetCount(), int64(2))
+	want(t, "audit", log.entries[len(log.entries)-1].Target, string(lampA)+" serial=ff01 serial=0a")
+	got := list("alice", &capb.GetSigningRecordsRequest{IdFilter: []string{"0a"}, CommonNameFilter: []string{"uuid:" + string(lampA)}})
+	if len(got) != 1 || got[0].GetRevocationReason() != "keyCompromise" || got[0].GetRevokedDate() == 0 || got[0].GetCredential().GetSerial() != "10" ||
+		got[0].GetCredential().GetIssuerId() != issuer || got[0].GetOwner() != "alice" || got[0].GetRequestMethod() != "csr" {
+		t.Errorf("%v", got)
+	}
+	_, err = c.SignIdentityCertificate(as(t, ""), &capb.SignCertificateRequest{})
+	code, _ = reasonOf(t, err)
+	want(t, "without a token", code.String(), "Unauthenticated")
+	_, err = c.DeleteSigningRecords(as(t, "reader"), &capb.DeleteSigningRecordsRequest{All: true})
+	code, _ = reasonOf(t, err)
+	want(t, "with a token that may read", code.String(), "PermissionDenied")
+	w.deps.Certificates = nil
+	_, err = c.SignIdentityCertificate(as(t, "alice"), &capb.SignCertificateRequest{})
+	code, _ = reasonOf(t, err)
+	want(t, "without an authority", code.String(), "Unimplemented")
 }

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/tap"
 
+	capb "github.com/coaphub/coaphub/api/gen/certificateauthoritypb"
 	pb "github.com/coaphub/coaphub/api/gen/grpcgatewaypb"
 	rapb "github.com/coaphub/coaphub/api/gen/resourceaggregatepb"
 	"github.com/coaphub/coaphub/hub"
@@ -49,17 +50,20 @@ var reads = map[string]bool{
 	pb.GrpcGateway_GetEvents_FullMethodName:             true,
 	pb.GrpcGateway_GetPendingCommands_FullMethodName:    true,
 	pb.GrpcGateway_SubscribeToEvents_FullMethodName:     true,
+
+	capb.CertificateAuthority_GetSigningRecords_FullMethodName: true,
 }
 
-// known are the calls of the service.
+// known are the calls of the services.
 var known = func() map[string]bool {
 	out := map[string]bool{}
-	d := pb.GrpcGateway_ServiceDesc
-	for _, m := range d.Methods {
-		out["/"+d.ServiceName+"/"+m.MethodName] = true
-	}
-	for _, m := range d.Streams {
-		out["/"+d.ServiceName+"/"+m.StreamName] = true
+	for _, d := range []grpc.ServiceDesc{pb.GrpcGateway_ServiceDesc, capb.CertificateAuthority_ServiceDesc} {
+		for _, m := range d.Methods {
+			out["/"+d.ServiceName+"/"+m.MethodName] = true
+		}
+		for _, m := range d.Streams {
+			out["/"+d.ServiceName+"/"+m.StreamName] = true
+		}
 	}
 	return out
 }()
@@ -78,6 +82,7 @@ func (g *Gateway) newGRPC() (*grpc.Server, *health.Server) {
 		grpc.UnknownServiceHandler(func(any, grpc.ServerStream) error { return errNoCall }), // with a reason, as all errors
 	)
 	pb.RegisterGrpcGatewayServer(s, &server{g: g})
+	capb.RegisterCertificateAuthorityServer(s, &certificateServer{g: g})
 	h := health.NewServer()
 	h.SetServingStatus(pb.GrpcGateway_ServiceDesc.ServiceName, grpc_health_v1.HealthCheckResponse_SERVING)
 	grpc_health_v1.RegisterHealthServer(s, h)
@@ -86,6 +91,11 @@ func (g *Gateway) newGRPC() (*grpc.Server, *health.Server) {
 }
 
 type claimsKey struct{}
+
+type targetKey struct{}
+
+// targetOf is what the entry of a call in the audit log says that it is about, for the call to add to.
+func targetOf(ctx context.Context) *string { return ctx.Value(targetKey{}).(*string) }
 
 // claimsOf returns whose call this is. Only the interceptor puts it there; every call that is not public has it.
 func claimsOf(ctx context.Context) hub.Claims { return ctx.Value(claimsKey{}).(hub.Claims) }
@@ -175,6 +185,7 @@ func (g *Gateway) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo
 		return handle(ctx, req)
 	}
 	e := auditGRPC(ctx, path.Base(info.FullMethod), id, req)
+	ctx = context.WithValue(ctx, targetKey{}, &e.Target)
 	err = g.audited(ctx, &e, claimsOf(ctx), func() (err error) {
 		resp, err = handle(ctx, req)
 		return err
