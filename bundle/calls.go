@@ -31,6 +31,7 @@ func (a *assembly) calls() *http.ServeMux {
 	mux.HandleFunc("POST /ca/issue", call(a.issue, a.log))
 	mux.HandleFunc("POST /certificates", call(a.listCertificates, a.log))
 	mux.HandleFunc("POST /certificates/revoke", call(a.revokeCertificates, a.log))
+	mux.HandleFunc("POST /certificates/report", call(a.reportCertificates, a.log))
 	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
 		refuse(w, &hub.Error{Kind: hub.NotFound, Code: "call-unknown", Text: "the hub does not know this call; are hub and command of the same version?"})
 	})

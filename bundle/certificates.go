@@ -118,3 +118,37 @@ func (a *assembly) revokeCertificates(ctx context.Context, q CertificatesRequest
 	}
 	return out, nil
 }
+
+// ReportRequest asks how the fleet is off for certificates.
+type ReportRequest struct {
+	Within time.Duration `json:"within"` // nanoseconds; what ends in that time ends soon
+}
+
+// CertificateReport is the answer. Lists have at most 1000 entries.
+type CertificateReport struct {
+	Good       int           `json:"good"`
+	Ended      int           `json:"ended"` // in the last 90 days
+	Revoked    int           `json:"revoked"`
+	Expires    int           `json:"expires"`  // devices whose last certificate ends soon
+	Expiring   []Certificate `json:"expiring"` // those, the first first
+	SharedKeys int           `json:"sharedKeys"`
+	Shared     []Certificate `json:"shared"` // certificates of one key for several devices, by key
+}
+
+func (a *assembly) reportCertificates(ctx context.Context, q ReportRequest) (CertificateReport, error) {
+	if q.Within < 0 {
+		return CertificateReport{}, hub.NewError(hub.Invalid, "limit-invalid", "the time is negative")
+	}
+	r, err := a.certificates.Report(ctx, q.Within)
+	out := CertificateReport{
+		Good: r.Good, Ended: r.Ended, Revoked: r.Revoked, Expires: r.Expires, SharedKeys: r.SharedKeys,
+		Expiring: []Certificate{}, Shared: []Certificate{},
+	}
+	for _, c := range r.Expiring {
+		out.Expiring = append(out.Expiring, certificateFrom(c, false))
+	}
+	for _, c := range r.Shared {
+		out.Shared = append(out.Shared, certificateFrom(c, false))
+	}
+	return out, err
+}

@@ -317,6 +317,12 @@ func (c *Control) RevokeCertificates(ctx context.Context, q CertificatesRequest)
 	return cs, err
 }
 
+// CertificateReport says how the fleet is off for certificates.
+func (c *Control) CertificateReport(ctx context.Context, q ReportRequest) (r CertificateReport, err error) {
+	err = c.call(ctx, http.MethodPost, "/certificates/report", q, &r)
+	return r, err
+}
+
 // Checkpoint makes a consistent copy of the store below the data folder and returns its path relative to it. Release removes
 // it.
 func (c *Control) Checkpoint(ctx context.Context) (path string, err error) {

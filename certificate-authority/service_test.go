@@ -492,3 +492,57 @@ func FuzzRequest(f *testing.F) {
 		}
 	})
 }
+
+// What ends soon and has no other, and keys that several devices have, are reported; what was revoked is no more of either.
+func TestReport(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o := newOffice(t)
+		id := func(n int) hub.DeviceID { return hub.DeviceID(fmt.Sprintf("aaaaaaaa-0000-4000-8000-%012d", n)) }
+		issue := func(n int, days time.Duration) string {
+			made, err := o.IssueDevice(t.Context(), id(n), days*24*time.Hour, "alice", "root")
+			if err != nil {
+				t.Fatal(err)
+			}
+			return serialOf(made.leaf.SerialNumber)
+		}
+		issue(1, 20)           // ends soon
+		issue(2, 20)           // ends soon, but
+		issue(2, 200)          // has another
+		issue(3, 10)           // ends first
+		issue(4, 1)            // will have ended
+		revoked := issue(5, 5) // will be revoked
+		key := newKey(t)       // is that of two devices,
+		for n := range 2 {
+			if _, err := o.Sign(t.Context(), "bob", "sub", csrOf(t, key, named(string(id(6+n))))); err != nil {
+				t.Fatal(err)
+			}
+		}
+		other := newKey(t) // and another that of two, one of them revoked
+		for n := range 2 {
+			if _, err := o.Sign(t.Context(), "bob", "sub", csrOf(t, other, named(string(id(8+n))))); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, f := range []hub.CertificateFilter{{All: true, Serials: []string{revoked}}, {All: true, Devices: []hub.DeviceID{id(9)}}} {
+			if _, err := o.Revoke(t.Context(), f, 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		<-time.After(2 * 24 * time.Hour)
+		r, err := o.Report(t.Context(), 30*24*time.Hour)
+		if err != nil {
+			t.Fatal(err)
+		}
+		devices := func(cs []hub.Certificate) (out []hub.DeviceID) {
+			for _, c := range cs {
+				out = append(out, c.Device)
+			}
+			return out
+		}
+		if r.Good != 7 || r.Ended != 1 || r.Revoked != 2 || r.Expires != 2 || r.SharedKeys != 1 ||
+			!slices.Equal(devices(r.Expiring), []hub.DeviceID{id(3), id(1)}) || !slices.Equal(devices(r.Shared), []hub.DeviceID{id(6), id(7)}) {
+			t.Errorf("%d good, %d ended, %d revoked, %d expire: %v, %d keys are shared: %v", r.Good, r.Ended, r.Revoked, r.Expires,
+				devices(r.Expiring), r.SharedKeys, devices(r.Shared))
+		}
+	})
+}

@@ -278,7 +278,7 @@ func (d *device) send(code codes.Code, token message.Token, format int32, body, 
 // awaitAsked waits until the hub asked for line.
 func (d *device) awaitAsked(line string) {
 	d.t.Helper()
-	timeout := time.After(10 * time.Second)
+	timeout := time.After(30 * time.Second)
 	for {
 		d.mu.Lock()
 		ok, bump, asked := slices.Contains(d.asked, line), d.bump, slices.Clone(d.asked)
@@ -325,7 +325,7 @@ func accept(format int32) option {
 
 // try sends a request; the error is the connection's.
 func (d *device) try(code codes.Code, path string, body []byte, opts ...option) (reply, error) {
-	ctx, cancel := context.WithTimeout(d.t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(d.t.Context(), 60*time.Second)
 	defer cancel()
 	m := d.conn.AcquireMessage(ctx)
 	defer d.conn.ReleaseMessage(m)
@@ -415,7 +415,7 @@ func (d *device) awaitClosed() {
 	d.t.Helper()
 	select {
 	case <-d.conn.Done():
-	case <-time.After(10 * time.Second):
+	case <-time.After(30 * time.Second):
 		d.t.Fatal("the hub did not close the connection")
 	}
 }

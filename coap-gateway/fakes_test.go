@@ -282,7 +282,7 @@ func (w *world) note(format string, args ...any) { w.log = append(w.log, fmt.Spr
 // await waits until cond, which runs under the lock, holds.
 func (w *world) await(t *testing.T, what string, cond func() bool) {
 	t.Helper()
-	timeout := time.After(10 * time.Second)
+	timeout := time.After(30 * time.Second)
 	again := time.NewTicker(5 * time.Millisecond)
 	defer again.Stop()
 	for {

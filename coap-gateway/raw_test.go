@@ -73,7 +73,7 @@ func (r *raw) bytes(b []byte) {
 // read returns the next message, false at the end of the connection.
 func (r *raw) read() (message.Message, bool) {
 	r.t.Helper()
-	_ = r.conn.SetReadDeadline(time.Now().Add(10 * time.Second))
+	_ = r.conn.SetReadDeadline(time.Now().Add(30 * time.Second))
 	for {
 		m := message.Message{Options: make(message.Options, 0, 32)}
 		var head coder.MessageHeader

@@ -10,6 +10,7 @@ import (
 
 	"github.com/coaphub/coaphub/bundle"
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/conf"
 )
 
 func newCerts(p process) *cobra.Command {
@@ -98,7 +99,50 @@ func newCerts(p process) *cobra.Command {
 	}
 	filters(revoke)
 	revoke.Flags().StringVar(&q.Reason, "reason", "unspecified", "unspecified, keyCompromise, superseded or cessationOfOperation (RFC 5280, 5.3.1)")
-	return group("certs", "The certificates of devices that the hub has signed", list, show, revoke)
+	var within string
+	report := &cobra.Command{
+		Use:   "report",
+		Short: "Report which devices need a certificate soon, and which share a key",
+		Long: "report counts the certificates of devices, and lists those whose last good certificate ends soon, and those that share their key\n" +
+			"with another device: whoever has one of them can be all of them.",
+		Args: none,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			soon, err := conf.ParseDuration(within)
+			if err != nil || soon < 0 {
+				return usage("--within: a time is needed, such as 30d")
+			}
+			c, err := control(cmd)
+			if err != nil {
+				return err
+			}
+			r, err := c.CertificateReport(cmd.Context(), bundle.ReportRequest{Within: soon})
+			if err == nil && asJSON {
+				return printJSON(p.out, r)
+			}
+			if err == nil {
+				err = printReport(p, r, within)
+			}
+			return err
+		},
+	}
+	report.Flags().StringVar(&within, "within", "30d", "what ends in this time ends soon")
+	report.Flags().BoolVar(&asJSON, "json", false, "print JSON, for scripts")
+	return group("certs", "The certificates of devices that the hub has signed", list, show, revoke, report)
+}
+
+func printReport(p process, r bundle.CertificateReport, within string) error {
+	_, _ = fmt.Fprintf(p.out, "good %d  ended %d  revoked %d  end within %s %d  shared keys %d\n", r.Good, r.Ended, r.Revoked, within, r.Expires, r.SharedKeys)
+	if len(r.Expiring)+len(r.Shared) == 0 {
+		return nil
+	}
+	t := newTable(p.out, "WHAT", "DEVICE", "SERIAL", "UNTIL")
+	for _, c := range r.Expiring {
+		t.row("ends soon", c.DeviceID, c.Serial, c.NotAfter.Local().Format(time.DateTime))
+	}
+	for _, c := range r.Shared {
+		t.row("key "+c.Key, c.DeviceID, c.Serial, c.NotAfter.Local().Format(time.DateTime))
+	}
+	return t.finish(p.err, nil)
 }
 
 // serialArg takes a serial as other programs print it, too: in capitals, with colons.
