@@ -3,6 +3,7 @@ package bundle
 import (
 	"context"
 	"net/http"
+	"slices"
 	"strings"
 
 	grpcgateway "github.com/coaphub/coaphub/grpc-gateway"
@@ -102,7 +103,7 @@ func (c *Control) Audit(ctx context.Context, before uint64, limit int) (es []hub
 var socketReads = map[string]bool{
 	"GET /status": true, "GET /refused": true, "GET /users": true, "POST /device": true, "POST /ca/root": true, "POST /audit": true,
 	"POST /certificates": true, "POST /certificates/report": true,
-	"POST /checkpoint":   true, "POST /checkpoint/release": true, // verify and backup: they read
+	"POST /checkpoint": true, "POST /checkpoint/release": true, // verify and backup: they read
 }
 
 // What calls over the socket are about, for the audit log.
@@ -110,10 +111,8 @@ var socketReads = map[string]bool{
 func (q OnboardRequest) target() string { return q.DeviceID }
 
 func (q CertificatesRequest) target() string {
-	if q.DeviceID == "" && len(q.Serials) == 1 {
-		return q.Serials[0]
-	}
-	return q.DeviceID
+	about := slices.DeleteFunc([]string{q.DeviceID, strings.Join(q.Serials[:min(16, len(q.Serials))], " "), q.Reason}, func(s string) bool { return s == "" })
+	return strings.Join(about, " ")
 }
 
 func (q TokenRequest) target() string { return q.Owner }

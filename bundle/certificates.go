@@ -109,14 +109,12 @@ func (a *assembly) revokeCertificates(ctx context.Context, q CertificatesRequest
 		return nil, hub.NewError(hub.Invalid, "filter-empty", "name certificates or a device")
 	}
 	revoked, err := a.certificates.Revoke(ctx, f, reason)
-	if err != nil {
-		return nil, err
-	}
 	out := []Certificate{}
 	for _, c := range revoked {
 		out = append(out, certificateFrom(c, false))
+		a.log.InfoContext(ctx, "certificate revoked", "serial", c.Serial, "device", c.Device, "reason", c.Reason.String(), "user", callerOf(ctx))
 	}
-	return out, nil
+	return out, err
 }
 
 // ReportRequest asks how the fleet is off for certificates.

@@ -130,7 +130,7 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 		return nil, err
 	}
 	lists := ""
-	if a.external != "" { // else nobody but this machine knows where the hub is
+	if cfg.ExternalAddress != "" && !loopback(a.http.Addr().String()) { // else nobody but this machine knows where the hub is
 		lists = a.httpURL
 	}
 	a.certificates, err = certificateauthority.NewService(ctx, a.authority, a.store, a.identities, lists, log.With("part", "certificate-authority"), a.registry)

@@ -26,6 +26,7 @@ const (
 	indexDevice  = "device="
 	indexMonth   = "until=" // the month in which it ends, to find what has ended
 	indexRevoked = "revoked"
+	indexBadKey  = "compromised=" // the key of one that was revoked because somebody else has it
 )
 
 // entry is such a document.
@@ -71,6 +72,9 @@ func (e *entry) doc(serial string, rev uint64) (store.Doc, error) {
 	}
 	if !e.Revoked.IsZero() {
 		doc.Index = append(doc.Index, indexRevoked)
+		if e.Reason == hub.RevokedKeyCompromise && e.Key != "" {
+			doc.Index = append(doc.Index, indexBadKey+e.Key)
+		}
 	}
 	return doc, nil
 }
@@ -128,27 +132,60 @@ func (s *Service) found(ctx context.Context, f hub.CertificateFilter) iter.Seq2[
 	}
 }
 
-// means reports whether the filter means an entry that was found by it.
-func means(f *hub.CertificateFilter, serial string, e *entry) bool {
+// meaning tells which of the entries that were found by a filter it means.
+type meaning struct {
+	s   *Service
+	f   *hub.CertificateFilter
+	his map[hub.DeviceID]bool // devices that were asked for, and whether they are the owner's
+}
+
+func (s *Service) meaning(f *hub.CertificateFilter) *meaning {
+	return &meaning{s, f, map[hub.DeviceID]bool{}}
+}
+
+func (m *meaning) means(ctx context.Context, serial string, e *entry) (bool, error) {
+	f := m.f
 	among := func(n int, in bool) bool { return n == 0 || in }
-	return (f.All || e.Owner == f.Owner) && among(len(f.Serials), slices.Contains(f.Serials, serial)) &&
-		among(len(f.Devices), slices.Contains(f.Devices, e.Device)) && among(len(f.Names), slices.Contains(f.Names, e.Name))
+	switch {
+	case !among(len(f.Serials), slices.Contains(f.Serials, serial)), !among(len(f.Devices), slices.Contains(f.Devices, e.Device)),
+		!among(len(f.Names), slices.Contains(f.Names, e.Name)):
+		return false, nil
+	case f.All, e.Owner == f.Owner:
+		return true, nil
+	case e.Device == "", len(f.Serials)+len(f.Devices) == 0:
+		return false, nil
+	}
+	is, known := m.his[e.Device]
+	if !known {
+		own, err := m.s.owners.Owner(ctx, e.Device)
+		if err != nil && !hub.IsKind(err, hub.NotFound) {
+			return false, err
+		}
+		is = err == nil && own.Owner == f.Owner
+		m.his[e.Device] = is
+	}
+	return is, nil
 }
 
 // Certificates yields what the ledger has of the certificates that the filter means, in no order; also of those that have ended,
 // for 90 days. An error is the last element.
 func (s *Service) Certificates(ctx context.Context, f hub.CertificateFilter) iter.Seq2[hub.Certificate, error] {
 	return func(yield func(hub.Certificate, error) bool) {
+		m := s.meaning(&f)
 		for doc, err := range s.found(ctx, f) {
 			var e entry
 			if err == nil {
 				e, err = decodeEntry(doc)
 			}
+			meant := false
+			if err == nil {
+				meant, err = m.means(ctx, doc.Key, &e)
+			}
 			if err != nil {
 				yield(hub.Certificate{}, err)
 				return
 			}
-			if means(&f, doc.Key, &e) && !yield(e.certificate(doc.Key), nil) {
+			if meant && !yield(e.certificate(doc.Key), nil) {
 				return
 			}
 		}
@@ -156,7 +193,9 @@ func (s *Service) Certificates(ctx context.Context, f hub.CertificateFilter) ite
 }
 
 // Revoke ends the certificates that the filter means, those of them that have not ended yet, and returns them. They are on the
-// next list, nobody comes in with them any more, and ended is told. After an error it may be repeated.
+// next list, nobody comes in with them any more, and ended is told. An operator may also name a serial that is not in the ledger:
+// a restored hub does not know what it signed after the backup. After an error it may be repeated, and returns what it has
+// revoked so far; what could not be stored lets nobody in until a restart.
 func (s *Service) Revoke(ctx context.Context, f hub.CertificateFilter, reason hub.RevocationReason) (out []hub.Certificate, err error) {
 	now := time.Now().UTC()
 	var docs []store.Doc
@@ -166,13 +205,32 @@ func (s *Service) Revoke(ctx context.Context, f hub.CertificateFilter, reason hu
 		}
 		docs = append(docs, doc)
 	}
+	if f.All && len(f.Devices)+len(f.Names) == 0 {
+		for _, serial := range f.Serials {
+			if !slices.ContainsFunc(docs, func(d store.Doc) bool { return d.Key == serial }) {
+				docs = append(docs, store.Doc{Key: serial})
+			}
+		}
+	}
+	m := s.meaning(&f)
 	for _, doc := range docs {
 		for {
-			e, err := decodeEntry(doc)
-			if err != nil {
-				return out, err
+			e := entry{Issuer: s.issuer, How: hub.Unrecorded, Created: now, NotBefore: now, NotAfter: s.a.signers[Device].issuing.NotAfter}
+			if doc.Rev != 0 {
+				if e, err = decodeEntry(doc); err != nil {
+					return out, err
+				}
+				if meant, err := m.means(ctx, doc.Key, &e); err != nil || !meant {
+					if err != nil {
+						return out, err
+					}
+					break
+				}
 			}
-			if doc.Rev == 0 || !means(&f, doc.Key, &e) || !e.live(now) {
+			if !e.live(now) {
+				if !e.Revoked.IsZero() && !s.isRevoked(doc.Key) { // it was stored, and whoever did it was not told
+					s.end(doc.Key)
+				}
 				break
 			}
 			e.Revoked, e.Reason = now, reason
@@ -186,6 +244,7 @@ func (s *Service) Revoke(ctx context.Context, f hub.CertificateFilter, reason hu
 				break
 			}
 			if !hub.IsKind(err, hub.Conflict) {
+				s.end(doc.Key) // whoever has it is not to stay because the store has no room
 				return out, err
 			}
 			if doc, err = s.docs.Get(ctx, collCertificates, doc.Key); err != nil { // somebody else was faster
@@ -218,11 +277,12 @@ func (s *Service) Ended(f func(serial string)) {
 
 // Revoked reports whether a verified certificate was revoked. Of those of other authorities it knows nothing.
 func (s *Service) Revoked(c *x509.Certificate) bool {
-	if !slices.Equal(c.AuthorityKeyId, s.a.signers[Device].issuing.SubjectKeyId) {
-		return false
-	}
+	return slices.Equal(c.AuthorityKeyId, s.a.signers[Device].issuing.SubjectKeyId) && s.isRevoked(serialOf(c.SerialNumber))
+}
+
+func (s *Service) isRevoked(serial string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	_, is := s.revoked[serialOf(c.SerialNumber)]
+	_, is := s.revoked[serial]
 	return is
 }

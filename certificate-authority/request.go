@@ -21,6 +21,7 @@ const maxRequest = 16 << 10
 // say, so names, usages and extensions that it asks for are not even read.
 type request struct {
 	key    crypto.PublicKey
+	spki   []byte // the same, DER
 	device hub.DeviceID
 }
 
@@ -50,7 +51,7 @@ func parseRequest(b []byte) (request, error) {
 		return request{}, hub.NewError(hub.Invalid, "csr-signature", "the request is not signed by its own key").With("x509", err)
 	}
 	dev, err := subjectDevice(csr)
-	return request{csr.PublicKey, dev}, err
+	return request{csr.PublicKey, csr.RawSubjectPublicKeyInfo, dev}, err
 }
 
 // checkKey takes the kinds of keys that the profiles of devices have.

@@ -1,11 +1,13 @@
 package certificateauthority
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/json"
 	"fmt"
+	"hash/crc32"
 	"log/slog"
 	"math/big"
 	"slices"
@@ -25,6 +27,8 @@ const (
 	// maxLive bounds the certificates of a device that are good at a time: the one in use, one that takes its place, and some
 	// that were lost on the way.
 	maxLive = 16
+	// maxMade bounds how many are made for a device in a day, those that were revoked included.
+	maxMade = 32
 	// reservedFor is for how long an ID without owner is kept for whoever had a certificate made for it, and maxReserved for how
 	// many IDs an owner may do that.
 	reservedFor = 24 * time.Hour
@@ -33,6 +37,8 @@ const (
 	keptAfter = 90 * 24 * time.Hour
 	// listValid is how long a revocation list is good, and listAge how old the one that is given out may be.
 	listValid, listAge = 24 * time.Hour, 10 * time.Minute
+	// listBackdate is for verifiers whose clock is a little behind ours.
+	listBackdate = 5 * time.Minute
 
 	sweepEvery = time.Hour
 )
@@ -64,12 +70,15 @@ type Service struct {
 	use    usage  // of devices' certificates
 	issued *prometheus.CounterVec
 
+	signing [64]sync.Mutex // by device: what there is of it is counted before one more is made
+
 	mu      sync.Mutex          // guards all below
 	revoked map[string]struct{} // serials of those that the ledger has as revoked
 	ended   func(serial string)
 	list    []byte // the newest revocation list, DER; nil when there was another revocation since
 	listed  time.Time
 	changes uint64     // counts revocations
+	covers  uint64     // changes that list has
 	listing sync.Mutex // held by who makes the next one; before mu
 }
 
@@ -179,10 +188,13 @@ func (s *Service) Sign(ctx context.Context, owner hub.Owner, user string, csr []
 	if req.device == s.a.hubID {
 		return nil, errOfHub.With(op, nil)
 	}
-	if err := s.entitled(ctx, owner, req.device); err != nil {
+	turn := &s.signing[crc32.ChecksumIEEE([]byte(req.device))%uint32(len(s.signing))]
+	turn.Lock()
+	defer turn.Unlock()
+	if err := s.room(ctx, owner, req); err != nil {
 		return nil, fmt.Errorf("%s: %w", op, err)
 	}
-	if err := s.room(ctx, req.device); err != nil {
+	if err := s.entitled(ctx, owner, req.device); err != nil {
 		return nil, fmt.Errorf("%s: %w", op, err)
 	}
 	signer := s.a.signers[Device]
@@ -192,6 +204,11 @@ func (s *Service) Sign(ctx context.Context, owner hub.Owner, user string, csr []
 	}
 	if err := s.record(ctx, leaf, entry{Device: req.device, Owner: owner, How: hub.ByCSR, User: user}); err != nil {
 		return nil, fmt.Errorf("%s: %w", op, err)
+	}
+	// Somebody else may have signed the device up meanwhile.
+	if own, err := s.owners.Owner(ctx, req.device); err == nil && own.Owner != owner {
+		_, err = s.Revoke(ctx, hub.CertificateFilter{All: true, Serials: []string{serialOf(leaf.SerialNumber)}}, hub.RevokedSuperseded)
+		return nil, fmt.Errorf("%s: %w", op, cmp.Or[error](err, errOther))
 	}
 	return slices.Concat(certPEM(leaf), certPEM(signer.issuing)), nil
 }
@@ -221,7 +238,7 @@ func (s *Service) count(err error) {
 func (s *Service) entitled(ctx context.Context, owner hub.Owner, dev hub.DeviceID) error {
 	switch own, err := s.owners.Owner(ctx, dev); {
 	case err == nil && own.Owner == owner:
-		return nil
+		return s.release(ctx, dev)
 	case err == nil:
 		return errOther
 	case !hub.IsKind(err, hub.NotFound):
@@ -244,14 +261,8 @@ func (s *Service) entitled(ctx context.Context, owner hub.Owner, dev hub.DeviceI
 			return errOther
 		}
 		if !mine {
-			n := 0
-			for _, err := range s.docs.FindKeys(ctx, collReserved, indexOwner+string(owner)) {
-				if err != nil {
-					return err
-				}
-				if n++; n >= maxReserved {
-					return errReserved
-				}
+			if err := s.mayReserve(ctx, owner, now); err != nil {
+				return err
 			}
 		}
 		value, err := json.Marshal(reservation{owner, now.Add(reservedFor)})
@@ -268,16 +279,73 @@ func (s *Service) entitled(ctx context.Context, owner hub.Owner, dev hub.DeviceI
 	}
 }
 
+var errCompromised = hub.NewError(hub.Denied, "csr-key-compromised", "a certificate of this key was revoked because somebody else has the key; make another")
+
 var (
 	errOther    = hub.NewError(hub.Denied, "device-owned-by-other", "the device belongs to another owner")
 	errReserved = hub.NewError(hub.Exhausted, "reservations-limit", "certificates were made for too many devices that have not signed up")
+	errMade     = hub.NewError(hub.Exhausted, "certificates-limit", "too many certificates of the device were made within a day")
 	errLive     = hub.NewError(hub.Exhausted, "certificates-limit", "the device has too many certificates that are good; revoke some")
 )
 
-// room refuses one more certificate for a device that has many.
-func (s *Service) room(ctx context.Context, dev hub.DeviceID) error {
-	n, now := 0, time.Now()
-	for doc, err := range s.docs.Find(ctx, collCertificates, indexDevice+string(dev)) {
+// release forgets that an ID was kept: it has an owner now.
+func (s *Service) release(ctx context.Context, dev hub.DeviceID) error {
+	doc, err := s.docs.Get(ctx, collReserved, string(dev))
+	if err != nil || doc.Rev == 0 {
+		return err
+	}
+	if err := s.docs.Delete(ctx, collReserved, doc.Key, doc.Rev); !hub.IsKind(err, hub.Conflict) {
+		return err
+	}
+	return nil
+}
+
+// mayReserve refuses one more ID for an owner who has many that are kept, and have not signed up.
+func (s *Service) mayReserve(ctx context.Context, owner hub.Owner, now time.Time) error {
+	var kept []hub.DeviceID
+	for doc, err := range s.docs.Find(ctx, collReserved, indexOwner+string(owner)) {
+		if err != nil {
+			return err
+		}
+		var r reservation
+		if json.Unmarshal(doc.Value, &r) == nil && now.Before(r.Until) {
+			kept = append(kept, hub.DeviceID(doc.Key))
+		}
+	}
+	if len(kept) < maxReserved {
+		return nil
+	}
+	left := len(kept)
+	for _, dev := range kept { // which is dear, and makes room
+		_, err := s.owners.Owner(ctx, dev)
+		switch {
+		case hub.IsKind(err, hub.NotFound):
+		case err != nil:
+			return err
+		default:
+			if err := s.release(ctx, dev); err != nil {
+				return err
+			}
+			left--
+		}
+	}
+	if left >= maxReserved {
+		return errReserved
+	}
+	return nil
+}
+
+// room refuses one more certificate for a device that has many of that owner, or of the operator, and one for a key that somebody
+// else is known to have. Those of others count for nothing: else they could keep the owner from getting one.
+func (s *Service) room(ctx context.Context, owner hub.Owner, req request) error {
+	for _, err := range s.docs.FindKeys(ctx, collCertificates, indexBadKey+nameOf(req.spki)) {
+		if err != nil {
+			return err
+		}
+		return errCompromised
+	}
+	live, made, now := 0, 0, time.Now()
+	for doc, err := range s.docs.Find(ctx, collCertificates, indexDevice+string(req.device)) {
 		if err != nil {
 			return err
 		}
@@ -285,12 +353,21 @@ func (s *Service) room(ctx context.Context, dev hub.DeviceID) error {
 		if err != nil {
 			return err
 		}
+		if e.Owner != owner && e.How != hub.ByOperator {
+			continue
+		}
 		if e.live(now) {
-			n++
+			live++
+		}
+		if now.Sub(e.Created) < 24*time.Hour {
+			made++
 		}
 	}
-	if n >= maxLive {
+	switch {
+	case live >= maxLive:
 		return errLive
+	case made >= maxMade:
+		return errMade
 	}
 	return nil
 }
@@ -312,22 +389,43 @@ func (s *Service) List(ctx context.Context, issuer string) ([]byte, error) {
 		return s.list, nil
 	}
 	changes := s.changes
+	var old []byte // does while the store is away: it has all that was revoked
+	if s.list != nil && s.covers == changes && now.Sub(s.listed) < listValid/2 {
+		old = s.list
+	}
 	s.mu.Unlock()
-	number, err := s.nextNumber(ctx)
+	der, err := s.newList(ctx, now)
+	if err != nil && old != nil {
+		s.log.WarnContext(ctx, "no new revocation list can be made, the last one goes on", "error", err)
+		return old, nil
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", op, err)
 	}
-	t := &x509.RevocationList{Number: big.NewInt(number), ThisUpdate: now, NextUpdate: now.Add(listValid)}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.changes == changes { // else there may be one that it does not have
+		s.list, s.listed, s.covers = der, now, changes
+	}
+	return der, nil
+}
+
+func (s *Service) newList(ctx context.Context, now time.Time) ([]byte, error) {
+	number, err := s.nextNumber(ctx, now)
+	if err != nil {
+		return nil, err
+	}
+	t := &x509.RevocationList{Number: big.NewInt(number), ThisUpdate: now.Add(-listBackdate), NextUpdate: now.Add(listValid)}
 	for doc, err := range s.docs.Find(ctx, collCertificates, indexRevoked) {
 		if err != nil {
-			return nil, fmt.Errorf("%s: %w", op, err)
+			return nil, err
 		}
 		e, err := decodeEntry(doc)
 		if err != nil {
-			return nil, fmt.Errorf("%s: %w", op, err)
+			return nil, err
 		}
 		serial, ok := new(big.Int).SetString(doc.Key, 16)
-		if !ok || now.After(e.NotAfter) {
+		if !ok || now.After(e.NotAfter.Add(listValid)) { // RFC 5280, Section 3.3: it is on one list beyond its end
 			continue
 		}
 		t.RevokedCertificateEntries = append(t.RevokedCertificateEntries, x509.RevocationListEntry{
@@ -337,18 +435,14 @@ func (s *Service) List(ctx context.Context, issuer string) ([]byte, error) {
 	signer := s.a.signers[Device]
 	der, err := x509.CreateRevocationList(rand.Reader, t, signer.issuing, signer.key)
 	if err != nil {
-		return nil, fmt.Errorf("%s: sign the list: %w", op, err)
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.changes == changes { // else there may be one that it does not have
-		s.list, s.listed = der, now
+		return nil, fmt.Errorf("sign the list: %w", err)
 	}
 	return der, nil
 }
 
-// nextNumber counts the lists, also over a restart (RFC 5280, Section 5.2.3).
-func (s *Service) nextNumber(ctx context.Context) (int64, error) {
+// nextNumber numbers the lists, each higher than the one before (RFC 5280, Section 5.2.3): by the clock, so that it is so after a
+// backup was restored, too.
+func (s *Service) nextNumber(ctx context.Context, now time.Time) (int64, error) {
 	for {
 		doc, err := s.docs.Get(ctx, collLists, s.issuer)
 		if err != nil {
@@ -360,7 +454,7 @@ func (s *Service) nextNumber(ctx context.Context) (int64, error) {
 				return 0, &hub.Error{Kind: hub.Internal, Code: "data-damaged", Text: "the number of the revocation lists is damaged", Err: err}
 			}
 		}
-		n++
+		n = max(n+1, now.Unix())
 		_, err = s.docs.Put(ctx, collLists, store.Doc{Key: s.issuer, Value: strconv.AppendInt(nil, n, 10), Rev: doc.Rev})
 		if !hub.IsKind(err, hub.Conflict) {
 			return n, err

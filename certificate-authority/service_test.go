@@ -285,7 +285,7 @@ func TestReservations(t *testing.T) {
 		if err := o.entitled(t.Context(), "carol", testHub); err != nil {
 			t.Errorf("a day later: %v", err)
 		}
-		for range maxLive - 2 {
+		for range maxLive - 2 { // one too many; bob's do not count
 			_, err = o.sign("alice", testDev)
 		}
 		wantCode(t, "certificates without end", err, hub.Exhausted, "certificates-limit")
@@ -543,6 +543,207 @@ func TestReport(t *testing.T) {
 			!slices.Equal(devices(r.Expiring), []hub.DeviceID{id(3), id(1)}) || !slices.Equal(devices(r.Shared), []hub.DeviceID{id(6), id(7)}) {
 			t.Errorf("%d good, %d ended, %d revoked, %d expire: %v, %d keys are shared: %v", r.Good, r.Ended, r.Revoked, r.Expires,
 				devices(r.Expiring), r.SharedKeys, devices(r.Shared))
+		}
+	})
+}
+
+// Whatever others had made for a device, its owner gets a certificate, sees theirs, and ends them.
+func TestOwnersDoNotBlockEachOther(t *testing.T) {
+	o := newOffice(t)
+	var theirs *x509.Certificate
+	for range maxLive {
+		var err error
+		if theirs, err = o.sign("mallory", testDev); err != nil {
+			t.Fatal(err)
+		}
+	}
+	o.own[testDev] = "alice"
+	if _, err := o.sign("alice", testDev); err != nil {
+		t.Error(err)
+	}
+	his := hub.CertificateFilter{Owner: "alice", Devices: []hub.DeviceID{testDev}}
+	if n := len(o.list(his)); n != maxLive+1 {
+		t.Errorf("she sees %d", n)
+	}
+	if n := len(o.list(hub.CertificateFilter{Owner: "alice"})); n != 1 {
+		t.Errorf("%d were signed for her", n)
+	}
+	if cs, err := o.Revoke(t.Context(), hub.CertificateFilter{Owner: "alice", Serials: []string{serialOf(theirs.SerialNumber)}}, 0); err != nil || len(cs) != 1 {
+		t.Errorf("%d by its serial, %v", len(cs), err)
+	}
+	if cs, err := o.Revoke(t.Context(), his, 0); err != nil || len(cs) != maxLive {
+		t.Errorf("%d, %v", len(cs), err)
+	}
+	if _, err := o.sign("mallory", testDev); !hub.IsKind(err, hub.Denied) {
+		t.Errorf("mallory again: %v", err)
+	}
+}
+
+// Devices that have signed up are no reservations any more.
+func TestReservationsEndWithTheSignUp(t *testing.T) {
+	o := newOffice(t)
+	for i := range maxReserved {
+		id := hub.DeviceID(fmt.Sprintf("aaaaaaaa-0000-4000-8000-%012d", i+1))
+		if err := o.entitled(t.Context(), "alice", id); err != nil {
+			t.Fatal(err)
+		}
+		o.own[id] = "alice"
+	}
+	if _, err := o.sign("alice", testDev); err != nil {
+		t.Error(err)
+	}
+}
+
+// What is made of a device is bounded, also when it is revoked at once, and when many ask at a time.
+func TestCertificatesOfADeviceAreBounded(t *testing.T) {
+	o := newOffice(t)
+	var all sync.WaitGroup
+	for range 3 * maxLive {
+		all.Go(func() { _, _ = o.sign("alice", testDev) })
+	}
+	all.Wait()
+	if n := len(o.list(hub.CertificateFilter{All: true})); n != maxLive {
+		t.Errorf("%d are good", n)
+	}
+	for {
+		if _, err := o.Revoke(t.Context(), hub.CertificateFilter{All: true}, 0); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := o.sign("alice", testDev); err != nil {
+			wantCode(t, "one more", err, hub.Exhausted, "certificates-limit")
+			break
+		}
+	}
+	if n := len(o.list(hub.CertificateFilter{All: true})); n != maxMade {
+		t.Errorf("%d were made", n)
+	}
+}
+
+// A key that somebody else is known to have gets no certificate any more, for no device.
+func TestCompromisedKey(t *testing.T) {
+	o := newOffice(t)
+	key := newKey(t)
+	csr := csrOf(t, key, named(string(testDev)))
+	if _, err := o.Sign(t.Context(), "alice", "sub", csr); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := o.Revoke(t.Context(), hub.CertificateFilter{All: true}, hub.RevokedKeyCompromise); err != nil {
+		t.Fatal(err)
+	}
+	_, err := o.Sign(t.Context(), "alice", "sub", csr)
+	wantCode(t, "the same request", err, hub.Denied, "csr-key-compromised")
+	_, err = o.Sign(t.Context(), "bob", "sub", csrOf(t, key, named("aaaaaaaa-0000-4000-8000-000000000001")))
+	wantCode(t, "another device", err, hub.Denied, "csr-key-compromised")
+	if _, err := o.sign("alice", testDev); err != nil {
+		t.Errorf("another key: %v", err)
+	}
+}
+
+// A store that is away takes no revocation, but whom it concerns does not come in; the list that has all goes on. Repeated, it is
+// stored, also if somebody else was faster, or the answer was lost.
+func TestRevokeWhileTheStoreIsAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o := newOffice(t)
+		first, err := o.sign("alice", testDev)
+		if err != nil {
+			t.Fatal(err)
+		}
+		second, err := o.sign("alice", testDev)
+		if err != nil {
+			t.Fatal(err)
+		}
+		before, err := o.List(t.Context(), o.Issuer())
+		if err != nil {
+			t.Fatal(err)
+		}
+		o.docs.Fail = func(op, _, _ string) error {
+			if op == "put" {
+				return hub.NewError(hub.Unavailable, "disk-full", "")
+			}
+			return nil
+		}
+		<-time.After(listAge + time.Minute)
+		if again, err := o.List(t.Context(), o.Issuer()); err != nil || !bytes.Equal(again, before) {
+			t.Errorf("the list: %v", err)
+		}
+		f := hub.CertificateFilter{Owner: "alice", Serials: []string{serialOf(first.SerialNumber)}}
+		if _, err := o.Revoke(t.Context(), f, 0); !hub.IsKind(err, hub.Unavailable) || !o.Revoked(first) || len(o.ended) != 1 {
+			t.Errorf("%v; revoked %t, told %q", err, o.Revoked(first), o.ended)
+		}
+		if _, err := o.List(t.Context(), o.Issuer()); err == nil {
+			t.Error("there is a list, which cannot have it")
+		}
+		o.docs.Fail = nil
+		if cs, err := o.Revoke(t.Context(), f, 0); err != nil || len(cs) != 1 {
+			t.Errorf("repeated: %v, %v", cs, err)
+		}
+		other, err := NewService(t.Context(), o.a, o.docs, o.own, "", slog.New(slog.DiscardHandler), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.Serials = []string{serialOf(second.SerialNumber)}
+		if _, err := other.Revoke(t.Context(), f, 0); err != nil {
+			t.Fatal(err)
+		}
+		if cs, err := o.Revoke(t.Context(), f, 0); err != nil || len(cs) != 0 || !o.Revoked(second) {
+			t.Errorf("after somebody else: %v, %v, revoked %t", cs, err, o.Revoked(second))
+		}
+	})
+}
+
+// A serial that is not in the ledger, as after a backup was restored, can be revoked by an operator.
+func TestRevokeUnrecorded(t *testing.T) {
+	o := newOffice(t)
+	lost, err := o.a.signers[Device].signKey(&newKey(t).PublicKey, "uuid:"+string(testDev), time.Hour, deviceUsage, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	serial := serialOf(lost.SerialNumber)
+	if cs, err := o.Revoke(t.Context(), hub.CertificateFilter{Owner: "alice", Serials: []string{serial}}, 0); err != nil || len(cs) != 0 {
+		t.Errorf("alice: %v, %v", cs, err)
+	}
+	cs, err := o.Revoke(t.Context(), hub.CertificateFilter{All: true, Serials: []string{serial}}, hub.RevokedKeyCompromise)
+	if err != nil || len(cs) != 1 || !o.Revoked(lost) {
+		t.Errorf("%v, %v, revoked %t", cs, err, o.Revoked(lost))
+	}
+	o.start(o.a)
+	der, err := o.List(t.Context(), o.Issuer())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if l, err := x509.ParseRevocationList(der); err != nil || len(l.RevokedCertificateEntries) != 1 || !o.Revoked(lost) {
+		t.Errorf("after a restart: %v, %v, revoked %t", l, err, o.Revoked(lost))
+	}
+}
+
+// What was revoked is on one list beyond its end (RFC 5280, Section 3.3), and the numbers rise.
+func TestListForgets(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o := newOffice(t)
+		if _, err := o.IssueDevice(t.Context(), testDev, time.Hour, "", "root"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := o.Revoke(t.Context(), hub.CertificateFilter{All: true}, 0); err != nil {
+			t.Fatal(err)
+		}
+		var last *x509.RevocationList
+		for _, c := range []struct {
+			after time.Duration
+			want  int
+		}{{0, 1}, {2 * time.Hour, 1}, {listValid, 0}} {
+			<-time.After(c.after)
+			der, err := o.List(t.Context(), o.Issuer())
+			if err != nil {
+				t.Fatal(err)
+			}
+			l, err := x509.ParseRevocationList(der)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(l.RevokedCertificateEntries) != c.want || last != nil && l.Number.Cmp(last.Number) <= 0 || !l.ThisUpdate.Before(time.Now()) {
+				t.Errorf("%v later: %d entries, number %v, since %v", c.after, len(l.RevokedCertificateEntries), l.Number, l.ThisUpdate)
+			}
+			last = l
 		}
 	})
 }

@@ -21,18 +21,18 @@ import (
 // Certificates of devices. Everybody, administrators too, sees those of his own owner. Over HTTP these calls have one
 // form, which is protobuf's JSON of other hubs with members of our own.
 
-// maxSerial is how many hexadecimal digits a serial number has at most (RFC 5280, Section 4.1.2.2).
-const maxSerial = 40
-
 // certificateFilter reads which certificates are meant. Filters of different kinds narrow each other.
 func certificateFilter(devices, serials, names []string) (filter, error) {
 	f, err := newFilter(devices, nil, nil)
 	if err != nil {
 		return f, err
 	}
+	if len(serials) > maxFilter || len(names) > maxFilter {
+		return f, hub.NewError(hub.TooLarge, "filter-too-long", "a filter has at most 10000 entries")
+	}
 	for i, s := range serials {
-		serial := strings.ToLower(s) // as openssl prints it
-		if serial == "" || len(serial) > maxSerial || strings.Trim(serial, "0123456789abcdef") != "" {
+		serial, err := hub.ParseSerial(s)
+		if err != nil {
 			return f, badFilter("idFilter", i, invalid("filter-invalid", "this is no serial number in hexadecimal digits"))
 		}
 		f.serials = append(f.serials, serial)
@@ -216,7 +216,7 @@ func (g *Gateway) revokeCertificates(w http.ResponseWriter, r *request) error {
 type toRevoke struct {
 	devices, serials, names []string
 	all                     bool
-	reason                  string // a word; "": superseded
+	reason                  string // a word; "": unspecified
 }
 
 // revoked revokes an owner's certificates, counts them, and adds them to the target.
@@ -232,7 +232,7 @@ func (g *Gateway) revoked(ctx context.Context, owner hub.Owner, q toRevoke, targ
 	if err != nil {
 		return 0, err
 	}
-	why := hub.RevokedSuperseded
+	why := hub.RevokedUnspecified
 	if q.reason != "" {
 		if why, err = hub.ParseRevocationReason(q.reason); err != nil {
 			return 0, err

@@ -254,16 +254,16 @@ func TestRevokeCertificates(t *testing.T) {
 		revoked []string
 		reason  hub.RevocationReason
 	}{
-		{"idFilter=c3", []string{"c3"}, hub.RevokedSuperseded},
+		{"idFilter=c3", []string{"c3"}, hub.RevokedUnspecified},
 		{"idFilter=C3&idFilter=0a&reason=keyCompromise", []string{"0a", "c3"}, hub.RevokedKeyCompromise},
 		{"deviceIdFilter=" + string(lampA) + "&reason=unspecified", []string{"ff01", "0a"}, hub.RevokedUnspecified},
-		{"deviceIdFilter=" + string(lampA) + "&idFilter=0a", []string{"0a"}, hub.RevokedSuperseded},
+		{"deviceIdFilter=" + string(lampA) + "&idFilter=0a", []string{"0a"}, hub.RevokedUnspecified},
 		{"deviceIdFilter=" + string(lampA) + "&idFilter=c3", nil, 0},
-		{"idFilter=0a&idFilter=c3&commonNameFilter=uuid:" + string(lampB), []string{"c3"}, hub.RevokedSuperseded}, // not passed over: that would revoke more
+		{"idFilter=0a&idFilter=c3&commonNameFilter=uuid:" + string(lampB), []string{"c3"}, hub.RevokedUnspecified}, // not passed over: that would revoke more
 		{"idFilter=0b", nil, 0}, // bob's
 		{"deviceIdFilter=" + string(bobs), nil, 0},
 		{"all=true&reason=cessationOfOperation", []string{"ff01", "0a", "c3", "b2"}, hub.RevokedCessation},
-		{"all=false&idFilter=b2", []string{"b2"}, hub.RevokedSuperseded},
+		{"all=false&idFilter=b2", []string{"b2"}, hub.RevokedUnspecified},
 	} {
 		for _, path := range []string{records, "/api/v1/signing/records"} {
 			w, log := newCertificatesWorld(t)

@@ -1,6 +1,9 @@
 package hub
 
-import "time"
+import (
+	"strings"
+	"time"
+)
 
 // Certificate is what the certificate authority's ledger has of one certificate. Nothing of it changes but its revocation.
 type Certificate struct {
@@ -27,6 +30,7 @@ type RequestMethod string
 const (
 	ByCSR      RequestMethod = "csr"      // a certificate signing request over the API
 	ByOperator RequestMethod = "operator" // made together with its key, on the hub's machine
+	Unrecorded RequestMethod = "unknown"  // revoked by its serial, and not in the ledger
 )
 
 // RevocationReason is a CRLReason (RFC 5280, Section 5.3.1). They are stored.
@@ -64,8 +68,22 @@ func (r RevocationReason) String() string {
 	return "unspecified"
 }
 
-// CertificateFilter says which certificates are meant: those that match all of what is set. All is what only an operator may
-// mean: without it and without an owner it matches none.
+// ParseSerial reads a serial number in hexadecimal, also with colons, leading zeros or capitals as other programs write it; what
+// is none is Invalid.
+func ParseSerial(s string) (string, error) {
+	serial := strings.TrimLeft(strings.ToLower(strings.ReplaceAll(s, ":", "")), "0")
+	if len(serial)%2 == 1 {
+		serial = "0" + serial
+	}
+	if serial == "" || len(serial) > 40 || strings.Trim(serial, "0123456789abcdef") != "" { // RFC 5280, Section 4.1.2.2: 20 bytes
+		return "", &Error{Kind: Invalid, Code: "serial-invalid", Text: "this is no serial number in hexadecimal digits"}
+	}
+	return serial, nil
+}
+
+// CertificateFilter says which certificates are meant: those that match all of what is set. An owner means those that were signed
+// for him; where serials or devices are named, also those of devices that are his now. All is what only an operator may mean:
+// without it and without an owner it matches none.
 type CertificateFilter struct {
 	All     bool // whoever's they are
 	Owner   Owner

@@ -3,7 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
-	"strings"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -91,6 +91,10 @@ func newCerts(p process) *cobra.Command {
 				return err
 			}
 			cs, err := c.RevokeCertificates(cmd.Context(), q)
+			if err == nil && len(cs) == 0 { // what was revoked before is shown as it is: a script may come again
+				cs, err = c.Certificates(cmd.Context(), q)
+				cs = slices.DeleteFunc(cs, func(c bundle.Certificate) bool { return c.Revoked == nil })
+			}
 			if err == nil && len(cs) == 0 {
 				return hub.NewError(hub.NotFound, "certificate-unknown", "none of these certificates was good; coaphub certs list shows those there are")
 			}
@@ -147,11 +151,8 @@ func printReport(p process, r bundle.CertificateReport, within string) error {
 
 // serialArg takes a serial as other programs print it, too: in capitals, with colons.
 func serialArg(s string) (string, error) {
-	serial := strings.TrimLeft(strings.ToLower(strings.ReplaceAll(s, ":", "")), "0")
-	if len(serial)%2 == 1 {
-		serial = "0" + serial
-	}
-	if serial == "" || len(serial) > 40 || strings.Trim(serial, "0123456789abcdef") != "" {
+	serial, err := hub.ParseSerial(s)
+	if err != nil {
 		return "", usage("%q is no serial number in hexadecimal", s)
 	}
 	return serial, nil

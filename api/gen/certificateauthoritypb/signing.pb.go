@@ -380,7 +380,7 @@ type DeleteSigningRecordsRequest struct {
 	IdFilter       []string               `protobuf:"bytes,1,rep,name=id_filter,json=idFilter,proto3" json:"id_filter,omitempty"`
 	DeviceIdFilter []string               `protobuf:"bytes,2,rep,name=device_id_filter,json=deviceIdFilter,proto3" json:"device_id_filter,omitempty"`
 	All            bool                   `protobuf:"varint,205,opt,name=all,proto3" json:"all,omitempty"`
-	Reason         string                 `protobuf:"bytes,224,opt,name=reason,proto3" json:"reason,omitempty"` // as RFC 5280 names it: unspecified, keyCompromise, superseded (the default), cessationOfOperation
+	Reason         string                 `protobuf:"bytes,224,opt,name=reason,proto3" json:"reason,omitempty"` // as RFC 5280 names it: unspecified (the default), keyCompromise, superseded, cessationOfOperation
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
