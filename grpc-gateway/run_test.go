@@ -206,7 +206,7 @@ func TestReaderOverHTTP2ThatStopsReadingIsCutOff(t *testing.T) {
 	defer func() { _ = resp.Body.Close() }()
 	select {
 	case <-ended:
-	case <-time.After(20 * time.Second):
+	case <-time.After(2 * time.Minute): // what fills the peer's windows, some megabytes, takes its time on a busy machine
 		t.Error("the list still waits for its reader")
 	}
 }
