@@ -23,7 +23,7 @@ import (
 // those offline that were online when it was left, and has all of the history.
 func TestHubOpensWhatWasMade(t *testing.T) {
 	t.Parallel()
-	f := filling{devices: dose.Of(2000, 2000, 100_000), owners: 2, online: 50, atOnce: 256}
+	f := filling{devices: dose.Of(2000, 2000, 20_000), owners: 2, online: 50, atOnce: 256}
 	f.events = f.devices*10 + 1
 	data := filepath.Join(t.TempDir(), "data")
 	if err := f.check(data); err != nil {
