@@ -174,11 +174,11 @@ func (w *world) newcomer(id, endpoint string) {
 // power is what the twin of a device's light shows.
 func (w *world) power(ctx context.Context, id string) (n int, ok bool) {
 	status, b, err := w.request(ctx, http.MethodGet, "/api/v1/devices/"+id+"/resources/light/1?onlyContent=true", "")
-	var light struct{ Power int }
-	if err != nil || status != http.StatusOK || json.Unmarshal(b, &light) != nil {
+	var light struct{ Power *int }
+	if err != nil || status != http.StatusOK || json.Unmarshal(b, &light) != nil || light.Power == nil { // null: published, not reported
 		return 0, false
 	}
-	return light.Power, true
+	return *light.Power, true
 }
 
 // request asks the API as the owner.
