@@ -48,6 +48,8 @@ func (g *Gateway) order(ctx context.Context, c hub.Claims, device, href string, 
 			known = true
 			if r, ok := d.Resources.Get(o.Href); ok {
 				twin = r
+			} else if _, ok := d.Links.Get(o.Href); ok && mediaType(o.Content) == mediaJSON {
+				twin = &hub.Resource{} // published and not reported yet: OCF devices take CBOR
 			}
 		}
 		if !known {

@@ -628,3 +628,26 @@ func TestCommandsInTheHistory(t *testing.T) {
 	}
 	want(t, "of the resource", len(w.get(t, light+"/events").results()), 8)
 }
+
+// A resource that a device has published and not reported yet takes what OCF devices take; one that is forced, what was sent.
+func TestCommandBeforeTheFirstReport(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	of := "/api/v1/devices/" + string(lampA) + "/resources"
+	for _, c := range []struct {
+		target, contentType, body string
+		format                    int32
+		data                      string
+	}{
+		{of + "/late", mediaJSON, `{"n":1}`, hub.FormatOCFCBOR, "\xa1\x61n\x01"},
+		{of + "/late", "application/cbor", "\xa1\x61n\x01", 60, "\xa1\x61n\x01"},
+		{of + "/nowhere?force=true", mediaJSON, `{"n":1}`, hub.FormatJSON, `{"n":1}`},
+	} {
+		w.orders = nil
+		if a := w.send(t, "alice", "PUT", c.target, c.body, "Content-Type: "+c.contentType); a.Code != 200 || len(w.orders) != 1 {
+			t.Fatalf("%s: %d %s", c.target, a.Code, a.Body)
+		}
+		got := w.orders[0].Content
+		want(t, c.target+" "+c.contentType, fmt.Sprintf("%d %x", got.Format, got.Data), fmt.Sprintf("%d %x", c.format, c.data))
+	}
+}
