@@ -22,6 +22,7 @@ others:
 	@tools/need coap-client-openssl libcoap3-bin
 	@tools/need coap-client-gnutls libcoap3-bin
 	@tools/need curl curl
+	@tools/need openssl openssl
 	@tools/need node nodejs
 	@tools/need npm npm
 	@[ test/npm-coap/node_modules -nt test/npm-coap/package-lock.json ] || \

@@ -80,7 +80,7 @@ func (a *assembly) onboard(ctx context.Context, q OnboardRequest) (Onboarding, e
 		}
 	}
 	if q.Certificate {
-		id, err := a.issueFor(ctx, hub.Owner(o.Owner), issueRequest{DeviceID: string(dev)})
+		id, err := a.issue(ctx, issueRequest{DeviceID: string(dev), owner: hub.Owner(o.Owner)})
 		if err != nil {
 			return Onboarding{}, err
 		}

@@ -138,10 +138,6 @@ func (a *assembly) root(_ context.Context, q rootRequest) (string, error) {
 }
 
 func (a *assembly) issue(ctx context.Context, q issueRequest) (Identity, error) {
-	return a.issueFor(ctx, "", q)
-}
-
-func (a *assembly) issueFor(ctx context.Context, owner hub.Owner, q issueRequest) (Identity, error) {
 	dev, err := hub.ParseDeviceID(q.DeviceID)
 	if err != nil {
 		return Identity{}, err
@@ -149,7 +145,7 @@ func (a *assembly) issueFor(ctx context.Context, owner hub.Owner, q issueRequest
 	if q.Validity == 0 {
 		q.Validity = certificateauthority.DeviceValidity
 	}
-	id, err := a.certificates.IssueDevice(ctx, dev, q.Validity, owner, callerOf(ctx))
+	id, err := a.certificates.IssueDevice(ctx, dev, q.Validity, q.owner, callerOf(ctx))
 	return Identity{Chain: string(id.Chain), Key: string(id.Key), CA: string(id.CA)}, err
 }
 

@@ -55,6 +55,14 @@ func certificateFrom(c hub.Certificate, withPEM bool) Certificate {
 	return out
 }
 
+func certificatesFrom(cs []hub.Certificate) []Certificate {
+	out := []Certificate{} // an empty list for scripts, not null
+	for _, c := range cs {
+		out = append(out, certificateFrom(c, false))
+	}
+	return out
+}
+
 func (q CertificatesRequest) filter() (hub.CertificateFilter, error) {
 	f := hub.CertificateFilter{All: q.Owner == "", Owner: hub.Owner(q.Owner), Serials: q.Serials}
 	if q.DeviceID != "" {
@@ -109,12 +117,10 @@ func (a *assembly) revokeCertificates(ctx context.Context, q CertificatesRequest
 		return nil, hub.NewError(hub.Invalid, "filter-empty", "name certificates or a device")
 	}
 	revoked, err := a.certificates.Revoke(ctx, f, reason)
-	out := []Certificate{}
 	for _, c := range revoked {
-		out = append(out, certificateFrom(c, false))
 		a.log.InfoContext(ctx, "certificate revoked", "serial", c.Serial, "device", c.Device, "reason", c.Reason.String(), "user", callerOf(ctx))
 	}
-	return out, err
+	return certificatesFrom(revoked), err
 }
 
 // ReportRequest asks how the fleet is off for certificates.
@@ -138,15 +144,8 @@ func (a *assembly) reportCertificates(ctx context.Context, q ReportRequest) (Cer
 		return CertificateReport{}, hub.NewError(hub.Invalid, "limit-invalid", "the time is negative")
 	}
 	r, err := a.certificates.Report(ctx, q.Within)
-	out := CertificateReport{
-		Good: r.Good, Ended: r.Ended, Revoked: r.Revoked, Expires: r.Expires, SharedKeys: r.SharedKeys,
-		Expiring: []Certificate{}, Shared: []Certificate{},
-	}
-	for _, c := range r.Expiring {
-		out.Expiring = append(out.Expiring, certificateFrom(c, false))
-	}
-	for _, c := range r.Shared {
-		out.Shared = append(out.Shared, certificateFrom(c, false))
-	}
-	return out, err
+	return CertificateReport{
+		Good: r.Good, Ended: r.Ended, Revoked: r.Revoked, Expires: r.Expires, Expiring: certificatesFrom(r.Expiring),
+		SharedKeys: r.SharedKeys, Shared: certificatesFrom(r.Shared),
+	}, err
 }

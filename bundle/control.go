@@ -300,7 +300,7 @@ func (c *Control) Root(ctx context.Context, which string) (pem string, err error
 
 // Issue makes an identity certificate for a device.
 func (c *Control) Issue(ctx context.Context, deviceID string, validity time.Duration) (id Identity, err error) {
-	err = c.call(ctx, http.MethodPost, "/ca/issue", issueRequest{deviceID, validity}, &id)
+	err = c.call(ctx, http.MethodPost, "/ca/issue", issueRequest{DeviceID: deviceID, Validity: validity}, &id)
 	return id, err
 }
 
@@ -342,6 +342,8 @@ type rootRequest struct {
 type issueRequest struct {
 	DeviceID string        `json:"deviceId"`
 	Validity time.Duration `json:"validity"` // nanoseconds; 0: a year
+
+	owner hub.Owner // for whom, "" for whoever has the device; not over the socket
 }
 
 type releaseRequest struct {

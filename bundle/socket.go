@@ -118,6 +118,8 @@ func audited(h http.Handler, m *socketMetrics, record recordFunc, log *slog.Logg
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		name := "unknown"
 		rec := &statusRecorder{ResponseWriter: w, code: http.StatusOK}
+		user := userOf(r.RemoteAddr)
+		r = r.WithContext(context.WithValue(r.Context(), callerKey{}, user))
 		defer func() {
 			how := outcome(rec.code)
 			if v := recover(); v != nil {
@@ -131,12 +133,12 @@ func audited(h http.Handler, m *socketMetrics, record recordFunc, log *slog.Logg
 				level = slog.LevelDebug
 			}
 			log.Log(r.Context(), level, "administrator's call over the socket",
-				"peer", r.RemoteAddr, "user", userOf(r.RemoteAddr), "call", r.Method+" "+r.URL.Path, "answer", rec.code)
+				"peer", r.RemoteAddr, "user", user, "call", r.Method+" "+r.URL.Path, "answer", rec.code)
 			if name == "unknown" || socketReads[name] {
 				return
 			}
 			err := record(r.Context(), hub.AuditEntry{
-				Door: "socket", Call: name, User: userOf(r.RemoteAddr), Remote: r.RemoteAddr, Target: rec.target,
+				Door: "socket", Call: name, User: user, Remote: r.RemoteAddr, Target: rec.target,
 				Outcome: cmp.Or(rec.reason, "ok"),
 			})
 			if err != nil {
@@ -248,7 +250,7 @@ func call[Q, A any](do func(ctx context.Context, q Q) (A, error), log *slog.Logg
 				rec.target = named.target()
 			}
 		}
-		a, err := do(context.WithValue(r.Context(), callerKey{}, userOf(r.RemoteAddr)), q)
+		a, err := do(r.Context(), q)
 		if err != nil {
 			if k := hub.KindOf(err); k == hub.Internal || k == hub.Unavailable {
 				log.Error("call over the socket failed", "call", r.URL.Path, "error", err)

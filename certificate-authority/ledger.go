@@ -3,11 +3,9 @@ package certificateauthority
 import (
 	"context"
 	"crypto/x509"
-	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"iter"
-	"math/big"
 	"slices"
 	"time"
 
@@ -87,8 +85,6 @@ func decodeEntry(doc store.Doc) (entry, error) {
 	return e, nil
 }
 
-func serialOf(n *big.Int) string { return hex.EncodeToString(n.Bytes()) }
-
 // nameOf names a key as other hubs do: by a UUID of its SubjectPublicKeyInfo.
 func nameOf(spki []byte) string { return uuid.NewSHA1(uuid.NameSpaceX500, spki).String() }
 
@@ -96,7 +92,7 @@ func nameOf(spki []byte) string { return uuid.NewSHA1(uuid.NameSpaceX500, spki).
 func (s *Service) record(ctx context.Context, leaf *x509.Certificate, e entry) error {
 	e.Name, e.Key, e.Issuer = leaf.Subject.CommonName, nameOf(leaf.RawSubjectPublicKeyInfo), s.issuer
 	e.PEM, e.Created, e.NotBefore, e.NotAfter = string(certPEM(leaf)), time.Now().UTC(), leaf.NotBefore, leaf.NotAfter
-	doc, err := e.doc(serialOf(leaf.SerialNumber), 0)
+	doc, err := e.doc(hub.SerialOf(leaf.SerialNumber), 0)
 	if err != nil {
 		return err
 	}
@@ -197,7 +193,6 @@ func (s *Service) Certificates(ctx context.Context, f hub.CertificateFilter) ite
 // a restored hub does not know what it signed after the backup. After an error it may be repeated, and returns what it has
 // revoked so far; what could not be stored lets nobody in until a restart.
 func (s *Service) Revoke(ctx context.Context, f hub.CertificateFilter, reason hub.RevocationReason) (out []hub.Certificate, err error) {
-	now := time.Now().UTC()
 	var docs []store.Doc
 	for doc, err := range s.found(ctx, f) {
 		if err != nil {
@@ -214,45 +209,50 @@ func (s *Service) Revoke(ctx context.Context, f hub.CertificateFilter, reason hu
 	}
 	m := s.meaning(&f)
 	for _, doc := range docs {
-		for {
-			e := entry{Issuer: s.issuer, How: hub.Unrecorded, Created: now, NotBefore: now, NotAfter: s.a.signers[Device].issuing.NotAfter}
-			if doc.Rev != 0 {
-				if e, err = decodeEntry(doc); err != nil {
-					return out, err
-				}
-				if meant, err := m.means(ctx, doc.Key, &e); err != nil || !meant {
-					if err != nil {
-						return out, err
-					}
-					break
-				}
-			}
-			if !e.live(now) {
-				if !e.Revoked.IsZero() && !s.isRevoked(doc.Key) { // it was stored, and whoever did it was not told
-					s.end(doc.Key)
-				}
-				break
-			}
-			e.Revoked, e.Reason = now, reason
-			next, err := e.doc(doc.Key, doc.Rev)
-			if err != nil {
-				return out, err
-			}
-			if _, err = s.docs.Put(ctx, collCertificates, next); err == nil {
-				s.end(doc.Key)
-				out = append(out, e.certificate(doc.Key))
-				break
-			}
-			if !hub.IsKind(err, hub.Conflict) {
-				s.end(doc.Key) // whoever has it is not to stay because the store has no room
-				return out, err
-			}
-			if doc, err = s.docs.Get(ctx, collCertificates, doc.Key); err != nil { // somebody else was faster
-				return out, err
-			}
+		e, ended, err := s.revoke(ctx, m, doc, reason)
+		if err != nil {
+			return out, err
+		}
+		if ended {
+			out = append(out, e.certificate(doc.Key))
 		}
 	}
 	return out, nil
+}
+
+// revoke ends one certificate, unless it is not meant or has ended. A document without revision is of none that the ledger has.
+func (s *Service) revoke(ctx context.Context, m *meaning, doc store.Doc, reason hub.RevocationReason) (e entry, ended bool, err error) {
+	now := time.Now().UTC()
+	for {
+		e = entry{Issuer: s.issuer, How: hub.Unrecorded, Created: now, NotBefore: now, NotAfter: s.a.signers[Device].issuing.NotAfter}
+		if doc.Rev != 0 {
+			if e, err = decodeEntry(doc); err != nil {
+				return e, false, err
+			}
+			if meant, err := m.means(ctx, doc.Key, &e); err != nil || !meant {
+				return e, false, err
+			}
+		}
+		if !e.live(now) {
+			if !e.Revoked.IsZero() && !s.isRevoked(doc.Key) { // it was stored, and whoever did it was not told
+				s.end(doc.Key)
+			}
+			return e, false, nil
+		}
+		e.Revoked, e.Reason = now, reason
+		next, err := e.doc(doc.Key, doc.Rev)
+		if err != nil {
+			return e, false, err
+		}
+		_, err = s.docs.Put(ctx, collCertificates, next)
+		if !hub.IsKind(err, hub.Conflict) {
+			s.end(doc.Key) // after an error, too: whoever has it is not to stay because the store has no room
+			return e, err == nil, err
+		}
+		if doc, err = s.docs.Get(ctx, collCertificates, doc.Key); err != nil { // somebody else was faster
+			return e, false, err
+		}
+	}
 }
 
 // end makes a revocation that is stored known.
@@ -277,7 +277,7 @@ func (s *Service) Ended(f func(serial string)) {
 
 // Revoked reports whether a verified certificate was revoked. Of those of other authorities it knows nothing.
 func (s *Service) Revoked(c *x509.Certificate) bool {
-	return slices.Equal(c.AuthorityKeyId, s.a.signers[Device].issuing.SubjectKeyId) && s.isRevoked(serialOf(c.SerialNumber))
+	return slices.Equal(c.AuthorityKeyId, s.a.signers[Device].issuing.SubjectKeyId) && s.isRevoked(hub.SerialOf(c.SerialNumber))
 }
 
 func (s *Service) isRevoked(serial string) bool {

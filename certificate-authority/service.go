@@ -78,7 +78,6 @@ type Service struct {
 	list    []byte // the newest revocation list, DER; nil when there was another revocation since
 	listed  time.Time
 	changes uint64     // counts revocations
-	covers  uint64     // changes that list has
 	listing sync.Mutex // held by who makes the next one; before mu
 }
 
@@ -207,7 +206,7 @@ func (s *Service) Sign(ctx context.Context, owner hub.Owner, user string, csr []
 	}
 	// Somebody else may have signed the device up meanwhile.
 	if own, err := s.owners.Owner(ctx, req.device); err == nil && own.Owner != owner {
-		_, err = s.Revoke(ctx, hub.CertificateFilter{All: true, Serials: []string{serialOf(leaf.SerialNumber)}}, hub.RevokedSuperseded)
+		_, err = s.Revoke(ctx, hub.CertificateFilter{All: true, Serials: []string{hub.SerialOf(leaf.SerialNumber)}}, hub.RevokedSuperseded)
 		return nil, fmt.Errorf("%s: %w", op, cmp.Or[error](err, errOther))
 	}
 	return slices.Concat(certPEM(leaf), certPEM(signer.issuing)), nil
@@ -390,7 +389,7 @@ func (s *Service) List(ctx context.Context, issuer string) ([]byte, error) {
 	}
 	changes := s.changes
 	var old []byte // does while the store is away: it has all that was revoked
-	if s.list != nil && s.covers == changes && now.Sub(s.listed) < listValid/2 {
+	if s.list != nil && now.Sub(s.listed) < listValid/2 {
 		old = s.list
 	}
 	s.mu.Unlock()
@@ -405,7 +404,7 @@ func (s *Service) List(ctx context.Context, issuer string) ([]byte, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.changes == changes { // else there may be one that it does not have
-		s.list, s.listed, s.covers = der, now, changes
+		s.list, s.listed = der, now
 	}
 	return der, nil
 }

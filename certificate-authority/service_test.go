@@ -191,7 +191,7 @@ func TestSign(t *testing.T) {
 		if _, err := leaf.Verify(x509.VerifyOptions{Roots: o.a.DevicePool(), Intermediates: inter, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
-		got := o.list(hub.CertificateFilter{Owner: "alice", Serials: []string{serialOf(leaf.SerialNumber)}})
+		got := o.list(hub.CertificateFilter{Owner: "alice", Serials: []string{hub.SerialOf(leaf.SerialNumber)}})
 		if len(got) != 1 || got[0].Device != testDev || got[0].User != "sub" || got[0].How != hub.ByCSR || got[0].Issuer != o.Issuer() ||
 			!got[0].NotAfter.Equal(leaf.NotAfter) || !strings.Contains(string(chain), got[0].PEM) || !got[0].Revoked.IsZero() {
 			t.Errorf("%s: the ledger has %+v", name, got)
@@ -327,7 +327,7 @@ func TestRevoke(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	serial := serialOf(first.SerialNumber)
+	serial := hub.SerialOf(first.SerialNumber)
 	for what, f := range map[string]hub.CertificateFilter{
 		"bob's": {Owner: "bob", Serials: []string{serial}}, "nobody's": {Serials: []string{serial}},
 		"of another device": {Owner: "alice", Serials: []string{serial}, Devices: []hub.DeviceID{testHub}},
@@ -503,7 +503,7 @@ func TestReport(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			return serialOf(made.leaf.SerialNumber)
+			return hub.SerialOf(made.leaf.SerialNumber)
 		}
 		issue(1, 20)           // ends soon
 		issue(2, 20)           // ends soon, but
@@ -568,7 +568,7 @@ func TestOwnersDoNotBlockEachOther(t *testing.T) {
 	if n := len(o.list(hub.CertificateFilter{Owner: "alice"})); n != 1 {
 		t.Errorf("%d were signed for her", n)
 	}
-	if cs, err := o.Revoke(t.Context(), hub.CertificateFilter{Owner: "alice", Serials: []string{serialOf(theirs.SerialNumber)}}, 0); err != nil || len(cs) != 1 {
+	if cs, err := o.Revoke(t.Context(), hub.CertificateFilter{Owner: "alice", Serials: []string{hub.SerialOf(theirs.SerialNumber)}}, 0); err != nil || len(cs) != 1 {
 		t.Errorf("%d by its serial, %v", len(cs), err)
 	}
 	if cs, err := o.Revoke(t.Context(), his, 0); err != nil || len(cs) != maxLive {
@@ -666,7 +666,7 @@ func TestRevokeWhileTheStoreIsAway(t *testing.T) {
 		if again, err := o.List(t.Context(), o.Issuer()); err != nil || !bytes.Equal(again, before) {
 			t.Errorf("the list: %v", err)
 		}
-		f := hub.CertificateFilter{Owner: "alice", Serials: []string{serialOf(first.SerialNumber)}}
+		f := hub.CertificateFilter{Owner: "alice", Serials: []string{hub.SerialOf(first.SerialNumber)}}
 		if _, err := o.Revoke(t.Context(), f, 0); !hub.IsKind(err, hub.Unavailable) || !o.Revoked(first) || len(o.ended) != 1 {
 			t.Errorf("%v; revoked %t, told %q", err, o.Revoked(first), o.ended)
 		}
@@ -681,7 +681,7 @@ func TestRevokeWhileTheStoreIsAway(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		f.Serials = []string{serialOf(second.SerialNumber)}
+		f.Serials = []string{hub.SerialOf(second.SerialNumber)}
 		if _, err := other.Revoke(t.Context(), f, 0); err != nil {
 			t.Fatal(err)
 		}
@@ -698,7 +698,7 @@ func TestRevokeUnrecorded(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	serial := serialOf(lost.SerialNumber)
+	serial := hub.SerialOf(lost.SerialNumber)
 	if cs, err := o.Revoke(t.Context(), hub.CertificateFilter{Owner: "alice", Serials: []string{serial}}, 0); err != nil || len(cs) != 0 {
 		t.Errorf("alice: %v, %v", cs, err)
 	}

@@ -3,8 +3,6 @@ package coapgateway
 import (
 	"context"
 	"crypto/sha256"
-	"crypto/x509"
-	"encoding/hex"
 	"maps"
 	"slices"
 	"sync"
@@ -35,9 +33,6 @@ func newLive() *live {
 	return &live{grants: map[grant]sessions{}, keys: map[hub.DeviceID]sessions{}, certs: map[string]sessions{}}
 }
 
-// serialOf writes a serial as the ledger of certificates does.
-func serialOf(c *x509.Certificate) string { return hex.EncodeToString(c.SerialNumber.Bytes()) }
-
 // soFar counts the ends that were told.
 func (l *live) soFar() uint64 {
 	l.mu.Lock()
@@ -59,7 +54,7 @@ func (l *live) enter(s *session, key hub.DeviceID) {
 		add(l.keys, key, s)
 	}
 	if s.cert != nil {
-		add(l.certs, serialOf(s.cert), s)
+		add(l.certs, hub.SerialOf(s.cert.SerialNumber), s)
 	}
 }
 
@@ -73,7 +68,7 @@ func (l *live) remove(s *session) {
 	drop(l.grants, s.grant, s)
 	drop(l.keys, s.key, s)
 	if s.cert != nil {
-		drop(l.certs, serialOf(s.cert), s)
+		drop(l.certs, hub.SerialOf(s.cert.SerialNumber), s)
 	}
 }
 

@@ -108,18 +108,17 @@ func (p *peer) admit(r route) error {
 	if over == nil {
 		return nil
 	}
-	p.gw.metrics.overload.WithLabelValues(over.Code).Inc()
 	code := codes.ServiceUnavailable
 	if (r.own || r.foreign) && over.Kind == hub.Exhausted {
 		code = codes.TooManyRequests
 	}
-	again := *over
+	again := *p.gw.over(over)
 	again.RetryAfter = admission.Again(wait)
 	return &coded{code, &again}
 }
 
-// over counts the refusal of what is beyond a limit.
-func (g *Gateway) over(e *hub.Error) error {
+// over counts a refusal of what is beyond a limit, and returns it.
+func (g *Gateway) over(e *hub.Error) *hub.Error {
 	g.metrics.overload.WithLabelValues(e.Code).Inc()
 	return e
 }
@@ -156,7 +155,7 @@ func (p *peer) enter(ctx context.Context, q *admission.Queue, full *hub.Error) (
 	place, wait := q.Enter(ctx)
 	if wait > 0 {
 		if ctx.Err() == nil {
-			p.gw.metrics.overload.WithLabelValues(full.Code).Inc()
+			full = p.gw.over(full)
 		}
 		again := *full
 		again.RetryAfter = wait

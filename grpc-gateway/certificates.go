@@ -92,7 +92,7 @@ func (g *Gateway) signed(ctx context.Context, c hub.Claims, csr []byte, target *
 	}
 	if block, _ := pem.Decode(chain); block != nil {
 		if leaf, err := x509.ParseCertificate(block.Bytes); err == nil {
-			*target += fmt.Sprintf(" device=%s serial=%x", strings.TrimPrefix(leaf.Subject.CommonName, "uuid:"), leaf.SerialNumber.Bytes())
+			*target += fmt.Sprintf(" device=%s serial=%s", strings.TrimPrefix(leaf.Subject.CommonName, "uuid:"), hub.SerialOf(leaf.SerialNumber))
 		}
 	}
 	return chain, nil
@@ -109,7 +109,7 @@ func fromBase64(s string) ([]byte, error) {
 
 type certificateElement struct{ hub.Certificate }
 
-func (certificateElement) message(string) proto.Message { return nil } // there is no such call over gRPC
+func (e certificateElement) message(string) proto.Message { return recordOf(&e.Certificate) }
 
 func (e certificateElement) appendJSON(b []byte, cursor string) []byte {
 	b = appendText(append(b, '{'), "id", e.Serial)
@@ -122,9 +122,7 @@ func (e certificateElement) appendJSON(b []byte, cursor string) []byte {
 	b = appendInt(b, "date", e.Created.UnixNano())
 	b = appendText(b, "certificatePem", e.PEM)
 	b = appendInt(b, "validUntilDate", e.NotAfter.UnixNano())
-	if n, ok := new(big.Int).SetString(e.Serial, 16); ok {
-		b = appendText(b, "serial", n.String())
-	}
+	b = appendText(b, "serial", decimal(e.Serial))
 	b = append(appendText(b, "issuerId", e.Issuer), '}')
 	b = appendText(b, "requestedBy", e.User)
 	b = appendText(b, "requestMethod", string(e.How))
@@ -133,6 +131,15 @@ func (e certificateElement) appendJSON(b []byte, cursor string) []byte {
 		b = appendText(b, "revocationReason", e.Reason.String())
 	}
 	return append(appendText(b, "cursor", cursor), '}')
+}
+
+// decimal is a serial as other hubs write it; "" for what is none.
+func decimal(serial string) string {
+	n, ok := new(big.Int).SetString(serial, 16)
+	if !ok {
+		return ""
+	}
+	return n.String()
 }
 
 // certificates yields certificates as they are read, in no order: an owner may have more than should be in memory. Pages are in
@@ -195,14 +202,12 @@ func (g *Gateway) revokeCertificates(w http.ResponseWriter, r *request) error {
 	if err != nil {
 		return err
 	}
-	word := ""
+	reason := hub.RevokedUnspecified.String()
 	if names, ok := r.query["reason"]; ok {
-		if word = names[0]; word == "" {
-			word = "nothing" // which is no reason
-		}
+		reason = names[0]
 	}
 	n, err := g.revoked(r.Context(), r.claims.Owner, toRevoke{
-		devices: r.query["deviceIdFilter"], serials: r.query["idFilter"], names: r.query["commonNameFilter"], all: all, reason: word,
+		devices: r.query["deviceIdFilter"], serials: r.query["idFilter"], names: r.query["commonNameFilter"], all: all, reason: reason,
 	}, r.target)
 	if err != nil {
 		return err
@@ -216,7 +221,7 @@ func (g *Gateway) revokeCertificates(w http.ResponseWriter, r *request) error {
 type toRevoke struct {
 	devices, serials, names []string
 	all                     bool
-	reason                  string // a word; "": unspecified
+	reason                  string // as RFC 5280 names it
 }
 
 // revoked revokes an owner's certificates, counts them, and adds them to the target.
@@ -232,11 +237,9 @@ func (g *Gateway) revoked(ctx context.Context, owner hub.Owner, q toRevoke, targ
 	if err != nil {
 		return 0, err
 	}
-	why := hub.RevokedUnspecified
-	if q.reason != "" {
-		if why, err = hub.ParseRevocationReason(q.reason); err != nil {
-			return 0, err
-		}
+	why, err := hub.ParseRevocationReason(q.reason)
+	if err != nil {
+		return 0, err
 	}
 	cs, err := g.deps.Certificates.Revoke(ctx, f.ofCertificates(owner), why)
 	*target += serialsOf(cs)

@@ -1,8 +1,8 @@
 package grpcgateway
 
 import (
+	"cmp"
 	"context"
-	"math/big"
 
 	"google.golang.org/grpc"
 
@@ -51,12 +51,10 @@ func recordOf(c *hub.Certificate) *capb.SigningRecord {
 	m := &capb.SigningRecord{
 		Id: c.Serial, Owner: string(c.Owner), CommonName: c.Name, DeviceId: string(c.Device), PublicKey: c.Key, CreationDate: c.Created.UnixNano(),
 		Credential: &capb.CredentialStatus{
-			Date: c.Created.UnixNano(), CertificatePem: c.PEM, ValidUntilDate: c.NotAfter.UnixNano(), IssuerId: c.Issuer,
+			Date: c.Created.UnixNano(), CertificatePem: c.PEM, ValidUntilDate: c.NotAfter.UnixNano(), Serial: decimal(c.Serial),
+			IssuerId: c.Issuer,
 		},
 		RequestedBy: c.User, RequestMethod: string(c.How),
-	}
-	if n, ok := new(big.Int).SetString(c.Serial, 16); ok {
-		m.Credential.Serial = n.String()
 	}
 	if !c.Revoked.IsZero() {
 		m.RevokedDate, m.RevocationReason = c.Revoked.UnixNano(), c.Reason.String()
@@ -69,7 +67,8 @@ func (s *certificateServer) DeleteSigningRecords(ctx context.Context, r *capb.De
 		return nil, errNoCall
 	}
 	n, err := s.g.revoked(ctx, claimsOf(ctx).Owner, toRevoke{
-		devices: r.GetDeviceIdFilter(), serials: r.GetIdFilter(), all: r.GetAll(), reason: r.GetReason(),
+		devices: r.GetDeviceIdFilter(), serials: r.GetIdFilter(), all: r.GetAll(),
+		reason: cmp.Or(r.GetReason(), hub.RevokedUnspecified.String()),
 	}, targetOf(ctx))
 	if err != nil {
 		return nil, err

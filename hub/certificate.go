@@ -1,6 +1,8 @@
 package hub
 
 import (
+	"encoding/hex"
+	"math/big"
 	"strings"
 	"time"
 )
@@ -67,6 +69,9 @@ func (r RevocationReason) String() string {
 	}
 	return "unspecified"
 }
+
+// SerialOf writes a certificate's serial number as Certificate has it.
+func SerialOf(n *big.Int) string { return hex.EncodeToString(n.Bytes()) }
 
 // ParseSerial reads a serial number in hexadecimal, also with colons, leading zeros or capitals as other programs write it; what
 // is none is Invalid.

@@ -96,9 +96,14 @@ func (h *halfOpen) of(prefix netip.Prefix) int {
 	return 0
 }
 
+// crowdedHere reports that half of what there is for that prefix is taken.
+func (h *halfOpen) crowdedHere(prefix netip.Prefix, conf *DTLSConfig) bool {
+	return 2*h.of(prefix) >= conf.MaxPerPrefix
+}
+
 // crowded reports that half of what there is for that prefix, or for all, is taken.
 func (h *halfOpen) crowded(prefix netip.Prefix, conf *DTLSConfig) bool {
-	return 2*h.of(prefix) >= conf.MaxPerPrefix || h.all != nil && 2*h.all.Len() >= conf.MaxHandshakes
+	return h.crowdedHere(prefix, conf) || h.all != nil && 2*h.all.Len() >= conf.MaxHandshakes
 }
 
 // greylist remembers ClientHellos for a while, roughly. pion makes the cookie, and keeps one association for each; when
@@ -270,7 +275,7 @@ func (l *dtlsListener) hello(recs []record, e endpoints) {
 	}
 	if prefix := prefixOf(e.remote.Addr()); l.tooMany(h, e) || l.full(unverified, prefix) {
 		l.mu.Lock()
-		own := 2*l.halfOpen[unverified].of(prefix) >= l.conf.MaxPerPrefix
+		own := l.halfOpen[unverified].crowdedHere(prefix, &l.conf)
 		l.mu.Unlock()
 		if own {
 			l.putOff(recs[0], unverified, e)
