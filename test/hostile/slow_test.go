@@ -79,7 +79,7 @@ func TestMessageByteByByte(t *testing.T) {
 	if n := w.usage().connections() - w.before.connections(); !dose.Night() && n != len(conns) {
 		t.Errorf("%d of %d connections are there", n, len(conns))
 	}
-	w.costs(len(conns)+20, 96*mebibyte)
+	w.costs(len(conns)+20, dose.Of(48, 48, 96)*mebibyte)
 	w.undisturbed()
 	for i, c := range conns {
 		if dose.Night() {
