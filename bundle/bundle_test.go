@@ -213,10 +213,12 @@ func TestATakenPortIsNamedAndLeavesNothing(t *testing.T) {
 	}
 	defer func() { _ = taken.Close() }()
 	for flag, set := range map[string]func(*bundle.Config) *string{
-		"--coap-address":  func(c *bundle.Config) *string { return &c.CoAPGateway.API.CoAP.Address },
-		"--http-address":  func(c *bundle.Config) *string { return &c.GRPCGateway.API.HTTP.Address },
-		"--grpc-address":  func(c *bundle.Config) *string { return &c.GRPCGateway.API.GRPC.Address },
-		"--admin-address": func(c *bundle.Config) *string { return &c.Admin.API.HTTP.Address },
+		"--coap-address":           func(c *bundle.Config) *string { return &c.CoAPGateway.API.CoAP.Address },
+		"--http-address":           func(c *bundle.Config) *string { return &c.GRPCGateway.API.HTTP.Address },
+		"--grpc-address":           func(c *bundle.Config) *string { return &c.GRPCGateway.API.GRPC.Address },
+		"--enrolment-address":      func(c *bundle.Config) *string { return &c.EnrolmentGateway.API.CoAP.Address },
+		"--enrolment-http-address": func(c *bundle.Config) *string { return &c.EnrolmentGateway.API.HTTP.Address },
+		"--admin-address":          func(c *bundle.Config) *string { return &c.Admin.API.HTTP.Address },
 	} {
 		cfg := loopback(t)
 		*set(&cfg) = taken.Addr().String()
@@ -242,7 +244,7 @@ func loopback(t *testing.T) bundle.Config {
 	c.Data = filepath.Join(t.TempDir(), "data")
 	c.ExternalAddress = "127.0.0.1"
 	c.Store.MinFree = 0
-	for _, a := range []*string{&c.CoAPGateway.API.CoAP.Address, &c.GRPCGateway.API.HTTP.Address, &c.GRPCGateway.API.GRPC.Address, &c.Admin.API.HTTP.Address} {
+	for _, a := range []*string{&c.CoAPGateway.API.CoAP.Address, &c.GRPCGateway.API.HTTP.Address, &c.GRPCGateway.API.GRPC.Address, &c.Admin.API.HTTP.Address, &c.EnrolmentGateway.API.CoAP.Address, &c.EnrolmentGateway.API.HTTP.Address} {
 		*a = "127.0.0.1:0"
 	}
 	return c

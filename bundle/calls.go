@@ -32,6 +32,15 @@ func (a *assembly) calls() *http.ServeMux {
 	mux.HandleFunc("POST /certificates", call(a.listCertificates, a.log))
 	mux.HandleFunc("POST /certificates/revoke", call(a.revokeCertificates, a.log))
 	mux.HandleFunc("POST /certificates/report", call(a.reportCertificates, a.log))
+	mux.HandleFunc("POST /enrolment/groups", call(a.listGroups, a.log))
+	mux.HandleFunc("POST /enrolment/groups/set", call(a.setGroup, a.log))
+	mux.HandleFunc("POST /enrolment/groups/delete", call(a.deleteGroups, a.log))
+	mux.HandleFunc("POST /enrolment/tokens", call(a.listEnrolmentTokens, a.log))
+	mux.HandleFunc("POST /enrolment/tokens/new", call(a.newEnrolmentToken, a.log))
+	mux.HandleFunc("POST /enrolment/tokens/delete", call(a.deleteEnrolmentTokens, a.log))
+	mux.HandleFunc("POST /enrolments", call(a.listEnrolments, a.log))
+	mux.HandleFunc("POST /enrolments/decide", call(a.decideEnrolments, a.log))
+	mux.HandleFunc("POST /enrolments/forget", call(a.forgetEnrolments, a.log))
 	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
 		refuse(w, &hub.Error{Kind: hub.NotFound, Code: "call-unknown", Text: "the hub does not know this call; are hub and command of the same version?"})
 	})
@@ -117,6 +126,12 @@ func (a *assembly) endpoints() (e Endpoints) {
 	}
 	if a.provider != nil {
 		e.OAuth = a.httpURL + issuerPath(a.provider.Issuer())
+	}
+	if a.enrolCoAP != nil {
+		e.Enrolment = "coaps://" + reach(a.enrolCoAP.Addr().String(), a.external)
+	}
+	if a.enrolHTTP != nil {
+		e.EnrolmentHTTP = "https://" + reach(a.enrolHTTP.Addr().String(), a.external)
 	}
 	if a.admin != nil {
 		e.Admin = a.url(a.admin.Addr().String())

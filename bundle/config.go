@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	coapgateway "github.com/coaphub/coaphub/coap-gateway"
+	enrolmentgateway "github.com/coaphub/coaphub/enrolment-gateway"
 	grpcgateway "github.com/coaphub/coaphub/grpc-gateway"
 	"github.com/coaphub/coaphub/hub"
 	identitystore "github.com/coaphub/coaphub/identity-store"
@@ -42,6 +43,7 @@ type Config struct {
 
 	CoAPGateway       coapgateway.Config       `yaml:"coapGateway"`
 	GRPCGateway       grpcgateway.Config       `yaml:"grpcGateway"`
+	EnrolmentGateway  enrolmentgateway.Config  `yaml:"enrolmentGateway"`
 	ResourceDirectory resourcedirectory.Config `yaml:"resourceDirectory"`
 	IdentityStore     identitystore.Config     `yaml:"identityStore"`
 	OAuthServer       oauthserver.Config       `yaml:"oauthServer"`
@@ -87,6 +89,7 @@ func Default() Config {
 
 		CoAPGateway:       coapgateway.Default(),
 		GRPCGateway:       grpcgateway.Default(),
+		EnrolmentGateway:  enrolmentgateway.Default(),
 		ResourceDirectory: resourcedirectory.Default(),
 		IdentityStore:     identitystore.Default(),
 		OAuthServer:       oauthserver.Default(),
@@ -108,6 +111,7 @@ func (c Config) Validate() error {
 		ps = append(ps, conf.Problem{Path: "externalAddress", Text: fmt.Sprintf("%q is neither a host name nor an IP address; write it without scheme and port", h)})
 	}
 	ps = append(ps, gather("coapGateway", c.CoAPGateway.Validate()...)...)
+	ps = append(ps, gather("enrolmentGateway", c.EnrolmentGateway.Validate()...)...)
 	ps = append(ps, gather("grpcGateway", c.GRPCGateway.Validate()...)...)
 	ps = append(ps, gather("resourceDirectory", c.ResourceDirectory.Check())...)
 	ps = append(ps, gather("identityStore", c.IdentityStore.Validate()...)...)

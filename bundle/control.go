@@ -29,6 +29,9 @@ type Endpoints struct {
 	HTTP     string `json:"http,omitempty"`
 	GRPC     string `json:"grpc,omitempty"` // host:port
 	Admin    string `json:"admin,omitempty"`
+	// Enrolment is where devices enrol over CoAP; over TLS it is the same port of TCP.
+	Enrolment     string `json:"enrolment,omitempty"`
+	EnrolmentHTTP string `json:"enrolmentHttp,omitempty"`
 	// OAuth is the embedded provider's base address: its discovery document is below. Tokens name Status.Issuer, which stays
 	// when the hub moves.
 	OAuth string `json:"oauth,omitempty"`

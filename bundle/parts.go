@@ -33,6 +33,7 @@ func (a *assembly) parts() []run.Part {
 	ps = append(ps,
 		run.Part{Name: "grpc-gateway", Run: a.apps.Run},
 		run.Part{Name: "coap-gateway", Run: a.runDevices},
+		run.Part{Name: "enrolment-gateway", Run: a.enrol.Run},
 	)
 	ps = append(ps, run.Part{Name: "socket", Run: func(ctx context.Context, ready func()) error {
 		return serveSocket(ctx, a.folder, a.calls(), newSocketMetrics(a.registry), a.audit.Record, a.log.With("part", "socket"), ready)

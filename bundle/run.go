@@ -100,6 +100,8 @@ func (a *assembly) readyLine(s Status) string {
 	add("http", s.Endpoints.HTTP)
 	add("grpc", s.Endpoints.GRPC)
 	add("admin", s.Endpoints.Admin)
+	add("enrolment", s.Endpoints.Enrolment)
+	add("enrolment-http", s.Endpoints.EnrolmentHTTP)
 	add("oauth", s.Endpoints.OAuth)
 	add("data", s.Data)
 	switch {

@@ -232,8 +232,8 @@ func reply(w http.ResponseWriter, code int, v any) {
 	_ = json.NewEncoder(w).Encode(v) // the caller is gone, nobody to tell
 }
 
-// maxCall bounds the body of a call.
-const maxCall = 64 << 10
+// maxCall bounds the body of a call. A group may name 100 000 devices.
+const maxCall = 8 << 20
 
 // call makes a handler of a function from request to answer.
 func call[Q, A any](do func(ctx context.Context, q Q) (A, error), log *slog.Logger) http.HandlerFunc {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -14,11 +15,13 @@ import (
 
 	certificateauthority "github.com/coaphub/coaphub/certificate-authority"
 	coapgateway "github.com/coaphub/coaphub/coap-gateway"
+	enrolmentgateway "github.com/coaphub/coaphub/enrolment-gateway"
 	grpcgateway "github.com/coaphub/coaphub/grpc-gateway"
 	"github.com/coaphub/coaphub/hub"
 	identitystore "github.com/coaphub/coaphub/identity-store"
 	"github.com/coaphub/coaphub/internal/audit"
 	"github.com/coaphub/coaphub/internal/auth"
+	"github.com/coaphub/coaphub/internal/coap"
 	"github.com/coaphub/coaphub/internal/obs"
 	"github.com/coaphub/coaphub/internal/store"
 	"github.com/coaphub/coaphub/internal/store/pebblestore"
@@ -57,8 +60,13 @@ type assembly struct {
 	devices      *coapgateway.Gateway
 	apps         *grpcgateway.Gateway
 
-	listeners  []net.Listener // all of them
-	admin      net.Listener   // nil: none
+	enrol *enrolmentgateway.Gateway
+
+	enrolCoAP, enrolHTTP net.Listener // nil: none
+	enrolDTLS            net.PacketConn
+
+	listeners  []io.Closer  // all of them
+	admin      net.Listener // nil: none
 	http, grpc net.Listener
 }
 
@@ -93,6 +101,10 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 		return nil, err
 	}
 	a.httpURL, a.grpcAddress = a.url(a.http.Addr().String()), reach(a.grpc.Addr().String(), a.external)
+
+	if err := a.listenForEnrolment(ctx); err != nil {
+		return nil, err
+	}
 
 	if err := os.RemoveAll(folder.sub(scratchFolder)); err != nil {
 		return nil, fmt.Errorf("empty the scratch folder: %w", err)
@@ -157,16 +169,24 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 		return nil, err
 	}
 	a.psk = &preShared{a.documents, secret}
+	engine := coap.NewMetrics(a.registry)
 	a.devices, err = coapgateway.New(gatewayConfig, coapgateway.Deps{
 		Directory: a.directory, Identities: a.identities, Verifier: a.verifier, Providers: providers,
 		Certificate: certificate, ClientCAs: a.authority.DevicePool(), ClientIntermediates: a.authority.DeviceIntermediates(),
-		PSK: a.psk.key, Revoked: a.certificates.Revoked, HubID: hub.DeviceID(a.hubID), Service: writer,
+		PSK: a.psk.key, Revoked: a.certificates.Revoked, HubID: hub.DeviceID(a.hubID), Service: writer, EngineMetrics: engine,
 		Reach: func(address string) string { return reach(address, a.external) },
 	}, log.With("part", "coap-gateway"), a.registry)
 	if err != nil {
 		return nil, err
 	}
 	a.certificates.Ended(a.devices.EndCertificate)
+	a.enrol = enrolmentgateway.New(cfg.EnrolmentGateway, enrolmentgateway.Deps{
+		Authority: a.certificates, Certificate: certificate, PSK: a.psk.key, EngineMetrics: engine,
+		Refused: func(remote net.Addr, reason string) {
+			a.devices.Refuse(coapgateway.Refusal{Remote: remote.String(), What: "enrolment", Reason: reason})
+		},
+		CoAP: a.enrolCoAP, DTLS: a.enrolDTLS, HTTP: a.enrolHTTP,
+	}, log.With("part", "enrolment-gateway"), a.registry)
 	https, err := a.httpsConfig()
 	if err != nil {
 		return nil, err

@@ -36,6 +36,7 @@ type entry struct {
 	Owner     hub.Owner            `json:"owner,omitempty"`
 	How       hub.RequestMethod    `json:"how"`
 	User      string               `json:"user,omitempty"`
+	Proof     string               `json:"proof,omitempty"`
 	PEM       string               `json:"pem"`
 	Created   time.Time            `json:"created"`
 	NotBefore time.Time            `json:"notBefore"`
@@ -46,7 +47,7 @@ type entry struct {
 
 func (e *entry) certificate(serial string) hub.Certificate {
 	return hub.Certificate{
-		Serial: serial, Issuer: e.Issuer, Name: e.Name, Key: e.Key, Device: e.Device, Owner: e.Owner, How: e.How, User: e.User,
+		Serial: serial, Issuer: e.Issuer, Name: e.Name, Key: e.Key, Device: e.Device, Owner: e.Owner, How: e.How, User: e.User, Proof: e.Proof,
 		PEM: e.PEM, Created: e.Created, NotBefore: e.NotBefore, NotAfter: e.NotAfter, Revoked: e.Revoked, Reason: e.Reason,
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/asn1"
 	"encoding/pem"
 	"strings"
@@ -27,31 +28,77 @@ type request struct {
 
 var commonName = asn1.ObjectIdentifier{2, 5, 4, 3}
 
-// parseRequest reads a PKCS #10 request (RFC 2986), PEM or DER, whose signature proves that the sender has the key. Its subject
-// is one common name, the device's ID with or without "uuid:" in front. All errors are Invalid or TooLarge.
+// parseRequest reads a request for the device that it names: its subject is one common name, the device's ID with or without
+// "uuid:" in front. All errors are Invalid or TooLarge.
 func parseRequest(b []byte) (request, error) {
+	csr, err := parseCSR(b)
+	if err != nil {
+		return request{}, err
+	}
+	dev, err := subjectDevice(csr)
+	return request{csr.PublicKey, csr.RawSubjectPublicKeyInfo, dev}, err
+}
+
+// parseKey reads a request whose device others know. It returns the device that it names as identity certificates do, too; "" if
+// its subject is anything else.
+func parseKey(b []byte) (req request, named hub.DeviceID, err error) {
+	csr, err := parseCSR(b)
+	if err != nil {
+		return request{}, "", err
+	}
+	return request{key: csr.PublicKey, spki: csr.RawSubjectPublicKeyInfo}, identityIn(csr.Subject), nil
+}
+
+// identityIn is the device that a subject names by one common name "uuid:<id>" (OCF Security, 9.4.2.2.2); "" if it names none.
+func identityIn(subject pkix.Name) hub.DeviceID {
+	var dev hub.DeviceID
+	for _, n := range subject.Names {
+		if !n.Type.Equal(commonName) {
+			continue
+		}
+		text, _ := n.Value.(string)
+		id, ok := cutPrefix(text)
+		parsed, err := hub.ParseDeviceID(id)
+		if !ok || err != nil || dev != "" {
+			return ""
+		}
+		dev = parsed
+	}
+	return dev
+}
+
+// cutPrefix takes "uuid:" off, which some write in capitals.
+func cutPrefix(name string) (id string, ok bool) {
+	const prefix = "uuid:"
+	if len(name) > len(prefix) && strings.EqualFold(name[:len(prefix)], prefix) {
+		return name[len(prefix):], true
+	}
+	return name, false
+}
+
+// parseCSR reads a PKCS #10 request (RFC 2986), PEM or DER, whose signature proves that the sender has the key.
+func parseCSR(b []byte) (*x509.CertificateRequest, error) {
 	if len(b) > maxRequest {
-		return request{}, hub.NewError(hub.TooLarge, "csr-too-large", "a certificate signing request has at most 16 KiB")
+		return nil, hub.NewError(hub.TooLarge, "csr-too-large", "a certificate signing request has at most 16 KiB")
 	}
 	if block, rest := pem.Decode(b); block != nil {
 		// RFC 7468, Section 7 names the first; OpenSSL wrote the second for long.
 		if block.Type != "CERTIFICATE REQUEST" && block.Type != "NEW CERTIFICATE REQUEST" || len(bytes.TrimSpace(rest)) > 0 {
-			return request{}, hub.NewError(hub.Invalid, "csr-invalid", "one PEM block of a certificate request is wanted")
+			return nil, hub.NewError(hub.Invalid, "csr-invalid", "one PEM block of a certificate request is wanted")
 		}
 		b = block.Bytes
 	}
 	csr, err := x509.ParseCertificateRequest(b)
 	if err != nil {
-		return request{}, hub.NewError(hub.Invalid, "csr-invalid", "this is no certificate signing request").With("x509", err)
+		return nil, hub.NewError(hub.Invalid, "csr-invalid", "this is no certificate signing request").With("x509", err)
 	}
 	if err := checkKey(csr.PublicKey); err != nil { // before its signature, which may cost more the larger the key
-		return request{}, err
+		return nil, err
 	}
 	if err := csr.CheckSignature(); err != nil {
-		return request{}, hub.NewError(hub.Invalid, "csr-signature", "the request is not signed by its own key").With("x509", err)
+		return nil, hub.NewError(hub.Invalid, "csr-signature", "the request is not signed by its own key").With("x509", err)
 	}
-	dev, err := subjectDevice(csr)
-	return request{csr.PublicKey, csr.RawSubjectPublicKeyInfo, dev}, err
+	return csr, nil
 }
 
 // checkKey takes the kinds of keys that the profiles of devices have.
@@ -78,10 +125,7 @@ func subjectDevice(csr *x509.CertificateRequest) (hub.DeviceID, error) {
 		}
 		name = text
 	}
-	const prefix = "uuid:"
-	if len(name) > len(prefix) && strings.EqualFold(name[:len(prefix)], prefix) {
-		name = name[len(prefix):]
-	}
+	name, _ = cutPrefix(name)
 	dev, err := hub.ParseDeviceID(name)
 	if err != nil {
 		return "", bad

@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"log/slog"
@@ -13,11 +14,13 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/admission"
 	"github.com/coaphub/coaphub/internal/store"
 )
 
@@ -70,6 +73,11 @@ type Service struct {
 	use    usage  // of devices' certificates
 	issued *prometheus.CounterVec
 
+	enrolled  *prometheus.CounterVec
+	enrolling *admission.Queue
+	groups    atomic.Pointer[[]*group] // nil: they have to be read
+	grouping  sync.Mutex               // held by who reads or changes them
+
 	signing [64]sync.Mutex // by device: what there is of it is counted before one more is made
 
 	mu      sync.Mutex          // guards all below
@@ -97,12 +105,17 @@ func NewService(
 			Name: "coaphub_certificates_total",
 			Help: "Certificates of devices by what came of it: issued, or refused. Many that are refused: somebody asks for devices of others, or tries what a request may hold.",
 		}, []string{"outcome"}),
+		enrolled: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "coaphub_enrolments_total",
+			Help: "Enrolments and renewals by what the device showed, and what came of it: issued, or the code of the refusal.",
+		}, []string{"method", "outcome"}),
+		enrolling: admission.NewQueue(maxEnrolling, enrolQueue, enrolPatience),
 	}
 	if base != "" {
 		s.use.lists = []string{base + ListsPath + s.issuer}
 	}
 	if reg != nil {
-		reg.MustRegister(s.issued)
+		reg.MustRegister(s.issued, s.enrolled)
 	}
 	for serial, err := range docs.FindKeys(ctx, collCertificates, indexRevoked) {
 		if err != nil {
@@ -154,15 +167,33 @@ func (s *Service) sweep(ctx context.Context) error {
 			s.mu.Unlock()
 		}
 	}
-	for doc, err := range s.docs.Range(ctx, collReserved, "", "") {
+	now := time.Now()
+	return errors.Join(
+		s.sweepAll(ctx, collReserved, func(value []byte) bool {
+			var r reservation
+			return json.Unmarshal(value, &r) != nil || !now.Before(r.Until)
+		}),
+		s.sweepAll(ctx, collTokens, func(value []byte) bool {
+			var d tokenDoc
+			return json.Unmarshal(value, &d) != nil || now.Sub(d.Expires) > tokenKeptAfter
+		}),
+		s.sweepAll(ctx, collEnrolments, func(value []byte) bool {
+			var e enrolment
+			return json.Unmarshal(value, &e) == nil && e.State == hub.EnrolmentWaiting && now.Sub(e.Changed) > waitsFor
+		}),
+	)
+}
+
+// sweepAll removes the documents of a collection that have had their time.
+func (s *Service) sweepAll(ctx context.Context, collection string, over func(value []byte) bool) error {
+	for doc, err := range s.docs.Range(ctx, collection, "", "") {
 		if err != nil {
 			return err
 		}
-		var r reservation
-		if json.Unmarshal(doc.Value, &r) == nil && time.Now().Before(r.Until) {
+		if !over(doc.Value) {
 			continue
 		}
-		if err := s.docs.Delete(ctx, collReserved, doc.Key, doc.Rev); err != nil && !hub.IsKind(err, hub.Conflict) {
+		if err := s.docs.Delete(ctx, collection, doc.Key, doc.Rev); err != nil && !hub.IsKind(err, hub.Conflict) {
 			return err
 		}
 	}
@@ -187,29 +218,45 @@ func (s *Service) Sign(ctx context.Context, owner hub.Owner, user string, csr []
 	if req.device == s.a.hubID {
 		return nil, errOfHub.With(op, nil)
 	}
-	turn := &s.signing[crc32.ChecksumIEEE([]byte(req.device))%uint32(len(s.signing))]
+	turn := s.turn(req.device)
 	turn.Lock()
 	defer turn.Unlock()
-	if err := s.room(ctx, owner, req); err != nil {
-		return nil, fmt.Errorf("%s: %w", op, err)
-	}
-	if err := s.entitled(ctx, owner, req.device); err != nil {
-		return nil, fmt.Errorf("%s: %w", op, err)
-	}
-	signer := s.a.signers[Device]
-	leaf, err := signer.signKey(req.key, "uuid:"+string(req.device), DeviceValidity, s.use, nil)
+	leaf, err := s.sign(ctx, req, entry{Device: req.device, Owner: owner, How: hub.ByCSR, User: user})
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", op, err)
 	}
-	if err := s.record(ctx, leaf, entry{Device: req.device, Owner: owner, How: hub.ByCSR, User: user}); err != nil {
-		return nil, fmt.Errorf("%s: %w", op, err)
+	return slices.Concat(certPEM(leaf), certPEM(s.a.signers[Device].issuing)), nil
+}
+
+// turn is held by who has something made for a device.
+func (s *Service) turn(dev hub.DeviceID) *sync.Mutex {
+	return &s.signing[crc32.ChecksumIEEE([]byte(dev))%uint32(len(s.signing))]
+}
+
+// sign makes the certificate that an entry of the ledger is about, and puts it there. Without an owner nobody is asked whose the
+// device is. The device's turn is taken.
+func (s *Service) sign(ctx context.Context, req request, e entry) (*x509.Certificate, error) {
+	if err := s.room(ctx, e.Owner, req); err != nil {
+		return nil, err
+	}
+	if e.Owner != "" {
+		if err := s.entitled(ctx, e.Owner, req.device); err != nil {
+			return nil, err
+		}
+	}
+	leaf, err := s.a.signers[Device].signKey(req.key, "uuid:"+string(req.device), DeviceValidity, s.use, nil)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.record(ctx, leaf, e); err != nil {
+		return nil, err
 	}
 	// Somebody else may have signed the device up meanwhile.
-	if own, err := s.owners.Owner(ctx, req.device); err == nil && own.Owner != owner {
+	if own, err := s.owners.Owner(ctx, req.device); e.Owner != "" && err == nil && own.Owner != e.Owner {
 		_, err = s.Revoke(ctx, hub.CertificateFilter{All: true, Serials: []string{hub.SerialOf(leaf.SerialNumber)}}, hub.RevokedSuperseded)
-		return nil, fmt.Errorf("%s: %w", op, cmp.Or[error](err, errOther))
+		return nil, cmp.Or[error](err, errOther)
 	}
-	return slices.Concat(certPEM(leaf), certPEM(signer.issuing)), nil
+	return leaf, nil
 }
 
 // IssueDevice is Authority.IssueDevice for an operator, whom nobody asks who owns the device. The ledger has it as signed for

@@ -486,7 +486,7 @@ func TestPipelinedRequestsFollowTheSignIn(t *testing.T) {
 	for i, want := range []codes.Code{codes.Changed, codes.Changed, codes.Content} {
 		m := second.readAnswer()
 		if m.Code != want || m.Token[0] != byte(i+1) {
-			t.Errorf("answer %d is %s for %x, want %s", i, dotted(m.Code), m.Token, dotted(want))
+			t.Errorf("answer %d is %s for %x, want %s", i, coap.Dotted(m.Code), m.Token, coap.Dotted(want))
 		}
 	}
 }
@@ -504,7 +504,7 @@ func TestPipelinedRequestsEndWithARefusedSignIn(t *testing.T) {
 		post("/oic/sec/account", 2, cborOf(t, d.account(nil))), get("/x.plgd.dev/time", 3),
 	)
 	if m := r.readAnswer(); m.Code != codes.Unauthorized {
-		t.Fatalf("got %s", dotted(m.Code))
+		t.Fatalf("got %s", coap.Dotted(m.Code))
 	}
 	for {
 		m, ok := r.read()
@@ -512,7 +512,7 @@ func TestPipelinedRequestsEndWithARefusedSignIn(t *testing.T) {
 			break
 		}
 		if m.Code < 224 {
-			t.Errorf("a request behind it was answered: %s %x", dotted(m.Code), m.Token)
+			t.Errorf("a request behind it was answered: %s %x", coap.Dotted(m.Code), m.Token)
 		}
 	}
 	if h.w.count("signed-up "+string(lampID)+" alice") > 0 {
@@ -541,7 +541,7 @@ func TestPipelinedRequestsEndWithARefusalOfTheEngine(t *testing.T) {
 			r := h.rawPlain()
 			r.write(c.refused, post("/oic/sec/account", 2, cborOf(t, h.device(lampID).account(nil))), get("/x.plgd.dev/time", 3))
 			if m := r.readAnswer(); m.Code != c.code || m.Token[0] != 1 {
-				t.Fatalf("got %s for %x", dotted(m.Code), m.Token)
+				t.Fatalf("got %s for %x", coap.Dotted(m.Code), m.Token)
 			}
 			for {
 				m, ok := r.read()
@@ -549,7 +549,7 @@ func TestPipelinedRequestsEndWithARefusalOfTheEngine(t *testing.T) {
 					break
 				}
 				if m.Code < 224 {
-					t.Errorf("a request behind it was answered: %s %x", dotted(m.Code), m.Token)
+					t.Errorf("a request behind it was answered: %s %x", coap.Dotted(m.Code), m.Token)
 				}
 			}
 			if h.w.count("signed-up "+string(lampID)+" alice") > 0 {

@@ -64,7 +64,7 @@ func (r *raw) ask(m message.Message, code codes.Code) {
 			continue // a signal, or the answer to the sign-in
 		}
 		if got.Code != code {
-			r.t.Fatalf("the answer is %s %q, not %s", dotted(got.Code), got.Payload, dotted(code))
+			r.t.Fatalf("the answer is %s %q, not %s", coap.Dotted(got.Code), got.Payload, coap.Dotted(code))
 		}
 		return
 	}

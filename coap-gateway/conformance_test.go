@@ -128,6 +128,6 @@ func TestPayloadOfGETAndFreshness(t *testing.T) {
 	}
 	age, err := got.Options.GetUint32(message.MaxAge)
 	if got.Code != codes.Content || err != nil || age != 0 {
-		t.Errorf("%s, Max-Age %d, %v", dotted(got.Code), age, err)
+		t.Errorf("%s, Max-Age %d, %v", coap.Dotted(got.Code), age, err)
 	}
 }

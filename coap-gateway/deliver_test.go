@@ -14,6 +14,7 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/coap"
 )
 
 func command(id string, kind hub.CommandKind, href hub.Href, change ...func(*hub.Command)) hub.Command {
@@ -106,13 +107,13 @@ func TestAnswersOfCommands(t *testing.T) {
 	}
 	h.online(lampID, func(d *device) {
 		for code := range answers {
-			d.res["/"+dotted(code)] = resource{code: code, format: hub.FormatText, body: []byte("device says so")}
+			d.res["/"+coap.Dotted(code)] = resource{code: code, format: hub.FormatText, body: []byte("device says so")}
 		}
 	})
 	for code, want := range answers {
 		for i, kind := range []hub.CommandKind{hub.CommandRetrieve, hub.CommandUpdate} {
-			id := fmt.Sprint(dotted(code), kind)
-			h.give(command(id, kind, hub.Href("/"+dotted(code))))
+			id := fmt.Sprint(coap.Dotted(code), kind)
+			h.give(command(id, kind, hub.Href("/"+coap.Dotted(code))))
 			if a := h.awaitEnd(id); a.Status != want[i] || a.End != hub.CommandCompleted || string(a.Content.Data) != "device says so" {
 				t.Errorf("%s: %+v, want status %d", id, a, want[i])
 			}

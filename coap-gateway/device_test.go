@@ -23,6 +23,7 @@ import (
 	"github.com/plgd-dev/go-coap/v3/tcp/client"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/coap"
 )
 
 // device is a device at the other end of a real connection: go-coap's client, not our engine.
@@ -139,7 +140,7 @@ func (d *device) ask(more int) {
 func (d *device) serve(w mux.ResponseWriter, r *mux.Message) {
 	path, _ := r.Path()
 	queries, _ := r.Queries()
-	line := dotted(r.Code()) + " " + path
+	line := coap.Dotted(r.Code()) + " " + path
 	obs, err := r.Observe()
 	if err == nil {
 		line += fmt.Sprintf(" observe=%d", obs)
@@ -353,7 +354,7 @@ func (d *device) try(code codes.Code, path string, body []byte, opts ...option) 
 }
 
 func replyOf(resp *pool.Message) (reply, error) {
-	r := reply{code: dotted(resp.Code()), format: -1}
+	r := reply{code: coap.Dotted(resp.Code()), format: -1}
 	if f, err := resp.ContentFormat(); err == nil {
 		r.format = int32(f)
 	}
@@ -369,7 +370,7 @@ func (d *device) do(code codes.Code, path string, body []byte, opts ...option) r
 	d.t.Helper()
 	r, err := d.try(code, path, body, opts...)
 	if err != nil {
-		d.t.Fatalf("%s %s: %v", dotted(code), path, err)
+		d.t.Fatalf("%s %s: %v", coap.Dotted(code), path, err)
 	}
 	return r
 }

@@ -3,7 +3,6 @@ package coapgateway
 import (
 	"encoding/binary"
 	"errors"
-	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
@@ -12,47 +11,13 @@ import (
 	"github.com/coaphub/coaphub/internal/coap"
 )
 
-// codeOf is the one table from hub's kinds to CoAP codes (RFC 7252, Section 12.1.2). It is made for OCF paths:
-// iotivity-lite takes 4.08, 4.12 and 4.29 for success and drops its credentials on 4.01, so trouble of ours is always 5.03
-// with Max-Age as the time to retry (RFC 7252, Section 5.9.3.4).
-var codeOf = map[hub.Kind]codes.Code{
-	hub.Internal:         codes.ServiceUnavailable,
-	hub.Invalid:          codes.BadRequest,
-	hub.Unauthenticated:  codes.Unauthorized,
-	hub.Denied:           codes.Forbidden,
-	hub.NotFound:         codes.NotFound,
-	hub.MethodNotAllowed: codes.MethodNotAllowed,
-	hub.NotAcceptable:    codes.NotAcceptable,
-	hub.Unsupported:      codes.UnsupportedMediaType,
-	hub.BadOption:        codes.BadOption,
-	hub.Precondition:     codes.BadRequest,
-	hub.TooLarge:         codes.RequestEntityTooLarge,
-	hub.Conflict:         codes.ServiceUnavailable,
-	hub.Exhausted:        codes.ServiceUnavailable,
-	hub.Unavailable:      codes.ServiceUnavailable,
-	hub.Deadline:         codes.ServiceUnavailable,
-}
-
-// retryAfter is the Max-Age of a 5.03 whose error does not say how long to wait.
-const retryAfter = 5 * time.Second
-
-// failure makes the response for err: the kind's code and a diagnostic payload of stable code and sentence. A diagnostic
-// payload has no Content-Format (RFC 7252, Section 5.5.2).
+// failure makes the response for err, with the kind's code or its own.
 func failure(err error) coap.Response {
-	code, text := hub.Public(err)
-	r := coap.Response{Code: codeOf[hub.KindOf(err)], Payload: []byte(code + ": " + text)}
+	code := coap.CodeOf(hub.KindOf(err))
 	if own := (*coded)(nil); errors.As(err, &own) {
-		r.Code = own.code
+		code = own.code
 	}
-	if r.Code == codes.ServiceUnavailable || r.Code == codes.TooManyRequests { // RFC 8516, Section 3
-		wait := retryAfter
-		var e *hub.Error
-		if errors.As(err, &e) && e.RetryAfter > 0 {
-			wait = e.RetryAfter
-		}
-		r.Options = message.Options{{ID: message.MaxAge, Value: uintOption(uint32((wait + time.Second - 1) / time.Second))}}
-	}
-	return r
+	return coap.Failure(code, err)
 }
 
 // problem is an error in the form of RFC 9290, Section 2.
@@ -98,7 +63,7 @@ func uintOption(v uint32) []byte {
 // ours reports trouble of the hub, as opposed to a fault of the request or its credential.
 func ours(err error) bool {
 	own := (*coded)(nil)
-	return codeOf[hub.KindOf(err)] == codes.ServiceUnavailable && !errors.As(err, &own)
+	return coap.CodeOf(hub.KindOf(err)) == codes.ServiceUnavailable && !errors.As(err, &own)
 }
 
 // transient reports errors after which the same write may be tried again with the same message number: it may or may not

@@ -47,6 +47,8 @@ type Deps struct {
 	// PSK returns the pre-shared key of a device, nil if it has none. Nil: devices have certificates only.
 	PSK   func(context.Context, hub.DeviceID) ([]byte, error)
 	HubID hub.DeviceID
+	// EngineMetrics may be shared with other engines. Nil: the gateway registers its own.
+	EngineMetrics *coap.Metrics
 	// Service names this gateway in the connections it records.
 	Service string
 	// Reach returns host and port under which devices reach the listener of an address. Nil: under that address.
@@ -128,9 +130,12 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 		if detail != "" {
 			reason += ": " + detail
 		}
-		g.refuse(Refusal{Remote: remote.String(), What: "connection", Reason: reason})
+		g.Refuse(Refusal{Remote: remote.String(), What: "connection", Reason: reason})
 	}
-	g.engine = coap.NewServer(ec, g, log, coap.NewMetrics(reg))
+	if deps.EngineMetrics == nil {
+		deps.EngineMetrics = coap.NewMetrics(reg)
+	}
+	g.engine = coap.NewServer(ec, g, log, deps.EngineMetrics)
 	if ws := cfg.API.CoAP.WebSocket; ws.Enabled {
 		g.web = g.engine.NewWebSocket(ws.Origins)
 	}
@@ -225,7 +230,8 @@ func (g *Gateway) Refused() []Refusal { return g.refused.newest() }
 // Diagnostics returns what is known of a device's attachment; false if it has not been here lately.
 func (g *Gateway) Diagnostics(dev hub.DeviceID) (Diagnostics, bool) { return g.devices.get(dev) }
 
-func (g *Gateway) refuse(r Refusal) {
+// Refuse records a refusal, its Time apart, and counts it; those of other doors for devices, too.
+func (g *Gateway) Refuse(r Refusal) {
 	r.Time = time.Now()
 	g.metrics.refused.WithLabelValues(r.What).Inc()
 	g.refused.add(r)

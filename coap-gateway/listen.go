@@ -2,9 +2,9 @@ package coapgateway
 
 import (
 	"context"
-	"fmt"
 	"net"
-	"strconv"
+
+	"github.com/coaphub/coaphub/internal/coap"
 )
 
 // listeners are those of one address, on one port number; nil for a protocol that is off.
@@ -13,40 +13,13 @@ type listeners struct {
 	udp net.PacketConn
 }
 
-// listen opens the listeners of the configured protocols; none if address is "". If the system chooses the port, it chooses
-// one for TCP, and for UDP somebody else may have that one: then it chooses again.
+// listen opens the listeners of the configured protocols; none if address is "".
 func listen(ctx context.Context, co *CoAPConfig, address string) (l listeners, err error) {
 	if address == "" {
 		return l, nil
 	}
-	const attempts = 10
-	for i := 1; ; i++ {
-		if l, err = open(ctx, co, address); err == nil {
-			return l, nil
-		}
-		_, port, _ := net.SplitHostPort(address)
-		if n, _ := strconv.ParseUint(port, 10, 16); n != 0 || i == attempts {
-			return l, fmt.Errorf("listen for CoAP: %w", err)
-		}
-	}
-}
-
-func open(ctx context.Context, co *CoAPConfig, address string) (l listeners, err error) {
-	var lc net.ListenConfig
-	if co.speaks(ProtocolTCP) {
-		if l.tcp, err = lc.Listen(ctx, "tcp", address); err != nil {
-			return listeners{}, err
-		}
-		address = l.tcp.Addr().String()
-	}
-	if co.speaks(ProtocolUDP) {
-		if l.udp, err = lc.ListenPacket(ctx, "udp", address); err != nil {
-			l.udp = nil // not an interface that holds nothing
-			l.close()
-			return listeners{}, err
-		}
-	}
-	return l, nil
+	l.tcp, l.udp, err = coap.Listen(ctx, address, co.speaks(ProtocolTCP), co.speaks(ProtocolUDP))
+	return l, err
 }
 
 func (l listeners) close() {

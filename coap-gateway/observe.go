@@ -730,7 +730,7 @@ func (t *twin) observeBatch(useETags bool) (bool, error) {
 		return false, nil
 	}
 	if o == nil {
-		s.log.Debug("the device does not observe in batch", "code", dotted(m.Code))
+		s.log.Debug("the device does not observe in batch", "code", coap.Dotted(m.Code))
 		return false, nil
 	}
 	var changes []hub.Change

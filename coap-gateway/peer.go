@@ -123,7 +123,7 @@ func (p *peer) answered(ctx context.Context, a asked, s *session, resp coap.Resp
 		}
 	}
 	resp.Challenge = a.own
-	p.gw.metrics.requests.WithLabelValues(a.label, dotted(resp.Code)).Inc()
+	p.gw.metrics.requests.WithLabelValues(a.label, coap.Dotted(resp.Code)).Inc()
 	level := slog.LevelDebug
 	if err != nil && ours(err) {
 		level = slog.LevelWarn // somebody of ours must look at it; faults of devices are for their makers
@@ -134,7 +134,7 @@ func (p *peer) answered(ctx context.Context, a asked, s *session, resp coap.Resp
 			log = s.log
 		}
 		args := []any{
-			"request", a.number, "method", dotted(a.req.Code), "path", a.path, "code", dotted(resp.Code), "took", time.Since(a.start),
+			"request", a.number, "method", coap.Dotted(a.req.Code), "path", a.path, "code", coap.Dotted(resp.Code), "took", time.Since(a.start),
 		}
 		if err != nil {
 			args = append(args, "error", err)
@@ -246,9 +246,4 @@ func (p *peer) protocol() hub.Protocol {
 		return hub.ProtocolCoAPS
 	}
 	return hub.ProtocolCoAP
-}
-
-// dotted writes a code as RFC 7252, Section 5.1 does: "4.04".
-func dotted(c codes.Code) string {
-	return string([]byte{'0' + byte(c>>5&7), '.', '0' + byte(c&31)/10, '0' + byte(c&31)%10})
 }

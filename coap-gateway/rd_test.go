@@ -15,6 +15,7 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/coap"
 )
 
 // The order of refusals: path, method, session, format. Nothing is 4.01 that would not work with a session either.
@@ -153,7 +154,7 @@ func TestPublishForms(t *testing.T) {
 	raw := h.rawPlain()
 	raw.write(post("/oic/sec/session", 1, cborOf(t, d.session(func(b body) { b["accesstoken"] = "token-" + string(lampID) }))))
 	if m := raw.readAnswer(); m.Code != codes.Changed {
-		t.Fatalf("sign-in without Content-Format: %s %s", dotted(m.Code), m.Payload)
+		t.Fatalf("sign-in without Content-Format: %s %s", coap.Dotted(m.Code), m.Payload)
 	}
 }
 

@@ -18,7 +18,7 @@ type Refusal struct {
 	Time   time.Time
 	Remote string
 	Device hub.DeviceID // "" if it never got so far
-	What   string       // "connection", "sign-up", "sign-in", "refresh"
+	What   string       // "connection", "sign-up", "sign-in", "refresh", "enrolment"
 	Reason string       // stable code or the handshake's error; Refused adds how often, if more than once
 	Count  int          // how many equal ones this stands for, the last of them at Time
 }

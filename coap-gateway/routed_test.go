@@ -210,17 +210,17 @@ func TestErrorsOfOtherDevices(t *testing.T) {
 	}
 	var hrefs []string
 	for code := range want {
-		hrefs = append(hrefs, "/"+dotted(code))
+		hrefs = append(hrefs, "/"+coap.Dotted(code))
 	}
 	h.published(hrefs...)
 	h.online(lampID, func(d *device) {
 		for code := range want {
-			d.res["/"+dotted(code)] = resource{code: code, format: hub.FormatText, body: []byte("device says so")}
+			d.res["/"+coap.Dotted(code)] = resource{code: code, format: hub.FormatText, body: []byte("device says so")}
 		}
 	})
 	d := h.online(fanID, nil)
 	for code, want := range want {
-		r := d.want(d.do(codes.POST, at(lampID, "/"+dotted(code)), []byte{0xa0}), want, "device-error: ")
+		r := d.want(d.do(codes.POST, at(lampID, "/"+coap.Dotted(code)), []byte{0xa0}), want, "device-error: ")
 		if want == "5.03" && r.maxAge == 0 {
 			t.Errorf("%v: no Max-Age", code)
 		}

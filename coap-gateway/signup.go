@@ -133,7 +133,7 @@ func (p *peer) refuse(what string, dev hub.DeviceID, di string, err error) {
 		dev, _ = hub.ParseDeviceID(di)
 	}
 	code, text := hub.Public(err)
-	p.gw.refuse(Refusal{Remote: p.conn.Info().Remote.String(), Device: dev, What: what, Reason: code + ": " + text})
+	p.gw.Refuse(Refusal{Remote: p.conn.Info().Remote.String(), Device: dev, What: what, Reason: code + ": " + text})
 }
 
 // tokenSeconds is expiresin of sign-up and refresh: whole seconds that the access token is good for.

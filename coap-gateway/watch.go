@@ -76,7 +76,7 @@ func (p *peer) watch(ctx context.Context, req *coap.Message, at place) (coap.Res
 					return w.begin(r, err)
 				}
 			case <-ctx.Done():
-				return w.begin(nil, &coded{codeOf[hub.Unavailable], hub.NewError(hub.Unavailable, "resource-silent",
+				return w.begin(nil, &coded{coap.CodeOf(hub.Unavailable), hub.NewError(hub.Unavailable, "resource-silent",
 					"nothing is known of the resource yet, try again later")})
 			}
 		}
@@ -376,7 +376,7 @@ func (w *watch) tell() bool {
 // notification is what the peer is told of the resource, or of its end: then err is not nil, and the observation is over.
 func (w *watch) notification(r *hub.Resource, err error) (coap.Response, error) {
 	if err != nil { // as other hubs do: it may come again (RFC 7641, Section 3.2)
-		err = &coded{codeOf[hub.Unavailable], hub.NewError(hub.Unavailable, "resource-gone", "the resource or its device went away")}
+		err = &coded{coap.CodeOf(hub.Unavailable), hub.NewError(hub.Unavailable, "resource-gone", "the resource or its device went away")}
 	}
 	var resp coap.Response
 	if err == nil {

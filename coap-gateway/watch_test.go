@@ -546,7 +546,7 @@ func TestStockClientObservesAnotherDevice(t *testing.T) {
 	defer cancel()
 	obs, err := d.conn.Observe(ctx, at(lampID, "/light"), func(m *pool.Message) {
 		b, _ := m.ReadBody()
-		told <- dotted(m.Code()) + " " + string(b)
+		told <- coap.Dotted(m.Code()) + " " + string(b)
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -16,7 +16,8 @@ type Certificate struct {
 	Device    DeviceID
 	Owner     Owner         // for whom it was signed; "" for whoever has the device
 	How       RequestMethod // it was requested
-	User      string        // who asked
+	User      string        // who asked, or allowed the device to
+	Proof     string        // what the device showed when it enrolled, for people
 	PEM       string        // the certificate alone
 	Created   time.Time
 	NotBefore time.Time
@@ -32,6 +33,10 @@ type RequestMethod string
 const (
 	ByCSR      RequestMethod = "csr"      // a certificate signing request over the API
 	ByOperator RequestMethod = "operator" // made together with its key, on the hub's machine
+	ByFactory  RequestMethod = "factory"  // an enrolment with a manufacturer's certificate
+	ByPSK      RequestMethod = "psk"      // an enrolment with a pre-shared key
+	ByToken    RequestMethod = "token"    // an enrolment with a one-time token
+	ByRenewal  RequestMethod = "renewal"  // under the certificate that it takes the place of
 	Unrecorded RequestMethod = "unknown"  // revoked by its serial, and not in the ledger
 )
 

@@ -46,6 +46,21 @@ type answer struct {
 	Grant  grant
 }
 
+// devicesAccount is an account that may have devices.
+func (s *Server) devicesAccount(ctx context.Context, owner hub.Owner) (account, error) {
+	a, err := s.account(ctx, string(owner))
+	if err == nil && !slices.Contains(a.scopes(), hub.ScopeDevice) {
+		return account{}, errScope.With("onboard", nil)
+	}
+	return a, err
+}
+
+// MayHaveDevices reports whether there is such an account (else NotFound), and whether it may have devices (else Denied).
+func (s *Server) MayHaveDevices(ctx context.Context, owner hub.Owner) error {
+	_, err := s.devicesAccount(ctx, owner)
+	return err
+}
+
 // OnboardCode makes an authorization code with which the device, or any device if it is empty, signs up for the owner. A ttl
 // of zero means Config.CodeLifetime. Kinds: NotFound for an unknown account, Invalid for a ttl over a day, Denied if the device
 // belongs to somebody else or the account's roles allow no devices.
@@ -56,12 +71,9 @@ func (s *Server) OnboardCode(ctx context.Context, owner hub.Owner, dev hub.Devic
 	if ttl < time.Second || ttl > 24*time.Hour {
 		return "", time.Time{}, hub.NewError(hub.Invalid, "ttl-invalid", "a code may live between one second and a day")
 	}
-	a, err := s.account(ctx, string(owner))
+	a, err := s.devicesAccount(ctx, owner)
 	if err != nil {
 		return "", time.Time{}, err
-	}
-	if !slices.Contains(a.scopes(), hub.ScopeDevice) {
-		return "", time.Time{}, errScope.With("onboard", nil)
 	}
 	if err := s.mayHave(ctx, a.Name, dev); err != nil {
 		return "", time.Time{}, err

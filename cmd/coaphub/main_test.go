@@ -458,7 +458,7 @@ func TestServeInProcess(t *testing.T) {
 	go func() {
 		ended <- execute(ctx, []string{
 			"serve", "--data", data, "--coap-address", "127.0.0.1:0", "--coap-plain-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0",
-			"--grpc-address", "127.0.0.1:0", "--admin-address", "", "--external-address", "localhost",
+			"--grpc-address", "127.0.0.1:0", "--admin-address", "", "--enrolment-address", "127.0.0.1:0", "--enrolment-http-address", "127.0.0.1:0", "--external-address", "localhost",
 		}, process{nil, w, &log, nil})
 		_ = w.Close()
 	}()
@@ -487,7 +487,7 @@ func TestTheRealBinary(t *testing.T) {
 		t.Errorf("version printed %q, %v", out, err)
 	}
 	for _, signals := range []int{1, 2} {
-		cmd := exec.CommandContext(t.Context(), binary, "serve", "--coap-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0", "--grpc-address", "127.0.0.1:0", "--admin-address", "127.0.0.1:0")
+		cmd := exec.CommandContext(t.Context(), binary, "serve", "--coap-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0", "--grpc-address", "127.0.0.1:0", "--admin-address", "127.0.0.1:0", "--enrolment-address", "127.0.0.1:0", "--enrolment-http-address", "127.0.0.1:0")
 		cmd.Env = append(slices.DeleteFunc(os.Environ(), func(kv string) bool { return strings.HasPrefix(kv, bundle.EnvPrefix) }), bundle.EnvData+"="+filepath.Join(dir, "data"))
 		var log bytes.Buffer
 		cmd.Stderr = &log

@@ -62,6 +62,8 @@ func addressFlags(cmd *cobra.Command) func(*bundle.Config) {
 	}
 	add("coap-address", "address for CoAP over TLS; empty: none", func(c *bundle.Config) *string { return &c.CoAPGateway.API.CoAP.Address })
 	add("coap-plain-address", "address for CoAP over TCP without TLS (default none)", func(c *bundle.Config) *string { return &c.CoAPGateway.API.CoAP.PlainAddress })
+	add("enrolment-address", "address for enrolment over CoAP with DTLS and TLS; empty: none", func(c *bundle.Config) *string { return &c.EnrolmentGateway.API.CoAP.Address })
+	add("enrolment-http-address", "address for enrolment over HTTPS; empty: none", func(c *bundle.Config) *string { return &c.EnrolmentGateway.API.HTTP.Address })
 	add("http-address", "address for HTTP/JSON", func(c *bundle.Config) *string { return &c.GRPCGateway.API.HTTP.Address })
 	add("grpc-address", "address for gRPC", func(c *bundle.Config) *string { return &c.GRPCGateway.API.GRPC.Address })
 	add("admin-address", "address for probes and metrics; empty: none", func(c *bundle.Config) *string { return &c.Admin.API.HTTP.Address })

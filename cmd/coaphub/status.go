@@ -67,6 +67,8 @@ func newStatus(p process) *cobra.Command {
 				{"grpc", s.Endpoints.GRPC},
 				{"admin", s.Endpoints.Admin},
 				{"oauth", s.Endpoints.OAuth},
+				{"enrolment", s.Endpoints.Enrolment},
+				{"enrolment", s.Endpoints.EnrolmentHTTP},
 			} {
 				if e.uri != "" {
 					t.row(e.name, e.uri)

@@ -18,7 +18,7 @@ import (
 
 // PeerCredential is what a peer has proven in a DTLS handshake. All empty: it is anonymous.
 type PeerCredential struct {
-	Chain       []*x509.Certificate // from the peer's certificate to one of DTLSConfig's CAs
+	Chain       []*x509.Certificate // from the peer's certificate to one of DTLSConfig's CAs; as it was sent with AnyCertificate
 	PSKIdentity []byte              // whose key the peer has (RFC 4279); nil without one
 	PSKHash     [sha256.Size]byte   // of that key, to tell it from one that replaced it
 }
@@ -28,6 +28,9 @@ type DTLSConfig struct {
 	// Credentials is asked at each handshake for the server's certificate, whose key must be ECDSA or Ed25519, and for the
 	// CAs of clients; a nil pool asks clients for no certificate. Nil: only pre-shared keys.
 	Credentials func() (tls.Certificate, *x509.CertPool, error)
+	// AnyCertificate asks clients for a certificate, whoever signed it, and takes those that have none; the pool is not used. What
+	// its chain is worth is for Verify to find out, which sees the certificates as they were sent; the peer has the key of the first.
+	AnyCertificate bool
 	// PSK returns the key of an identity, nil when there is none: a random key is taken then, so that nobody learns which
 	// identities exist (RFC 4279, Section 2). An error ends the handshake with internal_error. Nil: only certificates.
 	PSK func(ctx context.Context, identity []byte) ([]byte, error)
@@ -110,7 +113,10 @@ func (l *dtlsListener) options(a *association) []dtls.ServerOption {
 		if err == nil {
 			suites = append(suites, certificateSuites...)
 			opts = append(opts, dtls.WithCertificates(cert))
-			if cas != nil {
+			switch {
+			case conf.AnyCertificate:
+				opts = append(opts, dtls.WithClientAuth(dtls.RequestClientCert), dtls.WithVerifyPeerCertificate(a.shown))
+			case cas != nil:
 				// What demands a certificate is Verify: under "require" pion refuses pre-shared keys in some versions.
 				opts = append(opts, dtls.WithClientAuth(dtls.VerifyClientCertIfGiven), dtls.WithClientCAs(cas),
 					dtls.WithVerifyPeerCertificate(a.vouched))
@@ -149,6 +155,22 @@ func (a *association) vouched(_ [][]byte, chains [][]*x509.Certificate) error {
 	if len(chains) > 0 {
 		a.chain = chains[0]
 	}
+	return nil
+}
+
+// shown is pion's VerifyPeerCertificate with AnyCertificate: the peer has shown certificates, and has the key of the first.
+func (a *association) shown(ders [][]byte, _ [][]*x509.Certificate) error {
+	var chain []*x509.Certificate
+	for _, der := range ders {
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			return fmt.Errorf("read a certificate: %w", err)
+		}
+		chain = append(chain, c)
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.chain = chain
 	return nil
 }
 

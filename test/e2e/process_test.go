@@ -104,7 +104,7 @@ func (l *lockedBuffer) String() string {
 
 var loopback = []string{
 	"--coap-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0", "--grpc-address", "127.0.0.1:0",
-	"--admin-address", "127.0.0.1:0", "--external-address", "127.0.0.1",
+	"--admin-address", "127.0.0.1:0", "--external-address", "127.0.0.1", "--enrolment-address", "127.0.0.1:0", "--enrolment-http-address", "127.0.0.1:0",
 }
 
 // serve starts the binary on the data folder and waits for its ready line.

@@ -140,6 +140,7 @@ func Start(t testing.TB, options ...Option) *Hub {
 	WithConfig(
 		"externalAddress=127.0.0.1", "coapGateway.api.coap.address=127.0.0.1:0", "grpcGateway.api.http.address=127.0.0.1:0",
 		"grpcGateway.api.grpc.address=127.0.0.1:0", "admin.api.http.address=127.0.0.1:0", "log.level=debug", "store.minFree=0",
+		"enrolmentGateway.api.coap.address=127.0.0.1:0", "enrolmentGateway.api.http.address=127.0.0.1:0",
 	)(h)
 	for _, o := range options {
 		o(h)

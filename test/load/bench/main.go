@@ -201,7 +201,7 @@ func (b *bench) hub(ctx context.Context, transport []string) error {
 	defer func() { _ = os.RemoveAll(data) }()
 	name := filepath.Join(b.dir, "coaphub")
 	hub := exec.CommandContext(context.WithoutCancel(ctx), name, "serve", "--data", data, "--coap-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0",
-		"--grpc-address", "127.0.0.1:0", "--admin-address", "")
+		"--grpc-address", "127.0.0.1:0", "--admin-address", "", "--enrolment-address", "", "--enrolment-http-address", "")
 	var said bytes.Buffer
 	hub.Stderr = &said
 	out, err := hub.StdoutPipe()

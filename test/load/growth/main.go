@@ -157,7 +157,7 @@ type process struct {
 // start starts the hub and waits until it is ready; what names the row, empty for none.
 func (g *growth) start(ctx context.Context, what string) (*process, error) {
 	cmd := exec.CommandContext(context.WithoutCancel(ctx), filepath.Join(g.dir, "coaphub"), "serve", "--data", g.data,
-		"--coap-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0", "--grpc-address", "127.0.0.1:0", "--admin-address", "")
+		"--coap-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0", "--grpc-address", "127.0.0.1:0", "--admin-address", "", "--enrolment-address", "", "--enrolment-http-address", "")
 	var said bytes.Buffer
 	cmd.Stderr = &said
 	out, err := cmd.StdoutPipe()

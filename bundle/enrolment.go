@@ -1,0 +1,351 @@
+package bundle
+
+import (
+	"cmp"
+	"context"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/coap"
+)
+
+// listenForEnrolment opens the listeners of the door for devices without identity.
+func (a *assembly) listenForEnrolment(ctx context.Context) (err error) {
+	api := a.cfg.EnrolmentGateway.API
+	const flag, key = "--enrolment-address", "enrolmentGateway.api.coap.address"
+	if address := api.CoAP.Address; address != "" {
+		if a.enrolCoAP, a.enrolDTLS, err = coap.Listen(ctx, address, true, true); err != nil {
+			return listenError(err, address, flag, key)
+		}
+		a.listeners = append(a.listeners, a.enrolCoAP, a.enrolDTLS)
+	}
+	if address := api.HTTP.Address; address != "" {
+		a.enrolHTTP, err = a.listen(ctx, address, "--enrolment-http-address", "enrolmentGateway.api.http.address")
+	}
+	return err
+}
+
+// EnrolmentGroup is a set of devices that may enrol because their manufacturer's CA vouches for them.
+type EnrolmentGroup struct {
+	ID       string    `json:"id,omitempty"` // "" in a request: make one
+	Name     string    `json:"name"`
+	Owner    string    `json:"owner"`           // of the devices; "" in a request: the first administrator
+	Chain    string    `json:"chain"`           // PEM: the CA that signs their factory certificates, and what is above it
+	Allow    []string  `json:"allow,omitempty"` // device IDs; none: all of that CA
+	Approval bool      `json:"approval"`        // a person decides on each
+	Expired  bool      `json:"expired"`         // factory certificates that have ended are good, too
+	Created  time.Time `json:"created,omitzero"`
+	User     string    `json:"createdBy,omitempty"`
+}
+
+func groupFrom(g hub.EnrolmentGroup) EnrolmentGroup {
+	out := EnrolmentGroup{
+		ID: g.ID, Name: g.Name, Owner: string(g.Owner), Chain: g.Chain, Approval: g.Approval, Expired: g.Expired, Created: g.Created, User: g.User,
+	}
+	for _, dev := range g.Allow {
+		out.Allow = append(out.Allow, string(dev))
+	}
+	return out
+}
+
+func groupsFrom(gs []hub.EnrolmentGroup) []EnrolmentGroup {
+	out := []EnrolmentGroup{} // an empty list for scripts, not null
+	for _, g := range gs {
+		out = append(out, groupFrom(g))
+	}
+	return out
+}
+
+// EnrolmentToken is a one-time token.
+type EnrolmentToken struct {
+	ID       string     `json:"id"`
+	Token    string     `json:"token,omitempty"`    // only when it is made
+	DeviceID string     `json:"deviceId,omitempty"` // "": any device
+	Owner    string     `json:"owner"`
+	User     string     `json:"createdBy,omitempty"`
+	Created  time.Time  `json:"created"`
+	Expires  time.Time  `json:"expiresAt"`
+	Used     *time.Time `json:"used,omitempty"`
+	UsedBy   string     `json:"usedBy,omitempty"` // a device ID
+	// When it is made: where the device enrols, and whom it trusts (PEM).
+	Endpoints *Endpoints `json:"endpoints,omitempty"`
+	CA        string     `json:"ca,omitempty"`
+}
+
+func tokenFrom(t hub.EnrolmentToken) EnrolmentToken {
+	out := EnrolmentToken{
+		ID: t.ID, DeviceID: string(t.Device), Owner: string(t.Owner), User: t.User, Created: t.Created, Expires: t.Expires, UsedBy: string(t.UsedBy),
+	}
+	if !t.Used.IsZero() {
+		out.Used = &t.Used
+	}
+	return out
+}
+
+func tokensFrom(ts []hub.EnrolmentToken) []EnrolmentToken {
+	out := []EnrolmentToken{}
+	for _, t := range ts {
+		out = append(out, tokenFrom(t))
+	}
+	return out
+}
+
+// Enrolment is how far a device has come.
+type Enrolment struct {
+	DeviceID string    `json:"deviceId"`
+	Owner    string    `json:"owner,omitempty"`
+	Group    string    `json:"groupId,omitempty"`
+	Method   string    `json:"method"`
+	Proof    string    `json:"proof,omitempty"`
+	Key      string    `json:"publicKey,omitempty"` // of the proof, a UUID that names it
+	State    string    `json:"state"`
+	User     string    `json:"decidedBy,omitempty"`
+	Serial   string    `json:"serial,omitempty"` // of its newest certificate
+	Problem  string    `json:"problem,omitempty"`
+	Created  time.Time `json:"created"`
+	Changed  time.Time `json:"changed"`
+}
+
+func enrolmentsFrom(es []hub.Enrolment) []Enrolment {
+	out := []Enrolment{}
+	for _, e := range es {
+		out = append(out, Enrolment{
+			DeviceID: string(e.Device), Owner: string(e.Owner), Group: e.Group, Method: string(e.By), Proof: e.Proof, Key: e.Key,
+			State: string(e.State), User: e.User, Serial: e.Serial, Problem: e.Problem, Created: e.Created, Changed: e.Changed,
+		})
+	}
+	return out
+}
+
+// EnrolmentsRequest says which enrolments are meant: those that match all that is set.
+type EnrolmentsRequest struct {
+	DeviceIDs []string `json:"deviceIds,omitempty"`
+	Group     string   `json:"groupId,omitempty"`
+	State     string   `json:"state,omitempty"`
+	Owner     string   `json:"owner,omitempty"`
+	Limit     int      `json:"limit,omitempty"` // at most so many, the newest; 0: 10 000, which is the most
+	// Allow is for decisions.
+	Allow bool `json:"allow,omitempty"`
+}
+
+func (q EnrolmentsRequest) filter() (f hub.EnrolmentFilter, err error) {
+	f.Owner = hub.Owner(q.Owner)
+	if q.Group != "" {
+		f.Groups = []string{q.Group}
+	}
+	if q.State != "" {
+		st, err := hub.ParseEnrolmentState(q.State)
+		if err != nil {
+			return f, err
+		}
+		f.States = []hub.EnrolmentState{st}
+	}
+	f.Devices, err = parseDevices(q.DeviceIDs)
+	return f, err
+}
+
+func parseDevices(ids []string) (out []hub.DeviceID, err error) {
+	for _, id := range ids {
+		dev, err := hub.ParseDeviceID(id)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, dev)
+	}
+	return out, nil
+}
+
+// NamesRequest names things by their IDs, or those of an owner, or all.
+type NamesRequest struct {
+	IDs   []string `json:"ids,omitempty"`
+	Owner string   `json:"owner,omitempty"`
+}
+
+// NewTokenRequest asks for a one-time token.
+type NewTokenRequest struct {
+	DeviceID string        `json:"deviceId,omitempty"` // "": any device
+	Owner    string        `json:"owner,omitempty"`    // "": the first administrator
+	TTL      time.Duration `json:"ttl,omitempty"`      // nanoseconds; 0: a day
+}
+
+func (q EnrolmentGroup) target() string    { return cmp.Or(q.ID, q.Name) }
+func (q NewTokenRequest) target() string   { return q.DeviceID }
+func (q NamesRequest) target() string      { return strings.Join(q.IDs, " ") }
+func (q EnrolmentsRequest) target() string { return strings.Join(q.DeviceIDs, " ") }
+
+func (a *assembly) listGroups(ctx context.Context, q NamesRequest) ([]EnrolmentGroup, error) {
+	gs, err := a.certificates.Groups(ctx, hub.Owner(q.Owner))
+	return groupsFrom(gs), err
+}
+
+func (a *assembly) setGroup(ctx context.Context, q EnrolmentGroup) (EnrolmentGroup, error) {
+	g := hub.EnrolmentGroup{ID: q.ID, Name: q.Name, Chain: q.Chain, Approval: q.Approval, Expired: q.Expired, User: callerOf(ctx)}
+	var err error
+	if q.ID == "" {
+		if g.Owner, err = a.enrolOwner(ctx, q.Owner); err != nil {
+			return EnrolmentGroup{}, err
+		}
+	}
+	if g.Allow, err = parseDevices(q.Allow); err != nil {
+		return EnrolmentGroup{}, err
+	}
+	g, err = a.certificates.SetGroup(ctx, g)
+	return groupFrom(g), err
+}
+
+// enrolOwner is for whom devices enrol. Where the accounts are elsewhere nobody knows which there are.
+func (a *assembly) enrolOwner(ctx context.Context, named string) (hub.Owner, error) {
+	if a.provider != nil {
+		owner, err := a.owner(ctx, named)
+		if err == nil {
+			err = a.provider.MayHaveDevices(ctx, owner)
+		}
+		return owner, err
+	}
+	if named == "" {
+		return "", hub.NewError(hub.Invalid, "owner-missing", "name the owner of the devices (--owner): the accounts are another provider's")
+	}
+	return hub.Owner(named), nil
+}
+
+func (a *assembly) deleteGroups(ctx context.Context, q NamesRequest) ([]EnrolmentGroup, error) {
+	gs, err := a.certificates.DeleteGroups(ctx, q.IDs)
+	return groupsFrom(gs), err
+}
+
+func (a *assembly) listEnrolmentTokens(ctx context.Context, q NamesRequest) ([]EnrolmentToken, error) {
+	ts, err := a.certificates.Tokens(ctx, hub.Owner(q.Owner))
+	return tokensFrom(ts), err
+}
+
+func (a *assembly) newEnrolmentToken(ctx context.Context, q NewTokenRequest) (EnrolmentToken, error) {
+	var dev hub.DeviceID
+	var err error
+	if q.DeviceID != "" {
+		if dev, err = hub.ParseDeviceID(q.DeviceID); err != nil {
+			return EnrolmentToken{}, err
+		}
+	}
+	owner, err := a.enrolOwner(ctx, q.Owner)
+	if err != nil {
+		return EnrolmentToken{}, err
+	}
+	text, t, err := a.certificates.NewToken(ctx, owner, dev, q.TTL, callerOf(ctx))
+	if err != nil {
+		return EnrolmentToken{}, err
+	}
+	out := tokenFrom(t)
+	at := a.endpoints()
+	out.Token, out.Endpoints, out.CA = text, &at, a.deviceRoot
+	return out, nil
+}
+
+func (a *assembly) deleteEnrolmentTokens(ctx context.Context, q NamesRequest) ([]EnrolmentToken, error) {
+	ts, err := a.certificates.DeleteTokens(ctx, q.IDs)
+	return tokensFrom(ts), err
+}
+
+// listEnrolments answers the enrolments that changed last, newest first.
+func (a *assembly) listEnrolments(ctx context.Context, q EnrolmentsRequest) ([]Enrolment, error) {
+	f, err := q.filter()
+	if err != nil {
+		return nil, err
+	}
+	limit := cmp.Or(q.Limit, maxCertificates)
+	if limit < 0 || limit > maxCertificates {
+		return nil, hub.NewError(hub.Invalid, "limit-invalid", "the limit is from 1 to 10000")
+	}
+	var out []hub.Enrolment
+	newestFirst := func(a, b hub.Enrolment) int {
+		return cmp.Or(b.Changed.Compare(a.Changed), cmp.Compare(a.Device, b.Device))
+	}
+	for e, err := range a.certificates.Enrolments(ctx, f) {
+		if err != nil {
+			return nil, err
+		}
+		if out = append(out, e); len(out) >= 2*limit { // there is no order of time
+			slices.SortFunc(out, newestFirst)
+			out = out[:limit]
+		}
+	}
+	slices.SortFunc(out, newestFirst)
+	return enrolmentsFrom(out[:min(limit, len(out))]), nil
+}
+
+func (a *assembly) decideEnrolments(ctx context.Context, q EnrolmentsRequest) ([]Enrolment, error) {
+	f, err := q.filter()
+	if err != nil {
+		return nil, err
+	}
+	es, err := a.certificates.Decide(ctx, f.Devices, q.Allow, callerOf(ctx))
+	return enrolmentsFrom(es), err
+}
+
+func (a *assembly) forgetEnrolments(ctx context.Context, q EnrolmentsRequest) ([]Enrolment, error) {
+	f, err := q.filter()
+	if err != nil {
+		return nil, err
+	}
+	if len(f.Devices) == 0 {
+		return nil, hub.NewError(hub.Invalid, "filter-empty", "name the devices")
+	}
+	es, err := a.certificates.Forget(ctx, f)
+	return enrolmentsFrom(es), err
+}
+
+// EnrolmentGroups lists the groups, oldest first.
+func (c *Control) EnrolmentGroups(ctx context.Context, q NamesRequest) (gs []EnrolmentGroup, err error) {
+	err = c.call(ctx, http.MethodPost, "/enrolment/groups", q, &gs)
+	return gs, err
+}
+
+// SetEnrolmentGroup makes a group, or changes the one that has the ID.
+func (c *Control) SetEnrolmentGroup(ctx context.Context, g EnrolmentGroup) (out EnrolmentGroup, err error) {
+	err = c.call(ctx, http.MethodPost, "/enrolment/groups/set", g, &out)
+	return out, err
+}
+
+// DeleteEnrolmentGroups removes groups by their IDs, and returns those that there were.
+func (c *Control) DeleteEnrolmentGroups(ctx context.Context, q NamesRequest) (gs []EnrolmentGroup, err error) {
+	err = c.call(ctx, http.MethodPost, "/enrolment/groups/delete", q, &gs)
+	return gs, err
+}
+
+// EnrolmentTokens lists one-time tokens, newest first.
+func (c *Control) EnrolmentTokens(ctx context.Context, q NamesRequest) (ts []EnrolmentToken, err error) {
+	err = c.call(ctx, http.MethodPost, "/enrolment/tokens", q, &ts)
+	return ts, err
+}
+
+// NewEnrolmentToken makes a one-time token.
+func (c *Control) NewEnrolmentToken(ctx context.Context, q NewTokenRequest) (t EnrolmentToken, err error) {
+	err = c.call(ctx, http.MethodPost, "/enrolment/tokens/new", q, &t)
+	return t, err
+}
+
+// DeleteEnrolmentTokens removes one-time tokens by their IDs, and returns those that there were.
+func (c *Control) DeleteEnrolmentTokens(ctx context.Context, q NamesRequest) (ts []EnrolmentToken, err error) {
+	err = c.call(ctx, http.MethodPost, "/enrolment/tokens/delete", q, &ts)
+	return ts, err
+}
+
+// Enrolments lists the enrolments that are meant, those that changed last first.
+func (c *Control) Enrolments(ctx context.Context, q EnrolmentsRequest) (es []Enrolment, err error) {
+	err = c.call(ctx, http.MethodPost, "/enrolments", q, &es)
+	return es, err
+}
+
+// DecideEnrolments allows or refuses devices, and returns those for which that was new.
+func (c *Control) DecideEnrolments(ctx context.Context, q EnrolmentsRequest) (es []Enrolment, err error) {
+	err = c.call(ctx, http.MethodPost, "/enrolments/decide", q, &es)
+	return es, err
+}
+
+// ForgetEnrolments has devices begin anew, and returns what was known of them.
+func (c *Control) ForgetEnrolments(ctx context.Context, q EnrolmentsRequest) (es []Enrolment, err error) {
+	err = c.call(ctx, http.MethodPost, "/enrolments/forget", q, &es)
+	return es, err
+}

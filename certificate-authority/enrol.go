@@ -1,0 +1,511 @@
+package certificateauthority
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"iter"
+	"slices"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/store"
+)
+
+// collEnrolments has, by device, how far it has come.
+const collEnrolments = "enrolments"
+
+// Secondary keys of enrolments; owners have the ledger's.
+const (
+	indexGroup = "group="
+	indexState = "state="
+)
+
+const (
+	// maxEnrolling and enrolQueue bound the enrolments that are under way and that wait; the store commits many at once.
+	maxEnrolling, enrolQueue = 64, 4096
+	enrolPatience            = 10 * time.Second
+	// maxUndecided bounds the devices of a group that wait for a person, and waitsFor how long each is kept that does not come again.
+	maxUndecided = 10_000
+	waitsFor     = 30 * 24 * time.Hour
+	// askAgain is when a device that waits for a person may come again.
+	askAgain = time.Minute
+	// recorded is how often it is at least recorded that a device that waits comes again.
+	recorded = 24 * time.Hour
+	// repeated is for how long whoever comes with the same key gets the same certificate: its answer may have been lost.
+	repeated = 24 * time.Hour
+)
+
+// enrolment is such a document.
+type enrolment struct {
+	Owner   hub.Owner          `json:"owner,omitempty"`
+	Group   string             `json:"group,omitempty"`
+	By      hub.RequestMethod  `json:"by"`
+	Proof   string             `json:"proof,omitempty"`
+	Key     string             `json:"key,omitempty"`
+	State   hub.EnrolmentState `json:"state"`
+	User    string             `json:"user,omitempty"`
+	Serial  string             `json:"serial,omitempty"`
+	Problem string             `json:"problem,omitempty"`
+	Created time.Time          `json:"created"`
+	Changed time.Time          `json:"changed"`
+}
+
+func (e *enrolment) enrolment(dev string) hub.Enrolment {
+	return hub.Enrolment{
+		Device: hub.DeviceID(dev), Owner: e.Owner, Group: e.Group, By: e.By, Proof: e.Proof, Key: e.Key, State: e.State, User: e.User,
+		Serial: e.Serial, Problem: e.Problem, Created: e.Created, Changed: e.Changed,
+	}
+}
+
+func (e *enrolment) doc(dev hub.DeviceID, rev uint64) (store.Doc, error) {
+	e.Changed = time.Now().UTC()
+	value, err := json.Marshal(e)
+	if err != nil {
+		return store.Doc{}, fmt.Errorf("encode an enrolment: %w", err)
+	}
+	doc := store.Doc{Key: string(dev), Value: value, Rev: rev, Index: []string{indexState + string(e.State)}}
+	if e.Owner != "" {
+		doc.Index = append(doc.Index, indexOwner+string(e.Owner))
+	}
+	if e.Group != "" {
+		doc.Index = append(doc.Index, indexGroup+e.Group, indexState+string(e.State)+" "+indexGroup+e.Group)
+	}
+	return doc, nil
+}
+
+func decodeEnrolment(doc store.Doc) (enrolment, error) {
+	var e enrolment
+	if err := json.Unmarshal(doc.Value, &e); err != nil {
+		return e, damaged("an enrolment", err)
+	}
+	return e, nil
+}
+
+func damaged(what string, err error) error {
+	return &hub.Error{Kind: hub.Internal, Code: "data-damaged", Text: what + " in the store is damaged", Err: err}
+}
+
+var (
+	errProof      = hub.NewError(hub.Unauthenticated, "enrolment-unproven", "nothing was shown that this hub takes for an enrolment")
+	errNotAllowed = hub.NewError(hub.Denied, "enrolment-not-allowed", "the group of this device does not name it")
+	errRefused    = hub.NewError(hub.Denied, "enrolment-refused", "somebody refused this device")
+	errTaken      = hub.NewError(hub.Denied, "enrolment-device-taken", "another factory key enrolled as this device")
+	errRenewal    = hub.NewError(hub.Denied, "renewal-without-certificate", "a renewal is made under the certificate that it renews")
+	errName       = hub.NewError(hub.Invalid, "csr-name", "the request does not name the device: its common name is uuid: and the ID, or on the first request anything else")
+	errUndecided  = hub.NewError(hub.Exhausted, "enrolments-limit", "too many devices wait for a decision")
+)
+
+func errWaiting() error {
+	return &hub.Error{
+		Kind: hub.Unavailable, Code: "enrolment-waiting", Text: "somebody has to allow this device; it may ask again", RetryAfter: askAgain,
+	}
+}
+
+// applicant is a device that has proven who it is.
+type applicant struct {
+	enrolment // as it would be, if it is the first
+	device    hub.DeviceID
+	allowed   bool // nobody need be asked
+	current   string
+	token     *store.Doc
+}
+
+// Enrol gives a device its identity certificate, or another one: for a chain of certificates that leads to a group's CA, for a
+// certificate of this authority that is good (a renewal, the only thing that is allowed if renew is set), for the device's
+// pre-shared key, or for a one-time token. The subject is the device's, whatever the request says; a request that names another
+// device is Invalid. Whoever comes again within a day with the same key gets the same certificate. Kinds: Unauthenticated
+// ("enrolment-unproven", "token-unknown"), Denied, Invalid and TooLarge for the request, Exhausted, and Unavailable with the code
+// "enrolment-waiting" while somebody has to decide. What is returned is in the ledger.
+func (s *Service) Enrol(ctx context.Context, proof hub.EnrolmentProof, csr []byte, renew bool) (out hub.Enrolled, err error) {
+	const op = "certificateauthority.Enrol"
+	how := hub.RequestMethod("none")
+	defer func() {
+		outcome := "issued"
+		if err != nil {
+			outcome, _ = hub.Public(err)
+			err = fmt.Errorf("%s: %w", op, err)
+		}
+		s.enrolled.WithLabelValues(string(how), outcome).Inc()
+	}()
+	place, again := s.enrolling.Enter(ctx)
+	if again > 0 {
+		return out, &hub.Error{Kind: hub.Exhausted, Code: "enrolments-busy", Text: "too many devices enrol at this moment", RetryAfter: again}
+	}
+	defer place.Leave()
+	req, named, err := parseKey(csr)
+	if err != nil {
+		return out, err
+	}
+	a, err := s.prove(ctx, proof, req, named)
+	if err != nil {
+		return out, err
+	}
+	how = a.By
+	switch {
+	case renew && a.By != hub.ByRenewal:
+		return out, errRenewal
+	// RFC 7030, Section 4.2.2: a renewal has the subject of the certificate that is renewed. The first request may have any,
+	// since the subject is ours to choose, but another device's.
+	case renew && named != a.device, named != "" && named != a.device:
+		return out, errName
+	case a.device == s.a.hubID:
+		return out, errOfHub
+	}
+	req.device = a.device
+	turn := s.turn(a.device)
+	turn.Lock()
+	defer turn.Unlock()
+	leaf, err := s.enrol(ctx, a, req)
+	if err != nil {
+		return out, err
+	}
+	return hub.Enrolled{
+		Device: a.device, Serial: hub.SerialOf(leaf.SerialNumber), Chain: []*x509.Certificate{leaf, s.a.signers[Device].issuing},
+	}, nil
+}
+
+// enrol brings a device one step on in its enrolment, and keeps what went wrong. Its turn is taken.
+func (s *Service) enrol(ctx context.Context, a applicant, req request) (*x509.Certificate, error) {
+	doc, err := s.docs.Get(ctx, collEnrolments, string(a.device))
+	if err != nil {
+		return nil, err
+	}
+	e, before := a.enrolment, enrolment{}
+	if doc.Rev != 0 {
+		if e, err = decodeEnrolment(doc); err != nil {
+			return nil, err
+		}
+		if a.By == hub.ByFactory && e.By == hub.ByFactory && e.Key != a.Key {
+			// One that somebody made beside the first. A person has to decide, by forgetting the first.
+			return nil, errTaken
+		}
+		before = e
+		e.Owner = a.Owner
+		if a.By != hub.ByRenewal { // which changes nothing of how it came here
+			e.Group, e.By, e.Proof, e.Key = a.Group, a.By, a.Proof, a.Key
+		}
+	} else {
+		e.Created = time.Now().UTC()
+	}
+	leaf, err := s.step(ctx, a, &e, req)
+	e.Problem = ""
+	if err != nil {
+		e.Problem, _ = hub.Public(err)
+		if e.Problem == "enrolment-waiting" {
+			e.Problem = ""
+		}
+	} else {
+		e.State, e.Serial = hub.EnrolmentIssued, hub.SerialOf(leaf.SerialNumber)
+	}
+	if e.State == "" || e == before && time.Since(e.Changed) < recorded { // refused for a reason that says nothing about the device
+		return leaf, err
+	}
+	next, encodeErr := e.doc(a.device, doc.Rev)
+	if encodeErr != nil {
+		return nil, encodeErr
+	}
+	if _, putErr := s.docs.Put(ctx, collEnrolments, next); putErr != nil && !hub.IsKind(putErr, hub.Conflict) {
+		// The certificate is in the ledger, and the same key gets it again.
+		return nil, errors.Join(putErr, err)
+	} else if putErr != nil && err == nil {
+		return nil, &hub.Error{Kind: hub.Unavailable, Op: "enrolment", Err: putErr} // somebody decided meanwhile; it comes again
+	}
+	return leaf, err
+}
+
+// step decides what a device may have now.
+func (s *Service) step(ctx context.Context, a applicant, e *enrolment, req request) (*x509.Certificate, error) {
+	switch {
+	case e.State == hub.EnrolmentRefused && a.token == nil: // a person made the token after that
+		return nil, errRefused
+	case e.State == hub.EnrolmentAllowed, e.State == hub.EnrolmentIssued, a.allowed:
+	case e.State == hub.EnrolmentWaiting:
+		return nil, errWaiting()
+	default:
+		n := 0
+		for _, err := range s.docs.FindKeys(ctx, collEnrolments, indexState+string(hub.EnrolmentWaiting)+" "+indexGroup+e.Group) {
+			if err != nil {
+				return nil, err
+			}
+			if n++; n >= maxUndecided {
+				return nil, errUndecided
+			}
+		}
+		e.State = hub.EnrolmentWaiting
+		return nil, errWaiting()
+	}
+	if e.State == "" || e.State == hub.EnrolmentWaiting {
+		e.State = hub.EnrolmentAllowed
+	}
+	if a.token != nil {
+		if err := s.redeem(ctx, a, req); err != nil {
+			return nil, err
+		}
+	}
+	if leaf, err := s.lately(ctx, a, req); leaf != nil || err != nil {
+		return leaf, err
+	}
+	return s.sign(ctx, req, entry{Device: a.device, Owner: e.Owner, How: a.By, User: e.User, Proof: a.Proof})
+}
+
+// lately is what the device got for this key within the last day, other than the certificate that it showed; nil if there is none.
+func (s *Service) lately(ctx context.Context, a applicant, req request) (*x509.Certificate, error) {
+	key, now := nameOf(req.spki), time.Now()
+	for doc, err := range s.docs.Find(ctx, collCertificates, indexDevice+string(a.device)) {
+		if err != nil {
+			return nil, err
+		}
+		e, err := decodeEntry(doc)
+		if err != nil {
+			return nil, err
+		}
+		if e.Key != key || e.How != a.By || doc.Key == a.current || !e.live(now) || now.Sub(e.Created) > repeated {
+			continue
+		}
+		block, _ := pem.Decode([]byte(e.PEM))
+		if block == nil {
+			return nil, damaged("a certificate", nil)
+		}
+		leaf, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, damaged("a certificate", err)
+		}
+		return leaf, nil
+	}
+	return nil, nil
+}
+
+// prove finds out which device it is.
+func (s *Service) prove(ctx context.Context, proof hub.EnrolmentProof, req request, named hub.DeviceID) (applicant, error) {
+	switch {
+	case proof.Token != "":
+		return s.byToken(ctx, proof.Token, req, named)
+	case proof.PSK != "":
+		// Whoever gave it the key allowed the device by that.
+		a := applicant{device: proof.PSK, allowed: true, enrolment: enrolment{By: hub.ByPSK, Proof: "pre-shared key"}}
+		own, err := s.owners.Owner(ctx, proof.PSK)
+		if err == nil {
+			a.Owner = own.Owner
+		} else if !hub.IsKind(err, hub.NotFound) {
+			return a, err
+		}
+		return a, nil
+	case len(proof.Chain) == 0:
+		return applicant{}, errProof
+	}
+	if own, err := s.verifyOwn(proof.Chain); err == nil {
+		return s.byCurrent(ctx, own)
+	}
+	g, err := s.groupOf(ctx, proof.Chain)
+	if err != nil {
+		return applicant{}, err
+	}
+	leaf := proof.Chain[0]
+	a := applicant{device: s.deviceOf(leaf), allowed: !g.Approval, enrolment: enrolment{
+		By: hub.ByFactory, Group: g.ID, Owner: g.Owner, Key: nameOf(leaf.RawSubjectPublicKeyInfo),
+		Proof: fmt.Sprintf("factory certificate %s of %s", hub.SerialOf(leaf.SerialNumber), leaf.Issuer.CommonName),
+	}}
+	if len(g.Allow) > 0 && !slices.Contains(g.Allow, a.device) {
+		return a, errNotAllowed
+	}
+	return a, nil
+}
+
+// deviceOf is the device that a factory key stands for: the one that the manufacturer names, else an ID that is made of the key
+// and this hub's ID, and so always the same.
+func (s *Service) deviceOf(leaf *x509.Certificate) hub.DeviceID {
+	if dev := identityIn(leaf.Subject); dev != "" {
+		return dev
+	}
+	return hub.DeviceID(uuid.NewSHA1(uuid.MustParse(string(s.a.hubID)), leaf.RawSubjectPublicKeyInfo).String())
+}
+
+// byCurrent is a device that renews: its certificate is of this authority and was verified.
+func (s *Service) byCurrent(ctx context.Context, leaf *x509.Certificate) (applicant, error) {
+	serial := hub.SerialOf(leaf.SerialNumber)
+	doc, err := s.docs.Get(ctx, collCertificates, serial)
+	if err != nil {
+		return applicant{}, err
+	}
+	a := applicant{device: identityIn(leaf.Subject), allowed: true, current: serial}
+	if a.device == "" {
+		return a, errProof
+	}
+	a.enrolment = enrolment{By: hub.ByRenewal, Proof: "certificate " + serial}
+	if doc.Rev != 0 { // else a restored backup does not know it
+		e, err := decodeEntry(doc)
+		if err != nil {
+			return a, err
+		}
+		a.Owner = e.Owner
+	}
+	// The device stays the device when somebody else owns it.
+	own, err := s.owners.Owner(ctx, a.device)
+	if err == nil {
+		a.Owner = own.Owner
+	} else if !hub.IsKind(err, hub.NotFound) {
+		return a, err
+	}
+	return a, nil
+}
+
+// verifyOwn verifies a chain that leads to the device root, and returns its leaf. Errors are Unauthenticated.
+func (s *Service) verifyOwn(chain []*x509.Certificate) (*x509.Certificate, error) {
+	between := s.a.DeviceIntermediates()
+	pool := x509.NewCertPool()
+	for _, c := range between {
+		pool.AddCert(c)
+	}
+	_, err := chain[0].Verify(x509.VerifyOptions{
+		Roots: s.a.DevicePool(), Intermediates: pool, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	})
+	switch {
+	case err != nil:
+		return nil, errProof.With("verify", err)
+	case !slices.ContainsFunc(chain[0].UnknownExtKeyUsage, OCFIdentity.Equal):
+		return nil, errProof
+	case s.Revoked(chain[0]):
+		return nil, errProof
+	}
+	return chain[0], nil
+}
+
+// Vouch reports whether a chain of certificates may be used to enrol: nil if it leads to a group's CA, or to the hub's device root
+// and is not revoked. It is asked in the handshake, where the peer has proven that it has the key of the first.
+func (s *Service) Vouch(ctx context.Context, chain []*x509.Certificate) error {
+	if len(chain) == 0 {
+		return errProof
+	}
+	if _, err := s.verifyOwn(chain); err == nil {
+		return nil
+	}
+	_, err := s.groupOf(ctx, chain)
+	return err
+}
+
+// Anchors are the certificates that a device needs to verify those of this authority: the root, and what issues under it.
+func (s *Service) Anchors() []*x509.Certificate {
+	return append([]*x509.Certificate{s.a.signers[Device].root}, s.a.DeviceIntermediates()...)
+}
+
+// Enrolments yields what is known of devices' enrolments, in no order. An error is the last element.
+func (s *Service) Enrolments(ctx context.Context, f hub.EnrolmentFilter) iter.Seq2[hub.Enrolment, error] {
+	return func(yield func(hub.Enrolment, error) bool) {
+		for doc, err := range s.enrolments(ctx, f) {
+			var e enrolment
+			if err == nil {
+				e, err = decodeEnrolment(doc)
+			}
+			if err != nil {
+				yield(hub.Enrolment{}, err)
+				return
+			}
+			if f.Owner != "" && e.Owner != f.Owner || len(f.Groups) > 0 && !slices.Contains(f.Groups, e.Group) ||
+				len(f.States) > 0 && !slices.Contains(f.States, e.State) {
+				continue
+			}
+			if !yield(e.enrolment(doc.Key), nil) {
+				return
+			}
+		}
+	}
+}
+
+func (s *Service) enrolments(ctx context.Context, f hub.EnrolmentFilter) iter.Seq2[store.Doc, error] {
+	switch {
+	case len(f.Devices) > 0:
+		return func(yield func(store.Doc, error) bool) {
+			for _, dev := range f.Devices {
+				doc, err := s.docs.Get(ctx, collEnrolments, string(dev))
+				if (err != nil || doc.Rev != 0) && !yield(doc, err) || err != nil {
+					return
+				}
+			}
+		}
+	case f.Owner != "":
+		return s.docs.Find(ctx, collEnrolments, indexOwner+string(f.Owner))
+	case len(f.Groups) == 1:
+		return s.docs.Find(ctx, collEnrolments, indexGroup+f.Groups[0])
+	case len(f.States) == 1:
+		return s.docs.Find(ctx, collEnrolments, indexState+string(f.States[0]))
+	}
+	return s.docs.Range(ctx, collEnrolments, "", "")
+}
+
+// Decide allows devices that wait or were refused, or refuses those that wait, were allowed or have a certificate; what they have
+// is not revoked by that. It returns those whose state changed. A device that is not known is NotFound.
+func (s *Service) Decide(ctx context.Context, devices []hub.DeviceID, allow bool, user string) (out []hub.Enrolment, err error) {
+	for _, dev := range devices {
+		e, changed, err := s.decide(ctx, dev, allow, user)
+		if err != nil {
+			return out, fmt.Errorf("certificateauthority.Decide: %w", err)
+		}
+		if changed {
+			out = append(out, e.enrolment(string(dev)))
+		}
+	}
+	return out, nil
+}
+
+func (s *Service) decide(ctx context.Context, dev hub.DeviceID, allow bool, user string) (e enrolment, changed bool, err error) {
+	turn := s.turn(dev)
+	turn.Lock()
+	defer turn.Unlock()
+	doc, err := s.docs.Get(ctx, collEnrolments, string(dev))
+	if err != nil {
+		return e, false, err
+	}
+	if doc.Rev == 0 {
+		return e, false, hub.NewError(hub.NotFound, "enrolment-unknown", "this device has not asked to enrol")
+	}
+	if e, err = decodeEnrolment(doc); err != nil {
+		return e, false, err
+	}
+	state := hub.EnrolmentRefused
+	if allow {
+		state = hub.EnrolmentAllowed
+	}
+	if e.State == state || allow && e.State == hub.EnrolmentIssued {
+		return e, false, nil
+	}
+	e.State, e.User, e.Problem = state, user, ""
+	next, err := e.doc(dev, doc.Rev)
+	if err == nil {
+		_, err = s.docs.Put(ctx, collEnrolments, next)
+	}
+	return e, err == nil, err
+}
+
+// Forget removes what is known of devices' enrolments, so that they begin anew, also with another factory key; their certificates
+// stay. It returns what was there.
+func (s *Service) Forget(ctx context.Context, f hub.EnrolmentFilter) (out []hub.Enrolment, err error) {
+	for e, err := range s.Enrolments(ctx, f) {
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, e)
+	}
+	for i, e := range out {
+		if err := s.forget(ctx, e.Device); err != nil {
+			return out[:i], fmt.Errorf("certificateauthority.Forget: %w", err)
+		}
+	}
+	return out, nil
+}
+
+func (s *Service) forget(ctx context.Context, dev hub.DeviceID) error {
+	turn := s.turn(dev)
+	turn.Lock()
+	defer turn.Unlock()
+	doc, err := s.docs.Get(ctx, collEnrolments, string(dev))
+	if err != nil || doc.Rev == 0 {
+		return err
+	}
+	return s.docs.Delete(ctx, collEnrolments, doc.Key, doc.Rev)
+}

@@ -1,0 +1,245 @@
+package enrolmentgateway
+
+import (
+	"context"
+	"encoding/pem"
+	"log/slog"
+	"strings"
+
+	"github.com/fxamacker/cbor/v2"
+	"github.com/plgd-dev/go-coap/v3/message"
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
+	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/coap"
+	"github.com/coaphub/coaphub/internal/est"
+)
+
+// Content formats of EST over CoAP (RFC 9148, Section 5.3).
+const (
+	formatCertsOnly  = 281 // application/pkcs7-mime;smime-type=certs-only
+	formatAttributes = 285 // application/csrattrs
+	formatRequest    = 286 // application/pkcs10
+	formatCert       = 287 // application/pkix-cert
+)
+
+// maxBody bounds a request's body. The authority takes signing requests of 16 KiB.
+const maxBody = 24 << 10
+
+// estPath is where EST begins, over HTTP and CoAP alike (RFC 7030, Section 3.2.2; RFC 9148, Section 5.1). tokenPath is ours.
+const (
+	estPath   = "/.well-known/est/"
+	tokenPath = "/api/v1/enrolment"
+)
+
+// peer is one connection.
+type peer struct {
+	gw    *Gateway
+	log   *slog.Logger
+	proof hub.EnrolmentProof // what its handshake has shown
+}
+
+// Open implements coap.Handler.
+func (g *Gateway) Open(c *coap.Conn) (coap.ConnHandler, error) {
+	info := c.Info()
+	p := &peer{gw: g, log: g.log.With("remote", info.Remote.String())}
+	switch {
+	case info.Peer.PSKIdentity != nil:
+		p.proof.PSK, _ = hub.ParseDeviceID(string(info.Peer.PSKIdentity)) // or it would have no key
+	case info.TLS != nil:
+		p.proof.Chain = info.TLS.PeerCertificates
+	default:
+		p.proof.Chain = info.Peer.Chain
+	}
+	return p, nil
+}
+
+// Notifications implements coap.ConnHandler; nothing is observed.
+func (*peer) Notifications(context.Context, []coap.Notification) {}
+
+// Closed implements coap.ConnHandler.
+func (*peer) Closed(error) {}
+
+// resource is what there is at a path.
+type resource struct {
+	code   codes.Code // the method
+	format []int32    // of answers, the first one is the default
+	link   string     // for discovery
+	do     func(p *peer, ctx context.Context, req *coap.Message, format int32) (codes.Code, []byte, error)
+}
+
+var resources = map[string]resource{
+	estPath + "crts": {codes.GET, []int32{formatCertsOnly, formatCert}, `;rt="ace.est.crts";ct="281 287"`, (*peer).anchors},
+	estPath + "sen":  {codes.POST, []int32{formatCertsOnly, formatCert}, `;rt="ace.est.sen";ct="281 287"`, (*peer).enrol},
+	estPath + "sren": {codes.POST, []int32{formatCertsOnly, formatCert}, `;rt="ace.est.sren";ct="281 287"`, (*peer).renew},
+	estPath + "att":  {codes.GET, []int32{formatAttributes}, `;rt="ace.est.att";ct=285`, (*peer).attributes},
+	tokenPath:        {codes.POST, []int32{hub.FormatCBOR, hub.FormatOCFCBOR}, `;ct=60`, (*peer).enrolByToken},
+}
+
+var errPath = hub.NewError(hub.NotFound, "path-unknown", "there is nothing at this path")
+
+// Request implements coap.ConnHandler.
+func (p *peer) Request(ctx context.Context, req *coap.Message) coap.Response {
+	ctx, cancel := context.WithTimeout(ctx, answerTime)
+	defer cancel()
+	path := coap.Path(req)
+	var resp coap.Response
+	var err error
+	r, known := resources[path]
+	operation := strings.TrimPrefix(path, estPath)
+	switch {
+	case path == "/.well-known/core" && req.Code == codes.GET:
+		return discovery(req)
+	case !known:
+		operation, err = "unknown", errPath
+	case req.Code != r.code:
+		err = &hub.Error{Kind: hub.MethodNotAllowed}
+	default:
+		resp, err = p.answer(ctx, r, req)
+	}
+	if err != nil {
+		resp = coap.Failure(coap.CodeOf(hub.KindOf(err)), err)
+		level := slog.LevelInfo
+		if resp.Code == codes.ServiceUnavailable {
+			level = slog.LevelWarn
+		}
+		p.log.Log(ctx, level, "a device was refused what it asked for", "path", path, "error", err)
+	}
+	p.gw.count("coap", operation, coap.Dotted(resp.Code))
+	return resp
+}
+
+func (p *peer) answer(ctx context.Context, r resource, req *coap.Message) (coap.Response, error) {
+	format := r.format[0]
+	if wanted, ok := coap.Accept(req); ok {
+		format = -1
+		for _, f := range r.format {
+			if f == wanted {
+				format = f
+			}
+		}
+		if format < 0 {
+			return coap.Response{}, &hub.Error{Kind: hub.NotAcceptable}
+		}
+	}
+	code, body, err := r.do(p, ctx, req, format)
+	if err != nil {
+		return coap.Response{}, err
+	}
+	return coap.Response{Code: code, Options: coap.AddUint(nil, message.ContentFormat, uint32(format)), Payload: body}, nil
+}
+
+// discovery lists the resources (RFC 9148, Section 5.1; RFC 6690), those of the resource type that is asked for.
+func discovery(req *coap.Message) coap.Response {
+	rt := ""
+	for _, q := range coap.Queries(req) {
+		if v, ok := strings.CutPrefix(q, "rt="); ok {
+			rt = v
+		}
+	}
+	var links []string
+	for _, path := range []string{estPath + "crts", estPath + "sen", estPath + "sren", estPath + "att", tokenPath} {
+		link := resources[path].link
+		prefix, wild := strings.CutSuffix(rt, "*")
+		if rt == "" || wild && strings.Contains(link, `rt="`+prefix) || !wild && strings.Contains(link, `rt="`+rt+`"`) {
+			links = append(links, "<"+path+">"+link)
+		}
+	}
+	return coap.Response{
+		Code: codes.Content, Options: coap.AddUint(nil, message.ContentFormat, uint32(hub.FormatLink)), Payload: []byte(strings.Join(links, ",")),
+	}
+}
+
+func (p *peer) anchors(_ context.Context, _ *coap.Message, format int32) (codes.Code, []byte, error) {
+	anchors := p.gw.deps.Authority.Anchors()
+	if format == formatCert { // RFC 9148, Section 5.3: one certificate, the root
+		return codes.Content, anchors[0].Raw, nil
+	}
+	body, err := est.CertsOnly(anchors)
+	return codes.Content, body, err
+}
+
+func (*peer) attributes(context.Context, *coap.Message, int32) (codes.Code, []byte, error) {
+	return codes.Content, est.Attributes, nil
+}
+
+func (p *peer) enrol(ctx context.Context, req *coap.Message, format int32) (codes.Code, []byte, error) {
+	return p.certificate(ctx, req, format, false)
+}
+
+func (p *peer) renew(ctx context.Context, req *coap.Message, format int32) (codes.Code, []byte, error) {
+	return p.certificate(ctx, req, format, true)
+}
+
+func (p *peer) certificate(ctx context.Context, req *coap.Message, format int32, renew bool) (codes.Code, []byte, error) {
+	if f, ok := coap.ContentFormat(req); ok && f != formatRequest {
+		return 0, nil, hub.NewError(hub.Unsupported, "format-unsupported", "the body must be application/pkcs10 (286)")
+	}
+	out, err := p.gw.deps.Authority.Enrol(ctx, p.proof, req.Payload, renew)
+	if err != nil {
+		return 0, nil, err
+	}
+	p.gw.enrolled(ctx, p.log, out)
+	if format == formatCert {
+		return codes.Changed, out.Chain[0].Raw, nil
+	}
+	body, err := est.CertsOnly(out.Chain[:1]) // RFC 7030, Section 4.2.3: only the certificate that was issued
+	return codes.Changed, body, err
+}
+
+func (g *Gateway) enrolled(ctx context.Context, log *slog.Logger, out hub.Enrolled) {
+	log.InfoContext(ctx, "device enrolled", "device", out.Device, "serial", out.Serial)
+}
+
+// tokenRequest is the body of an enrolment with a one-time token, CBOR or JSON.
+type tokenRequest struct {
+	Token string `cbor:"token" json:"token"`
+	CSR   string `cbor:"csr" json:"csr"` // PEM
+}
+
+// tokenAnswer is the answer. Certificates are PEM.
+type tokenAnswer struct {
+	Device string `cbor:"deviceId" json:"deviceId"`
+	Chain  string `cbor:"certificate" json:"certificate"` // the device's certificate, and the one that issued it
+	CA     string `cbor:"ca" json:"ca"`                   // whom to trust
+}
+
+var decoding = func() cbor.DecMode {
+	m, err := cbor.DecOptions{MaxNestedLevels: 4, MaxMapPairs: 16, MaxArrayElements: 16}.DecMode()
+	if err != nil {
+		panic(err) // constants
+	}
+	return m
+}()
+
+var errTokenBody = hub.NewError(hub.Invalid, "body-invalid", "the body must be a map with the texts token and csr, the latter PEM")
+
+func (p *peer) enrolByToken(ctx context.Context, req *coap.Message, _ int32) (codes.Code, []byte, error) {
+	var q tokenRequest
+	if err := decoding.Unmarshal(req.Payload, &q); err != nil || q.Token == "" || q.CSR == "" {
+		return 0, nil, errTokenBody.With("decode", err)
+	}
+	answer, err := p.gw.byToken(ctx, p.log, q)
+	if err != nil {
+		return 0, nil, err
+	}
+	body, err := cbor.Marshal(answer)
+	return codes.Changed, body, err
+}
+
+func (g *Gateway) byToken(ctx context.Context, log *slog.Logger, q tokenRequest) (tokenAnswer, error) {
+	out, err := g.deps.Authority.Enrol(ctx, hub.EnrolmentProof{Token: q.Token}, []byte(q.CSR), false)
+	if err != nil {
+		return tokenAnswer{}, err
+	}
+	g.enrolled(ctx, log, out)
+	a := tokenAnswer{Device: string(out.Device), CA: string(certPEM(g.deps.Authority.Anchors()[0].Raw))}
+	for _, c := range out.Chain {
+		a.Chain += string(certPEM(c.Raw))
+	}
+	return a, nil
+}
+
+func certPEM(der []byte) []byte {
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+}

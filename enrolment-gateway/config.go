@@ -1,0 +1,58 @@
+package enrolmentgateway
+
+import (
+	"fmt"
+	"net"
+)
+
+// Config is everything below enrolmentGateway. An address of "" switches a listener off.
+type Config struct {
+	API APIConfig `yaml:"api"`
+}
+
+// APIConfig is everything below enrolmentGateway.api.
+type APIConfig struct {
+	CoAP CoAPConfig `yaml:"coap"`
+	HTTP HTTPConfig `yaml:"http"`
+}
+
+// CoAPConfig is everything below enrolmentGateway.api.coap.
+type CoAPConfig struct {
+	// Address to listen on for EST over CoAP, with DTLS (RFC 9148) and, on the same port of TCP, with TLS.
+	Address string `yaml:"address"`
+	// MaxConnections in all; further ones are closed at once.
+	MaxConnections int `yaml:"maxConnections"`
+}
+
+// HTTPConfig is everything below enrolmentGateway.api.http.
+type HTTPConfig struct {
+	// Address to listen on for EST over HTTPS (RFC 7030); always TLS, with the hub's certificate towards devices.
+	Address string `yaml:"address"`
+	// MaxConnections in all; more wait in the system's queue.
+	MaxConnections int `yaml:"maxConnections"`
+}
+
+// Default returns the configuration of a hub without a configuration file.
+func Default() Config {
+	return Config{API: APIConfig{
+		CoAP: CoAPConfig{Address: "[::]:15684", MaxConnections: 4096},
+		HTTP: HTTPConfig{Address: "[::]:8443", MaxConnections: 1024},
+	}}
+}
+
+// Validate reports all mistakes, each with the key's path below the section.
+func (c Config) Validate() []error {
+	var errs []error
+	for _, l := range []struct {
+		key, address string
+		most         int
+	}{{"api.coap", c.API.CoAP.Address, c.API.CoAP.MaxConnections}, {"api.http", c.API.HTTP.Address, c.API.HTTP.MaxConnections}} {
+		if _, _, err := net.SplitHostPort(l.address); err != nil && l.address != "" {
+			errs = append(errs, fmt.Errorf("%s.address: %w", l.key, err))
+		}
+		if l.most <= 0 {
+			errs = append(errs, fmt.Errorf("%s.maxConnections: %d is not positive", l.key, l.most))
+		}
+	}
+	return errs
+}

@@ -1,0 +1,160 @@
+package enrolmentgateway
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"log/slog"
+	"net"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/net/netutil"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/coap"
+	"github.com/coaphub/coaphub/internal/obs"
+)
+
+// Authority decides who gets a certificate.
+type Authority interface {
+	// Vouch is asked in the handshake about the certificates that a peer showed, of which it has the first one's key: an error if
+	// nobody can enrol with them.
+	Vouch(ctx context.Context, chain []*x509.Certificate) error
+	// Enrol gives a device a certificate; renew allows only another one in place of that which it showed. While somebody has to
+	// decide, the error is Unavailable with the code "enrolment-waiting".
+	Enrol(ctx context.Context, proof hub.EnrolmentProof, csr []byte, renew bool) (hub.Enrolled, error)
+	// Anchors are the device root and what issues under it, in this order.
+	Anchors() []*x509.Certificate
+}
+
+// Deps is what a gateway needs of others.
+type Deps struct {
+	Authority Authority
+	// Certificate is the hub's certificate towards devices. It is asked at each handshake.
+	Certificate func() (*tls.Certificate, error)
+	// PSK returns the pre-shared key of a device, nil if it has none.
+	PSK func(context.Context, hub.DeviceID) ([]byte, error)
+	// Refused is told of connections that did not become one. It must not block.
+	Refused func(remote net.Addr, reason string)
+	// EngineMetrics are those of the CoAP engine, which others may use, too.
+	EngineMetrics *coap.Metrics
+	// HTTP and TCP are listeners that were opened before, and UDP; nil for one that is off.
+	CoAP net.Listener
+	DTLS net.PacketConn
+	HTTP net.Listener
+}
+
+// Gateway is the door.
+type Gateway struct {
+	cfg     Config
+	deps    Deps
+	log     *slog.Logger
+	engine  *coap.Server
+	tls     *tls.Config
+	answers *prometheus.CounterVec
+}
+
+// answerTime bounds how long a device waits for its certificate: it gives up on a request over UDP after 93 s (MAX_TRANSMIT_WAIT,
+// RFC 7252, Section 4.8.2), and has a person's patience before.
+const answerTime = 30 * time.Second
+
+// idleTime ends a connection that says nothing: whoever got his certificate has nothing more to do here.
+const idleTime = time.Minute
+
+// New makes a gateway of a valid configuration.
+func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) *Gateway {
+	g := &Gateway{cfg: cfg, deps: deps, log: log, answers: prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "coaphub_enrolment_requests_total",
+		Help: "Requests of devices that enrol, by door, operation and answer. coaphub_enrolments_total has the reasons.",
+	}, []string{"door", "operation", "answer"})}
+	if reg != nil {
+		reg.MustRegister(g.answers)
+	}
+	ec := coap.DefaultConfig()
+	ec.MaxConnections = cfg.API.CoAP.MaxConnections
+	ec.MaxMessageSize, ec.MaxBody = 64<<10, maxBody
+	ec.MaxSilence = idleTime
+	ec.MaxBuffered = 32 << 20
+	ec.Refused = func(remote net.Addr, reason, detail string) {
+		if detail != "" {
+			reason += ": " + detail
+		}
+		deps.Refused(remote, reason)
+	}
+	g.engine = coap.NewServer(ec, g, log, deps.EngineMetrics)
+	g.tls = &tls.Config{
+		MinVersion:             tls.VersionTLS12,
+		GetCertificate:         func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return deps.Certificate() },
+		SessionTicketsDisabled: true, // a resumed session would bring a certificate past today's groups
+		// Asked for and not demanded: a device with a one-time token has none.
+		ClientAuth: tls.RequestClientCert,
+		VerifyConnection: func(s tls.ConnectionState) error {
+			if len(s.PeerCertificates) == 0 {
+				return nil
+			}
+			return deps.Authority.Vouch(context.Background(), s.PeerCertificates)
+		},
+	}
+	return g
+}
+
+// Run calls ready and serves until ctx ends; then everything it started has ended.
+func (g *Gateway) Run(ctx context.Context, ready func()) error {
+	group, ctx := errgroup.WithContext(ctx)
+	if g.deps.CoAP != nil {
+		conf := g.tls.Clone()
+		conf.NextProtos = []string{"coap"} // RFC 8323, Section 8.2
+		group.Go(func() error { return g.engine.ServeTCP(ctx, g.deps.CoAP, conf) })
+	}
+	if g.deps.DTLS != nil {
+		group.Go(func() error { return g.engine.ServeDTLS(ctx, g.deps.DTLS, g.dtlsConfig()) })
+	}
+	if g.deps.HTTP != nil {
+		conf := g.tls.Clone()
+		conf.NextProtos = []string{"http/1.1"} // a device asks one thing at a time
+		ln := tls.NewListener(netutil.LimitListener(g.deps.HTTP, g.cfg.API.HTTP.MaxConnections), conf)
+		group.Go(func() error { return obs.ServeHTTP(ctx, ln, g.handler(), time.Second, g.log, func() {}) })
+	}
+	group.Go(func() error { <-ctx.Done(); return nil }) // also with no listener at all
+	ready()
+	if err := group.Wait(); err != nil {
+		return fmt.Errorf("serve enrolment: %w", err)
+	}
+	return nil
+}
+
+func (g *Gateway) dtlsConfig() coap.DTLSConfig {
+	conf := coap.DefaultDTLSConfig()
+	conf.AnyCertificate = true
+	conf.Credentials = func() (tls.Certificate, *x509.CertPool, error) {
+		cert, err := g.deps.Certificate()
+		if err != nil {
+			return tls.Certificate{}, nil, err
+		}
+		return *cert, nil, nil
+	}
+	if g.deps.PSK != nil {
+		conf.PSK = func(ctx context.Context, identity []byte) ([]byte, error) {
+			dev, err := hub.ParseDeviceID(string(identity))
+			if err != nil {
+				return nil, nil // unknown, as a device without key is
+			}
+			return g.deps.PSK(ctx, dev)
+		}
+	}
+	conf.Verify = func(peer coap.PeerCredential) error {
+		if peer.PSKIdentity != nil || len(peer.Chain) == 0 {
+			return nil
+		}
+		return g.deps.Authority.Vouch(context.Background(), peer.Chain)
+	}
+	return conf
+}
+
+// count is called for each answer.
+func (g *Gateway) count(door, operation, answer string) {
+	g.answers.WithLabelValues(door, operation, answer).Inc()
+}
