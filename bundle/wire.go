@@ -174,6 +174,7 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 		Directory: a.directory, Identities: a.identities, Verifier: a.verifier, Providers: providers,
 		Certificate: certificate, ClientCAs: a.authority.DevicePool(), ClientIntermediates: a.authority.DeviceIntermediates(),
 		PSK: a.psk.key, Revoked: a.certificates.Revoked, HubID: hub.DeviceID(a.hubID), Service: writer, EngineMetrics: engine,
+		Renewals: a.certificates,
 		Reach: func(address string) string { return reach(address, a.external) },
 	}, log.With("part", "coap-gateway"), a.registry)
 	if err != nil {

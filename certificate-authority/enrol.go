@@ -7,6 +7,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"iter"
 	"slices"
 	"time"
@@ -33,6 +34,8 @@ const (
 	// maxUndecided bounds the devices of a group that wait for a person, and waitsFor how long each is kept that does not come again.
 	maxUndecided = 10_000
 	waitsFor     = 30 * 24 * time.Hour
+	// renewBefore is how long before its end a certificate may be renewed without being asked.
+	renewBefore = 60 * 24 * time.Hour
 	// askAgain is when a device that waits for a person may come again.
 	askAgain = time.Minute
 	// recorded is how often it is at least recorded that a device that waits comes again.
@@ -387,6 +390,18 @@ func (s *Service) Vouch(ctx context.Context, chain []*x509.Certificate) error {
 	}
 	_, err := s.groupOf(ctx, chain)
 	return err
+}
+
+// RenewAt is when a certificate of this authority should be renewed: in the last 60 days of its life, or its last third if that is
+// less; somewhere in the first half of that, at another time for each certificate, so that a fleet that came at once does not
+// come at once again. False: it is of another authority.
+func (s *Service) RenewAt(c *x509.Certificate) (time.Time, bool) {
+	if !slices.Equal(c.AuthorityKeyId, s.a.signers[Device].issuing.SubjectKeyId) {
+		return time.Time{}, false
+	}
+	half := min(renewBefore, c.NotAfter.Sub(c.NotBefore)/3) / 2
+	spread := float64(crc32.ChecksumIEEE(c.SerialNumber.Bytes())) / (1 << 32)
+	return c.NotAfter.Add(-2*half + time.Duration(spread*float64(half))), true
 }
 
 // Anchors are the certificates that a device needs to verify those of this authority: the root, and what issues under it.

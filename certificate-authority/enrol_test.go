@@ -558,3 +558,36 @@ func TestEnrolmentTimes(t *testing.T) {
 		}
 	})
 }
+
+// Certificates of a fleet that came at once are due at different times, all of them well before their end.
+func TestRenewAt(t *testing.T) {
+	o := newOffice(t)
+	seen := map[time.Duration]bool{}
+	for range 20 {
+		id, err := o.IssueDevice(t.Context(), testDev, DeviceValidity, "", "operator")
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := firstOf(t, id.Chain)
+		at, ours := o.RenewAt(c)
+		left := c.NotAfter.Sub(at).Round(time.Second)
+		if !ours || left > 60*24*time.Hour || left < 30*24*time.Hour {
+			t.Errorf("due %v before its end, ours %v", left, ours)
+		}
+		seen[left] = true
+	}
+	if len(seen) < 15 {
+		t.Errorf("20 certificates are due at %d times", len(seen))
+	}
+	short, err := o.IssueDevice(t.Context(), testDev, 5*time.Hour, "", "operator")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := firstOf(t, short.Chain)
+	if at, _ := o.RenewAt(c); c.NotAfter.Sub(at) > 2*time.Hour || c.NotAfter.Sub(at) < time.Hour {
+		t.Errorf("one of six hours is due %v before its end", c.NotAfter.Sub(at))
+	}
+	if _, ours := o.RenewAt(newFactory(t).root); ours {
+		t.Error("another authority's certificate is taken for ours")
+	}
+}

@@ -9,6 +9,7 @@ import (
 
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/coap"
+	"github.com/coaphub/coaphub/internal/est"
 )
 
 // ownResource is one of the hub's own resources as RFC 6690 lists it.
@@ -21,6 +22,9 @@ var ownResources = []ownResource{
 	{"/oic/rd", "oic.wk.rd", "10000 60 50"},
 	{"/oic/res", "oic.wk.res", "10000 60 50"},
 	{"/x.plgd.dev/time", "x.plgd.dev.time", "10000 60 50"},
+	{est.Path + "crts", "ace.est.crts", "281 287"}, // RFC 9148, Section 5.1
+	{est.Path + "att", "ace.est.att", "285"},
+	{est.Path + "sren", "ace.est.sren", "281 287"},
 }
 
 // core lists the hub's own resources in the CoRE link format (RFC 6690, Section 4). Devices' resources are behind a session.
@@ -34,7 +38,7 @@ func (p *peer) core(_ context.Context, req *coap.Message, _ int32) (coap.Respons
 	}
 	var b strings.Builder
 	for _, r := range ownResources {
-		if !coreMatches(q["href"], r.href) || !coreMatches(q["rt"], r.rt) {
+		if strings.HasPrefix(r.href, est.Path) && p.gw.deps.Renewals == nil || !coreMatches(q["href"], r.href) || !coreMatches(q["rt"], r.rt) {
 			continue
 		}
 		if b.Len() > 0 {

@@ -38,6 +38,7 @@ type device struct {
 	list     any                       // answer to GET /oic/res?if=oic.if.ll; nil: made of res
 	batch    func(etags int) *answerOf // answer to GET /oic/res?if=oic.if.b; nil: 4.00
 	asked    []string                  // what the hub asked, in order
+	got      map[string][]byte         // the body of the last request to a path that had one
 	watching map[string]message.Token
 	number   uint32 // of notifications
 	asking   int    // requests of ours that are under way
@@ -162,6 +163,9 @@ func (d *device) serve(w mux.ResponseWriter, r *mux.Message) {
 	d.asked = append(d.asked, line)
 	close(d.bump)
 	d.bump = make(chan struct{})
+	if b, err := r.ReadBody(); err == nil && len(b) > 0 {
+		d.got[path] = b
+	}
 	res, known := d.res[path]
 	mute, list, batch := d.mute, d.list, d.batch
 	if list == nil {
@@ -341,7 +345,9 @@ func (d *device) try(code codes.Code, path string, body []byte, opts ...option) 
 		m.AddOptionBytes(o.ID, o.Value)
 	}
 	if body != nil {
-		m.SetContentFormat(message.AppOcfCbor)
+		if _, err := m.ContentFormat(); err != nil {
+			m.SetContentFormat(message.AppOcfCbor)
+		}
 		m.SetBody(bytes.NewReader(body))
 	}
 	d.ask(1)

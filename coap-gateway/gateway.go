@@ -47,6 +47,8 @@ type Deps struct {
 	// PSK returns the pre-shared key of a device, nil if it has none. Nil: devices have certificates only.
 	PSK   func(context.Context, hub.DeviceID) ([]byte, error)
 	HubID hub.DeviceID
+	// Renewals gives devices another certificate before theirs ends. Nil: nobody does.
+	Renewals Renewals
 	// EngineMetrics may be shared with other engines. Nil: the gateway registers its own.
 	EngineMetrics *coap.Metrics
 	// Service names this gateway in the connections it records.
@@ -57,20 +59,21 @@ type Deps struct {
 
 // Gateway is the devices' door.
 type Gateway struct {
-	cfg     Config
-	deps    Deps
-	log     *slog.Logger
-	metrics *metrics
-	engine  *coap.Server
-	web     *coap.WebSocket // nil when it is off
-	tls     *tls.Config     // nil when there is no secure listener
-	trusted trusted         // who vouches for devices there
-	refused refusals
-	devices *diagnostics
-	live    *live
-	quiet   *quietQueue
-	watches *watches
-	rates   *rates
+	cfg      Config
+	deps     Deps
+	log      *slog.Logger
+	metrics  *metrics
+	engine   *coap.Server
+	web      *coap.WebSocket // nil when it is off
+	tls      *tls.Config     // nil when there is no secure listener
+	trusted  trusted         // who vouches for devices there
+	refused  refusals
+	devices  *diagnostics
+	live     *live
+	quiet    *quietQueue
+	watches  *watches
+	renewals *renewals
+	rates    *rates
 	// signIns has sign-ins, and exchanges the sign-ups and refreshes of each provider. Those wait for it, and one that hangs must
 	// keep nobody out who has a token, or another provider.
 	signIns     *admission.Queue
@@ -113,6 +116,7 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 		g.exchanges[p.Name] = cfg.Limits.SignIns.queue()
 	}
 	g.metrics = newMetrics(reg, g.signIns, g.exchanges)
+	g.renewals = newRenewals(g)
 	g.watches = &watches{gw: g, ears: map[hub.Owner]*ear{}}
 	if cfg.API.CoAP.Address != "" {
 		var err error
@@ -175,6 +179,7 @@ func (g *Gateway) Run(ctx context.Context, ready func()) error {
 		group.Go(func() error { return g.engine.ServeUDP(ctx, plain.udp) })
 	}
 	group.Go(func() error { g.quiet.run(ctx); return nil })
+	group.Go(func() error { g.renewals.run(ctx); return nil })
 	if g.web != nil {
 		group.Go(func() error { g.web.Serve(ctx); return nil })
 	}

@@ -205,7 +205,7 @@ func startPatient(t *testing.T, patience time.Duration, change func(*Config, *De
 
 func (h *hall) device(id hub.DeviceID) *device {
 	return &device{
-		t: h.t, id: id, bump: make(chan struct{}), res: map[string]resource{}, watching: map[string]message.Token{},
+		t: h.t, id: id, bump: make(chan struct{}), res: map[string]resource{}, got: map[string][]byte{}, watching: map[string]message.Token{},
 	}
 }
 

@@ -33,6 +33,16 @@ func newLive() *live {
 	return &live{grants: map[grant]sessions{}, keys: map[hub.DeviceID]sessions{}, certs: map[string]sessions{}}
 }
 
+// withCertificate are the sessions that came with one.
+func (l *live) withCertificate() (out []*session) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, ss := range l.certs {
+		out = slices.AppendSeq(out, maps.Keys(ss))
+	}
+	return out
+}
+
 // soFar counts the ends that were told.
 func (l *live) soFar() uint64 {
 	l.mu.Lock()

@@ -20,6 +20,7 @@ type metrics struct {
 	overload      *prometheus.CounterVec
 	slowed        *prometheus.CounterVec
 
+	renewals       *prometheus.CounterVec
 	watches        prometheus.Gauge
 	commands       *prometheus.CounterVec
 	commandSeconds prometheus.Histogram
@@ -69,6 +70,9 @@ func newMetrics(reg prometheus.Registerer, signIns *admission.Queue, exchanges m
 		slowed: prometheus.NewCounterVec(opts("notifications_slowed_total",
 			"Pauses in taking a device's notifications, by the code of the reason, as in overload_refused_total. When it rises, look "+
 				"for devices that report too often."), []string{"reason"}),
+		renewals: prometheus.NewCounterVec(opts("renewals_total",
+			"Certificates that were renewed over devices' connections, by who asked (device, hub) and what came of it. Rising refused: devices "+
+				"that do neither; see coaphub certs report for those whose certificates end soon."), []string{"by", "outcome"}),
 		watches: prometheus.NewGauge(prometheus.GaugeOpts{
 			Namespace: "coaphub", Subsystem: "coap_gateway", Name: "observations",
 			Help: "Resources that devices observe at each other. Near deviceToDevice.maxObservationsInAll further ones are refused.",
@@ -99,7 +103,7 @@ func newMetrics(reg prometheus.Registerer, signIns *admission.Queue, exchanges m
 		for provider, q := range exchanges {
 			queue("exchange", provider, q)
 		}
-		reg.MustRegister(m.overload, m.slowed)
+		reg.MustRegister(m.overload, m.slowed, m.renewals)
 		reg.MustRegister(m.sessions, m.requests, m.refused, m.changes, m.batchSkipped, m.tooLarge, m.notStored, m.syncs, m.quiet,
 			m.sessionsEnded, m.watches, m.commands, m.commandSeconds)
 	}

@@ -12,6 +12,7 @@ import (
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/admission"
 	"github.com/coaphub/coaphub/internal/coap"
+	"github.com/coaphub/coaphub/internal/est"
 )
 
 // peer is one connection and whoever is signed in on it. The engine calls it from one goroutine at a time.
@@ -66,8 +67,12 @@ var routes = map[string]route{
 	"/oic/rd": {session: true, methods: map[codes.Code]method{
 		codes.GET: (*peer).selector, codes.POST: (*peer).publish, codes.DELETE: (*peer).unpublish,
 	}},
-	"/oic/res":          {session: true, methods: map[codes.Code]method{codes.GET: (*peer).discover}},
-	"/x.plgd.dev/time":  {own: true, methods: map[codes.Code]method{codes.GET: (*peer).hubTime}},
+	"/oic/res":         {session: true, methods: map[codes.Code]method{codes.GET: (*peer).discover}},
+	"/x.plgd.dev/time": {own: true, methods: map[codes.Code]method{codes.GET: (*peer).hubTime}},
+	// Bodies are in formats of their own.
+	est.Path + "crts":   {own: true, foreign: true, methods: map[codes.Code]method{codes.GET: (*peer).estAnchors}},
+	est.Path + "att":    {own: true, foreign: true, methods: map[codes.Code]method{codes.GET: (*peer).estAttributes}},
+	est.Path + "sren":   {own: true, foreign: true, methods: map[codes.Code]method{codes.POST: (*peer).estRenew}},
 	"/.well-known/core": {own: true, methods: map[codes.Code]method{codes.GET: (*peer).core}},
 }
 
@@ -99,6 +104,8 @@ func (p *peer) Request(ctx context.Context, req *coap.Message) coap.Response {
 	}
 	return p.answered(ctx, a, p.sess, resp, err)
 }
+
+var errNoPath = hub.NewError(hub.NotFound, "path-unknown", "there is nothing at this path")
 
 // asked is a request that is being answered.
 type asked struct {
@@ -166,7 +173,7 @@ func (p *peer) close() {
 
 func (p *peer) answer(ctx context.Context, r route, known bool, path string, req *coap.Message) (coap.Response, error) {
 	if !known && req.Code <= codes.Code(hub.MethodIPatch) { // what is no method is 4.05 wherever it goes (RFC 7252, Section 5.8)
-		return coap.Response{}, hub.NewError(hub.NotFound, "path-unknown", "there is nothing at this path")
+		return coap.Response{}, errNoPath
 	}
 	m, ok := r.methods[req.Code]
 	if !ok {

@@ -469,7 +469,7 @@ func TestDiscoveryOfTooMuch(t *testing.T) {
 
 func TestCore(t *testing.T) {
 	t.Parallel()
-	h := start(t, nil)
+	h := start(t, func(_ *Config, d *Deps) { d.Renewals = &registrar{} })
 	d := h.plain(lampID)
 	r := d.want(d.do(codes.GET, "/.well-known/core", nil), "2.05", "</oic/sec/account>;rt=\"oic.r.account\"")
 	if r.format != 40 || strings.Count(r.text(), ",<") != len(ownResources)-1 {

@@ -163,6 +163,7 @@ func (p *peer) endSession(reason string, offline bool) {
 	p.gw.rates.leave(s.own.Owner)
 	p.listening.Store(nil)
 	s.stop()
+	p.gw.renewals.leave(s) // after the session's context is over, or it could be watched again
 	s.conn.ForgetAnswers()
 	if offline {
 		// Neither the request's nor the connection's context: this must be recorded although both are over.

@@ -137,6 +137,7 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 		return claims, dev, err
 	}
 	s.to.box.begin(s, got.Commands, !got.TwinEnabled) // last: whoever may not stay gets no commands
+	p.gw.renewals.watch(s)
 	return claims, dev, nil
 }
 

@@ -15,22 +15,11 @@ import (
 	"github.com/coaphub/coaphub/internal/est"
 )
 
-// Content formats of EST over CoAP (RFC 9148, Section 5.3).
-const (
-	formatCertsOnly  = 281 // application/pkcs7-mime;smime-type=certs-only
-	formatAttributes = 285 // application/csrattrs
-	formatRequest    = 286 // application/pkcs10
-	formatCert       = 287 // application/pkix-cert
-)
-
 // maxBody bounds a request's body. The authority takes signing requests of 16 KiB.
 const maxBody = 24 << 10
 
-// estPath is where EST begins, over HTTP and CoAP alike (RFC 7030, Section 3.2.2; RFC 9148, Section 5.1). tokenPath is ours.
-const (
-	estPath   = "/.well-known/est/"
-	tokenPath = "/api/v1/enrolment"
-)
+// tokenPath is where one-time tokens are good, over HTTP and CoAP alike.
+const tokenPath = "/api/v1/enrolment"
 
 // peer is one connection.
 type peer struct {
@@ -69,11 +58,11 @@ type resource struct {
 }
 
 var resources = map[string]resource{
-	estPath + "crts": {codes.GET, []int32{formatCertsOnly, formatCert}, `;rt="ace.est.crts";ct="281 287"`, (*peer).anchors},
-	estPath + "sen":  {codes.POST, []int32{formatCertsOnly, formatCert}, `;rt="ace.est.sen";ct="281 287"`, (*peer).enrol},
-	estPath + "sren": {codes.POST, []int32{formatCertsOnly, formatCert}, `;rt="ace.est.sren";ct="281 287"`, (*peer).renew},
-	estPath + "att":  {codes.GET, []int32{formatAttributes}, `;rt="ace.est.att";ct=285`, (*peer).attributes},
-	tokenPath:        {codes.POST, []int32{hub.FormatCBOR, hub.FormatOCFCBOR}, `;ct=60`, (*peer).enrolByToken},
+	est.Path + "crts": {codes.GET, []int32{hub.FormatCertsOnly, hub.FormatCert}, `;rt="ace.est.crts";ct="281 287"`, (*peer).anchors},
+	est.Path + "sen":  {codes.POST, []int32{hub.FormatCertsOnly, hub.FormatCert}, `;rt="ace.est.sen";ct="281 287"`, (*peer).enrol},
+	est.Path + "sren": {codes.POST, []int32{hub.FormatCertsOnly, hub.FormatCert}, `;rt="ace.est.sren";ct="281 287"`, (*peer).renew},
+	est.Path + "att":  {codes.GET, []int32{hub.FormatCSRAttributes}, `;rt="ace.est.att";ct=285`, (*peer).attributes},
+	tokenPath:         {codes.POST, []int32{hub.FormatCBOR, hub.FormatOCFCBOR}, `;ct=60`, (*peer).enrolByToken},
 }
 
 var errPath = hub.NewError(hub.NotFound, "path-unknown", "there is nothing at this path")
@@ -86,7 +75,7 @@ func (p *peer) Request(ctx context.Context, req *coap.Message) coap.Response {
 	var resp coap.Response
 	var err error
 	r, known := resources[path]
-	operation := strings.TrimPrefix(path, estPath)
+	operation := strings.TrimPrefix(path, est.Path)
 	switch {
 	case path == "/.well-known/core" && req.Code == codes.GET:
 		return discovery(req)
@@ -138,7 +127,7 @@ func discovery(req *coap.Message) coap.Response {
 		}
 	}
 	var links []string
-	for _, path := range []string{estPath + "crts", estPath + "sen", estPath + "sren", estPath + "att", tokenPath} {
+	for _, path := range []string{est.Path + "crts", est.Path + "sen", est.Path + "sren", est.Path + "att", tokenPath} {
 		link := resources[path].link
 		prefix, wild := strings.CutSuffix(rt, "*")
 		if rt == "" || wild && strings.Contains(link, `rt="`+prefix) || !wild && strings.Contains(link, `rt="`+rt+`"`) {
@@ -151,11 +140,7 @@ func discovery(req *coap.Message) coap.Response {
 }
 
 func (p *peer) anchors(_ context.Context, _ *coap.Message, format int32) (codes.Code, []byte, error) {
-	anchors := p.gw.deps.Authority.Anchors()
-	if format == formatCert { // RFC 9148, Section 5.3: one certificate, the root
-		return codes.Content, anchors[0].Raw, nil
-	}
-	body, err := est.CertsOnly(anchors)
+	body, err := est.Anchors(p.gw.deps.Authority, format)
 	return codes.Content, body, err
 }
 
@@ -172,7 +157,7 @@ func (p *peer) renew(ctx context.Context, req *coap.Message, format int32) (code
 }
 
 func (p *peer) certificate(ctx context.Context, req *coap.Message, format int32, renew bool) (codes.Code, []byte, error) {
-	if f, ok := coap.ContentFormat(req); ok && f != formatRequest {
+	if f, ok := coap.ContentFormat(req); ok && f != hub.FormatCSR {
 		return 0, nil, hub.NewError(hub.Unsupported, "format-unsupported", "the body must be application/pkcs10 (286)")
 	}
 	out, err := p.gw.deps.Authority.Enrol(ctx, p.proof, req.Payload, renew)
@@ -180,10 +165,7 @@ func (p *peer) certificate(ctx context.Context, req *coap.Message, format int32,
 		return 0, nil, err
 	}
 	p.gw.enrolled(ctx, p.log, out)
-	if format == formatCert {
-		return codes.Changed, out.Chain[0].Raw, nil
-	}
-	body, err := est.CertsOnly(out.Chain[:1]) // RFC 7030, Section 4.2.3: only the certificate that was issued
+	body, err := est.Certificate(out, format)
 	return codes.Changed, body, err
 }
 

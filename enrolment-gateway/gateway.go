@@ -15,19 +15,16 @@ import (
 
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/coap"
+	"github.com/coaphub/coaphub/internal/est"
 	"github.com/coaphub/coaphub/internal/obs"
 )
 
 // Authority decides who gets a certificate.
 type Authority interface {
+	est.Authority
 	// Vouch is asked in the handshake about the certificates that a peer showed, of which it has the first one's key: an error if
 	// nobody can enrol with them.
 	Vouch(ctx context.Context, chain []*x509.Certificate) error
-	// Enrol gives a device a certificate; renew allows only another one in place of that which it showed. While somebody has to
-	// decide, the error is Unavailable with the code "enrolment-waiting".
-	Enrol(ctx context.Context, proof hub.EnrolmentProof, csr []byte, renew bool) (hub.Enrolled, error)
-	// Anchors are the device root and what issues under it, in this order.
-	Anchors() []*x509.Certificate
 }
 
 // Deps is what a gateway needs of others.

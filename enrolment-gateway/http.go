@@ -49,16 +49,16 @@ func (g *Gateway) handler() http.Handler {
 		do     func(w http.ResponseWriter, r *http.Request) error
 	}
 	operations := map[string]operation{
-		estPath + "cacerts":        {http.MethodGet, g.getAnchors},
-		estPath + "csrattrs":       {http.MethodGet, g.getAttributes},
-		estPath + "simpleenroll":   {http.MethodPost, func(w http.ResponseWriter, r *http.Request) error { return g.postRequest(w, r, false) }},
-		estPath + "simplereenroll": {http.MethodPost, func(w http.ResponseWriter, r *http.Request) error { return g.postRequest(w, r, true) }},
-		tokenPath:                  {http.MethodPost, g.postToken},
+		est.Path + "cacerts":        {http.MethodGet, g.getAnchors},
+		est.Path + "csrattrs":       {http.MethodGet, g.getAttributes},
+		est.Path + "simpleenroll":   {http.MethodPost, func(w http.ResponseWriter, r *http.Request) error { return g.postRequest(w, r, false) }},
+		est.Path + "simplereenroll": {http.MethodPost, func(w http.ResponseWriter, r *http.Request) error { return g.postRequest(w, r, true) }},
+		tokenPath:                   {http.MethodPost, g.postToken},
 	}
 	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		w := &recorder{ResponseWriter: rw, code: http.StatusOK}
 		op, known := operations[r.URL.Path]
-		name := strings.TrimPrefix(r.URL.Path, estPath)
+		name := strings.TrimPrefix(r.URL.Path, est.Path)
 		defer func() {
 			if v := recover(); v != nil {
 				g.log.Error("a request to enrol ended in a panic", "path", r.URL.Path, "panic", v, "stack", string(debug.Stack()))
@@ -131,22 +131,20 @@ func answer(w http.ResponseWriter, mediaType string, der []byte) error {
 	return nil
 }
 
-const certsOnly = "application/pkcs7-mime; smime-type=certs-only"
-
 func (g *Gateway) getAnchors(w http.ResponseWriter, _ *http.Request) error {
-	der, err := est.CertsOnly(g.deps.Authority.Anchors())
+	der, err := est.Anchors(g.deps.Authority, hub.FormatCertsOnly)
 	if err != nil {
 		return err
 	}
-	return answer(w, certsOnly, der)
+	return answer(w, hub.MediaType(hub.FormatCertsOnly), der)
 }
 
 func (g *Gateway) getAttributes(w http.ResponseWriter, _ *http.Request) error {
-	return answer(w, "application/csrattrs", est.Attributes)
+	return answer(w, hub.MediaType(hub.FormatCSRAttributes), est.Attributes)
 }
 
 func (g *Gateway) postRequest(w http.ResponseWriter, r *http.Request, renew bool) error {
-	body, err := readBody(r, "application/pkcs10")
+	body, err := readBody(r, hub.MediaType(hub.FormatCSR))
 	if err != nil {
 		return err
 	}
@@ -163,11 +161,11 @@ func (g *Gateway) postRequest(w http.ResponseWriter, r *http.Request, renew bool
 		return err
 	}
 	g.enrolled(r.Context(), g.log.With("remote", r.RemoteAddr), out)
-	der, err := est.CertsOnly(out.Chain[:1]) // RFC 7030, Section 4.2.3: only the certificate that was issued
+	der, err := est.Certificate(out, hub.FormatCertsOnly)
 	if err != nil {
 		return err
 	}
-	return answer(w, certsOnly, der)
+	return answer(w, hub.MediaType(hub.FormatCertsOnly), der)
 }
 
 // tokenOf is the one-time token of a request: the password of RFC 7617, whatever the user's name, or a bearer.

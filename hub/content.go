@@ -15,6 +15,12 @@ const (
 	FormatCBOR    int32 = 60
 	FormatProblem int32 = 257 // RFC 9290
 	FormatOCFCBOR int32 = 10000
+
+	// Of EST over CoAP (RFC 9148, Section 5.3).
+	FormatCertsOnly     int32 = 281
+	FormatCSRAttributes int32 = 285
+	FormatCSR           int32 = 286
+	FormatCert          int32 = 287
 )
 
 // Content is a representation as the device sent it. Bytes that fail to decode are kept as they are.
@@ -28,8 +34,10 @@ var mediaTypes = map[int32]string{
 	FormatText: "text/plain; charset=utf-8", FormatLink: "application/link-format", 41: "application/xml",
 	FormatOctets: "application/octet-stream", 47: "application/exi", FormatJSON: "application/json",
 	FormatCBOR: "application/cbor", 110: "application/senml+json", 112: "application/senml+cbor",
-	FormatProblem: "application/concise-problem-details+cbor",
-	11542:         "application/vnd.oma.lwm2m+tlv", 11543: "application/vnd.oma.lwm2m+json", FormatOCFCBOR: "application/vnd.ocf+cbor",
+	FormatProblem:   "application/concise-problem-details+cbor",
+	FormatCertsOnly: "application/pkcs7-mime; smime-type=certs-only", FormatCSRAttributes: "application/csrattrs",
+	FormatCSR: "application/pkcs10", FormatCert: "application/pkix-cert",
+	11542: "application/vnd.oma.lwm2m+tlv", 11543: "application/vnd.oma.lwm2m+json", FormatOCFCBOR: "application/vnd.ocf+cbor",
 }
 
 // MediaType returns the media type of a CoAP Content-Format, or "" if it is unknown or FormatNone.

@@ -4,6 +4,7 @@
 package est
 
 import (
+	"context"
 	"crypto/x509"
 	"encoding/asn1"
 	"encoding/base64"
@@ -11,7 +12,40 @@ import (
 	"fmt"
 
 	"github.com/smallstep/pkcs7"
+
+	"github.com/coaphub/coaphub/hub"
 )
+
+// Path is where EST begins, over HTTP and CoAP alike (RFC 7030, Section 3.2.2; RFC 9148, Section 5.1).
+const Path = "/.well-known/est/"
+
+// Authority decides who gets a certificate.
+type Authority interface {
+	// Enrol gives a device a certificate; renew allows only another one in place of that which it showed. While somebody has to
+	// decide, the error is Unavailable with the code "enrolment-waiting".
+	Enrol(ctx context.Context, proof hub.EnrolmentProof, csr []byte, renew bool) (hub.Enrolled, error)
+	// Anchors are the device root and what issues under it, in this order.
+	Anchors() []*x509.Certificate
+}
+
+// Anchors is the body with which a client is told whom to trust: all in FormatCertsOnly, or the root in FormatCert (RFC 9148,
+// Section 5.3).
+func Anchors(a Authority, format int32) ([]byte, error) {
+	anchors := a.Anchors()
+	if format == hub.FormatCert {
+		return anchors[0].Raw, nil
+	}
+	return CertsOnly(anchors)
+}
+
+// Certificate is the body with which an enrolment is answered, in FormatCertsOnly or FormatCert: only the certificate that was issued
+// (RFC 7030, Section 4.2.3).
+func Certificate(out hub.Enrolled, format int32) ([]byte, error) {
+	if format == hub.FormatCert {
+		return out.Chain[0].Raw, nil
+	}
+	return CertsOnly(out.Chain[:1])
+}
 
 // CertsOnly packs certificates into a PKCS #7 SignedData that signs nothing (RFC 5272, Section 4.1), DER, in their order.
 func CertsOnly(certs []*x509.Certificate) ([]byte, error) {
