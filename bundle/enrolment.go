@@ -3,7 +3,11 @@ package bundle
 import (
 	"cmp"
 	"context"
+	"errors"
+	"io/fs"
+	"net"
 	"net/http"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -23,9 +27,42 @@ func (a *assembly) listenForEnrolment(ctx context.Context) (err error) {
 		a.listeners = append(a.listeners, a.enrolCoAP, a.enrolDTLS)
 	}
 	if address := api.HTTP.Address; address != "" {
-		a.enrolHTTP, err = a.listen(ctx, address, "--enrolment-http-address", "enrolmentGateway.api.http.address")
+		if a.enrolHTTP, err = a.listen(ctx, address, "--enrolment-http-address", "enrolmentGateway.api.http.address"); err != nil {
+			return err
+		}
 	}
-	return err
+	if path := api.HTTP.Proxies.Socket; path != "" {
+		if a.enrolSocket, err = listenUnix(ctx, path); err != nil {
+			return &hub.Error{
+				Kind: hub.Unavailable, Code: "address-unusable", Err: err,
+				Text: "cannot listen on the Unix socket " + path + "; choose another one with enrolmentGateway.api.http.proxies.socket",
+			}
+		}
+		a.listeners = append(a.listeners, a.enrolSocket)
+	}
+	return nil
+}
+
+// listenUnix opens a Unix socket that its group may use. A socket that is there and that nobody answers on is of a hub that was
+// killed; anything else at that path stays.
+func listenUnix(ctx context.Context, path string) (net.Listener, error) {
+	if info, err := os.Lstat(path); err == nil && info.Mode().Type() == fs.ModeSocket {
+		c, err := new(net.Dialer).DialContext(ctx, "unix", path)
+		if err == nil {
+			return nil, errors.Join(errors.New("somebody listens on it"), c.Close())
+		}
+		if err := os.Remove(path); err != nil {
+			return nil, err
+		}
+	}
+	ln, err := new(net.ListenConfig).Listen(ctx, "unix", path)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(path, 0o660); err != nil {
+		return nil, errors.Join(err, ln.Close())
+	}
+	return ln, nil
 }
 
 // EnrolmentGroup is a set of devices that may enrol because their manufacturer's CA vouches for them.

@@ -62,8 +62,8 @@ type assembly struct {
 
 	enrol *enrolmentgateway.Gateway
 
-	enrolCoAP, enrolHTTP net.Listener // nil: none
-	enrolDTLS            net.PacketConn
+	enrolCoAP, enrolHTTP, enrolSocket net.Listener // nil: none
+	enrolDTLS                         net.PacketConn
 
 	listeners  []io.Closer  // all of them
 	admin      net.Listener // nil: none
@@ -175,19 +175,22 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 		Certificate: certificate, ClientCAs: a.authority.DevicePool(), ClientIntermediates: a.authority.DeviceIntermediates(),
 		PSK: a.psk.key, Revoked: a.certificates.Revoked, HubID: hub.DeviceID(a.hubID), Service: writer, EngineMetrics: engine,
 		Renewals: a.certificates,
-		Reach: func(address string) string { return reach(address, a.external) },
+		Reach:    func(address string) string { return reach(address, a.external) },
 	}, log.With("part", "coap-gateway"), a.registry)
 	if err != nil {
 		return nil, err
 	}
 	a.certificates.Ended(a.devices.EndCertificate)
-	a.enrol = enrolmentgateway.New(cfg.EnrolmentGateway, enrolmentgateway.Deps{
+	a.enrol, err = enrolmentgateway.New(cfg.EnrolmentGateway, enrolmentgateway.Deps{
 		Authority: a.certificates, Certificate: certificate, PSK: a.psk.key, EngineMetrics: engine,
 		Refused: func(remote net.Addr, reason string) {
 			a.devices.Refuse(coapgateway.Refusal{Remote: remote.String(), What: "enrolment", Reason: reason})
 		},
-		CoAP: a.enrolCoAP, DTLS: a.enrolDTLS, HTTP: a.enrolHTTP,
+		CoAP: a.enrolCoAP, DTLS: a.enrolDTLS, HTTP: a.enrolHTTP, Socket: a.enrolSocket,
 	}, log.With("part", "enrolment-gateway"), a.registry)
+	if err != nil {
+		return nil, err
+	}
 	https, err := a.httpsConfig()
 	if err != nil {
 		return nil, err

@@ -29,7 +29,19 @@ type HTTPConfig struct {
 	// Address to listen on for EST over HTTPS (RFC 7030); always TLS, with the hub's certificate towards devices.
 	Address string `yaml:"address"`
 	// MaxConnections in all; more wait in the system's queue.
-	MaxConnections int `yaml:"maxConnections"`
+	MaxConnections int           `yaml:"maxConnections"`
+	Proxies        ProxiesConfig `yaml:"proxies"`
+}
+
+// ProxiesConfig is everything below enrolmentGateway.api.http.proxies: who may end a device's TLS in front of the hub, and say which
+// certificate the device has shown (Client-Cert and Client-Cert-Chain, RFC 9440). Nobody else may.
+type ProxiesConfig struct {
+	// CAPool is files or PEM texts of the CAs of proxies' client certificates. They must sign for nobody else. Empty: no proxy comes
+	// over TLS.
+	CAPool []string `yaml:"caPool"`
+	// Socket is the path of a Unix socket for a proxy on this machine, without TLS; whoever may open it is one. Its group may (0660).
+	// Empty: none.
+	Socket string `yaml:"socket"`
 }
 
 // Default returns the configuration of a hub without a configuration file.
@@ -53,6 +65,9 @@ func (c Config) Validate() []error {
 		if l.most <= 0 {
 			errs = append(errs, fmt.Errorf("%s.maxConnections: %d is not positive", l.key, l.most))
 		}
+	}
+	if _, err := newProxies(c.API.HTTP.Proxies); err != nil {
+		errs = append(errs, err)
 	}
 	return errs
 }

@@ -38,10 +38,11 @@ type Deps struct {
 	Refused func(remote net.Addr, reason string)
 	// EngineMetrics are those of the CoAP engine, which others may use, too.
 	EngineMetrics *coap.Metrics
-	// HTTP and TCP are listeners that were opened before, and UDP; nil for one that is off.
-	CoAP net.Listener
-	DTLS net.PacketConn
-	HTTP net.Listener
+	// The listeners were opened before; nil for one that is off. Socket is that for proxies on this machine.
+	CoAP   net.Listener
+	DTLS   net.PacketConn
+	HTTP   net.Listener
+	Socket net.Listener
 }
 
 // Gateway is the door.
@@ -51,6 +52,7 @@ type Gateway struct {
 	log     *slog.Logger
 	engine  *coap.Server
 	tls     *tls.Config
+	proxies proxies
 	answers *prometheus.CounterVec
 }
 
@@ -61,12 +63,16 @@ const answerTime = 30 * time.Second
 // idleTime ends a connection that says nothing: whoever got his certificate has nothing more to do here.
 const idleTime = time.Minute
 
-// New makes a gateway of a valid configuration.
-func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) *Gateway {
+// New makes a gateway of a valid configuration. It fails if a file cannot be read.
+func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*Gateway, error) {
 	g := &Gateway{cfg: cfg, deps: deps, log: log, answers: prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "coaphub_enrolment_requests_total",
 		Help: "Requests of devices that enrol, by door, operation and answer. coaphub_enrolments_total has the reasons.",
 	}, []string{"door", "operation", "answer"})}
+	var err error
+	if g.proxies, err = newProxies(cfg.API.HTTP.Proxies); err != nil {
+		return nil, err
+	}
 	if reg != nil {
 		reg.MustRegister(g.answers)
 	}
@@ -95,7 +101,7 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) *Ga
 			return deps.Authority.Vouch(context.Background(), s.PeerCertificates)
 		},
 	}
-	return g
+	return g, nil
 }
 
 // Run calls ready and serves until ctx ends; then everything it started has ended.
@@ -112,7 +118,17 @@ func (g *Gateway) Run(ctx context.Context, ready func()) error {
 	if g.deps.HTTP != nil {
 		conf := g.tls.Clone()
 		conf.NextProtos = []string{"http/1.1"} // a device asks one thing at a time
+		conf.VerifyConnection = func(s tls.ConnectionState) error {
+			if g.proxies.include(&s) {
+				return nil
+			}
+			return g.tls.VerifyConnection(s)
+		}
 		ln := tls.NewListener(netutil.LimitListener(g.deps.HTTP, g.cfg.API.HTTP.MaxConnections), conf)
+		group.Go(func() error { return obs.ServeHTTP(ctx, ln, g.handler(), time.Second, g.log, func() {}) })
+	}
+	if g.deps.Socket != nil {
+		ln := netutil.LimitListener(g.deps.Socket, g.cfg.API.HTTP.MaxConnections)
 		group.Go(func() error { return obs.ServeHTTP(ctx, ln, g.handler(), time.Second, g.log, func() {}) })
 	}
 	group.Go(func() error { <-ctx.Done(); return nil }) // also with no listener at all

@@ -152,7 +152,11 @@ func (g *Gateway) postRequest(w http.ResponseWriter, r *http.Request, renew bool
 	if err != nil {
 		return hub.NewError(hub.Invalid, "csr-invalid", "the body is neither base64 nor DER").With("decode", err)
 	}
-	proof := hub.EnrolmentProof{Chain: r.TLS.PeerCertificates}
+	chain, err := g.shown(r)
+	if err != nil {
+		return err
+	}
+	proof := hub.EnrolmentProof{Chain: chain}
 	if token := tokenOf(r); token != "" && !renew {
 		proof = hub.EnrolmentProof{Token: token}
 	}
