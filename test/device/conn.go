@@ -121,14 +121,14 @@ func (d *Device) dial(ctx context.Context) (net.Conn, error) {
 	if d.over.webSocket {
 		var conf *tls.Config
 		if d.over.secure {
-			conf = d.cfg.TLS
+			conf = d.identity()
 		}
 		return DialWebSocket(ctx, d.addr, conf)
 	}
 	var raw net.Conn
 	var err error
 	if d.over.secure {
-		raw, err = (&tls.Dialer{Config: d.cfg.TLS}).DialContext(ctx, "tcp", d.addr)
+		raw, err = (&tls.Dialer{Config: d.identity()}).DialContext(ctx, "tcp", d.addr)
 	} else {
 		raw, err = (&net.Dialer{}).DialContext(ctx, "tcp", d.addr)
 	}
@@ -186,7 +186,7 @@ func (d *Device) association(ctx context.Context) (conn, error) {
 	var cc *udpclient.Conn
 	if d.over.secure {
 		sock := &polite{PacketConn: netpacket.PacketConnFromConn(raw)}
-		shaken, err := dtls.ClientWithOptions(sock, raw.RemoteAddr(), DTLSOptions(d.cfg.TLS, d.cfg.PSK, !d.cfg.NoConnectionID)...)
+		shaken, err := dtls.ClientWithOptions(sock, raw.RemoteAddr(), DTLSOptions(d.identity(), d.cfg.PSK, !d.cfg.NoConnectionID)...)
 		if err == nil {
 			if err = shaken.HandshakeContext(ctx); err != nil {
 				_ = shaken.Close()

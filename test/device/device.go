@@ -71,7 +71,8 @@ type Device struct {
 	rejected atomic.Int32
 	runners  sync.WaitGroup
 
-	mu        sync.Mutex // guards all below; held while writing to the hub, for writeTimeout at most
+	mu        sync.Mutex  // guards all below; held while writing to the hub, for writeTimeout at most
+	tls       *tls.Config // with the certificate that it has now
 	conn      conn
 	creds     Credentials
 	resources map[string]*resource
@@ -129,7 +130,7 @@ func New(cfg Config) (*Device, error) {
 		cfg.Name = "simulated"
 	}
 	d := &Device{
-		cfg: cfg, log: cfg.Log, stats: cfg.Stats, over: over, addr: net.JoinHostPort(host, port),
+		cfg: cfg, tls: cfg.TLS, log: cfg.Log, stats: cfg.Stats, over: over, addr: net.JoinHostPort(host, port),
 		observers: map[string]*observer{}, instances: map[string]int64{},
 		// ETags of a device that starts again must be new ones, or the hub would take old values for current.
 		etag: uint64(time.Now().UnixNano()),

@@ -77,6 +77,8 @@ func (d *Device) serve(w mux.ResponseWriter, m *mux.Message) {
 	defer d.mu.Unlock()
 	r := d.resources[path]
 	switch {
+	case path == credHref && m.Code() == codes.POST:
+		d.set(w, d.takeCertificate(m.Message))
 	case r == nil:
 		d.set(w, notFound)
 	case r.fail != 0:
@@ -105,6 +107,8 @@ var notFound = reply{code: codes.NotFound, text: "no such resource"}
 func (d *Device) get(path string, q query) reply {
 	r := d.resources[path]
 	switch {
+	case path == csrHref:
+		return d.csr()
 	case r == nil:
 		return notFound
 	case r.fail != 0:

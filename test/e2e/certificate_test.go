@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/coaphub/coaphub/bundle"
+	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/test/device"
 	"github.com/coaphub/coaphub/test/hubtest"
 )
@@ -161,4 +162,51 @@ func (a *app) listed(c *x509.Certificate) bool {
 		}
 	}
 	return false
+}
+
+// TestTheHubRenewsACertificate: a certificate that nears its end is renewed over the device's session, and the device comes in with
+// the new one when the old one is worth nothing any more.
+func TestTheHubRenewsACertificate(t *testing.T) {
+	t.Parallel()
+	for _, tr := range []transport{transportOf("tls"), transportOf("dtls")} {
+		t.Run(tr.name, func(t *testing.T) {
+			t.Parallel()
+			h := hubtest.Start(t, hubtest.WithConfig(tr.config()...))
+			a := application(t, h)
+			id := deviceID(1)
+			short, err := h.Control.Issue(t.Context(), id, 10*time.Minute)
+			if err != nil {
+				t.Fatal(err)
+			}
+			cfg := simulation(t, h, tr, id)
+			if cfg.TLS, err = device.TLS([]byte(short.CA), []byte(short.Chain), []byte(short.Key), h.ID); err != nil {
+				t.Fatal(err)
+			}
+			d, err := device.New(cfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			ended, code := make(chan error, 1), h.Code(t, id)
+			go func() { ended <- d.Run(ctx, func(context.Context) (string, error) { return code, nil }) }()
+			defer func() { cancel(); <-ended }()
+			a.until("the certificate to be renewed", func() bool {
+				cs, err := h.Control.Certificates(t.Context(), bundle.CertificatesRequest{DeviceID: id})
+				has := hub.SerialOf(d.Certificate().SerialNumber) // and the device has it, not only the ledger
+				return err == nil && slices.ContainsFunc(cs, func(c bundle.Certificate) bool {
+					return c.Method == "renewal" && c.Serial == has && c.NotAfter.After(time.Now().Add(24*time.Hour))
+				})
+			})
+			block, _ := pem.Decode([]byte(short.Chain))
+			first, err := x509.ParseCertificate(block.Bytes)
+			if err != nil {
+				t.Fatal(err)
+			}
+			sessions := d.Stats().SignIns.Load()
+			if _, err := h.Control.RevokeCertificates(t.Context(), bundle.CertificatesRequest{Serials: []string{hub.SerialOf(first.SerialNumber)}}); err != nil {
+				t.Fatal(err)
+			}
+			a.until("it to be here again", func() bool { return d.Stats().SignIns.Load() > sessions && a.twin(id) == "ONLINE IN_SYNC" })
+		})
+	}
 }
