@@ -138,7 +138,7 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	}
 	// Former owners look for their events as long as there are any.
 	cfg.IdentityStore.Retention = max(cfg.IdentityStore.Retention, cfg.ResourceDirectory.History.Retention)
-	if a.identities, err = identitystore.New(cfg.IdentityStore, a.store, a.directory, log.With("part", "identity-store"), a.registry); err != nil {
+	if a.identities, err = identitystore.New(ctx, cfg.IdentityStore, a.store, a.directory, log.With("part", "identity-store"), a.registry); err != nil {
 		return nil, err
 	}
 	lists := ""

@@ -222,7 +222,7 @@ func TestSignUpKeepsTokensAfterTroubleOfOurs(t *testing.T) {
 	t.Parallel()
 	h := start(t, nil)
 	h.issue("code", "token", hub.Claims{})
-	h.w.ids.signUp = func(context.Context, hub.DeviceID, hub.Owner, string, string) (hub.Ownership, error) {
+	h.w.ids.signUp = func(context.Context, hub.DeviceID, hub.Owner, string, string, time.Time) (hub.Ownership, error) {
 		return hub.Ownership{}, &hub.Error{Kind: hub.Unavailable}
 	}
 	d := h.plain(lampID)

@@ -3,6 +3,7 @@ package coapgateway
 import (
 	"context"
 	"iter"
+	"time"
 
 	"github.com/coaphub/coaphub/hub"
 )
@@ -66,14 +67,17 @@ type Deliverer = hub.Deliverer
 type Identities interface {
 	// SignUp claims the device for the owner and registers it with the directory. A device of another owner is Denied with
 	// code "device-owned-by-other". Repeating it for the same owner succeeds and finishes what a crash left half done.
-	// Pin names the credential set and is fixed at the first sign-up; another later one is Denied ("device-pinned").
-	SignUp(ctx context.Context, dev hub.DeviceID, owner hub.Owner, pin, user string) (hub.Ownership, error)
+	// Pin names the credential set and is fixed at the first sign-up; another later one is Denied ("device-pinned"). A device that
+	// its owner deleted is Denied ("device-removed") unless he authorized it since.
+	SignUp(ctx context.Context, dev hub.DeviceID, owner hub.Owner, pin, user string, authorized time.Time) (hub.Ownership, error)
 	// Owner returns who owns the device; NotFound if nobody does (any more), also while it is being released.
 	Owner(ctx context.Context, dev hub.DeviceID) (hub.Ownership, error)
 	// SignOff deletes the device: releasing mark, unregister with the directory, release. NotFound if owner does not own it.
 	SignOff(ctx context.Context, dev hub.DeviceID, owner hub.Owner, user string) error
 	// Devices lists the owner's devices in ID order.
 	Devices(ctx context.Context, owner hub.Owner) ([]hub.DeviceID, error)
+	// Reachable refuses commands for a device of the owner's that is not let in: Precondition. Of others' it says nothing.
+	Reachable(ctx context.Context, dev hub.DeviceID, owner hub.Owner) error
 }
 
 // Verifier checks access tokens. Kinds: Unauthenticated for a bad token, Unavailable while the provider's keys cannot be

@@ -78,12 +78,17 @@ func transient(err error) bool {
 }
 
 // accountError is err as the three account paths show it. There a refusal of the device (owned by somebody else, pinned to
-// another credential) is 4.01: the device holds a credential that is no good for this device, and has to sign up anew.
+// another credential) is 4.01: the device holds a credential that is no good for this device, and has to sign up anew. One that
+// is not let in is to keep its credentials: it may be let in again, and a new sign-up would not help it.
 func accountError(err error) error {
 	if hub.KindOf(err) != hub.Denied {
 		return err
 	}
 	code, text := hub.Public(err)
+	switch code {
+	case "device-disabled", "device-removed", "device-denied", "key-denied", "certificate-denied", "ca-denied":
+		return err
+	}
 	return &hub.Error{Kind: hub.Unauthenticated, Code: code, Text: text, Err: err}
 }
 

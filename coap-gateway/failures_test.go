@@ -72,7 +72,7 @@ func TestTroubleOfOursIsNever401(t *testing.T) {
 			w.dir.etags = func(context.Context, hub.DeviceID, int) ([][]byte, error) { return nil, err }
 		},
 		"Identities.SignUp": func(w *world, err error) {
-			w.ids.signUp = func(context.Context, hub.DeviceID, hub.Owner, string, string) (hub.Ownership, error) {
+			w.ids.signUp = func(context.Context, hub.DeviceID, hub.Owner, string, string, time.Time) (hub.Ownership, error) {
 				return hub.Ownership{}, err
 			}
 		},
@@ -227,7 +227,9 @@ func TestPanicIsTroubleOfOurs(t *testing.T) {
 	d := h.online(lampID, mute)
 	h.w.mu.Lock()
 	h.w.dir.publish = func(context.Context, hub.Stamp, []hub.Link) ([]hub.Link, error) { panic("boom") }
-	h.w.ids.signUp = func(context.Context, hub.DeviceID, hub.Owner, string, string) (hub.Ownership, error) { panic("boom") }
+	h.w.ids.signUp = func(context.Context, hub.DeviceID, hub.Owner, string, string, time.Time) (hub.Ownership, error) {
+		panic("boom")
+	}
 	h.w.mu.Unlock()
 	if r := d.want(d.publish("/a"), "5.03", "internal: "); r.maxAge == 0 || strings.Contains(r.text(), "boom") {
 		t.Errorf("got Max-Age %d, %q", r.maxAge, r.body)

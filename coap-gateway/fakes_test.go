@@ -119,14 +119,16 @@ func (f *fakeDirectory) ETags(ctx context.Context, d hub.DeviceID, limit int) ([
 }
 
 type fakeIdentities struct {
-	signUp  func(context.Context, hub.DeviceID, hub.Owner, string, string) (hub.Ownership, error)
+	signUp  func(context.Context, hub.DeviceID, hub.Owner, string, string, time.Time) (hub.Ownership, error)
 	owner   func(context.Context, hub.DeviceID) (hub.Ownership, error)
 	signOff func(context.Context, hub.DeviceID, hub.Owner, string) error
 	devices func(context.Context, hub.Owner) ([]hub.DeviceID, error)
+
+	reachable func(hub.DeviceID) error // nil: all are
 }
 
-func (f *fakeIdentities) SignUp(ctx context.Context, d hub.DeviceID, o hub.Owner, pin, user string) (hub.Ownership, error) {
-	return f.signUp(ctx, d, o, pin, user)
+func (f *fakeIdentities) SignUp(ctx context.Context, d hub.DeviceID, o hub.Owner, pin, user string, authorized time.Time) (hub.Ownership, error) {
+	return f.signUp(ctx, d, o, pin, user, authorized)
 }
 
 func (f *fakeIdentities) Owner(ctx context.Context, d hub.DeviceID) (hub.Ownership, error) {
@@ -135,6 +137,13 @@ func (f *fakeIdentities) Owner(ctx context.Context, d hub.DeviceID) (hub.Ownersh
 
 func (f *fakeIdentities) SignOff(ctx context.Context, d hub.DeviceID, o hub.Owner, user string) error {
 	return f.signOff(ctx, d, o, user)
+}
+
+func (f *fakeIdentities) Reachable(_ context.Context, d hub.DeviceID, _ hub.Owner) error {
+	if f.reachable == nil {
+		return nil
+	}
+	return f.reachable(d)
 }
 
 func (f *fakeIdentities) Devices(ctx context.Context, o hub.Owner) ([]hub.DeviceID, error) {
@@ -371,7 +380,7 @@ func (w *world) pin(dev hub.DeviceID) string {
 	return w.pins[dev]
 }
 
-func (w *world) signUp(_ context.Context, dev hub.DeviceID, owner hub.Owner, pin, _ string) (hub.Ownership, error) {
+func (w *world) signUp(_ context.Context, dev hub.DeviceID, owner hub.Owner, pin, _ string, _ time.Time) (hub.Ownership, error) {
 	defer w.lock()()
 	if own, ok := w.owned[dev]; ok && own.Owner != owner {
 		return own, hub.NewError(hub.Denied, "device-owned-by-other", "the device belongs to another owner")

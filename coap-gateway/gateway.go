@@ -44,6 +44,9 @@ type Deps struct {
 	// Revoked reports whether a device's certificate was revoked; the chain was verified. It knows those of the hub's own
 	// authority only, and does not block. It must say so of a certificate before EndCertificate is told of it. Nil: none was.
 	Revoked func(*x509.Certificate) bool
+	// Denied refuses a device that is not to be let in, or whoever comes with a verified chain in which something is not: Denied then.
+	// The device may be "", and the chain nil. It does not block, and must say so before EndDenied is told. Nil: nobody is.
+	Denied func(dev hub.DeviceID, chain []*x509.Certificate) error
 	// PSK returns the pre-shared key of a device, nil if it has none. Nil: devices have certificates only.
 	PSK   func(context.Context, hub.DeviceID) ([]byte, error)
 	HubID hub.DeviceID
@@ -103,6 +106,9 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 	}
 	if deps.Revoked == nil {
 		deps.Revoked = func(*x509.Certificate) bool { return false }
+	}
+	if deps.Denied == nil {
+		deps.Denied = func(hub.DeviceID, []*x509.Certificate) error { return nil }
 	}
 	g := &Gateway{
 		cfg: cfg, deps: deps, log: log, devices: newDiagnostics(), live: newLive(), rates: newRates(cfg.Limits),

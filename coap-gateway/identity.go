@@ -20,11 +20,12 @@ var commonName = asn1.ObjectIdentifier{2, 5, 4, 3}
 
 // credential is what a connection proved about its device before it said a word.
 type credential struct {
-	device hub.DeviceID      // from the identity certificate or the pre-shared key, "" when there is none
-	cert   *x509.Certificate // nil when there is none
-	psk    bool              // the device has its pre-shared key
-	key    [sha256.Size]byte // of that key
-	pin    string            // names the credential set: the certificate's root, "psk", or "token"
+	device hub.DeviceID        // from the identity certificate or the pre-shared key, "" when there is none
+	cert   *x509.Certificate   // nil when there is none
+	chain  []*x509.Certificate // from cert to its root
+	psk    bool                // the device has its pre-shared key
+	key    [sha256.Size]byte   // of that key
+	pin    string              // names the credential set: the certificate's root, "psk", or "token"
 }
 
 // print fingerprints the credential, "" without one; the provider repeats a code's answer only to the same one.
@@ -73,16 +74,30 @@ func identify(cert *x509.Certificate, self hub.DeviceID) (hub.DeviceID, error) {
 	return dev, nil
 }
 
-// pins has the pins of trusted certificates that are no roots, by the certificate's bytes.
-type pins map[string]string
+// pins has the trusted certificates that are no roots, by the certificate's bytes.
+type pins map[string]anchor
+
+// anchor is one of them: the pin of whoever comes with a chain that ends there, and how the chain would go on.
+type anchor struct {
+	pin   string
+	above []*x509.Certificate
+}
+
+// whole is a verified chain to its root.
+func (p pins) whole(chain []*x509.Certificate) []*x509.Certificate {
+	if len(chain) == 0 {
+		return nil
+	}
+	return append(slices.Clip(chain), p[string(chain[len(chain)-1].Raw)].above...)
+}
 
 // of names the set of CAs that vouched for a verified chain, by its root. A chain that ends at an intermediate has its
 // root's name too: a device is the same whether it sends its whole chain or its own certificate only, and stays so when the
 // intermediate is replaced.
 func (p pins) of(chain []*x509.Certificate) string {
 	top := chain[len(chain)-1]
-	if pin, ok := p[string(top.Raw)]; ok {
-		return pin
+	if a, ok := p[string(top.Raw)]; ok {
+		return a.pin
 	}
 	return pinOf(top)
 }
@@ -103,7 +118,7 @@ func pinsUnder(roots *x509.CertPool, cas []*x509.Certificate) (pins, error) {
 		case !ca.BasicConstraintsValid || !ca.IsCA:
 			errs = append(errs, fmt.Errorf("%s is not a CA", ca.Subject))
 		default:
-			known[string(ca.Raw)] = pinOf(chains[0][len(chains[0])-1])
+			known[string(ca.Raw)] = anchor{pinOf(chains[0][len(chains[0])-1]), chains[0][1:]}
 		}
 	}
 	return known, errors.Join(errs...)
@@ -183,4 +198,22 @@ func (r rules) compare(dev hub.DeviceID, di string) error {
 		return unauthenticated("device-id-mismatch", "di names another device than the credential")
 	}
 	return nil
+}
+
+// before is rules.before, and refuses the device if it is not let in.
+func (p *peer) before(di string) (hub.DeviceID, error) {
+	dev, err := p.rules().before(p.cred, di)
+	if err == nil {
+		err = p.gw.deps.Denied(dev, nil)
+	}
+	return dev, err
+}
+
+// named is rules.device, and refuses the device if it is not let in. What it was guessed to be is returned beside an error.
+func (p *peer) named(guess hub.DeviceID, di string, c hub.Claims) (hub.DeviceID, error) {
+	dev, err := p.rules().device(p.cred, guess, di, c)
+	if err != nil {
+		return guess, err
+	}
+	return dev, p.gw.deps.Denied(dev, nil)
 }

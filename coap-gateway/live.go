@@ -11,7 +11,7 @@ import (
 )
 
 // live finds the sessions that stand on a credential which ends before its time: on the grant of their token, on a device's
-// pre-shared key, or on its certificate. It holds sessions and nothing else, so connections bound it, and it costs nothing as
+// pre-shared key, or on its certificate, and those of a device. It holds sessions and nothing else, so connections bound it, and it costs nothing as
 // long as nothing ends: nobody asks again and again for 100 000 tokens.
 //
 // That no end is missed rests on an order. Whoever ends a credential stores that first and tells it then. A session's
@@ -22,6 +22,7 @@ type live struct {
 	grants map[grant]sessions
 	keys   map[hub.DeviceID]sessions
 	certs  map[string]sessions // by serial, which two authorities may both have given
+	devs   map[hub.DeviceID]sessions
 }
 
 // grant is what tokens of an issuer were issued on.
@@ -30,7 +31,7 @@ type grant struct{ issuer, id string }
 type sessions map[*session]struct{}
 
 func newLive() *live {
-	return &live{grants: map[grant]sessions{}, keys: map[hub.DeviceID]sessions{}, certs: map[string]sessions{}}
+	return &live{grants: map[grant]sessions{}, keys: map[hub.DeviceID]sessions{}, certs: map[string]sessions{}, devs: map[hub.DeviceID]sessions{}}
 }
 
 // withCertificate are the sessions that came with one.
@@ -66,6 +67,7 @@ func (l *live) enter(s *session, key hub.DeviceID) {
 	if s.cert != nil {
 		add(l.certs, hub.SerialOf(s.cert.SerialNumber), s)
 	}
+	add(l.devs, s.own.Device, s)
 }
 
 func (l *live) leave(s *session) {
@@ -80,6 +82,7 @@ func (l *live) remove(s *session) {
 	if s.cert != nil {
 		drop(l.certs, hub.SerialOf(s.cert.SerialNumber), s)
 	}
+	drop(l.devs, s.own.Device, s)
 }
 
 func add[K comparable](m map[K]sessions, k K, s *session) {
@@ -131,9 +134,36 @@ func (g *Gateway) EndCertificate(serial string) {
 	}
 }
 
-// checkCredential refuses whoever came with a certificate that was revoked since, or with a pre-shared key that was replaced
-// since: its connection outlives both. Others pass.
+// EndDenied ends the sessions of a device that is not let in any more, or, with "", of whoever is not. It does not block.
+func (g *Gateway) EndDenied(dev hub.DeviceID) {
+	for _, s := range g.live.those(dev) {
+		if err := g.deps.Denied(s.own.Device, s.chain); err != nil {
+			code, _ := hub.Public(err)
+			s.conn.Close(closing{code})
+		}
+	}
+}
+
+// those notes that an end was told and returns the sessions of a device, or all of them.
+func (l *live) those(dev hub.DeviceID) (out []*session) {
+	if dev != "" {
+		return ended(l, l.devs, dev)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.told++
+	for _, ss := range l.devs {
+		out = slices.AppendSeq(out, maps.Keys(ss))
+	}
+	return out
+}
+
+// checkCredential refuses whoever is not let in any more, came with a certificate that was revoked since, or with a pre-shared
+// key that was replaced since: its connection outlives all of that. Others pass.
 func (p *peer) checkCredential(ctx context.Context) error {
+	if err := p.gw.deps.Denied(p.cred.device, p.cred.chain); err != nil {
+		return err
+	}
 	if p.cred.cert != nil && p.gw.deps.Revoked(p.cred.cert) {
 		return unauthenticated("certificate-revoked", "the device's certificate was revoked")
 	}
@@ -162,6 +192,9 @@ func (p *peer) entered(ctx context.Context, s *session, token string) error {
 		return nil
 	}
 	if err := p.checkCredential(ctx); err != nil {
+		return err
+	}
+	if err := p.gw.deps.Denied(s.own.Device, nil); err != nil {
 		return err
 	}
 	_, err := p.gw.deps.Verifier.Verify(ctx, token)

@@ -205,6 +205,9 @@ func (p *peer) answer(ctx context.Context, r route, known bool, path string, req
 	}
 	p.told = p.gw.live.soFar() // before anything is checked
 	err := p.checkCredential(ctx)
+	if err != nil {
+		p.refuse("account", p.cred.device, "", err)
+	}
 	var resp coap.Response
 	if err == nil {
 		resp, err = m(p, ctx, req, format)

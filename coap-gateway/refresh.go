@@ -41,7 +41,7 @@ func (p *peer) tryRefresh(ctx context.Context, req *coap.Message, format int32, 
 	if body.UID == "" || body.Token == "" {
 		return coap.Response{}, "", invalid("body-incomplete", "uid and refreshtoken are needed")
 	}
-	dev, err := p.rules().before(p.cred, body.Device)
+	dev, err := p.before(body.Device)
 	if err != nil {
 		return coap.Response{}, dev, err
 	}

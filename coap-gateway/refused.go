@@ -18,9 +18,11 @@ type Refusal struct {
 	Time   time.Time
 	Remote string
 	Device hub.DeviceID // "" if it never got so far
-	What   string       // "connection", "sign-up", "sign-in", "refresh", "enrolment"
-	Reason string       // stable code or the handshake's error; Refused adds how often, if more than once
-	Count  int          // how many equal ones this stands for, the last of them at Time
+	// What is "connection", "sign-up", "sign-in", "refresh", "enrolment", or "account": one of sign-up to refresh, before it was
+	// looked at.
+	What   string
+	Reason string // stable code or the handshake's error; Refused adds how often, if more than once
+	Count  int    // how many equal ones this stands for, the last of them at Time
 }
 
 // same reports that a and b differ in no more than the time, the port and the number: one cause that goes on.

@@ -264,6 +264,9 @@ func (p *peer) command(ctx context.Context, s *session, req *coap.Message, to pl
 	if o.Kind == hub.CommandRetrieve && len(o.ETags) > hub.MaxCommandTags {
 		o.ETags = o.ETags[:hub.MaxCommandTags]
 	}
+	if err := p.gw.deps.Identities.Reachable(ctx, to.device, s.own.Owner); err != nil {
+		return coap.Response{}, err
+	}
 	out, err := p.gw.deps.Directory.Command(ctx, s.own.Owner, o)
 	switch code, _ := hub.Public(err); {
 	case err == nil:

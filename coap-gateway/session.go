@@ -31,7 +31,8 @@ type session struct {
 	grant  grant        // what live has it under; live guards both
 	key    hub.DeviceID // "": it did not come with a pre-shared key
 	// cert is what it came with, nil if it did not come with one; it does not change.
-	cert *x509.Certificate
+	cert  *x509.Certificate
+	chain []*x509.Certificate // from cert up
 
 	ctx    context.Context // ends with the session
 	cancel context.CancelFunc

@@ -93,7 +93,7 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 		return claims, dev, p.entered(ctx, p.sess, body.Token)
 	}
 	s := &session{
-		gw: p.gw, conn: p.conn, cert: p.cred.cert, uid: body.UID, to: &deliverer{conn: p.conn},
+		gw: p.gw, conn: p.conn, cert: p.cred.cert, chain: p.cred.chain, uid: body.UID, to: &deliverer{conn: p.conn},
 		turn: make(chan struct{}, 1), early: map[*coap.Observation]map[hub.Href]bool{},
 	}
 	conn := hub.Connection{
@@ -143,8 +143,7 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 
 // authenticate verifies a token and says which device it is used for. uid must be the token's owner.
 func (p *peer) authenticate(ctx context.Context, di, uid, token string) (hub.Claims, hub.DeviceID, error) {
-	rules := p.rules()
-	dev, err := rules.before(p.cred, di)
+	dev, err := p.before(di)
 	if err != nil {
 		return hub.Claims{}, dev, err
 	}
@@ -155,11 +154,8 @@ func (p *peer) authenticate(ctx context.Context, di, uid, token string) (hub.Cla
 	if uid != string(claims.Owner) {
 		return claims, dev, unauthenticated("uid-mismatch", "uid is not the token's owner")
 	}
-	named, err := rules.device(p.cred, dev, di, claims)
-	if err != nil {
-		return claims, dev, err
-	}
-	return claims, named, nil
+	named, err := p.named(dev, di, claims)
+	return claims, named, err
 }
 
 // ownership asks who owns the device; it must be the token's owner, and the device must come with the set of credentials that

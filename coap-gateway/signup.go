@@ -48,8 +48,7 @@ func (p *peer) trySignUp(ctx context.Context, req *coap.Message, format int32, b
 	if code == "" {
 		return coap.Response{}, "", invalid("code-missing", "accesstoken with an authorization code is missing")
 	}
-	rules := p.rules()
-	dev, err := rules.before(p.cred, body.Device)
+	dev, err := p.before(body.Device)
 	if err != nil {
 		return coap.Response{}, dev, err
 	}
@@ -80,12 +79,15 @@ func (p *peer) trySignUp(ctx context.Context, req *coap.Message, format int32, b
 		}
 		return coap.Response{}, dev, err
 	}
-	if tokens.Refresh == "" && provider.ClientCredentials {
-		tokens.Refresh = tokens.Access
+	if provider.ClientCredentials {
+		if tokens.Refresh == "" {
+			tokens.Refresh = tokens.Access
+		}
+		tokens.Authorized = time.Time{} // nobody was asked
 	}
 	dev, claims, err := p.check(ctx, dev, body.Device, tokens)
 	if err == nil {
-		_, err = p.gw.deps.Identities.SignUp(ctx, dev, claims.Owner, p.cred.pin, claims.Subject)
+		_, err = p.gw.deps.Identities.SignUp(ctx, dev, claims.Owner, p.cred.pin, claims.Subject, tokens.Authorized)
 	}
 	if err != nil {
 		p.revoke(ctx, provider, tokens, err)
@@ -108,11 +110,8 @@ func (p *peer) check(ctx context.Context, dev hub.DeviceID, di string, t hub.Tok
 		// Devices do not take an answer without one (iotivity-lite). It is the provider's fault, not the credential's.
 		return dev, claims, hub.NewError(hub.Unavailable, "provider-no-refresh-token", "the provider gave no refresh token")
 	}
-	named, err := p.rules().device(p.cred, dev, di, claims)
-	if err != nil {
-		return dev, claims, err
-	}
-	return named, claims, nil
+	named, err := p.named(dev, di, claims)
+	return named, claims, err
 }
 
 // revoke makes tokens useless that were refused. After trouble of ours they are kept: the device repeats its code and gets

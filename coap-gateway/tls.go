@@ -64,20 +64,28 @@ func (g *Gateway) tlsConfig() (*tls.Config, trusted, error) {
 	conf.ClientAuth = tls.RequireAndVerifyClientCert
 	// VerifyConnection and not VerifyPeerCertificate: the latter is skipped on resumed connections. crypto/tls makes any error
 	// of it the alert bad_certificate.
-	conf.VerifyConnection = func(state tls.ConnectionState) error { return g.admissible(state.PeerCertificates[0]) }
+	conf.VerifyConnection = func(state tls.ConnectionState) error { return g.admissible(state.VerifiedChains[0]) }
 	return conf, is, nil
 }
 
-// admissible decides in the handshake on a device's own certificate, whose chain was verified.
-func (g *Gateway) admissible(cert *x509.Certificate) error {
-	if g.deps.Revoked(cert) {
+// admissible decides in the handshake on the chain of a device's own certificate, which was verified.
+func (g *Gateway) admissible(chain []*x509.Certificate) error {
+	if g.deps.Revoked(chain[0]) {
 		return coap.ErrRevoked
 	}
-	if !g.cfg.API.CoAP.TLS.IdentityPropertiesRequired {
-		return nil
+	dev, err := identify(chain[0], g.deps.HubID)
+	if err != nil && g.cfg.API.CoAP.TLS.IdentityPropertiesRequired {
+		return err
 	}
-	_, err := identify(cert, g.deps.HubID)
-	return err
+	return g.letIn(dev, g.trusted.pins.whole(chain))
+}
+
+// letIn refuses in the handshake whom nobody wants here.
+func (g *Gateway) letIn(dev hub.DeviceID, chain []*x509.Certificate) error {
+	if err := g.deps.Denied(dev, chain); err != nil {
+		return fmt.Errorf("%w: %w", coap.ErrDenied, err)
+	}
+	return nil
 }
 
 // forDTLS tells whether a key is of a kind that the suites of constrained devices use: none of them has RSA.
@@ -114,14 +122,18 @@ func (g *Gateway) dtlsConfig() coap.DTLSConfig {
 	}
 	conf.Verify = func(peer coap.PeerCredential) error {
 		switch {
-		case peer.PSKIdentity != nil: // whoever has the key is the device
-			return nil
+		case peer.PSKIdentity != nil: // whoever has the key is the device, and learns how it stands; nobody else does
+			dev, err := hub.ParseDeviceID(string(peer.PSKIdentity))
+			if err != nil {
+				return err
+			}
+			return g.letIn(dev, nil)
 		case !co.TLS.ClientCertificateRequired:
 			return nil
 		case len(peer.Chain) == 0:
 			return errors.New("the device showed neither certificate nor pre-shared key")
 		}
-		return g.admissible(peer.Chain[0])
+		return g.admissible(peer.Chain)
 	}
 	return conf
 }
@@ -176,7 +188,7 @@ func (g *Gateway) credentialOf(info coap.ConnInfo) credential {
 	if len(chain) == 0 {
 		return c
 	}
-	c.cert = chain[0]
+	c.cert, c.chain = chain[0], g.trusted.pins.whole(chain)
 	c.pin = g.trusted.pins.of(chain)
 	// Without the identity properties the certificate proves nothing but its CA: no device.
 	c.device, _ = identify(c.cert, g.deps.HubID)

@@ -71,6 +71,11 @@ func (g *Gateway) order(ctx context.Context, c hub.Claims, device, href string, 
 			return hub.Outcome{}, err
 		}
 	}
+	if !o.Kind.OfTwin() { // which the hub carries out by itself
+		if err := g.deps.Identities.Reachable(ctx, o.Device, c.Owner); err != nil {
+			return hub.Outcome{}, err
+		}
+	}
 	out, err := g.deps.Directory.Command(ctx, c.Owner, o)
 	if o.Repeat && hub.IsKind(err, hub.NotFound) {
 		err = unfit

@@ -48,6 +48,8 @@ type Identities interface {
 	Devices(ctx context.Context, owner hub.Owner) ([]hub.DeviceID, error)
 	// SignOff deletes the device and closes its session. NotFound if owner does not own it.
 	SignOff(ctx context.Context, dev hub.DeviceID, owner hub.Owner, user string) error
+	// Reachable refuses commands for a device of the owner's that is not let in: Precondition. Of others' it says nothing.
+	Reachable(ctx context.Context, dev hub.DeviceID, owner hub.Owner) error
 	// EventsOwned lists devices whose log may hold events with the owner's stamp, in ID order: those owned now and those
 	// released within retention.
 	EventsOwned(ctx context.Context, owner hub.Owner) ([]hub.DeviceID, error)

@@ -89,6 +89,7 @@ type fakeIdentities struct {
 	devices     func(context.Context, hub.Owner) ([]hub.DeviceID, error)
 	signOff     func(context.Context, hub.DeviceID, hub.Owner, string) error
 	eventsOwned func(context.Context, hub.Owner) ([]hub.DeviceID, error)
+	reachable   func(hub.DeviceID) error // nil: all are
 }
 
 func (f *fakeIdentities) Devices(ctx context.Context, o hub.Owner) ([]hub.DeviceID, error) {
@@ -97,6 +98,13 @@ func (f *fakeIdentities) Devices(ctx context.Context, o hub.Owner) ([]hub.Device
 
 func (f *fakeIdentities) SignOff(ctx context.Context, d hub.DeviceID, o hub.Owner, user string) error {
 	return f.signOff(ctx, d, o, user)
+}
+
+func (f *fakeIdentities) Reachable(_ context.Context, d hub.DeviceID, _ hub.Owner) error {
+	if f.reachable == nil {
+		return nil
+	}
+	return f.reachable(d)
 }
 
 func (f *fakeIdentities) EventsOwned(ctx context.Context, o hub.Owner) ([]hub.DeviceID, error) {

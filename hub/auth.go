@@ -44,4 +44,6 @@ type Tokens struct {
 	Access  string
 	Refresh string
 	Expiry  time.Time // of the access token; zero = never expires
+	// Authorized is when the owner authorized the device, as far as that is known; zero: not known, or the device did it itself.
+	Authorized time.Time
 }

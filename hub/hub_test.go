@@ -140,3 +140,30 @@ func TestProtocolNames(t *testing.T) {
 		}
 	}
 }
+
+func TestParseDenial(t *testing.T) {
+	sum := strings.Repeat("0a", 32)
+	for in, want := range map[[2]string]string{
+		{"device", "6BA7B810-9DAD-41D1-80B4-00C04FD430C8"}: "6ba7b810-9dad-41d1-80b4-00c04fd430c8",
+		{"key", sum}: sum,
+		{"ca", strings.TrimSuffix(strings.Repeat("0A:", 32), ":")}: sum,
+		{"certificate", sum}:               "" + sum,
+		{"certificate", sum + "/00:AB:cd"}: sum + "/abcd",
+		{"certificate", sum + "/"}:         "",
+		{"certificate", sum + "/xy"}:       "",
+		{"key", sum + "/abcd"}:             "",
+		{"key", sum[2:]}:                   "",
+		{"key", ""}:                        "",
+		{"device", sum}:                    "",
+		{"owner", "alice"}:                 "",
+		{"", sum}:                          "",
+	} {
+		d, err := hub.ParseDenial(hub.DenialOf(in[0]), in[1])
+		switch {
+		case want == "" && !hub.IsKind(err, hub.Invalid):
+			t.Errorf("%v: %+v, %v", in, d, err)
+		case want != "" && (err != nil || d.Value != want || string(d.Of) != in[0]):
+			t.Errorf("%v: %+v, %v; want %s", in, d, err, want)
+		}
+	}
+}

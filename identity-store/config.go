@@ -13,11 +13,15 @@ type Config struct {
 	// CachedDevices bounds how many device IDs the lists of owners may hold in memory, over all owners. When it is full other
 	// owners' lists are dropped; a list longer than this is read from the store each time. Default 1000000; must be positive.
 	CachedDevices int `yaml:"cachedDevices"`
+	// RevokeAtRemoval ends what the hub has given a device when its owner or an operator deletes it: its certificates are revoked,
+	// its pre-shared key is forgotten, and its tokens are worth nothing. Without it they are good again once the device is onboarded
+	// anew. A device that signs off by itself keeps them. Default true.
+	RevokeAtRemoval bool `yaml:"revokeAtRemoval"`
 }
 
 // Default returns the configuration of a hub without a configuration file.
 func Default() Config {
-	return Config{Retention: 7 * 24 * time.Hour, CachedDevices: 1_000_000}
+	return Config{Retention: 7 * 24 * time.Hour, CachedDevices: 1_000_000, RevokeAtRemoval: true}
 }
 
 // Validate reports all mistakes, each with the full path of its key.

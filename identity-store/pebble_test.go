@@ -19,7 +19,7 @@ func TestOverPebbleWithARestart(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		s, err := New(Default(), docs, dir, quiet(), prometheus.NewRegistry())
+		s, err := New(t.Context(), Default(), docs, dir, quiet(), prometheus.NewRegistry())
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -18,11 +18,12 @@ const (
 	collPast    = "identities-past"
 )
 
-// Secondary keys of collDevices: the owner of a device that is not being released, and a mark on every device whose last step
-// is not done yet.
+// Secondary keys of collDevices: the owner of a device that is not being released, and marks on every device whose last step
+// is not done yet, and on every one that is disabled.
 const (
-	indexOwner   = "owner="
-	indexPending = "pending"
+	indexOwner    = "owner="
+	indexPending  = "pending"
+	indexDisabled = "disabled"
 )
 
 // state is how far a claim or a release has come. The order of steps makes each of them repeatable:
@@ -47,6 +48,17 @@ type record struct {
 	Generation uint64    `json:"generation"` // of the last claim, kept while free
 	Pin        string    `json:"pin,omitempty"`
 	User       string    `json:"user,omitempty"` // who asked for the step under way
+	Disabled   *mark     `json:"disabled,omitempty"`
+	// Removed says that it did not leave by itself, from the release on until somebody claims it again.
+	Removed *mark `json:"removed,omitempty"`
+}
+
+// mark is what somebody decided about a device.
+type mark struct {
+	Since  time.Time `json:"since"`
+	Owner  hub.Owner `json:"owner,omitempty"` // whose it was then
+	User   string    `json:"user,omitempty"`
+	Reason string    `json:"reason,omitempty"`
 }
 
 func (r record) ownership(dev hub.DeviceID) hub.Ownership {
@@ -60,6 +72,9 @@ func (r record) index() []string {
 	}
 	if r.State == claimed || r.State == releasing {
 		out = append(out, indexPending)
+	}
+	if r.Disabled != nil {
+		out = append(out, indexDisabled)
 	}
 	return out
 }

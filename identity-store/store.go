@@ -4,9 +4,11 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -43,17 +45,26 @@ type Store struct {
 	log     *slog.Logger
 	lists   *lists
 	metrics *metrics
+	ends    func(context.Context, hub.Ownership) error // what EndCredentials was told; nil: nobody
+
+	// deciding is held from reading a record until what is kept of it in memory is as it was written.
+	deciding sync.Mutex
+	kept     kept
 }
 
-// New makes a Store on docs that tells dir about every claim and release. Run must run for half-done steps to be finished
-// without anybody asking.
-func New(cfg Config, docs store.Documents, dir Directory, log *slog.Logger, reg prometheus.Registerer) (*Store, error) {
+// New makes a Store on docs that tells dir about every claim and release. It reads who is not let in, and fails when it cannot:
+// then nobody could be. Run must run for half-done steps to be finished without anybody asking.
+func New(ctx context.Context, cfg Config, docs store.Documents, dir Directory, log *slog.Logger, reg prometheus.Registerer) (*Store, error) {
 	if errs := cfg.Validate(); len(errs) > 0 {
 		return nil, &hub.Error{Kind: hub.Invalid, Op: "identityStore", Code: "config-invalid", Err: errors.Join(errs...)}
 	}
-	return &Store{
+	s := &Store{
 		cfg: cfg, docs: docs, dir: dir, log: log, lists: newLists(cfg.CachedDevices), metrics: newMetrics(reg),
-	}, nil
+	}
+	if err := s.keep(ctx); err != nil {
+		return nil, fmt.Errorf("read who is not let in: %w", err)
+	}
+	return s, nil
 }
 
 // Run finishes what a crash left half done, calls ready, and goes on doing so until ctx ends. The error is always nil.
@@ -77,9 +88,10 @@ func (s *Store) Run(ctx context.Context, ready func()) error {
 
 // SignUp claims the device for the owner and registers it with the directory. A device of another owner is Denied
 // ("device-owned-by-other"). Repeating it for the same owner succeeds and finishes what a crash left half done. Pin names the
-// credential set, is fixed at the claim and kept until the release; another one is Denied ("device-pinned"). Trouble of store
-// or directory is Unavailable (or Exhausted, Deadline).
-func (s *Store) SignUp(ctx context.Context, dev hub.DeviceID, owner hub.Owner, pin, user string) (hub.Ownership, error) {
+// credential set, is fixed at the claim and kept until the release; another one is Denied ("device-pinned"). So is a device that
+// was removed ("device-removed"), unless the owner authorized it since then, and one that is disabled. Trouble of store or
+// directory is Unavailable (or Exhausted, Deadline).
+func (s *Store) SignUp(ctx context.Context, dev hub.DeviceID, owner hub.Owner, pin, user string, authorized time.Time) (hub.Ownership, error) {
 	const op = "identity.SignUp"
 	if dev == "" || owner == "" || len(owner) > maxOwner {
 		return hub.Ownership{}, &hub.Error{Kind: hub.Invalid, Op: op, Code: "owner-invalid", Text: "the owner's name is empty or too long"}
@@ -92,6 +104,9 @@ func (s *Store) SignUp(ctx context.Context, dev hub.DeviceID, owner hub.Owner, p
 		switch {
 		case rec.State == releasing: // whoever released it is not there any more, or not done: the new owner waits for neither
 			err = s.release(ctx, dev, rec, rev)
+		case rec.State == free && rec.Removed != nil && !authorized.After(rec.Removed.Since):
+			s.metrics.signUps.WithLabelValues("removed").Inc()
+			return hub.Ownership{}, errRemoved.With(op, nil)
 		case rec.State == free:
 			rec = record{State: claimed, Owner: owner, Generation: rec.Generation + 1, Pin: pin, User: user}
 			if rev, err = s.put(ctx, dev, rec, rev); err == nil {
@@ -103,6 +118,9 @@ func (s *Store) SignUp(ctx context.Context, dev hub.DeviceID, owner hub.Owner, p
 		case rec.Pin != pin:
 			s.metrics.signUps.WithLabelValues("pinned").Inc()
 			return hub.Ownership{}, errPin.With(op, nil)
+		case rec.Disabled != nil:
+			s.metrics.signUps.WithLabelValues("disabled").Inc()
+			return hub.Ownership{}, errDisabled.With(op, nil)
 		case rec.State == claimed:
 			err = s.register(ctx, dev, rec, rev)
 		default:
@@ -146,9 +164,19 @@ func (s *Store) Owner(ctx context.Context, dev hub.DeviceID) (hub.Ownership, err
 	return hub.Ownership{}, trouble(op, errors.New("too much contention"))
 }
 
-// SignOff deletes the device: releasing mark, unregister with the directory, release. NotFound if owner does not own it.
-// After an error it may be repeated and goes on where it stopped. The generation outlives the release.
+// SignOff deletes the device, which wants it so: releasing mark, unregister with the directory, release. NotFound if owner does
+// not own it. After an error it may be repeated and goes on where it stopped. The generation outlives the release.
 func (s *Store) SignOff(ctx context.Context, dev hub.DeviceID, owner hub.Owner, user string) error {
+	return s.leave(ctx, dev, owner, user, nil)
+}
+
+// Remove is SignOff for a device that is not asked: it does not come back by itself, and what the hub has given it ends. The
+// owner "" is an operator, who removes whosever it is.
+func (s *Store) Remove(ctx context.Context, dev hub.DeviceID, owner hub.Owner, user, reason string) error {
+	return s.leave(ctx, dev, owner, user, &mark{Since: time.Now().UTC(), User: user, Reason: reason})
+}
+
+func (s *Store) leave(ctx context.Context, dev hub.DeviceID, owner hub.Owner, user string, removed *mark) error {
 	const op = "identity.SignOff"
 	begun := false
 	for range maxTries {
@@ -159,7 +187,7 @@ func (s *Store) SignOff(ctx context.Context, dev hub.DeviceID, owner hub.Owner, 
 		switch {
 		case rec.State == free && begun: // another process finished what we began
 			return nil
-		case rec.State == free, rec.Owner != owner:
+		case rec.State == free, owner != "" && rec.Owner != owner:
 			if begun {
 				return nil
 			}
@@ -169,8 +197,11 @@ func (s *Store) SignOff(ctx context.Context, dev hub.DeviceID, owner hub.Owner, 
 		case rec.State == registered && begun: // released and claimed again meanwhile: not ours to release
 			return nil
 		default:
-			if rec.State == registered {
+			if rec.State == registered || removed != nil && rec.Removed == nil {
 				rec.State, rec.User = releasing, user
+				if rec.Removed = removed; removed != nil {
+					removed.Owner = rec.Owner
+				}
 				rev, err = s.put(ctx, dev, rec, rev)
 			}
 			if err == nil {
@@ -245,11 +276,23 @@ func (s *Store) release(ctx context.Context, dev hub.DeviceID, rec record, rev u
 	if err := s.dir.Unregister(ctx, rec.ownership(dev), rec.User); err != nil {
 		return trouble("unregister with the directory", err)
 	}
+	if rec.Removed != nil && s.ends != nil && s.cfg.RevokeAtRemoval {
+		if err := s.ends(ctx, rec.ownership(dev)); err != nil {
+			return trouble("end the device's credentials", err)
+		}
+	}
 	// Before the record forgets the owner, so that a crash between the two loses nothing.
 	if err := s.remember(ctx, dev, rec.Owner); err != nil {
 		return err
 	}
-	_, err := s.put(ctx, dev, record{State: free, Generation: rec.Generation}, rev)
+	if rec.Disabled != nil {
+		s.deciding.Lock()
+		defer s.deciding.Unlock()
+	}
+	_, err := s.put(ctx, dev, record{State: free, Generation: rec.Generation, Removed: rec.Removed}, rev)
+	if err == nil && rec.Disabled != nil {
+		s.kept.disable(dev, false)
+	}
 	return err
 }
 
@@ -286,8 +329,9 @@ func (s *Store) finish(ctx context.Context, doc store.Doc) error {
 	return nil
 }
 
-// sweep removes notes of former owners whose events are gone.
+// sweep removes notes of former owners whose events are gone, and denials that have ended.
 func (s *Store) sweep(ctx context.Context) {
+	s.forgetEnded(ctx)
 	for doc, err := range s.docs.Range(ctx, collPast, "", "") {
 		if err != nil {
 			s.log.WarnContext(ctx, "sweep of former owners stopped", "error", err)

@@ -74,7 +74,7 @@ func (d *directory) Unregister(_ context.Context, own hub.Ownership, _ string) e
 
 func newStore(t *testing.T, docs *storetest.Memory, dir *directory) *Store {
 	t.Helper()
-	s, err := New(Default(), docs, dir, quiet(), prometheus.NewRegistry())
+	s, err := New(t.Context(), Default(), docs, dir, quiet(), prometheus.NewRegistry())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -95,7 +95,7 @@ func wantKind(t *testing.T, err error, kind hub.Kind, code string) {
 
 func signUp(t *testing.T, s *Store, dev hub.DeviceID, owner hub.Owner) hub.Ownership {
 	t.Helper()
-	own, err := s.SignUp(t.Context(), dev, owner, "pin", "user")
+	own, err := s.SignUp(t.Context(), dev, owner, "pin", "user", time.Time{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -128,7 +128,7 @@ func TestSecondOwnerIsRefused(t *testing.T) {
 	t.Parallel()
 	s := newStore(t, storetest.NewMemory(), newDirectory())
 	signUp(t, s, lamp, alice)
-	_, err := s.SignUp(t.Context(), lamp, bob, "pin", "user")
+	_, err := s.SignUp(t.Context(), lamp, bob, "pin", "user", time.Time{})
 	wantKind(t, err, hub.Denied, "device-owned-by-other")
 	wantKind(t, s.SignOff(t.Context(), lamp, bob, "user"), hub.NotFound, "")
 	if own, err := s.Owner(t.Context(), lamp); err != nil || own.Owner != alice {
@@ -140,10 +140,10 @@ func TestOwnersThatNoStoreCouldHoldAreInvalid(t *testing.T) {
 	t.Parallel()
 	s := newStore(t, storetest.NewMemory(), newDirectory())
 	for _, owner := range []hub.Owner{"", hub.Owner(strings.Repeat("x", maxOwner+1))} {
-		_, err := s.SignUp(t.Context(), lamp, owner, "pin", "user")
+		_, err := s.SignUp(t.Context(), lamp, owner, "pin", "user", time.Time{})
 		wantKind(t, err, hub.Invalid, "owner-invalid")
 	}
-	_, err := s.SignUp(t.Context(), "", alice, "pin", "user")
+	_, err := s.SignUp(t.Context(), "", alice, "pin", "user", time.Time{})
 	wantKind(t, err, hub.Invalid, "")
 }
 
@@ -151,12 +151,12 @@ func TestPinIsFixedUntilRelease(t *testing.T) {
 	t.Parallel()
 	s := newStore(t, storetest.NewMemory(), newDirectory())
 	signUp(t, s, lamp, alice)
-	_, err := s.SignUp(t.Context(), lamp, alice, "another", "user")
+	_, err := s.SignUp(t.Context(), lamp, alice, "another", "user", time.Time{})
 	wantKind(t, err, hub.Denied, "device-pinned")
 	if err := s.SignOff(t.Context(), lamp, alice, "user"); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.SignUp(t.Context(), lamp, alice, "another", "user"); err != nil {
+	if _, err := s.SignUp(t.Context(), lamp, alice, "another", "user", time.Time{}); err != nil {
 		t.Fatalf("after the release: %v", err)
 	}
 }
@@ -170,7 +170,7 @@ func TestParallelSignUpsHaveOneWinner(t *testing.T) {
 	errs := make([]error, 32)
 	for i := range errs {
 		wg.Go(func() {
-			_, errs[i] = stores[i%2].SignUp(t.Context(), lamp, hub.Owner(fmt.Sprintf("owner-%d", i)), "pin", "user")
+			_, errs[i] = stores[i%2].SignUp(t.Context(), lamp, hub.Owner(fmt.Sprintf("owner-%d", i)), "pin", "user", time.Time{})
 		})
 	}
 	wg.Wait()
@@ -217,11 +217,11 @@ func TestCrashBetweenStepsIsFinishedLater(t *testing.T) {
 		t.Run("claimed, finished at "+how, func(t *testing.T) {
 			docs, dir := storetest.NewMemory(), newDirectory()
 			dir.register = func(hub.Ownership) error { return away }
-			_, err := newStore(t, docs, dir).SignUp(t.Context(), lamp, alice, "pin", "user")
+			_, err := newStore(t, docs, dir).SignUp(t.Context(), lamp, alice, "pin", "user", time.Time{})
 			wantKind(t, err, hub.Unavailable, "")
 			_, err = newStore(t, docs, dir).Owner(t.Context(), lamp)
 			wantKind(t, err, hub.Unavailable, "") // not NotFound: the device would drop its credentials
-			_, err = newStore(t, docs, dir).SignUp(t.Context(), lamp, bob, "pin", "user")
+			_, err = newStore(t, docs, dir).SignUp(t.Context(), lamp, bob, "pin", "user", time.Time{})
 			wantKind(t, err, hub.Denied, "device-owned-by-other") // the claim stands
 			dir.register = nil
 			s := newStore(t, docs, dir)
@@ -252,7 +252,7 @@ func TestCrashBetweenStepsIsFinishedLater(t *testing.T) {
 			if ids, err := s.Devices(t.Context(), alice); err != nil || len(ids) != 0 {
 				t.Fatalf("a device being released is listed: %v, %v", ids, err)
 			}
-			_, err = s.SignUp(t.Context(), lamp, bob, "pin", "user")
+			_, err = s.SignUp(t.Context(), lamp, bob, "pin", "user", time.Time{})
 			wantKind(t, err, hub.Unavailable, "")
 			dir.unregister = nil
 			s = newStore(t, docs, dir)
@@ -313,7 +313,7 @@ func TestLateRegistrationDoesNotReviveAnOwner(t *testing.T) {
 		}
 		return nil
 	}
-	own, err := s.SignUp(t.Context(), lamp, alice, "pin", "user")
+	own, err := s.SignUp(t.Context(), lamp, alice, "pin", "user", time.Time{})
 	if err != nil || own.Generation != 2 {
 		t.Fatalf("%+v, %v: the sign-up goes on with a claim of its own", own, err)
 	}
@@ -328,7 +328,7 @@ func TestSignOffOfAClaimRegistersFirst(t *testing.T) {
 	docs, dir := storetest.NewMemory(), newDirectory()
 	dir.register = func(hub.Ownership) error { return errors.New("away") }
 	s := newStore(t, docs, dir)
-	_, err := s.SignUp(t.Context(), lamp, alice, "pin", "user")
+	_, err := s.SignUp(t.Context(), lamp, alice, "pin", "user", time.Time{})
 	wantKind(t, err, hub.Unavailable, "")
 	var calls []string
 	dir.register = func(hub.Ownership) error { calls = append(calls, "register"); return nil }
@@ -456,7 +456,7 @@ func TestTroubleIsUnavailable(t *testing.T) {
 				case "unregister":
 					dir.unregister = func(hub.Ownership) error { return cause }
 				}
-				_, up := s.SignUp(t.Context(), lamp, alice, "pin", "user")
+				_, up := s.SignUp(t.Context(), lamp, alice, "pin", "user", time.Time{})
 				off := s.SignOff(t.Context(), meter, bob, "user")
 				_, devices := s.Devices(t.Context(), alice)
 				_, owned := s.EventsOwned(t.Context(), alice)
@@ -486,7 +486,7 @@ func TestConfigReportsAllMistakes(t *testing.T) {
 	if errs := (Config{}).Validate(); len(errs) != 2 {
 		t.Fatal(errs)
 	}
-	if _, err := New(Config{}, storetest.NewMemory(), newDirectory(), slog.Default(), prometheus.NewRegistry()); !hub.IsKind(err, hub.Invalid) {
+	if _, err := New(t.Context(), Config{}, storetest.NewMemory(), newDirectory(), slog.Default(), prometheus.NewRegistry()); !hub.IsKind(err, hub.Invalid) {
 		t.Fatal(err)
 	}
 }

@@ -27,6 +27,7 @@ type code struct {
 	Device   hub.DeviceID `json:"device,omitempty"` // empty: any
 	AuthTime time.Time    `json:"authTime"`
 	AMR      []string     `json:"amr,omitempty"`
+	Issued   time.Time    `json:"issued,omitzero"`
 	Expires  time.Time    `json:"expires"`
 	// Of the authorize request, for codes that a browser brought.
 	RedirectURI string `json:"redirectURI,omitempty"`
@@ -81,7 +82,7 @@ func (s *Server) OnboardCode(ctx context.Context, owner hub.Owner, dev hub.Devic
 	now := s.clock.Now()
 	c := code{
 		Client: s.cfg.Clients.Device.ID, Subject: a.Name, Scopes: []string{hub.ScopeDevice}, Device: dev, AuthTime: now.UTC(),
-		Expires: now.Add(ttl).UTC(),
+		Issued: now.UTC(), Expires: now.Add(ttl).UTC(),
 	}
 	text := newCode()
 	if err := write(ctx, s.docs, collCodes, fingerprint(text), 0, c); err != nil {
@@ -163,7 +164,7 @@ func (s *Server) exchange(ctx context.Context, dev hub.DeviceID, credential, tex
 			Expires: now.Add(s.cfg.RefreshTokenLifetime).UTC(),
 		}
 		id := newGrantID()
-		a := answer{Tokens: hub.Tokens{Refresh: refreshToken(id, random(32))}}
+		a := answer{Tokens: hub.Tokens{Refresh: refreshToken(id, random(32)), Authorized: c.Issued}}
 		g.Current = fingerprint(a.Tokens.Refresh)
 		a.Grant = g
 		if a.Tokens.Access, a.Tokens.Expiry, err = s.sign(ctx, id, g, g.Scopes, s.cfg.AccessTokenLifetime); err != nil {

@@ -121,7 +121,7 @@ func (st storage) SaveAuthCode(ctx context.Context, id, text string) error {
 	}
 	c := code{
 		Client: r.Client, Subject: r.Subject, Scopes: r.Scopes, Device: r.Device, AuthTime: r.AuthTime, AMR: r.GetAMR(),
-		Expires: s.clock.Now().Add(lifetime).UTC(), RedirectURI: r.RedirectURI, Challenge: r.Challenge, Nonce: r.Nonce,
+		Issued: s.clock.Now().UTC(), Expires: s.clock.Now().Add(lifetime).UTC(), RedirectURI: r.RedirectURI, Challenge: r.Challenge, Nonce: r.Nonce,
 	}
 	if err := write(ctx, s.docs, collCodes, fingerprint(text), 0, c); err != nil {
 		return refuse(ctx, err, oidc.ErrServerError())

@@ -111,6 +111,8 @@ func (c *Client) Exchange(ctx context.Context, dev hub.DeviceID, credential, cod
 			form.Set("redirect_uri", c.cfg.RedirectURL)
 		}
 		t, err := c.token(ctx, op, form)
+		// A provider does not tell when it gave the code. It is good once and for minutes (RFC 6749, Section 4.1.2), so it was lately.
+		t.Authorized = time.Now().UTC()
 		return t, codeWindow, err
 	})
 	return t, err

@@ -35,8 +35,8 @@ type DTLSConfig struct {
 	// identities exist (RFC 4279, Section 2). An error ends the handshake with internal_error. Nil: only certificates.
 	PSK func(ctx context.Context, identity []byte) ([]byte, error)
 	// Verify decides on a peer that has proven its credential; it is here that one is demanded. An error ends the handshake
-	// with bad_certificate, with certificate_revoked if it is ErrRevoked, or with handshake_failure if the peer has proven
-	// nothing. It is called once for each association. Nil takes everybody, also who has proven nothing.
+	// with bad_certificate, with certificate_revoked if it is ErrRevoked, with access_denied if it is ErrDenied, or with
+	// handshake_failure if the peer has proven nothing. It is called once for each association. Nil takes everybody, also who has proven nothing.
 	Verify func(PeerCredential) error
 	// Gateway is the first part of all connection IDs, by which a load balancer can find this gateway.
 	Gateway uint16
@@ -84,6 +84,9 @@ var (
 
 // ErrRevoked is DTLSConfig.Verify's of a certificate that was revoked.
 var ErrRevoked = errors.New("the certificate was revoked")
+
+// ErrDenied is DTLSConfig.Verify's of a peer whose credential is good, and that is not let in.
+var ErrDenied = errors.New("the peer is not let in")
 
 var errNoCredentials = errors.New("dtls needs a certificate or pre-shared keys")
 

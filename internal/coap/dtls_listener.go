@@ -493,6 +493,8 @@ func alertOf(err error, nothing bool) byte {
 		return alertUnknownCA
 	case errors.Is(err, ErrRevoked):
 		return alertRevoked
+	case errors.Is(err, ErrDenied):
+		return alertDenied
 	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
 		return alertExpired
 	case errors.As(err, &invalid) && invalid.Reason == x509.IncompatibleUsage:

@@ -33,6 +33,7 @@ const (
 	alertRevoked        = 44 // certificate_revoked
 	alertExpired        = 45 // certificate_expired
 	alertUnknownCA      = 48
+	alertDenied         = 49 // access_denied
 	alertDecrypt        = 51 // decrypt_error
 )
 

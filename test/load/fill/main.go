@@ -117,7 +117,7 @@ func (f *filling) fill(ctx context.Context, data string, progress io.Writer) (er
 	if f.directory, err = resourcedirectory.New(resourcedirectory.Default(), st, log, reg, "fill"); err != nil {
 		return err
 	}
-	if f.identities, err = identitystore.New(identitystore.Default(), st, f.directory, log, reg); err != nil {
+	if f.identities, err = identitystore.New(ctx, identitystore.Default(), st, f.directory, log, reg); err != nil {
 		return err
 	}
 	own, end := context.WithCancel(context.WithoutCancel(ctx))
@@ -176,7 +176,7 @@ func (f *filling) device(ctx, own context.Context, i int) error {
 	if i < f.events%f.devices {
 		events++
 	}
-	ownership, err := f.identities.SignUp(own, dev, owner, "", string(owner))
+	ownership, err := f.identities.SignUp(own, dev, owner, "", string(owner), time.Time{})
 	if err != nil {
 		return err
 	}
