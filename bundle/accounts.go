@@ -79,6 +79,11 @@ func (a *assembly) onboard(ctx context.Context, q OnboardRequest) (Onboarding, e
 			return Onboarding{}, err
 		}
 	}
+	if dev != "" {
+		if err := a.readmit(ctx, dev); err != nil {
+			return Onboarding{}, err
+		}
+	}
 	if q.Certificate {
 		id, err := a.issue(ctx, issueRequest{DeviceID: string(dev), owner: hub.Owner(o.Owner)})
 		if err != nil {

@@ -19,7 +19,7 @@ type CertificatesRequest struct {
 	Serials  []string `json:"serials,omitempty"` // hexadecimal
 	Limit    int      `json:"limit,omitempty"`   // at most so many, the newest; 0: 10 000, which is the most
 	PEM      bool     `json:"pem,omitempty"`     // with the certificates themselves
-	// Reason is for revocations: unspecified, keyCompromise, superseded, cessationOfOperation. "": unspecified.
+	// Reason is for revocations: unspecified, keyCompromise, affiliationChanged, superseded, cessationOfOperation. "": unspecified.
 	Reason string `json:"reason,omitempty"`
 }
 
@@ -117,9 +117,7 @@ func (a *assembly) revokeCertificates(ctx context.Context, q CertificatesRequest
 		return nil, hub.NewError(hub.Invalid, "filter-empty", "name certificates or a device")
 	}
 	revoked, err := a.certificates.Revoke(ctx, f, reason)
-	for _, c := range revoked {
-		a.log.InfoContext(ctx, "certificate revoked", "serial", c.Serial, "device", c.Device, "reason", c.Reason.String(), "user", callerOf(ctx))
-	}
+	a.logRevoked(ctx, revoked)
 	return certificatesFrom(revoked), err
 }
 

@@ -270,6 +270,11 @@ func (a *assembly) newEnrolmentToken(ctx context.Context, q NewTokenRequest) (En
 	if err != nil {
 		return EnrolmentToken{}, err
 	}
+	if dev != "" {
+		if err := a.readmit(ctx, dev); err != nil {
+			return EnrolmentToken{}, err
+		}
+	}
 	text, t, err := a.certificates.NewToken(ctx, owner, dev, q.TTL, callerOf(ctx))
 	if err != nil {
 		return EnrolmentToken{}, err
@@ -316,6 +321,14 @@ func (a *assembly) decideEnrolments(ctx context.Context, q EnrolmentsRequest) ([
 	f, err := q.filter()
 	if err != nil {
 		return nil, err
+	}
+	for _, dev := range f.Devices {
+		if !q.Allow {
+			break
+		}
+		if err := a.readmit(ctx, dev); err != nil {
+			return nil, err
+		}
 	}
 	es, err := a.certificates.Decide(ctx, f.Devices, q.Allow, callerOf(ctx))
 	return enrolmentsFrom(es), err

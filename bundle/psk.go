@@ -68,6 +68,19 @@ func (p *preShared) key(ctx context.Context, dev hub.DeviceID) ([]byte, error) {
 	return []byte(p.make(dev, rec)), nil
 }
 
+// forget makes a device's key useless, if it has one.
+func (p *preShared) forget(ctx context.Context, dev hub.DeviceID) error {
+	for {
+		doc, err := p.docs.Get(ctx, pskCollection, string(dev))
+		if err == nil && doc.Rev != 0 {
+			err = p.docs.Delete(ctx, pskCollection, string(dev), doc.Rev)
+		}
+		if !hub.IsKind(err, hub.Conflict) {
+			return err
+		}
+	}
+}
+
 func (p *preShared) make(dev hub.DeviceID, rec pskRecord) string {
 	mac := hmac.New(sha256.New, p.secret)
 	mac.Write([]byte(dev))

@@ -173,14 +173,16 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	a.devices, err = coapgateway.New(gatewayConfig, coapgateway.Deps{
 		Directory: a.directory, Identities: a.identities, Verifier: a.verifier, Providers: providers,
 		Certificate: certificate, ClientCAs: a.authority.DevicePool(), ClientIntermediates: a.authority.DeviceIntermediates(),
-		PSK: a.psk.key, Revoked: a.certificates.Revoked, HubID: hub.DeviceID(a.hubID), Service: writer, EngineMetrics: engine,
-		Renewals: a.certificates,
-		Reach:    func(address string) string { return reach(address, a.external) },
+		PSK: a.psk.key, Revoked: a.certificates.Revoked, Denied: a.identities.Denied, HandedOver: a.handedOver,
+		HubID: hub.DeviceID(a.hubID), Service: writer, EngineMetrics: engine, Renewals: a.certificates,
+		Reach: func(address string) string { return reach(address, a.external) },
 	}, log.With("part", "coap-gateway"), a.registry)
 	if err != nil {
 		return nil, err
 	}
 	a.certificates.Ended(a.devices.EndCertificate)
+	a.identities.Barred(a.devices.EndDenied)
+	a.identities.EndCredentials(a.endCredentials)
 	a.enrol, err = enrolmentgateway.New(cfg.EnrolmentGateway, enrolmentgateway.Deps{
 		Authority: a.certificates, Certificate: certificate, PSK: a.psk.key, EngineMetrics: engine,
 		Refused: func(remote net.Addr, reason string) {

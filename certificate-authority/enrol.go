@@ -1,6 +1,7 @@
 package certificateauthority
 
 import (
+	"bytes"
 	"context"
 	"crypto/x509"
 	"encoding/json"
@@ -303,9 +304,15 @@ func (s *Service) prove(ctx context.Context, proof hub.EnrolmentProof, req reque
 		return applicant{}, errProof
 	}
 	if own, err := s.verifyOwn(proof.Chain); err == nil {
+		if err := s.denied(proof.Chain, s.above(own)); err != nil {
+			return applicant{}, err
+		}
 		return s.byCurrent(ctx, own)
 	}
 	g, err := s.groupOf(ctx, proof.Chain)
+	if err == nil {
+		err = s.denied(proof.Chain, []*x509.Certificate{g.ca})
+	}
 	if err != nil {
 		return applicant{}, err
 	}
@@ -385,11 +392,27 @@ func (s *Service) Vouch(ctx context.Context, chain []*x509.Certificate) error {
 	if len(chain) == 0 {
 		return errProof
 	}
-	if _, err := s.verifyOwn(chain); err == nil {
-		return nil
+	if own, err := s.verifyOwn(chain); err == nil {
+		return s.denied(chain, s.above(own))
 	}
-	_, err := s.groupOf(ctx, chain)
+	g, err := s.groupOf(ctx, chain)
+	if err == nil {
+		err = s.denied(chain, []*x509.Certificate{g.ca})
+	}
 	return err
+}
+
+// denied refuses a chain with something in it that is on the deny list. Above is what the first is known to be under, whatever the
+// peer sent behind it.
+func (s *Service) denied(chain, above []*x509.Certificate) error {
+	return s.owners.Denied("", slices.Concat(chain[:1], above, chain[1:]))
+}
+
+// above are the CAs that a certificate of this authority is under.
+func (s *Service) above(leaf *x509.Certificate) []*x509.Certificate {
+	return slices.DeleteFunc(s.Anchors(), func(ca *x509.Certificate) bool {
+		return !bytes.Equal(ca.SubjectKeyId, leaf.AuthorityKeyId) && ca.CheckSignatureFrom(ca) != nil
+	})
 }
 
 // RenewAt is when a certificate of this authority should be renewed: in the last 60 days of its life, or its last third if that is

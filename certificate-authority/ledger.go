@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"iter"
 	"slices"
@@ -89,16 +90,45 @@ func decodeEntry(doc store.Doc) (entry, error) {
 // nameOf names a key as other hubs do: by a UUID of its SubjectPublicKeyInfo.
 func nameOf(spki []byte) string { return uuid.NewSHA1(uuid.NameSpaceX500, spki).String() }
 
-// record puts a certificate that nobody has yet into the ledger. Only then it may be handed out.
+// record puts a certificate that nobody has yet into the ledger. Only then it may be handed out. One of a device that is not let
+// in is refused; if the device is removed meanwhile, either its removal finds the entry, or this finds the device removed.
 func (s *Service) record(ctx context.Context, leaf *x509.Certificate, e entry) error {
+	if err := s.owners.Admits(ctx, e.Device, leaf.RawSubjectPublicKeyInfo); err != nil {
+		return err
+	}
 	e.Name, e.Key, e.Issuer = leaf.Subject.CommonName, nameOf(leaf.RawSubjectPublicKeyInfo), s.issuer
 	e.PEM, e.Created, e.NotBefore, e.NotAfter = string(certPEM(leaf)), time.Now().UTC(), leaf.NotBefore, leaf.NotAfter
 	doc, err := e.doc(hub.SerialOf(leaf.SerialNumber), 0)
 	if err != nil {
 		return err
 	}
-	_, err = s.docs.Put(ctx, collCertificates, doc)
-	return err
+	if _, err = s.docs.Put(ctx, collCertificates, doc); err != nil {
+		return err
+	}
+	if err := s.owners.Admits(ctx, e.Device, leaf.RawSubjectPublicKeyInfo); err != nil {
+		_, failed := s.Revoke(ctx, hub.CertificateFilter{All: true, Serials: []string{doc.Key}}, hub.RevokedCessation)
+		return errors.Join(err, failed)
+	}
+	return nil
+}
+
+// HandOver ends the certificates of a device that were signed for others than its owner, but for the one with the serial, by
+// which it came to him; "": it came by none. Those of operators are for whoever has the device. It returns what was good until
+// then. After an error it may be repeated.
+func (s *Service) HandOver(ctx context.Context, dev hub.DeviceID, owner hub.Owner, serial string) ([]hub.Certificate, error) {
+	var old []string
+	for c, err := range s.Certificates(ctx, hub.CertificateFilter{All: true, Devices: []hub.DeviceID{dev}}) {
+		if err != nil {
+			return nil, err
+		}
+		if c.Owner != "" && c.Owner != owner && c.Serial != serial && c.Revoked.IsZero() {
+			old = append(old, c.Serial)
+		}
+	}
+	if len(old) == 0 {
+		return nil, nil
+	}
+	return s.Revoke(ctx, hub.CertificateFilter{All: true, Serials: old}, hub.RevokedAffiliation)
 }
 
 // found yields the entries that the filter means, in no order. An error is the last element.

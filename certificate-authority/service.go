@@ -60,6 +60,11 @@ type reservation struct {
 // Owners says who owns a device: NotFound if nobody does.
 type Owners interface {
 	Owner(ctx context.Context, dev hub.DeviceID) (hub.Ownership, error)
+	// Admits refuses certificates for a device that is disabled, removed or denied, and for a public key (SubjectPublicKeyInfo)
+	// that is denied: Denied.
+	Admits(ctx context.Context, dev hub.DeviceID, spki []byte) error
+	// Denied refuses whoever comes with a chain in which the certificate or its key is denied, or a CA: Denied. It does not block.
+	Denied(dev hub.DeviceID, chain []*x509.Certificate) error
 }
 
 // Service is the device side of an Authority: it decides who gets a certificate for which device, keeps the ledger of all of
@@ -204,7 +209,8 @@ func (s *Service) sweepAll(ctx context.Context, collection string, over func(val
 // for a device of the owner, or for one that nobody owns, which is kept for the owner for 24 hours then. Kinds: Invalid and
 // TooLarge for what is wrong with the request, Denied for the hub's ID ("device-id-of-hub") and for devices of others
 // ("device-owned-by-other"), Exhausted when the device has 16 certificates that are good ("certificates-limit") or the owner
-// 1000 IDs that are kept ("reservations-limit"). What is returned is in the ledger.
+// 1000 IDs that are kept ("reservations-limit"). Denied, too, for a device that is not let in, with the codes of Owners.Admits.
+// What is returned is in the ledger.
 func (s *Service) Sign(ctx context.Context, owner hub.Owner, user string, csr []byte) (chain []byte, err error) {
 	defer func() { s.count(err) }()
 	const op = "certificateauthority.Sign"
@@ -237,6 +243,9 @@ func (s *Service) turn(dev hub.DeviceID) *sync.Mutex {
 // device is. The device's turn is taken.
 func (s *Service) sign(ctx context.Context, req request, e entry) (*x509.Certificate, error) {
 	if err := s.room(ctx, e.Owner, req); err != nil {
+		return nil, err
+	}
+	if err := s.owners.Admits(ctx, req.device, req.spki); err != nil { // before an ID is kept for the owner
 		return nil, err
 	}
 	if e.Owner != "" {

@@ -44,6 +44,26 @@ func (o owners) Owner(_ context.Context, dev hub.DeviceID) (hub.Ownership, error
 	return hub.Ownership{}, hub.NewError(hub.NotFound, "device-not-owned", "")
 }
 
+// refused is an owner in whose place the device is refused.
+const refused hub.Owner = "device-removed"
+
+func (o owners) Admits(_ context.Context, dev hub.DeviceID, _ []byte) error {
+	if o[dev] == refused {
+		return hub.NewError(hub.Denied, "device-removed", "")
+	}
+	return nil
+}
+
+// Denied refuses a certificate whose common name stands for refused, wherever it is in a chain.
+func (o owners) Denied(_ hub.DeviceID, chain []*x509.Certificate) error {
+	for _, c := range chain {
+		if o[hub.DeviceID(c.Subject.CommonName)] == refused {
+			return hub.NewError(hub.Denied, "ca-denied", "")
+		}
+	}
+	return nil
+}
+
 // office is a Service over a store that can be restarted, with what it told.
 type office struct {
 	*Service

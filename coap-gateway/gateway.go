@@ -47,6 +47,8 @@ type Deps struct {
 	// Denied refuses a device that is not to be let in, or whoever comes with a verified chain in which something is not: Denied then.
 	// The device may be "", and the chain nil. It does not block, and must say so before EndDenied is told. Nil: nobody is.
 	Denied func(dev hub.DeviceID, chain []*x509.Certificate) error
+	// HandedOver is told of each sign-up: the device is owner's, and came with the certificate, or with none. Nil: nobody is told.
+	HandedOver func(ctx context.Context, dev hub.DeviceID, owner hub.Owner, cert *x509.Certificate) error
 	// PSK returns the pre-shared key of a device, nil if it has none. Nil: devices have certificates only.
 	PSK   func(context.Context, hub.DeviceID) ([]byte, error)
 	HubID hub.DeviceID

@@ -89,6 +89,9 @@ func (p *peer) trySignUp(ctx context.Context, req *coap.Message, format int32, b
 	if err == nil {
 		_, err = p.gw.deps.Identities.SignUp(ctx, dev, claims.Owner, p.cred.pin, claims.Subject, tokens.Authorized)
 	}
+	if err == nil && p.gw.deps.HandedOver != nil {
+		err = p.gw.deps.HandedOver(ctx, dev, claims.Owner, p.cred.cert)
+	}
 	if err != nil {
 		p.revoke(ctx, provider, tokens, err)
 		return coap.Response{}, dev, err

@@ -36,7 +36,7 @@ func (g *Gateway) deleteDevices(ctx context.Context, c hub.Claims, names []strin
 	}
 	var out deleted
 	for _, id := range ids {
-		switch err := g.deps.Identities.SignOff(ctx, id, c.Owner, c.Subject); {
+		switch err := g.deps.Identities.Remove(ctx, id, c.Owner, c.Subject, ""); {
 		case hub.IsKind(err, hub.NotFound):
 		case err != nil: // what was deleted before stays so; asking again deletes the rest
 			return deleted{}, err

@@ -46,8 +46,14 @@ type Directory interface {
 type Identities interface {
 	// Devices lists the owner's devices in ID order.
 	Devices(ctx context.Context, owner hub.Owner) ([]hub.DeviceID, error)
-	// SignOff deletes the device and closes its session. NotFound if owner does not own it.
-	SignOff(ctx context.Context, dev hub.DeviceID, owner hub.Owner, user string) error
+	// Remove deletes the device, closes its session, and keeps it from coming back by itself. NotFound if owner does not own it.
+	Remove(ctx context.Context, dev hub.DeviceID, owner hub.Owner, user, reason string) error
+	// Access says how a device stands that is owner's, or was when it was removed. NotFound for others.
+	Access(ctx context.Context, dev hub.DeviceID, owner hub.Owner) (hub.Access, error)
+	// Disable keeps a device out, which stays owner's, and ends its session; Enable lets it in again, also one that was removed.
+	// NotFound for others, Invalid for a reason that is too long.
+	Disable(ctx context.Context, dev hub.DeviceID, owner hub.Owner, user, reason string) error
+	Enable(ctx context.Context, dev hub.DeviceID, owner hub.Owner) error
 	// Reachable refuses commands for a device of the owner's that is not let in: Precondition. Of others' it says nothing.
 	Reachable(ctx context.Context, dev hub.DeviceID, owner hub.Owner) error
 	// EventsOwned lists devices whose log may hold events with the owner's stamp, in ID order: those owned now and those

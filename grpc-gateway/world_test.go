@@ -90,14 +90,36 @@ type fakeIdentities struct {
 	signOff     func(context.Context, hub.DeviceID, hub.Owner, string) error
 	eventsOwned func(context.Context, hub.Owner) ([]hub.DeviceID, error)
 	reachable   func(hub.DeviceID) error // nil: all are
+	access      map[hub.DeviceID]hub.Access
 }
 
 func (f *fakeIdentities) Devices(ctx context.Context, o hub.Owner) ([]hub.DeviceID, error) {
 	return f.devices(ctx, o)
 }
 
-func (f *fakeIdentities) SignOff(ctx context.Context, d hub.DeviceID, o hub.Owner, user string) error {
+func (f *fakeIdentities) Remove(ctx context.Context, d hub.DeviceID, o hub.Owner, user, _ string) error {
 	return f.signOff(ctx, d, o, user)
+}
+
+func (f *fakeIdentities) Access(ctx context.Context, d hub.DeviceID, o hub.Owner) (hub.Access, error) {
+	if ids, err := f.devices(ctx, o); err != nil || !slices.Contains(ids, d) {
+		return hub.Access{}, cmp.Or[error](err, hub.NewError(hub.NotFound, "device-not-owned", ""))
+	}
+	return cmp.Or(f.access[d], hub.Access{State: hub.AccessAdmitted}), nil
+}
+
+func (f *fakeIdentities) Disable(ctx context.Context, d hub.DeviceID, o hub.Owner, user, reason string) error {
+	_, err := f.Access(ctx, d, o)
+	if err == nil {
+		f.access[d] = hub.Access{State: hub.AccessDisabled, User: user, Reason: reason, Since: time.Unix(1700000000, 0).UTC()}
+	}
+	return err
+}
+
+func (f *fakeIdentities) Enable(ctx context.Context, d hub.DeviceID, o hub.Owner) error {
+	_, err := f.Access(ctx, d, o)
+	delete(f.access, d)
+	return err
 }
 
 func (f *fakeIdentities) Reachable(_ context.Context, d hub.DeviceID, _ hub.Owner) error {
@@ -311,6 +333,7 @@ func newWorld(t testing.TB, change ...func(*Config, *Deps)) *world {
 	}
 	w.identities = &fakeIdentities{
 		devices: owned, eventsOwned: owned,
+		access: map[hub.DeviceID]hub.Access{},
 		signOff: func(_ context.Context, id hub.DeviceID, o hub.Owner, user string) error {
 			if d := w.pictures[id]; d == nil || d.Owner != o {
 				return hub.NewError(hub.NotFound, "", "")

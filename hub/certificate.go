@@ -47,20 +47,21 @@ type RevocationReason uint8
 const (
 	RevokedUnspecified   RevocationReason = 0
 	RevokedKeyCompromise RevocationReason = 1
+	RevokedAffiliation   RevocationReason = 3 // affiliationChanged
 	RevokedSuperseded    RevocationReason = 4
 	RevokedCessation     RevocationReason = 5 // cessationOfOperation
 )
 
 var revocationReasons = map[string]RevocationReason{
 	"unspecified": RevokedUnspecified, "keyCompromise": RevokedKeyCompromise, "superseded": RevokedSuperseded,
-	"cessationOfOperation": RevokedCessation,
+	"affiliationChanged": RevokedAffiliation, "cessationOfOperation": RevokedCessation,
 }
 
 // ParseRevocationReason reads a reason as RFC 5280 names it; others are Invalid.
 func ParseRevocationReason(s string) (RevocationReason, error) {
 	r, ok := revocationReasons[s]
 	if !ok {
-		return 0, &Error{Kind: Invalid, Code: "reason-unknown", Text: "the reasons are unspecified, keyCompromise, superseded and cessationOfOperation"}
+		return 0, &Error{Kind: Invalid, Code: "reason-unknown", Text: "the reasons are unspecified, keyCompromise, affiliationChanged, superseded and cessationOfOperation"}
 	}
 	return r, nil
 }

@@ -132,8 +132,8 @@ func (s *Store) Denied(dev hub.DeviceID, chain []*x509.Certificate) error {
 	}
 	leaf := chain[0]
 	own := []string{sum(leaf.Raw)}
-	if len(chain) > 1 {
-		own = append(own, sum(chain[1].RawSubjectPublicKeyInfo)+"/"+hub.SerialOf(leaf.SerialNumber))
+	for _, ca := range chain[1:] { // one of them has issued it
+		own = append(own, sum(ca.RawSubjectPublicKeyInfo)+"/"+hub.SerialOf(leaf.SerialNumber))
 	}
 	err := errors.Join(k.about(now, hub.DenyKey, sum(leaf.RawSubjectPublicKeyInfo)), k.about(now, hub.DenyCertificate, own...))
 	for _, ca := range chain[1:] {

@@ -236,6 +236,11 @@ func (s *Server) refresh(ctx context.Context, dev hub.DeviceID, refresh string) 
 	return hub.Tokens{Access: access, Refresh: successor, Expiry: expiry}, nil
 }
 
+// EndDevice ends all that was given to a device of the owner: its tokens are worth nothing any more.
+func (s *Server) EndDevice(ctx context.Context, owner hub.Owner, dev hub.DeviceID) error {
+	return s.revokeSubject(ctx, string(owner), func(g grant) bool { return g.Device == dev })
+}
+
 // Revoke makes the tokens useless, whichever of the two is given. Tokens that are not ours, or ended, are no error.
 func (s *Server) Revoke(ctx context.Context, t hub.Tokens) error {
 	anyGrant := func(grant) bool { return true }

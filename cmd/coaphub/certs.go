@@ -102,7 +102,7 @@ func newCerts(p process) *cobra.Command {
 		},
 	}
 	filters(revoke)
-	revoke.Flags().StringVar(&q.Reason, "reason", "unspecified", "unspecified, keyCompromise, superseded or cessationOfOperation (RFC 5280, 5.3.1)")
+	revoke.Flags().StringVar(&q.Reason, "reason", "unspecified", "unspecified, keyCompromise, affiliationChanged, superseded or cessationOfOperation (RFC 5280, 5.3.1)")
 	var within string
 	report := &cobra.Command{
 		Use:   "report",

@@ -18,7 +18,7 @@ func newDevices(p process) *cobra.Command {
 	var q client.DeviceQuery
 	cmd := &cobra.Command{
 		Use:   "devices",
-		Short: "List devices",
+		Short: "List devices; keep them out, and let them in again",
 		Args:  none,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if online && offline {
@@ -63,5 +63,6 @@ func newDevices(p process) *cobra.Command {
 	cmd.Flags().StringVar(&q.Search, "search", "", "only devices with these words in ID, name, type or a label")
 	cmd.Flags().StringVar(&q.Sort, "sort", "", "id, name, modelNumber, connectedAt or status; with a minus from the largest down")
 	cmd.Flags().IntVar(&q.Limit, "limit", 0, "at most so many")
+	cmd.AddCommand(accessCommands(p)...)
 	return cmd
 }

@@ -311,9 +311,9 @@ func (w *world) hubLine(ctx context.Context, what, rest string) (string, error) 
 	case "restarts":
 		w.start().Restart(w.t)
 		return "", nil
-	case "onboards": // once more: the code of the first time is used up
+	case "onboards": // once more: the code of the first time is used up, and its certificate may be revoked
 		d := w.device(rest)
-		d.onboard.Code = w.hub.Code(w.t, d.id)
+		d.onboard, d.key = w.hub.Onboard(w.t, d.id), nil
 		return "", nil
 	case "notes": // the time
 		w.noted = strconv.FormatInt(time.Now().UnixNano(), 10)
@@ -386,7 +386,7 @@ func (w *world) deviceLine(ctx context.Context, d *actor, what string) (string, 
 		}
 		return "", err
 	case "belongs":
-		d.onboard.Code = w.hub.Code(w.t, d.id, strings.TrimPrefix(rest, "to "))
+		d.onboard, d.key = w.hub.Onboard(w.t, d.id, strings.TrimPrefix(rest, "to ")), nil
 		return "", nil
 	case "observes", "forgets":
 		value := uint32(0)

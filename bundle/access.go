@@ -1,0 +1,187 @@
+package bundle
+
+import (
+	"context"
+	"crypto/x509"
+	"net/http"
+	"time"
+
+	"github.com/coaphub/coaphub/hub"
+)
+
+// DeviceAccess is how a device stands with the hub.
+type DeviceAccess struct {
+	DeviceID string `json:"deviceId"`
+	hub.Access
+}
+
+type accessRequest struct {
+	DeviceID string `json:"deviceId"`
+	Reason   string `json:"reason,omitempty"`
+}
+
+func (q accessRequest) target() string { return q.DeviceID }
+
+// Denial is an entry of the deny list.
+type Denial = hub.Denial
+
+type denyRequest struct {
+	Of     hub.DenialOf `json:"of"`
+	Value  string       `json:"value"`
+	Reason string       `json:"reason,omitempty"`
+	Until  time.Time    `json:"until,omitzero"`
+}
+
+func (q denyRequest) target() string { return string(q.Of) + " " + q.Value }
+
+// The operator's calls about who is let in. Whose device it is does not matter.
+
+func (a *assembly) deviceAccess(ctx context.Context, q accessRequest) (DeviceAccess, error) {
+	dev, err := hub.ParseDeviceID(q.DeviceID)
+	if err != nil {
+		return DeviceAccess{}, err
+	}
+	access, err := a.identities.Access(ctx, dev, "")
+	return DeviceAccess{string(dev), access}, err
+}
+
+func (a *assembly) disableDevice(ctx context.Context, q accessRequest) (DeviceAccess, error) {
+	return a.changeAccess(ctx, q, func(dev hub.DeviceID) error { return a.identities.Disable(ctx, dev, "", callerOf(ctx), q.Reason) })
+}
+
+func (a *assembly) enableDevice(ctx context.Context, q accessRequest) (DeviceAccess, error) {
+	dev, err := hub.ParseDeviceID(q.DeviceID)
+	if err == nil {
+		err = a.identities.Enable(ctx, dev, "")
+	}
+	if err != nil {
+		return DeviceAccess{}, err
+	}
+	access, err := a.deviceAccess(ctx, q)
+	if hub.IsKind(err, hub.NotFound) { // it was removed, and is nobody's
+		return DeviceAccess{string(dev), hub.Access{State: hub.AccessAdmitted}}, nil
+	}
+	return access, err
+}
+
+func (a *assembly) removeDevice(ctx context.Context, q accessRequest) (DeviceAccess, error) {
+	return a.changeAccess(ctx, q, func(dev hub.DeviceID) error { return a.identities.Remove(ctx, dev, "", callerOf(ctx), q.Reason) })
+}
+
+func (a *assembly) changeAccess(ctx context.Context, q accessRequest, change func(hub.DeviceID) error) (DeviceAccess, error) {
+	dev, err := hub.ParseDeviceID(q.DeviceID)
+	if err == nil {
+		err = change(dev)
+	}
+	if err != nil {
+		return DeviceAccess{}, err
+	}
+	return a.deviceAccess(ctx, q)
+}
+
+func (a *assembly) listDenials(context.Context, struct{}) ([]Denial, error) {
+	return append([]Denial{}, a.identities.Denials()...), nil // an empty list for scripts, not null
+}
+
+func (a *assembly) deny(ctx context.Context, q denyRequest) (Denial, error) {
+	d, err := hub.ParseDenial(q.Of, q.Value)
+	if err != nil {
+		return d, err
+	}
+	d.Reason, d.Until, d.User = q.Reason, q.Until.UTC(), callerOf(ctx)
+	d, err = a.identities.Deny(ctx, d)
+	if err == nil {
+		a.log.InfoContext(ctx, "denied", "of", d.Of, "value", d.Value, "reason", d.Reason, "user", d.User)
+	}
+	return d, err
+}
+
+func (a *assembly) undeny(ctx context.Context, q denyRequest) (struct{}, error) {
+	d, err := hub.ParseDenial(q.Of, q.Value)
+	if err == nil {
+		err = a.identities.Undeny(ctx, d.Of, d.Value)
+	}
+	return struct{}{}, err
+}
+
+// endCredentials makes what the hub has given a removed device worth nothing. It may be repeated.
+func (a *assembly) endCredentials(ctx context.Context, own hub.Ownership) error {
+	revoked, err := a.certificates.Revoke(ctx, hub.CertificateFilter{All: true, Devices: []hub.DeviceID{own.Device}}, hub.RevokedCessation)
+	a.logRevoked(ctx, revoked)
+	if err == nil {
+		err = a.psk.forget(ctx, own.Device)
+	}
+	if err == nil && a.provider != nil {
+		err = a.provider.EndDevice(ctx, own.Owner, own.Device)
+	}
+	return err
+}
+
+// handedOver ends the certificates that former owners of a device still have.
+func (a *assembly) handedOver(ctx context.Context, dev hub.DeviceID, owner hub.Owner, cert *x509.Certificate) error {
+	serial := ""
+	if cert != nil {
+		serial = hub.SerialOf(cert.SerialNumber)
+	}
+	revoked, err := a.certificates.HandOver(ctx, dev, owner, serial)
+	a.logRevoked(ctx, revoked)
+	return err
+}
+
+func (a *assembly) logRevoked(ctx context.Context, cs []hub.Certificate) {
+	for _, c := range cs {
+		a.log.InfoContext(ctx, "certificate revoked", "serial", c.Serial, "device", c.Device, "reason", c.Reason.String(), "user", callerOf(ctx))
+	}
+}
+
+// readmit lets a device that was removed sign up again: somebody onboards it. One that is disabled or denied stays so.
+func (a *assembly) readmit(ctx context.Context, dev hub.DeviceID) error {
+	err := a.identities.Admits(ctx, dev, nil)
+	if code, _ := hub.Public(err); err != nil && code == "device-removed" {
+		if err = a.identities.Enable(ctx, dev, ""); hub.IsKind(err, hub.NotFound) { // somebody was faster
+			err = nil
+		}
+	}
+	return err
+}
+
+// Access says how a device stands with the hub. NotFound for one that nobody has and that was not removed.
+func (c *Control) Access(ctx context.Context, deviceID string) (a DeviceAccess, err error) {
+	err = c.call(ctx, http.MethodPost, "/devices/access", accessRequest{DeviceID: deviceID}, &a)
+	return a, err
+}
+
+// DisableDevice keeps a device out, which stays its owner's.
+func (c *Control) DisableDevice(ctx context.Context, deviceID, reason string) (a DeviceAccess, err error) {
+	err = c.call(ctx, http.MethodPost, "/devices/disable", accessRequest{deviceID, reason}, &a)
+	return a, err
+}
+
+// EnableDevice lets a device in again that was disabled or removed.
+func (c *Control) EnableDevice(ctx context.Context, deviceID string) (a DeviceAccess, err error) {
+	err = c.call(ctx, http.MethodPost, "/devices/enable", accessRequest{DeviceID: deviceID}, &a)
+	return a, err
+}
+
+// RemoveDevice deletes a device, which does not come back by itself.
+func (c *Control) RemoveDevice(ctx context.Context, deviceID, reason string) (a DeviceAccess, err error) {
+	err = c.call(ctx, http.MethodPost, "/devices/remove", accessRequest{deviceID, reason}, &a)
+	return a, err
+}
+
+// Denials is the deny list.
+func (c *Control) Denials(ctx context.Context) (ds []Denial, err error) {
+	err = c.call(ctx, http.MethodGet, "/deny", nil, &ds)
+	return ds, err
+}
+
+// Deny puts something on the deny list; of the entry, what, reason and end are taken.
+func (c *Control) Deny(ctx context.Context, d Denial) (Denial, error) {
+	err := c.call(ctx, http.MethodPost, "/deny", denyRequest{d.Of, d.Value, d.Reason, d.Until}, &d)
+	return d, err
+}
+
+// Undeny takes something off the deny list.
+func (c *Control) Undeny(ctx context.Context, of hub.DenialOf, value string) error {
+	return c.call(ctx, http.MethodPost, "/deny/remove", denyRequest{Of: of, Value: value}, nil)
+}

@@ -1,0 +1,269 @@
+package e2e_test
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/hex"
+	"encoding/pem"
+	"fmt"
+	"math/big"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/coaphub/coaphub/bundle"
+	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/test/device"
+	"github.com/coaphub/coaphub/test/hubtest"
+)
+
+// lives has a device come and stay, until the test ends or leave is called.
+func lives(t *testing.T, cfg device.Config, code string) (leave func()) {
+	t.Helper()
+	d, err := device.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan struct{})
+	go func() { // ends with cancel
+		defer close(ended)
+		_ = d.Run(ctx, func(context.Context) (string, error) { return code, nil })
+	}()
+	leave = func() { cancel(); <-ended }
+	t.Cleanup(leave)
+	return leave
+}
+
+// again restarts the hub where it is: the devices have no other address.
+func again(t *testing.T, h *hubtest.Hub) {
+	t.Helper()
+	hubtest.WithConfig("coapGateway.api.coap.address=" + h.CoAPS)(h)
+	h.Restart(t)
+}
+
+func sum(b []byte) string { s := sha256.Sum256(b); return hex.EncodeToString(s[:]) }
+
+// TestEndOfTrust: whatever ends the trust in a device ends its session, and no other's; it tries to come again, in vain, also after
+// the hub has started anew; and who was only disabled or denied for a while comes back with what it has.
+func TestEndOfTrust(t *testing.T) {
+	t.Parallel()
+	for _, tr := range []transport{transportOf("tls"), transportOf("dtls"), transportOf("psk")} {
+		t.Run(tr.name, func(t *testing.T) {
+			t.Parallel()
+			h := hubtest.Start(t, hubtest.WithConfig(tr.config()...))
+			a := application(t, h)
+			ctx := t.Context()
+			deny := func(of hub.DenialOf, value func(*x509.Certificate) string) func(string, *x509.Certificate) error {
+				return func(id string, leaf *x509.Certificate) error {
+					v := id
+					if value != nil {
+						v = value(leaf)
+					}
+					_, err := h.Control.Deny(ctx, bundle.Denial{Of: of, Value: v, Reason: "a test"})
+					return err
+				}
+			}
+			ends := []struct {
+				name, reason, refusal string
+				end                   func(id string, leaf *x509.Certificate) error
+				certificate           bool
+			}{
+				{"disabled by its owner", "device-disabled", "the device is disabled", func(id string, _ *x509.Certificate) error {
+					if status := a.ask(http.MethodPut, "/api/v1/devices/"+id+"/access", `{"state":"disabled"}`, nil); status != http.StatusOK {
+						return fmt.Errorf("status %d", status)
+					}
+					return nil
+				}, false},
+				{"deleted by its owner", "deleted", map[bool]string{true: "the key is not that of the identity", false: "certificate was revoked"}[tr.name == "psk"], func(id string, _ *x509.Certificate) error {
+					if status := a.ask(http.MethodDelete, "/api/v1/devices/"+id, "", nil); status != http.StatusOK {
+						return fmt.Errorf("status %d", status)
+					}
+					return nil
+				}, false},
+				{"denied by its ID", "device-denied", "the device is on the hub's deny list", deny(hub.DenyDevice, nil), false},
+				{"revoked", "certificate-revoked", "certificate was revoked", func(id string, _ *x509.Certificate) error {
+					_, err := h.Control.RevokeCertificates(ctx, bundle.CertificatesRequest{DeviceID: id})
+					return err
+				}, true},
+				{"denied by its key", "key-denied", "key is on the hub's deny list", deny(hub.DenyKey, func(c *x509.Certificate) string {
+					return sum(c.RawSubjectPublicKeyInfo)
+				}), true},
+				{"denied by its certificate", "certificate-denied", "certificate is on the hub's deny list", deny(hub.DenyCertificate, func(c *x509.Certificate) string {
+					return sum(c.Raw)
+				}), true},
+			}
+			bystander := deviceID(1)
+			ids := []string{bystander}
+			leaves := map[string]*x509.Certificate{}
+			for i, e := range ends {
+				if !e.certificate || tr.name != "psk" {
+					ids = append(ids, deviceID(2+i))
+				}
+			}
+			for _, id := range ids {
+				cfg := simulation(t, h, tr, id)
+				if cfg.TLS != nil {
+					leaves[id] = cfg.TLS.Certificates[0].Leaf
+				}
+				lives(t, cfg, h.Code(t, id))
+			}
+			sessions := map[string]uint64{}
+			for _, id := range ids {
+				a.until(id+" to be in sync", func() bool { return a.twin(id) == "ONLINE IN_SYNC" })
+				d, err := h.Control.Device(ctx, id)
+				if err != nil {
+					t.Fatal(err)
+				}
+				sessions[id] = d.Session
+			}
+			for i, e := range ends {
+				id := deviceID(2 + i)
+				if !slices.Contains(ids, id) {
+					continue
+				}
+				if err := e.end(id, leaves[id]); err != nil {
+					t.Fatalf("%s: %v", e.name, err)
+				}
+				delete(sessions, id)
+				a.until(e.name+": its end", func() bool {
+					d, err := h.Control.Device(ctx, id)
+					return err == nil && !d.Online && d.EndReason == e.reason
+				})
+				for other, session := range sessions {
+					if d, err := h.Control.Device(ctx, other); err != nil || !d.Online || d.Session != session {
+						t.Errorf("%s: another device is %+v, %v", e.name, d, err)
+					}
+				}
+			}
+			for _, when := range []string{"now", "after a restart"} {
+				if when != "now" {
+					again(t, h)
+					a.base, a.token = h.HTTP, h.Token(t)
+					a.until("the bystander to be back", func() bool { return a.twin(bystander) == "ONLINE IN_SYNC" })
+				}
+				a.until(when+" all to be turned away", func() bool {
+					refused, err := h.Control.Refused(ctx)
+					if err != nil {
+						return false
+					}
+					for i, e := range ends {
+						if slices.Contains(ids, deviceID(2+i)) && !slices.ContainsFunc(refused, func(r bundle.Refusal) bool { return strings.Contains(r.Reason, e.refusal) }) {
+							return false
+						}
+					}
+					return true
+				})
+				for _, id := range ids[1:] {
+					if d, err := h.Control.Device(ctx, id); err == nil && d.Online {
+						t.Errorf("%s: %s is here: %+v", when, id, d)
+					}
+				}
+			}
+			// Those that may come back do so by themselves.
+			disabled, denied := deviceID(2), deviceID(4)
+			if _, err := h.Control.EnableDevice(ctx, disabled); err != nil {
+				t.Fatal(err)
+			}
+			if err := h.Control.Undeny(ctx, hub.DenyDevice, denied); err != nil {
+				t.Fatal(err)
+			}
+			for _, id := range []string{disabled, denied} {
+				a.until(id+" to be back", func() bool { return a.twin(id) == "ONLINE IN_SYNC" })
+			}
+			// And who was deleted, and is reset and onboarded by somebody else, simply works.
+			h.User(t, "bob", "a long enough password", "user")
+			deleted := deviceID(3)
+			o := h.Onboard(t, deleted, "bob")
+			cfg := simulation(t, h, tr, deleted) // a new key or certificate, too
+			b := application(t, h)
+			b.token = h.TokenOf(t, "bob")
+			lives(t, cfg, o.Code)
+			b.until("the deleted device to be bob's", func() bool { return b.twin(deleted) == "ONLINE IN_SYNC" })
+		})
+	}
+}
+
+// foreignCA is somebody else's authority.
+func foreignCA(t *testing.T, name string) (ca tls.Certificate, text []byte) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, c, c, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c, err = x509.ParseCertificate(der); err != nil {
+		t.Fatal(err)
+	}
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key, Leaf: c}, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+}
+
+// TestDeniedCAEndsItsDevices, and not those that another one vouches for.
+func TestDeniedCAEndsItsDevices(t *testing.T) {
+	t.Parallel()
+	bad, badPEM := foreignCA(t, "bad")
+	good, goodPEM := foreignCA(t, "good")
+	file := filepath.Join(t.TempDir(), "ca.pem")
+	if err := os.WriteFile(file, slices.Concat(badPEM, goodPEM), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h := hubtest.Start(t, hubtest.WithConfig("coapGateway.api.coap.tls.caPool="+file))
+	a := application(t, h)
+	var ids []string
+	for i, c := range []struct {
+		ca tls.Certificate
+		tr transport
+	}{{bad, transportOf("tls")}, {bad, transportOf("dtls")}, {good, transportOf("tls")}, {good, transportOf("dtls")}} {
+		id := deviceID(1 + i)
+		ids = append(ids, id)
+		chain, key, err := device.Issue(c.ca, id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		cfg := simulation(t, h, c.tr, id)
+		if cfg.TLS, err = device.TLS([]byte(h.Onboard(t, id).CA), chain, key, h.ID); err != nil {
+			t.Fatal(err)
+		}
+		lives(t, cfg, h.Code(t, id))
+	}
+	online := func(want ...bool) func() bool {
+		return func() bool {
+			for i, id := range ids {
+				if strings.HasPrefix(a.twin(id), "ONLINE") != want[i] {
+					return false
+				}
+			}
+			return true
+		}
+	}
+	a.until("all to be there", online(true, true, true, true))
+	if _, err := h.Control.Deny(t.Context(), bundle.Denial{Of: hub.DenyCA, Value: sum(bad.Leaf.RawSubjectPublicKeyInfo)}); err != nil {
+		t.Fatal(err)
+	}
+	a.until("the bad authority's to go", online(false, false, true, true))
+	for _, id := range ids[2:] {
+		if d, err := h.Control.Device(t.Context(), id); err != nil || d.EndReason != "" {
+			t.Errorf("the good authority's device was gone: %+v, %v", d, err)
+		}
+	}
+	again(t, h)
+	a.base, a.token = h.HTTP, h.Token(t)
+	a.until("the good authority's to be back", online(false, false, true, true))
+}
