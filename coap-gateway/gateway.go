@@ -189,7 +189,9 @@ func (g *Gateway) Run(ctx context.Context, ready func()) error {
 	group.Go(func() error { g.quiet.run(ctx); return nil })
 	group.Go(func() error { g.renewals.run(ctx); return nil })
 	if g.web != nil {
-		group.Go(func() error { g.web.Serve(ctx); return nil })
+		open := make(chan struct{}) // else somebody who was told that we are ready is answered 503
+		group.Go(func() error { g.web.Serve(ctx, func() { close(open) }); return nil })
+		<-open
 	}
 	ready()
 	err = group.Wait()

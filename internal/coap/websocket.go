@@ -48,13 +48,14 @@ func (s *Server) NewWebSocket(origins []string) *WebSocket {
 	return w
 }
 
-// Serve takes connections until ctx ends; then it releases them (7.04), closes them, waits for all their goroutines and
-// returns. It is called once.
-func (w *WebSocket) Serve(ctx context.Context) {
+// Serve takes connections until ctx ends, and calls ready once it does; then it releases them (7.04), closes them, waits for all
+// their goroutines and returns. It is called once.
+func (w *WebSocket) Serve(ctx context.Context, ready func()) {
 	w.srv.enter()
 	defer w.srv.leave()
 	l := &listener{srv: w.srv, open: make(map[*Conn]struct{})}
 	w.set(l)
+	ready()
 	<-ctx.Done()
 	w.set(nil)
 	l.release()

@@ -32,7 +32,7 @@ func startWeb(t *testing.T, h Handler) (addr string, conf *tls.Config) {
 	ws := srv.NewWebSocket(nil)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
-	go func() { defer close(done); ws.Serve(ctx) }()
+	go func() { defer close(done); ws.Serve(ctx, func() {}) }()
 	hs := httptest.NewUnstartedServer(ws)
 	hs.EnableHTTP2 = true
 	hs.StartTLS()

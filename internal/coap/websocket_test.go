@@ -49,7 +49,7 @@ func serveWebSocket(t testing.TB, srv *Server, ln net.Listener, origins ...strin
 	hs := &http.Server{Handler: mux, ReadHeaderTimeout: time.Minute, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, 0)}
 	ctx, cancel := context.WithCancel(context.Background())
 	done, served := make(chan struct{}), make(chan struct{})
-	go func() { defer close(done); ws.Serve(ctx) }()
+	go func() { defer close(done); ws.Serve(ctx, func() {}) }()
 	go func() { defer close(served); _ = hs.Serve(ln) }()
 	for serving := false; !serving; { // until then everybody gets 503
 		if l := ws.enter(); l != nil {
