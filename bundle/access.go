@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"time"
 
+	coapgateway "github.com/coaphub/coaphub/coap-gateway"
 	"github.com/coaphub/coaphub/hub"
 )
 
@@ -126,6 +127,20 @@ func (a *assembly) handedOver(ctx context.Context, dev hub.DeviceID, owner hub.O
 	revoked, err := a.certificates.HandOver(ctx, dev, owner, serial)
 	a.logRevoked(ctx, revoked)
 	return err
+}
+
+// rivals records that a device is in two places at once, and keeps it out if that is configured.
+func (a *assembly) rivals(ctx context.Context, dev hub.DeviceID, where string) {
+	e := hub.AuditEntry{Door: "hub", Call: "rivals", Target: string(dev) + " " + where, User: "hub", Outcome: a.cfg.CoAPGateway.Rivals}
+	if a.cfg.CoAPGateway.Rivals == coapgateway.RivalsQuarantine {
+		if err := a.identities.Disable(ctx, dev, "", "hub", "the same identity was in two places at once: "+where); err != nil {
+			e.Outcome, _ = hub.Public(err)
+			a.log.ErrorContext(ctx, "a device in two places at once was kept out, but that could not be stored", "device", dev, "error", err)
+		}
+	}
+	if err := a.audit.Record(ctx, e); err != nil {
+		a.log.ErrorContext(ctx, "a device in two places at once is missing in the audit log", "device", dev, "error", err)
+	}
 }
 
 func (a *assembly) logRevoked(ctx context.Context, cs []hub.Certificate) {

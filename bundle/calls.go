@@ -195,6 +195,10 @@ func (a *assembly) device(_ context.Context, q deviceRequest) (DeviceStatus, err
 		at := d.EndedAt.UTC()
 		s.EndedAt = &at
 	}
+	if !d.RivalsAt.IsZero() {
+		at := d.RivalsAt.UTC()
+		s.RivalsAt, s.Rivals = &at, d.Rivals
+	}
 	if d.Contact.Interval > 0 {
 		next := time.Unix(0, d.Contact.Next).UTC()
 		s.NextContact, s.ContactInterval = &next, d.Contact.Interval.Seconds()

@@ -88,6 +88,9 @@ type DeviceStatus struct {
 	// EndedAt and EndReason are of the last session that ended: the one above, or the one before it.
 	EndedAt   *time.Time `json:"endedAt,omitempty"`
 	EndReason string     `json:"endReason,omitempty"`
+	// RivalsAt is when the device was last reported to be in two places at once, Rivals where.
+	RivalsAt *time.Time `json:"rivalsAt,omitempty"`
+	Rivals   string     `json:"rivals,omitempty"`
 }
 
 type deviceRequest struct {

@@ -173,7 +173,7 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	a.devices, err = coapgateway.New(gatewayConfig, coapgateway.Deps{
 		Directory: a.directory, Identities: a.identities, Verifier: a.verifier, Providers: providers,
 		Certificate: certificate, ClientCAs: a.authority.DevicePool(), ClientIntermediates: a.authority.DeviceIntermediates(),
-		PSK: a.psk.key, Revoked: a.certificates.Revoked, Denied: a.identities.Denied, HandedOver: a.handedOver,
+		PSK: a.psk.key, Revoked: a.certificates.Revoked, Denied: a.identities.Denied, HandedOver: a.handedOver, Rivals: a.rivals,
 		HubID: hub.DeviceID(a.hubID), Service: writer, EngineMetrics: engine, Renewals: a.certificates,
 		Reach: func(address string) string { return reach(address, a.external) },
 	}, log.With("part", "coap-gateway"), a.registry)

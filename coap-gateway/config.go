@@ -19,6 +19,10 @@ type Config struct {
 	DeviceTwin     TwinConfig           `yaml:"deviceTwin"`
 	DeviceToDevice DeviceToDeviceConfig `yaml:"deviceToDevice"`
 	Limits         LimitsConfig         `yaml:"limits"`
+	// Rivals is what becomes of a device that is found to be in two places at once: two addresses that take its session from each
+	// other, several times within ten minutes. report (default): it is in the audit log and in coaphub status --refused, and the
+	// last to sign in has the session. quarantine: the device is disabled, too, until its owner or an operator enables it.
+	Rivals string `yaml:"rivals"`
 }
 
 // APIConfig is everything below coapGateway.api.
@@ -208,6 +212,12 @@ type SignInsConfig struct {
 	MaxWait time.Duration `yaml:"maxWait"`
 }
 
+// Values of Config.Rivals.
+const (
+	RivalsReport     = "report"
+	RivalsQuarantine = "quarantine"
+)
+
 // Values of DeviceToDeviceConfig.Mode.
 const (
 	ModeOff  = "off"
@@ -235,6 +245,7 @@ func Default() Config {
 			},
 		}},
 		DeviceTwin: TwinConfig{UseETags: true, MaxETagsCountInRequest: 8, AskQuietAfter: 10 * time.Second},
+		Rivals:     RivalsReport,
 		DeviceToDevice: DeviceToDeviceConfig{
 			Mode: ModeFull, MaxRequests: 16, MaxObservations: 256, MaxObservationsInAll: 100_000,
 		},
@@ -345,6 +356,9 @@ func (c Config) Validate() []error {
 	}
 	if d := c.DeviceTwin.AskQuietAfter; d != 0 && d < time.Second {
 		bad("coapGateway.deviceTwin.askQuietAfter", "%v is neither 0 nor at least 1s", d)
+	}
+	if c.Rivals != RivalsReport && c.Rivals != RivalsQuarantine {
+		bad("coapGateway.rivals", "%q is neither %s nor %s", c.Rivals, RivalsReport, RivalsQuarantine)
 	}
 	dd := c.DeviceToDevice
 	if dd.Mode != ModeOff && dd.Mode != ModeRead && dd.Mode != ModeFull {

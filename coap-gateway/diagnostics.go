@@ -28,6 +28,9 @@ type Diagnostics struct {
 	RoundTrip         time.Duration // of the last answered Ping; zero before
 	EndedAt           time.Time
 	EndReason         string // why the last session that ended did
+	// RivalsAt is when the device was last reported to be in two places at once, Rivals where; zero and "" if it was not.
+	RivalsAt time.Time
+	Rivals   string
 }
 
 // diagnostics keeps them by device.
@@ -41,23 +44,37 @@ type attachment struct {
 	Diagnostics
 	stats func() coap.Stats // of the connection; nil without a session, so that a connection that is gone is not kept
 	place *list.Element     // in ended; nil with a session
+	rivalry
 }
 
 func newDiagnostics() *diagnostics {
 	return &diagnostics{byDev: map[hub.DeviceID]*attachment{}, ended: list.New()}
 }
 
-func (d *diagnostics) begin(x Diagnostics, stats func() coap.Stats) {
+// begin reports true when the device is found to be in two places at once, which x.Rivals then names.
+func (d *diagnostics) begin(x Diagnostics, stats func() coap.Stats) (rivals string, found bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	var r rivalry
 	if old := d.byDev[x.Device]; old != nil {
-		x.EndedAt, x.EndReason = old.EndedAt, old.EndReason
+		x.EndedAt, x.EndReason, x.Rivals, x.RivalsAt = old.EndedAt, old.EndReason, old.Rivals, old.RivalsAt
+		r = old.rivalry
+		now := time.Now()
+		// The end of the session that was taken over may have come first.
+		if old.Online || old.EndReason == "second-session" && now.Sub(old.EndedAt) < takeoverTime {
+			if found = r.takeover(hostOf(old.Remote), hostOf(x.Remote), now); found && now.Sub(x.RivalsAt) < rivalryAgain {
+				found = false
+			} else if found {
+				x.Rivals, x.RivalsAt = hostOf(old.Remote)+" and "+hostOf(x.Remote), now
+			}
+		}
 		if old.place != nil {
 			d.ended.Remove(old.place)
 		}
 	}
 	x.Online = true
-	d.byDev[x.Device] = &attachment{Diagnostics: x, stats: stats}
+	d.byDev[x.Device] = &attachment{Diagnostics: x, stats: stats, rivalry: r}
+	return x.Rivals, found
 }
 
 func (d *diagnostics) failed(dev hub.DeviceID, session uint64, reason string) {

@@ -49,6 +49,8 @@ type Deps struct {
 	Denied func(dev hub.DeviceID, chain []*x509.Certificate) error
 	// HandedOver is told of each sign-up: the device is owner's, and came with the certificate, or with none. Nil: nobody is told.
 	HandedOver func(ctx context.Context, dev hub.DeviceID, owner hub.Owner, cert *x509.Certificate) error
+	// Rivals is told of a device that is in two places at once, and of where. Nil: nobody is.
+	Rivals func(ctx context.Context, dev hub.DeviceID, where string)
 	// PSK returns the pre-shared key of a device, nil if it has none. Nil: devices have certificates only.
 	PSK   func(context.Context, hub.DeviceID) ([]byte, error)
 	HubID hub.DeviceID

@@ -10,6 +10,7 @@ type metrics struct {
 	sessions      prometheus.Gauge
 	requests      *prometheus.CounterVec
 	refused       *prometheus.CounterVec
+	rivals        prometheus.Counter
 	changes       prometheus.Counter
 	batchSkipped  prometheus.Counter
 	tooLarge      prometheus.Counter
@@ -38,6 +39,9 @@ func newMetrics(reg prometheus.Registerer, signIns *admission.Queue, exchanges m
 		requests: prometheus.NewCounterVec(opts("requests_total",
 			"Requests of devices by route and answer code; refused: by the engine, for options, blocks or size. Rising 4.01: "+
 				"devices with bad credentials, see `coaphub status --refused`; rising 5.03: a part of the hub or a provider is in trouble, see its metrics."), []string{"route", "code"}),
+		rivals: prometheus.NewCounter(opts("rivals_total",
+			"Devices that were found to be in two places at once, taking their session from each other. Each is a copied identity until "+
+				"somebody knows better: see `coaphub status --refused`, and coapGateway.rivals.")),
 		refused: prometheus.NewCounterVec(opts("refused_total",
 			"Connections and account requests that were refused. When it rises see `coaphub status --refused` for the reasons."),
 			[]string{"what"}),
@@ -104,7 +108,7 @@ func newMetrics(reg prometheus.Registerer, signIns *admission.Queue, exchanges m
 			queue("exchange", provider, q)
 		}
 		reg.MustRegister(m.overload, m.slowed, m.renewals)
-		reg.MustRegister(m.sessions, m.requests, m.refused, m.changes, m.batchSkipped, m.tooLarge, m.notStored, m.syncs, m.quiet,
+		reg.MustRegister(m.sessions, m.requests, m.refused, m.rivals, m.changes, m.batchSkipped, m.tooLarge, m.notStored, m.syncs, m.quiet,
 			m.sessionsEnded, m.watches, m.commands, m.commandSeconds)
 	}
 	return m

@@ -19,7 +19,7 @@ type Refusal struct {
 	Remote string
 	Device hub.DeviceID // "" if it never got so far
 	// What is "connection", "sign-up", "sign-in", "refresh", "enrolment", or "account": one of sign-up to refresh, before it was
-	// looked at.
+	// looked at. With "rivals" none was refused, and that is the trouble.
 	What   string
 	Reason string // stable code or the handshake's error; Refused adds how often, if more than once
 	Count  int    // how many equal ones this stands for, the last of them at Time

@@ -126,13 +126,16 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 	if !info.Stream {
 		d.Contact = got.Contact
 	}
-	p.gw.devices.begin(d, p.conn.Stats)
+	where, rivals := p.gw.devices.begin(d, p.conn.Stats)
 	s.log.Info("device came", "protocol", conn.Protocol.String()) // JSON would have its number
 	s.rhythm = newRhythm(info.Stream, got.Contact, time.Now())
 	s.twin = newTwin(s, got.TwinEnabled)
 	p.listening.Store(s)
 	s.twin.resync()
 	p.gw.quiet.watch(s.twin)
+	if rivals {
+		p.rivals(ctx, s, where)
+	}
 	if err := p.entered(ctx, s, body.Token); err != nil {
 		return claims, dev, err
 	}

@@ -7,7 +7,7 @@ import "time"
 type AuditEntry struct {
 	Number  uint64    `json:"number,string"` // counts up without end; the log gives it
 	Time    time.Time `json:"time"`          // when it ended
-	Door    string    `json:"door"`          // http, grpc or socket
+	Door    string    `json:"door"`          // http, grpc or socket; hub: nobody asked for it
 	Call    string    `json:"call"`          // the operation's stable name
 	Target  string    `json:"target,omitempty"`
 	User    string    `json:"user"`             // sub of the token; on the socket the user of the peer process

@@ -150,5 +150,8 @@ func printDevice(p process, d bundle.DeviceStatus) error {
 	if d.EndedAt != nil {
 		t.row("last end", d.EndedAt.Local().Format(time.DateTime)+", "+d.EndReason)
 	}
+	if d.RivalsAt != nil {
+		t.row("rivals", "the same identity in two places at once: "+d.Rivals+", noticed "+d.RivalsAt.Local().Format(time.DateTime))
+	}
 	return t.end()
 }

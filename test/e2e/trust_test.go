@@ -13,6 +13,7 @@ import (
 	"encoding/pem"
 	"fmt"
 	"math/big"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -20,6 +21,9 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/fxamacker/cbor/v2"
+	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"github.com/coaphub/coaphub/bundle"
 	"github.com/coaphub/coaphub/hub"
@@ -266,4 +270,71 @@ func TestDeniedCAEndsItsDevices(t *testing.T) {
 	again(t, h)
 	a.base, a.token = h.HTTP, h.Token(t)
 	a.until("the good authority's to be back", online(false, false, true, true))
+}
+
+// TestIdentityInTwoPlaces: a copy of a device that signs in from elsewhere, in turns with it, is reported; where it is so configured
+// both are kept out until somebody lets them in.
+func TestIdentityInTwoPlaces(t *testing.T) {
+	t.Parallel()
+	for _, what := range []string{"report", "quarantine"} {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			h := hubtest.Start(t, hubtest.WithConfig("coapGateway.rivals="+what))
+			id := deviceID(1)
+			o := h.Onboard(t, id)
+			ctx := t.Context()
+			var acc signedUp
+			come := func(host string) (*peer, error) {
+				t.Helper()
+				d := tls.Dialer{NetDialer: &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(host)}}, Config: o.TLS}
+				conn, err := d.DialContext(ctx, "tcp", h.CoAPS)
+				if err != nil {
+					t.Fatal(err)
+				}
+				p, err := startPeer(conn)
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(p.close)
+				if acc.UID == "" {
+					body, _ := cbor.Marshal(map[string]any{"di": id, "accesstoken": o.Code})
+					res, _, err := p.do(ctx, request(codes.POST, "/oic/sec/account", body))
+					if err != nil || res.Code != codes.Changed {
+						t.Fatalf("sign-up: %v, %v", res.Code, err)
+					}
+					if err := cbor.Unmarshal(res.Payload, &acc); err != nil {
+						t.Fatal(err)
+					}
+				}
+				return p, signIn(ctx, p, id, acc)
+			}
+			for i := range 4 {
+				if _, err := come([]string{"127.0.0.1", "127.0.0.2"}[i%2]); err != nil {
+					t.Fatalf("sign-in %d: %v", i, err)
+				}
+			}
+			if refused, err := h.Control.Refused(ctx); err != nil || len(refused) != 0 {
+				t.Errorf("reported too soon: %+v, %v", refused, err)
+			}
+			_, err := come("127.0.0.1")
+			if (err != nil) != (what == "quarantine") || err != nil && !strings.Contains(err.Error(), "Forbidden") {
+				t.Errorf("the last sign-in: %v", err)
+			}
+			if refused, err := h.Control.Refused(ctx); err != nil || !slices.ContainsFunc(refused, func(r bundle.Refusal) bool {
+				return r.What == "rivals" && r.Device == id && strings.Contains(r.Reason, "127.0.0.2 and 127.0.0.1")
+			}) {
+				t.Errorf("%+v, %v", refused, err)
+			}
+			if d, err := h.Control.Device(ctx, id); err != nil || d.RivalsAt == nil {
+				t.Errorf("%+v, %v", d, err)
+			}
+			if es, err := h.Control.Audit(ctx, 0, 1); err != nil || len(es) != 1 || es[0].Call != "rivals" || es[0].Outcome != what {
+				t.Errorf("%+v, %v", es, err)
+			}
+			access, err := h.Control.Access(ctx, id)
+			if want := map[string]hub.AccessState{"report": hub.AccessAdmitted, "quarantine": hub.AccessDisabled}[what]; err != nil || access.State != want {
+				t.Errorf("%+v, %v", access, err)
+			}
+		})
+	}
 }

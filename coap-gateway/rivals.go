@@ -1,0 +1,59 @@
+package coapgateway
+
+import (
+	"context"
+	"slices"
+	"time"
+)
+
+// A device that takes its own session over, because it has rebooted or its network has moved it, looks like a copy of it that
+// does. What tells two from one is that they take turns: each comes back to where it was thrown out of. One device on two
+// networks seldom does that several times within minutes, and two with one identity do little else.
+const (
+	rivalryTurns = 3 // so many returns, each after being thrown out from elsewhere
+	rivalryTime  = 10 * time.Minute
+	rivalryAgain = time.Hour       // a rivalry that goes on is reported that often
+	takeoverTime = 5 * time.Second // between the end of a session that was taken over and its end being noted, at most
+	maxThrown    = 4               // places that are remembered; the one that was thrown out first is forgotten
+)
+
+// rivalry is what a device's sessions have done to each other lately.
+type rivalry struct {
+	thrown []string // hosts whose sessions were taken over from another host; nobody changes the slice
+	turns  int
+	last   time.Time
+}
+
+// takeover notes that a session from one host was taken over from another one, and reports whether that is a rivalry. Behind one
+// address nobody can tell two from one.
+func (r *rivalry) takeover(from, to string, now time.Time) bool {
+	if from == to {
+		return false
+	}
+	if now.Sub(r.last) > rivalryTime {
+		*r = rivalry{}
+	}
+	if slices.Contains(r.thrown, to) {
+		r.turns++
+	}
+	thrown := []string{from}
+	for _, host := range r.thrown {
+		if host != from && len(thrown) < maxThrown {
+			thrown = append(thrown, host)
+		}
+	}
+	r.thrown, r.last = thrown, now
+	return r.turns >= rivalryTurns
+}
+
+// rivals reports a device that is in two places at once. Whoever is told may keep it out, which entered notices.
+func (p *peer) rivals(ctx context.Context, s *session, where string) {
+	p.gw.metrics.rivals.Inc()
+	s.log.Warn("the same identity is in two places at once, taking turns", "from", where)
+	p.gw.Refuse(Refusal{
+		Remote: p.conn.Info().Remote.String(), Device: s.own.Device, What: "rivals", Reason: "the same identity signs in from " + where + " in turns",
+	})
+	if told := p.gw.deps.Rivals; told != nil {
+		told(ctx, s.own.Device, where)
+	}
+}
