@@ -54,8 +54,8 @@ func (a *assembly) onboard(ctx context.Context, q OnboardRequest) (Onboarding, e
 		return Onboarding{}, hub.NewError(hub.Invalid, "device-id-missing", "a certificate needs a device ID")
 	case q.PSK && q.AnyDevice:
 		return Onboarding{}, hub.NewError(hub.Invalid, "device-id-missing", "a pre-shared key needs a device ID")
-	case q.PSK && !(a.cfg.CoAPGateway.API.CoAP.TLS.PSK && a.devices.Addresses().SecureUDP != ""):
-		return Onboarding{}, hub.NewError(hub.Precondition, "psk-off", "pre-shared keys are off: see coapGateway.api.coap.tls.psk and protocols")
+	case q.PSK && a.takesKeys() != nil:
+		return Onboarding{}, a.takesKeys()
 	case q.DeviceID != "":
 		if dev, err = hub.ParseDeviceID(q.DeviceID); err != nil {
 			return Onboarding{}, err
@@ -92,7 +92,7 @@ func (a *assembly) onboard(ctx context.Context, q OnboardRequest) (Onboarding, e
 		o.Identity = &id
 	}
 	if q.PSK {
-		if o.PSK, err = a.psk.replace(ctx, dev); err != nil {
+		if o.PSK, _, err = a.psk.replace(ctx, dev, callerOf(ctx)); err != nil {
 			return Onboarding{}, err
 		}
 		a.devices.EndKey(dev) // whoever has the former one

@@ -8,7 +8,9 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"time"
 
+	grpcgateway "github.com/coaphub/coaphub/grpc-gateway"
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/store"
 )
@@ -19,7 +21,9 @@ const pskCollection = "psk"
 
 // pskRecord is such a document.
 type pskRecord struct {
-	Salt []byte `json:"salt"`
+	Salt    []byte    `json:"salt"`
+	Created time.Time `json:"created,omitzero"` // zero in those of older versions
+	User    string    `json:"user,omitempty"`
 }
 
 // preShared has the pre-shared keys of devices. The identity that goes with a key is the device's ID.
@@ -30,42 +34,50 @@ type preShared struct {
 
 // replace makes a key for a device, in place of the one it may have had. It is text, as people and programs hand it on, and
 // its bytes are the key.
-func (p *preShared) replace(ctx context.Context, dev hub.DeviceID) (string, error) {
+func (p *preShared) replace(ctx context.Context, dev hub.DeviceID, user string) (string, pskRecord, error) {
 	for {
 		old, err := p.docs.Get(ctx, pskCollection, string(dev))
 		if err != nil {
-			return "", fmt.Errorf("read the salt of a pre-shared key: %w", err)
+			return "", pskRecord{}, fmt.Errorf("read the salt of a pre-shared key: %w", err)
 		}
-		rec := pskRecord{Salt: make([]byte, 16)}
+		rec := pskRecord{Salt: make([]byte, 16), Created: time.Now().UTC(), User: user}
 		_, _ = rand.Read(rec.Salt) // never fails
 		value, err := json.Marshal(rec)
 		if err != nil {
-			return "", fmt.Errorf("encode the salt of a pre-shared key: %w", err)
+			return "", pskRecord{}, fmt.Errorf("encode the salt of a pre-shared key: %w", err)
 		}
 		_, err = p.docs.Put(ctx, pskCollection, store.Doc{Key: string(dev), Value: value, Rev: old.Rev})
 		if err == nil {
-			return p.make(dev, rec), nil
+			return p.make(dev, rec), rec, nil
 		}
 		if !hub.IsKind(err, hub.Conflict) {
-			return "", fmt.Errorf("store the salt of a pre-shared key: %w", err)
+			return "", pskRecord{}, fmt.Errorf("store the salt of a pre-shared key: %w", err)
 		}
 	}
 }
 
 // key returns a device's key, nil if it has none.
 func (p *preShared) key(ctx context.Context, dev hub.DeviceID) ([]byte, error) {
-	doc, err := p.docs.Get(ctx, pskCollection, string(dev))
-	if err != nil {
-		return nil, fmt.Errorf("read the salt of a pre-shared key: %w", err)
-	}
-	if doc.Rev == 0 {
-		return nil, nil
-	}
-	var rec pskRecord
-	if err := json.Unmarshal(doc.Value, &rec); err != nil {
-		return nil, fmt.Errorf("the salt of a pre-shared key: %w", err)
+	rec, err := p.record(ctx, dev)
+	if err != nil || rec.Salt == nil {
+		return nil, err
 	}
 	return []byte(p.make(dev, rec)), nil
+}
+
+// record is what is known of a device's key; without salt if it has none.
+func (p *preShared) record(ctx context.Context, dev hub.DeviceID) (rec pskRecord, err error) {
+	doc, err := p.docs.Get(ctx, pskCollection, string(dev))
+	if err != nil {
+		return rec, fmt.Errorf("read the salt of a pre-shared key: %w", err)
+	}
+	if doc.Rev == 0 {
+		return rec, nil
+	}
+	if err := json.Unmarshal(doc.Value, &rec); err != nil {
+		return rec, fmt.Errorf("the salt of a pre-shared key: %w", err)
+	}
+	return rec, nil
 }
 
 // forget makes a device's key useless, if it has one.
@@ -87,4 +99,51 @@ func (p *preShared) make(dev hub.DeviceID, rec pskRecord) string {
 	mac.Write(rec.Salt)
 	// 144 bits: no padding, and no more than the 64 bytes that RFC 4279, Section 5.3 asks devices to take.
 	return base64.RawURLEncoding.EncodeToString(mac.Sum(nil)[:18])
+}
+
+// deviceKeys is what owners do with their devices' keys over the API.
+type deviceKeys struct{ a *assembly }
+
+var errNoKey = hub.NewError(hub.NotFound, "psk-unknown", "the device has no pre-shared key")
+
+// Key is of grpcgateway.PreSharedKeys.
+func (k deviceKeys) Key(ctx context.Context, dev hub.DeviceID) (grpcgateway.PreSharedKey, error) {
+	rec, err := k.a.psk.record(ctx, dev)
+	if err == nil && rec.Salt == nil {
+		err = errNoKey
+	}
+	return grpcgateway.PreSharedKey{Identity: string(dev), Created: rec.Created, User: rec.User}, err
+}
+
+// NewKey is of grpcgateway.PreSharedKeys.
+func (k deviceKeys) NewKey(ctx context.Context, dev hub.DeviceID, user string) (grpcgateway.PreSharedKey, error) {
+	if err := k.a.takesKeys(); err != nil {
+		return grpcgateway.PreSharedKey{}, err
+	}
+	text, rec, err := k.a.psk.replace(ctx, dev, user)
+	if err != nil {
+		return grpcgateway.PreSharedKey{}, err
+	}
+	k.a.devices.EndKey(dev) // whoever has the former one
+	return grpcgateway.PreSharedKey{Identity: string(dev), Key: text, Created: rec.Created, User: user}, nil
+}
+
+// ForgetKey is of grpcgateway.PreSharedKeys.
+func (k deviceKeys) ForgetKey(ctx context.Context, dev hub.DeviceID) error {
+	if _, err := k.Key(ctx, dev); err != nil {
+		return err
+	}
+	if err := k.a.psk.forget(ctx, dev); err != nil {
+		return err
+	}
+	k.a.devices.EndKey(dev)
+	return nil
+}
+
+// takesKeys reports whether devices can come with pre-shared keys.
+func (a *assembly) takesKeys() error {
+	if a.cfg.CoAPGateway.API.CoAP.TLS.PSK && a.devices.Addresses().SecureUDP != "" {
+		return nil
+	}
+	return hub.NewError(hub.Precondition, "psk-off", "pre-shared keys are off: see coapGateway.api.coap.tls.psk and protocols")
 }

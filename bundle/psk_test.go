@@ -16,18 +16,18 @@ func TestPreSharedKeys(t *testing.T) {
 	if k, err := keys.key(ctx, lamp); k != nil || err != nil {
 		t.Errorf("before there is one: %q, %v", k, err)
 	}
-	first, err := keys.replace(ctx, lamp)
+	first, _, err := keys.replace(ctx, lamp, "root")
 	if err != nil || len(first) != 24 {
 		t.Fatalf("the first key: %q, %v", first, err)
 	}
-	other, err := keys.replace(ctx, fan)
+	other, _, err := keys.replace(ctx, fan, "root")
 	if err != nil || other == first {
 		t.Fatalf("another device's key: %q, %v", other, err)
 	}
 	if k, err := keys.key(ctx, lamp); string(k) != first || err != nil {
 		t.Errorf("the device's key is %q, %v; want %q", k, err, first)
 	}
-	second, err := keys.replace(ctx, lamp)
+	second, _, err := keys.replace(ctx, lamp, "root")
 	if err != nil || second == first {
 		t.Fatalf("the second key: %q, %v", second, err)
 	}
@@ -47,7 +47,7 @@ func TestPreSharedKeys(t *testing.T) {
 	var wg sync.WaitGroup
 	for range 8 {
 		wg.Go(func() {
-			k, err := keys.replace(ctx, lamp)
+			k, _, err := keys.replace(ctx, lamp, "root")
 			if err != nil {
 				t.Error(err)
 			}

@@ -32,6 +32,8 @@ type Deps struct {
 	Administration Administration
 	// Certificates is the device side of the certificate authority. nil: its calls are 404.
 	Certificates Certificates
+	// PreSharedKeys gives devices keys. nil: its calls are 404.
+	PreSharedKeys PreSharedKeys
 	// Audit keeps which calls changed something. nil: nobody does.
 	Audit Audit
 	// HubID goes into the metadata of events.

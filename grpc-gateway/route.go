@@ -76,7 +76,7 @@ func split(path string) (template string, v vars, err error) {
 	kind, rest, more := strings.Cut(rest, "/")
 	template += "/" + kind
 	switch kind {
-	case "access", "labels", "metadata", "pending-commands", "pending-metadata-updates", "events":
+	case "access", "labels", "metadata", "pre-shared-key", "pending-commands", "pending-metadata-updates", "events":
 		if more && kind == "pending-metadata-updates" && !strings.Contains(rest, "/") {
 			v.correlation, err = url.PathUnescape(rest)
 			if err != nil || rest == "" {
@@ -183,8 +183,12 @@ func init() { // not a literal: split reads what it leads to
 		"/api/v1/things":            {"GET": read("getThings", (*Gateway).getThings)},
 		"/api/v1/things/{deviceId}": {"GET": read("getThing", (*Gateway).getThing)},
 
-		"/api/v1/devices":  {"GET": read("getDevices", (*Gateway).getDevices), "DELETE": write("deleteDevices", (*Gateway).deleteAll)},
-		device:             {"GET": read("getDevice", (*Gateway).getDevice), "DELETE": write("deleteDevice", (*Gateway).deleteOne)},
+		"/api/v1/devices": {"GET": read("getDevices", (*Gateway).getDevices), "DELETE": write("deleteDevices", (*Gateway).deleteAll)},
+		device:            {"GET": read("getDevice", (*Gateway).getDevice), "DELETE": write("deleteDevice", (*Gateway).deleteOne)},
+		device + "/pre-shared-key": {
+			"GET": read("getPreSharedKey", (*Gateway).getPreSharedKey), "POST": write("newPreSharedKey", (*Gateway).newPreSharedKey),
+			"DELETE": write("deletePreSharedKey", (*Gateway).deletePreSharedKey),
+		},
 		device + "/access": {"GET": read("getDeviceAccess", (*Gateway).getAccess), "PUT": write("putDeviceAccess", (*Gateway).putAccess)},
 		device + "/labels": {
 			"GET": read("getLabels", (*Gateway).getLabels), "PUT": write("putLabels", (*Gateway).putLabels),

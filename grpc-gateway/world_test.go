@@ -356,7 +356,7 @@ func newWorld(t testing.TB, change ...func(*Config, *Deps)) *world {
 	cfg := Default()
 	cfg.API.HTTP.Address, cfg.API.GRPC.Address = "127.0.0.1:0", "127.0.0.1:0"
 	deps := Deps{
-		Directory: w.directory, Identities: w.identities, Certificates: w.certificates, Verifier: w.verifier, HubID: hubID,
+		Directory: w.directory, Identities: w.identities, Certificates: w.certificates, PreSharedKeys: &fakeKeys{}, Verifier: w.verifier, HubID: hubID,
 		Hosts:     []string{"example.com"},
 		CursorKey: []byte("0123456789abcdef0123456789abcdef"),
 		HubInfo: func() HubConfiguration {

@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"math"
 	"net"
+	"net/http"
 	"strings"
 	"sync"
 	"testing"
@@ -258,6 +259,24 @@ func TestReplacedPSKEndsTheSession(t *testing.T) {
 	}
 	if res := ask(connect(), "/oic/sec/session", signIn); res.Code != codes.Changed {
 		t.Errorf("sign-in with the newer key: %s %q", codeText(res.Code), res.Payload)
+	}
+	// Its owner makes a key, and takes it away, over the API.
+	a := application(t, h)
+	path := "/api/v1/devices/" + lamp + "/pre-shared-key"
+	var made struct{ Identity, Key string }
+	if status := a.ask(http.MethodPost, path, "", &made); status != http.StatusOK || made.Identity != lamp {
+		t.Fatalf("making a key over the API: %d, %+v", status, made)
+	}
+	key = []byte(made.Key)
+	p = connect()
+	if res := ask(p, "/oic/sec/session", signIn); res.Code != codes.Changed {
+		t.Errorf("sign-in with the key of the API: %s %q", codeText(res.Code), res.Payload)
+	}
+	if status := a.ask(http.MethodDelete, path, "", nil); status != http.StatusOK {
+		t.Errorf("removing the key: %d", status)
+	}
+	if !p.waitClosed(5 * time.Second) {
+		t.Error("the session goes on with a key that was removed")
 	}
 }
 

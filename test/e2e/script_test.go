@@ -858,7 +858,7 @@ var changing = map[string]string{
 	"serviceId": "GATEWAY", "sequence": "N", "currentTime": "TIME", "etag": "ETAG", "validUntil": "TIME", "connection.id": "CONNECTION",
 	"resumeToken": "RESUME", "certificateAuthorities": "CERTIFICATES", "request": "REQUEST", "remote": "ADDRESS", "number": "N",
 	"cursor": "CURSOR", "coapGateway": "GATEWAY-ADDRESS", "certificate": "CERTIFICATE", "certificatePem": "CERTIFICATE", "serial": "SERIAL",
-	"creationDate": "TIME", "date": "TIME", "validUntilDate": "TIME", "revokedDate": "TIME",
+	"creationDate": "TIME", "createdAt": "TIME", "key": "KEY", "date": "TIME", "validUntilDate": "TIME", "revokedDate": "TIME",
 }
 
 // render writes a decoded body as a YAML flow value with sorted members.
