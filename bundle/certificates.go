@@ -64,7 +64,15 @@ func certificatesFrom(cs []hub.Certificate) []Certificate {
 }
 
 func (q CertificatesRequest) filter() (hub.CertificateFilter, error) {
-	f := hub.CertificateFilter{All: q.Owner == "", Owner: hub.Owner(q.Owner), Serials: q.Serials}
+	f := hub.CertificateFilter{All: q.Owner == "", Owner: hub.Owner(q.Owner)}
+	for _, s := range q.Serials {
+		// The ledger takes one that it does not have, too: written in another way it would end a certificate that nobody has.
+		serial, err := hub.ParseSerial(s)
+		if err != nil {
+			return f, err
+		}
+		f.Serials = append(f.Serials, serial)
+	}
 	if q.DeviceID != "" {
 		dev, err := hub.ParseDeviceID(q.DeviceID)
 		if err != nil {
