@@ -89,10 +89,11 @@ type Verifier interface {
 // Provider exchanges codes and refresh tokens, of the embedded provider in process or of an external one over HTTP.
 // Kinds: Unauthenticated when the provider refused the code or refresh token, Unavailable when it could not be asked.
 type Provider interface {
-	// Exchange redeems an authorization code for the device. credential fingerprints the device's credential (empty: none);
-	// the same code for the same device and credential may be repeated for 60 s and gives the same tokens.
+	// Exchange redeems an authorization code for the device, or, if that is "", for the one that the code is for; Invalid if it is
+	// for any. credential fingerprints the device's credential (empty: none); the same code for the same device and credential may
+	// be repeated for 60 s and gives the same tokens.
 	Exchange(ctx context.Context, dev hub.DeviceID, credential, code string) (hub.Tokens, error)
-	// Refresh gives new tokens for a refresh token of the device.
+	// Refresh gives new tokens for a refresh token of the device, "" for whichever it was given to.
 	Refresh(ctx context.Context, dev hub.DeviceID, refresh string) (hub.Tokens, error)
 	// Revoke makes the tokens useless; for codes whose outcome was refused by the gateway.
 	Revoke(ctx context.Context, t hub.Tokens) error

@@ -138,7 +138,7 @@ type rules struct {
 }
 
 // before returns the device as far as it is known before there is a token: the certificate's, else the request's di. In the
-// row that takes the device from the claim alone it may be "".
+// row that takes the device from the claim alone it is "".
 func (r rules) before(cred credential, di string) (hub.DeviceID, error) {
 	if r.certificate {
 		if cred.device == "" {
@@ -146,16 +146,13 @@ func (r rules) before(cred credential, di string) (hub.DeviceID, error) {
 		}
 		return cred.device, r.compare(cred.device, di)
 	}
-	dev, err := hub.ParseDeviceID(di)
 	switch {
-	case err == nil:
-		return dev, nil
 	case r.claim:
 		return "", nil // di is ignored; the claim decides
 	case di == "":
 		return "", invalid("device-id-missing", "di is missing")
 	}
-	return "", err
+	return hub.ParseDeviceID(di)
 }
 
 // device returns the device that the request is about, once its token was verified. guess is what before returned.

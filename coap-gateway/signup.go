@@ -72,6 +72,12 @@ func (p *peer) trySignUp(ctx context.Context, req *coap.Message, format int32, b
 		}
 	}
 	tokens, err := provider.Provider.Exchange(ctx, dev, p.cred.print(), code)
+	if dev == "" && hub.IsKind(err, hub.Invalid) && body.Device != "" {
+		// The code is for any device: the claim will be what the device says now.
+		if dev, err = hub.ParseDeviceID(body.Device); err == nil {
+			tokens, err = provider.Provider.Exchange(ctx, dev, p.cred.print(), code)
+		}
+	}
 	if err != nil {
 		if hub.IsKind(err, hub.Unauthenticated) {
 			// compat answers 5.03 here and the device would try the same code for ever; a bad code is a bad credential.

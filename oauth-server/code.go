@@ -110,9 +110,10 @@ func (s *Server) mayHave(ctx context.Context, subject string, dev hub.DeviceID) 
 	return nil
 }
 
-// Exchange redeems an authorization code for the device. credential fingerprints the device's credential (empty: none); the
-// same code for the same device and credential may be repeated for 60 s and gives the same tokens. Kinds: Unauthenticated when
-// the code is refused, Denied ("device-owned-by-other") if the device belongs to somebody else; the code stays good then.
+// Exchange redeems an authorization code for the device, or, if that is "", for the one that the code is for. credential
+// fingerprints the device's credential (empty: none); the same code for the same device and credential may be repeated for 60 s
+// and gives the same tokens. Kinds: Unauthenticated when the code is refused, Invalid if it is for any device and dev is "", Denied
+// ("device-owned-by-other") if the device belongs to somebody else; the code stays good then.
 func (s *Server) Exchange(ctx context.Context, dev hub.DeviceID, credential, text string) (hub.Tokens, error) {
 	tokens, err := s.exchange(ctx, dev, credential, text)
 	s.metrics.issued("device_code", err)
@@ -121,11 +122,7 @@ func (s *Server) Exchange(ctx context.Context, dev hub.DeviceID, credential, tex
 
 func (s *Server) exchange(ctx context.Context, dev hub.DeviceID, credential, text string) (hub.Tokens, error) {
 	const op = "redeem code"
-	if dev == "" {
-		return hub.Tokens{}, &hub.Error{Kind: hub.Invalid, Op: op, Code: "device-id-invalid"}
-	}
-	key, by := fingerprint(text), fingerprint(string(dev)+"\x00"+credential)
-	replayKey := mac(s.secrets.replay, []byte(text))
+	key, replayKey := fingerprint(text), mac(s.secrets.replay, []byte(text))
 	for range maxTries {
 		var c code
 		rev, err := read(ctx, s.docs, collCodes, key, &c)
@@ -133,9 +130,15 @@ func (s *Server) exchange(ctx context.Context, dev hub.DeviceID, credential, tex
 			return hub.Tokens{}, err
 		}
 		now := s.clock.Now()
+		if dev == "" {
+			dev = c.Device
+		}
+		by := fingerprint(string(dev) + "\x00" + credential)
 		switch {
 		case rev == 0, c.Client != s.cfg.Clients.Device.ID, c.Device != "" && c.Device != dev:
 			return hub.Tokens{}, errCode.With(op, nil)
+		case dev == "":
+			return hub.Tokens{}, hub.NewError(hub.Invalid, "device-id-missing", "the code is for any device: name one").With(op, nil)
 		case !c.Used.IsZero():
 			if c.UsedBy != by || s.clock.Ended(c.Used.Add(repeatWindow)) {
 				return hub.Tokens{}, errCodeUsed.With(op, nil)
@@ -200,7 +203,7 @@ func (s *Server) keep(ctx context.Context, id string, a answer) (hub.Tokens, err
 	return a.Tokens, nil
 }
 
-// Refresh gives new tokens for a refresh token of the device. The old one keeps working until the new one was used, at most
+// Refresh gives new tokens for a refresh token of the device, "" for whichever it was given to. The old one keeps working until the new one was used, at most
 // 24 h, and gives the same new one. Kinds: Unauthenticated when it is refused, also when the device changed hands.
 func (s *Server) Refresh(ctx context.Context, dev hub.DeviceID, refresh string) (hub.Tokens, error) {
 	tokens, err := s.refresh(ctx, dev, refresh)
@@ -210,7 +213,7 @@ func (s *Server) Refresh(ctx context.Context, dev hub.DeviceID, refresh string) 
 
 func (s *Server) refresh(ctx context.Context, dev hub.DeviceID, refresh string) (hub.Tokens, error) {
 	id, g, successor, err := s.rotate(ctx, refresh, func(g grant) error {
-		if g.Client != s.cfg.Clients.Device.ID || g.Device != dev {
+		if g.Client != s.cfg.Clients.Device.ID || dev != "" && g.Device != dev {
 			return errRefresh.With("refresh", errors.New("of another device or client"))
 		}
 		a, err := s.account(ctx, g.Subject)
@@ -220,7 +223,7 @@ func (s *Server) refresh(ctx context.Context, dev hub.DeviceID, refresh string) 
 		if err != nil {
 			return err
 		}
-		err = s.mayHave(ctx, g.Subject, dev)
+		err = s.mayHave(ctx, g.Subject, g.Device)
 		if hub.IsKind(err, hub.Denied) {
 			return errRefresh.With("refresh", err)
 		}

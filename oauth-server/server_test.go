@@ -208,6 +208,31 @@ func TestCodesAreRefused(t *testing.T) {
 	})
 }
 
+// Where only the token says which device it is, the code and the refresh token do.
+func TestExchangeForTheDeviceOfTheCode(t *testing.T) {
+	t.Parallel()
+	s := newServer(t)
+	text := onboard(t, s, lamp)
+	first := must[hub.Tokens](t)(s.Exchange(t.Context(), "", "", text))
+	for _, dev := range []hub.DeviceID{"", lamp} { // it is the same device that asks again
+		if again := must[hub.Tokens](t)(s.Exchange(t.Context(), dev, "", text)); again != first {
+			t.Errorf("a repeat as %q gives other tokens", dev)
+		}
+	}
+	next := must[hub.Tokens](t)(s.Refresh(t.Context(), "", first.Refresh))
+	for _, token := range []string{first.Access, next.Access} {
+		if got := verify(t, s, token)["device_id"]; got != string(lamp) {
+			t.Errorf("the token is for %v", got)
+		}
+	}
+	_, err := s.Refresh(t.Context(), meter, next.Refresh)
+	wantKind(t, err, hub.Unauthenticated, "refresh-token-invalid")
+	anyone := onboard(t, s, "")
+	_, err = s.Exchange(t.Context(), "", "", anyone)
+	wantKind(t, err, hub.Invalid, "device-id-missing")
+	must[hub.Tokens](t)(s.Exchange(t.Context(), meter, "", anyone)) // it is good afterwards
+}
+
 func TestCodeIsRepeatableForTheSameDeviceFor60s(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
