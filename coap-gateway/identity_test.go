@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
+	"fmt"
 	"log/slog"
 	"net"
 	"slices"
@@ -29,142 +30,11 @@ func rowSetup(certificate bool, claim string) func(*Config, *Deps) {
 	}
 }
 
-// one case of a row: what the device shows, and which device it is taken for.
-type ruleCase struct {
-	di    string // of the request
-	claim string // in the token
-	want  hub.DeviceID
-	code  string // of a refusal, with text
-	text  string
-}
-
-// runRule asks on all four account paths (B04): sign-up, sign-in, sign-out and sign-off, and on refresh.
-func runRule(t *testing.T, setup func(*Config, *Deps), cert hub.DeviceID, c ruleCase) {
-	t.Helper()
-	for _, path := range []string{"sign-up", "sign-in", "sign-out", "sign-off", "refresh"} {
-		t.Run(path, func(t *testing.T) {
-			t.Parallel()
-			h := start(t, setup)
-			claims := hub.Claims{DeviceID: c.claim}
-			h.issue("code", "token", claims)
-			h.w.refresh["r"] = hub.Tokens{Access: "token", Refresh: "r", Expiry: time.Now().Add(time.Hour)}
-			if path != "sign-up" {
-				h.w.own(lampID, "alice")
-				h.w.own(fanID, "alice")
-			}
-			var certs []tls.Certificate
-			if cert != "" {
-				certs = append(certs, h.ca.identity(t, cert, nil))
-			}
-			var d *device
-			b := body{"di": c.di, "uid": "alice"}
-			if c.di == "" {
-				delete(b, "di")
-			}
-			ok := "2.04"
-			var opts []option
-			code, at := codes.POST, "/oic/sec/account"
-			switch path {
-			case "sign-up":
-				b["accesstoken"] = "code"
-			case "sign-in", "sign-out":
-				at = "/oic/sec/session"
-				b["accesstoken"], b["login"] = "token", path == "sign-in"
-			case "refresh":
-				at = "/oic/sec/tokenrefresh"
-				b["refreshtoken"] = "r"
-			case "sign-off":
-				ok, code = "2.02", codes.DELETE
-				opts = []option{query("uid=alice"), query("accesstoken=token")}
-				if c.di != "" {
-					opts = append(opts, query("di="+c.di))
-				}
-			}
-			ask := func() (reply, error) {
-				d = h.connect(h.device(lampID), h.gw.Addresses().Secure, h.tlsFor(certs...))
-				if code == codes.DELETE {
-					return d.try(code, at, nil, opts...)
-				}
-				return d.try(code, at, cborOf(t, b))
-			}
-			r, err := ask()
-			for n := 0; err != nil && c.code != "" && n < 5; n++ {
-				// A refusal is the last message of its connection. On a busy machine go-coap's client may not have handled it when
-				// the end comes, and drops it then; asked again, the hub refuses again.
-				r, err = ask()
-			}
-			if err != nil {
-				t.Fatal(err)
-			}
-			if c.code != "" {
-				d.want(r, c.code, c.text)
-				d.awaitClosed()
-				return
-			}
-			d.want(r, ok, "")
-			switch path {
-			case "sign-up":
-				h.w.awaitLog(t, "signed-up "+string(c.want)+" alice")
-			case "sign-in":
-				h.w.awaitLog(t, "online "+string(c.want))
-			case "sign-off":
-				h.w.awaitLog(t, "signed-off "+string(c.want))
-			}
-		})
-	}
-}
-
 const namespaced = "https://example.com/deviceId" // URI-style claims are literal names; the verifier reads them
 
-func TestDeviceIDFromRequest(t *testing.T) { // certificate false, claim empty
-	for name, c := range map[string]ruleCase{
-		"di":             {string(lampID), "", lampID, "", ""},
-		"di in capitals": {strings.ToUpper(string(lampID)), "", lampID, "", ""},
-		"missing":        {"", "", "", "4.00", "device-id-missing: "},
-		"no UUID":        {"lamp", "", "", "4.00", "device-id-invalid: "},
-		"nil UUID":       {"00000000-0000-0000-0000-000000000000", "", "", "4.00", "device-id-invalid: "},
-	} {
-		t.Run(name, func(t *testing.T) { runRule(t, rowSetup(false, ""), "", c) })
-	}
-}
-
-func TestDeviceIDFromClaim(t *testing.T) { // certificate false, claim set
-	for name, c := range map[string]ruleCase{
-		"claim":             {string(lampID), string(lampID), lampID, "", ""},
-		"di is ignored":     {string(fanID), string(lampID), lampID, "", ""},
-		"di is not needed":  {"", string(lampID), lampID, "", ""},
-		"claim missing":     {string(lampID), "", "", "4.01", "device-claim-missing: "},
-		"claim is no UUID":  {string(lampID), "lamp", "", "4.01", "device-claim-invalid: "},
-		"claim in capitals": {"", strings.ToUpper(string(lampID)), lampID, "", ""},
-	} {
-		t.Run(name, func(t *testing.T) { runRule(t, rowSetup(false, namespaced), "", c) })
-	}
-}
-
-func TestDeviceIDFromCertificate(t *testing.T) { // certificate true, claim empty
-	for name, c := range map[string]ruleCase{
-		"certificate":      {string(lampID), "", lampID, "", ""},
-		"di is ignored":    {string(fanID), "", lampID, "", ""},
-		"di is not needed": {"", "", lampID, "", ""},
-	} {
-		t.Run(name, func(t *testing.T) { runRule(t, rowSetup(true, ""), lampID, c) })
-	}
-}
-
-func TestDeviceIDFromCertificateAndClaim(t *testing.T) { // certificate true, claim set
-	for name, c := range map[string]ruleCase{
-		"equal":            {string(lampID), string(lampID), lampID, "", ""},
-		"equal as UUIDs":   {"", strings.ToUpper(string(lampID)), lampID, "", ""},
-		"di is ignored":    {string(fanID), string(lampID), lampID, "", ""},
-		"claim missing":    {string(lampID), "", "", "4.01", "device-claim-missing: "},
-		"claim of another": {string(lampID), string(fanID), "", "4.01", "device-claim-mismatch: "},
-		"claim is no UUID": {string(lampID), "x", "", "4.01", "device-claim-invalid: "},
-	} {
-		t.Run(name, func(t *testing.T) { runRule(t, rowSetup(true, namespaced), lampID, c) })
-	}
-}
-
-func TestStrictDeviceID(t *testing.T) {
+// The table "TLS and identity" of docs/protocol.md is test/e2e's TestIdentity, but for what stands here: a sign-off with a token in
+// its query, which must be shorter than any JWT (RFC 7252, Section 5.10).
+func TestSignOffWithAToken(t *testing.T) {
 	t.Parallel()
 	strict := func(setup func(*Config, *Deps)) func(*Config, *Deps) {
 		return func(c *Config, d *Deps) {
@@ -172,18 +42,93 @@ func TestStrictDeviceID(t *testing.T) {
 			c.API.CoAP.Authorization.StrictDeviceID = true
 		}
 	}
-	other := ruleCase{string(fanID), string(lampID), "", "4.01", "device-id-mismatch: "}
-	same := ruleCase{string(lampID), string(lampID), lampID, "", ""}
-	for name, row := range map[string]struct {
-		setup func(*Config, *Deps)
-		cert  hub.DeviceID
+	lamp, fan := string(lampID), string(fanID)
+	rows := map[string]func(*Config, *Deps){
+		"neither": rowSetup(false, ""), "claim": rowSetup(false, namespaced),
+		"certificate": rowSetup(true, ""), "both": rowSetup(true, namespaced),
+	}
+	for _, c := range []struct {
+		row       string
+		strict    bool
+		di, claim string
+		want      hub.DeviceID
+		code      string // of a refusal, with text
+		text      string
 	}{
-		"claim":                 {rowSetup(false, namespaced), ""},
-		"certificate":           {rowSetup(true, ""), lampID},
-		"certificate and claim": {rowSetup(true, namespaced), lampID},
+		{"neither", false, lamp, "", lampID, "", ""},
+		{"neither", false, strings.ToUpper(lamp), "", lampID, "", ""},
+		{"neither", false, "", "", "", "4.00", "device-id-missing: "},
+		{"neither", false, "lamp", "", "", "4.00", "device-id-invalid: "},
+		{"neither", false, "00000000-0000-0000-0000-000000000000", "", "", "4.00", "device-id-invalid: "},
+		{"claim", false, fan, lamp, lampID, "", ""},
+		{"claim", false, "", strings.ToUpper(lamp), lampID, "", ""},
+		{"claim", false, lamp, "", "", "4.01", "device-claim-missing: "},
+		{"claim", false, lamp, "lamp", "", "4.01", "device-claim-invalid: "},
+		{"claim", true, lamp, lamp, lampID, "", ""},
+		{"claim", true, fan, lamp, "", "4.01", "device-id-mismatch: "},
+		{"certificate", false, fan, "", lampID, "", ""},
+		{"certificate", false, "", "", lampID, "", ""},
+		{"certificate", true, lamp, "", lampID, "", ""},
+		{"certificate", true, fan, "", "", "4.01", "device-id-mismatch: "},
+		{"both", false, fan, lamp, lampID, "", ""},
+		{"both", false, lamp, fan, "", "4.01", "device-claim-mismatch: "},
+		{"both", false, lamp, "", "", "4.01", "device-claim-missing: "},
+		{"both", true, fan, lamp, "", "4.01", "device-id-mismatch: "},
 	} {
-		t.Run(name+", other di", func(t *testing.T) { runRule(t, strict(row.setup), row.cert, other) })
-		t.Run(name+", same di", func(t *testing.T) { runRule(t, strict(row.setup), row.cert, same) })
+		t.Run(fmt.Sprintf("%s, strict %v, di %q, claim %q", c.row, c.strict, c.di, c.claim), func(t *testing.T) {
+			t.Parallel()
+			setup := rows[c.row]
+			if c.strict {
+				setup = strict(setup)
+			}
+			h := start(t, setup)
+			h.w.own(lampID, "alice")
+			h.w.own(fanID, "alice")
+			h.w.grant("token", hub.Claims{DeviceID: c.claim})
+			var certs []tls.Certificate
+			if h.gw.cfg.API.CoAP.TLS.ClientCertificateRequired {
+				certs = append(certs, h.ca.identity(t, lampID, nil))
+			}
+			opts := []option{query("uid=alice"), query("accesstoken=token")}
+			if c.di != "" {
+				opts = append(opts, query("di="+c.di))
+			}
+			d := h.connect(h.device(lampID), h.gw.Addresses().Secure, h.tlsFor(certs...))
+			r := d.do(codes.DELETE, "/oic/sec/account", nil, opts...)
+			if c.code == "" {
+				d.want(r, "2.02", "")
+				h.w.awaitLog(t, "signed-off "+string(c.want))
+				return
+			}
+			d.want(r, c.code, c.text)
+			d.awaitClosed()
+			for _, line := range h.w.soFar() {
+				t.Errorf("%s although it was refused", line)
+			}
+		})
+	}
+}
+
+// With a code that is for any device the claim is what the device says.
+func TestSignUpWithACodeForAnyDevice(t *testing.T) {
+	t.Parallel()
+	for di, want := range map[string]string{
+		string(lampID): "2.04", "": "4.00 device-id-missing: ", "lamp": "4.00 device-id-invalid: ",
+	} {
+		h := start(t, rowSetup(false, namespaced))
+		h.w.grant("token", hub.Claims{DeviceID: string(lampID)})
+		h.w.prov.exchange = func(_ context.Context, dev hub.DeviceID, _, _ string) (hub.Tokens, error) {
+			if dev == "" {
+				return hub.Tokens{}, hub.NewError(hub.Invalid, "device-id-missing", "the code is for any device: name one")
+			}
+			return hub.Tokens{Access: "token", Refresh: "r"}, nil
+		}
+		d := h.connect(h.device(lampID), h.gw.Addresses().Secure, h.tlsFor())
+		code, text, _ := strings.Cut(want, " ")
+		r := d.post("/oic/sec/account", body{"di": di, "accesstoken": "code"})
+		if r.code != code || text != "" && !strings.HasPrefix(r.text(), text) {
+			t.Errorf("di %q: %s %q, want %s", di, r.code, r.body, want)
+		}
 	}
 }
 

@@ -42,10 +42,16 @@ type Issuer struct {
 	refuse  int // status of the token endpoint; 0 = normal
 	keys    []signingKey
 	lost    bool // the key set leaves the newest key out
-	codes   map[string]map[string]any
-	refresh map[string]map[string]any
+	codes   map[string]tokens
+	refresh map[string]tokens
 	revoked []string
 	number  int
+}
+
+// tokens is what a code or a refresh token is good for: tokens with these claims, which a wrong key signs if they are forged.
+type tokens struct {
+	claims map[string]any
+	forged bool
 }
 
 type signingKey struct {
@@ -85,7 +91,7 @@ func New(t testing.TB) *Issuer {
 }
 
 func newIssuer(t testing.TB) *Issuer {
-	i := &Issuer{t: t, codes: map[string]map[string]any{}, refresh: map[string]map[string]any{}}
+	i := &Issuer{t: t, codes: map[string]tokens{}, refresh: map[string]tokens{}}
 	i.Rotate()
 	return i
 }
@@ -255,10 +261,29 @@ func (i *Issuer) fill(claims map[string]any) map[string]any {
 }
 
 // Code returns an authorization code that works once and gives tokens with these claims (as Mint takes them).
-func (i *Issuer) Code(claims map[string]any) string {
+func (i *Issuer) Code(claims map[string]any) string { return i.code(tokens{claims: claims}) }
+
+// ForgedCode is Code with tokens as MintWithForeignKey makes them: somebody else answers in the issuer's place.
+func (i *Issuer) ForgedCode(claims map[string]any) string { return i.code(tokens{claims, true}) }
+
+func (i *Issuer) code(t tokens) string {
 	code := "code-" + rand.Text()
-	i.set(func() { i.codes[code] = claims })
+	i.set(func() { i.codes[code] = t })
 	return code
+}
+
+// Refresh returns a refresh token, good for one use, as Code does a code.
+func (i *Issuer) Refresh(claims map[string]any) string { return i.refreshToken(tokens{claims: claims}) }
+
+// ForgedRefresh is to Refresh what ForgedCode is to Code.
+func (i *Issuer) ForgedRefresh(claims map[string]any) string {
+	return i.refreshToken(tokens{claims, true})
+}
+
+func (i *Issuer) refreshToken(t tokens) string {
+	token := "refresh-" + rand.Text()
+	i.set(func() { i.refresh[token] = t })
+	return token
 }
 
 // RoundTrip serves the request without a network.

@@ -1,7 +1,6 @@
 package issuer
 
 import (
-	"crypto/rand"
 	"encoding/base64"
 	"encoding/json"
 	"net/http"
@@ -88,7 +87,7 @@ func (i *Issuer) token(w http.ResponseWriter, r *http.Request) {
 		refuse(w, http.StatusUnauthorized, "invalid_client")
 		return
 	}
-	var claims map[string]any
+	var t tokens
 	found := false
 	withRefresh := true
 	switch r.PostFormValue("grant_type") {
@@ -96,18 +95,18 @@ func (i *Issuer) token(w http.ResponseWriter, r *http.Request) {
 		code := r.PostFormValue("code")
 		i.mu.Lock()
 		if r.PostFormValue("redirect_uri") == RedirectURL {
-			claims, found = i.codes[code]
+			t, found = i.codes[code]
 			delete(i.codes, code) // RFC 6749, 4.1.2: a code works once
 		}
 		i.mu.Unlock()
 	case "refresh_token":
 		token := r.PostFormValue("refresh_token")
 		i.mu.Lock()
-		claims, found = i.refresh[token]
+		t, found = i.refresh[token]
 		delete(i.refresh, token) // rotation: the old one is gone with its use
 		i.mu.Unlock()
 	case "client_credentials":
-		claims, found, withRefresh = map[string]any{"sub": ClientID, "client_id": ClientID}, true, false
+		t.claims, found, withRefresh = map[string]any{"sub": ClientID, "client_id": ClientID}, true, false
 	default:
 		refuse(w, http.StatusBadRequest, "unsupported_grant_type")
 		return
@@ -116,11 +115,13 @@ func (i *Issuer) token(w http.ResponseWriter, r *http.Request) {
 		refuse(w, http.StatusBadRequest, "invalid_grant")
 		return
 	}
-	body := map[string]any{"access_token": i.Mint(claims), "token_type": "Bearer", "expires_in": 3600}
+	mint := i.Mint
+	if t.forged {
+		mint = i.MintWithForeignKey
+	}
+	body := map[string]any{"access_token": mint(t.claims), "token_type": "Bearer", "expires_in": 3600}
 	if withRefresh {
-		token := "refresh-" + rand.Text()
-		i.set(func() { i.refresh[token] = claims })
-		body["refresh_token"] = token
+		body["refresh_token"] = i.refreshToken(t)
 	}
 	w.Header().Set("Cache-Control", "no-store")
 	reply(w, http.StatusOK, body)
