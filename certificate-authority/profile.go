@@ -5,6 +5,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
@@ -57,8 +58,14 @@ func (s signer) signKey(key crypto.PublicKey, name string, validity time.Duratio
 	if err != nil {
 		return nil, err
 	}
+	info, err := x509.MarshalPKIXPublicKey(key)
+	if err != nil {
+		return nil, fmt.Errorf("encode the public key of %s: %w", name, err)
+	}
+	id := sha256.Sum256(info)
 	t := &x509.Certificate{
 		SerialNumber:          serial,
+		SubjectKeyId:          id[:20], // RFC 5280, Section 4.2.1.2, made as RFC 7093, Section 2 (4) has it
 		Subject:               pkix.Name{CommonName: name},
 		NotBefore:             later(now.Add(-backdate), s.issuing.NotBefore),
 		NotAfter:              earlier(now.Add(validity), s.issuing.NotAfter),
