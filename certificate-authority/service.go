@@ -484,7 +484,9 @@ func (s *Service) newList(ctx context.Context, now time.Time) ([]byte, error) {
 			continue
 		}
 		t.RevokedCertificateEntries = append(t.RevokedCertificateEntries, x509.RevocationListEntry{
-			SerialNumber: serial, RevocationTime: e.Revoked, ReasonCode: int(e.Reason),
+			// As much earlier as the list: nothing on it may be later than that (RFC 5280, Sections 5.1.2.4 and 5.1.2.6), and what is
+			// on one list at a time is on all of them at that time.
+			SerialNumber: serial, RevocationTime: e.Revoked.Add(-listBackdate), ReasonCode: int(e.Reason),
 		})
 	}
 	signer := s.a.signers[Device]

@@ -763,6 +763,11 @@ func TestListForgets(t *testing.T) {
 			if len(l.RevokedCertificateEntries) != c.want || last != nil && l.Number.Cmp(last.Number) <= 0 || !l.ThisUpdate.Before(time.Now()) {
 				t.Errorf("%v later: %d entries, number %v, since %v", c.after, len(l.RevokedCertificateEntries), l.Number, l.ThisUpdate)
 			}
+			for _, e := range l.RevokedCertificateEntries {
+				if e.RevocationTime.After(l.ThisUpdate) || last != nil && !e.RevocationTime.Equal(last.RevokedCertificateEntries[0].RevocationTime) {
+					t.Errorf("%v later: revoked at %v, on a list of %v", c.after, e.RevocationTime, l.ThisUpdate)
+				}
+			}
 			last = l
 		}
 	})

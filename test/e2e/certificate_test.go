@@ -157,7 +157,7 @@ func (a *app) listed(c *x509.Certificate) bool {
 		a.t.Fatal(err)
 	}
 	for _, e := range list.RevokedCertificateEntries {
-		if e.SerialNumber.Cmp(c.SerialNumber) == 0 && time.Since(e.RevocationTime) < time.Minute {
+		if e.SerialNumber.Cmp(c.SerialNumber) == 0 && time.Since(e.RevocationTime) < 10*time.Minute { // as the list, it is dated back
 			return true
 		}
 	}
