@@ -1,7 +1,7 @@
 package certificateauthority
 
 import (
-	"crypto/ecdsa"
+	"crypto"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/asn1"
@@ -50,13 +50,26 @@ type Authority struct {
 type signer struct {
 	root    *x509.Certificate
 	issuing *x509.Certificate
-	key     *ecdsa.PrivateKey
+	key     crypto.Signer
+}
+
+// Keys has issuing keys elsewhere than in files: in a hardware security module, or with a key management service. Root keys are
+// files all the same: they are used once in years, and kept offline between.
+type Keys interface {
+	// Create makes the key of a new issuing certificate under a root.
+	Create(r Root) (crypto.Signer, error)
+	// Key finds the key of an issuing certificate, by its public key.
+	Key(issuing *x509.Certificate) (crypto.Signer, error)
 }
 
 // Open loads the authorities kept in dir (created with 0700 when missing) for the hub whose ID is hubID, a UUID. What is
 // missing on a first start, or after a first start that was cut short, is made; what is there is never replaced. Files that
 // are damaged, do not belong together, or can be read by others are an error that names the file.
-func Open(dir string, hubID string) (*Authority, error) {
+func Open(dir string, hubID string) (*Authority, error) { return OpenWith(dir, hubID, nil) }
+
+// OpenWith is Open with issuing keys that are elsewhere; nil: they are in dir. A key that is in a file all the same, since it was
+// made before the others were, is used until another takes its place.
+func OpenWith(dir string, hubID string, keys Keys) (*Authority, error) {
 	id, err := hub.ParseDeviceID(hubID)
 	if err != nil {
 		return nil, fmt.Errorf("hub ID %q of the certification authority: %w", hubID, err)
@@ -66,7 +79,7 @@ func Open(dir string, hubID string) (*Authority, error) {
 	}
 	a := &Authority{hubID: id, signers: make(map[Root]signer)}
 	for _, r := range Roots() {
-		s, err := openSigner(dir, r, id)
+		s, err := openSigner(dir, r, id, keys)
 		if err != nil {
 			return nil, err
 		}

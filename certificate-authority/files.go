@@ -2,6 +2,7 @@ package certificateauthority
 
 import (
 	"bytes"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/x509"
 	"encoding/pem"
@@ -19,7 +20,7 @@ import (
 
 // openSigner loads or makes the root r. The root's file is written first and the issuing one after it, each atomically, so
 // a start that is cut short leaves a root without issuing certificate, which the next start completes.
-func openSigner(dir string, r Root, hubID hub.DeviceID) (signer, error) {
+func openSigner(dir string, r Root, hubID hub.DeviceID, keys Keys) (signer, error) {
 	rootFile := filepath.Join(dir, string(r)+"-root.pem")
 	issuingFile := filepath.Join(dir, string(r)+"-issuing.pem")
 	root, rootKey, err := readPair(rootFile)
@@ -51,11 +52,22 @@ func openSigner(dir string, r Root, hubID hub.DeviceID) (signer, error) {
 		if rootKey == nil {
 			return signer{}, fmt.Errorf("%s is missing and %s has no key to make it: restore one of them from a backup", issuingFile, rootFile)
 		}
-		if issuing, key, err = newIssuing(r, hubID, root, rootKey); err != nil {
+		if key, err = newIssuingKey(r, keys); err != nil {
+			return signer{}, err
+		}
+		if issuing, err = newIssuing(r, hubID, root, rootKey, key.Public()); err != nil {
 			return signer{}, fmt.Errorf("make the %s issuing certificate: %w", r, err)
 		}
-		if err := writePair(issuingFile, issuing, key); err != nil {
+		if err := writePair(issuingFile, issuing, inFile(key, keys)); err != nil {
 			return signer{}, err
+		}
+	}
+	if key == nil && keys != nil {
+		if key, err = keys.Key(issuing); err != nil {
+			return signer{}, fmt.Errorf("find the key of %s: %w", issuingFile, err)
+		}
+		if !samePublic(key, issuing) {
+			return signer{}, fmt.Errorf("the key that was found for %s is another one", issuingFile)
 		}
 	}
 	if key == nil {
@@ -65,6 +77,31 @@ func openSigner(dir string, r Root, hubID hub.DeviceID) (signer, error) {
 		return signer{}, fmt.Errorf("%s: the certificate was not signed by the root in %s", issuingFile, rootFile)
 	}
 	return signer{root: root, issuing: issuing, key: key}, nil
+}
+
+// newIssuingKey makes an issuing key where they are kept.
+func newIssuingKey(r Root, keys Keys) (crypto.Signer, error) {
+	if keys == nil {
+		return newECDSA()
+	}
+	key, err := keys.Create(r)
+	if err != nil {
+		return nil, fmt.Errorf("make the %s issuing key: %w", r, err)
+	}
+	return key, nil
+}
+
+// inFile is what of an issuing key goes into its file: nothing, where keys are kept elsewhere.
+func inFile(key crypto.Signer, keys Keys) crypto.Signer {
+	if keys != nil {
+		return nil
+	}
+	return key
+}
+
+func samePublic(key crypto.Signer, c *x509.Certificate) bool {
+	public, ok := key.Public().(interface{ Equal(crypto.PublicKey) bool })
+	return ok && public.Equal(c.PublicKey)
 }
 
 func makeDir(dir string) error {
@@ -83,7 +120,7 @@ func makeDir(dir string) error {
 
 // readPair reads a certificate and its key; the key is nil when the file has none. A file that does not exist is
 // fs.ErrNotExist.
-func readPair(file string) (*x509.Certificate, *ecdsa.PrivateKey, error) {
+func readPair(file string) (*x509.Certificate, crypto.Signer, error) {
 	info, err := os.Stat(file)
 	if err != nil {
 		return nil, nil, fmt.Errorf("look at %s: %w", file, err)
@@ -103,9 +140,9 @@ func readPair(file string) (*x509.Certificate, *ecdsa.PrivateKey, error) {
 	return cert, key, nil
 }
 
-func parsePair(text []byte) (*x509.Certificate, *ecdsa.PrivateKey, error) {
+func parsePair(text []byte) (*x509.Certificate, crypto.Signer, error) {
 	var cert *x509.Certificate
-	var key *ecdsa.PrivateKey
+	var key crypto.Signer
 	for rest := bytes.TrimSpace(text); len(rest) > 0; {
 		block, tail := pem.Decode(rest)
 		if block == nil {
@@ -136,18 +173,22 @@ func parsePair(text []byte) (*x509.Certificate, *ecdsa.PrivateKey, error) {
 	if cert == nil {
 		return nil, nil, errors.New("there is no certificate")
 	}
-	if key != nil && !key.PublicKey.Equal(cert.PublicKey) {
+	if key != nil && !samePublic(key, cert) {
 		return nil, nil, errors.New("certificate and private key do not belong together")
 	}
 	return cert, key, nil
 }
 
 // writePair writes the file whole or not at all, and it is on the disk on return: a root that was given to devices must
-// not be lost with the machine's next crash.
-func writePair(file string, cert *x509.Certificate, key *ecdsa.PrivateKey) (err error) {
-	keyText, err := keyPEM(key)
-	if err != nil {
-		return err
+// not be lost with the machine's next crash. A nil key is not in it.
+func writePair(file string, cert *x509.Certificate, key crypto.Signer) (err error) {
+	text := certPEM(cert)
+	if key != nil {
+		keyText, err := keyPEM(key)
+		if err != nil {
+			return err
+		}
+		text = append(text, keyText...)
 	}
 	dir := filepath.Dir(file)
 	f, err := os.CreateTemp(dir, ".new-*") // CreateTemp makes it 0600
@@ -159,7 +200,7 @@ func writePair(file string, cert *x509.Certificate, key *ecdsa.PrivateKey) (err 
 			_ = os.Remove(f.Name())
 		}
 	}()
-	_, err = f.Write(append(certPEM(cert), keyText...))
+	_, err = f.Write(text)
 	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return fmt.Errorf("write %s: %w", file, err)
 	}
@@ -180,7 +221,7 @@ func certPEM(c *x509.Certificate) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Raw})
 }
 
-func keyPEM(key *ecdsa.PrivateKey) ([]byte, error) {
+func keyPEM(key crypto.Signer) ([]byte, error) {
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
 		return nil, fmt.Errorf("encode a private key: %w", err)

@@ -39,12 +39,12 @@ var (
 )
 
 // sign makes a key and a certificate for it. Hosts were checked by the caller.
-func (s signer) sign(name string, validity time.Duration, use usage, hosts []string) (*x509.Certificate, *ecdsa.PrivateKey, error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+func (s signer) sign(name string, validity time.Duration, use usage, hosts []string) (*x509.Certificate, crypto.Signer, error) {
+	key, err := newECDSA()
 	if err != nil {
-		return nil, nil, fmt.Errorf("make a key: %w", err)
+		return nil, nil, err
 	}
-	cert, err := s.signKey(&key.PublicKey, name, validity, use, hosts)
+	cert, err := s.signKey(key.Public(), name, validity, use, hosts)
 	return cert, key, err
 }
 
@@ -89,34 +89,38 @@ func (s signer) signKey(key crypto.PublicKey, name string, validity time.Duratio
 }
 
 // newRoot makes a root's key and self-signed certificate. Path length 1: it signs issuing certificates, they sign leaves.
-func newRoot(r Root, hubID hub.DeviceID) (*x509.Certificate, *ecdsa.PrivateKey, error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+func newRoot(r Root, hubID hub.DeviceID) (*x509.Certificate, crypto.Signer, error) {
+	key, err := newECDSA()
 	if err != nil {
-		return nil, nil, fmt.Errorf("make a key: %w", err)
+		return nil, nil, err
 	}
 	t, err := authorityTemplate(fmt.Sprintf("coaphub %s root %s", r, hubID), rootYears)
 	if err != nil {
 		return nil, nil, err
 	}
 	t.MaxPathLen = 1
-	cert, err := create(t, t, &key.PublicKey, key)
+	cert, err := create(t, t, key.Public(), key)
 	return cert, key, err
 }
 
-// newIssuing makes the key and certificate that sign leaves under root.
-func newIssuing(r Root, hubID hub.DeviceID, root *x509.Certificate, rootKey *ecdsa.PrivateKey) (*x509.Certificate, *ecdsa.PrivateKey, error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, nil, fmt.Errorf("make a key: %w", err)
-	}
+// newIssuing makes the certificate of the key that signs leaves under root.
+func newIssuing(r Root, hubID hub.DeviceID, root *x509.Certificate, rootKey crypto.Signer, key crypto.PublicKey) (*x509.Certificate, error) {
 	t, err := authorityTemplate(fmt.Sprintf("coaphub %s issuing %s", r, hubID), issuingYears)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	t.NotBefore, t.NotAfter = later(t.NotBefore, root.NotBefore), earlier(t.NotAfter, root.NotAfter)
 	t.MaxPathLenZero = true
-	cert, err := create(t, root, &key.PublicKey, rootKey)
-	return cert, key, err
+	return create(t, root, key, rootKey)
+}
+
+// newECDSA makes a key of the kind that constrained devices verify best.
+func newECDSA() (crypto.Signer, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, fmt.Errorf("make a key: %w", err)
+	}
+	return key, nil
 }
 
 func authorityTemplate(name string, years int) (*x509.Certificate, error) {
@@ -136,7 +140,7 @@ func authorityTemplate(name string, years int) (*x509.Certificate, error) {
 	}, nil
 }
 
-func create(t, parent *x509.Certificate, key crypto.PublicKey, parentKey *ecdsa.PrivateKey) (*x509.Certificate, error) {
+func create(t, parent *x509.Certificate, key crypto.PublicKey, parentKey crypto.Signer) (*x509.Certificate, error) {
 	der, err := x509.CreateCertificate(rand.Reader, t, parent, key, parentKey)
 	if err != nil {
 		return nil, fmt.Errorf("sign the certificate of %s: %w", t.Subject.CommonName, err)
