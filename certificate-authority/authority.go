@@ -1,6 +1,7 @@
 package certificateauthority
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/tls"
 	"crypto/x509"
@@ -8,6 +9,8 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/coaphub/coaphub/hub"
@@ -39,18 +42,14 @@ const (
 	backdate = time.Hour
 )
 
-// Authority signs with the issuing keys of one data folder. It never changes after Open, so any goroutine may use it.
+// Authority signs with the issuing keys of one data folder. Any goroutine may use it, also while it is rolled over.
 type Authority struct {
-	hubID   hub.DeviceID
-	signers map[Root]signer
-}
+	hubID hub.DeviceID
+	dir   string
+	keys  Keys // nil: issuing keys are in dir
 
-// signer is a root's certificate and what issues under it. The root's own key is used once, when the issuing certificate
-// is made, and not kept in memory.
-type signer struct {
-	root    *x509.Certificate
-	issuing *x509.Certificate
-	key     crypto.Signer
+	changing sync.Mutex // held by who changes dir
+	lines    atomic.Pointer[map[Root]line]
 }
 
 // Keys has issuing keys elsewhere than in files: in a hardware security module, or with a key management service. Root keys are
@@ -77,47 +76,121 @@ func OpenWith(dir string, hubID string, keys Keys) (*Authority, error) {
 	if err := makeDir(dir); err != nil {
 		return nil, err
 	}
-	a := &Authority{hubID: id, signers: make(map[Root]signer)}
+	a := &Authority{hubID: id, dir: dir, keys: keys}
+	lines := make(map[Root]line)
 	for _, r := range Roots() {
-		s, err := openSigner(dir, r, id, keys)
-		if err != nil {
+		if lines[r], err = openLine(dir, r, id, keys); err != nil {
 			return nil, err
 		}
-		a.signers[r] = s
 	}
+	a.lines.Store(&lines)
 	return a, nil
 }
 
-// RootPEM returns the root's certificate, which is public. An unknown root is NotFound.
-func (a *Authority) RootPEM(r Root) ([]byte, error) {
-	s, ok := a.signers[r]
+// line returns one of the three as it is now.
+func (a *Authority) line(r Root) line { return (*a.lines.Load())[r] }
+
+// known is line for a name from outside.
+func (a *Authority) known(r Root) (line, error) {
+	l, ok := (*a.lines.Load())[r]
 	if !ok {
-		return nil, hub.NewError(hub.NotFound, "root-unknown", "the roots are device, https and internal")
+		return l, errRoot
 	}
-	return certPEM(s.root), nil
+	return l, nil
 }
 
-// DevicePool returns a new pool with the device root only.
+// signer returns what signs under r now.
+func (a *Authority) signer(r Root) signer {
+	l := a.line(r)
+	return l.signer()
+}
+
+// issuerOf finds which issuing certificate has signed a certificate, by the key that it names (RFC 5280, Section 4.2.1.1).
+func (a *Authority) issuerOf(c *x509.Certificate) (signer, bool) {
+	for _, l := range *a.lines.Load() {
+		for _, s := range l.issuers {
+			if len(c.AuthorityKeyId) > 0 && bytes.Equal(c.AuthorityKeyId, s.issuing.SubjectKeyId) {
+				return s, true
+			}
+		}
+	}
+	return signer{}, false
+}
+
+// issuer finds an issuing certificate that is not retired by the name of its key.
+func (a *Authority) issuer(name string) (signer, bool) {
+	for _, l := range *a.lines.Load() {
+		for _, s := range l.issuers {
+			if s.name == name && s.key != nil {
+				return s, true
+			}
+		}
+	}
+	return signer{}, false
+}
+
+// Signs reports whether a certificate was signed by what signs under r now.
+func (a *Authority) Signs(r Root, c *x509.Certificate) bool {
+	return bytes.Equal(c.AuthorityKeyId, a.signer(r).issuing.SubjectKeyId)
+}
+
+// RootPEM returns the root's certificate, which is public. While it is rolled over there are two, that in use first. An unknown
+// root is NotFound.
+func (a *Authority) RootPEM(r Root) ([]byte, error) {
+	l, err := a.known(r)
+	if err != nil {
+		return nil, err
+	}
+	return l.rootPEM(), nil
+}
+
+func (l *line) rootPEM() (out []byte) {
+	for _, root := range l.anchors(time.Now()) {
+		out = append(out, certPEM(root.cert)...)
+	}
+	return out
+}
+
+// DevicePool returns a new pool with the device roots that are believed, and nothing else.
 func (a *Authority) DevicePool() *x509.CertPool { return a.Pool(Device) }
+
+// DeviceRoots returns all device roots that there ever were, the oldest first: whoever signed up under one of them is the same
+// device under another.
+func (a *Authority) DeviceRoots() (out []*x509.Certificate) {
+	for _, root := range a.line(Device).roots {
+		out = append(out, root.cert)
+	}
+	return out
+}
 
 // DeviceIntermediates returns the certificates under the device root that issue devices' certificates. Some clients send
 // their own certificate without its chain (libcoap's with -c), so who verifies devices adds these to what a client sends.
-func (a *Authority) DeviceIntermediates() []*x509.Certificate {
-	return []*x509.Certificate{a.signers[Device].issuing}
+func (a *Authority) DeviceIntermediates() (out []*x509.Certificate) {
+	l, now := a.line(Device), time.Now()
+	for _, s := range l.believed(now) {
+		if now.Before(s.root.NotAfter) {
+			out = append(out, s.issuing)
+		}
+	}
+	return out
 }
 
-// Pool returns a new pool with the given root only; an unknown root gives an empty pool, which trusts nobody.
+// Pool returns a new pool with the given root only, or both while it is rolled over; an unknown root gives an empty pool, which
+// trusts nobody.
 func (a *Authority) Pool(r Root) *x509.CertPool {
 	pool := x509.NewCertPool()
-	if s, ok := a.signers[r]; ok {
-		pool.AddCert(s.root)
+	if l, err := a.known(r); err == nil {
+		for _, root := range l.anchors(time.Now()) {
+			pool.AddCert(root.cert)
+		}
 	}
 	return pool
 }
 
 // HubCertificate makes the certificate that the hub shows to devices, with a new key: common name uuid:<hub ID>, because
 // that is what devices compare with the sid they were given, the OCF identity usage, and hosts (names or addresses without
-// port) as subject alternative names. It lasts 397 days.
+// port) as subject alternative names. It lasts 397 days. After a new root has come into use it is believed by who knows only the
+// one before it, too.
 func (a *Authority) HubCertificate(hosts []string) (tls.Certificate, error) {
 	return a.serverCertificate(Device, "uuid:"+string(a.hubID), hosts, hubUsage)
 }
@@ -135,7 +208,7 @@ func (a *Authority) HTTPSCertificate(hosts []string) (tls.Certificate, error) {
 type Identity struct {
 	Chain []byte // the device's certificate, then the issuing one
 	Key   []byte // PKCS #8; it is not kept here
-	CA    []byte // the device root, which also signs the hub's certificate
+	CA    []byte // the device root, which also signs the hub's certificate; two while it is rolled over
 
 	leaf *x509.Certificate // the first of Chain
 }
@@ -159,7 +232,8 @@ func (a *Authority) issueDevice(dev hub.DeviceID, validity time.Duration, use us
 	case validity <= 0:
 		return Identity{}, hub.NewError(hub.Invalid, "validity-invalid", "the validity is not positive").With(op, nil)
 	}
-	s := a.signers[Device]
+	l := a.line(Device)
+	s := l.signer()
 	leaf, key, err := s.sign("uuid:"+string(id), validity, use, nil)
 	if err != nil {
 		return Identity{}, fmt.Errorf("%s: %w", op, err)
@@ -171,7 +245,7 @@ func (a *Authority) issueDevice(dev hub.DeviceID, validity time.Duration, use us
 	return Identity{
 		Chain: slices.Concat(certPEM(leaf), certPEM(s.issuing)),
 		Key:   keyText,
-		CA:    certPEM(s.root),
+		CA:    l.rootPEM(),
 		leaf:  leaf,
 	}, nil
 }
@@ -184,12 +258,13 @@ func (a *Authority) serverCertificate(r Root, name string, hosts []string, use u
 			return tls.Certificate{}, hub.NewError(hub.Invalid, "host-invalid", fmt.Sprintf("%q is neither a host name nor an address", h))
 		}
 	}
-	s := a.signers[r]
+	l := a.line(r)
+	s := l.signer()
 	leaf, key, err := s.sign(name, serverValidity, use, hosts)
 	if err != nil {
 		return tls.Certificate{}, fmt.Errorf("certificate for %s under the %s root: %w", name, r, err)
 	}
-	return tls.Certificate{Certificate: [][]byte{leaf.Raw, s.issuing.Raw}, PrivateKey: key, Leaf: leaf}, nil
+	return tls.Certificate{Certificate: append([][]byte{leaf.Raw}, l.chain(time.Now())...), PrivateKey: key, Leaf: leaf}, nil
 }
 
 // validHost accepts what can stand in a subject alternative name: an address, or a name of letters, digits, dots and

@@ -51,7 +51,7 @@ func TestOpenMakesThreeSeparateRootsAndKeepsThem(t *testing.T) {
 			t.Errorf("the %s root is another one's too", r)
 		}
 		seen[string(first)] = true
-		s := a.signers[r]
+		s := a.signer(r)
 		if samePublic(s.key, s.root) {
 			t.Errorf("the %s root's key is its issuing key", r)
 		}
@@ -235,7 +235,7 @@ func TestIssueDeviceProfile(t *testing.T) {
 		t.Errorf("ends in %v, want about a day", d)
 	}
 	inter := x509.NewCertPool()
-	inter.AddCert(a.signers[Device].issuing)
+	inter.AddCert(a.signer(Device).issuing)
 	for r, ok := range map[Root]bool{Device: true, HTTPS: false, Internal: false} {
 		_, err := leaf.Verify(x509.VerifyOptions{Roots: a.Pool(r), Intermediates: inter, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
 		if (err == nil) != ok {
@@ -286,8 +286,8 @@ func TestDeviceIntermediatesVerifyALeafAlone(t *testing.T) {
 		{"a device, without the intermediates", leaf(a.IssueDevice(testDev, time.Hour)), a.DevicePool(), false},
 		{"a device of another hub", leaf(other.IssueDevice(testDev, time.Hour)), pool, false},
 		{"an HTTPS certificate", server(a.HTTPSCertificate([]string{"localhost"})), pool, false},
-		{"the HTTPS issuing certificate", a.signers[HTTPS].issuing, pool, false},
-		{"the internal issuing certificate", a.signers[Internal].issuing, pool, false},
+		{"the HTTPS issuing certificate", a.signer(HTTPS).issuing, pool, false},
+		{"the internal issuing certificate", a.signer(Internal).issuing, pool, false},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			_, err := tc.cert.Verify(x509.VerifyOptions{Roots: tc.pool, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
@@ -331,7 +331,7 @@ func TestValidityIsClampedToTheIssuer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if iss := a.signers[Device].issuing; pair.Leaf.NotAfter.After(iss.NotAfter) || pair.Leaf.NotBefore.Before(iss.NotBefore) {
+	if iss := a.signer(Device).issuing; pair.Leaf.NotAfter.After(iss.NotAfter) || pair.Leaf.NotBefore.Before(iss.NotBefore) {
 		t.Errorf("valid %v to %v, issuer %v to %v", pair.Leaf.NotBefore, pair.Leaf.NotAfter, iss.NotBefore, iss.NotAfter)
 	}
 }
@@ -383,7 +383,7 @@ func TestHTTPSCertificateNeedsTheHTTPSRoot(t *testing.T) {
 		t.Error("an HTTPS certificate can be used as a device's identity")
 	}
 	inter := x509.NewCertPool()
-	inter.AddCert(a.signers[HTTPS].issuing)
+	inter.AddCert(a.signer(HTTPS).issuing)
 	opts := x509.VerifyOptions{DNSName: "localhost", Intermediates: inter, Roots: a.Pool(HTTPS)}
 	if _, err := cert.Leaf.Verify(opts); err != nil {
 		t.Error(err)

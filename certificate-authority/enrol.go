@@ -169,9 +169,8 @@ func (s *Service) Enrol(ctx context.Context, proof hub.EnrolmentProof, csr []byt
 	if err != nil {
 		return out, err
 	}
-	return hub.Enrolled{
-		Device: a.device, Serial: hub.SerialOf(leaf.SerialNumber), Chain: []*x509.Certificate{leaf, s.a.signers[Device].issuing},
-	}, nil
+	by, _ := s.a.issuerOf(leaf)
+	return hub.Enrolled{Device: a.device, Serial: hub.SerialOf(leaf.SerialNumber), Chain: []*x509.Certificate{leaf, by.issuing}}, nil
 }
 
 // enrol brings a device one step on in its enrolment, and keeps what went wrong. Its turn is taken.
@@ -419,7 +418,7 @@ func (s *Service) above(leaf *x509.Certificate) []*x509.Certificate {
 // less; somewhere in the first half of that, at another time for each certificate, so that a fleet that came at once does not
 // come at once again. False: it is of another authority.
 func (s *Service) RenewAt(c *x509.Certificate) (time.Time, bool) {
-	if !slices.Equal(c.AuthorityKeyId, s.a.signers[Device].issuing.SubjectKeyId) {
+	if _, ours := s.a.issuerOf(c); !ours {
 		return time.Time{}, false
 	}
 	half := min(renewBefore, c.NotAfter.Sub(c.NotBefore)/3) / 2
@@ -427,9 +426,20 @@ func (s *Service) RenewAt(c *x509.Certificate) (time.Time, bool) {
 	return c.NotAfter.Add(-2*half + time.Duration(spread*float64(half))), true
 }
 
-// Anchors are the certificates that a device needs to verify those of this authority: the root, and what issues under it.
-func (s *Service) Anchors() []*x509.Certificate {
-	return append([]*x509.Certificate{s.a.signers[Device].root}, s.a.DeviceIntermediates()...)
+// Anchors are the certificates that a device needs to verify those of this authority: the root, or both while it is rolled over, that
+// in use first; the new one signed by the one before it (RFC 7030, Section 4.1.3); and what issues under them.
+func (s *Service) Anchors() (out []*x509.Certificate) {
+	l := s.a.line(Device)
+	roots := l.anchors(time.Now())
+	for _, r := range roots {
+		out = append(out, r.cert)
+	}
+	for _, r := range roots {
+		if r.cross != nil {
+			out = append(out, r.cross)
+		}
+	}
+	return append(out, s.a.DeviceIntermediates()...)
 }
 
 // Enrolments yields what is known of devices' enrolments, in no order. An error is the last element.

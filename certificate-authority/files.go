@@ -8,96 +8,9 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
-
-	"github.com/coaphub/coaphub/hub"
 )
-
-// A root and its issuing certificate are two files, each a certificate and its key. So an operator can take the key out of
-// the root's file, or write it over a copy in a safe, and the hub goes on.
-
-// openSigner loads or makes the root r. The root's file is written first and the issuing one after it, each atomically, so
-// a start that is cut short leaves a root without issuing certificate, which the next start completes.
-func openSigner(dir string, r Root, hubID hub.DeviceID, keys Keys) (signer, error) {
-	rootFile := filepath.Join(dir, string(r)+"-root.pem")
-	issuingFile := filepath.Join(dir, string(r)+"-issuing.pem")
-	root, rootKey, err := readPair(rootFile)
-	haveRoot := !errors.Is(err, fs.ErrNotExist)
-	if haveRoot && err != nil {
-		return signer{}, err
-	}
-	issuing, key, err := readPair(issuingFile)
-	haveIssuing := !errors.Is(err, fs.ErrNotExist)
-	if haveIssuing && err != nil {
-		return signer{}, err
-	}
-	switch {
-	case !haveRoot && haveIssuing:
-		// A new root would make every certificate that is already out there worthless.
-		return signer{}, fmt.Errorf("%s is missing while %s is there: restore it from a backup", rootFile, issuingFile)
-	case !haveRoot:
-		if root, rootKey, err = newRoot(r, hubID); err != nil {
-			return signer{}, fmt.Errorf("make the %s root: %w", r, err)
-		}
-		if err := writePair(rootFile, root, rootKey); err != nil {
-			return signer{}, err
-		}
-	}
-	if !root.IsCA || root.CheckSignature(root.SignatureAlgorithm, root.RawTBSCertificate, root.Signature) != nil {
-		return signer{}, fmt.Errorf("%s: the certificate is not a self-signed authority", rootFile)
-	}
-	if !haveIssuing {
-		if rootKey == nil {
-			return signer{}, fmt.Errorf("%s is missing and %s has no key to make it: restore one of them from a backup", issuingFile, rootFile)
-		}
-		if key, err = newIssuingKey(r, keys); err != nil {
-			return signer{}, err
-		}
-		if issuing, err = newIssuing(r, hubID, root, rootKey, key.Public()); err != nil {
-			return signer{}, fmt.Errorf("make the %s issuing certificate: %w", r, err)
-		}
-		if err := writePair(issuingFile, issuing, inFile(key, keys)); err != nil {
-			return signer{}, err
-		}
-	}
-	if key == nil && keys != nil {
-		if key, err = keys.Key(issuing); err != nil {
-			return signer{}, fmt.Errorf("find the key of %s: %w", issuingFile, err)
-		}
-		if !samePublic(key, issuing) {
-			return signer{}, fmt.Errorf("the key that was found for %s is another one", issuingFile)
-		}
-	}
-	if key == nil {
-		return signer{}, fmt.Errorf("%s has no private key", issuingFile)
-	}
-	if !issuing.IsCA || issuing.CheckSignatureFrom(root) != nil {
-		return signer{}, fmt.Errorf("%s: the certificate was not signed by the root in %s", issuingFile, rootFile)
-	}
-	return signer{root: root, issuing: issuing, key: key}, nil
-}
-
-// newIssuingKey makes an issuing key where they are kept.
-func newIssuingKey(r Root, keys Keys) (crypto.Signer, error) {
-	if keys == nil {
-		return newECDSA()
-	}
-	key, err := keys.Create(r)
-	if err != nil {
-		return nil, fmt.Errorf("make the %s issuing key: %w", r, err)
-	}
-	return key, nil
-}
-
-// inFile is what of an issuing key goes into its file: nothing, where keys are kept elsewhere.
-func inFile(key crypto.Signer, keys Keys) crypto.Signer {
-	if keys != nil {
-		return nil
-	}
-	return key
-}
 
 func samePublic(key crypto.Signer, c *x509.Certificate) bool {
 	public, ok := key.Public().(interface{ Equal(crypto.PublicKey) bool })
@@ -207,6 +120,11 @@ func writePair(file string, cert *x509.Certificate, key crypto.Signer) (err erro
 	if err = os.Rename(f.Name(), file); err != nil {
 		return fmt.Errorf("write %s: %w", file, err)
 	}
+	return syncDir(dir)
+}
+
+// syncDir puts what was renamed or removed in a folder on the disk.
+func syncDir(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {
 		return fmt.Errorf("sync %s: %w", dir, err)

@@ -96,7 +96,8 @@ func (s *Service) record(ctx context.Context, leaf *x509.Certificate, e entry) e
 	if err := s.owners.Admits(ctx, e.Device, leaf.RawSubjectPublicKeyInfo); err != nil {
 		return err
 	}
-	e.Name, e.Key, e.Issuer = leaf.Subject.CommonName, nameOf(leaf.RawSubjectPublicKeyInfo), s.issuer
+	by, _ := s.a.issuerOf(leaf)
+	e.Name, e.Key, e.Issuer = leaf.Subject.CommonName, nameOf(leaf.RawSubjectPublicKeyInfo), by.name
 	e.PEM, e.Created, e.NotBefore, e.NotAfter = string(certPEM(leaf)), time.Now().UTC(), leaf.NotBefore, leaf.NotAfter
 	doc, err := e.doc(hub.SerialOf(leaf.SerialNumber), 0)
 	if err != nil {
@@ -255,7 +256,8 @@ func (s *Service) Revoke(ctx context.Context, f hub.CertificateFilter, reason hu
 func (s *Service) revoke(ctx context.Context, m *meaning, doc store.Doc, reason hub.RevocationReason) (e entry, ended bool, err error) {
 	now := time.Now().UTC()
 	for {
-		e = entry{Issuer: s.issuer, How: hub.Unrecorded, Created: now, NotBefore: now, NotAfter: s.a.signers[Device].issuing.NotAfter}
+		by := s.a.signer(Device) // or another that was in use then: it is on the lists of all
+		e = entry{Issuer: by.name, How: hub.Unrecorded, Created: now, NotBefore: now, NotAfter: by.issuing.NotAfter}
 		if doc.Rev != 0 {
 			if e, err = decodeEntry(doc); err != nil {
 				return e, false, err
@@ -290,7 +292,7 @@ func (s *Service) revoke(ctx context.Context, m *meaning, doc store.Doc, reason 
 func (s *Service) end(serial string) {
 	s.mu.Lock()
 	s.revoked[serial] = struct{}{}
-	s.list = nil
+	clear(s.lists)
 	s.changes++
 	ended := s.ended
 	s.mu.Unlock()
@@ -306,9 +308,10 @@ func (s *Service) Ended(f func(serial string)) {
 	s.ended = f
 }
 
-// Revoked reports whether a verified certificate was revoked. Of those of other authorities it knows nothing.
+// Revoked reports whether a verified certificate was revoked, or its issuer retired. Of those of other authorities it knows nothing.
 func (s *Service) Revoked(c *x509.Certificate) bool {
-	return slices.Equal(c.AuthorityKeyId, s.a.signers[Device].issuing.SubjectKeyId) && s.isRevoked(hub.SerialOf(c.SerialNumber))
+	by, ours := s.a.issuerOf(c)
+	return ours && (by.key == nil || s.isRevoked(hub.SerialOf(c.SerialNumber)))
 }
 
 func (s *Service) isRevoked(serial string) bool {

@@ -23,8 +23,8 @@ type usage struct {
 	key x509.KeyUsage
 	ext []x509.ExtKeyUsage
 	oid []asn1.ObjectIdentifier
-	// lists are URLs of the issuer's revocation list (RFC 5280, Section 4.2.1.13).
-	lists []string
+	// lists is the URL below which each issuer's revocation list has its name (RFC 5280, Section 4.2.1.13). "": none is named.
+	lists string
 }
 
 var (
@@ -73,7 +73,9 @@ func (s signer) signKey(key crypto.PublicKey, name string, validity time.Duratio
 		ExtKeyUsage:           use.ext,
 		UnknownExtKeyUsage:    use.oid,
 		BasicConstraintsValid: true,
-		CRLDistributionPoints: use.lists,
+	}
+	if use.lists != "" {
+		t.CRLDistributionPoints = []string{use.lists + s.name}
 	}
 	for _, h := range hosts {
 		if ip, err := netip.ParseAddr(h); err == nil {
@@ -88,7 +90,9 @@ func (s signer) signKey(key crypto.PublicKey, name string, validity time.Duratio
 	return create(t, s.issuing, key, s.key)
 }
 
-// newRoot makes a root's key and self-signed certificate. Path length 1: it signs issuing certificates, they sign leaves.
+// newRoot makes a root's key and self-signed certificate. It signs issuing certificates, which sign leaves, and once the root that
+// takes its place. That one is an intermediate to who knows this one only: of the same name, so that it does not count in the path
+// (RFC 5280, Section 4.2.1.9), and the path length leaves room for it all the same, since crypto/x509 counts it.
 func newRoot(r Root, hubID hub.DeviceID) (*x509.Certificate, crypto.Signer, error) {
 	key, err := newECDSA()
 	if err != nil {
@@ -98,14 +102,33 @@ func newRoot(r Root, hubID hub.DeviceID) (*x509.Certificate, crypto.Signer, erro
 	if err != nil {
 		return nil, nil, err
 	}
-	t.MaxPathLen = 1
+	t.MaxPathLen = 2
 	cert, err := create(t, t, key.Public(), key)
 	return cert, key, err
 }
 
-// newIssuing makes the certificate of the key that signs leaves under root.
-func newIssuing(r Root, hubID hub.DeviceID, root *x509.Certificate, rootKey crypto.Signer, key crypto.PublicKey) (*x509.Certificate, error) {
-	t, err := authorityTemplate(fmt.Sprintf("coaphub %s issuing %s", r, hubID), issuingYears)
+// newCross makes a certificate of a new root by the one before it.
+func newCross(root, before *x509.Certificate, beforeKey crypto.Signer) (*x509.Certificate, error) {
+	t, err := authorityTemplate(root.Subject.CommonName, rootYears)
+	if err != nil {
+		return nil, err
+	}
+	t.NotBefore, t.NotAfter = later(root.NotBefore, before.NotBefore), earlier(root.NotAfter, before.NotAfter)
+	t.MaxPathLen = 1
+	t.AuthorityKeyId = before.SubjectKeyId // crypto/x509 leaves it out of what has its issuer's name; OpenSSL would take it for self-signed
+	return create(t, before, root.PublicKey, beforeKey)
+}
+
+// newIssuing makes the certificate of the key that signs leaves under root, the nth of r. Each has a name of its own: a revocation
+// list is of an issuer's name (RFC 5280, Section 5).
+func newIssuing(
+	r Root, n int, hubID hub.DeviceID, root *x509.Certificate, rootKey crypto.Signer, key crypto.PublicKey,
+) (*x509.Certificate, error) {
+	name := fmt.Sprintf("coaphub %s issuing %s", r, hubID)
+	if n > 1 {
+		name = fmt.Sprintf("coaphub %s issuing %d %s", r, n, hubID)
+	}
+	t, err := authorityTemplate(name, issuingYears)
 	if err != nil {
 		return nil, err
 	}

@@ -74,8 +74,7 @@ type Service struct {
 	docs   store.Documents
 	owners Owners
 	log    *slog.Logger
-	issuer string // names the issuing key
-	use    usage  // of devices' certificates
+	use    usage // of devices' certificates
 	issued *prometheus.CounterVec
 
 	enrolled  *prometheus.CounterVec
@@ -88,10 +87,15 @@ type Service struct {
 	mu      sync.Mutex          // guards all below
 	revoked map[string]struct{} // serials of those that the ledger has as revoked
 	ended   func(serial string)
-	list    []byte // the newest revocation list, DER; nil when there was another revocation since
-	listed  time.Time
-	changes uint64     // counts revocations
-	listing sync.Mutex // held by who makes the next one; before mu
+	lists   map[string]revocations // by issuer, without those that do not have the newest revocation
+	changes uint64                 // counts revocations
+	listing sync.Mutex             // held by who makes the next one; before mu
+}
+
+// revocations is an issuer's newest revocation list.
+type revocations struct {
+	der  []byte
+	made time.Time
 }
 
 // ListsPath is where the doors serve the revocation lists, below which each issuer's has its name.
@@ -104,8 +108,8 @@ func NewService(
 	ctx context.Context, a *Authority, docs store.Documents, owners Owners, base string, log *slog.Logger, reg prometheus.Registerer,
 ) (*Service, error) {
 	s := &Service{
-		a: a, docs: docs, owners: owners, log: log, issuer: nameOf(a.signers[Device].issuing.RawSubjectPublicKeyInfo), use: deviceUsage,
-		revoked: map[string]struct{}{},
+		a: a, docs: docs, owners: owners, log: log, use: deviceUsage,
+		revoked: map[string]struct{}{}, lists: map[string]revocations{},
 		issued: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "coaphub_certificates_total",
 			Help: "Certificates of devices by what came of it: issued, or refused. Many that are refused: somebody asks for devices of others, or tries what a request may hold.",
@@ -117,7 +121,7 @@ func NewService(
 		enrolling: admission.NewQueue(maxEnrolling, enrolQueue, enrolPatience),
 	}
 	if base != "" {
-		s.use.lists = []string{base + ListsPath + s.issuer}
+		s.use.lists = base + ListsPath
 	}
 	if reg != nil {
 		reg.MustRegister(s.issued, s.enrolled)
@@ -231,7 +235,8 @@ func (s *Service) Sign(ctx context.Context, owner hub.Owner, user string, csr []
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", op, err)
 	}
-	return slices.Concat(certPEM(leaf), certPEM(s.a.signers[Device].issuing)), nil
+	by, _ := s.a.issuerOf(leaf)
+	return slices.Concat(certPEM(leaf), certPEM(by.issuing)), nil
 }
 
 // turn is held by who has something made for a device.
@@ -253,7 +258,8 @@ func (s *Service) sign(ctx context.Context, req request, e entry) (*x509.Certifi
 			return nil, err
 		}
 	}
-	leaf, err := s.a.signers[Device].signKey(req.key, "uuid:"+string(req.device), DeviceValidity, s.use, nil)
+	by := s.a.signer(Device)
+	leaf, err := by.signKey(req.key, "uuid:"+string(req.device), DeviceValidity, s.use, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -427,32 +433,28 @@ func (s *Service) room(ctx context.Context, owner hub.Owner, req request) error 
 	return nil
 }
 
-// List returns the revocation list of an issuer, DER (RFC 5280, Section 5): what was revoked before its time, as long as it
-// would have been good. It is at most ten minutes old, or newer than the newest revocation, and good for a day. NotFound for
-// an issuer that is not ours.
+// List returns the revocation list of an issuer, DER (RFC 5280, Section 5): what it has signed and was revoked before its time, as
+// long as it would have been good. It is at most ten minutes old, or newer than the newest revocation, and good for a day. NotFound
+// for an issuer that is not ours, or was retired: nothing that it has signed is good.
 func (s *Service) List(ctx context.Context, issuer string) ([]byte, error) {
 	const op = "certificateauthority.List"
-	if issuer != s.issuer {
+	by, ok := s.a.issuer(issuer)
+	if !ok {
 		return nil, hub.NewError(hub.NotFound, "issuer-unknown", "there is no such issuer").With(op, nil)
 	}
 	s.listing.Lock() // all who ask at the same time get the same
 	defer s.listing.Unlock()
 	now := time.Now()
 	s.mu.Lock()
-	if s.list != nil && now.Sub(s.listed) < listAge {
-		defer s.mu.Unlock()
-		return s.list, nil
-	}
-	changes := s.changes
-	var old []byte // does while the store is away: it has all that was revoked
-	if s.list != nil && now.Sub(s.listed) < listValid/2 {
-		old = s.list
-	}
+	last, changes := s.lists[issuer], s.changes
 	s.mu.Unlock()
-	der, err := s.newList(ctx, now)
-	if err != nil && old != nil {
+	if last.der != nil && now.Sub(last.made) < listAge {
+		return last.der, nil
+	}
+	der, err := s.newList(ctx, by, now)
+	if err != nil && last.der != nil && now.Sub(last.made) < listValid/2 { // it has all that was revoked
 		s.log.WarnContext(ctx, "no new revocation list can be made, the last one goes on", "error", err)
-		return old, nil
+		return last.der, nil
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", op, err)
@@ -460,13 +462,13 @@ func (s *Service) List(ctx context.Context, issuer string) ([]byte, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.changes == changes { // else there may be one that it does not have
-		s.list, s.listed = der, now
+		s.lists[issuer] = revocations{der, now}
 	}
 	return der, nil
 }
 
-func (s *Service) newList(ctx context.Context, now time.Time) ([]byte, error) {
-	number, err := s.nextNumber(ctx, now)
+func (s *Service) newList(ctx context.Context, by signer, now time.Time) ([]byte, error) {
+	number, err := s.nextNumber(ctx, by.name, now)
 	if err != nil {
 		return nil, err
 	}
@@ -483,14 +485,16 @@ func (s *Service) newList(ctx context.Context, now time.Time) ([]byte, error) {
 		if !ok || now.After(e.NotAfter.Add(listValid)) { // RFC 5280, Section 3.3: it is on one list beyond its end
 			continue
 		}
+		if e.Issuer != by.name && e.How != hub.Unrecorded { // of which nobody knows who has signed it
+			continue
+		}
 		t.RevokedCertificateEntries = append(t.RevokedCertificateEntries, x509.RevocationListEntry{
 			// As much earlier as the list: nothing on it may be later than that (RFC 5280, Sections 5.1.2.4 and 5.1.2.6), and what is
 			// on one list at a time is on all of them at that time.
 			SerialNumber: serial, RevocationTime: e.Revoked.Add(-listBackdate), ReasonCode: int(e.Reason),
 		})
 	}
-	signer := s.a.signers[Device]
-	der, err := x509.CreateRevocationList(rand.Reader, t, signer.issuing, signer.key)
+	der, err := x509.CreateRevocationList(rand.Reader, t, by.issuing, by.key)
 	if err != nil {
 		return nil, fmt.Errorf("sign the list: %w", err)
 	}
@@ -499,9 +503,9 @@ func (s *Service) newList(ctx context.Context, now time.Time) ([]byte, error) {
 
 // nextNumber numbers the lists, each higher than the one before (RFC 5280, Section 5.2.3): by the clock, so that it is so after a
 // backup was restored, too.
-func (s *Service) nextNumber(ctx context.Context, now time.Time) (int64, error) {
+func (s *Service) nextNumber(ctx context.Context, issuer string, now time.Time) (int64, error) {
 	for {
-		doc, err := s.docs.Get(ctx, collLists, s.issuer)
+		doc, err := s.docs.Get(ctx, collLists, issuer)
 		if err != nil {
 			return 0, err
 		}
@@ -512,12 +516,12 @@ func (s *Service) nextNumber(ctx context.Context, now time.Time) (int64, error) 
 			}
 		}
 		n = max(n+1, now.Unix())
-		_, err = s.docs.Put(ctx, collLists, store.Doc{Key: s.issuer, Value: strconv.AppendInt(nil, n, 10), Rev: doc.Rev})
+		_, err = s.docs.Put(ctx, collLists, store.Doc{Key: issuer, Value: strconv.AppendInt(nil, n, 10), Rev: doc.Rev})
 		if !hub.IsKind(err, hub.Conflict) {
 			return n, err
 		}
 	}
 }
 
-// Issuer names the key that signs devices' certificates, as List takes it.
-func (s *Service) Issuer() string { return s.issuer }
+// Issuer names the key that signs devices' certificates now, as List takes it.
+func (s *Service) Issuer() string { return s.a.signer(Device).name }

@@ -245,7 +245,7 @@ func TestSignRefuses(t *testing.T) {
 	}{
 		"nothing":             {"alice", nil, hub.Invalid, "csr-invalid"},
 		"no request":          {"alice", []byte("-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n"), hub.Invalid, "csr-invalid"},
-		"a certificate":       {"alice", certPEM(o.a.signers[Device].issuing), hub.Invalid, "csr-invalid"},
+		"a certificate":       {"alice", certPEM(o.a.signer(Device).issuing), hub.Invalid, "csr-invalid"},
 		"two requests":        {"alice", slices.Concat(good, good), hub.Invalid, "csr-invalid"},
 		"too much":            {"alice", append(slices.Clone(good), make([]byte, maxRequest)...), hub.TooLarge, "csr-too-large"},
 		"a forged signature":  {"alice", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: forged}), hub.Invalid, "csr-signature"},
@@ -385,7 +385,7 @@ func TestRevoke(t *testing.T) {
 			t.Fatal(err)
 		}
 		old, _ := x509.ParseRevocationList(before)
-		if l.CheckSignatureFrom(o.a.signers[Device].issuing) != nil || len(l.RevokedCertificateEntries) != 1 || l.Number.Cmp(old.Number) <= 0 ||
+		if l.CheckSignatureFrom(o.a.signer(Device).issuing) != nil || len(l.RevokedCertificateEntries) != 1 || l.Number.Cmp(old.Number) <= 0 ||
 			l.RevokedCertificateEntries[0].SerialNumber.Cmp(first.SerialNumber) != 0 || l.RevokedCertificateEntries[0].ReasonCode != 1 {
 			t.Errorf("%s: %v", when, l.RevokedCertificateEntries)
 		}
@@ -396,7 +396,7 @@ func TestRevoke(t *testing.T) {
 	_, err = o.List(t.Context(), "another")
 	wantCode(t, "another issuer", err, hub.NotFound, "issuer-unknown")
 	other := open(t, filepath.Join(t.TempDir(), "other"))
-	forged, err := other.signers[Device].signKey(&newKey(t).PublicKey, "x", time.Hour, deviceUsage, nil)
+	forged, err := other.signer(Device).signKey(&newKey(t).PublicKey, "x", time.Hour, deviceUsage, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -438,7 +438,7 @@ func TestOpenSSL(t *testing.T) {
 		t.Fatal(err)
 	}
 	cert := file("cert.pem", chain)
-	root := file("root.pem", slices.Concat(certPEM(o.a.signers[Device].root), certPEM(o.a.signers[Device].issuing)))
+	root := file("root.pem", slices.Concat(certPEM(o.a.signer(Device).root), certPEM(o.a.signer(Device).issuing)))
 	verify := func() (string, error) {
 		der, err := o.List(t.Context(), o.Issuer())
 		if err != nil {
@@ -714,7 +714,7 @@ func TestRevokeWhileTheStoreIsAway(t *testing.T) {
 // A serial that is not in the ledger, as after a backup was restored, can be revoked by an operator.
 func TestRevokeUnrecorded(t *testing.T) {
 	o := newOffice(t)
-	lost, err := o.a.signers[Device].signKey(&newKey(t).PublicKey, "uuid:"+string(testDev), time.Hour, deviceUsage, nil)
+	lost, err := o.a.signer(Device).signKey(&newKey(t).PublicKey, "uuid:"+string(testDev), time.Hour, deviceUsage, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

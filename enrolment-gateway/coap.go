@@ -215,7 +215,12 @@ func (g *Gateway) byToken(ctx context.Context, log *slog.Logger, q tokenRequest)
 		return tokenAnswer{}, err
 	}
 	g.enrolled(ctx, log, out)
-	a := tokenAnswer{Device: string(out.Device), CA: string(certPEM(g.deps.Authority.Anchors()[0].Raw))}
+	a := tokenAnswer{Device: string(out.Device)}
+	for _, c := range g.deps.Authority.Anchors() {
+		if c.CheckSignatureFrom(c) == nil { // a root; there are two while it is rolled over
+			a.CA += string(certPEM(c.Raw))
+		}
+	}
 	for _, c := range out.Chain {
 		a.Chain += string(certPEM(c.Raw))
 	}

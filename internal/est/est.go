@@ -24,7 +24,7 @@ type Authority interface {
 	// Enrol gives a device a certificate; renew allows only another one in place of that which it showed. While somebody has to
 	// decide, the error is Unavailable with the code "enrolment-waiting".
 	Enrol(ctx context.Context, proof hub.EnrolmentProof, csr []byte, renew bool) (hub.Enrolled, error)
-	// Anchors are the device root and what issues under it, in this order.
+	// Anchors are the device root in use, then another that there is while it is rolled over, and what issues under them.
 	Anchors() []*x509.Certificate
 }
 

@@ -1,0 +1,323 @@
+package certificateauthority
+
+import (
+	"crypto"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/coaphub/coaphub/hub"
+)
+
+// Step is one of rolling an authority over to new keys.
+type Step string
+
+// The steps.
+const (
+	// RollIssuing makes a new issuing certificate under the same root, which signs from then on.
+	RollIssuing Step = "issuing"
+	// RollRoot makes a new root beside the one in use. It is believed and given out, and nothing is signed under it yet.
+	RollRoot Step = "root"
+	// RollFinish makes an issuing certificate under the new root, which signs from then on.
+	RollFinish Step = "finish"
+)
+
+var (
+	errRoot    = hub.NewError(hub.NotFound, "root-unknown", "the roots are device, https and internal")
+	errRootKey = hub.NewError(hub.Precondition, "root-key-missing",
+		"the root's key is not in the data folder: give the file that coaphub ca export-root has written, with --root-key")
+	errRootKeyWrong = hub.NewError(hub.Invalid, "root-key-wrong", "the file has no private key of this root")
+	errInUse        = hub.NewError(hub.Precondition, "issuer-in-use", "this is what signs now: roll over to another first (coaphub ca roll)")
+)
+
+// Roll takes one step. rootKeys is PEM with keys of roots, for a root whose key is not in the folder; it is not kept. Precondition
+// when a step does not follow from where the authority is, and when the root's key is not to be had ("root-key-missing"). What was
+// made is on the disk on return, and is used from then on.
+func (a *Authority) Roll(r Root, step Step, rootKeys []byte) error {
+	return a.change(r, func(l line) error {
+		n, by := len(l.issuers)+1, l.signer()
+		if step == RollRoot {
+			return a.addRoot(r, l, rootKeys)
+		}
+		under := l.rootOf(by)
+		switch step {
+		case RollIssuing:
+		case RollFinish:
+			if under = l.newest(); under.cert == by.root {
+				return hub.NewError(hub.Precondition, "roll-not-begun", "there is no new root: make one (coaphub ca roll --root), and give devices time to learn it")
+			}
+		default:
+			return hub.NewError(hub.Invalid, "roll-unknown", "the steps are issuing, root and finish")
+		}
+		if len(l.believed(time.Now())) >= maxIssuers {
+			return hub.NewError(hub.Precondition, "issuers-limit", "too many issuing certificates are believed at a time: retire old ones (coaphub ca retire)")
+		}
+		key, err := rootKey(under, rootKeys)
+		if err != nil {
+			return err
+		}
+		_, _, err = makeIssuing(pairFile(a.dir, r, "issuing", n, liveEnd), r, n, a.hubID, under.cert, key, a.keys)
+		return err
+	})
+}
+
+func (a *Authority) addRoot(r Root, l line, rootKeys []byte) error {
+	if len(l.anchors(time.Now())) > 1 {
+		return hub.NewError(hub.Precondition, "roots-overlap",
+			"two roots are believed already: finish with the newer one (coaphub ca roll --finish) and retire the other (coaphub ca retire)")
+	}
+	old := l.rootOf(l.signer())
+	oldKey, err := rootKey(old, rootKeys)
+	if err != nil {
+		return err
+	}
+	cert, key, err := newRoot(r, a.hubID)
+	if err != nil {
+		return fmt.Errorf("make the %s root: %w", r, err)
+	}
+	cross, err := newCross(cert, old.cert, oldKey)
+	if err != nil {
+		return err
+	}
+	n := len(l.roots) + 1
+	if err := writePair(pairFile(a.dir, r, "cross", n, liveEnd), cross, nil); err != nil { // first: nobody asks for it without its root
+		return err
+	}
+	return writePair(pairFile(a.dir, r, "root", n, liveEnd), cert, key)
+}
+
+// rootOf finds the root of an issuing certificate.
+func (l *line) rootOf(s signer) anchor {
+	return l.roots[slices.IndexFunc(l.roots, func(r anchor) bool { return r.cert == s.root })]
+}
+
+// rootKey reads a root's key from its file, or finds it among those that were given.
+func rootKey(r anchor, given []byte) (crypto.Signer, error) {
+	_, key, err := readPair(r.file)
+	switch {
+	case err != nil || key != nil:
+		return key, err
+	case len(given) == 0:
+		return nil, errRootKey
+	}
+	keys, err := parseKeys(given)
+	if err != nil {
+		return nil, err
+	}
+	for _, key := range keys {
+		if samePublic(key, r.cert) {
+			return key, nil
+		}
+	}
+	return nil, errRootKeyWrong
+}
+
+// parseKeys reads the private keys of a PEM text, whatever else is in it.
+func parseKeys(text []byte) (out []crypto.Signer, err error) {
+	for block, rest := pem.Decode(text); block != nil; block, rest = pem.Decode(rest) {
+		var key any
+		switch block.Type {
+		case "PRIVATE KEY":
+			key, err = x509.ParsePKCS8PrivateKey(block.Bytes)
+		case "EC PRIVATE KEY": // as openssl ec writes it
+			key, err = x509.ParseECPrivateKey(block.Bytes)
+		default:
+			continue
+		}
+		signer, ok := key.(crypto.Signer)
+		if err != nil || !ok {
+			return nil, errRootKeyWrong.With("parse", err)
+		}
+		out = append(out, signer)
+	}
+	return out, nil
+}
+
+// Retire ends the belief in an issuing certificate, or in a root with all that issues under it, by the ID of its key: no device
+// comes in with what it has signed. Its key is destroyed, where it is in a file, and its certificate kept. It cannot be taken
+// back. Repeated it does nothing. What signs now is a Precondition ("issuer-in-use").
+func (a *Authority) Retire(id string) error {
+	for _, r := range Roots() {
+		if l := a.line(r); l.has(id) {
+			return a.change(r, func(l line) error { return l.retire(id) })
+		}
+	}
+	return hub.NewError(hub.NotFound, "issuer-unknown", "there is no such issuer; coaphub ca list shows those there are")
+}
+
+func (l *line) has(id string) bool {
+	return slices.ContainsFunc(l.roots, func(r anchor) bool { return r.name == id }) ||
+		slices.ContainsFunc(l.issuers, func(s signer) bool { return s.name == id })
+}
+
+func (l *line) retire(id string) error {
+	var files []string
+	by := l.signer()
+	for _, s := range l.issuers {
+		switch {
+		case s.name != id && l.rootOf(s).name != id:
+		case s.name == by.name:
+			return errInUse
+		case s.key != nil:
+			files = append(files, s.file)
+		}
+	}
+	for _, root := range l.roots { // behind its issuers: one that is believed has a root that is
+		if root.name == id && !root.retired {
+			files = append(files, root.file)
+		}
+	}
+	for _, file := range files {
+		if err := retire(file); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// retire writes a file's certificate without its key beside it, and then removes it.
+func retire(file string) error {
+	cert, _, err := readPair(file)
+	if err != nil {
+		return err
+	}
+	if err := writePair(file[:len(file)-len(liveEnd)]+retiredEnd, cert, nil); err != nil {
+		return err
+	}
+	return remove(file)
+}
+
+func remove(file string) error {
+	switch err := os.Remove(file); {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return fmt.Errorf("remove %s: %w", file, err)
+	}
+	return syncDir(filepath.Dir(file))
+}
+
+// RootKeys returns the files of all roots of r whose keys are in the folder: certificates and keys, PEM. Precondition when there
+// is none ("root-key-missing").
+func (a *Authority) RootKeys(r Root) ([]byte, error) {
+	l, err := a.known(r)
+	if err != nil {
+		return nil, err
+	}
+	var out []byte
+	for _, root := range l.roots {
+		if !root.keyed || root.retired {
+			continue
+		}
+		cert, key, err := readPair(root.file)
+		if err != nil {
+			return nil, err
+		}
+		text, err := keyPEM(key)
+		if err != nil {
+			return nil, err
+		}
+		out = slices.Concat(out, certPEM(cert), text)
+	}
+	if out == nil {
+		return nil, hub.NewError(hub.Precondition, "root-key-missing", "the root's key is not in the data folder")
+	}
+	return out, nil
+}
+
+// ForgetRootKeys takes the keys of the roots of r out of the folder, after the caller has put what RootKeys returned where it is
+// safe. A key that is not in the copy stays, and is an error ("root-key-wrong"): it would be lost.
+func (a *Authority) ForgetRootKeys(r Root, safe []byte) error {
+	return a.change(r, func(l line) error {
+		keys, err := parseKeys(safe)
+		if err != nil {
+			return err
+		}
+		for _, root := range l.roots {
+			if !root.keyed || root.retired {
+				continue
+			}
+			if !slices.ContainsFunc(keys, func(k crypto.Signer) bool { return samePublic(k, root.cert) }) {
+				return errRootKeyWrong
+			}
+			if err := writePair(root.file, root.cert, nil); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// change makes a change of the files of r, and then uses what is there. One is made at a time.
+func (a *Authority) change(r Root, to func(line) error) error {
+	a.changing.Lock()
+	defer a.changing.Unlock()
+	l, err := a.known(r)
+	if err != nil {
+		return err
+	}
+	// What was written before an error counts: the next start would find it, too.
+	err = to(l)
+	if l, readErr := openLine(a.dir, r, a.hubID, a.keys); readErr == nil {
+		next := maps.Clone(*a.lines.Load())
+		next[r] = l
+		a.lines.Store(&next)
+	} else {
+		err = errors.Join(err, readErr)
+	}
+	return err
+}
+
+// Part is a root or an issuing certificate of the hub.
+type Part struct {
+	Root  Root
+	Kind  string // root, issuing
+	ID    string // of its key
+	Since time.Time
+	Until time.Time
+	// State is "in use", "announced" for a root under which nothing was signed yet, "believed" for what was in use and is still
+	// good, "ended" and "retired".
+	State string
+	Key   bool // its key can be used: an issuing one is not retired, a root's is in the folder
+}
+
+// Parts lists all of them, oldest first, roots before what issues under them.
+func (a *Authority) Parts() []Part {
+	var out []Part
+	now := time.Now()
+	for _, r := range Roots() {
+		l := a.line(r)
+		by := l.signer()
+		state := func(c *x509.Certificate, current, retired bool) string {
+			switch {
+			case retired:
+				return "retired"
+			case !now.Before(c.NotAfter):
+				return "ended"
+			case current:
+				return "in use"
+			}
+			return "believed"
+		}
+		for i, root := range l.roots {
+			p := Part{r, "root", root.name, root.cert.NotBefore, root.cert.NotAfter, state(root.cert, root.cert == by.root, root.retired), root.keyed}
+			if p.State == "believed" && slices.IndexFunc(l.roots, func(o anchor) bool { return o.cert == by.root }) < i {
+				p.State = "announced"
+			}
+			out = append(out, p)
+			for _, s := range l.issuers {
+				if s.root == root.cert {
+					out = append(out, Part{r, "issuing", s.name, s.issuing.NotBefore, s.issuing.NotAfter, state(s.issuing, s.name == by.name, s.key == nil), s.key != nil})
+				}
+			}
+		}
+	}
+	return out
+}
