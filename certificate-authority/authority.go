@@ -105,11 +105,13 @@ func (a *Authority) signer(r Root) signer {
 	return l.signer()
 }
 
-// issuerOf finds which issuing certificate has signed a certificate, by the key that it names (RFC 5280, Section 4.2.1.1).
+// issuerOf finds which issuing certificate has signed a certificate: that of the name which its chain was found by. The key that it
+// names (RFC 5280, Section 4.2.1.1) only saves work: whoever has a retired key can have it name another, or none.
 func (a *Authority) issuerOf(c *x509.Certificate) (signer, bool) {
 	for _, l := range *a.lines.Load() {
 		for _, s := range l.issuers {
-			if len(c.AuthorityKeyId) > 0 && bytes.Equal(c.AuthorityKeyId, s.issuing.SubjectKeyId) {
+			if bytes.Equal(c.RawIssuer, s.issuing.RawSubject) &&
+				(bytes.Equal(c.AuthorityKeyId, s.issuing.SubjectKeyId) || c.CheckSignatureFrom(s.issuing) == nil) {
 				return s, true
 			}
 		}

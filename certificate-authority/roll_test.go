@@ -125,8 +125,24 @@ func TestRollIssuing(t *testing.T) {
 			t.Error(err)
 		}
 	}
+	// Whoever has the retired key signs with it, and has the certificate say that the other has.
+	var forged []*x509.Certificate
+	for _, ski := range [][]byte{nil, now.issuing.SubjectKeyId, []byte("x")} {
+		issuing := *old.issuing
+		issuing.SubjectKeyId = ski
+		c, err := signer{issuing: &issuing, key: old.key}.signKey(newKey(t).Public(), "uuid:"+string(testDev), time.Hour, deviceUsage, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		forged = append(forged, c)
+	}
 	gone := func(when string) {
 		t.Helper()
+		for i, c := range forged {
+			if !o.Revoked(c) {
+				t.Errorf("%s: forged certificate %d is good", when, i)
+			}
+		}
 		if o.believes(good) || !o.Revoked(good) || !o.believes(sign()) {
 			t.Errorf("%s: a certificate of the retired issuer is good: %t, one of the other: %t", when, o.believes(good), o.believes(sign()))
 		}
