@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -41,6 +42,9 @@ type Deps struct {
 	// ClientIntermediates are certificates under ClientCAs that issue devices' certificates, for clients that send their own
 	// certificate and not its chain. They admit nobody whom ClientCAs would not; a configured caPool replaces them too.
 	ClientIntermediates []*x509.Certificate
+	// ClientRoots are one set of credentials, which the first of them names: a device that signed up under one is the same under
+	// another. Those that ClientCAs does not have let nobody in.
+	ClientRoots []*x509.Certificate
 	// Revoked reports whether a device's certificate was revoked; the chain was verified. It knows those of the hub's own
 	// authority only, and does not block. It must say so of a certificate before EndCertificate is told of it. Nil: none was.
 	Revoked func(*x509.Certificate) bool
@@ -71,9 +75,9 @@ type Gateway struct {
 	log      *slog.Logger
 	metrics  *metrics
 	engine   *coap.Server
-	web      *coap.WebSocket // nil when it is off
-	tls      *tls.Config     // nil when there is no secure listener
-	trusted  trusted         // who vouches for devices there
+	web      *coap.WebSocket         // nil when it is off
+	tls      *tls.Config             // nil when there is no secure listener
+	trusted  atomic.Pointer[trusted] // who vouches for devices there; nil with tls
 	refused  refusals
 	devices  *diagnostics
 	live     *live
@@ -129,10 +133,12 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 	g.renewals = newRenewals(g)
 	g.watches = &watches{gw: g, ears: map[hub.Owner]*ear{}}
 	if cfg.API.CoAP.Address != "" {
-		var err error
-		if g.tls, g.trusted, err = g.tlsConfig(); err != nil {
+		conf, is, err := g.tlsConfig()
+		if err != nil {
 			return nil, err
 		}
+		g.tls = conf
+		g.trusted.Store(&is)
 	}
 	ec := coap.DefaultConfig()
 	ec.MaxMessageSize = cfg.API.CoAP.MaxMessageSize

@@ -74,7 +74,7 @@ func identify(cert *x509.Certificate, self hub.DeviceID) (hub.DeviceID, error) {
 	return dev, nil
 }
 
-// pins has the trusted certificates that are no roots, by the certificate's bytes.
+// pins has the trusted certificates that are no roots, and roots that took the place of others, by the certificate's bytes.
 type pins map[string]anchor
 
 // anchor is one of them: the pin of whoever comes with a chain that ends there, and how the chain would go on.
@@ -100,6 +100,19 @@ func (p pins) of(chain []*x509.Certificate) string {
 		return a.pin
 	}
 	return pinOf(top)
+}
+
+// join gives all roots of a set the pin of the first, and what is under them.
+func (p pins) join(set []*x509.Certificate) {
+	for _, root := range set {
+		is, name := pinOf(root), pinOf(set[0])
+		p[string(root.Raw)] = anchor{pin: name}
+		for raw, a := range p {
+			if a.pin == is {
+				p[raw] = anchor{name, a.above}
+			}
+		}
+	}
 }
 
 // pinsUnder has the pins of those CAs that chain to one of the roots, and an error if one does not or may not sign.

@@ -554,3 +554,76 @@ func TestApplicationsActForNoDevice(t *testing.T) {
 		}
 	}
 }
+
+// While the gateway serves, the hub's authority gets another issuing key, and another root. Who signed up under the first is the same
+// device under the next, who is retired is out at once, and nobody else notices.
+func TestAuthorityRollsOver(t *testing.T) {
+	t.Parallel()
+	var l ledger
+	root, next := newCA(t), newCA(t)
+	issuing, under := root.issuing(t, nil), next.issuing(t, nil)
+	set := []*x509.Certificate{root.cert, next.cert}
+	h := start(t, func(_ *Config, d *Deps) {
+		d.ClientCAs, d.ClientIntermediates, d.ClientRoots = root.pool(), []*x509.Certificate{issuing.cert}, set[:1]
+		d.Revoked = l.revoked
+	})
+	enter := func(id hub.DeviceID, cert tls.Certificate, code string) *device {
+		t.Helper()
+		h.issue(code, "token-of-"+code, hub.Claims{})
+		d := h.connect(h.device(id), h.gw.Addresses().Secure, h.tlsFor(cert))
+		d.want(d.signUp(code), "2.04", "") // the world refuses another pin
+		d.want(d.signIn("token-of-"+code), "2.04", "")
+		return d
+	}
+	late := func() tls.Certificate {
+		c := under.identity(t, lampID, nil)
+		c.Certificate = append(c.Certificate, under.cert.Raw)
+		return c
+	}
+	first := issuing.identity(t, lampID, nil)
+	enter(lampID, first, "1")
+	pin := h.w.pin(lampID)
+	h.refusedInHandshake(t, late(), "unknown authority")
+
+	both := root.pool()
+	both.AddCert(next.cert)
+	if err := h.gw.Trust(both, []*x509.Certificate{issuing.cert, under.cert}, set); err != nil {
+		t.Fatal(err)
+	}
+	old := issuing.identity(t, fanID, nil)
+	fan := enter(fanID, old, "2")
+	enter(lampID, late(), "3")
+	lamp := enter(lampID, under.identity(t, lampID, nil), "4") // without its chain
+	if got := h.w.pin(lampID); got != pin || h.w.pin(fanID) != pin || pin != pinOf(root.cert) {
+		t.Errorf("pinned to %q, then to %q, want the first root's", pin, got)
+	}
+
+	if err := h.gw.Trust(next.pool(), []*x509.Certificate{newCA(t).cert}, set); err == nil {
+		t.Error("an intermediate of another root is trusted")
+	}
+	l.revoke(old) // what counts as revoked is the authority's to say; nobody is told of a serial
+	if err := h.gw.Trust(next.pool(), []*x509.Certificate{under.cert}, set); err != nil {
+		t.Fatal(err)
+	}
+	h.awaitEnded(fan, "certificate-revoked")
+	lamp.alive()
+	h.refusedInHandshake(t, issuing.identity(t, fanID, nil), "unknown authority")
+	enter(lampID, late(), "5")
+	if got := h.w.pin(lampID); got != pin {
+		t.Errorf("once the first root has gone it is pinned to %q", got)
+	}
+}
+
+// What the configuration names is not replaced, whatever happens to the hub's own authority.
+func TestConfiguredCAsStayWhenTheAuthorityRollsOver(t *testing.T) {
+	t.Parallel()
+	root, other := newCA(t), newCA(t)
+	h := start(t, func(c *Config, _ *Deps) { c.API.CoAP.TLS.CAPool = []string{other.pem()} })
+	if err := h.gw.Trust(root.pool(), nil, []*x509.Certificate{root.cert}); err != nil {
+		t.Fatal(err)
+	}
+	h.refusedInHandshake(t, root.identity(t, lampID, nil), "unknown authority")
+	h.issue("code", "token", hub.Claims{})
+	d := h.connect(h.device(lampID), h.gw.Addresses().Secure, h.tlsFor(other.identity(t, lampID, nil)))
+	d.want(d.signUp("code"), "2.04", "")
+}

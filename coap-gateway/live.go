@@ -116,6 +116,22 @@ func (g *Gateway) EndGrant(issuer, id string) {
 	}
 }
 
+// endRevoked ends all sessions whose certificate counts as revoked, where nobody says which they are.
+func (g *Gateway) endRevoked() {
+	g.live.mu.Lock()
+	g.live.told++
+	var on []*session
+	for _, of := range g.live.certs {
+		on = slices.AppendSeq(on, maps.Keys(of))
+	}
+	g.live.mu.Unlock()
+	for _, s := range on {
+		if g.deps.Revoked(s.cert) {
+			s.conn.Close(closing{"certificate-revoked"})
+		}
+	}
+}
+
 // EndKey ends the sessions of a device that came with its pre-shared key, after another key was stored. It does not block.
 func (g *Gateway) EndKey(dev hub.DeviceID) {
 	for _, s := range ended(g.live, g.live.keys, dev) {

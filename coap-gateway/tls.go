@@ -57,10 +57,15 @@ func (g *Gateway) tlsConfig() (*tls.Config, trusted, error) {
 		return conf, is, nil
 	}
 	var err error
-	if is.cas, is.pins, err = g.trust(); err != nil {
+	if is.cas, is.pins, err = g.trust(g.deps.ClientCAs, g.deps.ClientIntermediates, g.deps.ClientRoots); err != nil {
 		return nil, is, err
 	}
 	conf.ClientCAs = is.cas
+	conf.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) {
+		now := conf.Clone()
+		now.ClientCAs = g.trusted.Load().cas
+		return now, nil
+	}
 	conf.ClientAuth = tls.RequireAndVerifyClientCert
 	// VerifyConnection and not VerifyPeerCertificate: the latter is skipped on resumed connections. crypto/tls makes any error
 	// of it the alert bad_certificate.
@@ -77,7 +82,7 @@ func (g *Gateway) admissible(chain []*x509.Certificate) error {
 	if err != nil && g.cfg.API.CoAP.TLS.IdentityPropertiesRequired {
 		return err
 	}
-	return g.letIn(dev, g.trusted.pins.whole(chain))
+	return g.letIn(dev, g.trusted.Load().pins.whole(chain))
 }
 
 // letIn refuses in the handshake whom nobody wants here.
@@ -105,11 +110,12 @@ func (g *Gateway) dtlsConfig() coap.DTLSConfig {
 	conf.HandshakeTimeout, conf.FlightInterval = co.DTLS.HandshakeTimeout, co.DTLS.FlightInterval
 	conf.MaxHandshakes, conf.MaxPerPrefix = co.DTLS.MaxHandshakes, co.DTLS.MaxHandshakesPerNetwork
 	conf.Credentials = func() (tls.Certificate, *x509.CertPool, error) {
-		cert, err := g.trusted.certificate()
+		is := g.trusted.Load()
+		cert, err := is.certificate()
 		if err != nil {
 			return tls.Certificate{}, nil, err
 		}
-		return *cert, g.trusted.cas, nil
+		return *cert, is.cas, nil
 	}
 	if co.TLS.PSK && g.deps.PSK != nil {
 		conf.PSK = func(ctx context.Context, identity []byte) ([]byte, error) {
@@ -140,7 +146,7 @@ func (g *Gateway) dtlsConfig() coap.DTLSConfig {
 
 // trust is which CAs may vouch for devices: those of the configuration alone, else those that were handed in. crypto/tls
 // takes intermediates from the peer only, so ours stand beside the roots: a chain may end at one of them.
-func (g *Gateway) trust() (*x509.CertPool, pins, error) {
+func (g *Gateway) trust(own *x509.CertPool, intermediates, set []*x509.Certificate) (*x509.CertPool, pins, error) {
 	if sources := g.cfg.API.CoAP.TLS.CAPool; len(sources) > 0 {
 		cas, err := parseCAPool(sources)
 		if err != nil {
@@ -155,20 +161,39 @@ func (g *Gateway) trust() (*x509.CertPool, pins, error) {
 		}
 		// An intermediate may be all that is configured: then it is trusted and pinned as it stands.
 		known, _ := pinsUnder(roots, cas)
+		known.join(set)
 		return pool, known, nil
 	}
-	if g.deps.ClientCAs == nil {
+	if own == nil {
 		return nil, nil, errors.New("coap-gateway needs CAs of device certificates (tls.caPool)")
 	}
-	known, err := pinsUnder(g.deps.ClientCAs, g.deps.ClientIntermediates)
+	known, err := pinsUnder(own, intermediates)
 	if err != nil {
 		return nil, nil, fmt.Errorf("the hub's certificate that issues devices' certificates: %w", err)
 	}
-	pool := g.deps.ClientCAs.Clone()
-	for _, ca := range g.deps.ClientIntermediates {
+	known.join(set)
+	pool := own.Clone()
+	for _, ca := range intermediates {
 		pool.AddCert(ca)
 	}
 	return pool, known, nil
+}
+
+// Trust takes other ClientCAs, ClientIntermediates and ClientRoots than those of Deps from now on: the hub's authority was rolled
+// over. Sessions go on, but for those whose certificate counts as revoked now.
+func (g *Gateway) Trust(cas *x509.CertPool, intermediates, roots []*x509.Certificate) error {
+	is := g.trusted.Load()
+	if is == nil || is.cas == nil {
+		return nil // devices show no certificates
+	}
+	next := *is
+	var err error
+	if next.cas, next.pins, err = g.trust(cas, intermediates, roots); err != nil {
+		return err
+	}
+	g.trusted.Store(&next)
+	g.endRevoked()
+	return nil
 }
 
 // credentialOf is what the connection proved in its handshake.
@@ -188,8 +213,9 @@ func (g *Gateway) credentialOf(info coap.ConnInfo) credential {
 	if len(chain) == 0 {
 		return c
 	}
-	c.cert, c.chain = chain[0], g.trusted.pins.whole(chain)
-	c.pin = g.trusted.pins.of(chain)
+	known := g.trusted.Load().pins
+	c.cert, c.chain = chain[0], known.whole(chain)
+	c.pin = known.of(chain)
 	// Without the identity properties the certificate proves nothing but its CA: no device.
 	c.device, _ = identify(c.cert, g.deps.HubID)
 	return c
