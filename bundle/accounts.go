@@ -61,7 +61,7 @@ func (a *assembly) onboard(ctx context.Context, q OnboardRequest) (Onboarding, e
 			return Onboarding{}, err
 		}
 	}
-	o := Onboarding{HubID: a.hubID, DeviceID: string(dev), Endpoints: a.endpoints(), CA: a.deviceRoot}
+	o := Onboarding{HubID: a.hubID, DeviceID: string(dev), Endpoints: a.endpoints(), CA: a.deviceRoots()}
 	if a.provider == nil {
 		p := a.cfg.CoAPGateway.API.CoAP.Authorization.Providers[0]
 		o.AuthorizationProvider, o.Owner = p.Name, q.Owner

@@ -101,7 +101,7 @@ func (c *Control) Audit(ctx context.Context, before uint64, limit int) (es []hub
 
 // socketReads are the calls over the socket that change nothing; all others are in the audit log.
 var socketReads = map[string]bool{
-	"GET /status": true, "GET /refused": true, "GET /users": true, "POST /device": true, "POST /ca/root": true, "POST /audit": true,
+	"GET /status": true, "GET /refused": true, "GET /users": true, "POST /device": true, "POST /ca/root": true, "GET /ca/parts": true, "POST /audit": true,
 	"POST /enrolment/groups": true, "POST /enrolment/tokens": true, "POST /enrolments": true,
 	"POST /certificates": true, "POST /certificates/report": true, "POST /devices/access": true, "GET /deny": true,
 	"POST /checkpoint": true, "POST /checkpoint/release": true, // verify and backup: they read
@@ -121,3 +121,11 @@ func (q TokenRequest) target() string { return q.Owner }
 func (q UserRequest) target() string { return q.Name }
 
 func (q issueRequest) target() string { return q.DeviceID }
+
+func (q RollRequest) target() string { return q.Which + " " + q.Step }
+
+func (q retireRequest) target() string { return q.ID }
+
+func (q rootRequest) target() string { return q.Which }
+
+func (q forgetRequest) target() string { return q.Which }

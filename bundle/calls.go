@@ -36,6 +36,11 @@ func (a *assembly) calls() *http.ServeMux {
 	mux.HandleFunc("POST /audit", call(a.auditLog, a.log))
 	mux.HandleFunc("POST /ca/root", call(a.root, a.log))
 	mux.HandleFunc("POST /ca/issue", call(a.issue, a.log))
+	mux.HandleFunc("GET /ca/parts", call(a.authorities, a.log))
+	mux.HandleFunc("POST /ca/roll", call(a.roll, a.log))
+	mux.HandleFunc("POST /ca/retire", call(a.retire, a.log))
+	mux.HandleFunc("POST /ca/root-keys", call(a.rootKeys, a.log))
+	mux.HandleFunc("POST /ca/root-keys/forget", call(a.forgetRootKeys, a.log))
 	mux.HandleFunc("POST /certificates", call(a.listCertificates, a.log))
 	mux.HandleFunc("POST /certificates/revoke", call(a.revokeCertificates, a.log))
 	mux.HandleFunc("POST /certificates/report", call(a.reportCertificates, a.log))
@@ -157,6 +162,12 @@ func (a *assembly) url(address string) string {
 func (a *assembly) root(_ context.Context, q rootRequest) (string, error) {
 	pem, err := a.authority.RootPEM(certificateauthority.Root(q.Which))
 	return string(pem), err
+}
+
+// deviceRoots is the PEM of what devices are to trust.
+func (a *assembly) deviceRoots() string {
+	pem, _ := a.authority.RootPEM(certificateauthority.Device) // which there is
+	return string(pem)
 }
 
 func (a *assembly) issue(ctx context.Context, q issueRequest) (Identity, error) {

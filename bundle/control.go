@@ -304,6 +304,35 @@ func (c *Control) Root(ctx context.Context, which string) (pem string, err error
 	return pem, err
 }
 
+// Authorities lists the roots, and what issues under them.
+func (c *Control) Authorities(ctx context.Context) (as []AuthorityPart, err error) {
+	err = c.call(ctx, http.MethodGet, "/ca/parts", nil, &as)
+	return as, err
+}
+
+// Roll takes a step in rolling an authority over to new keys, and returns what there is then.
+func (c *Control) Roll(ctx context.Context, q RollRequest) (as []AuthorityPart, err error) {
+	err = c.call(ctx, http.MethodPost, "/ca/roll", q, &as)
+	return as, err
+}
+
+// Retire ends the belief in a root or an issuing certificate, by the ID of its key, and returns what there is then.
+func (c *Control) Retire(ctx context.Context, id string) (as []AuthorityPart, err error) {
+	err = c.call(ctx, http.MethodPost, "/ca/retire", retireRequest{id}, &as)
+	return as, err
+}
+
+// RootKeys returns the certificates and private keys of a root that are in the data folder, PEM.
+func (c *Control) RootKeys(ctx context.Context, which string) (pem string, err error) {
+	err = c.call(ctx, http.MethodPost, "/ca/root-keys", rootRequest{which}, &pem)
+	return pem, err
+}
+
+// ForgetRootKeys takes a root's keys out of the data folder. safe is what RootKeys returned, read back from where it is now.
+func (c *Control) ForgetRootKeys(ctx context.Context, which, safe string) error {
+	return c.call(ctx, http.MethodPost, "/ca/root-keys/forget", forgetRequest{which, safe}, nil)
+}
+
 // Issue makes an identity certificate for a device.
 func (c *Control) Issue(ctx context.Context, deviceID string, validity time.Duration) (id Identity, err error) {
 	err = c.call(ctx, http.MethodPost, "/ca/issue", issueRequest{DeviceID: deviceID, Validity: validity}, &id)

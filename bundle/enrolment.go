@@ -281,7 +281,7 @@ func (a *assembly) newEnrolmentToken(ctx context.Context, q NewTokenRequest) (En
 	}
 	out := tokenFrom(t)
 	at := a.endpoints()
-	out.Token, out.Endpoints, out.CA = text, &at, a.deviceRoot
+	out.Token, out.Endpoints, out.CA = text, &at, a.deviceRoots()
 	return out, nil
 }
 

@@ -2,7 +2,6 @@ package bundle
 
 import (
 	"crypto/tls"
-	"crypto/x509"
 	"fmt"
 	"net"
 	"sync"
@@ -10,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	certificateauthority "github.com/coaphub/coaphub/certificate-authority"
 	"github.com/coaphub/coaphub/hub"
 	resourcedirectory "github.com/coaphub/coaphub/resource-directory"
 )
@@ -29,17 +29,22 @@ func (a *assembly) secure(ln net.Listener) (net.Listener, error) {
 
 // httpsConfig is the server's side of TLS towards applications and people.
 func (a *assembly) httpsConfig() (*tls.Config, error) {
-	cert, err := a.authority.HTTPSCertificate([]string{a.external, "localhost", "127.0.0.1", "::1"})
+	get, err := a.renewed(certificateauthority.HTTPS, func() (tls.Certificate, error) {
+		return a.authority.HTTPSCertificate([]string{a.external, "localhost", "127.0.0.1", "::1"})
+	})
 	if err != nil {
 		return nil, &hub.Error{Kind: hub.Internal, Op: "https certificate", Err: err}
 	}
-	return &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS12, NextProtos: []string{"h2", "http/1.1"}}, nil
+	return &tls.Config{
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return get() },
+		MinVersion:     tls.VersionTLS12, NextProtos: []string{"h2", "http/1.1"},
+	}, nil
 }
 
-// renewBefore is how long before its end the hub's certificate is made anew.
+// renewBefore is how long before its end a certificate of the hub's is made anew.
 const renewBefore = 30 * 24 * time.Hour
 
-// hubCertificate gives the hub's certificate towards devices, and makes a new one when the last one nears its end.
+// hubCertificate gives the hub's certificate towards devices.
 func (a *assembly) hubCertificate() (func() (*tls.Certificate, error), error) {
 	hosts := []string{"localhost", "127.0.0.1", "::1"}
 	if a.external != "127.0.0.1" {
@@ -48,6 +53,12 @@ func (a *assembly) hubCertificate() (func() (*tls.Certificate, error), error) {
 	if h, _, err := net.SplitHostPort(a.cfg.CoAPGateway.API.CoAP.ExternalAddress); err == nil && h != "" {
 		hosts = append(hosts, h)
 	}
+	return a.renewed(certificateauthority.Device, func() (tls.Certificate, error) { return a.authority.HubCertificate(hosts) })
+}
+
+// renewed gives a certificate of the hub's under a root. There is a new one when the last one nears its end, and when another key
+// signs: that of the last one may be retired soon.
+func (a *assembly) renewed(r certificateauthority.Root, made func() (tls.Certificate, error)) (func() (*tls.Certificate, error), error) {
 	var (
 		mu   sync.Mutex // guards cert
 		cert *tls.Certificate
@@ -55,17 +66,12 @@ func (a *assembly) hubCertificate() (func() (*tls.Certificate, error), error) {
 	get := func() (*tls.Certificate, error) {
 		mu.Lock()
 		defer mu.Unlock()
-		if cert != nil && time.Until(cert.Leaf.NotAfter) > renewBefore {
+		if cert != nil && time.Until(cert.Leaf.NotAfter) > renewBefore && a.authority.Signs(r, cert.Leaf) {
 			return cert, nil
 		}
-		c, err := a.authority.HubCertificate(hosts)
+		c, err := made()
 		if err != nil {
 			return nil, fmt.Errorf("the hub's certificate: %w", err)
-		}
-		if c.Leaf == nil {
-			if c.Leaf, err = x509.ParseCertificate(c.Certificate[0]); err != nil {
-				return nil, fmt.Errorf("the hub's certificate: %w", err)
-			}
 		}
 		cert = &c
 		return cert, nil

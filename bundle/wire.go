@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"sync"
 	"time"
 
 	"github.com/google/uuid"
@@ -31,24 +32,24 @@ import (
 
 // assembly is the parts of one process, put together and not started yet.
 type assembly struct {
-	cfg      Config
-	folder   *Folder
-	log      *slog.Logger
-	registry *prometheus.Registry
-	health   *obs.Health
-	build    obs.Build
-	started  time.Time
-	terminal bool
-	hubID    string
-	external string // host
-	httpURL  string // base address of the HTTP door
-	// Where gRPC is reached, and the PEM of the root that devices trust.
-	grpcAddress, deviceRoot string
-	first                   firstLogin
+	cfg         Config
+	folder      *Folder
+	log         *slog.Logger
+	registry    *prometheus.Registry
+	health      *obs.Health
+	build       obs.Build
+	started     time.Time
+	terminal    bool
+	hubID       string
+	external    string // host
+	httpURL     string // base address of the HTTP door
+	grpcAddress string // where gRPC is reached
+	first       firstLogin
 
 	store        *pebblestore.Store
 	documents    store.Documents // of the store, but secrets are files
 	authority    *certificateauthority.Authority
+	rolling      sync.Mutex // held by who changes it, until all use what there is then
 	certificates *certificateauthority.Service
 	audit        *audit.Log
 	directory    *resourcedirectory.Directory
@@ -122,10 +123,6 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	if a.authority, err = certificateauthority.Open(folder.sub(keysFolder), a.hubID); err != nil {
 		return nil, fmt.Errorf("certification authorities: %w", err)
 	}
-
-	if a.deviceRoot, err = a.root(ctx, rootRequest{string(certificateauthority.Device)}); err != nil {
-		return nil, err
-	}
 	a.documents = &withSecrets{Documents: a.store, dir: folder.sub(keysFolder)}
 
 	if a.audit, err = audit.Open(ctx, a.store, log.With("part", "audit"), a.registry); err != nil {
@@ -173,7 +170,7 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	a.devices, err = coapgateway.New(gatewayConfig, coapgateway.Deps{
 		Directory: a.directory, Identities: a.identities, Verifier: a.verifier, Providers: providers,
 		Certificate: certificate, ClientCAs: a.authority.DevicePool(), ClientIntermediates: a.authority.DeviceIntermediates(),
-		PSK: a.psk.key, Revoked: a.certificates.Revoked, Denied: a.identities.Denied, HandedOver: a.handedOver, Rivals: a.rivals,
+		ClientRoots: a.authority.DeviceRoots(), PSK: a.psk.key, Revoked: a.certificates.Revoked, Denied: a.identities.Denied, HandedOver: a.handedOver, Rivals: a.rivals,
 		HubID: hub.DeviceID(a.hubID), Service: writer, EngineMetrics: engine, Renewals: a.certificates,
 		Reach: func(address string) string { return reach(address, a.external) },
 	}, log.With("part", "coap-gateway"), a.registry)

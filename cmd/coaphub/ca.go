@@ -20,19 +20,15 @@ func newCA(p process) *cobra.Command {
 	root := &cobra.Command{
 		Use:       "root [device|https|internal]",
 		Short:     "Print a root certificate (PEM)",
-		Long:      "root prints a root certificate as PEM: of the devices' side (default), of HTTPS, or of the inside.",
+		Long:      "root prints a root certificate as PEM: of the devices' side (default), of HTTPS, or of the inside. While it is rolled over there are two.",
 		Args:      between(0, 1),
-		ValidArgs: []string{"device", "https", "internal"},
+		ValidArgs: whichRoots,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			which := "device"
-			if len(args) == 1 {
-				which = args[0]
-			}
 			c, err := control(cmd)
 			if err != nil {
 				return err
 			}
-			pem, err := c.Root(cmd.Context(), which)
+			pem, err := c.Root(cmd.Context(), whichRoot(args))
 			if err == nil {
 				_, err = io.WriteString(p.out, pem)
 			}
@@ -74,7 +70,185 @@ func newCA(p process) *cobra.Command {
 	issue.Flags().StringVar(&device, "device-id", "", "the device's ID, a UUID")
 	issue.Flags().StringVar(&out, "out", "", "folder for the files")
 	issue.Flags().StringVar(&validity, "validity", conf.FormatDuration(365*24*time.Hour), "how long the certificate lasts")
-	return group("ca", "The hub's own certification authorities", root, issue)
+	return group("ca", "The hub's own certification authorities", root, issue, newCAList(p), newCARoll(p), newCARetire(p), newCAExport(p))
+}
+
+var whichRoots = []string{"device", "https", "internal"}
+
+// whichRoot is the root that an optional argument names.
+func whichRoot(args []string) string {
+	if len(args) == 1 {
+		return args[0]
+	}
+	return whichRoots[0]
+}
+
+func newCAList(p process) *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "list",
+		Short: "List the roots, and what issues under them",
+		Args:  none,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := control(cmd)
+			if err != nil {
+				return err
+			}
+			as, err := c.Authorities(cmd.Context())
+			if err == nil && asJSON {
+				return printJSON(p.out, as)
+			}
+			return printAuthorities(p, as, err)
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON, for scripts")
+	return cmd
+}
+
+func newCARoll(p process) *cobra.Command {
+	var newRoot, finish bool
+	var keyFile string
+	cmd := &cobra.Command{
+		Use:   "roll [device|https|internal]",
+		Short: "Roll an authority over to new keys",
+		Long: "roll makes a new issuing key and its certificate under the same root; it signs from then on. What the former one has signed is\n" +
+			"good until it ends, or until the former one is retired.\n\n" +
+			"With --root it makes a new root beside the one in use. It is given out and believed, and nothing is signed under it until --finish,\n" +
+			"so that devices can learn it before it matters.",
+		Example:   "  coaphub ca roll\n  coaphub ca roll --root-key root-key.pem\n  coaphub ca roll --root\n  coaphub ca roll --finish",
+		Args:      between(0, 1),
+		ValidArgs: whichRoots,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			q := bundle.RollRequest{Which: whichRoot(args), Step: "issuing"}
+			switch {
+			case newRoot && finish:
+				return usage("--root and --finish are two steps, and devices need time between")
+			case newRoot:
+				q.Step = "root"
+			case finish:
+				q.Step = "finish"
+			}
+			if keyFile != "" {
+				text, err := os.ReadFile(keyFile)
+				if err != nil {
+					return fmt.Errorf("read the root's key: %w", err)
+				}
+				q.RootKey = string(text)
+			}
+			c, err := control(cmd)
+			if err != nil {
+				return err
+			}
+			as, err := c.Roll(cmd.Context(), q)
+			return printAuthorities(p, as, err)
+		},
+	}
+	cmd.Flags().BoolVar(&newRoot, "root", false, "make a new root, and only announce it")
+	cmd.Flags().BoolVar(&finish, "finish", false, "sign under the new root from now on")
+	cmd.Flags().StringVar(&keyFile, "root-key", "", "what coaphub ca export-root has written, when the root's key is not in the data folder")
+	return cmd
+}
+
+func newCARetire(p process) *cobra.Command {
+	return &cobra.Command{
+		Use:   "retire ID",
+		Short: "End the belief in a root or an issuing certificate: nobody comes in with what it has signed",
+		Long: "retire ends the belief in an issuing certificate that another has taken the place of, or in a root with all that issues under it.\n" +
+			"Sessions that stand on what it has signed end, and its key is destroyed. It cannot be taken back.",
+		Args: exactly(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := control(cmd)
+			if err != nil {
+				return err
+			}
+			as, err := c.Retire(cmd.Context(), args[0])
+			return printAuthorities(p, as, err)
+		},
+	}
+}
+
+func printAuthorities(p process, as []bundle.AuthorityPart, err error) error {
+	if err != nil {
+		return err
+	}
+	t := newTable(p.out, "ROOT", "KIND", "ID", "SINCE", "UNTIL", "STATE", "KEY")
+	for _, a := range as {
+		key := "-"
+		if a.Key {
+			key = "here"
+		}
+		t.row(a.Root, a.Kind, a.ID, a.Since.Local().Format(time.DateOnly), a.Until.Local().Format(time.DateOnly), a.State, key)
+	}
+	return t.finish(p.err, nil)
+}
+
+func newCAExport(p process) *cobra.Command {
+	var out string
+	var remove bool
+	cmd := &cobra.Command{
+		Use:   "export-root [device|https|internal] --out FILE",
+		Short: "Write a root's certificate and private key into a file, to be kept offline",
+		Long: "export-root writes a root's certificate and private key, PEM, into a new file. Whoever has it can make himself every device, and the\n" +
+			"hub: keep it where nobody gets at it. With --remove the key leaves the data folder once the file was written and read back. The hub\n" +
+			"goes on without; coaphub ca roll --root-key FILE needs it.",
+		Args:      between(0, 1),
+		ValidArgs: whichRoots,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if out == "" {
+				return usage("--out is needed")
+			}
+			c, err := control(cmd)
+			if err != nil {
+				return err
+			}
+			which := whichRoot(args)
+			f, err := os.OpenFile(out, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600) // first: what is there is never written over
+			if err != nil {
+				return fmt.Errorf("write the root's key: %w", err)
+			}
+			text, err := c.RootKeys(cmd.Context(), which)
+			if err == nil {
+				_, err = io.WriteString(f, text)
+			}
+			if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+				_ = os.Remove(out)
+				return err
+			}
+			if err := syncFolder(filepath.Dir(out)); err != nil {
+				return err
+			}
+			safe, err := os.ReadFile(out)
+			if err != nil {
+				return fmt.Errorf("read the root's key back: %w", err)
+			}
+			if string(safe) != text {
+				return fmt.Errorf("read the root's key back: %s is not what was written", out)
+			}
+			if _, err := fmt.Fprintf(p.out, "wrote the %s root and its key to %s\n", which, out); err != nil || !remove {
+				return err
+			}
+			if err := c.ForgetRootKeys(cmd.Context(), which, string(safe)); err != nil {
+				return err
+			}
+			_, err = fmt.Fprintln(p.out, "the key is not in the data folder any more; copies of the folder, and its disk's free space, may still have it")
+			return err
+		},
+	}
+	cmd.Flags().StringVar(&out, "out", "", "the file, which must not exist")
+	cmd.Flags().BoolVar(&remove, "remove", false, "then take the key out of the data folder")
+	return cmd
+}
+
+// syncFolder puts on the disk that a folder has a new file.
+func syncFolder(dir string) error {
+	d, err := os.Open(dir)
+	if err == nil {
+		err = errors.Join(d.Sync(), d.Close())
+	}
+	if err != nil {
+		return fmt.Errorf("sync %s: %w", dir, err)
+	}
+	return nil
 }
 
 // makeFolder makes a folder for secrets, or sees that it can be written: before there is anything that would be lost.

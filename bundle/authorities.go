@@ -1,0 +1,78 @@
+package bundle
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	certificateauthority "github.com/coaphub/coaphub/certificate-authority"
+)
+
+// AuthorityPart is a root or an issuing certificate of the hub.
+type AuthorityPart struct {
+	Root  string    `json:"root"` // device, https, internal
+	Kind  string    `json:"kind"` // root, issuing
+	ID    string    `json:"id"`   // of its key
+	Since time.Time `json:"since"`
+	Until time.Time `json:"until"`
+	State string    `json:"state"` // in use, announced, believed, ended, retired
+	Key   bool      `json:"key"`   // its key can be used here
+}
+
+// RollRequest is one step of rolling an authority over.
+type RollRequest struct {
+	Which string `json:"which"`
+	// Step is issuing, root or finish.
+	Step string `json:"step"`
+	// RootKey is PEM, for a root whose key is not in the data folder. It is used once and not kept.
+	RootKey string `json:"rootKey,omitempty"`
+}
+
+type retireRequest struct {
+	ID string `json:"id"`
+}
+
+type forgetRequest struct {
+	Which string `json:"which"`
+	Safe  string `json:"safe"` // PEM
+}
+
+func (a *assembly) authorities(context.Context, struct{}) ([]AuthorityPart, error) {
+	var out []AuthorityPart
+	for _, p := range a.authority.Parts() {
+		out = append(out, AuthorityPart{string(p.Root), p.Kind, p.ID, p.Since, p.Until, p.State, p.Key})
+	}
+	return out, nil
+}
+
+func (a *assembly) roll(ctx context.Context, q RollRequest) ([]AuthorityPart, error) {
+	return a.rolled(ctx, func() error {
+		return a.authority.Roll(certificateauthority.Root(q.Which), certificateauthority.Step(q.Step), []byte(q.RootKey))
+	})
+}
+
+func (a *assembly) retire(ctx context.Context, q retireRequest) ([]AuthorityPart, error) {
+	return a.rolled(ctx, func() error { return a.authority.Retire(q.ID) })
+}
+
+// rolled makes a change of the authorities, and has the devices' door use what there is then. That is so after an error, too: what
+// was written counts.
+func (a *assembly) rolled(ctx context.Context, change func() error) ([]AuthorityPart, error) {
+	a.rolling.Lock()
+	defer a.rolling.Unlock()
+	err := change()
+	err = errors.Join(err, a.devices.Trust(a.authority.DevicePool(), a.authority.DeviceIntermediates(), a.authority.DeviceRoots()))
+	if err != nil {
+		return nil, err
+	}
+	return a.authorities(ctx, struct{}{})
+}
+
+func (a *assembly) rootKeys(_ context.Context, q rootRequest) (string, error) {
+	pem, err := a.authority.RootKeys(certificateauthority.Root(q.Which))
+	return string(pem), err
+}
+
+func (a *assembly) forgetRootKeys(_ context.Context, q forgetRequest) (struct{}, error) {
+	return struct{}{}, a.authority.ForgetRootKeys(certificateauthority.Root(q.Which), []byte(q.Safe))
+}
