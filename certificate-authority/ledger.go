@@ -23,6 +23,7 @@ const collCertificates = "certificates"
 const (
 	indexOwner   = "owner="
 	indexDevice  = "device="
+	indexName    = "name="  // of what is no device's
 	indexMonth   = "until=" // the month in which it ends, to find what has ended
 	indexRevoked = "revoked"
 	indexBadKey  = "compromised=" // the key of one that was revoked because somebody else has it
@@ -34,6 +35,7 @@ type entry struct {
 	Name      string               `json:"name"`
 	Key       string               `json:"key"`
 	Device    hub.DeviceID         `json:"device,omitempty"`
+	Profile   hub.Profile          `json:"profile,omitempty"`
 	Owner     hub.Owner            `json:"owner,omitempty"`
 	How       hub.RequestMethod    `json:"how"`
 	User      string               `json:"user,omitempty"`
@@ -48,8 +50,9 @@ type entry struct {
 
 func (e *entry) certificate(serial string) hub.Certificate {
 	return hub.Certificate{
-		Serial: serial, Issuer: e.Issuer, Name: e.Name, Key: e.Key, Device: e.Device, Owner: e.Owner, How: e.How, User: e.User, Proof: e.Proof,
-		PEM: e.PEM, Created: e.Created, NotBefore: e.NotBefore, NotAfter: e.NotAfter, Revoked: e.Revoked, Reason: e.Reason,
+		Serial: serial, Issuer: e.Issuer, Name: e.Name, Key: e.Key, Device: e.Device, Profile: e.Profile, Owner: e.Owner, How: e.How, User: e.User,
+		Proof: e.Proof,
+		PEM:   e.PEM, Created: e.Created, NotBefore: e.NotBefore, NotAfter: e.NotAfter, Revoked: e.Revoked, Reason: e.Reason,
 	}
 }
 
@@ -67,8 +70,11 @@ func (e *entry) doc(serial string, rev uint64) (store.Doc, error) {
 	if e.Owner != "" {
 		doc.Index = append(doc.Index, indexOwner+string(e.Owner))
 	}
-	if e.Device != "" {
+	switch {
+	case e.Device != "":
 		doc.Index = append(doc.Index, indexDevice+string(e.Device))
+	case e.Name != "":
+		doc.Index = append(doc.Index, indexName+e.Name)
 	}
 	if !e.Revoked.IsZero() {
 		doc.Index = append(doc.Index, indexRevoked)

@@ -25,6 +25,7 @@ type usage struct {
 	oid []asn1.ObjectIdentifier
 	// lists is the URL below which each issuer's revocation list has its name (RFC 5280, Section 4.2.1.13). "": none is named.
 	lists string
+	rsa   bool // keys of RSA are taken, too
 }
 
 var (
@@ -34,7 +35,13 @@ var (
 		ext: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth},
 		oid: []asn1.ObjectIdentifier{OCFIdentity},
 	}
-	hubUsage    = deviceUsage
+	hubUsage = deviceUsage
+	// What applications and services of an owner show to each other has no OCF usage, and is under another root than devices:
+	// it identifies none at the devices' door.
+	clientUsage  = usage{key: x509.KeyUsageDigitalSignature, ext: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}, rsa: true}
+	serviceUsage = usage{
+		key: x509.KeyUsageDigitalSignature, ext: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}, rsa: true,
+	}
 	serverUsage = usage{key: x509.KeyUsageDigitalSignature, ext: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}
 )
 

@@ -37,6 +37,8 @@ func (s *Service) Report(ctx context.Context, within time.Duration) (Report, err
 		switch {
 		case err != nil:
 			return Report{}, err
+		case c.Profile != hub.ForDevice:
+			continue
 		case !c.Revoked.IsZero():
 			r.Revoked++
 			continue

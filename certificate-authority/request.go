@@ -6,6 +6,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/elliptic"
+	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
@@ -31,7 +32,7 @@ var commonName = asn1.ObjectIdentifier{2, 5, 4, 3}
 // parseRequest reads a request for the device that it names: its subject is one common name, the device's ID with or without
 // "uuid:" in front. All errors are Invalid or TooLarge.
 func parseRequest(b []byte) (request, error) {
-	csr, err := parseCSR(b)
+	csr, err := parseCSR(b, deviceUsage)
 	if err != nil {
 		return request{}, err
 	}
@@ -42,7 +43,7 @@ func parseRequest(b []byte) (request, error) {
 // parseKey reads a request whose device others know. It returns the device that it names as identity certificates do, too; "" if
 // its subject is anything else.
 func parseKey(b []byte) (req request, named hub.DeviceID, err error) {
-	csr, err := parseCSR(b)
+	csr, err := parseCSR(b, deviceUsage)
 	if err != nil {
 		return request{}, "", err
 	}
@@ -76,8 +77,9 @@ func cutPrefix(name string) (id string, ok bool) {
 	return name, false
 }
 
-// parseCSR reads a PKCS #10 request (RFC 2986), PEM or DER, whose signature proves that the sender has the key.
-func parseCSR(b []byte) (*x509.CertificateRequest, error) {
+// parseCSR reads a PKCS #10 request (RFC 2986), PEM or DER, whose signature proves that the sender has the key, which is of a kind
+// that the profile takes.
+func parseCSR(b []byte, use usage) (*x509.CertificateRequest, error) {
 	if len(b) > maxRequest {
 		return nil, hub.NewError(hub.TooLarge, "csr-too-large", "a certificate signing request has at most 16 KiB")
 	}
@@ -92,7 +94,7 @@ func parseCSR(b []byte) (*x509.CertificateRequest, error) {
 	if err != nil {
 		return nil, hub.NewError(hub.Invalid, "csr-invalid", "this is no certificate signing request").With("x509", err)
 	}
-	if err := checkKey(csr.PublicKey); err != nil { // before its signature, which may cost more the larger the key
+	if err := checkKey(csr.PublicKey, use); err != nil { // before its signature, which may cost more the larger the key
 		return nil, err
 	}
 	if err := csr.CheckSignature(); err != nil {
@@ -101,8 +103,8 @@ func parseCSR(b []byte) (*x509.CertificateRequest, error) {
 	return csr, nil
 }
 
-// checkKey takes the kinds of keys that the profiles of devices have.
-func checkKey(key crypto.PublicKey) error {
+// checkKey takes the kinds of keys that a profile has.
+func checkKey(key crypto.PublicKey, use usage) error {
 	switch k := key.(type) {
 	case *ecdsa.PublicKey:
 		if k.Curve == elliptic.P256() || k.Curve == elliptic.P384() {
@@ -110,6 +112,14 @@ func checkKey(key crypto.PublicKey) error {
 		}
 	case ed25519.PublicKey:
 		return nil
+	case *rsa.PublicKey:
+		// NIST SP 800-56B, 6.2: an odd exponent above 2^16. Larger moduli cost who verifies, and give little.
+		if bits := k.N.BitLen(); use.rsa && bits >= 2048 && bits <= 4096 && k.E > 1<<16 && k.E%2 == 1 {
+			return nil
+		}
+	}
+	if use.rsa {
+		return hub.NewError(hub.Invalid, "csr-key", "the key must be of P-256, P-384, Ed25519 or RSA with 2048 to 4096 bits")
 	}
 	return hub.NewError(hub.Invalid, "csr-key", "the key must be of P-256, P-384 or Ed25519")
 }

@@ -112,7 +112,7 @@ func NewService(
 		revoked: map[string]struct{}{}, lists: map[string]revocations{},
 		issued: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "coaphub_certificates_total",
-			Help: "Certificates of devices by what came of it: issued, or refused. Many that are refused: somebody asks for devices of others, or tries what a request may hold.",
+			Help: "Certificates that were asked for by what came of it: issued, or refused. Many that are refused: somebody asks for devices of others, or tries what a request may hold.",
 		}, []string{"outcome"}),
 		enrolled: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "coaphub_enrolments_total",
@@ -399,11 +399,8 @@ func (s *Service) mayReserve(ctx context.Context, owner hub.Owner, now time.Time
 // room refuses one more certificate for a device that has many of that owner, or of the operator, and one for a key that somebody
 // else is known to have. Those of others count for nothing: else they could keep the owner from getting one.
 func (s *Service) room(ctx context.Context, owner hub.Owner, req request) error {
-	for _, err := range s.docs.FindKeys(ctx, collCertificates, indexBadKey+nameOf(req.spki)) {
-		if err != nil {
-			return err
-		}
-		return errCompromised
+	if err := s.mayHave(ctx, req.spki); err != nil {
+		return err
 	}
 	live, made, now := 0, 0, time.Now()
 	for doc, err := range s.docs.Find(ctx, collCertificates, indexDevice+string(req.device)) {
@@ -429,6 +426,17 @@ func (s *Service) room(ctx context.Context, owner hub.Owner, req request) error 
 		return errLive
 	case made >= maxMade:
 		return errMade
+	}
+	return nil
+}
+
+// mayHave refuses a key that somebody else is known to have.
+func (s *Service) mayHave(ctx context.Context, spki []byte) error {
+	for _, err := range s.docs.FindKeys(ctx, collCertificates, indexBadKey+nameOf(spki)) {
+		if err != nil {
+			return err
+		}
+		return errCompromised
 	}
 	return nil
 }

@@ -507,7 +507,7 @@ func FuzzRequest(f *testing.F) {
 			}
 			return
 		}
-		if id, err := hub.ParseDeviceID(string(req.device)); err != nil || id != req.device || checkKey(req.key) != nil {
+		if id, err := hub.ParseDeviceID(string(req.device)); err != nil || id != req.device || checkKey(req.key, deviceUsage) != nil {
 			t.Errorf("%q, %T", req.device, req.key)
 		}
 	})

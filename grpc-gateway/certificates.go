@@ -63,39 +63,77 @@ type signAnswer struct {
 }
 
 func (g *Gateway) signIdentity(w http.ResponseWriter, r *request) error {
+	var body signBody
+	return g.sign(w, r, &body, &body.Request, func(csr []byte) ([]byte, error) {
+		return g.deps.Certificates.Sign(r.Context(), r.claims.Owner, r.claims.Subject, csr)
+	})
+}
+
+// signCertificate is for what is no device: other hubs sign whatever the request asks for.
+func (g *Gateway) signCertificate(w http.ResponseWriter, r *request) error {
+	var body struct {
+		signBody
+		Profile string   `json:"profile"`
+		Hosts   []string `json:"hosts"`
+	}
+	return g.sign(w, r, &body, &body.Request, func(csr []byte) ([]byte, error) {
+		return g.ofProfile(r.Context(), r.claims, body.Profile, body.Hosts, csr)
+	})
+}
+
+// ofProfile has a request signed that is for no device. A server can be taken for another, so only operators name its hosts.
+func (g *Gateway) ofProfile(ctx context.Context, c hub.Claims, profile string, hosts []string, csr []byte) ([]byte, error) {
+	switch p := hub.Profile(profile); {
+	case p == hub.ForService && !c.Has(hub.ScopeAdmin):
+		return nil, errScopeMissing
+	case p == hub.ForService:
+		return g.deps.Certificates.SignService(ctx, c.Owner, c.Subject, hosts, csr)
+	case p != hub.ForClient && profile != "":
+		return nil, invalid("profile-unknown", "the profiles are client and service")
+	case len(hosts) > 0:
+		return nil, invalid("profile-unknown", "a client has no hosts; the profile service has")
+	}
+	return g.deps.Certificates.SignClient(ctx, c.Owner, c.Subject, csr)
+}
+
+// sign reads a body, which has the request as one of its members, and answers what was signed.
+func (g *Gateway) sign(w http.ResponseWriter, r *request, body any, member *string, signed func(csr []byte) ([]byte, error)) error {
 	if g.deps.Certificates == nil {
 		return errNoRoute
 	}
-	var body signBody
-	if err := readJSON(r, &body); err != nil {
+	if err := readJSON(r, body); err != nil {
 		return err
 	}
-	if body.Request == "" {
+	if *member == "" {
 		return invalid("body-incomplete", "the body lacks the member certificateSigningRequest")
 	}
-	csr, err := fromBase64(body.Request)
+	csr, err := fromBase64(*member)
 	if err != nil {
 		return invalid("body-invalid", "certificateSigningRequest is not base64")
 	}
-	chain, err := g.signed(r.Context(), r.claims, csr, r.target)
+	chain, err := signed(csr)
 	if err != nil {
 		return err
 	}
+	addSigned(r.target, chain)
 	return writeJSON(w, r, signAnswer{chain})
 }
 
-// signed has a request signed, and adds to the target what came of it.
-func (g *Gateway) signed(ctx context.Context, c hub.Claims, csr []byte, target *string) ([]byte, error) {
-	chain, err := g.deps.Certificates.Sign(ctx, c.Owner, c.Subject, csr)
+// addSigned adds to the target what was signed.
+func addSigned(target *string, chain []byte) {
+	block, _ := pem.Decode(chain)
+	if block == nil {
+		return
+	}
+	leaf, err := x509.ParseCertificate(block.Bytes)
 	if err != nil {
-		return nil, err
+		return
 	}
-	if block, _ := pem.Decode(chain); block != nil {
-		if leaf, err := x509.ParseCertificate(block.Bytes); err == nil {
-			*target += fmt.Sprintf(" device=%s serial=%s", strings.TrimPrefix(leaf.Subject.CommonName, "uuid:"), hub.SerialOf(leaf.SerialNumber))
-		}
+	what := fmt.Sprintf("name=%q", leaf.Subject.CommonName)
+	if dev, ok := strings.CutPrefix(leaf.Subject.CommonName, "uuid:"); ok {
+		what = "device=" + dev
 	}
-	return chain, nil
+	*target += " " + what + " serial=" + hub.SerialOf(leaf.SerialNumber)
 }
 
 // fromBase64 takes what protobuf's JSON does: the standard alphabet or that of URLs, with or without padding.
@@ -126,6 +164,7 @@ func (e certificateElement) appendJSON(b []byte, cursor string) []byte {
 	b = append(appendText(b, "issuerId", e.Issuer), '}')
 	b = appendText(b, "requestedBy", e.User)
 	b = appendText(b, "requestMethod", string(e.How))
+	b = appendText(b, "profile", string(e.Profile))
 	if !e.Revoked.IsZero() {
 		b = appendInt(b, "revokedDate", e.Revoked.UnixNano())
 		b = appendText(b, "revocationReason", e.Reason.String())

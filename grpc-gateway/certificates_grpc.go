@@ -20,11 +20,27 @@ func (s *certificateServer) SignIdentityCertificate(ctx context.Context, r *capb
 	if s.g.deps.Certificates == nil {
 		return nil, errNoCall
 	}
+	if r.GetProfile() != "" || len(r.GetHosts()) > 0 {
+		return nil, invalid("profile-unknown", "an identity has one profile, and no hosts")
+	}
 	c := claimsOf(ctx)
-	chain, err := s.g.signed(ctx, c, r.GetCertificateSigningRequest(), targetOf(ctx))
+	chain, err := s.g.deps.Certificates.Sign(ctx, c.Owner, c.Subject, r.GetCertificateSigningRequest())
+	return signedAnswer(ctx, chain, err)
+}
+
+func (s *certificateServer) SignCertificate(ctx context.Context, r *capb.SignCertificateRequest) (*capb.SignCertificateResponse, error) {
+	if s.g.deps.Certificates == nil {
+		return nil, errNoCall
+	}
+	chain, err := s.g.ofProfile(ctx, claimsOf(ctx), r.GetProfile(), r.GetHosts(), r.GetCertificateSigningRequest())
+	return signedAnswer(ctx, chain, err)
+}
+
+func signedAnswer(ctx context.Context, chain []byte, err error) (*capb.SignCertificateResponse, error) {
 	if err != nil {
 		return nil, err
 	}
+	addSigned(targetOf(ctx), chain)
 	return &capb.SignCertificateResponse{Certificate: chain}, nil
 }
 
@@ -54,7 +70,7 @@ func recordOf(c *hub.Certificate) *capb.SigningRecord {
 			Date: c.Created.UnixNano(), CertificatePem: c.PEM, ValidUntilDate: c.NotAfter.UnixNano(), Serial: decimal(c.Serial),
 			IssuerId: c.Issuer,
 		},
-		RequestedBy: c.User, RequestMethod: string(c.How),
+		RequestedBy: c.User, RequestMethod: string(c.How), Profile: string(c.Profile),
 	}
 	if !c.Revoked.IsZero() {
 		m.RevokedDate, m.RevocationReason = c.Revoked.UnixNano(), c.Reason.String()

@@ -93,6 +93,76 @@ func TestSignIdentityCertificate(t *testing.T) {
 	want(t, "audit of the older path", log.lines()[4], "http signIdentityCertificateOld /api/v1/sign/identity-csr device="+string(lampA)+" serial=b7 bob-sub bob  ok")
 }
 
+// What is no device's is of one of two profiles, and only operators name hosts. It is so over HTTP and gRPC.
+func TestSignCertificate(t *testing.T) {
+	t.Parallel()
+	w, log := newCertificatesWorld(t)
+	chain := chainPEM(t, "owner:a b", 0xb7)
+	var asked []string
+	w.certificates.others = func(p hub.Profile, owner hub.Owner, user string, hosts []string, csr []byte) ([]byte, error) {
+		asked = append(asked, fmt.Sprintf("%s %s %s %s", p, owner, user, hosts))
+		want(t, "request", string(csr), csrPEM)
+		return chain, nil
+	}
+	c := capb.NewCertificateAuthorityClient(w.dial(t))
+	csr := base64.StdEncoding.EncodeToString([]byte(csrPEM))
+	for _, q := range []struct {
+		token, profile string
+		hosts          []string
+		asked          string // "": nothing
+		code           int
+		reason         string
+	}{
+		{"alice", "", nil, "client alice alice-sub []", 200, ""},
+		{"alice", "client", nil, "client alice alice-sub []", 200, ""},
+		{"admin", "client", nil, "client admin admin []", 200, ""},
+		{"admin", "service", []string{"a.example", "::1"}, "service admin admin [a.example ::1]", 200, ""},
+		{"admin", "service", nil, "service admin admin []", 200, ""}, // the authority refuses it
+		{"alice", "service", []string{"a.example"}, "", 403, "scope-missing"},
+		{"alice", "client", []string{"a.example"}, "", 400, "profile-unknown"},
+		{"alice", "", []string{"a.example"}, "", 400, "profile-unknown"},
+		{"admin", "device", nil, "", 400, "profile-unknown"},
+	} {
+		asked = nil
+		body := map[string]any{"certificateSigningRequest": csr}
+		if q.profile != "" {
+			body["profile"] = q.profile
+		}
+		if q.hosts != nil {
+			body["hosts"] = q.hosts
+		}
+		text, err := json.Marshal(body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, path := range []string{authority + "/sign/csr", "/api/v1/sign/csr"} {
+			a := w.send(t, q.token, "POST", path, string(text))
+			want(t, string(text), a.Code, q.code)
+			if q.reason != "" {
+				want(t, string(text), a.reason(), q.reason)
+			} else {
+				want(t, string(text), a.json()["certificate"], any(b64(chain)))
+			}
+		}
+		signed, err := c.SignCertificate(as(t, q.token), &capb.SignCertificateRequest{CertificateSigningRequest: []byte(csrPEM), Profile: q.profile, Hosts: q.hosts})
+		if q.reason != "" {
+			_, reason := reasonOf(t, err)
+			want(t, "gRPC "+string(text), reason, q.reason)
+		} else {
+			want(t, "gRPC "+string(text), string(signed.GetCertificate()), string(chain))
+		}
+		if q.asked == "" {
+			wantList(t, "asked", asked)
+		} else {
+			wantList(t, "asked", asked, q.asked, q.asked, q.asked)
+		}
+	}
+	want(t, "audit", log.lines()[0], "http signCertificate "+authority+"/sign/csr name=\"owner:a b\" serial=b7 alice-sub alice  ok")
+	_, err := c.SignIdentityCertificate(as(t, "alice"), &capb.SignCertificateRequest{CertificateSigningRequest: []byte(csrPEM), Profile: "client"})
+	_, reason := reasonOf(t, err)
+	want(t, "an identity of another profile", reason, "profile-unknown")
+}
+
 func TestBadSigningRequests(t *testing.T) {
 	t.Parallel()
 	w, log := newCertificatesWorld(t)
@@ -399,9 +469,9 @@ func TestCertificatesNeedTheirScope(t *testing.T) {
 			}
 		}
 	}
-	want(t, "routes", n, 7)
+	want(t, "routes", n, 9)
 	want(t, "nothing happened", len(log.entries), 0)
-	for _, path := range []string{authority + "/sign/csr", authority + "/signing/crl/", authority + "/signing/crl/a/b", "/certificate-authority/api/v2"} {
+	for _, path := range []string{authority + "/sign", authority + "/signing/crl/", authority + "/signing/crl/a/b", "/certificate-authority/api/v2"} {
 		want(t, path, bare.get(t, path).reason(), "no-such-path")
 		want(t, path+" without token", bare.do(t, "", "GET", path).reason(), "token-missing")
 	}

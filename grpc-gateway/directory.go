@@ -67,6 +67,10 @@ type Certificates interface {
 	// behind it. user asks. Invalid and TooLarge for what is wrong with the request, Denied for a device that is not owner's and
 	// not free, Exhausted when there are too many certificates.
 	Sign(ctx context.Context, owner hub.Owner, user string, csr []byte) ([]byte, error)
+	// SignClient answers a request with a certificate for an application of the owner, and SignService with one for a server of these
+	// hosts, which only an operator may ask for. Of the request only the key is taken. Errors are as those of Sign.
+	SignClient(ctx context.Context, owner hub.Owner, user string, csr []byte) ([]byte, error)
+	SignService(ctx context.Context, owner hub.Owner, user string, hosts []string, csr []byte) ([]byte, error)
 	// Certificates yields what is known of the certificates that the filter means, in no order. An error is the last element.
 	Certificates(ctx context.Context, f hub.CertificateFilter) iter.Seq2[hub.Certificate, error]
 	// Revoke ends those certificates that the filter means and that have not ended yet, and returns them; also beside an error,

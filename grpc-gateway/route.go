@@ -233,6 +233,8 @@ func init() { // not a literal: split reads what it leads to
 		// Other hubs have the authority's calls at two paths, the second for clients from before it was a service of its own.
 		"/certificate-authority/api/v1/sign/identity-csr": {"POST": write("signIdentityCertificate", (*Gateway).signIdentity)},
 		"/api/v1/sign/identity-csr":                       {"POST": write("signIdentityCertificateOld", (*Gateway).signIdentity)},
+		"/certificate-authority/api/v1/sign/csr":          {"POST": write("signCertificate", (*Gateway).signCertificate)},
+		"/api/v1/sign/csr":                                {"POST": write("signCertificateOld", (*Gateway).signCertificate)},
 		"/certificate-authority/api/v1/signing/records": {
 			"GET": read("getSigningRecords", (*Gateway).getCertificates), "DELETE": write("deleteSigningRecords", (*Gateway).revokeCertificates),
 		},

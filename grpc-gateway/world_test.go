@@ -137,12 +137,21 @@ func (f *fakeIdentities) EventsOwned(ctx context.Context, o hub.Owner) ([]hub.De
 type fakeCertificates struct {
 	ledger []hub.Certificate
 	sign   func(owner hub.Owner, user string, csr []byte) ([]byte, error)
+	others func(profile hub.Profile, owner hub.Owner, user string, hosts []string, csr []byte) ([]byte, error)
 	list   func(issuer string) ([]byte, error)
 	err    error // behind what is yielded or revoked
 }
 
 func (f *fakeCertificates) Sign(_ context.Context, owner hub.Owner, user string, csr []byte) ([]byte, error) {
 	return f.sign(owner, user, csr)
+}
+
+func (f *fakeCertificates) SignClient(_ context.Context, owner hub.Owner, user string, csr []byte) ([]byte, error) {
+	return f.others(hub.ForClient, owner, user, nil, csr)
+}
+
+func (f *fakeCertificates) SignService(_ context.Context, owner hub.Owner, user string, hosts []string, csr []byte) ([]byte, error) {
+	return f.others(hub.ForService, owner, user, hosts, csr)
 }
 
 // means is the contract of the filter.

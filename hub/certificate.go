@@ -9,11 +9,12 @@ import (
 
 // Certificate is what the certificate authority's ledger has of one certificate. Nothing of it changes but its revocation.
 type Certificate struct {
-	Serial    string // hexadecimal, lower case
-	Issuer    string // names the key that signed it, a UUID
-	Name      string // the common name of its subject
-	Key       string // names its public key, a UUID
-	Device    DeviceID
+	Serial    string   // hexadecimal, lower case
+	Issuer    string   // names the key that signed it, a UUID
+	Name      string   // the common name of its subject
+	Key       string   // names its public key, a UUID
+	Device    DeviceID // "" for what is no device's
+	Profile   Profile
 	Owner     Owner         // for whom it was signed; "" for whoever has the device
 	How       RequestMethod // it was requested
 	User      string        // who asked, or allowed the device to
@@ -25,6 +26,16 @@ type Certificate struct {
 	Revoked   time.Time        // zero: it is not
 	Reason    RevocationReason // of that
 }
+
+// Profile is what a certificate is for. They are stored: never change one.
+type Profile string
+
+// The profiles.
+const (
+	ForDevice  Profile = ""        // a device's identity
+	ForClient  Profile = "client"  // an application of an owner's, that shows it to servers
+	ForService Profile = "service" // a server, which may be a client, too
+)
 
 // RequestMethod is how somebody came by a certificate. They are stored: never change one.
 type RequestMethod string

@@ -5,6 +5,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/base64"
@@ -12,6 +13,8 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -208,5 +211,58 @@ func TestTheHubRenewsACertificate(t *testing.T) {
 			}
 			a.until("it to be here again", func() bool { return d.Stats().SignIns.Load() > sessions && a.twin(id) == "ONLINE IN_SYNC" })
 		})
+	}
+}
+
+// TestOthersAreNoDevices: what is signed for applications and services lets nobody in at the devices' door, not even where somebody
+// has configured their root there, too.
+func TestOthersAreNoDevices(t *testing.T) {
+	t.Parallel()
+	first := hubtest.Start(t)
+	var roots []string
+	for _, which := range []string{"device", "https"} {
+		text, err := first.Control.Root(t.Context(), which)
+		if err != nil {
+			t.Fatal(err)
+		}
+		file := filepath.Join(t.TempDir(), which)
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		roots = append(roots, fmt.Sprintf("%q", file))
+	}
+	first.Stop(t)
+	for _, c := range []struct{ name, config, reason string }{
+		{"as it comes", "coapGateway.api.coap.tls.identityPropertiesRequired=true", "unknown authority"},
+		{"with the root of HTTPS", "coapGateway.api.coap.tls.caPool=[" + strings.Join(roots, ",") + "]", "common name"},
+	} {
+		h := hubtest.Start(t, hubtest.WithData(first.Data), hubtest.WithConfig(c.config))
+		a := application(t, h)
+		for _, body := range []string{`"profile":"client"`, `"profile":"service","hosts":["hub.example"]`} {
+			id := deviceID(1)
+			text, key := csrFor(t, id)
+			var answer struct{ Certificate []byte }
+			body := fmt.Sprintf(`{%s,"certificateSigningRequest":%q}`, body, base64.StdEncoding.EncodeToString(text))
+			if status := a.ask(http.MethodPost, "/certificate-authority/api/v1/sign/csr", body, &answer); status != http.StatusOK {
+				t.Fatalf("%s got %d", body, status)
+			}
+			pair, err := tls.X509KeyPair(answer.Certificate, key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			conf := &tls.Config{ // shown although the hub does not ask for this CA
+				InsecureSkipVerify: true, MinVersion: tls.VersionTLS12, MaxVersion: tls.VersionTLS12,
+				GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &pair, nil },
+			}
+			if conn, err := tls.Dial("tcp", h.CoAPS, conf); err == nil {
+				_ = conn.Close()
+				t.Errorf("%s, %s: it is let in", c.name, body)
+			}
+			a.until("the refusal", func() bool {
+				refused, err := h.Control.Refused(t.Context())
+				return err == nil && len(refused) > 0 && strings.Contains(refused[0].Reason, c.reason)
+			})
+		}
+		h.Stop(t)
 	}
 }

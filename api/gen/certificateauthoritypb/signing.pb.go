@@ -25,8 +25,10 @@ const (
 
 type SignCertificateRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// PKCS #10, PEM. Its subject is the common name uuid:<device ID>; nothing else in it but its key is read.
-	CertificateSigningRequest []byte `protobuf:"bytes,1,opt,name=certificate_signing_request,json=certificateSigningRequest,proto3" json:"certificate_signing_request,omitempty"`
+	// PKCS #10, PEM. For an identity its subject is the common name uuid:<device ID>; nothing else in it but its key is read.
+	CertificateSigningRequest []byte   `protobuf:"bytes,1,opt,name=certificate_signing_request,json=certificateSigningRequest,proto3" json:"certificate_signing_request,omitempty"`
+	Profile                   string   `protobuf:"bytes,230,opt,name=profile,proto3" json:"profile,omitempty"` // of SignCertificate: client, service
+	Hosts                     []string `protobuf:"bytes,231,rep,name=hosts,proto3" json:"hosts,omitempty"`     // of a service: names or addresses, at most 16
 	unknownFields             protoimpl.UnknownFields
 	sizeCache                 protoimpl.SizeCache
 }
@@ -64,6 +66,20 @@ func (*SignCertificateRequest) Descriptor() ([]byte, []int) {
 func (x *SignCertificateRequest) GetCertificateSigningRequest() []byte {
 	if x != nil {
 		return x.CertificateSigningRequest
+	}
+	return nil
+}
+
+func (x *SignCertificateRequest) GetProfile() string {
+	if x != nil {
+		return x.Profile
+	}
+	return ""
+}
+
+func (x *SignCertificateRequest) GetHosts() []string {
+	if x != nil {
+		return x.Hosts
 	}
 	return nil
 }
@@ -263,6 +279,7 @@ type SigningRecord struct {
 	RequestMethod    string                 `protobuf:"bytes,221,opt,name=request_method,json=requestMethod,proto3" json:"request_method,omitempty"`          // csr, or operator: made on the hub's machine together with its key
 	RevokedDate      int64                  `protobuf:"varint,222,opt,name=revoked_date,json=revokedDate,proto3" json:"revoked_date,omitempty"`               // 0: it is not revoked
 	RevocationReason string                 `protobuf:"bytes,223,opt,name=revocation_reason,json=revocationReason,proto3" json:"revocation_reason,omitempty"` // as RFC 5280 names it
+	Profile          string                 `protobuf:"bytes,230,opt,name=profile,proto3" json:"profile,omitempty"`                                           // client or service; of a device's identity it is empty
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -370,6 +387,13 @@ func (x *SigningRecord) GetRevokedDate() int64 {
 func (x *SigningRecord) GetRevocationReason() string {
 	if x != nil {
 		return x.RevocationReason
+	}
+	return ""
+}
+
+func (x *SigningRecord) GetProfile() string {
+	if x != nil {
+		return x.Profile
 	}
 	return ""
 }
@@ -491,9 +515,11 @@ var File_certificate_authority_signing_proto protoreflect.FileDescriptor
 
 const file_certificate_authority_signing_proto_rawDesc = "" +
 	"\n" +
-	"#certificate-authority/signing.proto\x12\x17certificateauthority.pb\"X\n" +
+	"#certificate-authority/signing.proto\x12\x17certificateauthority.pb\"\x8a\x01\n" +
 	"\x16SignCertificateRequest\x12>\n" +
-	"\x1bcertificate_signing_request\x18\x01 \x01(\fR\x19certificateSigningRequest\";\n" +
+	"\x1bcertificate_signing_request\x18\x01 \x01(\fR\x19certificateSigningRequest\x12\x19\n" +
+	"\aprofile\x18\xe6\x01 \x01(\tR\aprofile\x12\x15\n" +
+	"\x05hosts\x18\xe7\x01 \x03(\tR\x05hosts\";\n" +
 	"\x17SignCertificateResponse\x12 \n" +
 	"\vcertificate\x18\x01 \x01(\fR\vcertificate\"\x8f\x01\n" +
 	"\x18GetSigningRecordsRequest\x12\x1b\n" +
@@ -505,7 +531,7 @@ const file_certificate_authority_signing_proto_rawDesc = "" +
 	"\x0fcertificate_pem\x18\x02 \x01(\tR\x0ecertificatePem\x12(\n" +
 	"\x10valid_until_date\x18\x03 \x01(\x03R\x0evalidUntilDate\x12\x16\n" +
 	"\x06serial\x18\x04 \x01(\tR\x06serial\x12\x1b\n" +
-	"\tissuer_id\x18\x05 \x01(\tR\bissuerId\"\xa0\x03\n" +
+	"\tissuer_id\x18\x05 \x01(\tR\bissuerId\"\xbb\x03\n" +
 	"\rSigningRecord\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05owner\x18\x02 \x01(\tR\x05owner\x12\x1f\n" +
@@ -521,16 +547,18 @@ const file_certificate_authority_signing_proto_rawDesc = "" +
 	"\frequested_by\x18\xdc\x01 \x01(\tR\vrequestedBy\x12&\n" +
 	"\x0erequest_method\x18\xdd\x01 \x01(\tR\rrequestMethod\x12\"\n" +
 	"\frevoked_date\x18\xde\x01 \x01(\x03R\vrevokedDate\x12,\n" +
-	"\x11revocation_reason\x18\xdf\x01 \x01(\tR\x10revocationReason\"\x90\x01\n" +
+	"\x11revocation_reason\x18\xdf\x01 \x01(\tR\x10revocationReason\x12\x19\n" +
+	"\aprofile\x18\xe6\x01 \x01(\tR\aprofile\"\x90\x01\n" +
 	"\x1bDeleteSigningRecordsRequest\x12\x1b\n" +
 	"\tid_filter\x18\x01 \x03(\tR\bidFilter\x12(\n" +
 	"\x10device_id_filter\x18\x02 \x03(\tR\x0edeviceIdFilter\x12\x11\n" +
 	"\x03all\x18\xcd\x01 \x01(\bR\x03all\x12\x17\n" +
 	"\x06reason\x18\xe0\x01 \x01(\tR\x06reason\"-\n" +
 	"\x15DeletedSigningRecords\x12\x14\n" +
-	"\x05count\x18\x01 \x01(\x03R\x05count2\x84\x03\n" +
+	"\x05count\x18\x01 \x01(\x03R\x05count2\xfa\x03\n" +
 	"\x14CertificateAuthority\x12|\n" +
-	"\x17SignIdentityCertificate\x12/.certificateauthority.pb.SignCertificateRequest\x1a0.certificateauthority.pb.SignCertificateResponse\x12p\n" +
+	"\x17SignIdentityCertificate\x12/.certificateauthority.pb.SignCertificateRequest\x1a0.certificateauthority.pb.SignCertificateResponse\x12t\n" +
+	"\x0fSignCertificate\x12/.certificateauthority.pb.SignCertificateRequest\x1a0.certificateauthority.pb.SignCertificateResponse\x12p\n" +
 	"\x11GetSigningRecords\x121.certificateauthority.pb.GetSigningRecordsRequest\x1a&.certificateauthority.pb.SigningRecord0\x01\x12|\n" +
 	"\x14DeleteSigningRecords\x124.certificateauthority.pb.DeleteSigningRecordsRequest\x1a..certificateauthority.pb.DeletedSigningRecordsB;Z9github.com/coaphub/coaphub/api/gen/certificateauthoritypbb\x06proto3"
 
@@ -559,13 +587,15 @@ var file_certificate_authority_signing_proto_goTypes = []any{
 var file_certificate_authority_signing_proto_depIdxs = []int32{
 	3, // 0: certificateauthority.pb.SigningRecord.credential:type_name -> certificateauthority.pb.CredentialStatus
 	0, // 1: certificateauthority.pb.CertificateAuthority.SignIdentityCertificate:input_type -> certificateauthority.pb.SignCertificateRequest
-	2, // 2: certificateauthority.pb.CertificateAuthority.GetSigningRecords:input_type -> certificateauthority.pb.GetSigningRecordsRequest
-	5, // 3: certificateauthority.pb.CertificateAuthority.DeleteSigningRecords:input_type -> certificateauthority.pb.DeleteSigningRecordsRequest
-	1, // 4: certificateauthority.pb.CertificateAuthority.SignIdentityCertificate:output_type -> certificateauthority.pb.SignCertificateResponse
-	4, // 5: certificateauthority.pb.CertificateAuthority.GetSigningRecords:output_type -> certificateauthority.pb.SigningRecord
-	6, // 6: certificateauthority.pb.CertificateAuthority.DeleteSigningRecords:output_type -> certificateauthority.pb.DeletedSigningRecords
-	4, // [4:7] is the sub-list for method output_type
-	1, // [1:4] is the sub-list for method input_type
+	0, // 2: certificateauthority.pb.CertificateAuthority.SignCertificate:input_type -> certificateauthority.pb.SignCertificateRequest
+	2, // 3: certificateauthority.pb.CertificateAuthority.GetSigningRecords:input_type -> certificateauthority.pb.GetSigningRecordsRequest
+	5, // 4: certificateauthority.pb.CertificateAuthority.DeleteSigningRecords:input_type -> certificateauthority.pb.DeleteSigningRecordsRequest
+	1, // 5: certificateauthority.pb.CertificateAuthority.SignIdentityCertificate:output_type -> certificateauthority.pb.SignCertificateResponse
+	1, // 6: certificateauthority.pb.CertificateAuthority.SignCertificate:output_type -> certificateauthority.pb.SignCertificateResponse
+	4, // 7: certificateauthority.pb.CertificateAuthority.GetSigningRecords:output_type -> certificateauthority.pb.SigningRecord
+	6, // 8: certificateauthority.pb.CertificateAuthority.DeleteSigningRecords:output_type -> certificateauthority.pb.DeletedSigningRecords
+	5, // [5:9] is the sub-list for method output_type
+	1, // [1:5] is the sub-list for method input_type
 	1, // [1:1] is the sub-list for extension type_name
 	1, // [1:1] is the sub-list for extension extendee
 	0, // [0:1] is the sub-list for field type_name

@@ -22,6 +22,7 @@ const _ = grpc.SupportPackageIsVersion9
 
 const (
 	CertificateAuthority_SignIdentityCertificate_FullMethodName = "/certificateauthority.pb.CertificateAuthority/SignIdentityCertificate"
+	CertificateAuthority_SignCertificate_FullMethodName         = "/certificateauthority.pb.CertificateAuthority/SignCertificate"
 	CertificateAuthority_GetSigningRecords_FullMethodName       = "/certificateauthority.pb.CertificateAuthority/GetSigningRecords"
 	CertificateAuthority_DeleteSigningRecords_FullMethodName    = "/certificateauthority.pb.CertificateAuthority/DeleteSigningRecords"
 )
@@ -34,10 +35,13 @@ const (
 // "authorization: Bearer <access token>" in its metadata. Errors carry a google.rpc.ErrorInfo whose reason is a stable code.
 //
 // Field numbers from 200 on are extensions of coaphub, with numbers as in GrpcGateway: 205 all, 220 requested_by, 221 request_method,
-// 222 revoked_date, 223 revocation_reason, 224 reason.
+// 222 revoked_date, 223 revocation_reason, 224 reason, 230 profile, 231 hosts.
 type CertificateAuthorityClient interface {
 	// Signs the request of a device for its identity certificate. The device is the owner's, or nobody's.
 	SignIdentityCertificate(ctx context.Context, in *SignCertificateRequest, opts ...grpc.CallOption) (*SignCertificateResponse, error)
+	// Signs a request that is for no device: for an application of the owner (the profile client, which is meant unless another is
+	// named), or for a server (service; an administrator's). Of the request only the key is taken.
+	SignCertificate(ctx context.Context, in *SignCertificateRequest, opts ...grpc.CallOption) (*SignCertificateResponse, error)
 	// Lists the certificates that were signed for the owner, in no order.
 	GetSigningRecords(ctx context.Context, in *GetSigningRecordsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SigningRecord], error)
 	// Revokes certificates of the owner; those that are not good any more are passed over. Their records stay. An empty filter is an
@@ -57,6 +61,16 @@ func (c *certificateAuthorityClient) SignIdentityCertificate(ctx context.Context
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(SignCertificateResponse)
 	err := c.cc.Invoke(ctx, CertificateAuthority_SignIdentityCertificate_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *certificateAuthorityClient) SignCertificate(ctx context.Context, in *SignCertificateRequest, opts ...grpc.CallOption) (*SignCertificateResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SignCertificateResponse)
+	err := c.cc.Invoke(ctx, CertificateAuthority_SignCertificate_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -100,10 +114,13 @@ func (c *certificateAuthorityClient) DeleteSigningRecords(ctx context.Context, i
 // "authorization: Bearer <access token>" in its metadata. Errors carry a google.rpc.ErrorInfo whose reason is a stable code.
 //
 // Field numbers from 200 on are extensions of coaphub, with numbers as in GrpcGateway: 205 all, 220 requested_by, 221 request_method,
-// 222 revoked_date, 223 revocation_reason, 224 reason.
+// 222 revoked_date, 223 revocation_reason, 224 reason, 230 profile, 231 hosts.
 type CertificateAuthorityServer interface {
 	// Signs the request of a device for its identity certificate. The device is the owner's, or nobody's.
 	SignIdentityCertificate(context.Context, *SignCertificateRequest) (*SignCertificateResponse, error)
+	// Signs a request that is for no device: for an application of the owner (the profile client, which is meant unless another is
+	// named), or for a server (service; an administrator's). Of the request only the key is taken.
+	SignCertificate(context.Context, *SignCertificateRequest) (*SignCertificateResponse, error)
 	// Lists the certificates that were signed for the owner, in no order.
 	GetSigningRecords(*GetSigningRecordsRequest, grpc.ServerStreamingServer[SigningRecord]) error
 	// Revokes certificates of the owner; those that are not good any more are passed over. Their records stay. An empty filter is an
@@ -121,6 +138,9 @@ type UnimplementedCertificateAuthorityServer struct{}
 
 func (UnimplementedCertificateAuthorityServer) SignIdentityCertificate(context.Context, *SignCertificateRequest) (*SignCertificateResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method SignIdentityCertificate not implemented")
+}
+func (UnimplementedCertificateAuthorityServer) SignCertificate(context.Context, *SignCertificateRequest) (*SignCertificateResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method SignCertificate not implemented")
 }
 func (UnimplementedCertificateAuthorityServer) GetSigningRecords(*GetSigningRecordsRequest, grpc.ServerStreamingServer[SigningRecord]) error {
 	return status.Error(codes.Unimplemented, "method GetSigningRecords not implemented")
@@ -167,6 +187,24 @@ func _CertificateAuthority_SignIdentityCertificate_Handler(srv interface{}, ctx 
 	return interceptor(ctx, in, info, handler)
 }
 
+func _CertificateAuthority_SignCertificate_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SignCertificateRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(CertificateAuthorityServer).SignCertificate(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: CertificateAuthority_SignCertificate_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(CertificateAuthorityServer).SignCertificate(ctx, req.(*SignCertificateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _CertificateAuthority_GetSigningRecords_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(GetSigningRecordsRequest)
 	if err := stream.RecvMsg(m); err != nil {
@@ -206,6 +244,10 @@ var CertificateAuthority_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "SignIdentityCertificate",
 			Handler:    _CertificateAuthority_SignIdentityCertificate_Handler,
+		},
+		{
+			MethodName: "SignCertificate",
+			Handler:    _CertificateAuthority_SignCertificate_Handler,
 		},
 		{
 			MethodName: "DeleteSigningRecords",
