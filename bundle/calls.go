@@ -42,6 +42,7 @@ func (a *assembly) calls() *http.ServeMux {
 	mux.HandleFunc("POST /ca/root-keys", call(a.rootKeys, a.log))
 	mux.HandleFunc("POST /ca/root-keys/forget", call(a.forgetRootKeys, a.log))
 	mux.HandleFunc("POST /certificates", call(a.listCertificates, a.log))
+	mux.HandleFunc("POST /certificates/export", call(a.exportCertificates, a.log))
 	mux.HandleFunc("POST /certificates/revoke", call(a.revokeCertificates, a.log))
 	mux.HandleFunc("POST /certificates/report", call(a.reportCertificates, a.log))
 	mux.HandleFunc("POST /enrolment/groups", call(a.listGroups, a.log))

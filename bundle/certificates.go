@@ -3,6 +3,7 @@ package bundle
 import (
 	"cmp"
 	"context"
+	"iter"
 	"slices"
 	"time"
 
@@ -21,13 +22,22 @@ type CertificatesRequest struct {
 	PEM      bool     `json:"pem,omitempty"`     // with the certificates themselves
 	// Reason is for revocations: unspecified, keyCompromise, affiliationChanged, superseded, cessationOfOperation. "": unspecified.
 	Reason string `json:"reason,omitempty"`
+	// Below is for lists alone: a revocation says exactly what it means.
+
+	Name   string    `json:"name,omitempty"`          // the common name
+	Method string    `json:"requestMethod,omitempty"` // csr, operator, …
+	State  string    `json:"state,omitempty"`         // good, ended, revoked
+	Since  time.Time `json:"since,omitzero"`          // made then or later
+	Until  time.Time `json:"until,omitzero"`          // made before
 }
 
 // Certificate is an entry of the ledger.
 type Certificate struct {
 	Serial    string     `json:"serial"`
-	DeviceID  string     `json:"deviceId"`
-	Owner     string     `json:"owner,omitempty"` // "": an operator made it for whoever has the device
+	DeviceID  string     `json:"deviceId"` // "": of none
+	Name      string     `json:"commonName"`
+	Profile   string     `json:"profile,omitempty"` // client, service; "": a device's identity
+	Owner     string     `json:"owner,omitempty"`   // "": an operator made it for whoever has the device
 	Method    string     `json:"requestMethod"`
 	User      string     `json:"requestedBy,omitempty"`
 	Key       string     `json:"publicKey"` // names it, a UUID
@@ -42,7 +52,7 @@ type Certificate struct {
 
 func certificateFrom(c hub.Certificate, withPEM bool) Certificate {
 	out := Certificate{
-		Serial: c.Serial, DeviceID: string(c.Device), Owner: string(c.Owner), Method: string(c.How), User: c.User, Key: c.Key, Issuer: c.Issuer,
+		Serial: c.Serial, DeviceID: string(c.Device), Name: c.Name, Profile: string(c.Profile), Owner: string(c.Owner), Method: string(c.How), User: c.User, Key: c.Key, Issuer: c.Issuer,
 		Created: c.Created, NotBefore: c.NotBefore, NotAfter: c.NotAfter,
 	}
 	if withPEM {
@@ -83,12 +93,52 @@ func (q CertificatesRequest) filter() (hub.CertificateFilter, error) {
 	return f, nil
 }
 
+// found yields the certificates that a search means, in no order. An error is the last element.
+func (a *assembly) found(ctx context.Context, q CertificatesRequest) iter.Seq2[Certificate, error] {
+	return func(yield func(Certificate, error) bool) {
+		f, err := q.filter()
+		if q.Name != "" {
+			f.Names = []string{q.Name}
+		}
+		if q.State != "" && q.State != "good" && q.State != "ended" && q.State != "revoked" {
+			err = hub.NewError(hub.Invalid, "state-unknown", "the states are good, ended and revoked")
+		}
+		if err != nil {
+			yield(Certificate{}, err)
+			return
+		}
+		now := time.Now()
+		for c, err := range a.certificates.Certificates(ctx, f) {
+			if err != nil {
+				yield(Certificate{}, err)
+				return
+			}
+			out := certificateFrom(c, q.PEM)
+			switch {
+			case q.Method != "" && q.Method != out.Method, q.State != "" && q.State != out.State(now),
+				out.Created.Before(q.Since), !q.Until.IsZero() && !out.Created.Before(q.Until):
+				continue
+			}
+			if !yield(out, nil) {
+				return
+			}
+		}
+	}
+}
+
+// State is good, ended or revoked; what was revoked before its end stays so.
+func (c *Certificate) State(now time.Time) string {
+	switch {
+	case c.Revoked != nil:
+		return "revoked"
+	case !now.Before(c.NotAfter):
+		return "ended"
+	}
+	return "good"
+}
+
 // listCertificates answers the newest entries of the ledger, newest first.
 func (a *assembly) listCertificates(ctx context.Context, q CertificatesRequest) ([]Certificate, error) {
-	f, err := q.filter()
-	if err != nil {
-		return nil, err
-	}
 	limit := cmp.Or(q.Limit, maxCertificates)
 	if limit < 0 || limit > maxCertificates {
 		return nil, hub.NewError(hub.Invalid, "limit-invalid", "the limit is from 1 to 10000")
@@ -97,11 +147,11 @@ func (a *assembly) listCertificates(ctx context.Context, q CertificatesRequest) 
 	newestFirst := func(a, b Certificate) int {
 		return cmp.Or(b.Created.Compare(a.Created), cmp.Compare(a.Serial, b.Serial))
 	}
-	for c, err := range a.certificates.Certificates(ctx, f) {
+	for c, err := range a.found(ctx, q) {
 		if err != nil {
 			return nil, err
 		}
-		out = append(out, certificateFrom(c, q.PEM))
+		out = append(out, c)
 		if len(out) >= 2*limit { // the ledger has no order of time
 			slices.SortFunc(out, newestFirst)
 			out = out[:limit]
@@ -109,6 +159,34 @@ func (a *assembly) listCertificates(ctx context.Context, q CertificatesRequest) 
 	}
 	slices.SortFunc(out, newestFirst)
 	return out[:min(limit, len(out))], nil
+}
+
+// exportLine is a line of an export. The last one is an error, or says that it is.
+type exportLine struct {
+	Certificate *Certificate `json:"certificate,omitempty"`
+	Error       *wireError   `json:"error,omitempty"`
+	Last        bool         `json:"last,omitempty"`
+}
+
+// exportCertificates answers all certificates that are meant as they are read, however many they are.
+func (a *assembly) exportCertificates(ctx context.Context, q CertificatesRequest) (iter.Seq[exportLine], error) {
+	if q.Limit != 0 {
+		return nil, hub.NewError(hub.Invalid, "limit-invalid", "an export has no limit")
+	}
+	return func(yield func(exportLine) bool) {
+		for c, err := range a.found(ctx, q) {
+			if err != nil {
+				code, text := hub.Public(err)
+				a.log.ErrorContext(ctx, "an export of the certificates' ledger ended before its end", "error", err)
+				yield(exportLine{Error: &wireError{hub.KindOf(err), code, text}})
+				return
+			}
+			if !yield(exportLine{Certificate: &c}) {
+				return
+			}
+		}
+		yield(exportLine{Last: true})
+	}, nil
 }
 
 // revokeCertificates revokes what is named, and answers what was good until then. Nothing named is no way to say all.
@@ -120,6 +198,9 @@ func (a *assembly) revokeCertificates(ctx context.Context, q CertificatesRequest
 	reason, err := hub.ParseRevocationReason(cmp.Or(q.Reason, "unspecified"))
 	if err != nil {
 		return nil, err
+	}
+	if q.Name != "" || q.Method != "" || q.State != "" || !q.Since.IsZero() || !q.Until.IsZero() {
+		return nil, hub.NewError(hub.Invalid, "filter-invalid", "a revocation names certificates, or a device, and looks for nothing")
 	}
 	if len(f.Serials) == 0 && len(f.Devices) == 0 {
 		return nil, hub.NewError(hub.Invalid, "filter-empty", "name certificates or a device")

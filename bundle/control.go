@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"iter"
 	"net"
 	"net/http"
 	"path/filepath"
@@ -206,43 +207,58 @@ func Dial(data string) (*Control, error) {
 const maxAnswer = 16 << 20
 
 func (c *Control) call(ctx context.Context, method, path string, q, a any) error {
+	answer, err := c.ask(ctx, method, path, q)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = answer.Close() }()
+	if a == nil {
+		return nil
+	}
+	if err := json.NewDecoder(io.LimitReader(answer, maxAnswer)).Decode(a); err != nil {
+		return notUnderstood(err)
+	}
+	return nil
+}
+
+func notUnderstood(err error) error {
+	return &hub.Error{Kind: hub.Internal, Code: "answer-malformed", Text: "the hub's answer was not understood; are hub and command of the same version?", Err: err}
+}
+
+// ask makes a call and returns the body of the answer, which the caller closes; an error that was answered is an error.
+func (c *Control) ask(ctx context.Context, method, path string, q any) (io.ReadCloser, error) {
 	var body io.Reader
 	if q != nil {
 		b, err := json.Marshal(q)
 		if err != nil {
-			return fmt.Errorf("write the call: %w", err)
+			return nil, fmt.Errorf("write the call: %w", err)
 		}
 		body = bytes.NewReader(b)
 	}
 	r, err := http.NewRequestWithContext(ctx, method, "http://hub"+path, body)
 	if err != nil {
-		return fmt.Errorf("write the call: %w", err)
+		return nil, fmt.Errorf("write the call: %w", err)
 	}
 	resp, err := c.http.Do(r)
 	if err != nil {
 		var e *hub.Error
 		if errors.As(err, &e) {
-			return e
+			return nil, e
 		}
-		return &hub.Error{Kind: hub.Unavailable, Code: "hub-gone", Text: "the hub did not answer; it may be stopping", Err: err}
+		return nil, &hub.Error{Kind: hub.Unavailable, Code: "hub-gone", Text: "the hub did not answer; it may be stopping", Err: err}
+	}
+	if resp.StatusCode == http.StatusOK {
+		return resp.Body, nil
 	}
 	defer func() { _ = resp.Body.Close() }()
-	dec := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer))
-	if resp.StatusCode != http.StatusOK {
-		var e wireError
-		if err := dec.Decode(&e); err != nil || e.Code == "" {
-			return &hub.Error{Kind: hub.Internal, Code: "answer-malformed", Text: "the hub answered " + resp.Status, Err: err}
-		}
-		return &hub.Error{Kind: e.Kind, Code: e.Code, Text: e.Message}
+	var e wireError
+	if err := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer)).Decode(&e); err != nil || e.Code == "" {
+		return nil, &hub.Error{Kind: hub.Internal, Code: "answer-malformed", Text: "the hub answered " + resp.Status, Err: err}
 	}
-	if a == nil {
-		return nil
-	}
-	if err := dec.Decode(a); err != nil {
-		return &hub.Error{Kind: hub.Internal, Code: "answer-malformed", Text: "the hub's answer was not understood; are hub and command of the same version?", Err: err}
-	}
-	return nil
+	return nil, e.error()
 }
+
+func (e wireError) error() error { return &hub.Error{Kind: e.Kind, Code: e.Code, Text: e.Message} }
 
 // Status asks how the hub is.
 func (c *Control) Status(ctx context.Context) (s Status, err error) {
@@ -343,6 +359,40 @@ func (c *Control) Issue(ctx context.Context, deviceID string, validity time.Dura
 func (c *Control) Certificates(ctx context.Context, q CertificatesRequest) (cs []Certificate, err error) {
 	err = c.call(ctx, http.MethodPost, "/certificates", q, &cs)
 	return cs, err
+}
+
+// ExportCertificates yields all certificates that are meant as the hub reads them, in no order. An error is the last element, also
+// when the answer ends before its end.
+func (c *Control) ExportCertificates(ctx context.Context, q CertificatesRequest) iter.Seq2[Certificate, error] {
+	return func(yield func(Certificate, error) bool) {
+		answer, err := c.ask(ctx, http.MethodPost, "/certificates/export", q)
+		if err != nil {
+			yield(Certificate{}, err)
+			return
+		}
+		defer func() { _ = answer.Close() }()
+		for dec := json.NewDecoder(answer); ; {
+			var line exportLine
+			err := dec.Decode(&line)
+			switch {
+			case err != nil:
+				err = notUnderstood(err)
+			case line.Last:
+				return
+			case line.Error != nil:
+				err = line.Error.error()
+			case line.Certificate == nil:
+				err = notUnderstood(errors.New("a line has nothing"))
+			}
+			if err != nil {
+				yield(Certificate{}, err)
+				return
+			}
+			if !yield(*line.Certificate, nil) {
+				return
+			}
+		}
+	}
 }
 
 // RevokeCertificates revokes the certificates that are meant, which must name some or a device, and returns what was good until

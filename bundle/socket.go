@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"iter"
 	"log/slog"
 	"net"
 	"net/http"
@@ -258,6 +259,21 @@ func call[Q, A any](do func(ctx context.Context, q Q) (A, error), log *slog.Logg
 			refuse(w, err)
 			return
 		}
+		if lines, ok := any(a).(iter.Seq[exportLine]); ok {
+			replyLines(w, lines)
+			return
+		}
 		reply(w, http.StatusOK, a)
+	}
+}
+
+// replyLines answers one line of JSON after another.
+func replyLines(w http.ResponseWriter, lines iter.Seq[exportLine]) {
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	enc := json.NewEncoder(w)
+	for line := range lines {
+		if enc.Encode(line) != nil {
+			return // the caller is gone, nobody to tell
+		}
 	}
 }

@@ -1,8 +1,14 @@
 package main
 
 import (
+	"bufio"
+	"cmp"
+	"encoding/csv"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"slices"
 	"time"
 
@@ -20,24 +26,77 @@ func newCerts(p process) *cobra.Command {
 		cmd.Flags().StringVar(&q.DeviceID, "device-id", "", "only those of this device")
 		cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON, for scripts")
 	}
+	var search bundle.CertificatesRequest
+	var since, until string
+	var limit int
+	searches := func(cmd *cobra.Command) {
+		f := cmd.Flags()
+		f.StringVar(&search.DeviceID, "device-id", "", "only those of this device")
+		f.StringVar(&search.Owner, "owner", "", "only those that were signed for this owner")
+		f.StringVar(&search.Name, "name", "", "only those of this common name")
+		f.StringVar(&search.Method, "method", "", "only those that were requested in this way: csr, operator, unknown")
+		f.StringVar(&search.State, "state", "", "only those that are good, ended or revoked")
+		f.StringVar(&since, "since", "", "only what was made since: a duration such as 1h or 7d, or a time such as 2026-05-01T12:00:00Z")
+		f.StringVar(&until, "until", "", "only what was made before, likewise")
+	}
+	times := func() (err error) {
+		if since != "" {
+			if search.Since, err = sinceTime("--since", since, time.Now()); err != nil {
+				return err
+			}
+		}
+		if until != "" {
+			search.Until, err = sinceTime("--until", until, time.Now())
+		}
+		return err
+	}
 	list := &cobra.Command{
 		Use:   "list",
-		Short: "List the certificates of devices, newest first",
-		Long: "list shows the ledger of the hub's device authority: each certificate that it has signed, until 90 days after its end.\n" +
-			"Certificates of other authorities are not in it.",
+		Short: "List the certificates that the hub has signed, newest first",
+		Long: "list shows the ledger: each certificate that the hub has signed for devices, applications and services, until 90 days after its\n" +
+			"end. Certificates of other authorities are not in it.",
 		Args: none,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := times(); err != nil {
+				return err
+			}
 			c, err := control(cmd)
 			if err != nil {
 				return err
 			}
-			cs, err := c.Certificates(cmd.Context(), q)
+			search.Limit = limit
+			cs, err := c.Certificates(cmd.Context(), search)
 			return printCertificates(p, cs, err, asJSON, "there is no certificate")
 		},
 	}
-	filters(list)
-	list.Flags().StringVar(&q.Owner, "owner", "", "only those that were signed for this owner")
-	list.Flags().IntVar(&q.Limit, "limit", 1000, "at most so many, up to 10000")
+	searches(list)
+	list.Flags().BoolVar(&asJSON, "json", false, "print JSON, for scripts")
+	list.Flags().IntVar(&limit, "limit", 1000, "at most so many, up to 10000")
+	var format string
+	export := &cobra.Command{
+		Use:   "export",
+		Short: "Write the whole ledger, or what is looked for in it, for other programs",
+		Long: "export writes all certificates that list would show, however many, in no order: one JSON object a line, or CSV with heads. When it\n" +
+			"fails, what was written before is not all.",
+		Example: "  coaphub certs export --format csv > certificates.csv\n  coaphub certs export --state revoked --since 30d",
+		Args:    none,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if format != "jsonl" && format != "csv" {
+				return usage("--format: jsonl or csv")
+			}
+			if err := times(); err != nil {
+				return err
+			}
+			c, err := control(cmd)
+			if err != nil {
+				return err
+			}
+			return exportCertificates(p.out, c.ExportCertificates(cmd.Context(), search), format, search.PEM)
+		},
+	}
+	searches(export)
+	export.Flags().StringVar(&format, "format", "jsonl", "jsonl or csv")
+	export.Flags().BoolVar(&search.PEM, "pem", false, "with the certificates themselves")
 	show := &cobra.Command{
 		Use:   "show SERIAL",
 		Short: "Show a certificate: what the ledger knows, and the certificate (PEM)",
@@ -131,7 +190,57 @@ func newCerts(p process) *cobra.Command {
 	}
 	report.Flags().StringVar(&within, "within", "30d", "what ends in this time ends soon")
 	report.Flags().BoolVar(&asJSON, "json", false, "print JSON, for scripts")
-	return group("certs", "The certificates of devices that the hub has signed", list, show, revoke, report)
+	return group("certs", "The certificates that the hub has signed", list, show, export, revoke, report)
+}
+
+// exportCertificates writes certificates as they come.
+func exportCertificates(w io.Writer, cs iter.Seq2[bundle.Certificate, error], format string, withPEM bool) (err error) {
+	out := bufio.NewWriter(w)
+	defer func() { err = errors.Join(err, out.Flush()) }()
+	if format == "jsonl" {
+		enc := json.NewEncoder(out)
+		enc.SetEscapeHTML(false)
+		for c, err := range cs {
+			if err != nil {
+				return err
+			}
+			if err := enc.Encode(c); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	rows := csv.NewWriter(out)
+	defer rows.Flush() // before out's
+	heads := []string{
+		"serial", "deviceId", "commonName", "profile", "owner", "requestMethod", "requestedBy", "publicKey", "issuerId", "created", "notBefore",
+		"notAfter", "revoked", "reason",
+	}
+	if withPEM {
+		heads = append(heads, "pem")
+	}
+	if err := rows.Write(heads); err != nil {
+		return err
+	}
+	at := func(t time.Time) string { return t.UTC().Format(time.RFC3339) }
+	for c, err := range cs {
+		if err != nil {
+			return err
+		}
+		row := []string{
+			c.Serial, c.DeviceID, c.Name, c.Profile, c.Owner, c.Method, c.User, c.Key, c.Issuer, at(c.Created), at(c.NotBefore), at(c.NotAfter), "", c.Reason,
+		}
+		if c.Revoked != nil {
+			row[12] = at(*c.Revoked)
+		}
+		if withPEM {
+			row = append(row, c.PEM)
+		}
+		if err := rows.Write(row); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func printReport(p process, r bundle.CertificateReport, within string) error {
@@ -165,20 +274,17 @@ func printCertificates(p process, cs []bundle.Certificate, err error, asJSON boo
 	if asJSON {
 		return printJSON(p.out, cs)
 	}
-	t := newTable(p.out, "SERIAL", "DEVICE", "OWNER", "REQUESTED", "SINCE", "UNTIL", "STATE")
+	t := newTable(p.out, "SERIAL", "DEVICE OR NAME", "OWNER", "REQUESTED", "SINCE", "UNTIL", "STATE")
 	for _, c := range cs {
-		state := "good"
-		switch now := time.Now(); {
-		case c.Revoked != nil:
+		state := c.State(time.Now())
+		if c.Revoked != nil {
 			state = fmt.Sprintf("revoked %s: %s", c.Revoked.Local().Format(time.DateTime), c.Reason)
-		case now.After(c.NotAfter):
-			state = "ended"
 		}
 		by := c.Method
 		if c.User != "" {
 			by += " by " + c.User
 		}
-		t.row(c.Serial, c.DeviceID, c.Owner, by, c.NotBefore.Local().Format(time.DateOnly), c.NotAfter.Local().Format(time.DateOnly), state)
+		t.row(c.Serial, cmp.Or(c.DeviceID, c.Name), c.Owner, by, c.NotBefore.Local().Format(time.DateOnly), c.NotAfter.Local().Format(time.DateOnly), state)
 	}
 	if len(cs) == 0 {
 		t.note = none

@@ -29,7 +29,7 @@ func newHistory(p process) *cobra.Command {
 			var q client.EventQuery
 			q.DeviceIDs, q.Resources = about(device, href)
 			if since != "" {
-				if q.After, err = sinceTime(since, time.Now()); err != nil {
+				if q.After, err = sinceTime("--since", since, time.Now()); err != nil {
 					return err
 				}
 			}
@@ -60,15 +60,15 @@ func newHistory(p process) *cobra.Command {
 	return cmd
 }
 
-// sinceTime reads --since.
-func sinceTime(s string, now time.Time) (time.Time, error) {
+// sinceTime reads a flag such as --since.
+func sinceTime(flag, s string, now time.Time) (time.Time, error) {
 	// The API's times are nanoseconds since 1970 in 64 bits, which end in 2262.
 	if at, err := time.Parse(time.RFC3339Nano, s); err == nil && at.Year() > 1970 && at.Year() < 2262 {
 		return at, nil
 	}
 	d, err := conf.ParseDuration(s)
 	if err != nil || d < 0 {
-		return time.Time{}, usage("--since: %q is neither a duration like 1h or 7d nor a time like 2026-05-01T12:00:00Z", s)
+		return time.Time{}, usage("%s: %q is neither a duration like 1h or 7d nor a time like 2026-05-01T12:00:00Z", flag, s)
 	}
 	return now.Add(-d), nil
 }

@@ -547,7 +547,7 @@ func TestTextsAreSafeForTerminalsAndShells(t *testing.T) {
 	}
 	now := time.Date(2026, 1, 2, 0, 0, 0, 0, time.UTC)
 	for in, want := range map[string]time.Time{"1d": now.Add(-24 * time.Hour), "2026-05-01T12:00:00Z": time.Date(2026, 5, 1, 12, 0, 0, 0, time.UTC)} {
-		if got, err := sinceTime(in, now); err != nil || !got.Equal(want) {
+		if got, err := sinceTime("--since", in, now); err != nil || !got.Equal(want) {
 			t.Errorf("since %q = %v, %v", in, got, err)
 		}
 	}
