@@ -116,6 +116,12 @@ func TestRollIssuing(t *testing.T) {
 	o.start(open(t, o.a.dir))
 	check("after a restart")
 
+	for _, c := range []*x509.Certificate{good, sign()} { // and each is renewed
+		if _, ours := o.RenewAt(c); !ours || o.Vouch(t.Context(), []*x509.Certificate{c}) != nil {
+			t.Errorf("a certificate of %s is not renewed", c.Issuer)
+		}
+	}
+
 	wantCode(t, "retiring what signs", o.a.Retire(now.name), hub.Precondition, "issuer-in-use")
 	wantCode(t, "retiring the root", o.a.Retire(o.a.line(Device).roots[0].name), hub.Precondition, "issuer-in-use")
 	wantCode(t, "retiring what is not there", o.a.Retire(testHub), hub.NotFound, "issuer-unknown")
@@ -139,7 +145,7 @@ func TestRollIssuing(t *testing.T) {
 	gone := func(when string) {
 		t.Helper()
 		for i, c := range forged {
-			if !o.Revoked(c) {
+			if !o.Revoked(c) || o.Vouch(t.Context(), []*x509.Certificate{c, old.issuing}) == nil {
 				t.Errorf("%s: forged certificate %d is good", when, i)
 			}
 		}
@@ -210,6 +216,12 @@ func TestRollRoot(t *testing.T) {
 	overlap := roots()
 	if len(overlap) != 2 || !overlap[0].Equal(old) {
 		t.Fatalf("%d roots are given out, the one in use first: %t", len(overlap), overlap[0].Equal(old))
+	}
+	// RFC 7030, Section 4.1.3: old with old, new with new, and new with old.
+	anchors := o.Anchors()
+	if len(anchors) != 4 || !anchors[0].Equal(old) || !anchors[1].Equal(overlap[1]) || anchors[2].CheckSignatureFrom(old) != nil ||
+		!bytes.Equal(anchors[2].RawSubjectPublicKeyInfo, overlap[1].RawSubjectPublicKeyInfo) {
+		t.Errorf("devices that enrol are given %d anchors", len(anchors))
 	}
 	between := device()
 	if between.AuthorityKeyId == nil || between.CheckSignatureFrom(o.a.signer(Device).issuing) != nil || o.a.signer(Device).root.Equal(overlap[1]) {
