@@ -50,6 +50,8 @@ type Authority struct {
 
 	changing sync.Mutex // held by who changes dir
 	lines    atomic.Pointer[map[Root]line]
+
+	registrar *Registrar
 }
 
 // Keys has issuing keys elsewhere than in files: in a hardware security module, or with a key management service. Root keys are
@@ -84,6 +86,7 @@ func OpenWith(dir string, hubID string, keys Keys) (*Authority, error) {
 		}
 	}
 	a.lines.Store(&lines)
+	a.registrar = newRegistrar(dir, func() signer { return a.signer(Device) })
 	return a, nil
 }
 

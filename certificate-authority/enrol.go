@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -58,6 +59,9 @@ type enrolment struct {
 	Problem string             `json:"problem,omitempty"`
 	Created time.Time          `json:"created"`
 	Changed time.Time          `json:"changed"`
+	// The request that had to wait, base64, and SCEP's name for it.
+	Transaction string `json:"transaction,omitempty"`
+	CSR         string `json:"csr,omitempty"`
 }
 
 func (e *enrolment) enrolment(dev string) hub.Enrolment {
@@ -96,13 +100,14 @@ func damaged(what string, err error) error {
 }
 
 var (
-	errProof      = hub.NewError(hub.Unauthenticated, "enrolment-unproven", "nothing was shown that this hub takes for an enrolment")
-	errNotAllowed = hub.NewError(hub.Denied, "enrolment-not-allowed", "the group of this device does not name it")
-	errRefused    = hub.NewError(hub.Denied, "enrolment-refused", "somebody refused this device")
-	errTaken      = hub.NewError(hub.Denied, "enrolment-device-taken", "another factory key enrolled as this device")
-	errRenewal    = hub.NewError(hub.Denied, "renewal-without-certificate", "a renewal is made under the certificate that it renews")
-	errName       = hub.NewError(hub.Invalid, "csr-name", "the request does not name the device: its common name is uuid: and the ID, or on the first request anything else")
-	errUndecided  = hub.NewError(hub.Exhausted, "enrolments-limit", "too many devices wait for a decision")
+	errProof       = hub.NewError(hub.Unauthenticated, "enrolment-unproven", "nothing was shown that this hub takes for an enrolment")
+	errNotAllowed  = hub.NewError(hub.Denied, "enrolment-not-allowed", "the group of this device does not name it")
+	errRefused     = hub.NewError(hub.Denied, "enrolment-refused", "somebody refused this device")
+	errTaken       = hub.NewError(hub.Denied, "enrolment-device-taken", "another factory key enrolled as this device")
+	errRenewal     = hub.NewError(hub.Denied, "renewal-without-certificate", "a renewal is made under the certificate that it renews")
+	errName        = hub.NewError(hub.Invalid, "csr-name", "the request does not name the device: its common name is uuid: and the ID, or on the first request anything else")
+	errNotEnrolled = hub.NewError(hub.NotFound, "enrolment-unknown", "this device has not asked to enrol")
+	errUndecided   = hub.NewError(hub.Exhausted, "enrolments-limit", "too many devices wait for a decision")
 )
 
 func errWaiting() error {
@@ -118,6 +123,7 @@ type applicant struct {
 	allowed   bool // nobody need be asked
 	current   string
 	token     *store.Doc
+	challenge string // SCEP's, beside the certificate that is renewed
 }
 
 // Enrol gives a device its identity certificate, or another one: for a chain of certificates that leads to a group's CA, for a
@@ -142,7 +148,13 @@ func (s *Service) Enrol(ctx context.Context, proof hub.EnrolmentProof, csr []byt
 		return out, &hub.Error{Kind: hub.Exhausted, Code: "enrolments-busy", Text: "too many devices enrol at this moment", RetryAfter: again}
 	}
 	defer place.Leave()
-	req, named, err := parseKey(csr)
+	scep := proof.Transaction != ""
+	if csr == nil && scep {
+		if csr, err = s.waiting(ctx, proof); err != nil {
+			return out, err
+		}
+	}
+	req, named, err := parseKey(csr, scep)
 	if err != nil {
 		return out, err
 	}
@@ -151,12 +163,15 @@ func (s *Service) Enrol(ctx context.Context, proof hub.EnrolmentProof, csr []byt
 		return out, err
 	}
 	how = a.By
+	if scep {
+		a.Transaction, a.CSR, a.challenge = proof.Transaction, base64.StdEncoding.EncodeToString(csr), proof.Token
+	}
 	switch {
 	case renew && a.By != hub.ByRenewal:
 		return out, errRenewal
 	// RFC 7030, Section 4.2.2: a renewal has the subject of the certificate that is renewed. The first request may have any,
-	// since the subject is ours to choose, but another device's.
-	case renew && named != a.device, named != "" && named != a.device:
+	// since the subject is ours to choose, but another device's. So may those of SCEP, whose clients have it in their configuration.
+	case renew && !scep && named != a.device, named != "" && named != a.device:
 		return out, errName
 	case a.device == s.a.hubID:
 		return out, errOfHub
@@ -180,6 +195,7 @@ func (s *Service) enrol(ctx context.Context, a applicant, req request) (*x509.Ce
 		return nil, err
 	}
 	e, before := a.enrolment, enrolment{}
+	e.Transaction, e.CSR = "", "" // it did not have to wait yet
 	if doc.Rev != 0 {
 		if e, err = decodeEnrolment(doc); err != nil {
 			return nil, err
@@ -196,15 +212,24 @@ func (s *Service) enrol(ctx context.Context, a applicant, req request) (*x509.Ce
 	} else {
 		e.Created = time.Now().UTC()
 	}
-	leaf, err := s.step(ctx, a, &e, req)
+	if a.By == hub.ByRenewal && a.Transaction != "" {
+		err = s.renews(ctx, &a, &e, req, doc.Rev != 0)
+	}
+	var leaf *x509.Certificate
+	if err == nil {
+		leaf, err = s.step(ctx, a, &e, req)
+	}
 	e.Problem = ""
 	if err != nil {
 		e.Problem, _ = hub.Public(err)
 		if e.Problem == "enrolment-waiting" {
-			e.Problem = ""
+			e.Problem, e.Transaction, e.CSR = "", a.Transaction, a.CSR
 		}
 	} else {
 		e.State, e.Serial = hub.EnrolmentIssued, hub.SerialOf(leaf.SerialNumber)
+		if e.Transaction != a.Transaction { // else its answer may be lost, and it asks again
+			e.Transaction, e.CSR = "", ""
+		}
 	}
 	if e.State == "" || e == before && time.Since(e.Changed) < recorded { // refused for a reason that says nothing about the device
 		return leaf, err
@@ -286,6 +311,14 @@ func (s *Service) lately(ctx context.Context, a applicant, req request) (*x509.C
 
 // prove finds out which device it is.
 func (s *Service) prove(ctx context.Context, proof hub.EnrolmentProof, req request, named hub.DeviceID) (applicant, error) {
+	if len(proof.Chain) > 0 { // SCEP's challenge may stand beside it
+		if own, err := s.verifyOwn(proof.Chain); err == nil {
+			if err := s.denied(proof.Chain, s.above(own)); err != nil {
+				return applicant{}, err
+			}
+			return s.byCurrent(ctx, own)
+		}
+	}
 	switch {
 	case proof.Token != "":
 		return s.byToken(ctx, proof.Token, req, named)
@@ -301,12 +334,6 @@ func (s *Service) prove(ctx context.Context, proof hub.EnrolmentProof, req reque
 		return a, nil
 	case len(proof.Chain) == 0:
 		return applicant{}, errProof
-	}
-	if own, err := s.verifyOwn(proof.Chain); err == nil {
-		if err := s.denied(proof.Chain, s.above(own)); err != nil {
-			return applicant{}, err
-		}
-		return s.byCurrent(ctx, own)
 	}
 	g, err := s.groupOf(ctx, proof.Chain)
 	if err == nil {
@@ -510,7 +537,7 @@ func (s *Service) decide(ctx context.Context, dev hub.DeviceID, allow bool, user
 		return e, false, err
 	}
 	if doc.Rev == 0 {
-		return e, false, hub.NewError(hub.NotFound, "enrolment-unknown", "this device has not asked to enrol")
+		return e, false, errNotEnrolled
 	}
 	if e, err = decodeEnrolment(doc); err != nil {
 		return e, false, err

@@ -94,7 +94,7 @@ func parsePair(text []byte) (*x509.Certificate, crypto.Signer, error) {
 
 // writePair writes the file whole or not at all, and it is on the disk on return: a root that was given to devices must
 // not be lost with the machine's next crash. A nil key is not in it.
-func writePair(file string, cert *x509.Certificate, key crypto.Signer) (err error) {
+func writePair(file string, cert *x509.Certificate, key crypto.Signer) error {
 	text := certPEM(cert)
 	if key != nil {
 		keyText, err := keyPEM(key)
@@ -103,6 +103,10 @@ func writePair(file string, cert *x509.Certificate, key crypto.Signer) (err erro
 		}
 		text = append(text, keyText...)
 	}
+	return writeSecret(file, text)
+}
+
+func writeSecret(file string, text []byte) (err error) {
 	dir := filepath.Dir(file)
 	f, err := os.CreateTemp(dir, ".new-*") // CreateTemp makes it 0600
 	if err != nil {

@@ -5,6 +5,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -91,8 +92,14 @@ func (s signer) signKey(key crypto.PublicKey, name string, validity time.Duratio
 			t.DNSNames = append(t.DNSNames, h)
 		}
 	}
-	if _, ec := key.(*ecdsa.PublicKey); !ec {
-		t.KeyUsage &^= x509.KeyUsageKeyAgreement // a key of Ed25519 signs only (RFC 8410, Section 5)
+	if t.KeyUsage&x509.KeyUsageKeyAgreement != 0 {
+		switch key.(type) {
+		case *ecdsa.PublicKey:
+		case *rsa.PublicKey: // it agrees on nothing, and the answer to a renewal by SCEP is encrypted to it
+			t.KeyUsage ^= x509.KeyUsageKeyAgreement | x509.KeyUsageKeyEncipherment
+		default:
+			t.KeyUsage &^= x509.KeyUsageKeyAgreement // a key of Ed25519 signs only (RFC 8410, Section 5)
+		}
 	}
 	return create(t, s.issuing, key, s.key)
 }

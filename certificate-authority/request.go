@@ -41,9 +41,11 @@ func parseRequest(b []byte) (request, error) {
 }
 
 // parseKey reads a request whose device others know. It returns the device that it names as identity certificates do, too; "" if
-// its subject is anything else.
-func parseKey(b []byte) (req request, named hub.DeviceID, err error) {
-	csr, err := parseCSR(b, deviceUsage)
+// its subject is anything else. rsaToo lets the key be RSA, too.
+func parseKey(b []byte, rsaToo bool) (req request, named hub.DeviceID, err error) {
+	use := deviceUsage
+	use.rsa = rsaToo
+	csr, err := parseCSR(b, use)
 	if err != nil {
 		return request{}, "", err
 	}

@@ -5,7 +5,8 @@ import (
 	"time"
 )
 
-// EnrolmentProof is what a device shows of itself to get its first identity certificate, or another one. One of them is set.
+// EnrolmentProof is what a device shows of itself to get its first identity certificate, or another one. One of Chain, PSK and Token
+// is set. SCEP's messages have Chain always, and Token, too, when they come with a challenge.
 type EnrolmentProof struct {
 	// Chain begins with the certificate whose key the peer has; behind it is what the peer sent along. Nobody has verified it.
 	Chain []*x509.Certificate
@@ -13,6 +14,9 @@ type EnrolmentProof struct {
 	PSK DeviceID
 	// Token is a one-time token.
 	Token string
+	// Transaction is set for SCEP, where it names what the client wants: a request that has to wait is kept under it, and goes on
+	// when it comes without request. Only with it a key may be RSA.
+	Transaction string
 }
 
 // Enrolled is what a device gets.
