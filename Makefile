@@ -23,6 +23,8 @@ others:
 	@tools/need coap-client-gnutls libcoap3-bin
 	@tools/need curl curl
 	@tools/need openssl openssl
+	@tools/need scepclient scep
+	@tools/need pki strongswan-pki libstrongswan-extra-plugins
 	@tools/need node nodejs
 	@tools/need npm npm
 	@[ test/npm-coap/node_modules -nt test/npm-coap/package-lock.json ] || \

@@ -181,7 +181,7 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	a.identities.Barred(a.devices.EndDenied)
 	a.identities.EndCredentials(a.endCredentials)
 	a.enrol, err = enrolmentgateway.New(cfg.EnrolmentGateway, enrolmentgateway.Deps{
-		Authority: a.certificates, Certificate: certificate, PSK: a.psk.key, EngineMetrics: engine,
+		Authority: a.certificates, Registrar: a.authority.Registrar(), Certificate: certificate, PSK: a.psk.key, EngineMetrics: engine,
 		Refused: func(remote net.Addr, reason string) {
 			a.devices.Refuse(coapgateway.Refusal{Remote: remote.String(), What: "enrolment", Reason: reason})
 		},

@@ -26,7 +26,7 @@ type CoAPConfig struct {
 
 // HTTPConfig is everything below enrolmentGateway.api.http.
 type HTTPConfig struct {
-	// Address to listen on for EST over HTTPS (RFC 7030); always TLS, with the hub's certificate towards devices.
+	// Address to listen on for EST over HTTPS (RFC 7030) and SCEP (RFC 8894); always TLS, with the hub's certificate towards devices.
 	Address string `yaml:"address"`
 	// MaxConnections in all; more wait in the system's queue.
 	MaxConnections int           `yaml:"maxConnections"`

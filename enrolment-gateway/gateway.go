@@ -14,9 +14,11 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/admission"
 	"github.com/coaphub/coaphub/internal/coap"
 	"github.com/coaphub/coaphub/internal/est"
 	"github.com/coaphub/coaphub/internal/obs"
+	"github.com/coaphub/coaphub/internal/scep"
 )
 
 // Authority decides who gets a certificate.
@@ -27,9 +29,17 @@ type Authority interface {
 	Vouch(ctx context.Context, chain []*x509.Certificate) error
 }
 
+// Registrar is what clients of SCEP encrypt to, and take answers from. Its key is RSA and does not leave it.
+type Registrar interface {
+	scep.Key
+	Certificate() (*x509.Certificate, error)
+}
+
 // Deps is what a gateway needs of others.
 type Deps struct {
 	Authority Authority
+	// Registrar is for SCEP; nil: there is none.
+	Registrar Registrar
 	// Certificate is the hub's certificate towards devices. It is asked at each handshake.
 	Certificate func() (*tls.Certificate, error)
 	// PSK returns the pre-shared key of a device, nil if it has none.
@@ -53,6 +63,7 @@ type Gateway struct {
 	engine  *coap.Server
 	tls     *tls.Config
 	proxies proxies
+	opening *admission.Queue // of SCEP's messages
 	answers *prometheus.CounterVec
 }
 
@@ -68,7 +79,7 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 	g := &Gateway{cfg: cfg, deps: deps, log: log, answers: prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "coaphub_enrolment_requests_total",
 		Help: "Requests of devices that enrol, by door, operation and answer. coaphub_enrolments_total has the reasons.",
-	}, []string{"door", "operation", "answer"})}
+	}, []string{"door", "operation", "answer"}), opening: admission.NewQueue(maxOpening, openQueue, openPatience)}
 	var err error
 	if g.proxies, err = newProxies(cfg.API.HTTP.Proxies); err != nil {
 		return nil, err

@@ -3,6 +3,7 @@ package enrolmentgateway
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"math"
@@ -45,7 +46,7 @@ const bodyTime = 20 * time.Second
 // operations are the paths of EST over HTTPS (RFC 7030, Section 3.2.2), and ours.
 func (g *Gateway) handler() http.Handler {
 	type operation struct {
-		method string
+		method string // "": several
 		do     func(w http.ResponseWriter, r *http.Request) error
 	}
 	operations := map[string]operation{
@@ -54,6 +55,9 @@ func (g *Gateway) handler() http.Handler {
 		est.Path + "simpleenroll":   {http.MethodPost, func(w http.ResponseWriter, r *http.Request) error { return g.postRequest(w, r, false) }},
 		est.Path + "simplereenroll": {http.MethodPost, func(w http.ResponseWriter, r *http.Request) error { return g.postRequest(w, r, true) }},
 		tokenPath:                   {http.MethodPost, g.postToken},
+	}
+	for _, path := range scepPaths {
+		operations[path] = operation{"", g.scep}
 	}
 	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		w := &recorder{ResponseWriter: rw, code: http.StatusOK}
@@ -70,12 +74,11 @@ func (g *Gateway) handler() http.Handler {
 		switch {
 		case !known:
 			name, err = "unknown", errPath
-		case r.Method != op.method:
+		case op.method != "" && r.Method != op.method:
 			w.Header().Set("Allow", op.method)
 			err = &hub.Error{Kind: hub.MethodNotAllowed}
 		default:
 			_ = http.NewResponseController(rw).SetReadDeadline(time.Now().Add(bodyTime))
-			r.Body = http.MaxBytesReader(w, r.Body, maxBody)
 			err = op.do(w, r)
 		}
 		if err == nil {
@@ -191,11 +194,15 @@ func readBody(r *http.Request, mediaType string) ([]byte, error) {
 			return nil, hub.NewError(hub.Unsupported, "format-unsupported", "the body must be "+mediaType)
 		}
 	}
-	body, err := io.ReadAll(r.Body)
+	return readAtMost(r, maxBody)
+}
+
+func readAtMost(r *http.Request, most int64) ([]byte, error) {
+	body, err := io.ReadAll(http.MaxBytesReader(nil, r.Body, most))
 	var large *http.MaxBytesError
 	switch {
 	case errors.As(err, &large):
-		return nil, hub.NewError(hub.TooLarge, "body-too-large", "the body has at most 24 KiB")
+		return nil, hub.NewError(hub.TooLarge, "body-too-large", fmt.Sprintf("the body has at most %d KiB", most>>10))
 	case err != nil:
 		return nil, hub.NewError(hub.Invalid, "body-incomplete", "the body did not arrive").With("read", err)
 	}
