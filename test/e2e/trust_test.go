@@ -150,6 +150,10 @@ func TestEndOfTrust(t *testing.T) {
 					}
 				}
 			}
+			cs, err := h.Control.Certificates(ctx, bundle.CertificatesRequest{DeviceID: deviceID(3)})
+			if err != nil || slices.ContainsFunc(cs, func(c bundle.Certificate) bool { return c.Reason != "cessationOfOperation" }) {
+				t.Errorf("the certificates of the deleted device are %+v, %v", cs, err)
+			}
 			for _, when := range []string{"now", "after a restart"} {
 				if when != "now" {
 					again(t, h)
