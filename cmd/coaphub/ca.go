@@ -277,14 +277,15 @@ func writeIdentity(dir string, id bundle.Identity) error {
 	return nil
 }
 
-// writeFile puts a file in place in one step: one that was there may have another mode, and others may have it open.
+// writeFile puts a file in place in one step, also if power fails: one that was there may have another mode, and others may have it
+// open.
 func writeFile(path string, b []byte, mode os.FileMode) error {
 	f, err := os.CreateTemp(filepath.Dir(path), ".new-*") // 0600
 	if err != nil {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
 	_, err = f.Write(b)
-	err = errors.Join(err, f.Chmod(mode), f.Close())
+	err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close())
 	if err == nil {
 		err = os.Rename(f.Name(), path)
 	}

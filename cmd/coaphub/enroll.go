@@ -1,6 +1,9 @@
 package main
 
 import (
+	"crypto/sha256"
+	"encoding/pem"
+	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -182,8 +185,13 @@ func printEnrolmentToken(p process, t bundle.EnrolmentToken) error {
 	if t.Endpoints.Enrolment == "" {
 		return nil
 	}
-	_, err := fmt.Fprintf(p.out, "\non the device (ca.pem: coaphub ca root > ca.pem, carried there by a way that you trust):\n"+
-		"  coaphub agent enroll --server %s --ca ca.pem --token %s --out DIR\n", t.Endpoints.Enrolment, t.Token)
+	// The fingerprint goes the way of the token; a file would have to be carried besides.
+	block, _ := pem.Decode([]byte(t.CA))
+	if block == nil {
+		return errors.New("the hub's root is not PEM")
+	}
+	_, err := fmt.Fprintf(p.out, "\non the device (--ca-sha256 names the hub's root; coaphub ca root > ca.pem and --ca ca.pem do, too):\n"+
+		"  coaphub agent enroll --server %s --ca-sha256 %x --token %s --out DIR\n", t.Endpoints.Enrolment, sha256.Sum256(block.Bytes), t.Token)
 	return err
 }
 

@@ -39,7 +39,7 @@ func TestTour(t *testing.T) {
 	}
 	p := serve(t, filepath.Join(home, "data"))
 	here := func(p *process) *strings.Replacer {
-		return strings.NewReplacer("127.0.0.1:5684", p.coaps(), "http://127.0.0.1:8080", p.ready["http"])
+		return strings.NewReplacer("127.0.0.1:5684", p.coaps(), "http://127.0.0.1:8080", p.ready["http"], "coaps://127.0.0.1:15684", p.ready["enrolment"])
 	}
 	steps := tourStep.FindAllStringSubmatch(tour, -1)
 	if len(steps) < 8 {
