@@ -101,6 +101,7 @@ func damaged(what string, err error) error {
 
 var (
 	errProof       = hub.NewError(hub.Unauthenticated, "enrolment-unproven", "nothing was shown that this hub takes for an enrolment")
+	errRevoked     = hub.NewError(hub.Unauthenticated, "certificate-revoked", "the device's certificate was revoked")
 	errNotAllowed  = hub.NewError(hub.Denied, "enrolment-not-allowed", "the group of this device does not name it")
 	errRefused     = hub.NewError(hub.Denied, "enrolment-refused", "somebody refused this device")
 	errTaken       = hub.NewError(hub.Denied, "enrolment-device-taken", "another factory key enrolled as this device")
@@ -130,7 +131,7 @@ type applicant struct {
 // certificate of this authority that is good (a renewal, the only thing that is allowed if renew is set), for the device's
 // pre-shared key, or for a one-time token. The subject is the device's, whatever the request says; a request that names another
 // device is Invalid. Whoever comes again within a day with the same key gets the same certificate. Kinds: Unauthenticated
-// ("enrolment-unproven", "token-unknown"), Denied, Invalid and TooLarge for the request, Exhausted, and Unavailable with the code
+// ("enrolment-unproven", "certificate-revoked", "token-unknown"), Denied, Invalid and TooLarge for the request, Exhausted, and Unavailable with the code
 // "enrolment-waiting" while somebody has to decide. What is returned is in the ledger.
 func (s *Service) Enrol(ctx context.Context, proof hub.EnrolmentProof, csr []byte, renew bool) (out hub.Enrolled, err error) {
 	const op = "certificateauthority.Enrol"
@@ -312,11 +313,15 @@ func (s *Service) lately(ctx context.Context, a applicant, req request) (*x509.C
 // prove finds out which device it is.
 func (s *Service) prove(ctx context.Context, proof hub.EnrolmentProof, req request, named hub.DeviceID) (applicant, error) {
 	if len(proof.Chain) > 0 { // SCEP's challenge may stand beside it
-		if own, err := s.verifyOwn(proof.Chain); err == nil {
+		own, err := s.verifyOwn(proof.Chain)
+		switch {
+		case err == nil:
 			if err := s.denied(proof.Chain, s.above(own)); err != nil {
 				return applicant{}, err
 			}
 			return s.byCurrent(ctx, own)
+		case errors.Is(err, errRevoked):
+			return applicant{}, err
 		}
 	}
 	switch {
@@ -391,7 +396,8 @@ func (s *Service) byCurrent(ctx context.Context, leaf *x509.Certificate) (applic
 	return a, nil
 }
 
-// verifyOwn verifies a chain that leads to the device root, and returns its leaf. Errors are Unauthenticated.
+// verifyOwn verifies a chain that leads to the device root, and returns its leaf. Errors are Unauthenticated, and errRevoked if the
+// leaf was revoked.
 func (s *Service) verifyOwn(chain []*x509.Certificate) (*x509.Certificate, error) {
 	between := s.a.DeviceIntermediates()
 	pool := x509.NewCertPool()
@@ -407,7 +413,7 @@ func (s *Service) verifyOwn(chain []*x509.Certificate) (*x509.Certificate, error
 	case !slices.ContainsFunc(chain[0].UnknownExtKeyUsage, OCFIdentity.Equal):
 		return nil, errProof
 	case s.Revoked(chain[0]):
-		return nil, errProof
+		return nil, errRevoked
 	}
 	return chain[0], nil
 }
@@ -418,8 +424,12 @@ func (s *Service) Vouch(ctx context.Context, chain []*x509.Certificate) error {
 	if len(chain) == 0 {
 		return errProof
 	}
-	if own, err := s.verifyOwn(chain); err == nil {
+	own, err := s.verifyOwn(chain)
+	switch {
+	case err == nil:
 		return s.denied(chain, s.above(own))
+	case errors.Is(err, errRevoked): // a group may be of whom it likes, but revoked is revoked
+		return err
 	}
 	g, err := s.groupOf(ctx, chain)
 	if err == nil {

@@ -457,10 +457,15 @@ func TestRenewal(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err = renew(first, csr)
-	wantCode(t, "under a revoked certificate", err, hub.Unauthenticated, "enrolment-unproven")
-	if err := o.Vouch(t.Context(), []*x509.Certificate{first}); !hub.IsKind(err, hub.Unauthenticated) {
-		t.Errorf("the handshake with a revoked certificate: %v", err)
+	wantCode(t, "under a revoked certificate", err, hub.Unauthenticated, "certificate-revoked")
+	wantCode(t, "the handshake with a revoked certificate", o.Vouch(t.Context(), []*x509.Certificate{first}), hub.Unauthenticated, "certificate-revoked")
+	// Also where the hub's own root is a group's.
+	if _, err := o.SetGroup(t.Context(), hub.EnrolmentGroup{Name: "own", Owner: "alice", Chain: string(certPEM(o.Anchors()[0]))}); err != nil {
+		t.Fatal(err)
 	}
+	wantCode(t, "the handshake with a revoked certificate, where its CA is a group's", o.Vouch(t.Context(), []*x509.Certificate{first, out.Chain[1]}), hub.Unauthenticated, "certificate-revoked")
+	_, err = o.Enrol(t.Context(), shown(first, out.Chain[1]), csr, false)
+	wantCode(t, "under a revoked certificate, where its CA is a group's", err, hub.Unauthenticated, "certificate-revoked")
 	if err := o.Vouch(t.Context(), []*x509.Certificate{late.Chain[0]}); err != nil {
 		t.Errorf("the handshake with a good one: %v", err)
 	}

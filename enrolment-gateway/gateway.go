@@ -135,6 +135,7 @@ func (g *Gateway) Run(ctx context.Context, ready func()) error {
 			}
 			return g.tls.VerifyConnection(s)
 		}
+		conf.GetConfigForClient = g.refusing(conf.Clone())
 		ln := tls.NewListener(netutil.LimitListener(g.deps.HTTP, g.cfg.API.HTTP.MaxConnections), conf)
 		group.Go(func() error { return obs.ServeHTTP(ctx, ln, g.handler(), time.Second, g.log, func() {}) })
 	}
@@ -148,6 +149,21 @@ func (g *Gateway) Run(ctx context.Context, ready func()) error {
 		return fmt.Errorf("serve enrolment: %w", err)
 	}
 	return nil
+}
+
+// refusing has who was refused for his certificate be told of; the engine does that for CoAP, and net/http does not.
+func (g *Gateway) refusing(conf *tls.Config) func(*tls.ClientHelloInfo) (*tls.Config, error) {
+	return func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+		own := conf.Clone()
+		own.VerifyConnection = func(s tls.ConnectionState) error {
+			err := conf.VerifyConnection(s)
+			if err != nil {
+				g.deps.Refused(hello.Conn.RemoteAddr(), "handshake-failed: "+err.Error())
+			}
+			return err
+		}
+		return own, nil
+	}
 }
 
 func (g *Gateway) dtlsConfig() coap.DTLSConfig {
@@ -173,7 +189,11 @@ func (g *Gateway) dtlsConfig() coap.DTLSConfig {
 		if peer.PSKIdentity != nil || len(peer.Chain) == 0 {
 			return nil
 		}
-		return g.deps.Authority.Vouch(context.Background(), peer.Chain)
+		err := g.deps.Authority.Vouch(context.Background(), peer.Chain)
+		if code, _ := hub.Public(err); err != nil && code == "certificate-revoked" {
+			return coap.ErrRevoked // which has an alert of its own
+		}
+		return err
 	}
 	return conf
 }
