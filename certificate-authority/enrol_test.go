@@ -596,3 +596,43 @@ func TestRenewAt(t *testing.T) {
 		t.Error("another authority's certificate is taken for ours")
 	}
 }
+
+// Whatever somebody writes into a group, it is an error of his, or certificates of CAs, each once and in their order.
+func FuzzGroup(f *testing.F) {
+	key := newKey(f)
+	ca, err := create(&x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "factory"}, IsCA: true, BasicConstraintsValid: true,
+		NotBefore: time.Unix(0, 0), NotAfter: time.Unix(1<<32, 0),
+	}, caOf("factory"), &key.PublicKey, key)
+	if err != nil {
+		f.Fatal(err)
+	}
+	text := string(certPEM(ca))
+	for _, chain := range []string{text, text + text, "\n" + text + "\n", text[:len(text)/2], strings.Replace(text, "MII", "MIJ", 1), "", "-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n", "x" + text, text + "x"} {
+		f.Add("lamps", chain, string(testDev))
+		f.Add("\x00", chain, "")
+	}
+	f.Fuzz(func(t *testing.T, name, chain, dev string) {
+		in := hub.EnrolmentGroup{Name: name, Owner: "alice", Chain: chain, Allow: []hub.DeviceID{hub.DeviceID(dev), hub.DeviceID(dev)}}
+		g, err := readGroup(in)
+		if err != nil {
+			if code, _ := hub.Public(err); !hub.IsKind(err, hub.Invalid) && !hub.IsKind(err, hub.TooLarge) || code == "" {
+				t.Errorf("%v", err)
+			}
+			return
+		}
+		if g.ca == nil || len(g.Allow) != 1 || 1+len(g.above) > strings.Count(chain, "BEGIN CERTIFICATE") {
+			t.Errorf("%+v", g)
+		}
+		for _, c := range append([]*x509.Certificate{g.ca}, g.above...) {
+			if !c.IsCA {
+				t.Errorf("%s is no CA", c.Subject)
+			}
+		}
+		// What was read can be read again, as it is at the next start.
+		if _, err := readGroup(g.EnrolmentGroup); err != nil {
+			t.Errorf("the second time: %v", err)
+		}
+		_ = g.verify([]*x509.Certificate{ca}, time.Now())
+	})
+}

@@ -3,8 +3,10 @@ package enrolmentgateway
 import (
 	"context"
 	"encoding/pem"
+	"errors"
 	"log/slog"
 	"strings"
+	"time"
 
 	"github.com/fxamacker/cbor/v2"
 	"github.com/plgd-dev/go-coap/v3/message"
@@ -26,12 +28,17 @@ type peer struct {
 	gw    *Gateway
 	log   *slog.Logger
 	proof hub.EnrolmentProof // what its handshake has shown
+	idle  *time.Timer        // ends the connection
 }
+
+var errIdle = errors.New("the device has asked for nothing for a while")
 
 // Open implements coap.Handler.
 func (g *Gateway) Open(c *coap.Conn) (coap.ConnHandler, error) {
 	info := c.Info()
 	p := &peer{gw: g, log: g.log.With("remote", info.Remote.String())}
+	// A device that answers pings is not silent for the engine, however little it wants.
+	p.idle = time.AfterFunc(idleTime, func() { c.Close(errIdle) })
 	switch {
 	case info.Peer.PSKIdentity != nil:
 		p.proof.PSK, _ = hub.ParseDeviceID(string(info.Peer.PSKIdentity)) // or it would have no key
@@ -47,7 +54,7 @@ func (g *Gateway) Open(c *coap.Conn) (coap.ConnHandler, error) {
 func (*peer) Notifications(context.Context, []coap.Notification) {}
 
 // Closed implements coap.ConnHandler.
-func (*peer) Closed(error) {}
+func (p *peer) Closed(error) { p.idle.Stop() }
 
 // resource is what there is at a path.
 type resource struct {
@@ -71,6 +78,7 @@ var errPath = hub.NewError(hub.NotFound, "path-unknown", "there is nothing at th
 func (p *peer) Request(ctx context.Context, req *coap.Message) coap.Response {
 	ctx, cancel := context.WithTimeout(ctx, answerTime)
 	defer cancel()
+	p.idle.Reset(idleTime)
 	path := coap.Path(req)
 	var resp coap.Response
 	var err error
@@ -197,6 +205,9 @@ var decoding = func() cbor.DecMode {
 var errTokenBody = hub.NewError(hub.Invalid, "body-invalid", "the body must be a map with the texts token and csr, the latter PEM")
 
 func (p *peer) enrolByToken(ctx context.Context, req *coap.Message, _ int32) (codes.Code, []byte, error) {
+	if f, ok := coap.ContentFormat(req); ok && f != hub.FormatCBOR && f != hub.FormatOCFCBOR {
+		return 0, nil, hub.NewError(hub.Unsupported, "format-unsupported", "the body must be application/cbor (60)")
+	}
 	var q tokenRequest
 	if err := decoding.Unmarshal(req.Payload, &q); err != nil || q.Token == "" || q.CSR == "" {
 		return 0, nil, errTokenBody.With("decode", err)

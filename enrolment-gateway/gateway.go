@@ -71,7 +71,7 @@ type Gateway struct {
 // RFC 7252, Section 4.8.2), and has a person's patience before.
 const answerTime = 30 * time.Second
 
-// idleTime ends a connection that says nothing: whoever got his certificate has nothing more to do here.
+// idleTime ends a connection that asks for nothing: whoever got his certificate has nothing more to do here.
 const idleTime = time.Minute
 
 // New makes a gateway of a valid configuration. It fails if a file cannot be read.
