@@ -363,6 +363,16 @@ func (s *Service) release(ctx context.Context, dev hub.DeviceID) error {
 
 // mayReserve refuses one more ID for an owner who has many that are kept, and have not signed up.
 func (s *Service) mayReserve(ctx context.Context, owner hub.Owner, now time.Time) error {
+	n := 0
+	for _, err := range s.docs.FindKeys(ctx, collReserved, indexOwner+string(owner)) {
+		if err != nil {
+			return err
+		}
+		n++
+	}
+	if n < maxReserved { // of which some may have had their time
+		return nil
+	}
 	var kept []hub.DeviceID
 	for doc, err := range s.docs.Find(ctx, collReserved, indexOwner+string(owner)) {
 		if err != nil {
