@@ -140,7 +140,7 @@ func TestRenewalBySCEP(t *testing.T) {
 	if _, err := o.Revoke(t.Context(), hub.CertificateFilter{All: true, Serials: []string{now.Serial}}, hub.RevokedUnspecified); err != nil {
 		t.Fatal(err)
 	}
-	wantCode(t, "a revoked certificate", renew(""), hub.Unauthenticated, "enrolment-unproven")
+	wantCode(t, "a revoked certificate", renew(""), hub.Unauthenticated, "certificate-revoked")
 }
 
 // Who has to wait asks again with the name of the transaction alone, and with the same factory key; the answer may get lost.

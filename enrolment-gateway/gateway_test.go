@@ -650,6 +650,9 @@ func TestIdleConnection(t *testing.T) {
 			}
 			_, _ = c.Write(b[:n])
 		}
+		if err := c.SetReadDeadline(begin.Add(10 * idleTime)); err != nil {
+			t.Fatal(err)
+		}
 		send(message.Message{Code: codes.CSM})
 		half := time.AfterFunc(idleTime/2, func() {
 			opts, _, err := message.Options{}.SetPath(make([]byte, 64), est.Path+"att")

@@ -456,6 +456,13 @@ func TestIdentityFolderIsNeverHalf(t *testing.T) {
 		for range 2 { // plain files are replaced, then links
 			before := pairIn(t, dir).Leaf
 			leaf, key := next()
+			text, err := keyPEM(key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := writeFile(id.path(fileNext), text, 0o600); err != nil {
+				t.Fatal(err)
+			}
 			steps, err := id.steps([]*x509.Certificate{leaf}, key, []*x509.Certificate{ca.Leaf})
 			if err != nil {
 				t.Fatal(err)
@@ -468,6 +475,13 @@ func TestIdentityFolderIsNeverHalf(t *testing.T) {
 			}
 			if now := pairIn(t, dir).Leaf; !now.Equal(before) && !now.Equal(leaf) {
 				t.Errorf("after %d steps it has neither", stop)
+			}
+			have, err := id.current()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if next, err := id.nextKey(have); err != nil || next.(*ecdsa.PrivateKey).PublicKey.Equal(have.Leaf.PublicKey) {
+				t.Errorf("after %d steps the next certificate would be for the same key, %v", stop, err)
 			}
 			leaf, key = next()
 			if err := id.install([]*x509.Certificate{leaf}, key, []*x509.Certificate{ca.Leaf}); err != nil {
