@@ -609,13 +609,14 @@ func TestSlowBody(t *testing.T) {
 		d := start(t, Default(), f, Deps{HTTP: p})
 		c := d.shake(p)
 		begin := time.Now()
-		go func() { // ends with the connection
+		var drip sync.WaitGroup
+		drip.Go(func() { // ends with the connection
 			_, err := fmt.Fprintf(c, "POST %ssimpleenroll HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n", est.Path)
 			for err == nil {
 				time.Sleep(time.Second)
 				_, err = c.Write([]byte("M"))
 			}
-		}()
+		})
 		r := bufio.NewReader(c)
 		resp, err := http.ReadResponse(r, nil)
 		if err != nil {
@@ -630,6 +631,7 @@ func TestSlowBody(t *testing.T) {
 			t.Errorf("the connection goes on with %d bytes", n)
 		}
 		_ = c.Close()
+		drip.Wait()
 		f.unasked(t)
 	})
 }
