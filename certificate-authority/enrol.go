@@ -111,6 +111,10 @@ var (
 	errUndecided   = hub.NewError(hub.Exhausted, "enrolments-limit", "too many devices wait for a decision")
 )
 
+func errBusy(again time.Duration) error {
+	return &hub.Error{Kind: hub.Exhausted, Code: "enrolments-busy", Text: "too many devices enrol at this moment", RetryAfter: again}
+}
+
 func errWaiting() error {
 	return &hub.Error{
 		Kind: hub.Unavailable, Code: "enrolment-waiting", Text: "somebody has to allow this device; it may ask again", RetryAfter: askAgain,
@@ -122,9 +126,13 @@ type applicant struct {
 	enrolment // as it would be, if it is the first
 	device    hub.DeviceID
 	allowed   bool // nobody need be asked
+	claims    bool // the device says its ID itself, for the first time
+	nameless  bool // its group lets it say its ID, and it did not yet
 	current   string
 	token     *store.Doc
+	repeats   bool   // the token is used up: this is the same request once more
 	challenge string // SCEP's, beside the certificate that is renewed
+	group     *group
 }
 
 // Enrol gives a device its identity certificate, or another one: for a chain of certificates that leads to a group's CA, for a
@@ -146,7 +154,7 @@ func (s *Service) Enrol(ctx context.Context, proof hub.EnrolmentProof, csr []byt
 	}()
 	place, again := s.enrolling.Enter(ctx)
 	if again > 0 {
-		return out, &hub.Error{Kind: hub.Exhausted, Code: "enrolments-busy", Text: "too many devices enrol at this moment", RetryAfter: again}
+		return out, errBusy(again)
 	}
 	defer place.Leave()
 	scep := proof.Transaction != ""
@@ -181,7 +189,7 @@ func (s *Service) Enrol(ctx context.Context, proof hub.EnrolmentProof, csr []byt
 	turn := s.turn(a.device)
 	turn.Lock()
 	defer turn.Unlock()
-	leaf, err := s.enrol(ctx, a, req)
+	leaf, err := s.enrol(ctx, a, &req)
 	if err != nil {
 		return out, err
 	}
@@ -189,8 +197,9 @@ func (s *Service) Enrol(ctx context.Context, proof hub.EnrolmentProof, csr []byt
 	return hub.Enrolled{Device: a.device, Serial: hub.SerialOf(leaf.SerialNumber), Chain: []*x509.Certificate{leaf, by.issuing}}, nil
 }
 
-// enrol brings a device one step on in its enrolment, and keeps what went wrong. Its turn is taken.
-func (s *Service) enrol(ctx context.Context, a applicant, req request) (*x509.Certificate, error) {
+// enrol brings a device one step on in its enrolment, and keeps what went wrong. Without a request it is allowed only, and gets
+// nothing. Its turn is taken.
+func (s *Service) enrol(ctx context.Context, a applicant, req *request) (*x509.Certificate, error) {
 	doc, err := s.docs.Get(ctx, collEnrolments, string(a.device))
 	if err != nil {
 		return nil, err
@@ -206,6 +215,9 @@ func (s *Service) enrol(ctx context.Context, a applicant, req request) (*x509.Ce
 			return nil, errTaken
 		}
 		before = e
+		if a.By == hub.ByFactory && before.Key != a.Key && !a.allowed && before.State != hub.EnrolmentRefused {
+			e.State = "" // what was allowed was not this key
+		}
 		e.Owner = a.Owner
 		if a.By != hub.ByRenewal { // which changes nothing of how it came here
 			e.Group, e.By, e.Proof, e.Key = a.Group, a.By, a.Proof, a.Key
@@ -213,8 +225,16 @@ func (s *Service) enrol(ctx context.Context, a applicant, req request) (*x509.Ce
 	} else {
 		e.Created = time.Now().UTC()
 	}
+	if a.claims {
+		if doc.Rev != 0 && before.Key != a.Key {
+			return nil, errIDInUse
+		}
+		if err := s.claim(ctx, a); err != nil {
+			return nil, err
+		}
+	}
 	if a.By == hub.ByRenewal && a.Transaction != "" {
-		err = s.renews(ctx, &a, &e, req, doc.Rev != 0)
+		err = s.renews(ctx, &a, &e, *req, doc.Rev != 0)
 	}
 	var leaf *x509.Certificate
 	if err == nil {
@@ -226,11 +246,14 @@ func (s *Service) enrol(ctx context.Context, a applicant, req request) (*x509.Ce
 		if e.Problem == "enrolment-waiting" {
 			e.Problem, e.Transaction, e.CSR = "", a.Transaction, a.CSR
 		}
-	} else {
+	} else if leaf != nil {
 		e.State, e.Serial = hub.EnrolmentIssued, hub.SerialOf(leaf.SerialNumber)
 		if e.Transaction != a.Transaction { // else its answer may be lost, and it asks again
 			e.Transaction, e.CSR = "", ""
 		}
+	}
+	if a.By == hub.ByRenewal && before.State == hub.EnrolmentWaiting {
+		e.State = before.State // a factory key waits, and is not allowed by that
 	}
 	if e.State == "" || e == before && time.Since(e.Changed) < recorded { // refused for a reason that says nothing about the device
 		return leaf, err
@@ -249,9 +272,9 @@ func (s *Service) enrol(ctx context.Context, a applicant, req request) (*x509.Ce
 }
 
 // step decides what a device may have now.
-func (s *Service) step(ctx context.Context, a applicant, e *enrolment, req request) (*x509.Certificate, error) {
+func (s *Service) step(ctx context.Context, a applicant, e *enrolment, req *request) (*x509.Certificate, error) {
 	switch {
-	case e.State == hub.EnrolmentRefused && a.token == nil: // a person made the token after that
+	case e.State == hub.EnrolmentRefused && (a.token == nil || a.repeats): // a token that is not used up was made after that
 		return nil, errRefused
 	case e.State == hub.EnrolmentAllowed, e.State == hub.EnrolmentIssued, a.allowed:
 	case e.State == hub.EnrolmentWaiting:
@@ -272,15 +295,21 @@ func (s *Service) step(ctx context.Context, a applicant, e *enrolment, req reque
 	if e.State == "" || e.State == hub.EnrolmentWaiting {
 		e.State = hub.EnrolmentAllowed
 	}
+	if req == nil {
+		if err := s.owners.Admits(ctx, a.device, nil); err != nil {
+			return nil, err
+		}
+		return nil, s.entitled(ctx, e.Owner, a.device)
+	}
 	if a.token != nil {
-		if err := s.redeem(ctx, a, req); err != nil {
+		if err := s.redeem(ctx, a, *req); err != nil {
 			return nil, err
 		}
 	}
-	if leaf, err := s.lately(ctx, a, req); leaf != nil || err != nil {
+	if leaf, err := s.lately(ctx, a, *req); leaf != nil || err != nil {
 		return leaf, err
 	}
-	return s.sign(ctx, req, entry{Device: a.device, Owner: e.Owner, How: a.By, User: e.User, Proof: a.Proof})
+	return s.sign(ctx, *req, entry{Device: a.device, Owner: e.Owner, How: a.By, User: e.User, Proof: a.Proof})
 }
 
 // lately is what the device got for this key within the last day, other than the certificate that it showed; nil if there is none.
@@ -340,22 +369,11 @@ func (s *Service) prove(ctx context.Context, proof hub.EnrolmentProof, req reque
 	case len(proof.Chain) == 0:
 		return applicant{}, errProof
 	}
-	g, err := s.groupOf(ctx, proof.Chain)
-	if err == nil {
-		err = s.denied(proof.Chain, []*x509.Certificate{g.ca})
-	}
-	if err != nil {
-		return applicant{}, err
-	}
-	leaf := proof.Chain[0]
-	a := applicant{device: s.deviceOf(leaf), allowed: !g.Approval, enrolment: enrolment{
-		By: hub.ByFactory, Group: g.ID, Owner: g.Owner, Key: nameOf(leaf.RawSubjectPublicKeyInfo),
-		Proof: fmt.Sprintf("factory certificate %s of %s", hub.SerialOf(leaf.SerialNumber), leaf.Issuer.CommonName),
-	}}
-	if len(g.Allow) > 0 && !slices.Contains(g.Allow, a.device) {
+	a, err := s.byFactory(ctx, proof.Chain, named)
+	if err == nil && !a.mayCome() {
 		return a, errNotAllowed
 	}
-	return a, nil
+	return a, err
 }
 
 // deviceOf is the device that a factory key stands for: the one that the manufacturer names, else an ID that is made of the key
@@ -431,7 +449,7 @@ func (s *Service) Vouch(ctx context.Context, chain []*x509.Certificate) error {
 	case errors.Is(err, errRevoked): // a group may be of whom it likes, but revoked is revoked
 		return err
 	}
-	g, err := s.groupOf(ctx, chain)
+	g, err := s.groupOf(ctx, chain, saying{})
 	if err == nil {
 		err = s.denied(chain, []*x509.Certificate{g.ca})
 	}

@@ -351,6 +351,15 @@ func TestEnrolByToken(t *testing.T) {
 	}
 	_, err = o.enrol(proof, "uuid:"+string(testDev))
 	wantCode(t, "another key", err, hub.Unauthenticated, "token-unknown")
+	// Refused, and its certificate revoked, it gets no other one for what is used up; a new token is a new decision.
+	if _, err := o.Decide(t.Context(), []hub.DeviceID{testDev}, false, "eve"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := o.Revoke(t.Context(), hub.CertificateFilter{All: true, Serials: []string{out.Serial}}, hub.RevokedUnspecified); err != nil {
+		t.Fatal(err)
+	}
+	_, err = o.Enrol(t.Context(), proof, csr, false)
+	wantCode(t, "the same once more after it was refused", err, hub.Denied, "enrolment-refused")
 	if ts, err := o.Tokens(t.Context(), "alice"); err != nil || len(ts) != 1 || ts[0].ID != made.ID || ts[0].UsedBy != testDev {
 		t.Errorf("tokens: %+v, %v", ts, err)
 	}

@@ -27,6 +27,8 @@ const (
 	// maxChain bounds the PEM of a group's CA and what is above it.
 	maxChain = 64 << 10
 	maxName  = 256
+	// pskLength is how much of a group's key devices get: it is one for AES-128 (OCF Security, oic.sec.cred).
+	pskLength, maxPSK = 16, 256
 )
 
 // group is a group ready for use.
@@ -35,6 +37,7 @@ type group struct {
 	rev   uint64
 	ca    *x509.Certificate   // the first of Chain
 	above []*x509.Certificate // the others
+	psk   []byte              // sealed
 }
 
 // groupDoc is such a document.
@@ -45,6 +48,8 @@ type groupDoc struct {
 	Allow    []hub.DeviceID `json:"allow,omitempty"`
 	Approval bool           `json:"approval,omitempty"`
 	Expired  bool           `json:"expired,omitempty"`
+	Named    bool           `json:"named,omitempty"`
+	PSK      []byte         `json:"psk,omitempty"` // sealed
 	Created  time.Time      `json:"created"`
 	User     string         `json:"user,omitempty"`
 }
@@ -58,6 +63,8 @@ func readGroup(g hub.EnrolmentGroup) (*group, error) {
 		return nil, hub.NewError(hub.Invalid, "group-name-invalid", "a group's name has at most 256 bytes, and no control characters")
 	case len(g.Chain) > maxChain:
 		return nil, hub.NewError(hub.TooLarge, "group-chain-too-large", "a group's certificates have at most 64 KiB")
+	case g.PSK != "" && (len(g.PSK) < pskLength || len(g.PSK) > maxPSK):
+		return nil, hub.NewError(hub.Invalid, "group-psk-invalid", "a group's pre-shared key has 16 to 256 bytes, of which devices get 16")
 	case len(g.Allow) > maxAllow:
 		return nil, hub.NewError(hub.TooLarge, "group-allow-too-long", "a group names at most 100000 devices")
 	}
@@ -116,12 +123,12 @@ func (s *Service) readGroups(ctx context.Context) ([]*group, error) {
 		}
 		g, err := readGroup(hub.EnrolmentGroup{
 			ID: doc.Key, Name: d.Name, Owner: d.Owner, Chain: d.Chain, Allow: d.Allow, Approval: d.Approval, Expired: d.Expired,
-			Created: d.Created, User: d.User,
+			Named: d.Named, HasPSK: len(d.PSK) > 0, Created: d.Created, User: d.User,
 		})
 		if err != nil {
 			return nil, damaged("an enrolment group", err)
 		}
-		g.rev = doc.Rev
+		g.rev, g.psk = doc.Rev, d.PSK
 		out = append(out, g)
 	}
 	slices.SortFunc(out, func(a, b *group) int { return cmp.Or(a.Created.Compare(b.Created), cmp.Compare(a.ID, b.ID)) })
@@ -131,20 +138,19 @@ func (s *Service) readGroups(ctx context.Context) ([]*group, error) {
 
 // groupOf finds the group that a chain leads to; of several the first that names the device, else the one that names none.
 // What leads nowhere is Unauthenticated.
-func (s *Service) groupOf(ctx context.Context, chain []*x509.Certificate) (*group, error) {
+func (s *Service) groupOf(ctx context.Context, chain []*x509.Certificate, said saying) (*group, error) {
 	gs, err := s.all(ctx)
 	if err != nil {
 		return nil, err
 	}
 	var open *group
 	var why error
-	dev := s.deviceOf(chain[0])
 	for _, g := range gs {
 		if err := g.verify(chain, time.Now()); err != nil {
 			why = err
 			continue
 		}
-		if _, named := slices.BinarySearch(g.Allow, dev); named {
+		if _, named := slices.BinarySearch(g.Allow, s.deviceIn(g, chain[0], said)); named {
 			return g, nil
 		}
 		if open == nil || len(open.Allow) > 0 && len(g.Allow) == 0 {
@@ -177,8 +183,8 @@ func (g *group) verify(chain []*x509.Certificate, now time.Time) error {
 	return err
 }
 
-// SetGroup makes a group, if it has no ID yet, or replaces the one that has this ID; then its owner and creation stay. It returns
-// the group as it is stored. Kinds: Invalid and TooLarge for what is in it, Exhausted at 1000 groups, NotFound for an ID that there
+// SetGroup makes a group, if it has no ID yet, or replaces the one that has this ID; then its owner and creation stay, and its
+// pre-shared key if HasPSK says so and there is no other. It returns the group as it is stored. Kinds: Invalid and TooLarge for what is in it, Exhausted at 1000 groups, NotFound for an ID that there
 // is not, Precondition ("group-ca-taken") if another owner has the devices of the same CA and one of both names none: else it
 // could take the other's.
 func (s *Service) SetGroup(ctx context.Context, g hub.EnrolmentGroup) (hub.EnrolmentGroup, error) {
@@ -197,23 +203,33 @@ func (s *Service) setGroup(ctx context.Context, g hub.EnrolmentGroup) (hub.Enrol
 	if err != nil {
 		return hub.EnrolmentGroup{}, err
 	}
-	rev := uint64(0)
+	rev, sealed := uint64(0), []byte(nil)
 	if g.ID != "" {
 		i := slices.IndexFunc(gs, func(o *group) bool { return o.ID == g.ID })
 		if i < 0 {
 			return hub.EnrolmentGroup{}, errNoGroup
 		}
-		g.Owner, g.Created, g.User, rev = gs[i].Owner, gs[i].Created, gs[i].User, gs[i].rev
+		g.Owner, g.Created, g.User, rev, sealed = gs[i].Owner, gs[i].Created, gs[i].User, gs[i].rev, gs[i].psk
 	} else {
 		if len(gs) >= maxGroups {
 			return hub.EnrolmentGroup{}, hub.NewError(hub.Exhausted, "groups-limit", "there are 1000 enrolment groups")
 		}
 		g.ID, g.Created = uuid.NewString(), time.Now().UTC()
 	}
+	keep := g.HasPSK // nobody can write again what nobody is shown
 	in, err := readGroup(g)
 	if err != nil {
 		return hub.EnrolmentGroup{}, err
 	}
+	switch {
+	case in.PSK != "":
+		if sealed, err = s.seal(in.ID, in.PSK); err != nil {
+			return hub.EnrolmentGroup{}, err
+		}
+	case !keep:
+		sealed = nil
+	}
+	in.PSK, in.HasPSK = "", len(sealed) > 0
 	for _, o := range gs {
 		if o.ID == in.ID || !slices.Equal(o.ca.RawSubjectPublicKeyInfo, in.ca.RawSubjectPublicKeyInfo) {
 			continue
@@ -223,7 +239,10 @@ func (s *Service) setGroup(ctx context.Context, g hub.EnrolmentGroup) (hub.Enrol
 				"another group has devices of this CA; name those of this group, none of which is in the other")
 		}
 	}
-	value, err := json.Marshal(groupDoc{in.Name, in.Owner, in.Chain, in.Allow, in.Approval, in.Expired, in.Created, in.User})
+	value, err := json.Marshal(groupDoc{
+		Name: in.Name, Owner: in.Owner, Chain: in.Chain, Allow: in.Allow, Approval: in.Approval, Expired: in.Expired, Named: in.Named,
+		PSK: sealed, Created: in.Created, User: in.User,
+	})
 	if err != nil {
 		return hub.EnrolmentGroup{}, fmt.Errorf("encode an enrolment group: %w", err)
 	}
@@ -234,6 +253,9 @@ func (s *Service) setGroup(ctx context.Context, g hub.EnrolmentGroup) (hub.Enrol
 
 // disputes reports whether a device of the same CA could be meant by both groups.
 func (g *group) disputes(o *group) bool {
+	if (g.Named || o.Named) && g.Owner != o.Owner {
+		return true // whatever they name: any key of this CA may say it, and is asked for an owner before it does
+	}
 	if len(g.Allow) == 0 || len(o.Allow) == 0 {
 		// One that names devices may stand beside one of all others, if both are of the same owner.
 		return g.Owner != o.Owner || len(g.Allow) == len(o.Allow)

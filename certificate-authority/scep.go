@@ -10,14 +10,11 @@ import (
 
 // waiting is the request that was kept for SCEP's transaction, for the device with the same factory key that it came from.
 func (s *Service) waiting(ctx context.Context, proof hub.EnrolmentProof) ([]byte, error) {
-	if len(proof.Chain) == 0 {
-		return nil, errProof
-	}
-	if _, err := s.groupOf(ctx, proof.Chain); err != nil {
+	a, err := s.byFactory(ctx, proof.Chain, "")
+	if err != nil {
 		return nil, err
 	}
-	leaf := proof.Chain[0]
-	doc, err := s.docs.Get(ctx, collEnrolments, string(s.deviceOf(leaf)))
+	doc, err := s.docs.Get(ctx, collEnrolments, string(a.device))
 	if err != nil {
 		return nil, err
 	}
@@ -28,7 +25,7 @@ func (s *Service) waiting(ctx context.Context, proof hub.EnrolmentProof) ([]byte
 	if err != nil {
 		return nil, err
 	}
-	if e.Transaction != proof.Transaction || e.Key != nameOf(leaf.RawSubjectPublicKeyInfo) {
+	if e.Transaction != proof.Transaction || e.Key != a.Key {
 		return nil, errNotEnrolled
 	}
 	csr, err := base64.StdEncoding.DecodeString(e.CSR)
@@ -56,7 +53,7 @@ func (s *Service) renews(ctx context.Context, a *applicant, e *enrolment, req re
 		if t.device != a.device || a.Owner != "" && a.Owner != t.Owner {
 			return errToken
 		}
-		a.Owner, a.token = t.Owner, t.token
+		a.Owner, a.token, a.repeats = t.Owner, t.token, t.repeats
 		e.Owner, e.Group, e.By, e.Proof, e.Key, e.User = t.Owner, "", t.By, t.Proof, t.Key, t.User
 	}
 	a.Proof += ", " + shown

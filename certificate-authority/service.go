@@ -3,6 +3,7 @@ package certificateauthority
 import (
 	"cmp"
 	"context"
+	"crypto/cipher"
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/json"
@@ -79,6 +80,7 @@ type Service struct {
 
 	enrolled  *prometheus.CounterVec
 	enrolling *admission.Queue
+	secret    cipher.AEAD              // nil: groups have no pre-shared keys
 	groups    atomic.Pointer[[]*group] // nil: they have to be read
 	grouping  sync.Mutex               // held by who reads or changes them
 
@@ -189,6 +191,10 @@ func (s *Service) sweep(ctx context.Context) error {
 		s.sweepAll(ctx, collEnrolments, func(value []byte) bool {
 			var e enrolment
 			return json.Unmarshal(value, &e) == nil && e.State == hub.EnrolmentWaiting && now.Sub(e.Changed) > waitsFor
+		}),
+		s.sweepAll(ctx, collProvisioning, func(value []byte) bool {
+			var p provisioning
+			return json.Unmarshal(value, &p) == nil && now.Sub(p.Attested) > recordKept
 		}),
 	)
 }

@@ -40,6 +40,12 @@ type EnrolmentGroup struct {
 	Approval bool
 	// Expired takes factory certificates that have ended, too: many devices cannot get another.
 	Expired bool
+	// Named lets a device say its own ID when it comes for the first time, unless its manufacturer does: one that nobody has. Its
+	// factory key stands for that ID from then on.
+	Named bool
+	// PSK is a key that all devices of the group get for talking to their owner. It is written only: what is read has HasPSK.
+	PSK     string
+	HasPSK  bool
 	Created time.Time
 	User    string // who made it
 }

@@ -167,3 +167,16 @@ func TestParseDenial(t *testing.T) {
 		}
 	}
 }
+
+// An owner's UUID is the one that other hubs make of him.
+func TestOwnerUUID(t *testing.T) {
+	for owner, want := range map[hub.Owner]string{
+		"6BA7B810-9DAD-11D1-80B4-00C04FD430C8": "6ba7b810-9dad-11d1-80b4-00c04fd430c8",
+		"http://www.example.com/":              "fcde3c85-2270-590f-9e7c-ee003d65e0e2",
+		"admin":                                "f0de0e66-e6b6-5bed-9a9f-73459b6adbe7",
+	} {
+		if got := owner.UUID(); got != want {
+			t.Errorf("%s: %s, want %s", owner, got, want)
+		}
+	}
+}

@@ -1,0 +1,153 @@
+package certificateauthority
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/store"
+)
+
+// collFactoryKeys has, by factory key, the device that it stands for, where the device said so and not its manufacturer. What is
+// there stays: a key that could change its mind could be one device after the other.
+const collFactoryKeys = "factory-keys"
+
+type factoryKey struct {
+	Device hub.DeviceID `json:"device"`
+	Since  time.Time    `json:"since"`
+}
+
+// saying is what is known of a device's ID besides its factory certificate.
+type saying struct {
+	device hub.DeviceID // "" for nothing
+	kept   bool         // it said so before
+}
+
+// errIDInUse keeps a factory key from being a device that somebody else is, or may be: one that somebody owns or has a certificate for.
+// The owner's other devices are no exception, since a key in a lamp must not open his door.
+var errIDInUse = hub.NewError(hub.Denied, "enrolment-device-taken", "the ID that the device gives itself is another's")
+
+// byFactory is a device whose manufacturer vouches for it. named is the ID that it gives itself, "" for none.
+func (s *Service) byFactory(ctx context.Context, chain []*x509.Certificate, named hub.DeviceID) (applicant, error) {
+	if len(chain) == 0 {
+		return applicant{}, errProof
+	}
+	leaf := chain[0]
+	said, err := s.said(ctx, leaf, named)
+	if err != nil {
+		return applicant{}, err
+	}
+	g, err := s.groupOf(ctx, chain, said)
+	if err == nil {
+		err = s.denied(chain, []*x509.Certificate{g.ca})
+	}
+	if err != nil {
+		return applicant{}, err
+	}
+	return applicant{
+		device: s.deviceIn(g, leaf, said), allowed: !g.Approval, group: g,
+		claims:   g.Named && said.device != "" && !said.kept,
+		nameless: g.Named && named == "" && said.device == "" && identityIn(leaf.Subject) == "",
+		enrolment: enrolment{
+			By: hub.ByFactory, Group: g.ID, Owner: g.Owner, Key: nameOf(leaf.RawSubjectPublicKeyInfo),
+			Proof: fmt.Sprintf("factory certificate %s of %s", hub.SerialOf(leaf.SerialNumber), leaf.Issuer.CommonName),
+		},
+	}, nil
+}
+
+// mayCome reports whether the device's group has no list of devices, or names it.
+func (a *applicant) mayCome() bool {
+	return len(a.group.Allow) == 0 || slices.Contains(a.group.Allow, a.device)
+}
+
+// deviceIn is the device that a factory key stands for in a group.
+func (s *Service) deviceIn(g *group, leaf *x509.Certificate, said saying) hub.DeviceID {
+	if said.kept || g.Named && said.device != "" {
+		return said.device
+	}
+	return s.deviceOf(leaf)
+}
+
+// said is what a device's ID may be if its group lets it say so: what it said before, or what it says now. Nothing if the
+// manufacturer names the device, or if it enrolled under the ID that is made of its key.
+func (s *Service) said(ctx context.Context, leaf *x509.Certificate, named hub.DeviceID) (saying, error) {
+	if identityIn(leaf.Subject) != "" {
+		return saying{}, nil
+	}
+	key := nameOf(leaf.RawSubjectPublicKeyInfo)
+	kept, err := s.keptFor(ctx, key)
+	if kept != "" || err != nil {
+		return saying{kept, true}, err
+	}
+	if named == "" {
+		return saying{}, nil
+	}
+	doc, err := s.docs.Get(ctx, collEnrolments, string(s.deviceOf(leaf)))
+	if err != nil {
+		return saying{}, err
+	}
+	if doc.Rev != 0 {
+		e, err := decodeEnrolment(doc)
+		if err != nil || e.Key == key {
+			return saying{}, err
+		}
+	}
+	return saying{device: named}, nil
+}
+
+// keptFor is the device that a factory key stands for since it said so; "" if it did not.
+func (s *Service) keptFor(ctx context.Context, key string) (hub.DeviceID, error) {
+	doc, err := s.docs.Get(ctx, collFactoryKeys, key)
+	if err != nil || doc.Rev == 0 {
+		return "", err
+	}
+	var k factoryKey
+	if err := json.Unmarshal(doc.Value, &k); err != nil {
+		return "", damaged("what a factory key stands for", err)
+	}
+	return k.Device, nil
+}
+
+// claim has a factory key stand for the ID that its device gives itself, if nobody has that one. The device's turn is taken.
+func (s *Service) claim(ctx context.Context, a applicant) error {
+	if err := s.owners.Admits(ctx, a.device, nil); err != nil { // it may have been removed
+		return err
+	}
+	switch _, err := s.owners.Owner(ctx, a.device); {
+	case err == nil:
+		return errIDInUse
+	case !hub.IsKind(err, hub.NotFound):
+		return err
+	}
+	now := time.Now()
+	for doc, err := range s.docs.Find(ctx, collCertificates, indexDevice+string(a.device)) {
+		if err != nil {
+			return err
+		}
+		if e, err := decodeEntry(doc); err != nil {
+			return err
+		} else if e.live(now) {
+			return errIDInUse
+		}
+	}
+	if err := s.entitled(ctx, a.Owner, a.device); err != nil { // somebody may keep it
+		return err
+	}
+	value, err := json.Marshal(factoryKey{a.device, now.UTC()})
+	if err != nil {
+		return fmt.Errorf("encode what a factory key stands for: %w", err)
+	}
+	_, err = s.docs.Put(ctx, collFactoryKeys, store.Doc{Key: a.Key, Value: value})
+	if !hub.IsKind(err, hub.Conflict) {
+		return err
+	}
+	// It said something at the same time elsewhere.
+	if kept, err := s.keptFor(ctx, a.Key); err != nil || kept == a.device {
+		return err
+	}
+	return errName
+}
