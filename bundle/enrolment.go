@@ -65,22 +65,51 @@ func listenUnix(ctx context.Context, path string) (net.Listener, error) {
 	return ln, nil
 }
 
+var errNoCode = hub.NewError(hub.Unavailable, "provisioning-no-code",
+	"the accounts are another provider's, which gives this hub nothing that a device could sign up with")
+
+// cloud is where a device that is provisioned signs up, and with what.
+func (a *assembly) cloud(ctx context.Context, owner hub.Owner, dev hub.DeviceID) (hub.Cloud, error) {
+	if a.provider == nil {
+		return hub.Cloud{}, errNoCode.With("cloud configuration", nil)
+	}
+	c := hub.Cloud{Provider: providerName, ID: hub.DeviceID(a.hubID)}
+	for _, p := range []hub.Protocol{hub.ProtocolCoAPSTCP, hub.ProtocolCoAPS} {
+		if at := a.devices.Endpoint(p); at != "" {
+			c.Gateways = append(c.Gateways, at)
+		}
+	}
+	if len(c.Gateways) == 0 {
+		return hub.Cloud{}, hub.NewError(hub.Unavailable, "gateway-off", "there is no listener with TLS or DTLS for devices").With("cloud configuration", nil)
+	}
+	var err error
+	c.Token, _, err = a.provider.OnboardCode(ctx, owner, dev, 0)
+	if hub.IsKind(err, hub.NotFound) { // the owner's account is gone, and it is not the device's fault
+		err = hub.NewError(hub.Unavailable, "provisioning-no-account", "the owner of the device's group has no account").With("cloud configuration", err)
+	}
+	return c, err
+}
+
 // EnrolmentGroup is a set of devices that may enrol because their manufacturer's CA vouches for them.
 type EnrolmentGroup struct {
-	ID       string    `json:"id,omitempty"` // "" in a request: make one
-	Name     string    `json:"name"`
-	Owner    string    `json:"owner"`           // of the devices; "" in a request: the first administrator
-	Chain    string    `json:"chain"`           // PEM: the CA that signs their factory certificates, and what is above it
-	Allow    []string  `json:"allow,omitempty"` // device IDs; none: all of that CA
-	Approval bool      `json:"approval"`        // a person decides on each
-	Expired  bool      `json:"expired"`         // factory certificates that have ended are good, too
-	Created  time.Time `json:"created,omitzero"`
-	User     string    `json:"createdBy,omitempty"`
+	ID       string   `json:"id,omitempty"` // "" in a request: make one
+	Name     string   `json:"name"`
+	Owner    string   `json:"owner"`           // of the devices; "" in a request: the first administrator
+	Chain    string   `json:"chain"`           // PEM: the CA that signs their factory certificates, and what is above it
+	Allow    []string `json:"allow,omitempty"` // device IDs; none: all of that CA
+	Approval bool     `json:"approval"`        // a person decides on each
+	Expired  bool     `json:"expired"`         // factory certificates that have ended are good, too
+	Named    bool     `json:"named"`           // a device says its own ID when it comes for the first time
+	// PSK reports that there is a pre-shared key, which is written over the API; a change keeps it.
+	PSK     bool      `json:"preSharedKey"`
+	Created time.Time `json:"created,omitzero"`
+	User    string    `json:"createdBy,omitempty"`
 }
 
 func groupFrom(g hub.EnrolmentGroup) EnrolmentGroup {
 	out := EnrolmentGroup{
-		ID: g.ID, Name: g.Name, Owner: string(g.Owner), Chain: g.Chain, Approval: g.Approval, Expired: g.Expired, Created: g.Created, User: g.User,
+		ID: g.ID, Name: g.Name, Owner: string(g.Owner), Chain: g.Chain, Approval: g.Approval, Expired: g.Expired, Named: g.Named, PSK: g.HasPSK,
+		Created: g.Created, User: g.User,
 	}
 	for _, dev := range g.Allow {
 		out.Allow = append(out.Allow, string(dev))
@@ -219,7 +248,9 @@ func (a *assembly) listGroups(ctx context.Context, q NamesRequest) ([]EnrolmentG
 }
 
 func (a *assembly) setGroup(ctx context.Context, q EnrolmentGroup) (EnrolmentGroup, error) {
-	g := hub.EnrolmentGroup{ID: q.ID, Name: q.Name, Chain: q.Chain, Approval: q.Approval, Expired: q.Expired, User: callerOf(ctx)}
+	g := hub.EnrolmentGroup{
+		ID: q.ID, Name: q.Name, Chain: q.Chain, Approval: q.Approval, Expired: q.Expired, Named: q.Named, HasPSK: q.PSK, User: callerOf(ctx),
+	}
 	var err error
 	if q.ID == "" {
 		if g.Owner, err = a.enrolOwner(ctx, q.Owner); err != nil {

@@ -166,6 +166,13 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 		return nil, err
 	}
 	a.psk = &preShared{a.documents, secret}
+	sealing, err := secretKey(ctx, a.documents, "enrolment")
+	if err != nil {
+		return nil, err
+	}
+	if err := a.certificates.Secret(sealing); err != nil {
+		return nil, err
+	}
 	engine := coap.NewMetrics(a.registry)
 	a.devices, err = coapgateway.New(gatewayConfig, coapgateway.Deps{
 		Directory: a.directory, Identities: a.identities, Verifier: a.verifier, Providers: providers,
@@ -182,6 +189,7 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	a.identities.EndCredentials(a.endCredentials)
 	a.enrol, err = enrolmentgateway.New(cfg.EnrolmentGateway, enrolmentgateway.Deps{
 		Authority: a.certificates, Registrar: a.authority.Registrar(), Certificate: certificate, PSK: a.psk.key, EngineMetrics: engine,
+		HubID: hub.DeviceID(a.hubID), Cloud: a.cloud,
 		Refused: func(remote net.Addr, reason string) {
 			a.devices.Refuse(coapgateway.Refusal{Remote: remote.String(), What: "enrolment", Reason: reason})
 		},

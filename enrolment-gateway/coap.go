@@ -29,6 +29,7 @@ type peer struct {
 	log   *slog.Logger
 	proof hub.EnrolmentProof // what its handshake has shown
 	idle  *time.Timer        // ends the connection
+	codes int                // how often it was told how to sign up
 }
 
 var errIdle = errors.New("the device has asked for nothing for a while")
@@ -62,14 +63,21 @@ type resource struct {
 	format []int32    // of answers, the first one is the default
 	link   string     // for discovery
 	do     func(p *peer, ctx context.Context, req *coap.Message, format int32) (codes.Code, []byte, error)
+	plgd   bool // as other hubs have it
 }
 
 var resources = map[string]resource{
-	est.Path + "crts": {codes.GET, []int32{hub.FormatCertsOnly, hub.FormatCert}, `;rt="ace.est.crts";ct="281 287"`, (*peer).anchors},
-	est.Path + "sen":  {codes.POST, []int32{hub.FormatCertsOnly, hub.FormatCert}, `;rt="ace.est.sen";ct="281 287"`, (*peer).enrol},
-	est.Path + "sren": {codes.POST, []int32{hub.FormatCertsOnly, hub.FormatCert}, `;rt="ace.est.sren";ct="281 287"`, (*peer).renew},
-	est.Path + "att":  {codes.GET, []int32{hub.FormatCSRAttributes}, `;rt="ace.est.att";ct=285`, (*peer).attributes},
-	tokenPath:         {codes.POST, []int32{hub.FormatCBOR, hub.FormatOCFCBOR}, `;ct=60`, (*peer).enrolByToken},
+	est.Path + "crts": {codes.GET, []int32{hub.FormatCertsOnly, hub.FormatCert}, `;rt="ace.est.crts";ct="281 287"`, (*peer).anchors, false},
+	est.Path + "sen":  {codes.POST, []int32{hub.FormatCertsOnly, hub.FormatCert}, `;rt="ace.est.sen";ct="281 287"`, (*peer).enrol, false},
+	est.Path + "sren": {codes.POST, []int32{hub.FormatCertsOnly, hub.FormatCert}, `;rt="ace.est.sren";ct="281 287"`, (*peer).renew, false},
+	est.Path + "att":  {codes.GET, []int32{hub.FormatCSRAttributes}, `;rt="ace.est.att";ct=285`, (*peer).attributes, false},
+	tokenPath:         {codes.POST, []int32{hub.FormatCBOR, hub.FormatOCFCBOR}, `;ct=60`, (*peer).enrolByToken, false},
+
+	timePath:                                 provisioned(hub.StepTime, codes.GET, codes.Content, (*step).hubTime),
+	provisioningPath + "ownership":           provisioned(hub.StepOwnership, codes.GET, codes.Content, (*step).ownership),
+	provisioningPath + "credentials":         provisioned(hub.StepCredentials, codes.POST, codes.Changed, (*step).credentials),
+	provisioningPath + "acls":                provisioned(hub.StepACLs, codes.GET, codes.Content, (*step).acls),
+	provisioningPath + "cloud-configuration": provisioned(hub.StepCloud, codes.POST, codes.Changed, (*step).cloudConfiguration),
 }
 
 var errPath = hub.NewError(hub.NotFound, "path-unknown", "there is nothing at this path")
@@ -83,12 +91,14 @@ func (p *peer) Request(ctx context.Context, req *coap.Message) coap.Response {
 	var resp coap.Response
 	var err error
 	r, known := resources[path]
-	operation := strings.TrimPrefix(path, est.Path)
+	operation := strings.TrimPrefix(strings.TrimPrefix(path, est.Path), provisioningPath)
 	switch {
 	case path == "/.well-known/core" && req.Code == codes.GET:
 		return discovery(req)
 	case !known:
 		operation, err = "unknown", errPath
+	case req.Code != r.code && r.plgd: // other hubs answer 4.03
+		err = hub.NewError(hub.Denied, "provisioning-method", "this step has another method")
 	case req.Code != r.code:
 		err = &hub.Error{Kind: hub.MethodNotAllowed}
 	default:
@@ -123,7 +133,11 @@ func (p *peer) answer(ctx context.Context, r resource, req *coap.Message) (coap.
 	if err != nil {
 		return coap.Response{}, err
 	}
-	return coap.Response{Code: code, Options: coap.AddUint(nil, message.ContentFormat, uint32(format)), Payload: body}, nil
+	resp := coap.Response{Code: code, Options: coap.AddUint(nil, message.ContentFormat, uint32(format)), Payload: body}
+	if r.plgd {
+		resp = freshly(resp)
+	}
+	return resp, nil
 }
 
 // discovery lists the resources (RFC 9148, Section 5.1; RFC 6690), those of the resource type that is asked for.

@@ -27,6 +27,12 @@ type Authority interface {
 	// Vouch is asked in the handshake about the certificates that a peer showed, of which it has the first one's key: an error if
 	// nobody can enrol with them.
 	Vouch(ctx context.Context, chain []*x509.Certificate) error
+	// Applicant finds out who comes with a factory certificate.
+	Applicant(ctx context.Context, chain []*x509.Certificate) (hub.Applicant, error)
+	// Admit is Enrol for such a one without its end: the device that says that it is named may have a certificate then, and all else.
+	Admit(ctx context.Context, chain []*x509.Certificate, named hub.DeviceID) (hub.Applicant, error)
+	// Provisioned keeps how a step of device provisioning ended.
+	Provisioned(ctx context.Context, chain []*x509.Certificate, to hub.Applicant, p hub.Provisioned) error
 }
 
 // Registrar is what clients of SCEP encrypt to, and take answers from. Its key is RSA and does not leave it.
@@ -40,6 +46,11 @@ type Deps struct {
 	Authority Authority
 	// Registrar is for SCEP; nil: there is none.
 	Registrar Registrar
+	// HubID is this hub's.
+	HubID hub.DeviceID
+	// Cloud is where an owner's device signs up, with a token for it; there is at least one way. While no token can be made it is
+	// Unavailable.
+	Cloud func(ctx context.Context, owner hub.Owner, dev hub.DeviceID) (hub.Cloud, error)
 	// Certificate is the hub's certificate towards devices. It is asked at each handshake.
 	Certificate func() (*tls.Certificate, error)
 	// PSK returns the pre-shared key of a device, nil if it has none.

@@ -43,6 +43,18 @@ func (o *office) Enrol(_ context.Context, proof hub.EnrolmentProof, _ []byte, _ 
 	return hub.Enrolled{Device: "d", Serial: "0a", Chain: []*x509.Certificate{o.ca.Leaf}}, nil
 }
 
+func (*office) Applicant(context.Context, []*x509.Certificate) (hub.Applicant, error) {
+	return hub.Applicant{}, nil
+}
+
+func (*office) Admit(context.Context, []*x509.Certificate, hub.DeviceID) (hub.Applicant, error) {
+	return hub.Applicant{}, nil
+}
+
+func (*office) Provisioned(context.Context, []*x509.Certificate, hub.Applicant, hub.Provisioned) error {
+	return nil
+}
+
 func (o *office) Anchors() []*x509.Certificate { return []*x509.Certificate{o.ca.Leaf} }
 
 // issue makes a certificate; without a parent it is its own.

@@ -248,13 +248,15 @@ func newEnrollGroup(p process) *cobra.Command {
 		cmd.Flags().StringVar(&ca, "ca", "", "file (PEM): the CA that signs the factory certificates, then what is above it")
 		cmd.Flags().StringVar(&allow, "allow", "", "file of the IDs of the devices that may enrol, one a line; else all of that CA may")
 		cmd.Flags().BoolVar(&g.Approval, "approval", false, "a person decides on each device: coaphub enroll approve")
+		cmd.Flags().BoolVar(&g.Named, "named", false, "a device says its own ID when it comes for the first time, as those of plgd's device provisioning do")
 		cmd.Flags().BoolVar(&g.Expired, "accept-expired", false, "factory certificates that have ended are good, too")
 	}
 	add := &cobra.Command{
 		Use:   "add NAME --ca FILE",
 		Short: "Let devices enrol that a manufacturer's CA vouches for",
 		Long: "add makes a group: a device that shows a certificate of the CA, and has its key, gets an identity certificate. Its ID is that of\n" +
-			"its factory certificate (common name uuid:<ID>), or else one that stands for its factory key.",
+			"its factory certificate (common name uuid:<ID>), or else one that stands for its factory key. With --named it may say another,\n" +
+			"which nobody has: its factory key stands for that one from then on.",
 		Args: exactly(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if ca == "" {
@@ -304,6 +306,9 @@ func newEnrollGroup(p process) *cobra.Command {
 			}
 			if cmd.Flags().Changed("approval") {
 				next.Approval = asked.Approval
+			}
+			if cmd.Flags().Changed("named") {
+				next.Named = asked.Named
 			}
 			if cmd.Flags().Changed("accept-expired") {
 				next.Expired = asked.Expired
