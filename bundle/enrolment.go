@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	certificateauthority "github.com/coaphub/coaphub/certificate-authority"
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/coap"
 )
@@ -316,8 +317,69 @@ func (a *assembly) newEnrolmentToken(ctx context.Context, q NewTokenRequest) (En
 	return out, nil
 }
 
+// enrolments is what owners do about enrolments over the API.
+type enrolments struct {
+	*certificateauthority.Service
+	a *assembly
+}
+
+// SetGroup is of grpcgateway.Enrolments.
+func (e enrolments) SetGroup(ctx context.Context, g hub.EnrolmentGroup) (hub.EnrolmentGroup, error) {
+	if err := e.mayHave(ctx, g.Owner); err != nil {
+		return hub.EnrolmentGroup{}, err
+	}
+	return e.Service.SetGroup(ctx, g)
+}
+
+// NewToken is of grpcgateway.Enrolments.
+func (e enrolments) NewToken(
+	ctx context.Context, owner hub.Owner, dev hub.DeviceID, life time.Duration, user string,
+) (string, hub.EnrolmentToken, error) {
+	err := e.mayHave(ctx, owner)
+	if err == nil && dev != "" {
+		err = e.readmit(ctx, owner, dev)
+	}
+	if err != nil {
+		return "", hub.EnrolmentToken{}, err
+	}
+	return e.Service.NewToken(ctx, owner, dev, life, user)
+}
+
+// Decide is of grpcgateway.Enrolments.
+func (e enrolments) Decide(ctx context.Context, owner hub.Owner, devices []hub.DeviceID, allow bool, user string) ([]hub.Enrolment, error) {
+	for _, dev := range devices {
+		if !allow {
+			break
+		}
+		if err := e.readmit(ctx, owner, dev); err != nil {
+			return nil, err
+		}
+	}
+	return e.Service.Decide(ctx, owner, devices, allow, user)
+}
+
+// mayHave reports whether an owner may have devices; of another provider's nobody knows.
+func (e enrolments) mayHave(ctx context.Context, owner hub.Owner) error {
+	if e.a.provider == nil {
+		return nil
+	}
+	return e.a.provider.MayHaveDevices(ctx, owner)
+}
+
+// readmit lets a device that its owner removed come again, as assembly.readmit does for an operator. One that was another's stays out.
+func (e enrolments) readmit(ctx context.Context, owner hub.Owner, dev hub.DeviceID) error {
+	err := e.a.identities.Admits(ctx, dev, nil)
+	if code, _ := hub.Public(err); err == nil || code != "device-removed" {
+		return err
+	}
+	if enabled := e.a.identities.Enable(ctx, dev, owner); !hub.IsKind(enabled, hub.NotFound) {
+		return enabled
+	}
+	return err
+}
+
 func (a *assembly) deleteEnrolmentTokens(ctx context.Context, q NamesRequest) ([]EnrolmentToken, error) {
-	ts, err := a.certificates.DeleteTokens(ctx, q.IDs)
+	ts, err := a.certificates.DeleteTokens(ctx, hub.Owner(q.Owner), q.IDs)
 	return tokensFrom(ts), err
 }
 
@@ -361,7 +423,7 @@ func (a *assembly) decideEnrolments(ctx context.Context, q EnrolmentsRequest) ([
 			return nil, err
 		}
 	}
-	es, err := a.certificates.Decide(ctx, f.Devices, q.Allow, callerOf(ctx))
+	es, err := a.certificates.Decide(ctx, f.Owner, f.Devices, q.Allow, callerOf(ctx))
 	return enrolmentsFrom(es), err
 }
 

@@ -17,7 +17,7 @@ func (a *assembly) hubInfo() grpcgateway.HubConfiguration {
 	e := a.endpoints()
 	c := grpcgateway.HubConfiguration{
 		OwnerClaim: a.cfg.Authorization.OwnerClaim, DeviceIDClaim: a.cfg.CoAPGateway.API.CoAP.Authorization.DeviceIDClaim,
-		CoAPGateway: e.CoAPSTCP, CertificateAuthorities: a.deviceRoots(), HTTPGatewayAddress: a.httpURL, DefaultCommandTTL: a.cfg.ResourceDirectory.DefaultCommandTimeToLive,
+		CoAPGateway: e.CoAPSTCP, CoAPGatewayDTLS: e.CoAPS, CertificateAuthorities: a.deviceRoots(), HTTPGatewayAddress: a.httpURL, DefaultCommandTTL: a.cfg.ResourceDirectory.DefaultCommandTimeToLive,
 		Build: grpcgateway.Build{Version: a.build.Version, Commit: a.build.Commit, CommitDate: a.build.Date},
 	}
 	if a.provider == nil {

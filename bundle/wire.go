@@ -209,7 +209,7 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	}
 	a.apps, err = grpcgateway.New(cfg.GRPCGateway, grpcgateway.Deps{
 		Directory: a.directory, Identities: a.identities, Verifier: a.verifier, HubID: a.hubID, HubInfo: a.hubInfo,
-		Administration: administration{a}, Certificates: a.certificates, PreSharedKeys: deviceKeys{a}, Audit: a.audit,
+		Administration: administration{a}, Certificates: a.certificates, Enrolments: enrolments{a.certificates, a}, PreSharedKeys: deviceKeys{a}, Audit: a.audit,
 		Hosts: []string{a.external}, Pages: a.pages(), TLS: https, Listen: a.opened, CursorKey: cursors,
 	}, log.With("part", "grpc-gateway"), a.registry)
 	if err != nil {

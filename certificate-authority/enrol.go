@@ -542,10 +542,13 @@ func (s *Service) enrolments(ctx context.Context, f hub.EnrolmentFilter) iter.Se
 }
 
 // Decide allows devices that wait or were refused, or refuses those that wait, were allowed or have a certificate; what they have
-// is not revoked by that. It returns those whose state changed. A device that is not known is NotFound.
-func (s *Service) Decide(ctx context.Context, devices []hub.DeviceID, allow bool, user string) (out []hub.Enrolment, err error) {
+// is not revoked by that. It returns those whose state changed. A device that is not known, or is not the owner's, is NotFound;
+// owner "" is all.
+func (s *Service) Decide(
+	ctx context.Context, owner hub.Owner, devices []hub.DeviceID, allow bool, user string,
+) (out []hub.Enrolment, err error) {
 	for _, dev := range devices {
-		e, changed, err := s.decide(ctx, dev, allow, user)
+		e, changed, err := s.decide(ctx, owner, dev, allow, user)
 		if err != nil {
 			return out, fmt.Errorf("certificateauthority.Decide: %w", err)
 		}
@@ -556,7 +559,7 @@ func (s *Service) Decide(ctx context.Context, devices []hub.DeviceID, allow bool
 	return out, nil
 }
 
-func (s *Service) decide(ctx context.Context, dev hub.DeviceID, allow bool, user string) (e enrolment, changed bool, err error) {
+func (s *Service) decide(ctx context.Context, owner hub.Owner, dev hub.DeviceID, allow bool, user string) (e enrolment, changed bool, err error) {
 	turn := s.turn(dev)
 	turn.Lock()
 	defer turn.Unlock()
@@ -569,6 +572,9 @@ func (s *Service) decide(ctx context.Context, dev hub.DeviceID, allow bool, user
 	}
 	if e, err = decodeEnrolment(doc); err != nil {
 		return e, false, err
+	}
+	if owner != "" && e.Owner != owner {
+		return e, false, errNotEnrolled
 	}
 	state := hub.EnrolmentRefused
 	if allow {

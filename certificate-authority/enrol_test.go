@@ -303,7 +303,7 @@ func TestEnrolmentWaits(t *testing.T) {
 	}
 	decide := func(allow bool) {
 		t.Helper()
-		if es, err := o.Decide(t.Context(), []hub.DeviceID{testDev}, allow, "eve"); err != nil || len(es) != 1 {
+		if es, err := o.Decide(t.Context(), "", []hub.DeviceID{testDev}, allow, "eve"); err != nil || len(es) != 1 {
 			t.Fatalf("decided on %d, %v", len(es), err)
 		}
 	}
@@ -323,7 +323,7 @@ func TestEnrolmentWaits(t *testing.T) {
 	wantCode(t, "refused after it had one", err, hub.Denied, "enrolment-refused")
 	_, err = o.Enrol(t.Context(), shown(out.Chain[0]), csrOf(t, newKey(t), named("uuid:"+string(testDev))), true)
 	wantCode(t, "a renewal of a device that was refused", err, hub.Denied, "enrolment-refused")
-	_, err = o.Decide(t.Context(), []hub.DeviceID{otherDev}, true, "eve")
+	_, err = o.Decide(t.Context(), "", []hub.DeviceID{otherDev}, true, "eve")
 	wantCode(t, "a device that never came", err, hub.NotFound, "enrolment-unknown")
 }
 
@@ -381,7 +381,7 @@ func TestEnrolByToken(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if ts, err := o.DeleteTokens(t.Context(), []string{made.ID, "x"}); err != nil || len(ts) != 1 {
+	if ts, err := o.DeleteTokens(t.Context(), "", []string{made.ID, "x"}); err != nil || len(ts) != 1 {
 		t.Errorf("removed %d, %v", len(ts), err)
 	}
 	_, err = o.enrol(hub.EnrolmentProof{Token: gone}, "")

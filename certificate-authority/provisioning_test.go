@@ -156,7 +156,7 @@ func TestNothingButAPersonAllowsAKeyThatWaits(t *testing.T) {
 	}
 	_, err = o.enrol(waits, "")
 	wantCode(t, "after a token", err, hub.Unavailable, "enrolment-waiting")
-	if _, err := o.Decide(t.Context(), []hub.DeviceID{testDev}, true, "eve"); err != nil {
+	if _, err := o.Decide(t.Context(), "", []hub.DeviceID{testDev}, true, "eve"); err != nil {
 		t.Fatal(err)
 	}
 	if out, err := o.enrol(waits, ""); err != nil || out.Device != testDev {

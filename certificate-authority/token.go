@@ -200,9 +200,9 @@ func (s *Service) Tokens(ctx context.Context, owner hub.Owner) ([]hub.EnrolmentT
 	return out, nil
 }
 
-// DeleteTokens removes tokens by their IDs, used or not: nobody enrols with them any more. It returns what it removed; IDs that
-// there are not are passed over.
-func (s *Service) DeleteTokens(ctx context.Context, ids []string) (out []hub.EnrolmentToken, err error) {
+// DeleteTokens removes tokens of an owner, "" for all, by their IDs, used or not: nobody enrols with them any more. It returns what
+// it removed; IDs that there are not are passed over.
+func (s *Service) DeleteTokens(ctx context.Context, owner hub.Owner, ids []string) (out []hub.EnrolmentToken, err error) {
 	const op = "certificateauthority.DeleteTokens"
 	for _, id := range ids {
 		doc, err := s.docs.Get(ctx, collTokens, id)
@@ -215,6 +215,9 @@ func (s *Service) DeleteTokens(ctx context.Context, ids []string) (out []hub.Enr
 		d, err := decodeToken(doc)
 		if err != nil {
 			return out, fmt.Errorf("%s: %w", op, err)
+		}
+		if owner != "" && d.Owner != owner {
+			continue
 		}
 		if err := s.docs.Delete(ctx, collTokens, id, doc.Rev); err != nil {
 			return out, fmt.Errorf("%s: %w", op, err)

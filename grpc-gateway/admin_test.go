@@ -157,7 +157,7 @@ func TestRefusalsOverTheAPI(t *testing.T) {
 func TestAdministrationNeedsItsScope(t *testing.T) {
 	t.Parallel()
 	w, log, _ := newAdminWorld(t)
-	bare := newWorld(t)
+	bare := newWorld(t, func(_ *Config, d *Deps) { d.Enrolments = nil })
 	bare.tokens["admin"] = w.tokens["admin"]
 	for template, methods := range routes {
 		for method, op := range methods {

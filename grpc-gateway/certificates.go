@@ -1,7 +1,6 @@
 package grpcgateway
 
 import (
-	"cmp"
 	"context"
 	"crypto/x509"
 	"encoding/base64"
@@ -181,43 +180,10 @@ func decimal(serial string) string {
 	return n.String()
 }
 
-// certificates yields certificates as they are read, in no order: an owner may have more than should be in memory. Pages are in
-// the order of serial numbers, and at most maxSorted long.
 func (g *Gateway) certificates(ctx context.Context, owner hub.Owner, f *filter) iter.Seq2[found, error] {
-	f.limit = min(f.limit, maxSorted) // before the page is counted
-	return func(yield func(found, error) bool) {
-		send := func(c hub.Certificate) bool {
-			return yield(found{certificateElement{c}, place{device: nobody, href: hub.Href(c.Serial)}}, nil)
-		}
-		var page []hub.Certificate
-		first := func(n int) { // keeps the first n
-			slices.SortFunc(page, func(a, b hub.Certificate) int { return cmp.Compare(a.Serial, b.Serial) })
-			page = page[:min(n, len(page))]
-		}
-		next := int(f.limit) + 1 // with the one that says that there is more
-		for c, err := range g.deps.Certificates.Certificates(ctx, f.ofCertificates(owner)) {
-			switch {
-			case err != nil:
-				yield(found{}, err)
-				return
-			case c.Serial <= string(f.from.href):
-			case f.limit == 0:
-				if !send(c) {
-					return
-				}
-			default:
-				if page = append(page, c); len(page) == 2*next {
-					first(next)
-				}
-			}
-		}
-		first(next)
-		for _, c := range page {
-			if !send(c) {
-				return
-			}
-		}
-	}
+	return paged(f, g.deps.Certificates.Certificates(ctx, f.ofCertificates(owner)),
+		func(c *hub.Certificate) string { return c.Serial },
+		func(c *hub.Certificate) element { return certificateElement{*c} })
 }
 
 func (g *Gateway) getCertificates(w http.ResponseWriter, r *request) error {

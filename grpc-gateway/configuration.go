@@ -15,6 +15,7 @@ type HubConfiguration struct {
 	OwnerClaim              string        // name of the claim that holds the owner
 	DeviceIDClaim           string        // name of the claim that holds the device ID, may be empty
 	CoAPGateway             string        // URI for devices: "coaps+tcp://host:5684"
+	CoAPGatewayDTLS         string        // the same over DTLS; "" for none
 	CertificateAuthorities  string        // PEM: what devices have to trust
 	Authority               string        // issuer of tokens
 	CertificateAuthority    string        // base URL of the certificate authority

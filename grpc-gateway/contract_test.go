@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 
 	capb "github.com/coaphub/coaphub/api/gen/certificateauthoritypb"
+	dppb "github.com/coaphub/coaphub/api/gen/deviceprovisioningservicepb"
 	pb "github.com/coaphub/coaphub/api/gen/grpcgatewaypb"
 	idpb "github.com/coaphub/coaphub/api/gen/identitystorepb"
 	rapb "github.com/coaphub/coaphub/api/gen/resourceaggregatepb"
@@ -26,6 +27,7 @@ var extensions = map[string]protoreflect.FieldNumber{
 	"supersede": 206, "at": 207, "lagged": 208, "search": 210, "sort": 211, "labels": 212, "next_contact": 213,
 	"contact_interval": 214, "if_match": 215, "forward_if_match": 216, "async": 217,
 	"requested_by": 220, "request_method": 221, "revoked_date": 222, "revocation_reason": 223, "reason": 224,
+	"allow": 225, "approval": 226, "named": 227, "has_pre_shared_key": 228,
 	"profile": 230, "hosts": 231,
 }
 
@@ -102,6 +104,7 @@ func TestMessagesHaveTheNumbersThatClientsKnow(t *testing.T) {
 	for _, file := range []protoreflect.FileDescriptor{
 		pb.File_grpc_gateway_devices_proto, pb.File_grpc_gateway_resources_proto, pb.File_grpc_gateway_commands_proto,
 		pb.File_grpc_gateway_events_proto, pb.File_grpc_gateway_configuration_proto, idpb.File_identity_store_events_proto,
+		dppb.File_device_provisioning_service_groups_proto, dppb.File_device_provisioning_service_hubs_proto, dppb.File_device_provisioning_service_records_proto,
 		capb.File_certificate_authority_signing_proto, rapb.File_resource_aggregate_events_proto, rapb.File_resource_aggregate_metadata_proto, rapb.File_resource_aggregate_resource_proto,
 	} {
 		for i := range file.Messages().Len() {

@@ -28,6 +28,12 @@ const (
 	listAccounts  list = 20
 
 	listCertificates list = 21
+
+	listRecords    list = 22
+	listGroups     list = 23
+	listHubs       list = 24
+	listEnrolments list = 25
+	listTokens     list = 26
 )
 
 // place is where a page ended: after this device, within it after this href (resources) or after this event of this commit

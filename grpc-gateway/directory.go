@@ -81,6 +81,31 @@ type Certificates interface {
 	List(ctx context.Context, issuer string) ([]byte, error)
 }
 
+// Enrolments is what the door needs from the certificate authority about devices that get an identity by themselves.
+type Enrolments interface {
+	// Groups returns an owner's groups, oldest first.
+	Groups(ctx context.Context, owner hub.Owner) ([]hub.EnrolmentGroup, error)
+	// SetGroup makes a group if it has no ID, or replaces that of the ID, whose owner stays, and its pre-shared key if HasPSK says so.
+	SetGroup(ctx context.Context, g hub.EnrolmentGroup) (hub.EnrolmentGroup, error)
+	// DeleteGroups removes groups, whoever's they are, and returns those that there were.
+	DeleteGroups(ctx context.Context, ids []string) ([]hub.EnrolmentGroup, error)
+	// ProvisioningRecords yields what is known of how devices were provisioned, in no order. An error is the last element.
+	ProvisioningRecords(ctx context.Context, f hub.ProvisioningFilter) iter.Seq2[hub.ProvisioningRecord, error]
+	// DeleteProvisioningRecords removes the records that the filter means, and returns their IDs.
+	DeleteProvisioningRecords(ctx context.Context, f hub.ProvisioningFilter) ([]string, error)
+	// Enrolments yields how far devices have come, in no order. An error is the last element.
+	Enrolments(ctx context.Context, f hub.EnrolmentFilter) iter.Seq2[hub.Enrolment, error]
+	// Decide allows or refuses devices, and returns those for which that is new. NotFound for one that has not come, or is not the
+	// owner's.
+	Decide(ctx context.Context, owner hub.Owner, devices []hub.DeviceID, allow bool, user string) ([]hub.Enrolment, error)
+	// NewToken makes a one-time token for a device, "" for any, which is good for life, 0 for a day. Its text is returned here only.
+	NewToken(ctx context.Context, owner hub.Owner, dev hub.DeviceID, life time.Duration, user string) (string, hub.EnrolmentToken, error)
+	// Tokens returns an owner's tokens, newest first.
+	Tokens(ctx context.Context, owner hub.Owner) ([]hub.EnrolmentToken, error)
+	// DeleteTokens removes tokens of an owner, and returns those that there were.
+	DeleteTokens(ctx context.Context, owner hub.Owner, ids []string) ([]hub.EnrolmentToken, error)
+}
+
 // Verifier checks access tokens. Kinds: Unauthenticated for a bad token, Unavailable while the provider's keys cannot be
 // had.
 type Verifier interface {

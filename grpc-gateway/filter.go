@@ -38,6 +38,9 @@ type filter struct {
 	pending   pendingFilter // for the list of commands
 	serials   []string      // for certificates
 	names     []string      // common names, for certificates
+	things    []string      // IDs of what is listed, where it is no device
+	groups    []string      // of devices
+	states    []hub.EnrolmentState
 }
 
 // newFilter reads the filters that all lists share. A device ID that is no UUID, and an href that is none, are Invalid with
@@ -141,6 +144,9 @@ func (f *filter) digest() []byte {
 	for _, name := range f.names {
 		put("name", name)
 	}
+	put(f.things...)
+	put(f.groups...)
+	put(fmt.Sprint(f.states))
 	put(slices.Sorted(slices.Values(f.types))...)
 	put(f.search...)
 	put(f.pending.id)

@@ -34,6 +34,8 @@ type Deps struct {
 	Certificates Certificates
 	// PreSharedKeys gives devices keys. nil: its calls are 404.
 	PreSharedKeys PreSharedKeys
+	// Enrolments is who gets an identity by himself. nil: its calls are 404.
+	Enrolments Enrolments
 	// Audit keeps which calls changed something. nil: nobody does.
 	Audit Audit
 	// HubID goes into the metadata of events.

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/tap"
 
 	capb "github.com/coaphub/coaphub/api/gen/certificateauthoritypb"
+	dppb "github.com/coaphub/coaphub/api/gen/deviceprovisioningservicepb"
 	pb "github.com/coaphub/coaphub/api/gen/grpcgatewaypb"
 	rapb "github.com/coaphub/coaphub/api/gen/resourceaggregatepb"
 	"github.com/coaphub/coaphub/hub"
@@ -52,12 +53,24 @@ var reads = map[string]bool{
 	pb.GrpcGateway_SubscribeToEvents_FullMethodName:     true,
 
 	capb.CertificateAuthority_GetSigningRecords_FullMethodName: true,
+
+	dppb.DeviceProvisionService_GetProvisioningRecords_FullMethodName: true,
+	dppb.DeviceProvisionService_GetEnrollmentGroups_FullMethodName:    true,
+	dppb.DeviceProvisionService_GetHubs_FullMethodName:                true,
+	dppb.DeviceProvisionService_GetEnrolments_FullMethodName:          true,
+	dppb.DeviceProvisionService_GetEnrolmentTokens_FullMethodName:     true,
+}
+
+// administers are the calls for administrators.
+var administers = map[string]bool{
+	dppb.DeviceProvisionService_CreateEnrollmentGroup_FullMethodName: true,
+	dppb.DeviceProvisionService_UpdateEnrollmentGroup_FullMethodName: true,
 }
 
 // known are the calls of the services.
 var known = func() map[string]bool {
 	out := map[string]bool{}
-	for _, d := range []grpc.ServiceDesc{pb.GrpcGateway_ServiceDesc, capb.CertificateAuthority_ServiceDesc} {
+	for _, d := range []grpc.ServiceDesc{pb.GrpcGateway_ServiceDesc, capb.CertificateAuthority_ServiceDesc, dppb.DeviceProvisionService_ServiceDesc} {
 		for _, m := range d.Methods {
 			out["/"+d.ServiceName+"/"+m.MethodName] = true
 		}
@@ -83,6 +96,7 @@ func (g *Gateway) newGRPC() (*grpc.Server, *health.Server) {
 	)
 	pb.RegisterGrpcGatewayServer(s, &server{g: g})
 	capb.RegisterCertificateAuthorityServer(s, &certificateServer{g: g})
+	dppb.RegisterDeviceProvisionServiceServer(s, &provisioningServer{g: g})
 	h := health.NewServer()
 	h.SetServingStatus(pb.GrpcGateway_ServiceDesc.ServiceName, grpc_health_v1.HealthCheckResponse_SERVING)
 	grpc_health_v1.RegisterHealthServer(s, h)
@@ -119,6 +133,9 @@ func (g *Gateway) begin(ctx context.Context, method string) (context.Context, er
 	scope := hub.ScopeWrite
 	if reads[method] || !known[method] { // whoever may do anything learns that there is no such call
 		scope = hub.ScopeRead
+	}
+	if administers[method] {
+		scope = hub.ScopeAdmin
 	}
 	var authorization string
 	if v := metadata.ValueFromIncomingContext(ctx, "authorization"); len(v) > 0 {

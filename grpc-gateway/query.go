@@ -31,6 +31,8 @@ var queryNames = map[string]string{
 	"resourceid.deviceid": "resourceId.deviceId", "resourceid.href": "resourceId.href",
 	"limit": "limit", "cursor": "cursor", "at": "at", "all": "all", "search": "search", "sort": "sort",
 	"eventfilter": "eventFilter", "hreffilter": "hrefFilter", "leadresourcetypefilter": "leadResourceTypeFilter",
+	"enrollmentgroupidfilter": "enrollmentGroupIdFilter", "hubidfilter": "hubIdFilter", "statefilter": "stateFilter",
+	"attestationmechanismx509certificatenames": "attestationMechanismX509CertificateNames",
 	"idfilter": "idFilter", "commonnamefilter": "commonNameFilter", "reason": "reason",
 	"includecurrentstate": "includeCurrentState", "resumetoken": "resumeToken",
 }

@@ -14,7 +14,7 @@ type vars struct {
 	href   hub.Href
 	// correlation is the ID of one command.
 	correlation string
-	name        string // of an account
+	name        string // of an account, or ID of a group
 	issuer      string // of certificates
 }
 
@@ -27,6 +27,8 @@ func named(path string) (template string, v vars) {
 		{"/api/v1/things/", "{deviceId}", &v.device},
 		{"/api/v1/accounts/", "{name}", &v.name},
 		{"/certificate-authority/api/v1/signing/crl/", "{issuerId}", &v.issuer},
+		{"/device-provisioning-service/api/v1/enrollment-groups/", "{id}", &v.name},
+		{"/api/v1/enrollment-groups/", "{id}", &v.name},
 	} {
 		rest, ok := strings.CutPrefix(path, n.prefix)
 		if !ok {
@@ -123,7 +125,8 @@ func split(path string) (template string, v vars, err error) {
 
 // ofAPI reports whether a path is the API's, also one that is not there: nothing below it goes to Deps.Pages.
 func ofAPI(path string) bool {
-	return strings.HasPrefix(path, "/api/") || strings.HasPrefix(path, "/certificate-authority/api/")
+	return strings.HasPrefix(path, "/api/") || strings.HasPrefix(path, "/certificate-authority/api/") ||
+		strings.HasPrefix(path, "/device-provisioning-service/api/")
 }
 
 func cutLast(s string) (before, last string, ok bool) {
@@ -242,6 +245,37 @@ func init() { // not a literal: split reads what it leads to
 			"GET": read("getSigningRecordsOld", (*Gateway).getCertificates), "DELETE": write("deleteSigningRecordsOld", (*Gateway).revokeCertificates),
 		},
 		"/certificate-authority/api/v1/signing/crl/{issuerId}": {"GET": open("getRevocationList", (*Gateway).getRevocationList)},
+
+		// Of other hubs' device provisioning there are two paths each, the second without the service's name.
+		"/device-provisioning-service/api/v1/provisioning-records": {
+			"GET":    read("getProvisioningRecords", (*Gateway).getProvisioningRecords),
+			"DELETE": write("deleteProvisioningRecords", (*Gateway).deleteProvisioningRecords),
+		},
+		"/api/v1/provisioning-records": {
+			"GET":    read("getProvisioningRecordsShort", (*Gateway).getProvisioningRecords),
+			"DELETE": write("deleteProvisioningRecordsShort", (*Gateway).deleteProvisioningRecords),
+		},
+		"/device-provisioning-service/api/v1/enrollment-groups": {
+			"GET":    read("getEnrollmentGroups", (*Gateway).getEnrollmentGroups),
+			"POST":   admin("createEnrollmentGroup", (*Gateway).createEnrollmentGroup),
+			"DELETE": write("deleteEnrollmentGroups", (*Gateway).deleteEnrollmentGroups),
+		},
+		"/api/v1/enrollment-groups": {
+			"GET":    read("getEnrollmentGroupsShort", (*Gateway).getEnrollmentGroups),
+			"POST":   admin("createEnrollmentGroupShort", (*Gateway).createEnrollmentGroup),
+			"DELETE": write("deleteEnrollmentGroupsShort", (*Gateway).deleteEnrollmentGroups),
+		},
+		"/device-provisioning-service/api/v1/enrollment-groups/{id}": {"PUT": admin("updateEnrollmentGroup", (*Gateway).updateEnrollmentGroup)},
+		"/api/v1/enrollment-groups/{id}":                             {"PUT": admin("updateEnrollmentGroupShort", (*Gateway).updateEnrollmentGroup)},
+		"/device-provisioning-service/api/v1/hubs":                   {"GET": read("getHubs", (*Gateway).getHubs)},
+		"/api/v1/hubs":                 {"GET": read("getHubsShort", (*Gateway).getHubs)},
+		"/api/v1/enrolments":           {"GET": read("getEnrolments", (*Gateway).getEnrolments)},
+		"/api/v1/enrolments/decisions": {"POST": write("decideEnrolments", (*Gateway).decideEnrolments)},
+		"/api/v1/enrolment-tokens": {
+			"GET":    read("getEnrolmentTokens", (*Gateway).getEnrolmentTokens),
+			"POST":   write("createEnrolmentToken", (*Gateway).createEnrolmentToken),
+			"DELETE": write("deleteEnrolmentTokens", (*Gateway).deleteEnrolmentTokens),
+		},
 
 		"/api/v1/ws/events":     {"GET": stream("subscribeWebSocket", (*Gateway).subscribeWebSocket)},
 		"/api/v1/events/stream": {"GET": stream("subscribeEvents", (*Gateway).subscribeSSE)},

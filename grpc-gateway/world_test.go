@@ -235,6 +235,7 @@ type world struct {
 	directory    *fakeDirectory
 	identities   *fakeIdentities
 	certificates *fakeCertificates
+	enrolments   *fakeEnrolments
 	verifier     *fakeVerifier
 	registry     *prometheus.Registry
 	log          *logBuffer
@@ -362,10 +363,11 @@ func newWorld(t testing.TB, change ...func(*Config, *Deps)) *world {
 		return hub.Claims{}, hub.NewError(hub.Unauthenticated, "token-invalid", "the access token is not valid")
 	}}
 	w.certificates = &fakeCertificates{list: func(string) ([]byte, error) { return []byte{0x30, 0}, nil }}
+	w.enrolments = &fakeEnrolments{}
 	cfg := Default()
 	cfg.API.HTTP.Address, cfg.API.GRPC.Address = "127.0.0.1:0", "127.0.0.1:0"
 	deps := Deps{
-		Directory: w.directory, Identities: w.identities, Certificates: w.certificates, PreSharedKeys: &fakeKeys{}, Verifier: w.verifier, HubID: hubID,
+		Directory: w.directory, Identities: w.identities, Certificates: w.certificates, Enrolments: w.enrolments, PreSharedKeys: &fakeKeys{}, Verifier: w.verifier, HubID: hubID,
 		Hosts:     []string{"example.com"},
 		CursorKey: []byte("0123456789abcdef0123456789abcdef"),
 		HubInfo: func() HubConfiguration {

@@ -9,6 +9,7 @@ import (
 	"encoding/pem"
 	"fmt"
 	"math/big"
+	"net/http"
 	"strings"
 	"testing"
 	"time"
@@ -161,8 +162,10 @@ func TestDeviceProvisioning(t *testing.T) {
 			t.Parallel()
 			h := hubtest.Start(t)
 			m := newMaker(t, "lamp maker")
-			if _, err := h.Control.SetEnrolmentGroup(t.Context(), bundle.EnrolmentGroup{Name: "lamps", Chain: m.pem, Named: true}); err != nil {
-				t.Fatal(err)
+			a := application(t, h)
+			group := fmt.Sprintf(`{"name":"lamps","preSharedKey":"0123456789abcdef0123","attestationMechanism":{"x509":{"certificateChain":%q}}}`, m.pem)
+			if status := a.ask(http.MethodPost, "/device-provisioning-service/api/v1/enrollment-groups", group, &struct{}{}); status != http.StatusOK {
+				t.Fatalf("the group got %d", status)
 			}
 			const id = "a0000000-0000-4000-8000-00000000000a"
 			chain, key := m.device("serial 4711")
@@ -195,6 +198,10 @@ func TestDeviceProvisioning(t *testing.T) {
 				return text
 			}
 			identity, ca := cred(0, "oic.sec.cred.cert", id), cred(1, "oic.sec.cred.trustca", owner.Text("devowneruuid"))
+			if c := dig(t, creds.Body, "creds", 2); dig(t, c, "credtype") != uint64(1) || dig(t, c, "subjectuuid") != owner.Text("devowneruuid") ||
+				dig(t, c, "privatedata", "data") != "0123456789abcdef" || dig(t, c, "privatedata", "encoding") != "oic.sec.encoding.raw" || dig(t, c, "tag") != "dps" {
+				t.Errorf("pre-shared key: %v", c)
+			}
 			acl := n.took(codes.GET, provisioning+"acls", nil)
 			if dig(t, acl.Body, "aclist2", 0, "subject", "uuid") != owner.Text("devowneruuid") || dig(t, acl.Body, "aclist2", 2, "subject", "uuid") != h.ID ||
 				dig(t, acl.Body, "aclist2", 1, "subject", "conntype") != "anon-clear" || dig(t, acl.Body, "aclist2", 1, "permission") != uint64(2) ||
@@ -221,6 +228,46 @@ func TestDeviceProvisioning(t *testing.T) {
 			if a, err := d.SignIn(t.Context()); err != nil || !a.OK() {
 				t.Fatalf("sign-in: %v, %v", a, err)
 			}
+			if a, err := d.Publish(t.Context()); err != nil || !a.OK() {
+				t.Fatalf("publish: %v, %v", a, err)
+			}
+			a.until("the device to be seen", func() bool { return strings.HasPrefix(a.twin(id), "ONLINE") })
+
+			var record struct {
+				Result struct {
+					DeviceID   string `json:"deviceId"`
+					Credential struct {
+						Identity string `json:"identityCertificatePem"`
+						Status   struct{ CoapCode int }
+					}
+					Acl, Cloud, Ownership struct{ Status struct{ CoapCode int } }
+					PlgdTime              struct{ CoapCode int }
+				}
+			}
+			if status := a.ask(http.MethodGet, "/api/v1/provisioning-records", "", &record); status != http.StatusOK {
+				t.Fatalf("the records got %d", status)
+			}
+			r := record.Result
+			if r.DeviceID != id || !strings.HasPrefix(identity, r.Credential.Identity) || r.Credential.Status.CoapCode != 68 || r.Acl.Status.CoapCode != 69 ||
+				r.Cloud.Status.CoapCode != 68 || r.Ownership.Status.CoapCode != 69 || r.PlgdTime.CoapCode != 69 {
+				t.Errorf("the record: %+v", r)
+			}
+
+			// Its owner removes it: it comes back when he allows it, and not before.
+			if status := a.ask(http.MethodDelete, "/api/v1/devices/"+id, "", &struct{}{}); status != http.StatusOK {
+				t.Fatalf("removing it got %d", status)
+			}
+			if n, err = comes(t, h, tr, chain, key); err != nil {
+				t.Fatal(err)
+			}
+			again := map[string]any{"di": id}
+			n.refused("a device that was removed", n.step(codes.POST, provisioning+"cloud-configuration", again), codes.Forbidden, "device-removed")
+			if status := a.ask(http.MethodPost, "/api/v1/enrolments/decisions", `{"deviceIdFilter":["`+id+`"],"allow":true}`, &struct{}{}); status != http.StatusOK {
+				t.Fatalf("allowing it got %d", status)
+			}
+			n.took(codes.POST, provisioning+"cloud-configuration", again)
+			csr, _ = csrBody(t, id)
+			n.took(codes.POST, provisioning+"credentials", csr)
 		})
 	}
 }

@@ -17,6 +17,7 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/plgd-dev/go-coap/v3/message/codes"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
@@ -27,6 +28,7 @@ import (
 	"google.golang.org/protobuf/types/dynamicpb"
 
 	pb "github.com/coaphub/coaphub/api/gen/grpcgatewaypb"
+	"github.com/coaphub/coaphub/test/device"
 )
 
 const apiService = "grpcgateway.pb.GrpcGateway"
@@ -162,7 +164,48 @@ func (w *world) answered(b []byte) string {
 	for _, m := range issuerWord.FindAllSubmatch(b, -1) {
 		w.issuer = string(m[1])
 	}
+	for _, m := range thingWord.FindAllSubmatch(b, -1) {
+		w.thing = string(m[1])
+	}
 	return w.renderJSON(b)
+}
+
+var thingWord = regexp.MustCompile(`"id":\s*"([-0-9a-f]{32,36})"`)
+
+// factory is the manufacturer of the script's devices.
+func (w *world) factory() *maker {
+	if w.maker == nil {
+		w.maker = newMaker(w.t, "maker")
+	}
+	return w.maker
+}
+
+// provision asks one thing at the door for enrolment, with a factory certificate that names the device.
+func (w *world) provision(ctx context.Context, d *actor, rest string) (string, error) {
+	method, rest, _ := strings.Cut(rest, " ")
+	path, body, _ := strings.Cut(rest, " ")
+	if d.chain == nil {
+		d.chain, d.factoryKey = w.factory().device("uuid:" + d.id)
+	}
+	n, err := comes(w.t, w.start(), transportOf("tls"), d.chain, d.factoryKey)
+	if err != nil {
+		return "", err
+	}
+	defer n.Close()
+	q := device.Request{Code: map[string]codes.Code{"GET": codes.GET, "POST": codes.POST}[method], Path: path}
+	if body != "" {
+		if q.Body, err = w.value(body); err != nil {
+			return "", err
+		}
+	}
+	a, err := n.Do(ctx, q)
+	if err != nil {
+		return "", err
+	}
+	if a.Body == nil {
+		return strings.TrimSpace(codeText(a.Code) + " (" + string(a.Raw) + ")"), nil
+	}
+	return codeText(a.Code) + " " + w.render("", a.Body), nil
 }
 
 var issuerWord = regexp.MustCompile(`"issuerId":\s*"([-0-9a-f]{36})"`)

@@ -54,6 +54,7 @@ var update = flag.Bool("update", false, "write what came into the scripts")
 //	device NAME ignores /href                     it answers nothing there
 //	device NAME tags /href HEX                    the ETag of what it answers there
 //	device NAME belongs to WHO                    before it signs up
+//	device NAME provisions METHOD /path {body}    -> 2.05 {body}, at the door for enrolment, with a factory certificate of its ID
 //	device NAME observes /path                    -> 2.05 {body}, the first state
 //	device NAME hears                             -> 2.05 {body}, what came next of all that it observes
 //	device NAME forgets /path                     -> 2.05 {body}, and no more of it
@@ -75,7 +76,8 @@ var update = flag.Bool("update", false, "write what came into the scripts")
 // token lasts so long.
 //
 // NAME in a path or body stands for that device's ID, CSR-OF-NAME for a request for its certificate, base64, ISSUER for the issuer that a
-// record of certificates named last, CODE for a fresh authorization code, TOKEN-OF-NAME and
+// record of certificates named last, ID-OF-NAME for its ID in a body of the API's, MAKER-CA for the CA of factory certificates, THING
+// for the id that an answer had last, CODE for a fresh authorization code, TOKEN-OF-NAME and
 // REFRESH-OF-NAME for what its last sign-up or refresh brought, APP-TOKEN for an application's access token, RESUME for the
 // resume token of what WHO heard last, CORRELATION for the command that an answer named last, NOTED for the time that the hub
 // noted. In what came, IDs become names and values that change from run to run become words in capitals.
@@ -237,6 +239,8 @@ type world struct {
 
 	correlation string // of the newest command that an answer named
 	issuer      string // of the newest record of a certificate that an answer had
+	thing       string // the newest id that an answer had
+	maker       *maker // nil before it is needed
 	noted       string // a time, in nanoseconds
 }
 
@@ -250,6 +254,8 @@ type actor struct {
 	// The pre-shared key, once it was needed.
 	identity string
 	key      []byte
+	// What its manufacturer gave it, once it was needed.
+	chain, factoryKey []byte
 }
 
 func (w *world) start() *hubtest.Hub {
@@ -385,6 +391,8 @@ func (w *world) deviceLine(ctx context.Context, d *actor, what string) (string, 
 			d.peer.tags(href, tag)
 		}
 		return "", err
+	case "provisions":
+		return w.provision(ctx, d, rest)
 	case "belongs":
 		d.onboard, d.key = w.hub.Onboard(w.t, d.id, strings.TrimPrefix(rest, "to ")), nil
 		return "", nil
@@ -813,11 +821,15 @@ func (w *world) ids(s string) string {
 		s = strings.ReplaceAll(s, "REFRESH-OF-"+name, d.refresh)
 		s = regexp.MustCompile(`\b`+name+`\b`).ReplaceAllString(s, d.id)
 	}
-	return strings.ReplaceAll(s, "ISSUER", w.issuer)
+	return strings.NewReplacer("ISSUER", w.issuer, "THING", w.thing).Replace(s)
 }
 
-// csrs makes the requests for certificates that a body names.
+// csrs makes the requests for certificates that a body names, and what else in it stands for values of this run.
 func (w *world) csrs(body string) string {
+	if strings.Contains(body, "MAKER-CA") {
+		body = strings.ReplaceAll(body, "MAKER-CA", "data:;base64,"+base64.StdEncoding.EncodeToString([]byte(w.factory().pem)))
+	}
+	body = idWord.ReplaceAllStringFunc(body, func(word string) string { return w.device(strings.TrimPrefix(word, "ID-OF-")).id })
 	return csrWord.ReplaceAllStringFunc(body, func(word string) string {
 		csr, _ := csrFor(w.t, w.ids(strings.TrimPrefix(word, "CSR-OF-")))
 		return base64.StdEncoding.EncodeToString(csr)
@@ -846,6 +858,7 @@ func (w *world) names(s string) string {
 var (
 	uuidWord = regexp.MustCompile(`[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}`)
 	csrWord  = regexp.MustCompile(`CSR-OF-[-a-z0-9]+`)
+	idWord   = regexp.MustCompile(`ID-OF-[a-z0-9]+`)
 	hexWord  = regexp.MustCompile(`^[0-9a-f]{30,32}$`)
 	timeWord = regexp.MustCompile(`^\d{4}-\d\d-\d\dT`)
 	plain    = regexp.MustCompile(`^[A-Za-z_/.][-A-Za-z0-9_./:+]*$`)
@@ -858,6 +871,8 @@ var changing = map[string]string{
 	"serviceId": "GATEWAY", "sequence": "N", "currentTime": "TIME", "etag": "ETAG", "validUntil": "TIME", "connection.id": "CONNECTION",
 	"resumeToken": "RESUME", "certificateAuthorities": "CERTIFICATES", "request": "REQUEST", "remote": "ADDRESS", "number": "N",
 	"cursor": "CURSOR", "coapGateway": "GATEWAY-ADDRESS", "certificate": "CERTIFICATE", "certificatePem": "CERTIFICATE", "serial": "SERIAL",
+	"certificateChain": "CERTIFICATES", "identityCertificatePem": "CERTIFICATE", "proof": "PROOF", "token": "TOKEN", "expirationDate": "TIME",
+	"changeDate": "TIME", "gateways": "GATEWAYS", "cis": "GATEWAY-ADDRESS", "x.org.iotivity.servers": "GATEWAYS", "at": "CODE",
 	"creationDate": "TIME", "createdAt": "TIME", "key": "KEY", "date": "TIME", "validUntilDate": "TIME", "revokedDate": "TIME",
 }
 
