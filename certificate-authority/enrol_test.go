@@ -352,7 +352,7 @@ func TestEnrolByToken(t *testing.T) {
 	_, err = o.enrol(proof, "uuid:"+string(testDev))
 	wantCode(t, "another key", err, hub.Unauthenticated, "token-unknown")
 	// Refused, and its certificate revoked, it gets no other one for what is used up; a new token is a new decision.
-	if _, err := o.Decide(t.Context(), []hub.DeviceID{testDev}, false, "eve"); err != nil {
+	if _, err := o.Decide(t.Context(), "", []hub.DeviceID{testDev}, false, "eve"); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := o.Revoke(t.Context(), hub.CertificateFilter{All: true, Serials: []string{out.Serial}}, hub.RevokedUnspecified); err != nil {

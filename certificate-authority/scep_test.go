@@ -124,7 +124,7 @@ func TestRenewalBySCEP(t *testing.T) {
 	_, err = o.scep(hub.EnrolmentProof{Token: foreign}, newKey(t), "", true)
 	wantCode(t, "a renewal without certificate", err, hub.Denied, "renewal-without-certificate")
 
-	if _, err := o.Decide(t.Context(), []hub.DeviceID{testDev}, false, "eve"); err != nil {
+	if _, err := o.Decide(t.Context(), "", []hub.DeviceID{testDev}, false, "eve"); err != nil {
 		t.Fatal(err)
 	}
 	wantCode(t, "a device that was refused", renew(""), hub.Denied, "enrolment-refused")
@@ -159,7 +159,7 @@ func TestSCEPWaits(t *testing.T) {
 	_, err = poll("transaction", leaf)
 	wantCode(t, "later", err, hub.Unavailable, "enrolment-waiting")
 	o.start(o.a) // it is kept
-	if _, err := o.Decide(t.Context(), []hub.DeviceID{testDev}, true, "eve"); err != nil {
+	if _, err := o.Decide(t.Context(), "", []hub.DeviceID{testDev}, true, "eve"); err != nil {
 		t.Fatal(err)
 	}
 	_, err = poll("another", leaf)

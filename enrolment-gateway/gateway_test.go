@@ -43,6 +43,8 @@ const lampID = "d0000000-0000-4000-8000-00000000000a"
 
 // fake is an authority that does what a test wants, and remembers what it was asked for.
 type fake struct {
+	Authority // nil: nobody asks for more
+
 	vouch func(*x509.Certificate) error
 	enrol func(hub.EnrolmentProof) error // nil: it is issued
 	certs []*x509.Certificate            // the device's, and the root

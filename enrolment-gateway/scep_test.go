@@ -28,6 +28,8 @@ import (
 
 // scepWorld is a door with SCEP, and a client of it.
 type scepWorld struct {
+	Authority // nil: nobody asks for more
+
 	t      *testing.T
 	door   http.Handler
 	ra     *x509.Certificate
