@@ -46,10 +46,10 @@ type fake struct {
 	Authority // nil: nobody asks for more
 
 	vouch func(*x509.Certificate) error
-	enrol func(hub.EnrolmentProof) error // nil: it is issued
-	certs []*x509.Certificate            // the device's, and the root
+	certs []*x509.Certificate // the device's, and the root
 
-	mu    sync.Mutex // guards all below
+	mu    sync.Mutex                     // guards all below
+	enrol func(hub.EnrolmentProof) error // nil: it is issued
 	asked []question
 }
 
@@ -69,9 +69,10 @@ func (f *fake) Vouch(_ context.Context, chain []*x509.Certificate) error {
 func (f *fake) Enrol(_ context.Context, proof hub.EnrolmentProof, csr []byte, renew bool) (hub.Enrolled, error) {
 	f.mu.Lock()
 	f.asked = append(f.asked, question{proof, string(csr), renew})
+	enrol := f.enrol
 	f.mu.Unlock()
-	if f.enrol != nil {
-		if err := f.enrol(proof); err != nil {
+	if enrol != nil {
+		if err := enrol(proof); err != nil {
 			return hub.Enrolled{}, err
 		}
 	}
@@ -79,6 +80,12 @@ func (f *fake) Enrol(_ context.Context, proof hub.EnrolmentProof, csr []byte, re
 }
 
 func (f *fake) Anchors() []*x509.Certificate { return f.certs[1:] }
+
+func (f *fake) does(enrol func(hub.EnrolmentProof) error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.enrol = enrol
+}
 
 // last is what was asked last, and no more than one question since.
 func (f *fake) last(t *testing.T) (q question) {
@@ -283,7 +290,7 @@ func TestHTTP(t *testing.T) {
 		{"POST", simple, pkcs10, "", text, func(hub.EnrolmentProof) error { panic("details") }, 500, "internal: ", "", &question{csr: csr}},
 		{"POST", simple, pkcs10, "", text, nil, 200, "MII", "", &question{csr: csr}}, // it goes on
 	} {
-		f.enrol = c.enrol
+		f.does(c.enrol)
 		what := fmt.Sprintf("%s %s %s %.40q", c.method, c.path, c.format, c.body)
 		req, err := http.NewRequestWithContext(t.Context(), c.method, "https://"+d.http+c.path, strings.NewReader(c.body))
 		if err != nil {
@@ -397,7 +404,7 @@ func TestCoAP(t *testing.T) {
 			{codes.POST, est.Path + "sen", 286, 0, []byte(csr), func(hub.EnrolmentProof) error { panic("details") }, codes.InternalServerError, "", -1, -1, &question{csr: csr}},
 			{codes.POST, est.Path + "sen", 286, 0, []byte(csr), nil, codes.Changed, "", 281, -1, &question{csr: csr}}, // it goes on
 		} {
-			f.enrol = c.enrol
+			f.does(c.enrol)
 			what := fmt.Sprintf("%s: %v %s format %d, accept %d, %.40q", at, c.code, c.path, c.format, c.accept, c.body)
 			q := device.Request{Code: c.code, Path: c.path, Format: c.format, Accept: c.accept}
 			if c.body != nil {
@@ -422,7 +429,7 @@ func TestCoAP(t *testing.T) {
 				t.Errorf("%s: the authority was asked %.200v", what, got)
 			}
 		}
-		f.enrol = nil
+		f.does(nil)
 		if ans, err := dev.Do(t.Context(), device.Request{Code: codes.POST, Path: est.Path + "sen", Format: 286, Body: bytes.Repeat([]byte("x"), maxBody+1)}); err != nil || ans.Code != codes.RequestEntityTooLarge {
 			t.Errorf("%s: a byte too many: %v, %v", at, ans, err)
 		}
