@@ -85,7 +85,7 @@ func (s *Service) signName(
 	}
 	l := s.a.line(HTTPS)
 	signer := l.signer()
-	use.lists = s.use.lists
+	use.lists, use.responders = s.use.lists, s.use.responders
 	leaf, err := signer.signKey(req.PublicKey, name, validity, use, hosts)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", op, err)

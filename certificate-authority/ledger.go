@@ -299,6 +299,7 @@ func (s *Service) end(serial string) {
 	s.mu.Lock()
 	s.revoked[serial] = struct{}{}
 	clear(s.lists)
+	clear(s.answers)
 	s.changes++
 	ended := s.ended
 	s.mu.Unlock()

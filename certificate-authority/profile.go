@@ -27,6 +27,9 @@ type usage struct {
 	// lists is the URL below which each issuer's revocation list has its name (RFC 5280, Section 4.2.1.13). "": none is named.
 	lists string
 	rsa   bool // keys of RSA are taken, too
+	// responders are URLs at which its status can be asked for (RFC 5280, Section 4.2.2.1).
+	responders []string
+	extra      []pkix.Extension
 }
 
 var (
@@ -81,6 +84,8 @@ func (s signer) signKey(key crypto.PublicKey, name string, validity time.Duratio
 		ExtKeyUsage:           use.ext,
 		UnknownExtKeyUsage:    use.oid,
 		BasicConstraintsValid: true,
+		OCSPServer:            use.responders,
+		ExtraExtensions:       use.extra,
 	}
 	if use.lists != "" {
 		t.CRLDistributionPoints = []string{use.lists + s.name}

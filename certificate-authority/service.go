@@ -92,6 +92,13 @@ type Service struct {
 	lists   map[string]revocations // by issuer, without those that do not have the newest revocation
 	changes uint64                 // counts revocations
 	listing sync.Mutex             // held by who makes the next one; before mu
+
+	// responders answer for the issuing keys of what is out there; see ocsp.go.
+	responders map[string]*responder // by the names of their issuers; mu
+	answering  *admission.Queue
+	questions  *prometheus.CounterVec
+	answers    map[string]answer     // to be given out again, by DER of the question's CertID; mu
+	shown      map[shownID]time.Time // what the hub shows itself, and until when; mu
 }
 
 // revocations is an issuer's newest revocation list.
@@ -104,8 +111,8 @@ type revocations struct {
 const ListsPath = "/certificate-authority/api/v1/signing/crl/"
 
 // NewService makes a Service. It reads which certificates are revoked, and fails when it cannot: then nobody could be let in.
-// The certificates that it makes name the revocation list below base, the URL of the applications' door as everybody reaches
-// it; "": they name none.
+// The certificates that it makes name the revocation list and who answers for them below base, the URL of the applications' door
+// as everybody reaches it; "": they name none.
 func NewService(
 	ctx context.Context, a *Authority, docs store.Documents, owners Owners, base string, log *slog.Logger, reg prometheus.Registerer,
 ) (*Service, error) {
@@ -120,13 +127,21 @@ func NewService(
 			Name: "coaphub_enrolments_total",
 			Help: "Enrolments and renewals by what the device showed, and what came of it: issued, or the code of the refusal.",
 		}, []string{"method", "outcome"}),
-		enrolling: admission.NewQueue(maxEnrolling, enrolQueue, enrolPatience),
+		enrolling:  admission.NewQueue(maxEnrolling, enrolQueue, enrolPatience),
+		responders: map[string]*responder{},
+		answering:  admission.NewQueue(4, 256, 5*time.Second),
+		questions: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "coaphub_certificate_questions_total",
+			Help: "Questions about single certificates (OCSP) by answer; again: one that was made before. try-later: more come than can be answered, or the store is away.",
+		}, []string{"answer"}),
+		answers: map[string]answer{}, shown: map[shownID]time.Time{},
 	}
 	if base != "" {
 		s.use.lists = base + ListsPath
+		s.use.responders = []string{base + StatusPath}
 	}
 	if reg != nil {
-		reg.MustRegister(s.issued, s.enrolled)
+		reg.MustRegister(s.issued, s.enrolled, s.questions)
 	}
 	for serial, err := range docs.FindKeys(ctx, collCertificates, indexRevoked) {
 		if err != nil {

@@ -37,6 +37,14 @@ const (
 	ForService Profile = "service" // a server, which may be a client, too
 )
 
+// CertificateStatus is an answer about certificates, DER (RFC 6960).
+type CertificateStatus struct {
+	DER []byte
+	// From and Until are when it is good, for whoever it is given to. Both zero: it is for whoever asked, or says that there is no
+	// answer.
+	From, Until time.Time
+}
+
 // RequestMethod is how somebody came by a certificate. They are stored: never change one.
 type RequestMethod string
 
