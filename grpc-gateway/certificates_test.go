@@ -450,7 +450,7 @@ func TestCertificatesNeedTheirScope(t *testing.T) {
 		}
 		for method, op := range methods {
 			n++
-			target := strings.ReplaceAll(template, "{issuerId}", issuer)
+			target := strings.NewReplacer("{issuerId}", issuer, "{request}", "AAAA").Replace(template)
 			call := method + " " + target
 			token := "alice"
 			if op.scope == "" {
@@ -469,7 +469,7 @@ func TestCertificatesNeedTheirScope(t *testing.T) {
 			}
 		}
 	}
-	want(t, "routes", n, 9)
+	want(t, "routes", n, 11)
 	want(t, "nothing happened", len(log.entries), 0)
 	for _, path := range []string{authority + "/sign", authority + "/signing/crl/", authority + "/signing/crl/a/b", "/certificate-authority/api/v2"} {
 		want(t, path, bare.get(t, path).reason(), "no-such-path")
@@ -560,4 +560,48 @@ func TestCertificatesOverGRPC(t *testing.T) {
 	_, err = c.SignIdentityCertificate(as(t, "alice"), &capb.SignCertificateRequest{})
 	code, _ = reasonOf(t, err)
 	want(t, "without an authority", code.String(), "Unimplemented")
+}
+
+// Questions come in a body, or in a path in whatever form of base64 clients write there, and whoever has the certificate may ask.
+func TestCertificateStatus(t *testing.T) {
+	t.Parallel()
+	w, log := newCertificatesWorld(t)
+	from := time.Date(2030, 1, 2, 3, 4, 5, 0, time.UTC)
+	st := hub.CertificateStatus{DER: []byte{0x30, 3, 1, 2, 3}, From: from, Until: from.Add(time.Hour)}
+	var asked []byte
+	w.certificates.status = func(b []byte) hub.CertificateStatus { asked = b; return st }
+	const path = authority + "/signing/ocsp"
+	question := []byte{0xfb, 0xef, 0xff, 0xff, 0xff, 0xff, 0xfb, 0xff, 0xff} // ends in a slash
+	text := base64.StdEncoding.EncodeToString(question)
+	for _, c := range []string{text, url.PathEscape(text), url.QueryEscape(text), base64.URLEncoding.EncodeToString(question)} {
+		a := w.do(t, "nonsense", "GET", path+"/"+c)
+		want(t, c, a.Code, 200)
+		want(t, c, string(asked), string(question))
+		want(t, c, a.Body.String(), string(st.DER))
+		want(t, c, a.Header().Get("Content-Type"), "application/ocsp-response")
+		want(t, c, a.Header().Get("Cache-Control"), "max-age=60, public, no-transform, must-revalidate")
+		want(t, c, a.Header().Get("Last-Modified"), "Wed, 02 Jan 2030 03:04:05 GMT")
+		want(t, c, a.Header().Get("Expires"), "Wed, 02 Jan 2030 04:04:05 GMT")
+		want(t, "unchanged", w.do(t, "", "GET", path+"/"+c, "If-None-Match: "+a.Header().Get("ETag")).Code, 304)
+	}
+	post := func(body string) answer {
+		return w.ask(t, "", "POST", path, strings.NewReader(body), "Content-Type: application/ocsp-request")
+	}
+	want(t, "POST", post(string(question)).Body.String(), string(st.DER))
+	want(t, "POST", string(asked), string(question))
+	want(t, "entries in the audit log", len(log.entries), 0)
+
+	asked = []byte("before")
+	want(t, "no base64", w.do(t, "", "GET", path+"/%00").Code, 200)
+	want(t, "no base64", len(asked), 0)
+	want(t, "a large body", post(strings.Repeat("x", maxQuestion+1)).Code, 413)
+	want(t, "a long path", w.do(t, "", "GET", path+"/"+strings.Repeat("A", maxQuestion+4)).Code, 413)
+	want(t, "no question", w.do(t, "", "GET", path+"/").Code, 501)
+	want(t, "another host", w.do(t, "", "GET", path+"/AAAA", "Host: evil.example").Code, 421)
+
+	st = hub.CertificateStatus{DER: []byte{0x30, 3, 0xa, 1, 1}} // for whoever asked only
+	a := w.do(t, "", "GET", path+"/AAAA")
+	want(t, "caches", a.Header().Get("Cache-Control"), "no-store")
+	want(t, "caches", a.Header().Get("ETag")+a.Header().Get("Expires"), "")
+	want(t, "caches", post("x").Header().Get("Cache-Control"), "no-store")
 }

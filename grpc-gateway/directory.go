@@ -79,6 +79,8 @@ type Certificates interface {
 	// List returns the revocation list of an issuer, DER (RFC 5280, Section 5). It is cheap to ask again. NotFound for an issuer
 	// that is not ours.
 	List(ctx context.Context, issuer string) ([]byte, error)
+	// Status answers an OCSP request (RFC 6960), whatever it is. How many are answered at a time is the authority's to bound.
+	Status(ctx context.Context, request []byte) hub.CertificateStatus
 }
 
 // Enrolments is what the door needs from the certificate authority about devices that get an identity by themselves.

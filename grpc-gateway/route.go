@@ -16,6 +16,7 @@ type vars struct {
 	correlation string
 	name        string // of an account, or ID of a group
 	issuer      string // of certificates
+	question    string // about certificates, base64
 }
 
 // named finds the template of a path that names something other than a device's resource, "" if there is none.
@@ -54,6 +55,9 @@ func named(path string) (template string, v vars) {
 // (also the last but one): a resource of such a name is reached by escaping the slash before it (%2F), which makes it one
 // segment here.
 func split(path string) (template string, v vars, err error) {
+	if question, ok := questionIn(path); ok { // first: its last character may be a slash
+		return ocspPath + "/{request}", vars{question: question}, nil
+	}
 	path = strings.TrimRight(path, "/")
 	const devices = "/api/v1/devices"
 	rest, ok := strings.CutPrefix(path, devices+"/")
@@ -245,6 +249,8 @@ func init() { // not a literal: split reads what it leads to
 			"GET": read("getSigningRecordsOld", (*Gateway).getCertificates), "DELETE": write("deleteSigningRecordsOld", (*Gateway).revokeCertificates),
 		},
 		"/certificate-authority/api/v1/signing/crl/{issuerId}": {"GET": open("getRevocationList", (*Gateway).getRevocationList)},
+		ocspPath:                {"POST": open("askCertificateStatus", (*Gateway).postStatus)},
+		ocspPath + "/{request}": {"GET": open("getCertificateStatus", (*Gateway).getStatus)},
 
 		// Of other hubs' device provisioning there are two paths each, the second without the service's name.
 		"/device-provisioning-service/api/v1/provisioning-records": {

@@ -139,6 +139,7 @@ type fakeCertificates struct {
 	sign   func(owner hub.Owner, user string, csr []byte) ([]byte, error)
 	others func(profile hub.Profile, owner hub.Owner, user string, hosts []string, csr []byte) ([]byte, error)
 	list   func(issuer string) ([]byte, error)
+	status func(request []byte) hub.CertificateStatus
 	err    error // behind what is yielded or revoked
 }
 
@@ -186,6 +187,10 @@ func (f *fakeCertificates) Revoke(_ context.Context, filter hub.CertificateFilte
 
 func (f *fakeCertificates) List(_ context.Context, issuer string) ([]byte, error) {
 	return f.list(issuer)
+}
+
+func (f *fakeCertificates) Status(_ context.Context, request []byte) hub.CertificateStatus {
+	return f.status(request)
 }
 
 type fakeVerifier struct {
@@ -362,8 +367,10 @@ func newWorld(t testing.TB, change ...func(*Config, *Deps)) *world {
 		}
 		return hub.Claims{}, hub.NewError(hub.Unauthenticated, "token-invalid", "the access token is not valid")
 	}}
-	w.certificates = &fakeCertificates{list: func(string) ([]byte, error) { return []byte{0x30, 0}, nil }}
 	w.enrolments = &fakeEnrolments{}
+	w.certificates = &fakeCertificates{list: func(string) ([]byte, error) { return []byte{0x30, 0}, nil }, status: func([]byte) hub.CertificateStatus {
+		return hub.CertificateStatus{DER: []byte{0x30, 0}, From: time.Unix(0, t0), Until: time.Unix(3600, t0)}
+	}}
 	cfg := Default()
 	cfg.API.HTTP.Address, cfg.API.GRPC.Address = "127.0.0.1:0", "127.0.0.1:0"
 	deps := Deps{

@@ -57,9 +57,9 @@ func New(description []byte) (*Checker, error) {
 	c := &Checker{doc: doc}
 	closed := map[*openapi3.Schema]bool{}
 	for template, item := range doc.Paths.Map() {
-		// An href may hold slashes.
+		// An href may hold slashes, and so may base64.
 		pattern := regexp.MustCompile(`\\\{[^}]*\\\}`).ReplaceAllStringFunc(regexp.QuoteMeta(template), func(v string) string {
-			if strings.Contains(v, "href") {
+			if strings.Contains(v, "href") || strings.Contains(v, "request") {
 				return ".+"
 			}
 			return "[^/]+"

@@ -3,8 +3,10 @@ package e2e_test
 import (
 	"bufio"
 	"context"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -18,6 +20,7 @@ import (
 	"testing"
 
 	"github.com/plgd-dev/go-coap/v3/message/codes"
+	"golang.org/x/crypto/ocsp"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
@@ -167,6 +170,9 @@ func (w *world) answered(b []byte) string {
 	for _, m := range thingWord.FindAllSubmatch(b, -1) {
 		w.thing = string(m[1])
 	}
+	for _, m := range signedWord.FindAllSubmatch(b, -1) {
+		w.question = questionAbout(w.t, m[1])
+	}
 	return w.renderJSON(b)
 }
 
@@ -209,6 +215,33 @@ func (w *world) provision(ctx context.Context, d *actor, rest string) (string, e
 }
 
 var issuerWord = regexp.MustCompile(`"issuerId":\s*"([-0-9a-f]{36})"`)
+
+var signedWord = regexp.MustCompile(`"certificate":\s*"([A-Za-z0-9+/=]+)"`)
+
+// questionAbout is an OCSP request about the first certificate of a chain, which the second one issued.
+func questionAbout(t *testing.T, chain []byte) []byte {
+	t.Helper()
+	rest, err := base64.StdEncoding.AppendDecode(nil, chain)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var certs [2]*x509.Certificate
+	for i := range certs {
+		block, more := pem.Decode(rest)
+		if block == nil {
+			t.Fatal("the chain has no issuer")
+		}
+		if certs[i], err = x509.ParseCertificate(block.Bytes); err != nil {
+			t.Fatal(err)
+		}
+		rest = more
+	}
+	der, err := ocsp.CreateRequest(certs[0], certs[1], nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return der
+}
 
 var correlationWord = regexp.MustCompile(`"correlationId":\s*"([-0-9a-f]{36})"`)
 

@@ -29,6 +29,7 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 	"go.yaml.in/yaml/v3"
+	"golang.org/x/crypto/ocsp"
 
 	"github.com/coaphub/coaphub/bundle"
 	"github.com/coaphub/coaphub/test/hubtest"
@@ -77,7 +78,7 @@ var update = flag.Bool("update", false, "write what came into the scripts")
 //
 // NAME in a path or body stands for that device's ID, CSR-OF-NAME for a request for its certificate, base64, ISSUER for the issuer that a
 // record of certificates named last, ID-OF-NAME for its ID in a body of the API's, MAKER-CA for the CA of factory certificates, THING
-// for the id that an answer had last, CODE for a fresh authorization code, TOKEN-OF-NAME and
+// for the id that an answer had last, OCSP for a question about the certificate that was signed last, CODE for a fresh authorization code, TOKEN-OF-NAME and
 // REFRESH-OF-NAME for what its last sign-up or refresh brought, APP-TOKEN for an application's access token, RESUME for the
 // resume token of what WHO heard last, CORRELATION for the command that an answer named last, NOTED for the time that the hub
 // noted. In what came, IDs become names and values that change from run to run become words in capitals.
@@ -241,6 +242,7 @@ type world struct {
 	issuer      string // of the newest record of a certificate that an answer had
 	thing       string // the newest id that an answer had
 	maker       *maker // nil before it is needed
+	question    []byte // about the certificate that was signed last
 	noted       string // a time, in nanoseconds
 }
 
@@ -649,7 +651,13 @@ func (w *world) request(ctx context.Context, owner, method, rest string) (*http.
 	if err != nil {
 		return nil, err
 	}
-	req, err := http.NewRequestWithContext(ctx, method, w.start().HTTP+w.ids(target), strings.NewReader(w.csrs(body)))
+	target = strings.ReplaceAll(target, "OCSP", url.PathEscape(base64.StdEncoding.EncodeToString(w.question)))
+	if body == "OCSP" {
+		body = string(w.question)
+	} else {
+		body = w.csrs(body)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, w.start().HTTP+w.ids(target), strings.NewReader(body))
 	if err != nil {
 		return nil, err
 	}
@@ -691,6 +699,12 @@ func (w *world) told(a appAnswer) (string, error) {
 	}
 	if l, err := x509.ParseRevocationList(a.body); err == nil {
 		return fmt.Sprintf("%d with %d revoked", a.status, len(l.RevokedCertificateEntries)), nil
+	}
+	switch r, err := ocsp.ParseResponse(a.body, nil); {
+	case errors.As(err, new(ocsp.ResponseError)):
+		return fmt.Sprintf("%d (%v)", a.status, err), nil
+	case err == nil:
+		return fmt.Sprintf("%d %s", a.status, []string{ocsp.Good: "good", ocsp.Revoked: "revoked", ocsp.Unknown: "unknown"}[r.Status]), nil
 	}
 	var parts []string
 	for line := range bytes.Lines(a.body) {
