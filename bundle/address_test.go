@@ -2,16 +2,21 @@ package bundle
 
 import (
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"log/slog"
 	"net"
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
+	"golang.org/x/crypto/ocsp"
 	"golang.org/x/sys/unix"
 
 	certificateauthority "github.com/coaphub/coaphub/certificate-authority"
+	"github.com/coaphub/coaphub/internal/store/storetest"
 )
 
 func TestLoopback(t *testing.T) {
@@ -78,6 +83,25 @@ type elsewhere struct{ net.Listener }
 
 func (elsewhere) Addr() net.Addr { return &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 1} }
 
+// stapled wants an answer beside the certificate that says that it is good (RFC 6066, Section 8).
+func stapled(t *testing.T, state tls.ConnectionState) {
+	t.Helper()
+	certs := state.PeerCertificates
+	if r, err := ocsp.ParseResponseForCert(state.OCSPResponse, certs[0], certs[1]); err != nil || r.Status != ocsp.Good || time.Until(r.NextUpdate) < 20*time.Minute {
+		t.Errorf("the answer beside the certificate: %v, %+v", err, r)
+	}
+}
+
+// serviceOf keeps the ledger of an authority in memory.
+func serviceOf(t *testing.T, a *certificateauthority.Authority) *certificateauthority.Service {
+	t.Helper()
+	s, err := certificateauthority.NewService(t.Context(), a, storetest.NewMemory(), nil, "", slog.New(slog.DiscardHandler), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
 func TestTLSBeyondLoopback(t *testing.T) {
 	t.Parallel()
 	const id = "3a8f7a1c-95a1-4a5e-9f0e-3f9f9d7c1b11"
@@ -85,7 +109,7 @@ func TestTLSBeyondLoopback(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	a := &assembly{authority: authority, external: "hub.example", log: slog.New(slog.DiscardHandler)}
+	a := &assembly{authority: authority, certificates: serviceOf(t, authority), external: "hub.example", log: slog.New(slog.DiscardHandler)}
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -110,6 +134,7 @@ func TestTLSBeyondLoopback(t *testing.T) {
 	if err != nil {
 		t.Fatalf("handshake with the HTTPS root: %v", err)
 	}
+	stapled(t, c.ConnectionState())
 	_ = c.Close()
 	if err := <-served; err != nil {
 		t.Error(err)
@@ -120,6 +145,29 @@ func TestTLSBeyondLoopback(t *testing.T) {
 	if u := a.url("127.0.0.1:8080"); u != "http://127.0.0.1:8080" {
 		t.Errorf("url = %q", u)
 	}
+}
+
+// The answer beside the hub's certificate never ends while it is shown.
+func TestTheHubsCertificateIsKnownToBeGood(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		authority, err := certificateauthority.Open(filepath.Join(t.TempDir(), "keys"), "3a8f7a1c-95a1-4a5e-9f0e-3f9f9d7c1b11")
+		if err != nil {
+			t.Fatal(err)
+		}
+		a := &assembly{authority: authority, certificates: serviceOf(t, authority), external: "192.0.2.9", cfg: Default(), log: slog.New(slog.DiscardHandler)}
+		get, err := a.hubCertificate()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 50 {
+			cert, err := get()
+			if err != nil {
+				t.Fatal(err)
+			}
+			stapled(t, tls.ConnectionState{OCSPResponse: cert.OCSPStaple, PeerCertificates: append([]*x509.Certificate{cert.Leaf}, authority.DeviceIntermediates()...)})
+			<-time.After(7 * time.Minute)
+		}
+	})
 }
 
 func TestHistoryTakesATenthOfTheDisk(t *testing.T) {
@@ -145,7 +193,7 @@ func TestTheHubsCertificateIsRenewedBeforeItEnds(t *testing.T) {
 	}
 	cfg := Default()
 	cfg.CoAPGateway.API.CoAP.ExternalAddress = "nat.example:5684"
-	a := &assembly{authority: authority, external: "192.0.2.9", cfg: cfg}
+	a := &assembly{authority: authority, certificates: serviceOf(t, authority), external: "192.0.2.9", cfg: cfg, log: slog.New(slog.DiscardHandler)}
 	get, err := a.hubCertificate()
 	if err != nil {
 		t.Fatal(err)

@@ -30,7 +30,7 @@ func (a *assembly) secure(ln net.Listener) (net.Listener, error) {
 // httpsConfig is the server's side of TLS towards applications and people.
 func (a *assembly) httpsConfig() (*tls.Config, error) {
 	get, err := a.renewed(certificateauthority.HTTPS, func() (tls.Certificate, error) {
-		return a.authority.HTTPSCertificate([]string{a.external, "localhost", "127.0.0.1", "::1"})
+		return a.certificates.HTTPSCertificate([]string{a.external, "localhost", "127.0.0.1", "::1"})
 	})
 	if err != nil {
 		return nil, &hub.Error{Kind: hub.Internal, Op: "https certificate", Err: err}
@@ -53,27 +53,40 @@ func (a *assembly) hubCertificate() (func() (*tls.Certificate, error), error) {
 	if h, _, err := net.SplitHostPort(a.cfg.CoAPGateway.API.CoAP.ExternalAddress); err == nil && h != "" {
 		hosts = append(hosts, h)
 	}
-	return a.renewed(certificateauthority.Device, func() (tls.Certificate, error) { return a.authority.HubCertificate(hosts) })
+	return a.renewed(certificateauthority.Device, func() (tls.Certificate, error) { return a.certificates.HubCertificate(hosts) })
 }
 
 // renewed gives a certificate of the hub's under a root. There is a new one when the last one nears its end, and when another key
-// signs: that of the last one may be retired soon.
+// signs: that of the last one may be retired soon. Over TLS an answer is shown with it that it is good (RFC 6066, Section 8), and made
+// anew at half its time; pion does not know how to show it over DTLS.
 func (a *assembly) renewed(r certificateauthority.Root, made func() (tls.Certificate, error)) (func() (*tls.Certificate, error), error) {
 	var (
-		mu   sync.Mutex // guards cert
-		cert *tls.Certificate
+		mu       sync.Mutex // guards all below
+		cert     *tls.Certificate
+		restaple time.Time
 	)
 	get := func() (*tls.Certificate, error) {
 		mu.Lock()
 		defer mu.Unlock()
-		if cert != nil && time.Until(cert.Leaf.NotAfter) > renewBefore && a.authority.Signs(r, cert.Leaf) {
+		now := time.Now()
+		if cert == nil || cert.Leaf.NotAfter.Sub(now) <= renewBefore || !a.authority.Signs(r, cert.Leaf) {
+			c, err := made()
+			if err != nil {
+				return nil, fmt.Errorf("the hub's certificate: %w", err)
+			}
+			cert, restaple = &c, now
+		}
+		if now.Before(restaple) {
 			return cert, nil
 		}
-		c, err := made()
-		if err != nil {
-			return nil, fmt.Errorf("the hub's certificate: %w", err)
+		st, err := a.certificates.Staple(cert)
+		if err != nil { // it is good without, too
+			a.log.Warn("no answer about the hub's certificate can be made", "error", err)
+			st.Until = now.Add(2 * time.Minute)
 		}
-		cert = &c
+		next := *cert // those who shake hands look at the last one
+		next.OCSPStaple = st.DER
+		cert, restaple = &next, now.Add(st.Until.Sub(now)/2)
 		return cert, nil
 	}
 	_, err := get() // trouble is found at the start, not at the first handshake
