@@ -209,6 +209,7 @@ var foreign = map[string]string{
 	"openTelemetryCollector":     `traces cannot be exported yet`,
 	"signer":                     `the hub keeps its own authorities in the data folder (coaphub ca root)`,
 	"oauthSigner":                `the embedded provider keeps its own keys; see oauthServer`,
+	"crl":                        `write coapGateway.api.coap.tls.caSets, which names where lists are: what certificates name is not fetched`,
 	"encoding":                   `write log.format: json or text`,
 	"encoderConfig":              `times are RFC 3339 with nanoseconds, there is nothing to set`,
 	"stacktrace":                 `stacks are logged for panics only, there is nothing to set`,

@@ -20,6 +20,7 @@ import (
 const (
 	storeFolder    = "store"       // event log and documents; the store's own files
 	keysFolder     = "keys"        // certification authorities
+	listsFolder    = "revocation"  // other authorities' lists, fetched again when they are missing
 	scratchFolder  = "scratch"     // checkpoints under way; emptied at start
 	lockFile       = "lock"        // held while a process uses the folder; its text is the process ID
 	formatFile     = "format"      // version of this layout

@@ -179,6 +179,7 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 		Certificate: certificate, ClientCAs: a.authority.DevicePool(), ClientIntermediates: a.authority.DeviceIntermediates(),
 		ClientRoots: a.authority.DeviceRoots(), PSK: a.psk.key, Revoked: a.certificates.Revoked, Denied: a.identities.Denied, HandedOver: a.handedOver, Rivals: a.rivals,
 		HubID: hub.DeviceID(a.hubID), Service: writer, EngineMetrics: engine, Renewals: a.certificates,
+		Lists: folder.sub(listsFolder),
 		Reach: func(address string) string { return reach(address, a.external) },
 	}, log.With("part", "coap-gateway"), a.registry)
 	if err != nil {

@@ -77,8 +77,11 @@ type TLSConfig struct {
 	// PSK lets devices prove their ID over DTLS by a pre-shared key instead of a certificate. Only devices that were given one
 	// have one (coaphub onboard --psk).
 	PSK bool `yaml:"psk"`
-	// CAPool is files or PEM texts of the CAs of device certificates. Empty: the hub's own device CA.
+	// CAPool is files or PEM texts of the CAs of device certificates. Empty, and no caSets: the hub's own device CA.
 	CAPool []string `yaml:"caPool"`
+	// CASets are further CAs of device certificates, in sets that say where to find what they have revoked. With any of them the
+	// hub's own device CA is trusted only if caPool names it.
+	CASets []CASetConfig `yaml:"caSets"`
 	// CertFile and KeyFile are the hub's certificate. Both empty: one by the hub's own CA.
 	CertFile string `yaml:"certFile"`
 	KeyFile  string `yaml:"keyFile"`
@@ -333,6 +336,7 @@ func (c Config) Validate() []error {
 	if _, err := parseCAPool(co.TLS.CAPool); err != nil {
 		bad(api+"tls.caPool", "%v", err)
 	}
+	co.TLS.checkSets(func(path, format string, args ...any) { bad(api+"tls."+path, format, args...) })
 	if co.TLS.ClientCertificateRequired && !co.TLS.IdentityPropertiesRequired && co.Authorization.DeviceIDClaim != "" {
 		// There would be nothing to compare the claim with, and leaving the comparison out would let any device's token be used
 		// from any device's connection.

@@ -26,6 +26,14 @@ func TestWebSocketAloneIsValid(t *testing.T) {
 }
 
 func TestValidateNamesThePath(t *testing.T) {
+	testCA := newCA(t).pem()
+	aSet := func(spoil func(*CASetConfig)) CASetConfig {
+		s := CASetConfig{Name: "a", CAs: []string{testCA}, Lists: []string{"https://lists.example/a.crl", "file:///x", "/y"}, Responder: "http://x"}
+		if spoil != nil {
+			spoil(&s)
+		}
+		return s
+	}
 	for path, spoil := range map[string]func(*Config){
 		"coapGateway.api.coap.address":         func(c *Config) { c.API.CoAP.Address = "" },
 		"coapGateway.api.coap.plainAddress":    func(c *Config) { c.API.CoAP.PlainAddress = "nonsense" },
@@ -49,12 +57,28 @@ func TestValidateNamesThePath(t *testing.T) {
 		"coapGateway.api.coap.webSocket.origins[1]": func(c *Config) {
 			c.API.CoAP.WebSocket = WebSocketConfig{Enabled: true, Origins: []string{"https://a.example:8443", "https://a.example/"}}
 		},
-		"coapGateway.api.coap.maxMessageSize":    func(c *Config) { c.API.CoAP.MaxMessageSize = 12 },
-		"coapGateway.api.coap.maxConnections":    func(c *Config) { c.API.CoAP.MaxConnections = 0 },
-		"coapGateway.api.coap.maxLinks":          func(c *Config) { c.API.CoAP.MaxLinks = 0 },
-		"coapGateway.api.coap.keepAlive.timeout": func(c *Config) { c.API.CoAP.KeepAlive.Timeout = time.Millisecond },
-		"coapGateway.api.coap.tls.certFile":      func(c *Config) { c.API.CoAP.TLS.KeyFile = "key.pem" },
-		"coapGateway.api.coap.tls.caPool":        func(c *Config) { c.API.CoAP.TLS.CAPool = []string{"/does/not/exist"} },
+		"coapGateway.api.coap.maxMessageSize":     func(c *Config) { c.API.CoAP.MaxMessageSize = 12 },
+		"coapGateway.api.coap.maxConnections":     func(c *Config) { c.API.CoAP.MaxConnections = 0 },
+		"coapGateway.api.coap.maxLinks":           func(c *Config) { c.API.CoAP.MaxLinks = 0 },
+		"coapGateway.api.coap.keepAlive.timeout":  func(c *Config) { c.API.CoAP.KeepAlive.Timeout = time.Millisecond },
+		"coapGateway.api.coap.tls.certFile":       func(c *Config) { c.API.CoAP.TLS.KeyFile = "key.pem" },
+		"coapGateway.api.coap.tls.caPool":         func(c *Config) { c.API.CoAP.TLS.CAPool = []string{"/does/not/exist"} },
+		"coapGateway.api.coap.tls.caSets[0].name": func(c *Config) { c.API.CoAP.TLS.CASets = []CASetConfig{{CAs: []string{testCA}}} },
+		"coapGateway.api.coap.tls.caSets[1].name": func(c *Config) { c.API.CoAP.TLS.CASets = []CASetConfig{aSet(nil), aSet(nil)} },
+		"coapGateway.api.coap.tls.caSets[0].cas":  func(c *Config) { c.API.CoAP.TLS.CASets = []CASetConfig{aSet(func(s *CASetConfig) { s.CAs[0] = "/x" })} },
+		"coapGateway.api.coap.tls.caSets[0].lists": func(c *Config) {
+			c.API.CoAP.TLS.CASets = []CASetConfig{aSet(func(s *CASetConfig) { s.Lists = []string{"ldap://x/y"} })}
+		},
+		"coapGateway.api.coap.tls.caSets[0].responder": func(c *Config) {
+			c.API.CoAP.TLS.CASets = []CASetConfig{aSet(func(s *CASetConfig) { s.Responder = "x" })}
+		},
+		"coapGateway.api.coap.tls.caSets[0].policy": func(c *Config) {
+			c.API.CoAP.TLS.CASets = []CASetConfig{aSet(func(s *CASetConfig) { s.Policy = "ajar" })}
+		},
+		"coapGateway.api.coap.tls.caSets[0].refresh": func(c *Config) {
+			c.API.CoAP.TLS.CASets = []CASetConfig{aSet(func(s *CASetConfig) { s.Refresh = time.Second })}
+		},
+		"coapGateway.api.coap.tls.caSets": func(c *Config) { c.API.CoAP.TLS.CASets = make([]CASetConfig, maxSets+1) },
 		"coapGateway.api.coap.authorization.deviceIDClaim": func(c *Config) {
 			c.API.CoAP.Authorization.DeviceIDClaim, c.API.CoAP.TLS.IdentityPropertiesRequired = "x", false
 		},

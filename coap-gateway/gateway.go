@@ -18,6 +18,7 @@ import (
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/admission"
 	"github.com/coaphub/coaphub/internal/coap"
+	"github.com/coaphub/coaphub/internal/revocation"
 )
 
 // NamedProvider is a provider as devices name it.
@@ -55,6 +56,8 @@ type Deps struct {
 	HandedOver func(ctx context.Context, dev hub.DeviceID, owner hub.Owner, cert *x509.Certificate) error
 	// Rivals is told of a device that is in two places at once, and of where. Nil: nobody is.
 	Rivals func(ctx context.Context, dev hub.DeviceID, where string)
+	// Lists is the folder in which revocation lists of other authorities are kept for the next start. "": they are not kept.
+	Lists string
 	// PSK returns the pre-shared key of a device, nil if it has none. Nil: devices have certificates only.
 	PSK   func(context.Context, hub.DeviceID) ([]byte, error)
 	HubID hub.DeviceID
@@ -70,21 +73,24 @@ type Deps struct {
 
 // Gateway is the devices' door.
 type Gateway struct {
-	cfg      Config
-	deps     Deps
-	log      *slog.Logger
-	metrics  *metrics
-	engine   *coap.Server
-	web      *coap.WebSocket         // nil when it is off
-	tls      *tls.Config             // nil when there is no secure listener
-	trusted  atomic.Pointer[trusted] // who vouches for devices there; nil with tls
-	refused  refusals
-	devices  *diagnostics
-	live     *live
-	quiet    *quietQueue
-	watches  *watches
-	renewals *renewals
-	rates    *rates
+	cfg     Config
+	deps    Deps
+	log     *slog.Logger
+	metrics *metrics
+	engine  *coap.Server
+	web     *coap.WebSocket         // nil when it is off
+	tls     *tls.Config             // nil when there is no secure listener
+	trusted atomic.Pointer[trusted] // who vouches for devices there; nil with tls
+	// revocation knows what other authorities have revoked, sets who they are; nil where nobody is to be asked.
+	revocation *revocation.Checker
+	sets       []revocation.Set
+	refused    refusals
+	devices    *diagnostics
+	live       *live
+	quiet      *quietQueue
+	watches    *watches
+	renewals   *renewals
+	rates      *rates
 	// signIns has sign-ins, and exchanges the sign-ups and refreshes of each provider. Those wait for it, and one that hangs must
 	// keep nobody out who has a token, or another provider.
 	signIns     *admission.Queue
@@ -139,6 +145,12 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 		}
 		g.tls = conf
 		g.trusted.Store(&is)
+		if len(g.sets) > 0 {
+			if g.revocation, err = revocation.New(g.sets, deps.Lists, log, reg); err != nil {
+				return nil, fmt.Errorf("coapGateway.api.coap.tls.caSets: %w", err)
+			}
+			g.revocation.Changed(g.endRevoked)
+		}
 	}
 	ec := coap.DefaultConfig()
 	ec.MaxMessageSize = cfg.API.CoAP.MaxMessageSize
@@ -196,6 +208,9 @@ func (g *Gateway) Run(ctx context.Context, ready func()) error {
 	}
 	group.Go(func() error { g.quiet.run(ctx); return nil })
 	group.Go(func() error { g.renewals.run(ctx); return nil })
+	if g.revocation != nil {
+		group.Go(func() error { return g.revocation.Run(ctx, func() {}) })
+	}
 	if g.web != nil {
 		open := make(chan struct{}) // else somebody who was told that we are ready is answered 503
 		group.Go(func() error { g.web.Serve(ctx, func() { close(open) }); return nil })

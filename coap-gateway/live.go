@@ -126,7 +126,7 @@ func (g *Gateway) endRevoked() {
 	}
 	g.live.mu.Unlock()
 	for _, s := range on {
-		if g.deps.Revoked(s.cert) {
+		if g.revoked(s.chain) {
 			s.conn.Close(closing{"certificate-revoked"})
 		}
 	}
@@ -181,7 +181,10 @@ func (p *peer) checkCredential(ctx context.Context) error {
 		return err
 	}
 	if p.cred.cert != nil && p.gw.deps.Revoked(p.cred.cert) {
-		return unauthenticated("certificate-revoked", "the device's certificate was revoked")
+		return errCertificateRevoked
+	}
+	if err := p.checkRevocation(ctx); err != nil {
+		return err
 	}
 	if !p.cred.psk {
 		return nil

@@ -57,6 +57,9 @@ func (g *Gateway) tlsConfig() (*tls.Config, trusted, error) {
 		return conf, is, nil
 	}
 	var err error
+	if g.sets, err = co.sets(); err != nil {
+		return nil, is, err
+	}
 	if is.cas, is.pins, err = g.trust(g.deps.ClientCAs, g.deps.ClientIntermediates, g.deps.ClientRoots); err != nil {
 		return nil, is, err
 	}
@@ -75,7 +78,7 @@ func (g *Gateway) tlsConfig() (*tls.Config, trusted, error) {
 
 // admissible decides in the handshake on the chain of a device's own certificate, which was verified.
 func (g *Gateway) admissible(chain []*x509.Certificate) error {
-	if g.deps.Revoked(chain[0]) {
+	if g.revoked(chain) {
 		return coap.ErrRevoked
 	}
 	dev, err := identify(chain[0], g.deps.HubID)
@@ -147,10 +150,16 @@ func (g *Gateway) dtlsConfig() coap.DTLSConfig {
 // trust is which CAs may vouch for devices: those of the configuration alone, else those that were handed in. crypto/tls
 // takes intermediates from the peer only, so ours stand beside the roots: a chain may end at one of them.
 func (g *Gateway) trust(own *x509.CertPool, intermediates, set []*x509.Certificate) (*x509.CertPool, pins, error) {
-	if sources := g.cfg.API.CoAP.TLS.CAPool; len(sources) > 0 {
+	if sources := g.cfg.API.CoAP.TLS.CAPool; len(sources) > 0 || len(g.sets) > 0 {
 		cas, err := parseCAPool(sources)
 		if err != nil {
 			return nil, nil, err
+		}
+		if err := apart(g.sets, cas); err != nil {
+			return nil, nil, err
+		}
+		for _, s := range g.sets {
+			cas = append(cas, s.CAs...)
 		}
 		pool, roots := x509.NewCertPool(), x509.NewCertPool()
 		for _, ca := range cas {
