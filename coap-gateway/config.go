@@ -1,16 +1,15 @@
 package coapgateway
 
 import (
-	"crypto/x509"
-	"encoding/pem"
 	"fmt"
 	"net"
 	"net/url"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/coaphub/coaphub/internal/conf"
 )
 
 // Config is everything below coapGateway. An address of "" switches a listener off.
@@ -333,7 +332,7 @@ func (c Config) Validate() []error {
 	if (co.TLS.CertFile == "") != (co.TLS.KeyFile == "") {
 		bad(api+"tls.certFile", "certFile and keyFile must be given together")
 	}
-	if _, err := parseCAPool(co.TLS.CAPool); err != nil {
+	if _, err := conf.Certificates(co.TLS.CAPool); err != nil {
 		bad(api+"tls.caPool", "%v", err)
 	}
 	co.TLS.checkSets(func(path, format string, args ...any) { bad(api+"tls."+path, format, args...) })
@@ -402,36 +401,3 @@ func (c Config) Validate() []error {
 
 // speaks tells whether a protocol is configured.
 func (c *CoAPConfig) speaks(protocol string) bool { return slices.Contains(c.Protocols, protocol) }
-
-// parseCAPool reads CA certificates from files or PEM texts.
-func parseCAPool(sources []string) ([]*x509.Certificate, error) {
-	var out []*x509.Certificate
-	for _, s := range sources {
-		data := []byte(s)
-		if !strings.Contains(s, "-----BEGIN ") {
-			var err error
-			if data, err = os.ReadFile(s); err != nil {
-				return nil, fmt.Errorf("read CA file: %w", err)
-			}
-		}
-		before := len(out)
-		for len(data) > 0 {
-			var block *pem.Block
-			if block, data = pem.Decode(data); block == nil {
-				break
-			}
-			if block.Type != "CERTIFICATE" {
-				continue
-			}
-			cert, err := x509.ParseCertificate(block.Bytes)
-			if err != nil {
-				return nil, fmt.Errorf("parse CA certificate: %w", err)
-			}
-			out = append(out, cert)
-		}
-		if len(out) == before {
-			return nil, fmt.Errorf("a CA file or text has no certificate")
-		}
-	}
-	return out, nil
-}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/conf"
 	"github.com/coaphub/coaphub/internal/revocation"
 )
 
@@ -63,7 +64,7 @@ func (c CASetConfig) set() (s revocation.Set, errs []error) {
 		errs = append(errs, err)
 	}
 	var err error
-	if s.CAs, err = parseCAPool(c.CAs); err != nil {
+	if s.CAs, err = conf.Certificates(c.CAs); err != nil {
 		bad("cas: %w", err)
 	} else if len(s.CAs) == 0 {
 		bad("cas: at least one must be named")

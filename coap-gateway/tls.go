@@ -12,6 +12,7 @@ import (
 
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/coap"
+	"github.com/coaphub/coaphub/internal/conf"
 )
 
 // trusted is who vouches for devices, and the hub's own certificate.
@@ -151,7 +152,7 @@ func (g *Gateway) dtlsConfig() coap.DTLSConfig {
 // takes intermediates from the peer only, so ours stand beside the roots: a chain may end at one of them.
 func (g *Gateway) trust(own *x509.CertPool, intermediates, set []*x509.Certificate) (*x509.CertPool, pins, error) {
 	if sources := g.cfg.API.CoAP.TLS.CAPool; len(sources) > 0 || len(g.sets) > 0 {
-		cas, err := parseCAPool(sources)
+		cas, err := conf.Certificates(sources)
 		if err != nil {
 			return nil, nil, err
 		}
