@@ -249,19 +249,20 @@ func TestAgentWaitsForAPerson(t *testing.T) {
 	factory, caFile := manufacturer(t)
 	runs(t, "enroll", "group", "add", "lamps", "--ca", caFile, "--approval", "--data", h.Data).want(t, exitOK, "by a person", "^$")
 	dir := filepath.Join(t.TempDir(), "device")
-	args := append(factoryMade(t, factory, lamp), "--server", h.Endpoints.Enrolment, "--ca", rootFile(t, h), "--out", dir, "--timeout", "1s")
-	agents(t, args...).want(t, exitLater, "^$", `^somebody has to allow this device.*coaphub enroll list shows it as factory certificate \S+ of Lamps Ltd `+
-		`\[enrolment-waiting\]; asking again in 1m0s\ncoaphub: it took too long, and the same command goes on`)
+	args := append(factoryMade(t, factory, lamp), "--server", h.Endpoints.Enrolment, "--ca", rootFile(t, h), "--out", dir)
+	// It says that it waits, for whom and for how long, and is stopped then.
+	stopped, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var out bytes.Buffer
+	errs := &stopsAt{text: "asking again in 1m0s\n", stop: cancel}
+	code := execute(stopped, append([]string{"agent", "enroll"}, args...), process{nil, &out, errs, nil})
+	if said := regexp.MustCompile(`^somebody has to allow this device.*coaphub enroll list shows it as factory certificate \S+ of Lamps Ltd ` +
+		`\[enrolment-waiting\]; asking again in 1m0s\ncoaphub: stopped; the same command goes on`); code != exitFailure || !said.MatchString(errs.b.String()) {
+		t.Errorf("stopped by a signal it ends with %d, %q", code, errs.b.String())
+	}
 	key, err := os.ReadFile(filepath.Join(dir, fileNext))
 	if err != nil {
 		t.Fatal(err)
-	}
-	stopped, cancel := context.WithCancel(t.Context())
-	var out, errs bytes.Buffer
-	time.AfterFunc(time.Second, cancel)
-	if code := execute(stopped, append([]string{"agent", "enroll"}, args[:len(args)-2]...), process{nil, &out, &errs, nil}); code != exitFailure ||
-		!strings.Contains(errs.String(), "stopped; the same command goes on") {
-		t.Errorf("stopped by a signal it ends with %d, %q", code, errs.String())
 	}
 	runs(t, "enroll", "approve", lamp, "--data", h.Data).want(t, exitOK, "allowed", "^$")
 	agents(t, args...).want(t, exitOK, "^wrote", "^$")
@@ -270,6 +271,21 @@ func TestAgentWaitsForAPerson(t *testing.T) {
 	}
 	runs(t, "enroll", "refuse", lamp, "--data", h.Data).want(t, exitOK, "refused", "^$")
 	agents(t, append(args, "--out", filepath.Join(t.TempDir(), "other"))...).want(t, exitDenied, "^$", `enrolment-refused`)
+}
+
+// stopsAt takes what a command says, and stops it when it has said a text.
+type stopsAt struct {
+	text string
+	stop func()
+	b    bytes.Buffer
+}
+
+func (s *stopsAt) Write(p []byte) (int, error) {
+	s.b.Write(p)
+	if strings.Contains(s.b.String(), s.text) {
+		s.stop()
+	}
+	return len(p), nil
 }
 
 // doorTo is an enrolment gateway that shows a certificate and asks an authority.
@@ -499,4 +515,17 @@ func TestIdentityFolderIsNeverHalf(t *testing.T) {
 			break
 		}
 	}
+}
+
+// A hub that does not answer is waited for no longer than was said.
+func TestAgentGivesUp(t *testing.T) {
+	t.Parallel()
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = silent.Close() }()
+	_, caFile := manufacturer(t)
+	agents(t, "--server", "coaps+tcp://"+silent.Addr().String(), "--ca", caFile, "--token", "x", "--out", filepath.Join(t.TempDir(), "device"), "--timeout", "1s").
+		want(t, exitLater, "^$", "it took too long, and the same command goes on")
 }

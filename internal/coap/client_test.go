@@ -110,6 +110,7 @@ func TestOvertaking(t *testing.T) {
 			t.Helper()
 			ra = do(c, t.Context(), get("/a"))
 			a = p.read()
+			synctest.Wait() // the peer may have it before the engine knows that it is out
 			turn := c.Beside()
 			if turn == nil || c.Beside() != nil || c.Free() {
 				t.Fatal("not one turn beside the request that is out")
