@@ -5,6 +5,7 @@ import (
 	"context"
 	"iter"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/coaphub/coaphub/hub"
@@ -224,15 +225,41 @@ type CertificateReport struct {
 	Expiring   []Certificate `json:"expiring"` // those, the first first
 	SharedKeys int           `json:"sharedKeys"`
 	Shared     []Certificate `json:"shared"` // certificates of one key for several devices, by key
+	WeakKeys   int           `json:"weakKeys"`
+	Weak       []Certificate `json:"weak"` // good certificates of RSA keys below 3072 bits
+	// Keys counts the good certificates by the kind of their key: P-256, RSA-2048.
+	Keys map[string]int `json:"keys"`
+	// Sessions are how the devices that are here are encrypted, most first.
+	Sessions []SessionSecurity `json:"sessions"`
+}
+
+// SessionSecurity is how many sessions are encrypted in a way.
+type SessionSecurity struct {
+	TLS      string `json:"tls,omitempty"` // version; "" for those that are not encrypted
+	Suite    string `json:"suite,omitempty"`
+	Sessions int    `json:"sessions"`
+	Old      bool   `json:"old,omitempty"` // no encryption that new devices should have (RFC 9325, Sections 3.1 and 4.2)
+}
+
+func (a *assembly) sessionSecurity() []SessionSecurity {
+	out := []SessionSecurity{}
+	for s, n := range a.devices.Security() {
+		out = append(out, SessionSecurity{TLS: s.TLSVersion, Suite: s.Suite, Sessions: n, Old: s.TLSVersion == "" || strings.Contains(s.Suite, "_CBC_")})
+	}
+	slices.SortFunc(out, func(a, b SessionSecurity) int {
+		return cmp.Or(cmp.Compare(b.Sessions, a.Sessions), cmp.Compare(a.TLS, b.TLS), cmp.Compare(a.Suite, b.Suite))
+	})
+	return out
 }
 
 func (a *assembly) reportCertificates(ctx context.Context, q ReportRequest) (CertificateReport, error) {
 	if q.Within < 0 {
 		return CertificateReport{}, hub.NewError(hub.Invalid, "limit-invalid", "the time is negative")
 	}
-	r, err := a.certificates.Report(ctx, q.Within)
+	r, err := a.certificates.Report(ctx, "", q.Within)
 	return CertificateReport{
 		Good: r.Good, Ended: r.Ended, Revoked: r.Revoked, Expires: r.Expires, Expiring: certificatesFrom(r.Expiring),
-		SharedKeys: r.SharedKeys, Shared: certificatesFrom(r.Shared),
+		SharedKeys: r.SharedKeys, Shared: certificatesFrom(r.Shared), WeakKeys: r.WeakKeys, Weak: certificatesFrom(r.Weak),
+		Keys: r.Keys, Sessions: a.sessionSecurity(),
 	}, err
 }

@@ -15,6 +15,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
 	"github.com/coaphub/coaphub/hub"
 )
 
@@ -644,4 +646,33 @@ func FuzzGroup(f *testing.F) {
 		}
 		_ = g.verify([]*x509.Certificate{ca}, time.Now())
 	})
+}
+
+// The report has what is weak and shared, of one owner or of all, and the metrics have its numbers.
+func TestReportOfKeys(t *testing.T) {
+	o := newOffice(t)
+	o.own[testDev], o.own[otherDev] = "alice", "bob"
+	token, _, err := o.NewToken(t.Context(), "bob", otherDev, 0, "operator")
+	if err != nil {
+		t.Fatal(err)
+	}
+	scep := hub.EnrolmentProof{Token: token, Transaction: "t"}
+	weak, err := o.Enrol(t.Context(), scep, csrOf(t, rsaKey(t, 2048), named("")), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := o.sign("alice", testDev); err != nil {
+		t.Fatal(err)
+	}
+	r, err := o.Report(t.Context(), "", time.Hour)
+	if err != nil || r.Good != 2 || r.WeakKeys != 1 || len(r.Weak) != 1 || r.Weak[0].Serial != weak.Serial || r.Keys["RSA-2048"] != 1 || r.Keys["P-256"] != 1 {
+		t.Errorf("of all: %+v, %v", r, err)
+	}
+	if r, err = o.Report(t.Context(), "alice", time.Hour); err != nil || r.Good != 1 || r.WeakKeys != 0 {
+		t.Errorf("of alice: %+v, %v", r, err)
+	}
+	o.measure(t.Context())
+	if n := testutil.ToFloat64(o.fleet.WithLabelValues("weak-key")); n != 1 {
+		t.Errorf("the metric says %v", n)
+	}
 }

@@ -40,6 +40,7 @@ type entry struct {
 	How       hub.RequestMethod    `json:"how"`
 	User      string               `json:"user,omitempty"`
 	Proof     string               `json:"proof,omitempty"`
+	Algorithm string               `json:"algorithm,omitempty"`
 	PEM       string               `json:"pem"`
 	Created   time.Time            `json:"created"`
 	NotBefore time.Time            `json:"notBefore"`
@@ -51,8 +52,8 @@ type entry struct {
 func (e *entry) certificate(serial string) hub.Certificate {
 	return hub.Certificate{
 		Serial: serial, Issuer: e.Issuer, Name: e.Name, Key: e.Key, Device: e.Device, Profile: e.Profile, Owner: e.Owner, How: e.How, User: e.User,
-		Proof: e.Proof,
-		PEM:   e.PEM, Created: e.Created, NotBefore: e.NotBefore, NotAfter: e.NotAfter, Revoked: e.Revoked, Reason: e.Reason,
+		Proof: e.Proof, Algorithm: e.Algorithm,
+		PEM: e.PEM, Created: e.Created, NotBefore: e.NotBefore, NotAfter: e.NotAfter, Revoked: e.Revoked, Reason: e.Reason,
 	}
 }
 
@@ -104,6 +105,7 @@ func (s *Service) record(ctx context.Context, leaf *x509.Certificate, e entry) e
 	}
 	by, _ := s.a.issuerOf(leaf)
 	e.Name, e.Key, e.Issuer = leaf.Subject.CommonName, nameOf(leaf.RawSubjectPublicKeyInfo), by.name
+	e.Algorithm = algorithmOf(leaf.PublicKey)
 	e.PEM, e.Created, e.NotBefore, e.NotAfter = string(certPEM(leaf)), time.Now().UTC(), leaf.NotBefore, leaf.NotAfter
 	doc, err := e.doc(hub.SerialOf(leaf.SerialNumber), 0)
 	if err != nil {

@@ -3,7 +3,15 @@ package certificateauthority
 import (
 	"cmp"
 	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/pem"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/coaphub/coaphub/hub"
@@ -12,31 +20,19 @@ import (
 // maxReported bounds each list of a report.
 const maxReported = 1000
 
-// Report is how the fleet is off for certificates.
-type Report struct {
-	Good    int // devices' certificates that let somebody in
-	Ended   int // that did until they ended, in the last 90 days
-	Revoked int
-	// Expiring are devices whose last certificate that is good ends soon, the first to end first; there are Expires of them, and
-	// the list has at most 1000.
-	Expiring []hub.Certificate
-	Expires  int
-	// Shared are certificates of one key for several devices, which whoever has one of them can be; by key. There are SharedKeys
-	// such keys, and the list has at most 1000 certificates.
-	Shared     []hub.Certificate
-	SharedKeys int
-}
+// weakRSA is below which an RSA key gives less than the 128 bits of the other kinds (NIST SP 800-57 Part 1, Table 2).
+const weakRSA = 3072
 
-// Report reads the whole ledger. Soon is within that time.
-func (s *Service) Report(ctx context.Context, within time.Duration) (Report, error) {
-	var r Report
+// Report reads the ledger of an owner, or all of it if owner is "". What ends within that time ends soon.
+func (s *Service) Report(ctx context.Context, owner hub.Owner, within time.Duration) (hub.CertificateReport, error) {
+	r := hub.CertificateReport{Keys: map[string]int{}}
 	now := time.Now()
 	last := map[hub.DeviceID]hub.Certificate{} // without PEM
 	keys := map[string]map[hub.DeviceID]string{}
-	for c, err := range s.Certificates(ctx, hub.CertificateFilter{All: true}) {
+	for c, err := range s.Certificates(ctx, hub.CertificateFilter{All: owner == "", Owner: owner}) {
 		switch {
 		case err != nil:
-			return Report{}, err
+			return hub.CertificateReport{}, err
 		case c.Profile != hub.ForDevice:
 			continue
 		case !c.Revoked.IsZero():
@@ -47,7 +43,19 @@ func (s *Service) Report(ctx context.Context, within time.Duration) (Report, err
 			continue
 		}
 		r.Good++
+		kind := c.Algorithm
+		if kind == "" { // of an older version
+			kind = algorithmIn(c.PEM)
+		}
+		r.Keys[kind]++
 		c.PEM = ""
+		if bits, rsa := strings.CutPrefix(kind, "RSA-"); rsa {
+			if n, err := strconv.Atoi(bits); err == nil && n < weakRSA {
+				if r.WeakKeys++; len(r.Weak) < maxReported {
+					r.Weak = append(r.Weak, c)
+				}
+			}
+		}
 		if old, ok := last[c.Device]; !ok || c.NotAfter.After(old.NotAfter) {
 			last[c.Device] = c
 		}
@@ -77,8 +85,52 @@ func (s *Service) Report(ctx context.Context, within time.Duration) (Report, err
 			}
 		}
 	}
+	slices.SortFunc(r.Weak, func(a, b hub.Certificate) int {
+		return cmp.Or(cmp.Compare(a.Device, b.Device), cmp.Compare(a.Serial, b.Serial))
+	})
 	slices.SortFunc(r.Shared, func(a, b hub.Certificate) int {
 		return cmp.Or(cmp.Compare(a.Key, b.Key), cmp.Compare(a.Device, b.Device))
 	})
 	return r, nil
+}
+
+// algorithmOf names the kind of a key: P-256, P-384, Ed25519, RSA-2048.
+func algorithmOf(key crypto.PublicKey) string {
+	switch k := key.(type) {
+	case *ecdsa.PublicKey:
+		return k.Curve.Params().Name
+	case ed25519.PublicKey:
+		return "Ed25519"
+	case *rsa.PublicKey:
+		return "RSA-" + strconv.Itoa(k.N.BitLen())
+	}
+	return "unknown"
+}
+
+func algorithmIn(text string) string {
+	block, _ := pem.Decode([]byte(text))
+	if block == nil {
+		return "unknown"
+	}
+	c, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		return "unknown"
+	}
+	return algorithmOf(c.PublicKey)
+}
+
+// measure makes the report's numbers metrics.
+func (s *Service) measure(ctx context.Context) {
+	r, err := s.Report(ctx, "", soon)
+	if err != nil {
+		if ctx.Err() == nil {
+			s.log.WarnContext(ctx, "the certificates of the fleet could not be counted, trying again", "error", err)
+		}
+		return
+	}
+	for state, n := range map[string]int{
+		"good": r.Good, "revoked": r.Revoked, "ends-soon": r.Expires, "shared-key": r.SharedKeys, "weak-key": r.WeakKeys,
+	} {
+		s.fleet.WithLabelValues(state).Set(float64(n))
+	}
 }

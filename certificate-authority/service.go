@@ -45,6 +45,10 @@ const (
 	listBackdate = 5 * time.Minute
 
 	sweepEvery = time.Hour
+	// measureAfter is when the fleet is counted first: a start has other things to do.
+	measureAfter = time.Minute
+	// soon is the end that the metrics warn of.
+	soon = 30 * 24 * time.Hour
 )
 
 // collLists has, by issuer, the number of its newest revocation list.
@@ -79,6 +83,7 @@ type Service struct {
 	issued *prometheus.CounterVec
 
 	enrolled  *prometheus.CounterVec
+	fleet     *prometheus.GaugeVec
 	enrolling *admission.Queue
 	secret    cipher.AEAD              // nil: groups have no pre-shared keys
 	groups    atomic.Pointer[[]*group] // nil: they have to be read
@@ -127,6 +132,10 @@ func NewService(
 			Name: "coaphub_enrolments_total",
 			Help: "Enrolments and renewals by what the device showed, and what came of it: issued, or the code of the refusal.",
 		}, []string{"method", "outcome"}),
+		fleet: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "coaphub_certificates",
+			Help: "Certificates of devices, counted once an hour: good, revoked, devices whose last one ends within 30 days (ends-soon), keys that several devices have (shared-key), RSA keys below 3072 bits (weak-key). See coaphub certs report for which.",
+		}, []string{"state"}),
 		enrolling:  admission.NewQueue(maxEnrolling, enrolQueue, enrolPatience),
 		responders: map[string]*responder{},
 		answering:  admission.NewQueue(4, 256, 5*time.Second),
@@ -141,7 +150,7 @@ func NewService(
 		s.use.responders = []string{base + StatusPath}
 	}
 	if reg != nil {
-		reg.MustRegister(s.issued, s.enrolled, s.questions)
+		reg.MustRegister(s.fleet, s.issued, s.enrolled, s.questions)
 	}
 	for serial, err := range docs.FindKeys(ctx, collCertificates, indexRevoked) {
 		if err != nil {
@@ -157,12 +166,20 @@ func (s *Service) Run(ctx context.Context, ready func()) error {
 	ready()
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
+	first := time.NewTimer(measureAfter)
+	defer first.Stop()
+	if err := s.sweep(ctx); err != nil && ctx.Err() == nil {
+		s.log.WarnContext(ctx, "certificates that have ended could not be removed from the ledger, trying again", "error", err)
+	}
 	for {
-		if err := s.sweep(ctx); err != nil && ctx.Err() == nil {
-			s.log.WarnContext(ctx, "certificates that have ended could not be removed from the ledger, trying again", "error", err)
-		}
 		select {
+		case <-first.C:
+			s.measure(ctx)
 		case <-tick.C:
+			if err := s.sweep(ctx); err != nil && ctx.Err() == nil {
+				s.log.WarnContext(ctx, "certificates that have ended could not be removed from the ledger, trying again", "error", err)
+			}
+			s.measure(ctx)
 		case <-ctx.Done():
 			return nil
 		}

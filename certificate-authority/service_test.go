@@ -549,7 +549,7 @@ func TestReport(t *testing.T) {
 			}
 		}
 		<-time.After(2 * 24 * time.Hour)
-		r, err := o.Report(t.Context(), 30*24*time.Hour)
+		r, err := o.Report(t.Context(), "", 30*24*time.Hour)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -20,6 +20,7 @@ type Diagnostics struct {
 	Protocol       hub.Protocol
 	Remote         string
 	TLSVersion     string // "" when not secure
+	Suite          string // the cipher suite's name (IANA); "" when not secure
 	Session        uint64
 	LastError      string // the code of the session's last error response, "" for none
 	Contact        hub.Contact
@@ -127,4 +128,23 @@ func (x *attachment) count() {
 		s := x.stats()
 		x.BytesIn, x.BytesOut, x.RoundTrip = s.BytesIn, s.BytesOut, s.RoundTrip
 	}
+}
+
+// Security is how sessions are encrypted.
+type Security struct {
+	TLSVersion string // "" : they are not
+	Suite      string
+}
+
+// security counts the sessions that there are.
+func (d *diagnostics) security() map[Security]int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	out := map[Security]int{}
+	for _, a := range d.byDev {
+		if a.Online {
+			out[Security{a.TLSVersion, a.Suite}]++
+		}
+	}
+	return out
 }

@@ -268,6 +268,9 @@ func (g *Gateway) Refused() []Refusal { return g.refused.newest() }
 // Diagnostics returns what is known of a device's attachment; false if it has not been here lately.
 func (g *Gateway) Diagnostics(dev hub.DeviceID) (Diagnostics, bool) { return g.devices.get(dev) }
 
+// Security counts the sessions that there are, by how they are encrypted.
+func (g *Gateway) Security() map[Security]int { return g.devices.security() }
+
 // Refuse records a refusal, its Time apart, and counts it; those of other doors for devices, too.
 func (g *Gateway) Refuse(r Refusal) {
 	r.Time = time.Now()

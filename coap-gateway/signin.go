@@ -119,9 +119,9 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 	}
 	switch {
 	case info.TLS != nil:
-		d.TLSVersion = tls.VersionName(info.TLS.Version)
+		d.TLSVersion, d.Suite = tls.VersionName(info.TLS.Version), tls.CipherSuiteName(info.TLS.CipherSuite)
 	case info.Secure:
-		d.TLSVersion = "DTLS 1.2" // the only one we have
+		d.TLSVersion, d.Suite = "DTLS 1.2", info.Peer.Suite // the only one we have
 	}
 	if !info.Stream {
 		d.Contact = got.Contact

@@ -10,7 +10,9 @@ import (
 	"math/big"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
@@ -277,4 +279,59 @@ func (g *Gateway) getRevocationList(w http.ResponseWriter, r *request) error {
 	}
 	w.Header().Set("Cache-Control", "public, max-age=60")
 	return writeTagged(w, r, "application/pkix-crl", list)
+}
+
+// certificateReport is hub.CertificateReport as the API has it.
+type certificateReport struct {
+	Good       int            `json:"good"`
+	Ended      int            `json:"ended"`
+	Revoked    int            `json:"revoked"`
+	Expires    int            `json:"expires"`
+	Expiring   []reported     `json:"expiring"`
+	SharedKeys int            `json:"sharedKeys"`
+	Shared     []reported     `json:"shared"`
+	WeakKeys   int            `json:"weakKeys"`
+	Weak       []reported     `json:"weak"`
+	Keys       map[string]int `json:"keys"`
+}
+
+// reported is one certificate in it.
+type reported struct {
+	ID         string    `json:"id"`
+	DeviceID   string    `json:"deviceId"`
+	PublicKey  string    `json:"publicKey"`
+	ValidUntil time.Time `json:"validUntil"`
+}
+
+func reportedFrom(cs []hub.Certificate) []reported {
+	out := []reported{}
+	for _, c := range cs {
+		out = append(out, reported{c.Serial, string(c.Device), c.Key, c.NotAfter.UTC()})
+	}
+	return out
+}
+
+// defaultSoon is which end is soon if nobody says, and maxSoon the longest that can be asked for.
+const defaultSoon, maxSoon = 30, 3650
+
+func (g *Gateway) getCertificateReport(w http.ResponseWriter, r *request) error {
+	if g.deps.Certificates == nil {
+		return errNoRoute
+	}
+	days := defaultSoon
+	if s := r.query.get("withinDays"); s != "" {
+		n, err := strconv.Atoi(s)
+		if err != nil || n < 0 || n > maxSoon {
+			return invalid("query-invalid", "withinDays is no number from 0 to 3650")
+		}
+		days = n
+	}
+	rep, err := g.deps.Certificates.Report(r.Context(), r.claims.Owner, time.Duration(days)*24*time.Hour)
+	if err != nil {
+		return err
+	}
+	return writeJSON(w, r, certificateReport{
+		Good: rep.Good, Ended: rep.Ended, Revoked: rep.Revoked, Expires: rep.Expires, Expiring: reportedFrom(rep.Expiring),
+		SharedKeys: rep.SharedKeys, Shared: reportedFrom(rep.Shared), WeakKeys: rep.WeakKeys, Weak: reportedFrom(rep.Weak), Keys: rep.Keys,
+	})
 }

@@ -469,7 +469,7 @@ func TestCertificatesNeedTheirScope(t *testing.T) {
 			}
 		}
 	}
-	want(t, "routes", n, 11)
+	want(t, "routes", n, 12)
 	want(t, "nothing happened", len(log.entries), 0)
 	for _, path := range []string{authority + "/sign", authority + "/signing/crl/", authority + "/signing/crl/a/b", "/certificate-authority/api/v2"} {
 		want(t, path, bare.get(t, path).reason(), "no-such-path")

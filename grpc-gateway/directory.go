@@ -76,6 +76,8 @@ type Certificates interface {
 	// Revoke ends those certificates that the filter means and that have not ended yet, and returns them; also beside an error,
 	// after which it may be repeated.
 	Revoke(ctx context.Context, f hub.CertificateFilter, reason hub.RevocationReason) ([]hub.Certificate, error)
+	// Report says how the owner's devices are off for certificates; what ends within that time ends soon.
+	Report(ctx context.Context, owner hub.Owner, within time.Duration) (hub.CertificateReport, error)
 	// List returns the revocation list of an issuer, DER (RFC 5280, Section 5). It is cheap to ask again. NotFound for an issuer
 	// that is not ours.
 	List(ctx context.Context, issuer string) ([]byte, error)

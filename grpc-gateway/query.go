@@ -33,7 +33,7 @@ var queryNames = map[string]string{
 	"eventfilter": "eventFilter", "hreffilter": "hrefFilter", "leadresourcetypefilter": "leadResourceTypeFilter",
 	"enrollmentgroupidfilter": "enrollmentGroupIdFilter", "hubidfilter": "hubIdFilter", "statefilter": "stateFilter",
 	"attestationmechanismx509certificatenames": "attestationMechanismX509CertificateNames",
-	"idfilter": "idFilter", "commonnamefilter": "commonNameFilter", "reason": "reason",
+	"idfilter": "idFilter", "commonnamefilter": "commonNameFilter", "reason": "reason", "withindays": "withinDays",
 	"includecurrentstate": "includeCurrentState", "resumetoken": "resumeToken",
 }
 

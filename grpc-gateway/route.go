@@ -248,6 +248,7 @@ func init() { // not a literal: split reads what it leads to
 		"/api/v1/signing/records": {
 			"GET": read("getSigningRecordsOld", (*Gateway).getCertificates), "DELETE": write("deleteSigningRecordsOld", (*Gateway).revokeCertificates),
 		},
+		"/certificate-authority/api/v1/signing/report":         {"GET": read("getCertificateReport", (*Gateway).getCertificateReport)},
 		"/certificate-authority/api/v1/signing/crl/{issuerId}": {"GET": open("getRevocationList", (*Gateway).getRevocationList)},
 		ocspPath:                {"POST": open("askCertificateStatus", (*Gateway).postStatus)},
 		ocspPath + "/{request}": {"GET": open("getCertificateStatus", (*Gateway).getStatus)},

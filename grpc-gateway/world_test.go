@@ -185,6 +185,10 @@ func (f *fakeCertificates) Revoke(_ context.Context, filter hub.CertificateFilte
 	return out, f.err
 }
 
+func (*fakeCertificates) Report(context.Context, hub.Owner, time.Duration) (hub.CertificateReport, error) {
+	return hub.CertificateReport{Good: 1, Keys: map[string]int{"P-256": 1}}, nil
+}
+
 func (f *fakeCertificates) List(_ context.Context, issuer string) ([]byte, error) {
 	return f.list(issuer)
 }

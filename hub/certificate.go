@@ -13,6 +13,7 @@ type Certificate struct {
 	Issuer    string   // names the key that signed it, a UUID
 	Name      string   // the common name of its subject
 	Key       string   // names its public key, a UUID
+	Algorithm string   // of that key: P-256, P-384, Ed25519, RSA-2048 and the like; "" in entries of older versions
 	Device    DeviceID // "" for what is no device's
 	Profile   Profile
 	Owner     Owner         // for whom it was signed; "" for whoever has the device
@@ -120,4 +121,23 @@ type CertificateFilter struct {
 	Serials []string
 	Devices []DeviceID
 	Names   []string
+}
+
+// CertificateReport is how a fleet is off for certificates of devices.
+type CertificateReport struct {
+	Good    int // that let somebody in
+	Ended   int // that did until they ended, in the last 90 days
+	Revoked int
+	// Expiring are devices whose last certificate that is good ends soon, the first to end first; there are Expires of them, and
+	// the list has at most 1000.
+	Expiring []Certificate
+	Expires  int
+	// Shared are certificates of one key for several devices, which whoever has one of them can be; by key. There are SharedKeys
+	// such keys, and the list has at most 1000 certificates.
+	Shared     []Certificate
+	SharedKeys int
+	// Weak are good certificates of RSA keys below 3072 bits, by device; there are WeakKeys of them, and the list has at most 1000.
+	Weak     []Certificate
+	WeakKeys int
+	Keys     map[string]int // good certificates by Certificate.Algorithm
 }

@@ -9,7 +9,9 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -244,8 +246,22 @@ func exportCertificates(w io.Writer, cs iter.Seq2[bundle.Certificate, error], fo
 }
 
 func printReport(p process, r bundle.CertificateReport, within string) error {
-	_, _ = fmt.Fprintf(p.out, "good %d  ended %d  revoked %d  end within %s %d  shared keys %d\n", r.Good, r.Ended, r.Revoked, within, r.Expires, r.SharedKeys)
-	if len(r.Expiring)+len(r.Shared) == 0 {
+	_, _ = fmt.Fprintf(p.out, "good %d  ended %d  revoked %d  end within %s %d  shared keys %d  weak keys %d\n",
+		r.Good, r.Ended, r.Revoked, within, r.Expires, r.SharedKeys, r.WeakKeys)
+	for _, kind := range slices.Sorted(maps.Keys(r.Keys)) {
+		_, _ = fmt.Fprintf(p.out, "keys of %s: %d\n", kind, r.Keys[kind])
+	}
+	for _, s := range r.Sessions {
+		how := strings.TrimSpace(s.TLS + " " + s.Suite)
+		if how == "" {
+			how = "no encryption"
+		}
+		if s.Old {
+			how += " (old)"
+		}
+		_, _ = fmt.Fprintf(p.out, "sessions with %s: %d\n", how, s.Sessions)
+	}
+	if len(r.Expiring)+len(r.Shared)+len(r.Weak) == 0 {
 		return nil
 	}
 	t := newTable(p.out, "WHAT", "DEVICE", "SERIAL", "UNTIL")
@@ -254,6 +270,9 @@ func printReport(p process, r bundle.CertificateReport, within string) error {
 	}
 	for _, c := range r.Shared {
 		t.row("key "+c.Key, c.DeviceID, c.Serial, c.NotAfter.Local().Format(time.DateTime))
+	}
+	for _, c := range r.Weak {
+		t.row("weak key", c.DeviceID, c.Serial, c.NotAfter.Local().Format(time.DateTime))
 	}
 	return t.finish(p.err, nil)
 }

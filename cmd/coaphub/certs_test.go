@@ -19,7 +19,7 @@ func TestCerts(t *testing.T) {
 	h := hubtest.Start(t)
 	on := func(args ...string) result { return runs(t, append(args, "--data", h.Data)...) }
 	on("certs", "list").want(t, 0, "^SERIAL .*\n$", "there is no certificate")
-	on("certs", "report").want(t, 0, "^good 0  ended 0  revoked 0  end within 30d 0  shared keys 0\n$", "^$")
+	on("certs", "report").want(t, 0, "^good 0  ended 0  revoked 0  end within 30d 0  shared keys 0  weak keys 0\n$", "^$")
 	h.Onboard(t, lamp)
 	on("ca", "issue", "--device-id", lamp, "--out", t.TempDir(), "--validity", "10d").want(t, 0, "wrote", "^$")
 	on("certs", "list", "--device-id", lamp).want(t, 0, lamp+" +admin +operator", "^$")

@@ -21,6 +21,7 @@ type PeerCredential struct {
 	Chain       []*x509.Certificate // from the peer's certificate to one of DTLSConfig's CAs; as it was sent with AnyCertificate
 	PSKIdentity []byte              // whose key the peer has (RFC 4279); nil without one
 	PSKHash     [sha256.Size]byte   // of that key, to tell it from one that replaced it
+	Suite       string              // the cipher suite's name (IANA); "" where there was no handshake
 }
 
 // DTLSConfig is what ServeDTLS needs besides Config. Start from DefaultDTLSConfig.
@@ -180,7 +181,7 @@ func (a *association) shown(ders [][]byte, _ [][]*x509.Certificate) error {
 // verify is pion's VerifyConnection: the last thing before our Finished.
 func (l *dtlsListener) verify(a *association, s *dtls.State) error {
 	a.mu.Lock()
-	peer, asked, hash := PeerCredential{Chain: a.chain}, a.asked, a.keyHash
+	peer, asked, hash := PeerCredential{Chain: a.chain, Suite: s.CipherSuiteID.String()}, a.asked, a.keyHash
 	a.mu.Unlock()
 	if asked {
 		peer.PSKIdentity, peer.PSKHash = append([]byte{}, s.IdentityHint...), hash
