@@ -189,6 +189,7 @@ func (s *Service) Enrol(ctx context.Context, proof hub.EnrolmentProof, csr []byt
 	turn := s.turn(a.device)
 	turn.Lock()
 	defer turn.Unlock()
+	req.vouched = a.vouched()
 	leaf, err := s.enrol(ctx, a, &req)
 	if err != nil {
 		return out, err
@@ -299,7 +300,7 @@ func (s *Service) step(ctx context.Context, a applicant, e *enrolment, req *requ
 		if err := s.owners.Admits(ctx, a.device, nil); err != nil {
 			return nil, err
 		}
-		return nil, s.entitled(ctx, e.Owner, a.device)
+		return nil, s.entitled(ctx, e.Owner, a.device, !a.vouched())
 	}
 	if a.token != nil {
 		if err := s.redeem(ctx, a, *req); err != nil {

@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
+	"fmt"
 	"math/big"
 	"slices"
 	"strings"
@@ -675,4 +676,22 @@ func TestReportOfKeys(t *testing.T) {
 	if n := testutil.ToFloat64(o.fleet.WithLabelValues("weak-key")); n != 1 {
 		t.Errorf("the metric says %v", n)
 	}
+}
+
+// What a manufacturer says which device it is does not count among the IDs that an owner may have kept, and is kept all the same.
+func TestAProductionLine(t *testing.T) {
+	o, f := newOffice(t), newFactory(t)
+	o.group(f, nil)
+	for i := range maxReserved {
+		if err := o.entitled(t.Context(), "alice", hub.DeviceID(fmt.Sprintf("aaaaaaaa-0000-4000-8000-%012d", i+1)), true); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := o.enrol(shown(f.device("uuid:"+string(testDev), nil)), ""); err != nil {
+		t.Errorf("one that a manufacturer vouches for: %v", err)
+	}
+	_, err := o.sign("alice", otherDev)
+	wantCode(t, "one that its owner names", err, hub.Exhausted, "reservations-limit")
+	_, err = o.sign("bob", testDev)
+	wantCode(t, "another owner", err, hub.Denied, "device-owned-by-other")
 }

@@ -59,6 +59,9 @@ func (s *Service) byFactory(ctx context.Context, chain []*x509.Certificate, name
 	}, nil
 }
 
+// vouched reports whether a manufacturer says which device it is, and not the device itself or its owner.
+func (a *applicant) vouched() bool { return a.group != nil && !a.group.Named }
+
 // mayCome reports whether the device's group has no list of devices, or names it.
 func (a *applicant) mayCome() bool {
 	return len(a.group.Allow) == 0 || slices.Contains(a.group.Allow, a.device)
@@ -134,7 +137,7 @@ func (s *Service) claim(ctx context.Context, a applicant) error {
 			return errIDInUse
 		}
 	}
-	if err := s.entitled(ctx, a.Owner, a.device); err != nil { // somebody may keep it
+	if err := s.entitled(ctx, a.Owner, a.device, true); err != nil { // somebody may keep it
 		return err
 	}
 	value, err := json.Marshal(factoryKey{a.device, now.UTC()})

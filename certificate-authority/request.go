@@ -25,6 +25,8 @@ type request struct {
 	key    crypto.PublicKey
 	spki   []byte // the same, DER
 	device hub.DeviceID
+	// vouched: a manufacturer says which device it is, so its ID does not count among those that the owner chose to keep.
+	vouched bool
 }
 
 var commonName = asn1.ObjectIdentifier{2, 5, 4, 3}
@@ -37,7 +39,7 @@ func parseRequest(b []byte) (request, error) {
 		return request{}, err
 	}
 	dev, err := subjectDevice(csr)
-	return request{csr.PublicKey, csr.RawSubjectPublicKeyInfo, dev}, err
+	return request{key: csr.PublicKey, spki: csr.RawSubjectPublicKeyInfo, device: dev}, err
 }
 
 // parseKey reads a request whose device others know. It returns the device that it names as identity certificates do, too; "" if

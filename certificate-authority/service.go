@@ -58,8 +58,9 @@ const collLists = "certificate-lists"
 const collReserved = "certificate-reservations"
 
 type reservation struct {
-	Owner hub.Owner `json:"owner"`
-	Until time.Time `json:"until"`
+	Owner   hub.Owner `json:"owner"`
+	Until   time.Time `json:"until"`
+	Vouched bool      `json:"vouched,omitempty"` // by a manufacturer: it does not count
 }
 
 // Owners says who owns a device: NotFound if nobody does.
@@ -292,7 +293,7 @@ func (s *Service) sign(ctx context.Context, req request, e entry) (*x509.Certifi
 		return nil, err
 	}
 	if e.Owner != "" {
-		if err := s.entitled(ctx, e.Owner, req.device); err != nil {
+		if err := s.entitled(ctx, e.Owner, req.device, !req.vouched); err != nil {
 			return nil, err
 		}
 	}
@@ -333,8 +334,9 @@ func (s *Service) count(err error) {
 	s.issued.WithLabelValues(outcome).Inc()
 }
 
-// entitled reports whether the owner may have certificates for a device, and keeps an ID without owner for him.
-func (s *Service) entitled(ctx context.Context, owner hub.Owner, dev hub.DeviceID) error {
+// entitled reports whether the owner may have certificates for a device, and keeps an ID without owner for him. How many he may have
+// kept is bounded by those that count: a production line enrols more devices in a day than have signed up.
+func (s *Service) entitled(ctx context.Context, owner hub.Owner, dev hub.DeviceID, counted bool) error {
 	switch own, err := s.owners.Owner(ctx, dev); {
 	case err == nil && own.Owner == owner:
 		return s.release(ctx, dev)
@@ -359,16 +361,21 @@ func (s *Service) entitled(ctx context.Context, owner hub.Owner, dev hub.DeviceI
 		if !mine && now.Before(old.Until) {
 			return errOther
 		}
-		if !mine {
+		if !mine && counted {
 			if err := s.mayReserve(ctx, owner, now); err != nil {
 				return err
 			}
 		}
-		value, err := json.Marshal(reservation{owner, now.Add(reservedFor)})
+		vouched := !counted && (!mine || old.Vouched) // what counts once, counts until it ends
+		value, err := json.Marshal(reservation{owner, now.Add(reservedFor), vouched})
 		if err != nil {
 			return fmt.Errorf("encode a reservation: %w", err)
 		}
-		_, err = s.docs.Put(ctx, collReserved, store.Doc{Key: string(dev), Value: value, Rev: doc.Rev, Index: []string{indexOwner + string(owner)}})
+		next := store.Doc{Key: string(dev), Value: value, Rev: doc.Rev}
+		if !vouched {
+			next.Index = []string{indexOwner + string(owner)}
+		}
+		_, err = s.docs.Put(ctx, collReserved, next)
 		if !hub.IsKind(err, hub.Conflict) {
 			return err
 		}

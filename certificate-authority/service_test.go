@@ -293,16 +293,16 @@ func TestReservations(t *testing.T) {
 		}
 		for i := range maxReserved {
 			id := hub.DeviceID(fmt.Sprintf("aaaaaaaa-0000-4000-8000-%012d", i+1))
-			if err := o.entitled(t.Context(), "carol", id); err != nil {
+			if err := o.entitled(t.Context(), "carol", id, true); err != nil {
 				t.Fatal(err)
 			}
 		}
-		wantCode(t, "one more", o.entitled(t.Context(), "carol", testHub), hub.Exhausted, "reservations-limit")
+		wantCode(t, "one more", o.entitled(t.Context(), "carol", testHub, true), hub.Exhausted, "reservations-limit")
 		<-time.After(reservedFor + time.Second)
 		if err := o.sweep(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		if err := o.entitled(t.Context(), "carol", testHub); err != nil {
+		if err := o.entitled(t.Context(), "carol", testHub, true); err != nil {
 			t.Errorf("a day later: %v", err)
 		}
 		for range maxLive - 2 { // one too many; bob's do not count
@@ -604,7 +604,7 @@ func TestReservationsEndWithTheSignUp(t *testing.T) {
 	o := newOffice(t)
 	for i := range maxReserved {
 		id := hub.DeviceID(fmt.Sprintf("aaaaaaaa-0000-4000-8000-%012d", i+1))
-		if err := o.entitled(t.Context(), "alice", id); err != nil {
+		if err := o.entitled(t.Context(), "alice", id, true); err != nil {
 			t.Fatal(err)
 		}
 		o.own[id] = "alice"

@@ -166,7 +166,7 @@ func (s *Service) redeem(ctx context.Context, a applicant, req request) error {
 	if err := s.room(ctx, a.Owner, req); err != nil {
 		return err
 	}
-	if err := s.entitled(ctx, a.Owner, a.device); err != nil {
+	if err := s.entitled(ctx, a.Owner, a.device, true); err != nil {
 		return err
 	}
 	d.Used, d.By, d.Key = time.Now().UTC(), a.device, nameOf(req.spki)
