@@ -93,6 +93,7 @@ func TestProfiles(t *testing.T) {
 type hub struct {
 	program, data string
 	coaps, http   string // host:port
+	enrolment     string // over HTTPS
 	client        *http.Client
 	device        *x509.Certificate // one that was revoked
 }
@@ -107,7 +108,8 @@ func serve(t *testing.T) *hub {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	cmd := exec.Command(h.program, "serve", "--data", h.data, "--external-address", "127.0.0.1", "--coap-address", "127.0.0.1:0",
-		"--grpc-address", "127.0.0.1:0", "--admin-address", "127.0.0.1:0", "--http-address", "0.0.0.0:0")
+		"--grpc-address", "127.0.0.1:0", "--admin-address", "127.0.0.1:0", "--http-address", "0.0.0.0:0",
+		"--enrolment-address", "127.0.0.1:0", "--enrolment-http-address", "127.0.0.1:0")
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -125,6 +127,8 @@ func serve(t *testing.T) *hub {
 				h.coaps = address
 			case "http":
 				h.http = address
+			case "enrolment-http":
+				h.enrolment = address
 			}
 		}
 	}
@@ -176,13 +180,18 @@ func (h *hub) certificates(t *testing.T) map[string]*x509.Certificate {
 		if err != nil {
 			t.Fatal(err)
 		}
-		keep("a device with a key of "+curve.Params().Name, h.sign(t, token, id(i+1), key))
+		keep("a device with a key of "+curve.Params().Name, h.sign(t, token, "identity-csr", id(i+1), key, ""))
+		if i == 0 {
+			admin := strings.TrimSpace(string(h.run(t, "token", "--scope", "admin", "--scope", "devices:write")))
+			keep("an application", h.sign(t, token, "csr", id(4), key, `,"profile":"client"`))
+			keep("a service", h.sign(t, admin, "csr", id(5), key, `,"profile":"service","hosts":["service.example.com","192.0.2.1"]`))
+		}
 	}
 	_, key, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
-	keep("a device with a key of Ed25519", h.sign(t, token, id(3), key))
+	keep("a device with a key of Ed25519", h.sign(t, token, "identity-csr", id(3), key, ""))
 	h.device = all["a device with a key of Ed25519"]
 	h.run(t, "certs", "revoke", fmt.Sprintf("%x", h.device.SerialNumber), "--reason", "keyCompromise")
 	for _, root := range []string{"device", "https", "internal"} {
@@ -193,6 +202,22 @@ func (h *hub) certificates(t *testing.T) map[string]*x509.Certificate {
 		}
 		keep("what issues for "+root, text)
 	}
+	// SCEP's registrar is made for the first client that asks for it.
+	devices := x509.NewCertPool()
+	devices.AppendCertsFromPEM(h.run(t, "ca", "root"))
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "https://"+h.enrolment+"/scep?operation=GetCACert", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := (&http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: devices}}}).Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = resp.Body.Close()
+	if text, err = os.ReadFile(filepath.Join(h.data, "keys", "device-registrar.pem")); err != nil {
+		t.Fatal(err)
+	}
+	keep("SCEP's registrar", text)
 	for what, address := range map[string]string{"the hub for devices": h.coaps, "the hub for applications": h.http} {
 		// The first asks for a certificate; it has shown its own by then.
 		conn, err := tls.Dial("tcp", strings.Replace(address, "0.0.0.0", "127.0.0.1", 1), &tls.Config{InsecureSkipVerify: true})
@@ -207,17 +232,17 @@ func (h *hub) certificates(t *testing.T) map[string]*x509.Certificate {
 
 func id(n int) string { return fmt.Sprintf("6ba7b810-9dad-41d1-80b4-%012d", n) }
 
-// sign has a certificate for a device signed over the API.
-func (h *hub) sign(t *testing.T, token, id string, key crypto.Signer) []byte {
+// sign has a certificate signed over the API: kind is the path's last segment, and more is members of the body.
+func (h *hub) sign(t *testing.T, token, kind, id string, key crypto.Signer, more string) []byte {
 	t.Helper()
 	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: "uuid:" + id}}, key)
 	if err != nil {
 		t.Fatal(err)
 	}
 	text := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der})
-	body := fmt.Sprintf(`{"certificateSigningRequest":%q}`, base64.StdEncoding.EncodeToString(text))
+	body := fmt.Sprintf(`{"certificateSigningRequest":%q%s}`, base64.StdEncoding.EncodeToString(text), more)
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost,
-		"https://"+h.http+"/certificate-authority/api/v1/sign/identity-csr", strings.NewReader(body))
+		"https://"+h.http+"/certificate-authority/api/v1/sign/"+kind, strings.NewReader(body))
 	if err != nil {
 		t.Fatal(err)
 	}
