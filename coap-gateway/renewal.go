@@ -105,7 +105,7 @@ type renewals struct {
 	due chan *session
 
 	mu    sync.Mutex
-	tried map[*session]time.Time // when; of sessions that are there
+	tried map[*session]time.Time // when, or until when it is not to be; of sessions that are there
 }
 
 func newRenewals(g *Gateway) *renewals {
@@ -191,6 +191,14 @@ func (r *renewals) renew(s *session) {
 			s.log.Log(ctx, level, "the device's certificate was not renewed", "ends", s.cert.NotAfter, "error", err)
 		}
 	})
+	if outcome == "ok" {
+		r.mu.Lock()
+		// It shows the former one as long as it stays, which may be for weeks: one more a day would be too many of them.
+		if _, there := r.tried[s]; there {
+			r.tried[s] = s.cert.NotAfter
+		}
+		r.mu.Unlock()
+	}
 	r.gw.metrics.renewals.WithLabelValues("hub", outcome).Inc()
 }
 

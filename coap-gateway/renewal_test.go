@@ -101,6 +101,9 @@ func TestTheHubRenews(t *testing.T) {
 			if got := r.asked(); len(got) != c.requests || c.requests > 0 && got[0] != request {
 				t.Errorf("the authority was asked %q", got)
 			}
+			if again := h.gw.renewals.aDayLater(); again != (c.outcome != "ok") {
+				t.Errorf("a day later the device is asked again: %v", again)
+			}
 			if c.outcome == "ok" {
 				d.mu.Lock()
 				body := d.got[credHref]
@@ -114,6 +117,21 @@ func TestTheHubRenews(t *testing.T) {
 			d.alive()
 		})
 	}
+}
+
+// aDayLater looks through the sessions as if the last look were a day ago, and reports whether one is tried again.
+func (r *renewals) aDayLater() (again bool) {
+	for _, s := range r.gw.live.withCertificate() {
+		r.mu.Lock()
+		before := r.tried[s].Add(-renewalAgain)
+		r.tried[s] = before
+		r.mu.Unlock()
+		r.watch(s)
+		r.mu.Lock()
+		again = again || !r.tried[s].Equal(before)
+		r.mu.Unlock()
+	}
+	return again
 }
 
 // A device renews by itself over its connection, under the certificate of its handshake, signed in or not.
