@@ -55,6 +55,7 @@ type enrolment struct {
 	Key     string             `json:"key,omitempty"`
 	State   hub.EnrolmentState `json:"state"`
 	User    string             `json:"user,omitempty"`
+	Decided time.Time          `json:"decided,omitzero"`
 	Serial  string             `json:"serial,omitempty"`
 	Problem string             `json:"problem,omitempty"`
 	Created time.Time          `json:"created"`
@@ -130,8 +131,9 @@ type applicant struct {
 	nameless  bool // its group lets it say its ID, and it did not yet
 	current   string
 	token     *store.Doc
-	repeats   bool   // the token is used up: this is the same request once more
-	challenge string // SCEP's, beside the certificate that is renewed
+	made      time.Time // the token
+	repeats   bool      // the token is used up: this is the same request once more
+	challenge string    // SCEP's, beside the certificate that is renewed
 	group     *group
 }
 
@@ -234,6 +236,15 @@ func (s *Service) enrol(ctx context.Context, a applicant, req *request) (*x509.C
 			return nil, err
 		}
 	}
+	// Whoever cannot have the device leaves what is known of it as it is: else a stranger's token would make its enrolment his.
+	if a.By != hub.ByRenewal && a.Owner != "" && a.Owner != before.Owner {
+		if err := s.owners.Admits(ctx, a.device, nil); err != nil {
+			return nil, err
+		}
+		if _, _, _, err := s.whose(ctx, a.Owner, a.device); err != nil {
+			return nil, err
+		}
+	}
 	if a.By == hub.ByRenewal && a.Transaction != "" {
 		err = s.renews(ctx, &a, &e, *req, doc.Rev != 0)
 	}
@@ -275,7 +286,7 @@ func (s *Service) enrol(ctx context.Context, a applicant, req *request) (*x509.C
 // step decides what a device may have now.
 func (s *Service) step(ctx context.Context, a applicant, e *enrolment, req *request) (*x509.Certificate, error) {
 	switch {
-	case e.State == hub.EnrolmentRefused && (a.token == nil || a.repeats): // a token that is not used up was made after that
+	case e.State == hub.EnrolmentRefused && (a.token == nil || a.repeats || a.made.Before(e.Decided)): // one made later says otherwise
 		return nil, errRefused
 	case e.State == hub.EnrolmentAllowed, e.State == hub.EnrolmentIssued, a.allowed:
 	case e.State == hub.EnrolmentWaiting:
@@ -314,8 +325,9 @@ func (s *Service) step(ctx context.Context, a applicant, e *enrolment, req *requ
 }
 
 // lately is what the device got for this key within the last day, other than the certificate that it showed; nil if there is none.
+// A token that was used gives nothing else: errRevoked if what it gave was revoked.
 func (s *Service) lately(ctx context.Context, a applicant, req request) (*x509.Certificate, error) {
-	key, now := nameOf(req.spki), time.Now()
+	key, now, revoked := nameOf(req.spki), time.Now(), false
 	for doc, err := range s.docs.Find(ctx, collCertificates, indexDevice+string(a.device)) {
 		if err != nil {
 			return nil, err
@@ -324,7 +336,11 @@ func (s *Service) lately(ctx context.Context, a applicant, req request) (*x509.C
 		if err != nil {
 			return nil, err
 		}
-		if e.Key != key || e.How != a.By || doc.Key == a.current || !e.live(now) || now.Sub(e.Created) > repeated {
+		if e.Key != key || e.How != a.By || doc.Key == a.current || now.Sub(e.Created) > repeated {
+			continue
+		}
+		if !e.live(now) {
+			revoked = revoked || a.repeats && e.Proof == a.Proof
 			continue
 		}
 		block, _ := pem.Decode([]byte(e.PEM))
@@ -336,6 +352,9 @@ func (s *Service) lately(ctx context.Context, a applicant, req request) (*x509.C
 			return nil, damaged("a certificate", err)
 		}
 		return leaf, nil
+	}
+	if revoked {
+		return nil, errRevoked
 	}
 	return nil, nil
 }
@@ -574,8 +593,14 @@ func (s *Service) decide(ctx context.Context, owner hub.Owner, dev hub.DeviceID,
 	if e, err = decodeEnrolment(doc); err != nil {
 		return e, false, err
 	}
-	if owner != "" && e.Owner != owner {
-		return e, false, errNotEnrolled
+	if owner != "" {
+		own, err := s.owners.Owner(ctx, dev)
+		if err != nil && !hub.IsKind(err, hub.NotFound) {
+			return e, false, err
+		}
+		if e.Owner != owner || err == nil && own.Owner != owner { // it may have changed hands since
+			return e, false, errNotEnrolled
+		}
 	}
 	state := hub.EnrolmentRefused
 	if allow {
@@ -584,7 +609,7 @@ func (s *Service) decide(ctx context.Context, owner hub.Owner, dev hub.DeviceID,
 	if e.State == state || allow && e.State == hub.EnrolmentIssued {
 		return e, false, nil
 	}
-	e.State, e.User, e.Problem = state, user, ""
+	e.State, e.User, e.Decided, e.Problem = state, user, time.Now().UTC(), ""
 	next, err := e.doc(dev, doc.Rev)
 	if err == nil {
 		_, err = s.docs.Put(ctx, collEnrolments, next)

@@ -1,6 +1,7 @@
 package certificateauthority
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/x509"
@@ -27,6 +28,8 @@ const (
 	// maxChain bounds the PEM of a group's CA and what is above it.
 	maxChain = 64 << 10
 	maxName  = 256
+	// maxBehind bounds the certificates that come behind a factory certificate.
+	maxBehind = 8
 	// pskLength is how much of a group's key devices get: it is one for AES-128 (OCF Security, oic.sec.cred).
 	pskLength, maxPSK = 16, 256
 )
@@ -166,6 +169,10 @@ func (s *Service) groupOf(ctx context.Context, chain []*x509.Certificate, said s
 // verify verifies a factory certificate. Its chain may end at the group's CA, which need not be a root: whoever made the group
 // trusts that one.
 func (g *group) verify(chain []*x509.Certificate, now time.Time) error {
+	// Everybody is verified in the handshake, for each group: whoever does not name its CA costs no signature, and others few.
+	if len(chain) > 1+maxBehind || !slices.ContainsFunc(chain, func(c *x509.Certificate) bool { return bytes.Equal(c.RawIssuer, g.ca.RawSubject) }) {
+		return x509.UnknownAuthorityError{Cert: chain[0]}
+	}
 	leaf := chain[0]
 	if g.Expired && now.After(leaf.NotAfter) {
 		now = leaf.NotAfter
@@ -231,10 +238,7 @@ func (s *Service) setGroup(ctx context.Context, g hub.EnrolmentGroup) (hub.Enrol
 	}
 	in.PSK, in.HasPSK = "", len(sealed) > 0
 	for _, o := range gs {
-		if o.ID == in.ID || !slices.Equal(o.ca.RawSubjectPublicKeyInfo, in.ca.RawSubjectPublicKeyInfo) {
-			continue
-		}
-		if in.disputes(o) {
+		if o.ID != in.ID && in.meets(o) && in.disputes(o) {
 			return hub.EnrolmentGroup{}, hub.NewError(hub.Precondition, "group-ca-taken",
 				"another group has devices of this CA; name those of this group, none of which is in the other")
 		}
@@ -251,7 +255,27 @@ func (s *Service) setGroup(ctx context.Context, g hub.EnrolmentGroup) (hub.Enrol
 	return in.EnrolmentGroup, err
 }
 
-// disputes reports whether a device of the same CA could be meant by both groups.
+// meets reports whether one factory certificate may lead to both groups: their CA is the same, or one is below the other of another
+// owner, as far as their chains tell.
+func (g *group) meets(o *group) bool {
+	if g.Owner == o.Owner {
+		return sameKey(g.ca, o.ca)
+	}
+	return g.below(o.ca) || o.below(g.ca)
+}
+
+// below reports whether the group's CA is that one, or under it.
+func (g *group) below(ca *x509.Certificate) bool {
+	return slices.ContainsFunc(append(g.above[:len(g.above):len(g.above)], g.ca), func(c *x509.Certificate) bool {
+		return sameKey(c, ca) || bytes.Equal(c.RawIssuer, ca.RawSubject) && c.CheckSignatureFrom(ca) == nil
+	})
+}
+
+func sameKey(a, b *x509.Certificate) bool {
+	return bytes.Equal(a.RawSubjectPublicKeyInfo, b.RawSubjectPublicKeyInfo)
+}
+
+// disputes reports whether a device of CAs that meet could be meant by both groups.
 func (g *group) disputes(o *group) bool {
 	if (g.Named || o.Named) && g.Owner != o.Owner {
 		return true // whatever they name: any key of this CA may say it, and is asked for an owner before it does

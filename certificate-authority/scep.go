@@ -53,7 +53,7 @@ func (s *Service) renews(ctx context.Context, a *applicant, e *enrolment, req re
 		if t.device != a.device || a.Owner != "" && a.Owner != t.Owner {
 			return errToken
 		}
-		a.Owner, a.token, a.repeats = t.Owner, t.token, t.repeats
+		a.Owner, a.token, a.made, a.repeats = t.Owner, t.token, t.made, t.repeats
 		e.Owner, e.Group, e.By, e.Proof, e.Key, e.User = t.Owner, "", t.By, t.Proof, t.Key, t.User
 	}
 	a.Proof += ", " + shown

@@ -334,33 +334,43 @@ func (s *Service) count(err error) {
 	s.issued.WithLabelValues(outcome).Inc()
 }
 
+// whose refuses a device of another owner, and one that nobody owns and is kept for another. his: it is the owner's; else the
+// reservation that there is of its ID, or was, and its revision.
+func (s *Service) whose(ctx context.Context, owner hub.Owner, dev hub.DeviceID) (his bool, r reservation, rev uint64, err error) {
+	switch own, err := s.owners.Owner(ctx, dev); {
+	case err == nil && own.Owner == owner:
+		return true, r, 0, nil
+	case err == nil:
+		return false, r, 0, errOther
+	case !hub.IsKind(err, hub.NotFound):
+		return false, r, 0, err
+	}
+	doc, err := s.docs.Get(ctx, collReserved, string(dev))
+	if err != nil || doc.Rev == 0 {
+		return false, r, 0, err
+	}
+	if err := json.Unmarshal(doc.Value, &r); err != nil {
+		return false, r, 0, damaged("a reservation of a device ID", err)
+	}
+	if r.Owner != owner && time.Now().Before(r.Until) {
+		return false, r, 0, errOther
+	}
+	return false, r, doc.Rev, nil
+}
+
 // entitled reports whether the owner may have certificates for a device, and keeps an ID without owner for him. How many he may have
 // kept is bounded by those that count: a production line enrols more devices in a day than have signed up.
 func (s *Service) entitled(ctx context.Context, owner hub.Owner, dev hub.DeviceID, counted bool) error {
-	switch own, err := s.owners.Owner(ctx, dev); {
-	case err == nil && own.Owner == owner:
-		return s.release(ctx, dev)
-	case err == nil:
-		return errOther
-	case !hub.IsKind(err, hub.NotFound):
-		return err
-	}
 	for {
-		doc, err := s.docs.Get(ctx, collReserved, string(dev))
+		his, old, rev, err := s.whose(ctx, owner, dev)
 		if err != nil {
 			return err
 		}
-		var old reservation
-		if doc.Rev != 0 {
-			if err := json.Unmarshal(doc.Value, &old); err != nil {
-				return &hub.Error{Kind: hub.Internal, Code: "data-damaged", Text: "a reservation of a device ID is damaged", Err: err}
-			}
+		if his {
+			return s.release(ctx, dev)
 		}
 		now := time.Now().UTC()
 		mine := old.Owner == owner
-		if !mine && now.Before(old.Until) {
-			return errOther
-		}
 		if !mine && counted {
 			if err := s.mayReserve(ctx, owner, now); err != nil {
 				return err
@@ -371,7 +381,7 @@ func (s *Service) entitled(ctx context.Context, owner hub.Owner, dev hub.DeviceI
 		if err != nil {
 			return fmt.Errorf("encode a reservation: %w", err)
 		}
-		next := store.Doc{Key: string(dev), Value: value, Rev: doc.Rev}
+		next := store.Doc{Key: string(dev), Value: value, Rev: rev}
 		if !vouched {
 			next.Index = []string{indexOwner + string(owner)}
 		}

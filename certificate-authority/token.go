@@ -139,7 +139,7 @@ func (s *Service) byToken(ctx context.Context, text string, req request, named h
 		return applicant{}, errToken
 	}
 	a := applicant{
-		device: d.Device, allowed: true, token: &doc, repeats: !d.Used.IsZero(),
+		device: d.Device, allowed: true, token: &doc, made: d.Created, repeats: !d.Used.IsZero(),
 		enrolment: enrolment{By: hub.ByToken, Owner: d.Owner, User: d.User, Proof: "token " + id, Key: key},
 	}
 	switch {
