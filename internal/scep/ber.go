@@ -57,7 +57,7 @@ func element(out, ber []byte, depth int) (_, rest []byte, err error) {
 		}
 		rest = rest[n:]
 	}
-	if length > len(rest) {
+	if length < 0 || length > len(rest) { // an int may have 32 bits
 		return nil, nil, errBER
 	}
 	content, rest := rest[:length], rest[length:]

@@ -191,6 +191,9 @@ func TestParseRefuses(t *testing.T) {
 	if _, err := toDER(nested); err == nil {
 		t.Error("there is no end to nesting")
 	}
+	if _, err := toDER([]byte{0x30, 0x84, 0xff, 0xff, 0xff, 0xff, 0, 0}); err == nil { // less than nothing for a hub of 32 bits
+		t.Error("a length of 4 GiB was taken")
+	}
 	if _, err := (&Request{envelope: nil}).Open(cert, key); err == nil {
 		t.Error("nothing was opened")
 	}
