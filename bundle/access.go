@@ -118,7 +118,8 @@ func (a *assembly) endCredentials(ctx context.Context, own hub.Ownership) error 
 	return err
 }
 
-// handedOver ends the certificates that former owners of a device still have.
+// handedOver ends the certificates that former owners of a device still have, and the pre-shared key that one was shown, unless the
+// device has come with no certificate: it may have nothing else.
 func (a *assembly) handedOver(ctx context.Context, dev hub.DeviceID, owner hub.Owner, cert *x509.Certificate) error {
 	serial := ""
 	if cert != nil {
@@ -126,6 +127,9 @@ func (a *assembly) handedOver(ctx context.Context, dev hub.DeviceID, owner hub.O
 	}
 	revoked, err := a.certificates.HandOver(ctx, dev, owner, serial)
 	a.logRevoked(ctx, revoked)
+	if err == nil && cert != nil {
+		err = a.psk.handOver(ctx, dev, owner)
+	}
 	return err
 }
 

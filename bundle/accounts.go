@@ -92,7 +92,7 @@ func (a *assembly) onboard(ctx context.Context, q OnboardRequest) (Onboarding, e
 		o.Identity = &id
 	}
 	if q.PSK {
-		if o.PSK, _, err = a.psk.replace(ctx, dev, callerOf(ctx)); err != nil {
+		if o.PSK, _, err = a.psk.replace(ctx, dev, "", callerOf(ctx)); err != nil {
 			return Onboarding{}, err
 		}
 		a.devices.EndKey(dev) // whoever has the former one

@@ -24,6 +24,7 @@ type pskRecord struct {
 	Salt    []byte    `json:"salt"`
 	Created time.Time `json:"created,omitzero"` // zero in those of older versions
 	User    string    `json:"user,omitempty"`
+	Owner   hub.Owner `json:"owner,omitempty"` // who was shown it; "" if an operator was, for whoever has the device
 }
 
 // preShared has the pre-shared keys of devices. The identity that goes with a key is the device's ID.
@@ -32,15 +33,15 @@ type preShared struct {
 	secret []byte
 }
 
-// replace makes a key for a device, in place of the one it may have had. It is text, as people and programs hand it on, and
-// its bytes are the key.
-func (p *preShared) replace(ctx context.Context, dev hub.DeviceID, user string) (string, pskRecord, error) {
+// replace makes a key for a device of an owner, "" for whoever has it, in place of the one it may have had. It is text, as people and
+// programs hand it on, and its bytes are the key.
+func (p *preShared) replace(ctx context.Context, dev hub.DeviceID, owner hub.Owner, user string) (string, pskRecord, error) {
 	for {
 		old, err := p.docs.Get(ctx, pskCollection, string(dev))
 		if err != nil {
 			return "", pskRecord{}, fmt.Errorf("read the salt of a pre-shared key: %w", err)
 		}
-		rec := pskRecord{Salt: make([]byte, 16), Created: time.Now().UTC(), User: user}
+		rec := pskRecord{Salt: make([]byte, 16), Created: time.Now().UTC(), User: user, Owner: owner}
 		_, _ = rand.Read(rec.Salt) // never fails
 		value, err := json.Marshal(rec)
 		if err != nil {
@@ -93,6 +94,15 @@ func (p *preShared) forget(ctx context.Context, dev hub.DeviceID) error {
 	}
 }
 
+// handOver makes a key useless that an owner was shown who has the device no more.
+func (p *preShared) handOver(ctx context.Context, dev hub.DeviceID, owner hub.Owner) error {
+	rec, err := p.record(ctx, dev)
+	if err != nil || rec.Owner == "" || rec.Owner == owner {
+		return err
+	}
+	return p.forget(ctx, dev)
+}
+
 func (p *preShared) make(dev hub.DeviceID, rec pskRecord) string {
 	mac := hmac.New(sha256.New, p.secret)
 	mac.Write([]byte(dev))
@@ -120,7 +130,11 @@ func (k deviceKeys) NewKey(ctx context.Context, dev hub.DeviceID, user string) (
 	if err := k.a.takesKeys(); err != nil {
 		return grpcgateway.PreSharedKey{}, err
 	}
-	text, rec, err := k.a.psk.replace(ctx, dev, user)
+	own, err := k.a.identities.Owner(ctx, dev)
+	if err != nil {
+		return grpcgateway.PreSharedKey{}, err
+	}
+	text, rec, err := k.a.psk.replace(ctx, dev, own.Owner, user)
 	if err != nil {
 		return grpcgateway.PreSharedKey{}, err
 	}

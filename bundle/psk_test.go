@@ -16,18 +16,18 @@ func TestPreSharedKeys(t *testing.T) {
 	if k, err := keys.key(ctx, lamp); k != nil || err != nil {
 		t.Errorf("before there is one: %q, %v", k, err)
 	}
-	first, _, err := keys.replace(ctx, lamp, "root")
+	first, _, err := keys.replace(ctx, lamp, "", "root")
 	if err != nil || len(first) != 24 {
 		t.Fatalf("the first key: %q, %v", first, err)
 	}
-	other, _, err := keys.replace(ctx, fan, "root")
+	other, _, err := keys.replace(ctx, fan, "", "root")
 	if err != nil || other == first {
 		t.Fatalf("another device's key: %q, %v", other, err)
 	}
 	if k, err := keys.key(ctx, lamp); string(k) != first || err != nil {
 		t.Errorf("the device's key is %q, %v; want %q", k, err, first)
 	}
-	second, _, err := keys.replace(ctx, lamp, "root")
+	second, _, err := keys.replace(ctx, lamp, "", "root")
 	if err != nil || second == first {
 		t.Fatalf("the second key: %q, %v", second, err)
 	}
@@ -47,7 +47,7 @@ func TestPreSharedKeys(t *testing.T) {
 	var wg sync.WaitGroup
 	for range 8 {
 		wg.Go(func() {
-			k, _, err := keys.replace(ctx, lamp, "root")
+			k, _, err := keys.replace(ctx, lamp, "", "root")
 			if err != nil {
 				t.Error(err)
 			}
@@ -58,5 +58,26 @@ func TestPreSharedKeys(t *testing.T) {
 	k, err := keys.key(ctx, lamp)
 	if _, ok := all.Load(string(k)); !ok || err != nil {
 		t.Errorf("the key is none of those given out: %q, %v", k, err)
+	}
+}
+
+// A key that an owner was shown is worth nothing once the device is another's; an operator's is for whoever has the device.
+func TestAFormerOwnersKey(t *testing.T) {
+	t.Parallel()
+	const lamp hub.DeviceID = "d0000000-0000-4000-8000-000000000001"
+	for shown, stays := range map[hub.Owner]bool{"alice": false, "bob": true, "": true} {
+		ctx, keys := t.Context(), &preShared{openTestStore(t), []byte("the secret of this hub")}
+		if err := keys.handOver(ctx, lamp, "bob"); err != nil {
+			t.Errorf("of a device without key: %v", err)
+		}
+		if _, _, err := keys.replace(ctx, lamp, shown, "somebody"); err != nil {
+			t.Fatal(err)
+		}
+		if err := keys.handOver(ctx, lamp, "bob"); err != nil {
+			t.Error(err)
+		}
+		if k, err := keys.key(ctx, lamp); (k != nil) != stays || err != nil {
+			t.Errorf("the key that %q was shown is bob's device's still: %v, %v", shown, k != nil, err)
+		}
 	}
 }
