@@ -351,6 +351,9 @@ func (s *Service) lately(ctx context.Context, a applicant, req request) (*x509.C
 		if err != nil {
 			return nil, damaged("a certificate", err)
 		}
+		if err := s.owners.Admits(ctx, a.device, req.spki); err != nil {
+			return nil, err
+		}
 		return leaf, nil
 	}
 	if revoked {

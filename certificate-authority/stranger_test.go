@@ -155,3 +155,16 @@ func TestALongChainIsNotVerified(t *testing.T) {
 	}
 	wantCode(t, "one more", o.Vouch(t.Context(), append(proof.Chain, f.root)), hub.Unauthenticated, "enrolment-unproven")
 }
+
+// A device that is not let in any more does not get once more what it got before, either.
+func TestNothingAgainForADeviceThatIsNotLetIn(t *testing.T) {
+	o, f := newOffice(t), newFactory(t)
+	o.group(f, nil)
+	proof, csr := shown(f.device("uuid:"+string(testDev), nil)), csrOf(t, newKey(t), named(""))
+	if _, err := o.Enrol(t.Context(), proof, csr, false); err != nil {
+		t.Fatal(err)
+	}
+	o.own[testDev] = refused
+	_, err := o.Enrol(t.Context(), proof, csr, false)
+	wantCode(t, "the same request", err, hub.Denied, "device-removed")
+}
