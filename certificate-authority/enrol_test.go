@@ -2,6 +2,7 @@ package certificateauthority
 
 import (
 	"context"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/rand"
 	"crypto/x509"
@@ -42,7 +43,7 @@ func caOf(name string) *x509.Certificate {
 }
 
 // make signs a certificate with a year to go; parent nil is itself.
-func (f *factory) make(t, parent *x509.Certificate, key *ecdsa.PublicKey, by *ecdsa.PrivateKey) *x509.Certificate {
+func (f *factory) make(t, parent *x509.Certificate, key crypto.PublicKey, by *ecdsa.PrivateKey) *x509.Certificate {
 	f.t.Helper()
 	serial, err := rand.Int(rand.Reader, big.NewInt(1<<62))
 	if err != nil {

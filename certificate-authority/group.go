@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/rsa"
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -30,6 +32,8 @@ const (
 	maxName  = 256
 	// maxBehind bounds the certificates that come behind a factory certificate.
 	maxBehind = 8
+	// maxRSA bounds the keys of factory certificates and what is behind them, in bits.
+	maxRSA = 8192
 	// pskLength is how much of a group's key devices get: it is one for AES-128 (OCF Security, oic.sec.cred).
 	pskLength, maxPSK = 16, 256
 )
@@ -166,12 +170,21 @@ func (s *Service) groupOf(ctx context.Context, chain []*x509.Certificate, said s
 	return open, nil
 }
 
+var errLargeKey = errors.New("a key of the chain is too large")
+
 // verify verifies a factory certificate. Its chain may end at the group's CA, which need not be a root: whoever made the group
 // trusts that one.
 func (g *group) verify(chain []*x509.Certificate, now time.Time) error {
 	// Everybody is verified in the handshake, for each group: whoever does not name its CA costs no signature, and others few.
 	if len(chain) > 1+maxBehind || !slices.ContainsFunc(chain, func(c *x509.Certificate) bool { return bytes.Equal(c.RawIssuer, g.ca.RawSubject) }) {
 		return x509.UnknownAuthorityError{Cert: chain[0]}
+	}
+	// crypto/tls has the same bound. SCEP, DTLS and proxies have none, and a key of what 48 KiB hold costs more than a second.
+	if slices.ContainsFunc(chain, func(c *x509.Certificate) bool {
+		key, ok := c.PublicKey.(*rsa.PublicKey)
+		return ok && key.N.BitLen() > maxRSA
+	}) {
+		return errLargeKey
 	}
 	leaf := chain[0]
 	if g.Expired && now.After(leaf.NotAfter) {

@@ -1,6 +1,9 @@
 package certificateauthority
 
 import (
+	"crypto/rsa"
+	"crypto/x509"
+	"math/big"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -141,7 +144,7 @@ func TestAGroupAboveAnothers(t *testing.T) {
 	}
 }
 
-// What comes behind a factory certificate is bounded, since everybody's is verified.
+// What comes behind a factory certificate is bounded, since everybody's is verified. The keys are, too.
 func TestALongChainIsNotVerified(t *testing.T) {
 	o, f := newOffice(t), newFactory(t)
 	o.group(f, nil)
@@ -154,6 +157,13 @@ func TestALongChainIsNotVerified(t *testing.T) {
 		t.Errorf("%d certificates: %v", len(proof.Chain), err)
 	}
 	wantCode(t, "one more", o.Vouch(t.Context(), append(proof.Chain, f.root)), hub.Unauthenticated, "enrolment-unproven")
+	for bits, taken := range map[int]bool{maxRSA: true, maxRSA + 8: false} {
+		n := new(big.Int).Lsh(big.NewInt(1), uint(bits-1))
+		large := f.make(caOf("factory issuing"), f.root, &rsa.PublicKey{N: n.SetBit(n, 0, 1), E: 65537}, f.rootKey)
+		if err := o.Vouch(t.Context(), []*x509.Certificate{leaf, large}); (err == nil) != taken {
+			t.Errorf("a key of %d bits beside a good chain: %v", bits, err)
+		}
+	}
 }
 
 // A device that is not let in any more does not get once more what it got before, either.
