@@ -4,6 +4,7 @@ import (
 	"container/list"
 	"context"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
@@ -121,9 +122,10 @@ func (l *dtlsListener) options(a *association) []dtls.ServerOption {
 			case conf.AnyCertificate:
 				opts = append(opts, dtls.WithClientAuth(dtls.RequestClientCert), dtls.WithVerifyPeerCertificate(a.shown))
 			case cas != nil:
-				// What demands a certificate is Verify: under "require" pion refuses pre-shared keys in some versions.
-				opts = append(opts, dtls.WithClientAuth(dtls.VerifyClientCertIfGiven), dtls.WithClientCAs(cas),
-					dtls.WithVerifyPeerCertificate(a.vouched))
+				// What demands a certificate is Verify: under "require" pion refuses pre-shared keys in some versions. Pion names
+				// the CAs, and is kept from verifying: it would do so with keys of any size.
+				opts = append(opts, dtls.WithClientAuth(dtls.RequestClientCert), dtls.WithClientCAs(cas),
+					dtls.WithVerifyPeerCertificate(func(ders [][]byte, _ [][]*x509.Certificate) error { return a.vouched(ders, cas) }))
 			}
 		} else {
 			l.srv.log.Error("no certificate for a DTLS handshake", "error", err)
@@ -152,30 +154,54 @@ func (l *dtlsListener) key(a *association, identity []byte) ([]byte, error) {
 	return key, nil
 }
 
-// vouched is pion's VerifyPeerCertificate: the peer has shown a certificate, has its key, and some CA vouches for it.
-func (a *association) vouched(_ [][]byte, chains [][]*x509.Certificate) error {
+// maxRSA bounds the keys that a chain is verified with, in bits, as crypto/tls does: a key of what a handshake may hold costs more than a
+// second.
+const maxRSA = 8192
+
+// vouched is pion's VerifyPeerCertificate: the peer has shown a certificate and has its key, and some CA must vouch for it.
+func (a *association) vouched(ders [][]byte, cas *x509.CertPool) error {
+	sent, err := parseChain(ders)
+	if err != nil || len(sent) == 0 {
+		return err
+	}
+	between := x509.NewCertPool()
+	for _, c := range sent[1:] {
+		if key, ok := c.PublicKey.(*rsa.PublicKey); ok && key.N.BitLen() > maxRSA {
+			return fmt.Errorf("a key of the chain has %d bits", key.N.BitLen())
+		}
+		between.AddCert(c)
+	}
+	chains, err := sent[0].Verify(x509.VerifyOptions{Roots: cas, Intermediates: between, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
+	if err != nil {
+		return fmt.Errorf("verify the peer's certificate: %w", err)
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if len(chains) > 0 {
-		a.chain = chains[0]
-	}
+	a.chain = chains[0]
 	return nil
 }
 
 // shown is pion's VerifyPeerCertificate with AnyCertificate: the peer has shown certificates, and has the key of the first.
 func (a *association) shown(ders [][]byte, _ [][]*x509.Certificate) error {
-	var chain []*x509.Certificate
-	for _, der := range ders {
-		c, err := x509.ParseCertificate(der)
-		if err != nil {
-			return fmt.Errorf("read a certificate: %w", err)
-		}
-		chain = append(chain, c)
+	chain, err := parseChain(ders)
+	if err != nil {
+		return err
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.chain = chain
 	return nil
+}
+
+func parseChain(ders [][]byte) (chain []*x509.Certificate, err error) {
+	for _, der := range ders {
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			return nil, fmt.Errorf("read a certificate: %w", err)
+		}
+		chain = append(chain, c)
+	}
+	return chain, nil
 }
 
 // verify is pion's VerifyConnection: the last thing before our Finished.

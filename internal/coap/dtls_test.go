@@ -6,6 +6,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
@@ -83,6 +84,22 @@ func (a *authority) issue(t testing.TB, name string, until time.Time) tls.Certif
 		t.Fatal(err)
 	}
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+}
+
+// withLargeKey puts a CA behind a certificate whose key has more bits than anybody has to verify with.
+func (a *authority) withLargeKey(t testing.TB, c tls.Certificate) tls.Certificate {
+	t.Helper()
+	n := new(big.Int).Lsh(big.NewInt(1), maxRSA+7)
+	tmpl := &x509.Certificate{
+		SerialNumber: big.NewInt(3), Subject: pkix.Name{CommonName: "large"}, NotBefore: time.Unix(0, 0), NotAfter: time.Unix(1<<32, 0),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, a.cert, &rsa.PublicKey{N: n.SetBit(n, 0, 1), E: 65537}, a.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Certificate = append(c.Certificate, der)
+	return c
 }
 
 var errNoCredential = errors.New("a certificate or a pre-shared key is needed")
@@ -519,6 +536,7 @@ func TestDTLSCertificates(t *testing.T) {
 			{"for servers", "incompatible key usage", "UnsupportedCertificate", []tls.Certificate{s.ca.issue(t, "server", time.Time{})}},
 			{"revoked", "revoked", "CertificateRevoked", []tls.Certificate{s.ca.issue(t, "revoked", time.Time{})}},
 			{"not taken", "nobody knows", "BadCertificate", []tls.Certificate{s.ca.issue(t, "stranger", time.Time{})}},
+			{"beside a key that costs too much", "8200 bits", "BadCertificate", []tls.Certificate{s.ca.withLargeKey(t, s.ca.issue(t, "device", time.Time{}))}},
 		}
 		for _, c := range cases {
 			_, err := s.shake(t, s.socket(t, "198.51.100.1:0"), certOptions(s.ca, c.certs)...)
