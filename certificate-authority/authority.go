@@ -134,6 +134,20 @@ func (a *Authority) issuer(name string) (signer, bool) {
 	return signer{}, false
 }
 
+// ours reports whether a certificate is one of the authorities'.
+func (a *Authority) ours(c *x509.Certificate) bool {
+	for _, r := range Roots() {
+		l := a.line(r)
+		same := func(own *x509.Certificate) bool {
+			return slices.Equal(own.RawSubjectPublicKeyInfo, c.RawSubjectPublicKeyInfo)
+		}
+		if slices.ContainsFunc(l.roots, func(x anchor) bool { return same(x.cert) }) || slices.ContainsFunc(l.issuers, func(x signer) bool { return same(x.issuing) }) {
+			return true
+		}
+	}
+	return false
+}
+
 // Signs reports whether a certificate was signed by what signs under r now.
 func (a *Authority) Signs(r Root, c *x509.Certificate) bool {
 	return bytes.Equal(c.AuthorityKeyId, a.signer(r).issuing.SubjectKeyId)

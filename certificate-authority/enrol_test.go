@@ -271,6 +271,10 @@ func TestEnrolmentGroups(t *testing.T) {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
+	for what, own := range map[string]*x509.Certificate{"the root": o.a.signer(Device).root, "what issues": o.a.signer(Device).issuing} {
+		_, err := o.SetGroup(t.Context(), hub.EnrolmentGroup{Owner: "a", Chain: string(certPEM(own))})
+		wantCode(t, what+" of the hub as a manufacturer", err, hub.Invalid, "group-ca-own")
+	}
 	_, err = o.SetGroup(t.Context(), hub.EnrolmentGroup{ID: g.ID, Chain: pem})
 	wantCode(t, "a group that there is not", err, hub.NotFound, "group-unknown")
 }
@@ -472,13 +476,8 @@ func TestRenewal(t *testing.T) {
 	_, err = renew(first, csr)
 	wantCode(t, "under a revoked certificate", err, hub.Unauthenticated, "certificate-revoked")
 	wantCode(t, "the handshake with a revoked certificate", o.Vouch(t.Context(), []*x509.Certificate{first}), hub.Unauthenticated, "certificate-revoked")
-	// Also where the hub's own root is a group's.
-	if _, err := o.SetGroup(t.Context(), hub.EnrolmentGroup{Name: "own", Owner: "alice", Chain: string(certPEM(o.Anchors()[0]))}); err != nil {
-		t.Fatal(err)
-	}
-	wantCode(t, "the handshake with a revoked certificate, where its CA is a group's", o.Vouch(t.Context(), []*x509.Certificate{first, out.Chain[1]}), hub.Unauthenticated, "certificate-revoked")
 	_, err = o.Enrol(t.Context(), shown(first, out.Chain[1]), csr, false)
-	wantCode(t, "under a revoked certificate, where its CA is a group's", err, hub.Unauthenticated, "certificate-revoked")
+	wantCode(t, "under a revoked certificate, and not as a renewal", err, hub.Unauthenticated, "certificate-revoked")
 	if err := o.Vouch(t.Context(), []*x509.Certificate{late.Chain[0]}); err != nil {
 		t.Errorf("the handshake with a good one: %v", err)
 	}
@@ -693,6 +692,8 @@ func TestAProductionLine(t *testing.T) {
 	}
 	_, err := o.sign("alice", otherDev)
 	wantCode(t, "one that its owner names", err, hub.Exhausted, "reservations-limit")
+	_, err = o.sign("alice", testDev)
+	wantCode(t, "the manufacturer's, named by its owner", err, hub.Exhausted, "reservations-limit")
 	_, err = o.sign("bob", testDev)
 	wantCode(t, "another owner", err, hub.Denied, "device-owned-by-other")
 }

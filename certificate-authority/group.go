@@ -249,6 +249,10 @@ func (s *Service) setGroup(ctx context.Context, g hub.EnrolmentGroup) (hub.Enrol
 	case !keep:
 		sealed = nil
 	}
+	// What it signs is a renewal, and only while it is good.
+	if slices.ContainsFunc(append(in.above, in.ca), s.a.ours) {
+		return hub.EnrolmentGroup{}, hub.NewError(hub.Invalid, "group-ca-own", "a group's CA is a manufacturer's; this is one of the hub's own")
+	}
 	in.PSK, in.HasPSK = "", len(sealed) > 0
 	for _, o := range gs {
 		if o.ID != in.ID && in.meets(o) && in.disputes(o) {

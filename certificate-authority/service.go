@@ -371,7 +371,7 @@ func (s *Service) entitled(ctx context.Context, owner hub.Owner, dev hub.DeviceI
 		}
 		now := time.Now().UTC()
 		mine := old.Owner == owner
-		if !mine && counted {
+		if counted && (!mine || old.Vouched) {
 			if err := s.mayReserve(ctx, owner, now); err != nil {
 				return err
 			}
