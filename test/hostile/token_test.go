@@ -110,7 +110,7 @@ func TestTokensOfOthers(t *testing.T) {
 		t.Error("an answer of nobody ended the connection")
 	}
 	write(good, frame(content(codes.Changed, command.Token, 0, map[string]any{"open": 2})))
-	if got := next(t, done); got.status != http.StatusOK || strings.Contains(got.body, "666") || !strings.Contains(got.body, `"open":2`) {
+	if got := next(t, done); got.status != http.StatusOK || strings.Contains(got.body, `"open":666`) || !strings.Contains(got.body, `"open":2`) {
 		t.Errorf("the command got %d %s", got.status, got.body)
 	}
 	write(good, frame(content(codes.Content, observation.Token, 3, map[string]any{"open": 2})))
