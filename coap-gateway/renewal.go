@@ -35,7 +35,7 @@ const (
 	credHref = "/oic/sec/cred"
 	// renewing is how many devices' certificates are renewed at a time, and renewalQueue how many sessions wait for that; further
 	// ones are found at the next look.
-	renewing, renewalQueue = 4, 1024
+	renewing, renewalQueue = 16, 1024
 	// renewalLook is how often all sessions are looked through, and renewalAgain when a device is asked once more that could not.
 	renewalLook, renewalAgain = time.Hour, 24 * time.Hour
 	// renewalTime bounds one renewal.

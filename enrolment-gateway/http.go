@@ -61,6 +61,7 @@ func (g *Gateway) handler() http.Handler {
 	}
 	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		w := &recorder{ResponseWriter: rw, code: http.StatusOK}
+		w.Header().Set("Connection", "close") // whoever has his answer keeps nobody out
 		op, known := operations[r.URL.Path]
 		name := strings.TrimPrefix(r.URL.Path, est.Path)
 		defer func() {
