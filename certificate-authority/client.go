@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/pem"
 	"fmt"
-	"hash/crc32"
 	"strings"
 	"time"
 	"unicode"
@@ -74,7 +73,7 @@ func (s *Service) signName(
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", op, err)
 	}
-	turn := &s.signing[crc32.ChecksumIEEE([]byte(name))%uint32(len(s.signing))]
+	turn := s.turn(name)
 	turn.Lock()
 	defer turn.Unlock()
 	if err := s.mayHave(ctx, req.RawSubjectPublicKeyInfo); err != nil {
@@ -103,21 +102,9 @@ func (s *Service) signName(
 
 // roomFor refuses one more certificate of a name that has many.
 func (s *Service) roomFor(ctx context.Context, name string) error {
-	live, made, now := 0, 0, time.Now()
-	for doc, err := range s.docs.Find(ctx, collCertificates, indexName+name) {
-		if err != nil {
-			return err
-		}
-		e, err := decodeEntry(doc)
-		if err != nil {
-			return err
-		}
-		if e.live(now) {
-			live++
-		}
-		if now.Sub(e.Created) < 24*time.Hour {
-			made++
-		}
+	live, made, err := s.tally(ctx, indexName+name, func(*entry) bool { return true })
+	if err != nil {
+		return err
 	}
 	if live >= maxLive || made >= maxMade {
 		return hub.NewError(hub.Exhausted, "certificates-limit", "there are too many certificates of this name; revoke some, or wait")

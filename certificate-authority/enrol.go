@@ -2,11 +2,11 @@ package certificateauthority
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"hash/crc32"
@@ -141,8 +141,8 @@ type applicant struct {
 // certificate of this authority that is good (a renewal, the only thing that is allowed if renew is set), for the device's
 // pre-shared key, or for a one-time token. The subject is the device's, whatever the request says; a request that names another
 // device is Invalid. Whoever comes again within a day with the same key gets the same certificate. Kinds: Unauthenticated
-// ("enrolment-unproven", "certificate-revoked", "token-unknown"), Denied, Invalid and TooLarge for the request, Exhausted, and Unavailable with the code
-// "enrolment-waiting" while somebody has to decide. What is returned is in the ledger.
+// ("enrolment-unproven", "certificate-revoked", "token-unknown"), Denied, Invalid and TooLarge for the request, Exhausted, and
+// Unavailable with the code "enrolment-waiting" while somebody has to decide. What is returned is in the ledger.
 func (s *Service) Enrol(ctx context.Context, proof hub.EnrolmentProof, csr []byte, renew bool) (out hub.Enrolled, err error) {
 	const op = "certificateauthority.Enrol"
 	how := hub.RequestMethod("none")
@@ -188,7 +188,7 @@ func (s *Service) Enrol(ctx context.Context, proof hub.EnrolmentProof, csr []byt
 		return out, errOfHub
 	}
 	req.device = a.device
-	turn := s.turn(a.device)
+	turn := s.turn(string(a.device))
 	turn.Lock()
 	defer turn.Unlock()
 	req.vouched = a.vouched()
@@ -292,14 +292,11 @@ func (s *Service) step(ctx context.Context, a applicant, e *enrolment, req *requ
 	case e.State == hub.EnrolmentWaiting:
 		return nil, errWaiting()
 	default:
-		n := 0
-		for _, err := range s.docs.FindKeys(ctx, collEnrolments, indexState+string(hub.EnrolmentWaiting)+" "+indexGroup+e.Group) {
-			if err != nil {
-				return nil, err
-			}
-			if n++; n >= maxUndecided {
-				return nil, errUndecided
-			}
+		waiting := indexState + string(hub.EnrolmentWaiting) + " " + indexGroup + e.Group
+		if many, err := s.atLeast(ctx, collEnrolments, waiting, maxUndecided); err != nil {
+			return nil, err
+		} else if many {
+			return nil, errUndecided
 		}
 		e.State = hub.EnrolmentWaiting
 		return nil, errWaiting()
@@ -343,13 +340,9 @@ func (s *Service) lately(ctx context.Context, a applicant, req request) (*x509.C
 			revoked = revoked || a.repeats && e.Proof == a.Proof
 			continue
 		}
-		block, _ := pem.Decode([]byte(e.PEM))
-		if block == nil {
-			return nil, damaged("a certificate", nil)
-		}
-		leaf, err := x509.ParseCertificate(block.Bytes)
+		leaf, err := parsePEM(e.PEM)
 		if err != nil {
-			return nil, damaged("a certificate", err)
+			return nil, err
 		}
 		if err := s.owners.Admits(ctx, a.device, req.spki); err != nil {
 			return nil, err
@@ -365,15 +358,10 @@ func (s *Service) lately(ctx context.Context, a applicant, req request) (*x509.C
 // prove finds out which device it is.
 func (s *Service) prove(ctx context.Context, proof hub.EnrolmentProof, req request, named hub.DeviceID) (applicant, error) {
 	if len(proof.Chain) > 0 { // SCEP's challenge may stand beside it
-		own, err := s.verifyOwn(proof.Chain)
-		switch {
-		case err == nil:
-			if err := s.denied(proof.Chain, s.above(own)); err != nil {
-				return applicant{}, err
-			}
-			return s.byCurrent(ctx, own)
-		case errors.Is(err, errRevoked):
+		if ours, err := s.verifyOwn(proof.Chain); err != nil {
 			return applicant{}, err
+		} else if ours {
+			return s.byCurrent(ctx, proof.Chain[0])
 		}
 	}
 	switch {
@@ -381,14 +369,8 @@ func (s *Service) prove(ctx context.Context, proof hub.EnrolmentProof, req reque
 		return s.byToken(ctx, proof.Token, req, named)
 	case proof.PSK != "":
 		// Whoever gave it the key allowed the device by that.
-		a := applicant{device: proof.PSK, allowed: true, enrolment: enrolment{By: hub.ByPSK, Proof: "pre-shared key"}}
-		own, err := s.owners.Owner(ctx, proof.PSK)
-		if err == nil {
-			a.Owner = own.Owner
-		} else if !hub.IsKind(err, hub.NotFound) {
-			return a, err
-		}
-		return a, nil
+		owner, err := s.ownerOf(ctx, proof.PSK)
+		return applicant{device: proof.PSK, allowed: true, enrolment: enrolment{By: hub.ByPSK, Owner: owner, Proof: "pre-shared key"}}, err
 	case len(proof.Chain) == 0:
 		return applicant{}, errProof
 	}
@@ -428,35 +410,28 @@ func (s *Service) byCurrent(ctx context.Context, leaf *x509.Certificate) (applic
 		a.Owner = e.Owner
 	}
 	// The device stays the device when somebody else owns it.
-	own, err := s.owners.Owner(ctx, a.device)
-	if err == nil {
-		a.Owner = own.Owner
-	} else if !hub.IsKind(err, hub.NotFound) {
-		return a, err
-	}
-	return a, nil
+	owner, err := s.ownerOf(ctx, a.device)
+	a.Owner = cmp.Or(owner, a.Owner)
+	return a, err
 }
 
-// verifyOwn verifies a chain that leads to the device root, and returns its leaf. Errors are Unauthenticated, and errRevoked if the
-// leaf was revoked.
-func (s *Service) verifyOwn(chain []*x509.Certificate) (*x509.Certificate, error) {
-	between := s.a.DeviceIntermediates()
-	pool := x509.NewCertPool()
-	for _, c := range between {
-		pool.AddCert(c)
+// verifyOwn reports whether a chain begins with an identity certificate of this authority, and refuses one that is revoked or denied:
+// whatever a group trusts, revoked is revoked.
+func (s *Service) verifyOwn(chain []*x509.Certificate) (ours bool, err error) {
+	leaf, between := chain[0], x509.NewCertPool()
+	for _, c := range s.a.DeviceIntermediates() {
+		between.AddCert(c)
 	}
-	_, err := chain[0].Verify(x509.VerifyOptions{
-		Roots: s.a.DevicePool(), Intermediates: pool, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	_, err = leaf.Verify(x509.VerifyOptions{
+		Roots: s.a.DevicePool(), Intermediates: between, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	})
 	switch {
-	case err != nil:
-		return nil, errProof.With("verify", err)
-	case !slices.ContainsFunc(chain[0].UnknownExtKeyUsage, OCFIdentity.Equal):
-		return nil, errProof
-	case s.Revoked(chain[0]):
-		return nil, errRevoked
+	case err != nil, !slices.ContainsFunc(leaf.UnknownExtKeyUsage, OCFIdentity.Equal):
+		return false, nil
+	case s.Revoked(leaf):
+		return true, errRevoked
 	}
-	return chain[0], nil
+	return true, s.denied(chain, s.above(leaf))
 }
 
 // Vouch reports whether a chain of certificates may be used to enrol: nil if it leads to a group's CA, or to the hub's device root
@@ -465,17 +440,10 @@ func (s *Service) Vouch(ctx context.Context, chain []*x509.Certificate) error {
 	if len(chain) == 0 {
 		return errProof
 	}
-	own, err := s.verifyOwn(chain)
-	switch {
-	case err == nil:
-		return s.denied(chain, s.above(own))
-	case errors.Is(err, errRevoked): // a group may be of whom it likes, but revoked is revoked
+	if ours, err := s.verifyOwn(chain); ours || err != nil {
 		return err
 	}
-	g, err := s.groupOf(ctx, chain, saying{})
-	if err == nil {
-		err = s.denied(chain, []*x509.Certificate{g.ca})
-	}
+	_, err := s.groupOf(ctx, chain, saying{})
 	return err
 }
 
@@ -583,7 +551,7 @@ func (s *Service) Decide(
 }
 
 func (s *Service) decide(ctx context.Context, owner hub.Owner, dev hub.DeviceID, allow bool, user string) (e enrolment, changed bool, err error) {
-	turn := s.turn(dev)
+	turn := s.turn(string(dev))
 	turn.Lock()
 	defer turn.Unlock()
 	doc, err := s.docs.Get(ctx, collEnrolments, string(dev))
@@ -597,11 +565,11 @@ func (s *Service) decide(ctx context.Context, owner hub.Owner, dev hub.DeviceID,
 		return e, false, err
 	}
 	if owner != "" {
-		own, err := s.owners.Owner(ctx, dev)
-		if err != nil && !hub.IsKind(err, hub.NotFound) {
+		now, err := s.ownerOf(ctx, dev)
+		if err != nil {
 			return e, false, err
 		}
-		if e.Owner != owner || err == nil && own.Owner != owner { // it may have changed hands since
+		if e.Owner != owner || now != "" && now != owner { // it may have changed hands since
 			return e, false, errNotEnrolled
 		}
 	}
@@ -638,7 +606,7 @@ func (s *Service) Forget(ctx context.Context, f hub.EnrolmentFilter) (out []hub.
 }
 
 func (s *Service) forget(ctx context.Context, dev hub.DeviceID) error {
-	turn := s.turn(dev)
+	turn := s.turn(string(dev))
 	turn.Lock()
 	defer turn.Unlock()
 	doc, err := s.docs.Get(ctx, collEnrolments, string(dev))

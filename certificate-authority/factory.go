@@ -42,9 +42,6 @@ func (s *Service) byFactory(ctx context.Context, chain []*x509.Certificate, name
 		return applicant{}, err
 	}
 	g, err := s.groupOf(ctx, chain, said)
-	if err == nil {
-		err = s.denied(chain, []*x509.Certificate{g.ca})
-	}
 	if err != nil {
 		return applicant{}, err
 	}

@@ -31,19 +31,28 @@ func makeDir(dir string) error {
 	return nil
 }
 
-// readPair reads a certificate and its key; the key is nil when the file has none. A file that does not exist is
-// fs.ErrNotExist.
-func readPair(file string) (*x509.Certificate, crypto.Signer, error) {
+// readSecret reads a file with a private key, which nobody else may read. A file that does not exist is fs.ErrNotExist.
+func readSecret(file string) ([]byte, error) {
 	info, err := os.Stat(file)
 	if err != nil {
-		return nil, nil, fmt.Errorf("look at %s: %w", file, err)
+		return nil, fmt.Errorf("look at %s: %w", file, err)
 	}
 	if info.Mode().Perm()&0o077 != 0 {
-		return nil, nil, fmt.Errorf("%s holds a private key and can be read by others (mode %o): chmod 600 it", file, info.Mode().Perm())
+		return nil, fmt.Errorf("%s holds a private key and can be read by others (mode %o): chmod 600 it", file, info.Mode().Perm())
 	}
 	text, err := os.ReadFile(file)
 	if err != nil {
-		return nil, nil, fmt.Errorf("read %s: %w", file, err)
+		return nil, fmt.Errorf("read %s: %w", file, err)
+	}
+	return text, nil
+}
+
+// readPair reads a certificate and its key; the key is nil when the file has none. A file that does not exist is
+// fs.ErrNotExist.
+func readPair(file string) (*x509.Certificate, crypto.Signer, error) {
+	text, err := readSecret(file)
+	if err != nil {
+		return nil, nil, err
 	}
 	cert, key, err := parsePair(text)
 	if err != nil {

@@ -144,7 +144,7 @@ func (s *Service) readGroups(ctx context.Context) ([]*group, error) {
 }
 
 // groupOf finds the group that a chain leads to; of several the first that names the device, else the one that names none.
-// What leads nowhere is Unauthenticated.
+// What leads nowhere is Unauthenticated, and what is denied Denied.
 func (s *Service) groupOf(ctx context.Context, chain []*x509.Certificate, said saying) (*group, error) {
 	gs, err := s.all(ctx)
 	if err != nil {
@@ -158,7 +158,8 @@ func (s *Service) groupOf(ctx context.Context, chain []*x509.Certificate, said s
 			continue
 		}
 		if _, named := slices.BinarySearch(g.Allow, s.deviceIn(g, chain[0], said)); named {
-			return g, nil
+			open = g
+			break
 		}
 		if open == nil || len(open.Allow) > 0 && len(g.Allow) == 0 {
 			open = g
@@ -167,7 +168,7 @@ func (s *Service) groupOf(ctx context.Context, chain []*x509.Certificate, said s
 	if open == nil {
 		return nil, errProof.With("verify", why)
 	}
-	return open, nil
+	return open, s.denied(chain, []*x509.Certificate{open.ca})
 }
 
 var errLargeKey = errors.New("a key of the chain is too large")
@@ -204,9 +205,9 @@ func (g *group) verify(chain []*x509.Certificate, now time.Time) error {
 }
 
 // SetGroup makes a group, if it has no ID yet, or replaces the one that has this ID; then its owner and creation stay, and its
-// pre-shared key if HasPSK says so and there is no other. It returns the group as it is stored. Kinds: Invalid and TooLarge for what is in it, Exhausted at 1000 groups, NotFound for an ID that there
-// is not, Precondition ("group-ca-taken") if another owner has the devices of the same CA and one of both names none: else it
-// could take the other's.
+// pre-shared key if HasPSK says so and there is no other. It returns the group as it is stored. Kinds: Invalid and TooLarge for what
+// is in it, Exhausted at 1000 groups, NotFound for an ID that there is not, Precondition ("group-ca-taken") if another owner has the
+// devices of the same CA and one of both names none: else it could take the other's.
 func (s *Service) SetGroup(ctx context.Context, g hub.EnrolmentGroup) (hub.EnrolmentGroup, error) {
 	const op = "certificateauthority.SetGroup"
 	out, err := s.setGroup(ctx, g)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"iter"
@@ -92,6 +93,19 @@ func decodeEntry(doc store.Doc) (entry, error) {
 		return e, &hub.Error{Kind: hub.Internal, Code: "data-damaged", Text: "an entry of the certificates' ledger is damaged", Err: err}
 	}
 	return e, nil
+}
+
+// parsePEM reads a certificate of the ledger.
+func parsePEM(text string) (*x509.Certificate, error) {
+	block, _ := pem.Decode([]byte(text))
+	if block == nil {
+		return nil, damaged("a certificate", nil)
+	}
+	c, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		return nil, damaged("a certificate", err)
+	}
+	return c, nil
 }
 
 // nameOf names a key as other hubs do: by a UUID of its SubjectPublicKeyInfo.

@@ -117,7 +117,7 @@ func (s *Service) admit(ctx context.Context, chain []*x509.Certificate, named hu
 	case !a.mayCome():
 		return hub.Applicant{}, errNotAllowed
 	}
-	turn := s.turn(a.device)
+	turn := s.turn(string(a.device))
 	turn.Lock()
 	defer turn.Unlock()
 	if _, err := s.enrol(ctx, a, nil); err != nil {
@@ -143,8 +143,10 @@ func (s *Service) Provisioned(ctx context.Context, chain []*x509.Certificate, to
 			}
 		}
 		if doc.Rev == 0 || rec.Owner != to.Owner {
-			if err := s.roomForRecord(ctx, to.Owner); err != nil {
+			if many, err := s.atLeast(ctx, collProvisioning, indexOwner+string(to.Owner), maxRecords); err != nil {
 				return fmt.Errorf("%s: %w", op, err)
+			} else if many {
+				return hub.NewError(hub.Exhausted, "provisioning-records-limit", "the owner has 100000 provisioning records; delete some").With(op, nil)
 			}
 		}
 		if rec.Steps == nil {
@@ -177,19 +179,6 @@ func (s *Service) Provisioned(ctx context.Context, chain []*x509.Certificate, to
 			return err
 		}
 	}
-}
-
-func (s *Service) roomForRecord(ctx context.Context, owner hub.Owner) error {
-	n := 0
-	for _, err := range s.docs.FindKeys(ctx, collProvisioning, indexOwner+string(owner)) {
-		if err != nil {
-			return err
-		}
-		if n++; n >= maxRecords {
-			return hub.NewError(hub.Exhausted, "provisioning-records-limit", "the owner has 100000 provisioning records; delete some")
-		}
-	}
-	return nil
 }
 
 // ProvisioningRecords yields the records that the filter means, in no order. An error is the last element.

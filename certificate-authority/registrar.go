@@ -12,7 +12,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"sync"
 	"time"
@@ -122,16 +121,9 @@ func (r *Registrar) Decrypt(random io.Reader, msg []byte, opts crypto.DecrypterO
 
 // readRegistrar reads the registrar's file: its certificate, and its key. A file that does not exist is fs.ErrNotExist.
 func readRegistrar(file string) (*x509.Certificate, *rsa.PrivateKey, error) {
-	info, err := os.Stat(file)
+	text, err := readSecret(file)
 	if err != nil {
-		return nil, nil, fmt.Errorf("look at %s: %w", file, err)
-	}
-	if info.Mode().Perm()&0o077 != 0 {
-		return nil, nil, fmt.Errorf("%s holds a private key and can be read by others (mode %o): chmod 600 it", file, info.Mode().Perm())
-	}
-	text, err := os.ReadFile(file)
-	if err != nil {
-		return nil, nil, fmt.Errorf("read %s: %w", file, err)
+		return nil, nil, err
 	}
 	first, rest := pem.Decode(text)
 	second, rest := pem.Decode(rest)

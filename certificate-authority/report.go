@@ -7,8 +7,6 @@ import (
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/rsa"
-	"crypto/x509"
-	"encoding/pem"
 	"slices"
 	"strconv"
 	"strings"
@@ -45,7 +43,10 @@ func (s *Service) Report(ctx context.Context, owner hub.Owner, within time.Durat
 		r.Good++
 		kind := c.Algorithm
 		if kind == "" { // of an older version
-			kind = algorithmIn(c.PEM)
+			kind = "unknown"
+			if leaf, err := parsePEM(c.PEM); err == nil {
+				kind = algorithmOf(leaf.PublicKey)
+			}
 		}
 		r.Keys[kind]++
 		c.PEM = ""
@@ -105,18 +106,6 @@ func algorithmOf(key crypto.PublicKey) string {
 		return "RSA-" + strconv.Itoa(k.N.BitLen())
 	}
 	return "unknown"
-}
-
-func algorithmIn(text string) string {
-	block, _ := pem.Decode([]byte(text))
-	if block == nil {
-		return "unknown"
-	}
-	c, err := x509.ParseCertificate(block.Bytes)
-	if err != nil {
-		return "unknown"
-	}
-	return algorithmOf(c.PublicKey)
 }
 
 // measure makes the report's numbers metrics.

@@ -267,7 +267,7 @@ func (s *Service) Sign(ctx context.Context, owner hub.Owner, user string, csr []
 	if req.device == s.a.hubID {
 		return nil, errOfHub.With(op, nil)
 	}
-	turn := s.turn(req.device)
+	turn := s.turn(string(req.device))
 	turn.Lock()
 	defer turn.Unlock()
 	leaf, err := s.sign(ctx, req, entry{Device: req.device, Owner: owner, How: hub.ByCSR, User: user})
@@ -278,9 +278,9 @@ func (s *Service) Sign(ctx context.Context, owner hub.Owner, user string, csr []
 	return slices.Concat(certPEM(leaf), certPEM(by.issuing)), nil
 }
 
-// turn is held by who has something made for a device.
-func (s *Service) turn(dev hub.DeviceID) *sync.Mutex {
-	return &s.signing[crc32.ChecksumIEEE([]byte(dev))%uint32(len(s.signing))]
+// turn is held by who has something made for a device, or under a name.
+func (s *Service) turn(name string) *sync.Mutex {
+	return &s.signing[crc32.ChecksumIEEE([]byte(name))%uint32(len(s.signing))]
 }
 
 // sign makes the certificate that an entry of the ledger is about, and puts it there. Without an owner nobody is asked whose the
@@ -418,15 +418,9 @@ func (s *Service) release(ctx context.Context, dev hub.DeviceID) error {
 
 // mayReserve refuses one more ID for an owner who has many that are kept, and have not signed up.
 func (s *Service) mayReserve(ctx context.Context, owner hub.Owner, now time.Time) error {
-	n := 0
-	for _, err := range s.docs.FindKeys(ctx, collReserved, indexOwner+string(owner)) {
-		if err != nil {
-			return err
-		}
-		n++
-	}
-	if n < maxReserved { // of which some may have had their time
-		return nil
+	// Some of them may have had their time.
+	if many, err := s.atLeast(ctx, collReserved, indexOwner+string(owner), maxReserved); err != nil || !many {
+		return err
 	}
 	var kept []hub.DeviceID
 	for doc, err := range s.docs.Find(ctx, collReserved, indexOwner+string(owner)) {
@@ -443,16 +437,13 @@ func (s *Service) mayReserve(ctx context.Context, owner hub.Owner, now time.Time
 	}
 	left := len(kept)
 	for _, dev := range kept { // which is dear, and makes room
-		_, err := s.owners.Owner(ctx, dev)
-		switch {
-		case hub.IsKind(err, hub.NotFound):
-		case err != nil:
-			return err
-		default:
-			if err := s.release(ctx, dev); err != nil {
-				return err
-			}
+		owner, err := s.ownerOf(ctx, dev)
+		if err == nil && owner != "" {
+			err = s.release(ctx, dev)
 			left--
+		}
+		if err != nil {
+			return err
 		}
 	}
 	if left >= maxReserved {
@@ -467,16 +458,30 @@ func (s *Service) room(ctx context.Context, owner hub.Owner, req request) error 
 	if err := s.mayHave(ctx, req.spki); err != nil {
 		return err
 	}
-	live, made, now := 0, 0, time.Now()
-	for doc, err := range s.docs.Find(ctx, collCertificates, indexDevice+string(req.device)) {
+	live, made, err := s.tally(ctx, indexDevice+string(req.device), func(e *entry) bool { return e.Owner == owner || e.How == hub.ByOperator })
+	switch {
+	case err != nil:
+		return err
+	case live >= maxLive:
+		return errLive
+	case made >= maxMade:
+		return errMade
+	}
+	return nil
+}
+
+// tally counts certificates of the ledger that count: those that are good, and those that were made within a day.
+func (s *Service) tally(ctx context.Context, index string, counts func(*entry) bool) (live, made int, err error) {
+	now := time.Now()
+	for doc, err := range s.docs.Find(ctx, collCertificates, index) {
 		if err != nil {
-			return err
+			return 0, 0, err
 		}
 		e, err := decodeEntry(doc)
 		if err != nil {
-			return err
+			return 0, 0, err
 		}
-		if e.Owner != owner && e.How != hub.ByOperator {
+		if !counts(&e) {
 			continue
 		}
 		if e.live(now) {
@@ -486,13 +491,30 @@ func (s *Service) room(ctx context.Context, owner hub.Owner, req request) error 
 			made++
 		}
 	}
-	switch {
-	case live >= maxLive:
-		return errLive
-	case made >= maxMade:
-		return errMade
+	return live, made, nil
+}
+
+// atLeast reports whether a collection has so many documents of an index, without reading them.
+func (s *Service) atLeast(ctx context.Context, collection, index string, most int) (bool, error) {
+	n := 0
+	for _, err := range s.docs.FindKeys(ctx, collection, index) {
+		if err != nil {
+			return false, err
+		}
+		if n++; n >= most {
+			return true, nil
+		}
 	}
-	return nil
+	return false, nil
+}
+
+// ownerOf is who owns a device; "" if nobody does.
+func (s *Service) ownerOf(ctx context.Context, dev hub.DeviceID) (hub.Owner, error) {
+	own, err := s.owners.Owner(ctx, dev)
+	if hub.IsKind(err, hub.NotFound) {
+		return "", nil
+	}
+	return own.Owner, err
 }
 
 // mayHave refuses a key that somebody else is known to have.

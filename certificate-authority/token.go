@@ -70,22 +70,18 @@ func (s *Service) NewToken(
 		return "", t, errOfHub.With(op, nil)
 	}
 	if dev != "" {
-		own, err := s.owners.Owner(ctx, dev)
+		now, err := s.ownerOf(ctx, dev)
 		switch {
-		case err == nil && own.Owner != owner:
-			return "", t, errOther.With(op, nil)
-		case err != nil && !hub.IsKind(err, hub.NotFound):
+		case err != nil:
 			return "", t, fmt.Errorf("%s: %w", op, err)
+		case now != "" && now != owner:
+			return "", t, errOther.With(op, nil)
 		}
 	}
-	n := 0
-	for _, err := range s.docs.FindKeys(ctx, collTokens, indexOwner+string(owner)) {
-		if err != nil {
-			return "", t, fmt.Errorf("%s: %w", op, err)
-		}
-		if n++; n >= maxTokens {
-			return "", t, hub.NewError(hub.Exhausted, "tokens-limit", "the owner has 100000 one-time tokens; remove some").With(op, nil)
-		}
+	if many, err := s.atLeast(ctx, collTokens, indexOwner+string(owner), maxTokens); err != nil {
+		return "", t, fmt.Errorf("%s: %w", op, err)
+	} else if many {
+		return "", t, hub.NewError(hub.Exhausted, "tokens-limit", "the owner has 100000 one-time tokens; remove some").With(op, nil)
 	}
 	b := make([]byte, 18)
 	_, _ = rand.Read(b) // never fails
