@@ -61,19 +61,9 @@ func decodeBody(body []byte, into any) error {
 	return nil
 }
 
-// acceptable returns the format of a body for the request: the one it accepts, OCF's CBOR if it does not say. Anything that
-// we cannot produce is NotAcceptable (RFC 7252, Section 5.10.4).
+// acceptable returns the format of a body for the request, OCF's CBOR if it does not say.
 func acceptable(req *coap.Message) (int32, error) {
-	v, err := req.Options.GetUint32(message.Accept)
-	if err != nil {
-		return hub.FormatOCFCBOR, nil
-	}
-	switch f := int32(v); f {
-	case hub.FormatOCFCBOR, hub.FormatCBOR, hub.FormatJSON:
-		return f, nil
-	default:
-		return 0, &hub.Error{Kind: hub.NotAcceptable}
-	}
+	return coap.Acceptable(req, hub.FormatOCFCBOR, hub.FormatCBOR, hub.FormatJSON)
 }
 
 // encodeBody encodes one of our own bodies; JSON for format 50, CBOR for the other two.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"strings"
 
-	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"github.com/coaphub/coaphub/hub"
@@ -29,8 +28,8 @@ var ownResources = []ownResource{
 
 // core lists the hub's own resources in the CoRE link format (RFC 6690, Section 4). Devices' resources are behind a session.
 func (p *peer) core(_ context.Context, req *coap.Message, _ int32) (coap.Response, error) {
-	if v, err := req.Options.GetUint32(message.Accept); err == nil && int32(v) != hub.FormatLink {
-		return coap.Response{}, &hub.Error{Kind: hub.NotAcceptable}
+	if _, err := coap.Acceptable(req, hub.FormatLink); err != nil {
+		return coap.Response{}, err
 	}
 	q, err := parseQueries(req, hub.Invalid)
 	if err != nil {

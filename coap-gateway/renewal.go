@@ -3,10 +3,8 @@ package coapgateway
 import (
 	"context"
 	"crypto/x509"
-	"encoding/pem"
 	"fmt"
 	"log/slog"
-	"slices"
 	"sync"
 	"time"
 
@@ -42,23 +40,11 @@ const (
 	renewalTime = time.Minute
 )
 
-// estFormat is the format of an answer: the one that is asked for, of those that there are, else the first.
-func estFormat(req *coap.Message, formats ...int32) (int32, error) {
-	wanted, ok := coap.Accept(req)
-	switch {
-	case !ok:
-		return formats[0], nil
-	case slices.Contains(formats, wanted):
-		return wanted, nil
-	}
-	return 0, &hub.Error{Kind: hub.NotAcceptable}
-}
-
 func (p *peer) estAnchors(_ context.Context, req *coap.Message, _ int32) (coap.Response, error) {
 	if p.gw.deps.Renewals == nil {
 		return coap.Response{}, errNoPath
 	}
-	format, err := estFormat(req, hub.FormatCertsOnly, hub.FormatCert)
+	format, err := coap.Acceptable(req, hub.FormatCertsOnly, hub.FormatCert)
 	if err != nil {
 		return coap.Response{}, err
 	}
@@ -67,13 +53,13 @@ func (p *peer) estAnchors(_ context.Context, req *coap.Message, _ int32) (coap.R
 }
 
 func (*peer) estAttributes(_ context.Context, req *coap.Message, _ int32) (coap.Response, error) {
-	format, err := estFormat(req, hub.FormatCSRAttributes)
+	format, err := coap.Acceptable(req, hub.FormatCSRAttributes)
 	return withFormat(codes.Content, format, est.Attributes), err
 }
 
 // estRenew needs no session: a device whose token has ended keeps its identity all the same.
 func (p *peer) estRenew(ctx context.Context, req *coap.Message, _ int32) (coap.Response, error) {
-	format, err := estFormat(req, hub.FormatCertsOnly, hub.FormatCert)
+	format, err := coap.Acceptable(req, hub.FormatCertsOnly, hub.FormatCert)
 	if err != nil {
 		return coap.Response{}, err
 	}
@@ -264,11 +250,7 @@ type publicData struct {
 }
 
 func credentialsOf(out hub.Enrolled) credentials {
-	var chain []byte
-	for _, c := range out.Chain {
-		chain = append(chain, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Raw})...)
-	}
 	return credentials{[]deviceCredential{{
-		Subject: string(out.Device), Type: 8, Usage: "oic.sec.cred.cert", Public: publicData{"oic.sec.encoding.pem", string(chain)},
+		Subject: string(out.Device), Type: 8, Usage: "oic.sec.cred.cert", Public: publicData{"oic.sec.encoding.pem", est.PEM(out.Chain...)},
 	}}}
 }

@@ -1,7 +1,6 @@
 package coapgateway
 
 import (
-	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
@@ -122,13 +121,7 @@ func (g *Gateway) dtlsConfig() coap.DTLSConfig {
 		return *cert, is.cas, nil
 	}
 	if co.TLS.PSK && g.deps.PSK != nil {
-		conf.PSK = func(ctx context.Context, identity []byte) ([]byte, error) {
-			dev, err := hub.ParseDeviceID(string(identity))
-			if err != nil {
-				return nil, nil // unknown, as a device without key is
-			}
-			return g.deps.PSK(ctx, dev)
-		}
+		conf.PSK = coap.DeviceKeys(g.deps.PSK)
 	}
 	conf.Verify = func(peer coap.PeerCredential) error {
 		switch {

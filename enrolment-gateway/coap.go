@@ -2,7 +2,6 @@ package enrolmentgateway
 
 import (
 	"context"
-	"encoding/pem"
 	"errors"
 	"log/slog"
 	"strings"
@@ -117,17 +116,9 @@ func (p *peer) Request(ctx context.Context, req *coap.Message) coap.Response {
 }
 
 func (p *peer) answer(ctx context.Context, r resource, req *coap.Message) (coap.Response, error) {
-	format := r.format[0]
-	if wanted, ok := coap.Accept(req); ok {
-		format = -1
-		for _, f := range r.format {
-			if f == wanted {
-				format = f
-			}
-		}
-		if format < 0 {
-			return coap.Response{}, &hub.Error{Kind: hub.NotAcceptable}
-		}
+	format, err := coap.Acceptable(req, r.format...)
+	if err != nil {
+		return coap.Response{}, err
 	}
 	code, body, err := r.do(p, ctx, req, format)
 	if err != nil {
@@ -240,18 +231,5 @@ func (g *Gateway) byToken(ctx context.Context, log *slog.Logger, q tokenRequest)
 		return tokenAnswer{}, err
 	}
 	g.enrolled(ctx, log, out)
-	a := tokenAnswer{Device: string(out.Device)}
-	for _, c := range g.deps.Authority.Anchors() {
-		if c.CheckSignatureFrom(c) == nil { // a root; there are two while it is rolled over
-			a.CA += string(certPEM(c.Raw))
-		}
-	}
-	for _, c := range out.Chain {
-		a.Chain += string(certPEM(c.Raw))
-	}
-	return a, nil
-}
-
-func certPEM(der []byte) []byte {
-	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+	return tokenAnswer{Device: string(out.Device), CA: est.PEM(est.Roots(g.deps.Authority)...), Chain: est.PEM(out.Chain...)}, nil
 }

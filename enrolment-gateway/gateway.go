@@ -188,13 +188,7 @@ func (g *Gateway) dtlsConfig() coap.DTLSConfig {
 		return *cert, nil, nil
 	}
 	if g.deps.PSK != nil {
-		conf.PSK = func(ctx context.Context, identity []byte) ([]byte, error) {
-			dev, err := hub.ParseDeviceID(string(identity))
-			if err != nil {
-				return nil, nil // unknown, as a device without key is
-			}
-			return g.deps.PSK(ctx, dev)
-		}
+		conf.PSK = coap.DeviceKeys(g.deps.PSK)
 	}
 	conf.Verify = func(peer coap.PeerCredential) error {
 		if peer.PSKIdentity != nil || len(peer.Chain) == 0 {

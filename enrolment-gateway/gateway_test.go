@@ -197,7 +197,7 @@ func start(t *testing.T, cfg Config, f *fake, deps Deps) *door {
 }
 
 func (d *door) conf(own *tls.Certificate) *tls.Config {
-	c, err := device.TLS(certPEM(d.ca.Leaf.Raw), nil, nil, "")
+	c, err := device.TLS([]byte(est.PEM(d.ca.Leaf)), nil, nil, "")
 	if err != nil {
 		d.t.Fatal(err)
 	}

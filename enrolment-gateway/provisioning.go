@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/fxamacker/cbor/v2"
@@ -13,6 +12,7 @@ import (
 
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/coap"
+	"github.com/coaphub/coaphub/internal/est"
 )
 
 // plgd's device provisioning: a device that shows its factory certificate gets, step by step, all that makes it a device of an
@@ -209,21 +209,14 @@ func (s *step) credentials(ctx context.Context) (any, error) {
 		return nil, err
 	}
 	s.gw.enrolled(ctx, s.log, out)
-	s.done.Device, s.done.Identity, s.done.PSK = out.Device, string(certPEM(out.Chain[0].Raw)), s.to.PSK != ""
-	var chain strings.Builder
-	for _, c := range out.Chain {
-		chain.Write(certPEM(c.Raw))
-	}
+	s.done.Device, s.done.Identity, s.done.PSK = out.Device, est.PEM(out.Chain[0]), s.to.PSK != ""
 	creds := []credential{{
-		Subject: string(out.Device), Type: certificate, Usage: usageCert, Tag: provisioningTag, Public: &credentialData{chain.String(), encodingPEM},
+		Subject: string(out.Device), Type: certificate, Usage: usageCert, Tag: provisioningTag, Public: &credentialData{est.PEM(out.Chain...), encodingPEM},
 	}}
-	for _, c := range s.gw.deps.Authority.Anchors() {
-		if c.CheckSignatureFrom(c) != nil { // what stands below a root, the next one under the last included
-			continue
-		}
+	for _, c := range est.Roots(s.gw.deps.Authority) {
 		creds = append(creds, credential{
 			Subject: s.to.Owner.UUID(), Type: certificate, Usage: usageAnchor, Tag: provisioningTag,
-			Public: &credentialData{string(certPEM(c.Raw)), encodingPEM},
+			Public: &credentialData{est.PEM(c), encodingPEM},
 		})
 	}
 	if s.to.PSK != "" {

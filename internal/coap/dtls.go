@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"github.com/pion/dtls/v3"
+
+	"github.com/coaphub/coaphub/hub"
 )
 
 // PeerCredential is what a peer has proven in a DTLS handshake. All empty: it is anonymous.
@@ -64,6 +66,17 @@ func DefaultDTLSConfig() DTLSConfig {
 		MaxHandshakes:    1024,
 		MaxPerPrefix:     256,
 		MTU:              1200,
+	}
+}
+
+// DeviceKeys makes a DTLSConfig.PSK of the keys of devices, whose IDs are the identities. What is no ID has no key.
+func DeviceKeys(of func(context.Context, hub.DeviceID) ([]byte, error)) func(context.Context, []byte) ([]byte, error) {
+	return func(ctx context.Context, identity []byte) ([]byte, error) {
+		dev, err := hub.ParseDeviceID(string(identity))
+		if err != nil {
+			return nil, nil
+		}
+		return of(ctx, dev)
 	}
 }
 

@@ -5,6 +5,8 @@ import (
 	"strings"
 
 	"github.com/plgd-dev/go-coap/v3/message"
+
+	"github.com/coaphub/coaphub/hub"
 )
 
 // Option numbers (RFC 7252, 7641, 7959, 7967, 8768, 9175; 2049 and 2053 are OCF's).
@@ -97,6 +99,19 @@ func ContentFormat(m *Message) (int32, bool) {
 func Accept(m *Message) (int32, bool) {
 	v, ok := m.Uint(AcceptOption)
 	return int32(v & 0xffff), ok //nolint:gosec // the decoder admits at most two bytes
+}
+
+// Acceptable returns the format of an answer: the one that is asked for, if it is one of those that there are, the first of them if
+// none is asked for. Else the error is NotAcceptable (RFC 7252, Section 5.10.4).
+func Acceptable(m *Message, formats ...int32) (int32, error) {
+	wanted, ok := Accept(m)
+	switch {
+	case !ok:
+		return formats[0], nil
+	case slices.Contains(formats, wanted):
+		return wanted, nil
+	}
+	return 0, &hub.Error{Kind: hub.NotAcceptable}
 }
 
 // ETag returns the first ETag, nil when there is none.

@@ -8,8 +8,11 @@ import (
 	"crypto/x509"
 	"encoding/asn1"
 	"encoding/base64"
+	"encoding/pem"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 
 	"github.com/smallstep/pkcs7"
 
@@ -58,6 +61,21 @@ func CertsOnly(certs []*x509.Certificate) ([]byte, error) {
 		return nil, fmt.Errorf("pack certificates: %w", err)
 	}
 	return b, nil
+}
+
+// PEM is certificates as text, in their order.
+func PEM(certs ...*x509.Certificate) string {
+	var b strings.Builder
+	for _, c := range certs {
+		_ = pem.Encode(&b, &pem.Block{Type: "CERTIFICATE", Bytes: c.Raw}) // a Builder takes all
+	}
+	return b.String()
+}
+
+// Roots are those of an authority's anchors that stand under no other: two while the root is rolled over, and the next one under the
+// last is none.
+func Roots(a Authority) []*x509.Certificate {
+	return slices.DeleteFunc(slices.Clone(a.Anchors()), func(c *x509.Certificate) bool { return c.CheckSignatureFrom(c) != nil })
 }
 
 // Attributes is what the hub wants to see in a request (RFC 7030, Section 4.5.2), DER: a key of P-256, and its signature with
