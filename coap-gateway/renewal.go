@@ -10,7 +10,6 @@ import (
 
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
-	"golang.org/x/sync/errgroup"
 
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/coap"
@@ -32,8 +31,9 @@ const (
 	csrHref  = "/oic/sec/csr"
 	credHref = "/oic/sec/cred"
 	// renewing is how many devices' certificates are renewed at a time, and renewalQueue how many sessions wait for that; further
-	// ones are found at the next look.
-	renewing, renewalQueue = 16, 1024
+	// ones are found at the next look. Nearly all of that time is waiting for a device, and many silent ones must not keep others
+	// waiting; what the authority does at a time, it bounds itself.
+	renewing, renewalQueue = 512, 1024
 	// renewalLook is how often all sessions are looked through, and renewalAgain when a device is asked once more that could not.
 	renewalLook, renewalAgain = time.Hour, 24 * time.Hour
 	// renewalTime bounds one renewal.
@@ -131,29 +131,31 @@ func (r *renewals) leave(s *session) {
 
 // run renews until ctx ends.
 func (r *renewals) run(ctx context.Context) {
-	var group errgroup.Group
-	for range renewing {
-		group.Go(func() error {
-			for {
-				select {
-				case s := <-r.due:
-					r.renew(s)
-				case <-ctx.Done():
-					return nil
-				}
-			}
-		})
-	}
+	under, ended := 0, make(chan struct{})
 	look := time.NewTicker(renewalLook)
 	defer look.Stop()
 	for {
+		due := r.due
+		if under == renewing {
+			due = nil
+		}
 		select {
+		case s := <-due:
+			under++
+			go func() {
+				defer func() { ended <- struct{}{} }()
+				r.renew(s)
+			}()
+		case <-ended:
+			under--
 		case <-look.C:
 			for _, s := range r.gw.live.withCertificate() {
 				r.watch(s)
 			}
 		case <-ctx.Done():
-			_ = group.Wait()
+			for ; under > 0; under-- {
+				<-ended
+			}
 			return
 		}
 	}

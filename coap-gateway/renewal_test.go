@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"sync"
@@ -132,6 +133,35 @@ func (r *renewals) aDayLater() (again bool) {
 		r.mu.Unlock()
 	}
 	return again
+}
+
+// Devices that do not answer keep no other waiting.
+func TestSilentDevicesHoldNoRenewalUp(t *testing.T) {
+	t.Parallel()
+	r := &registrar{ours: true, at: time.Now().Add(-time.Minute)}
+	h := start(t, func(_ *Config, d *Deps) { d.Renewals = r })
+	r.out = hub.Enrolled{Device: lampID, Serial: "0a", Chain: []*x509.Certificate{h.ca.cert}}
+	signIn := func(id hub.DeviceID, csr resource) *device {
+		d := h.device(id)
+		d.res[csrHref], d.res[credHref] = csr, resource{code: codes.Changed}
+		h.connect(d, h.gw.Addresses().Secure, h.tlsFor(h.ca.identity(t, id, nil)))
+		h.w.own(id, "alice")
+		d.want(d.signIn(h.w.grant("token"+string(id), hub.Claims{})), "2.04", "")
+		return d
+	}
+	for i := range 40 {
+		d := signIn(hub.DeviceID(fmt.Sprintf("5e1e0000-0000-4000-8000-%012d", i)), resource{silent: true})
+		h.w.await(t, "a silent device to be asked", func() bool {
+			return slices.ContainsFunc(d.asks(), func(s string) bool { return strings.Contains(s, csrHref) })
+		})
+	}
+	signIn(lampID, resource{format: hub.FormatOCFCBOR, body: cborOf(t, map[string]any{"csr": "csr"})})
+	h.w.await(t, "the renewal behind them", func() bool {
+		return testutil.ToFloat64(h.gw.metrics.renewals.WithLabelValues("hub", "ok")) == 1
+	})
+	if n := testutil.ToFloat64(h.gw.metrics.renewals.WithLabelValues("hub", "unanswered")); n != 0 {
+		t.Errorf("%v silent devices were given up first", n)
+	}
 }
 
 // A device renews by itself over its connection, under the certificate of its handshake, signed in or not.
