@@ -47,6 +47,7 @@ func (a *assembly) calls() *http.ServeMux {
 	mux.HandleFunc("POST /certificates/report", call(a.reportCertificates, a.log))
 	mux.HandleFunc("POST /enrolment/groups", call(a.listGroups, a.log))
 	mux.HandleFunc("POST /enrolment/groups/set", call(a.setGroup, a.log))
+	mux.HandleFunc("POST /enrolment/groups/accept", call(a.acceptTerms, a.log))
 	mux.HandleFunc("POST /enrolment/groups/delete", call(a.deleteGroups, a.log))
 	mux.HandleFunc("POST /enrolment/tokens", call(a.listEnrolmentTokens, a.log))
 	mux.HandleFunc("POST /enrolment/tokens/new", call(a.newEnrolmentToken, a.log))

@@ -49,6 +49,8 @@ type Certificate struct {
 	Revoked   *time.Time `json:"revoked,omitempty"`
 	Reason    string     `json:"reason,omitempty"`
 	PEM       string     `json:"pem,omitempty"`
+	// Terms are those of the enrolment group, and who accepted them; nil without.
+	Terms *hub.Acceptance `json:"acceptedTerms,omitempty"`
 }
 
 func certificateFrom(c hub.Certificate, withPEM bool) Certificate {
@@ -56,6 +58,7 @@ func certificateFrom(c hub.Certificate, withPEM bool) Certificate {
 		Serial: c.Serial, DeviceID: string(c.Device), Name: c.Name, Profile: string(c.Profile), Owner: string(c.Owner), Method: string(c.How), User: c.User, Key: c.Key, Issuer: c.Issuer,
 		Created: c.Created, NotBefore: c.NotBefore, NotAfter: c.NotAfter,
 	}
+	out.Terms = acceptance(c.Terms)
 	if withPEM {
 		out.PEM = c.PEM
 	}

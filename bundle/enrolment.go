@@ -101,6 +101,9 @@ type EnrolmentGroup struct {
 	Approval bool     `json:"approval"`        // a person decides on each
 	Expired  bool     `json:"expired"`         // factory certificates that have ended are good, too
 	Named    bool     `json:"named"`           // a device says its own ID when it comes for the first time
+	// Terms have to be accepted before devices enrol. Accepted is who did, and when; a change keeps it.
+	Terms    *hub.Terms      `json:"terms,omitempty"`
+	Accepted *hub.Acceptance `json:"acceptedTerms,omitempty"`
 	// PSK reports that there is a pre-shared key, which is written over the API; a change keeps it.
 	PSK     bool      `json:"preSharedKey"`
 	Created time.Time `json:"created,omitzero"`
@@ -115,7 +118,18 @@ func groupFrom(g hub.EnrolmentGroup) EnrolmentGroup {
 	for _, dev := range g.Allow {
 		out.Allow = append(out.Allow, string(dev))
 	}
+	if g.Terms.Version != "" {
+		out.Terms = &g.Terms
+	}
+	out.Accepted = acceptance(g.Accepted)
 	return out
+}
+
+func acceptance(a hub.Acceptance) *hub.Acceptance {
+	if a.Version == "" {
+		return nil
+	}
+	return &a
 }
 
 func groupsFrom(gs []hub.EnrolmentGroup) []EnrolmentGroup {
@@ -169,6 +183,7 @@ type Enrolment struct {
 	Proof    string    `json:"proof,omitempty"`
 	Key      string    `json:"publicKey,omitempty"` // of the proof, a UUID that names it
 	State    string    `json:"state"`
+	Waits    string    `json:"waitsFor,omitempty"` // approval, terms
 	User     string    `json:"decidedBy,omitempty"`
 	Serial   string    `json:"serial,omitempty"` // of its newest certificate
 	Problem  string    `json:"problem,omitempty"`
@@ -181,7 +196,7 @@ func enrolmentsFrom(es []hub.Enrolment) []Enrolment {
 	for _, e := range es {
 		out = append(out, Enrolment{
 			DeviceID: string(e.Device), Owner: string(e.Owner), Group: e.Group, Method: string(e.By), Proof: e.Proof, Key: e.Key,
-			State: string(e.State), User: e.User, Serial: e.Serial, Problem: e.Problem, Created: e.Created, Changed: e.Changed,
+			State: string(e.State), Waits: string(e.Waits), User: e.User, Serial: e.Serial, Problem: e.Problem, Created: e.Created, Changed: e.Changed,
 		})
 	}
 	return out
@@ -231,6 +246,12 @@ type NamesRequest struct {
 	Owner string   `json:"owner,omitempty"`
 }
 
+// AcceptTermsRequest accepts the terms of a group, which must have that version.
+type AcceptTermsRequest struct {
+	ID      string `json:"id"`
+	Version string `json:"version"`
+}
+
 // NewTokenRequest asks for a one-time token.
 type NewTokenRequest struct {
 	DeviceID string        `json:"deviceId,omitempty"` // "": any device
@@ -238,7 +259,10 @@ type NewTokenRequest struct {
 	TTL      time.Duration `json:"ttl,omitempty"`      // nanoseconds; 0: a day
 }
 
-func (q EnrolmentGroup) target() string    { return cmp.Or(q.ID, q.Name) }
+func (q EnrolmentGroup) target() string { return cmp.Or(q.ID, q.Name) }
+func (q AcceptTermsRequest) target() string {
+	return q.ID + " " + q.Version
+}
 func (q NewTokenRequest) target() string   { return q.DeviceID }
 func (q NamesRequest) target() string      { return strings.Join(q.IDs, " ") }
 func (q EnrolmentsRequest) target() string { return strings.Join(q.DeviceIDs, " ") }
@@ -252,6 +276,9 @@ func (a *assembly) setGroup(ctx context.Context, q EnrolmentGroup) (EnrolmentGro
 	g := hub.EnrolmentGroup{
 		ID: q.ID, Name: q.Name, Chain: q.Chain, Approval: q.Approval, Expired: q.Expired, Named: q.Named, HasPSK: q.PSK, User: callerOf(ctx),
 	}
+	if q.Terms != nil {
+		g.Terms = *q.Terms
+	}
 	var err error
 	if q.ID == "" {
 		if g.Owner, err = a.enrolOwner(ctx, q.Owner); err != nil {
@@ -262,6 +289,11 @@ func (a *assembly) setGroup(ctx context.Context, q EnrolmentGroup) (EnrolmentGro
 		return EnrolmentGroup{}, err
 	}
 	g, err = a.certificates.SetGroup(ctx, g)
+	return groupFrom(g), err
+}
+
+func (a *assembly) acceptTerms(ctx context.Context, q AcceptTermsRequest) (EnrolmentGroup, error) {
+	g, err := a.certificates.AcceptTerms(ctx, "", q.ID, q.Version, callerOf(ctx))
 	return groupFrom(g), err
 }
 
@@ -449,6 +481,12 @@ func (c *Control) EnrolmentGroups(ctx context.Context, q NamesRequest) (gs []Enr
 func (c *Control) SetEnrolmentGroup(ctx context.Context, g EnrolmentGroup) (out EnrolmentGroup, err error) {
 	err = c.call(ctx, http.MethodPost, "/enrolment/groups/set", g, &out)
 	return out, err
+}
+
+// AcceptTerms accepts the terms of a group.
+func (c *Control) AcceptTerms(ctx context.Context, q AcceptTermsRequest) (g EnrolmentGroup, err error) {
+	err = c.call(ctx, http.MethodPost, "/enrolment/groups/accept", q, &g)
+	return g, err
 }
 
 // DeleteEnrolmentGroups removes groups by their IDs, and returns those that there were.

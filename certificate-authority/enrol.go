@@ -54,6 +54,8 @@ type enrolment struct {
 	Proof   string             `json:"proof,omitempty"`
 	Key     string             `json:"key,omitempty"`
 	State   hub.EnrolmentState `json:"state"`
+	Waits   hub.EnrolmentWaits `json:"waits,omitempty"`
+	Terms   hub.Acceptance     `json:"terms,omitzero"` // under which it may have certificates
 	User    string             `json:"user,omitempty"`
 	Decided time.Time          `json:"decided,omitzero"`
 	Serial  string             `json:"serial,omitempty"`
@@ -67,9 +69,17 @@ type enrolment struct {
 
 func (e *enrolment) enrolment(dev string) hub.Enrolment {
 	return hub.Enrolment{
-		Device: hub.DeviceID(dev), Owner: e.Owner, Group: e.Group, By: e.By, Proof: e.Proof, Key: e.Key, State: e.State, User: e.User,
+		Device: hub.DeviceID(dev), Owner: e.Owner, Group: e.Group, By: e.By, Proof: e.Proof, Key: e.Key, State: e.State, Waits: e.waits(), User: e.User,
 		Serial: e.Serial, Problem: e.Problem, Created: e.Created, Changed: e.Changed,
 	}
+}
+
+// waits is what the device waits for; "" if it does not.
+func (e *enrolment) waits() hub.EnrolmentWaits {
+	if e.State != hub.EnrolmentWaiting {
+		return ""
+	}
+	return cmp.Or(e.Waits, hub.WaitsForApproval) // all did once
 }
 
 func (e *enrolment) doc(dev hub.DeviceID, rev uint64) (store.Doc, error) {
@@ -116,10 +126,12 @@ func errBusy(again time.Duration) error {
 	return &hub.Error{Kind: hub.Exhausted, Code: "enrolments-busy", Text: "too many devices enrol at this moment", RetryAfter: again}
 }
 
-func errWaiting() error {
-	return &hub.Error{
-		Kind: hub.Unavailable, Code: "enrolment-waiting", Text: "somebody has to allow this device; it may ask again", RetryAfter: askAgain,
+func errWaiting(waits hub.EnrolmentWaits) error {
+	text := "somebody has to allow this device; it may ask again"
+	if waits == hub.WaitsForTerms {
+		text = "somebody has to accept the terms of this device's group; it may ask again"
 	}
+	return &hub.Error{Kind: hub.Unavailable, Code: "enrolment-waiting", Text: text, RetryAfter: askAgain}
 }
 
 // applicant is a device that has proven who it is.
@@ -135,6 +147,7 @@ type applicant struct {
 	repeats   bool      // the token is used up: this is the same request once more
 	challenge string    // SCEP's, beside the certificate that is renewed
 	group     *group
+	again     bool // it has enrolled with the same key in the same group
 }
 
 // Enrol gives a device its identity certificate, or another one: for a chain of certificates that leads to a group's CA, for a
@@ -218,8 +231,9 @@ func (s *Service) enrol(ctx context.Context, a applicant, req *request) (*x509.C
 			return nil, errTaken
 		}
 		before = e
+		a.again = before.State == hub.EnrolmentIssued && before.Group == a.Group && before.Key == a.Key
 		if a.By == hub.ByFactory && before.Key != a.Key && !a.allowed && before.State != hub.EnrolmentRefused {
-			e.State = "" // what was allowed was not this key
+			e.State, e.User, e.Decided = "", "", time.Time{} // what was allowed was not this key
 		}
 		e.Owner = a.Owner
 		if a.By != hub.ByRenewal { // which changes nothing of how it came here
@@ -265,7 +279,7 @@ func (s *Service) enrol(ctx context.Context, a applicant, req *request) (*x509.C
 		}
 	}
 	if a.By == hub.ByRenewal && before.State == hub.EnrolmentWaiting {
-		e.State = before.State // a factory key waits, and is not allowed by that
+		e.State, e.Waits = before.State, before.Waits // a factory key waits, and is not allowed by that
 	}
 	if e.State == "" || e == before && time.Since(e.Changed) < recorded { // refused for a reason that says nothing about the device
 		return leaf, err
@@ -288,22 +302,15 @@ func (s *Service) step(ctx context.Context, a applicant, e *enrolment, req *requ
 	switch {
 	case e.State == hub.EnrolmentRefused && (a.token == nil || a.repeats || a.made.Before(e.Decided)): // one made later says otherwise
 		return nil, errRefused
-	case e.State == hub.EnrolmentAllowed, e.State == hub.EnrolmentIssued, a.allowed:
-	case e.State == hub.EnrolmentWaiting:
-		return nil, errWaiting()
-	default:
-		waiting := indexState + string(hub.EnrolmentWaiting) + " " + indexGroup + e.Group
-		if many, err := s.atLeast(ctx, collEnrolments, waiting, maxUndecided); err != nil {
-			return nil, err
-		} else if many {
-			return nil, errUndecided
-		}
-		e.State = hub.EnrolmentWaiting
-		return nil, errWaiting()
+	case !a.allowed && !e.approved():
+		return nil, s.wait(ctx, e, hub.WaitsForApproval)
+	case !a.agreed(e):
+		return nil, s.wait(ctx, e, hub.WaitsForTerms)
 	}
 	if e.State == "" || e.State == hub.EnrolmentWaiting {
 		e.State = hub.EnrolmentAllowed
 	}
+	e.Waits = ""
 	if req == nil {
 		if err := s.owners.Admits(ctx, a.device, nil); err != nil {
 			return nil, err
@@ -318,7 +325,43 @@ func (s *Service) step(ctx context.Context, a applicant, e *enrolment, req *requ
 	if leaf, err := s.lately(ctx, a, *req); leaf != nil || err != nil {
 		return leaf, err
 	}
-	return s.sign(ctx, *req, entry{Device: a.device, Owner: e.Owner, How: a.By, User: e.User, Proof: a.Proof})
+	return s.sign(ctx, *req, entry{Device: a.device, Owner: e.Owner, How: a.By, User: e.User, Proof: a.Proof, Terms: e.Terms})
+}
+
+// wait has a device wait, if not too many of its group do.
+func (s *Service) wait(ctx context.Context, e *enrolment, waits hub.EnrolmentWaits) error {
+	if e.State != hub.EnrolmentWaiting {
+		waiting := indexState + string(hub.EnrolmentWaiting) + " " + indexGroup + e.Group
+		if many, err := s.atLeast(ctx, collEnrolments, waiting, maxUndecided); err != nil {
+			return err
+		} else if many {
+			return errUndecided
+		}
+	}
+	e.State, e.Waits = hub.EnrolmentWaiting, waits
+	return errWaiting(waits)
+}
+
+// approved reports whether a person allowed the device, or none had to be asked. It waits for the terms only after that.
+func (e *enrolment) approved() bool {
+	return e.State == hub.EnrolmentAllowed || e.State == hub.EnrolmentIssued || e.waits() == hub.WaitsForTerms && !e.Decided.IsZero()
+}
+
+// agreed reports whether somebody accepted the terms of the device's group, and keeps for its certificates what they stand on. What
+// was enrolled goes on with what it has: new terms are asked for with a new enrolment, neither with a renewal nor with the same
+// factory key once more.
+func (a *applicant) agreed(e *enrolment) bool {
+	switch {
+	case a.By == hub.ByRenewal:
+		return true
+	case a.group != nil && a.group.Terms.Version != "" && a.group.agreed():
+		e.Terms = a.group.Accepted
+		return true
+	case a.again:
+		return true
+	}
+	e.Terms = hub.Acceptance{}
+	return a.group == nil || a.group.agreed()
 }
 
 // lately is what the device got for this key within the last day, other than the certificate that it showed; nil if there is none.
@@ -491,6 +534,15 @@ func (s *Service) Anchors() (out []*x509.Certificate) {
 // Enrolments yields what is known of devices' enrolments, in no order. An error is the last element.
 func (s *Service) Enrolments(ctx context.Context, f hub.EnrolmentFilter) iter.Seq2[hub.Enrolment, error] {
 	return func(yield func(hub.Enrolment, error) bool) {
+		gs, err := s.all(ctx)
+		if err != nil {
+			yield(hub.Enrolment{}, err)
+			return
+		}
+		agreed := map[string]bool{}
+		for _, g := range gs {
+			agreed[g.ID] = g.agreed()
+		}
 		for doc, err := range s.enrolments(ctx, f) {
 			var e enrolment
 			if err == nil {
@@ -499,6 +551,9 @@ func (s *Service) Enrolments(ctx context.Context, f hub.EnrolmentFilter) iter.Se
 			if err != nil {
 				yield(hub.Enrolment{}, err)
 				return
+			}
+			if e.waits() == hub.WaitsForTerms && agreed[e.Group] {
+				e.State = hub.EnrolmentAllowed // it will see that when it comes again
 			}
 			if f.Owner != "" && e.Owner != f.Owner || len(f.Groups) > 0 && !slices.Contains(f.Groups, e.Group) ||
 				len(f.States) > 0 && !slices.Contains(f.States, e.State) {
@@ -526,14 +581,14 @@ func (s *Service) enrolments(ctx context.Context, f hub.EnrolmentFilter) iter.Se
 		return s.docs.Find(ctx, collEnrolments, indexOwner+string(f.Owner))
 	case len(f.Groups) == 1:
 		return s.docs.Find(ctx, collEnrolments, indexGroup+f.Groups[0])
-	case len(f.States) == 1:
+	case len(f.States) == 1 && f.States[0] != hub.EnrolmentAllowed: // to which terms bring those that wait
 		return s.docs.Find(ctx, collEnrolments, indexState+string(f.States[0]))
 	}
 	return s.docs.Range(ctx, collEnrolments, "", "")
 }
 
 // Decide allows devices that wait or were refused, or refuses those that wait, were allowed or have a certificate; what they have
-// is not revoked by that. It returns those whose state changed. A device that is not known, or is not the owner's, is NotFound;
+// is not revoked by that. One that waits for terms alone was allowed. It returns those whose state changed. A device that is not known, or is not the owner's, is NotFound;
 // owner "" is all.
 func (s *Service) Decide(
 	ctx context.Context, owner hub.Owner, devices []hub.DeviceID, allow bool, user string,
@@ -577,7 +632,7 @@ func (s *Service) decide(ctx context.Context, owner hub.Owner, dev hub.DeviceID,
 	if allow {
 		state = hub.EnrolmentAllowed
 	}
-	if e.State == state || allow && e.State == hub.EnrolmentIssued {
+	if e.State == state || allow && (e.State == hub.EnrolmentIssued || e.waits() == hub.WaitsForTerms) { // which nobody decides here
 		return e, false, nil
 	}
 	e.State, e.User, e.Decided, e.Problem = state, user, time.Now().UTC(), ""

@@ -10,6 +10,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"net/url"
 	"slices"
 	"strings"
 	"time"
@@ -30,6 +31,7 @@ const (
 	// maxChain bounds the PEM of a group's CA and what is above it.
 	maxChain = 64 << 10
 	maxName  = 256
+	maxURL   = 2048
 	// maxBehind bounds the certificates that come behind a factory certificate.
 	maxBehind = 8
 	// maxRSA bounds the keys of factory certificates and what is behind them, in bits.
@@ -56,6 +58,8 @@ type groupDoc struct {
 	Approval bool           `json:"approval,omitempty"`
 	Expired  bool           `json:"expired,omitempty"`
 	Named    bool           `json:"named,omitempty"`
+	Terms    hub.Terms      `json:"terms,omitzero"`
+	Accepted hub.Acceptance `json:"accepted,omitzero"`
 	PSK      []byte         `json:"psk,omitempty"` // sealed
 	Created  time.Time      `json:"created"`
 	User     string         `json:"user,omitempty"`
@@ -74,6 +78,9 @@ func readGroup(g hub.EnrolmentGroup) (*group, error) {
 		return nil, hub.NewError(hub.Invalid, "group-psk-invalid", "a group's pre-shared key has 16 to 256 bytes, of which devices get 16")
 	case len(g.Allow) > maxAllow:
 		return nil, hub.NewError(hub.TooLarge, "group-allow-too-long", "a group names at most 100000 devices")
+	}
+	if err := checkTerms(g.Terms); err != nil {
+		return nil, err
 	}
 	out := &group{EnrolmentGroup: g}
 	for rest := []byte(g.Chain); len(strings.TrimSpace(string(rest))) > 0; {
@@ -104,6 +111,66 @@ func readGroup(g hub.EnrolmentGroup) (*group, error) {
 	return out, nil
 }
 
+func checkTerms(t hub.Terms) error {
+	if len(t.Version) > maxName || strings.ContainsFunc(t.Version, func(r rune) bool { return r < 0x20 || r == 0x7f }) {
+		return hub.NewError(hub.Invalid, "group-terms-invalid", "the version of a group's terms has at most 256 bytes, and no control characters")
+	}
+	if t.URL == "" {
+		return nil
+	}
+	// A person is to open it.
+	u, err := url.Parse(t.URL)
+	if err != nil || len(t.URL) > maxURL || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || t.Version == "" {
+		return hub.NewError(hub.Invalid, "group-terms-invalid", "the text of a group's terms is at an http or https URL of at most 2048 bytes, and has a version")
+	}
+	return nil
+}
+
+// agreed reports whether the group's terms were accepted, if it has any.
+func (g *group) agreed() bool { return g.Terms.Version == "" || g.Accepted.Version == g.Terms.Version }
+
+// putGroup stores a group as it is now.
+func (s *Service) putGroup(ctx context.Context, g *group) error {
+	value, err := json.Marshal(groupDoc{
+		Name: g.Name, Owner: g.Owner, Chain: g.Chain, Allow: g.Allow, Approval: g.Approval, Expired: g.Expired, Named: g.Named,
+		Terms: g.Terms, Accepted: g.Accepted, PSK: g.psk, Created: g.Created, User: g.User,
+	})
+	if err != nil {
+		return fmt.Errorf("encode an enrolment group: %w", err)
+	}
+	_, err = s.docs.Put(ctx, collGroups, store.Doc{Key: g.ID, Value: value, Rev: g.rev, Index: []string{indexOwner + string(g.Owner)}})
+	s.groups.Store(nil) // also after an error: nobody knows what is stored
+	return err
+}
+
+// AcceptTerms keeps that somebody agreed to a version of a group's terms, which must be the one that the group has; once more changes
+// nothing. Owner "" is an administrator's, and all groups. It returns the group. Kinds: NotFound ("group-unknown"), Precondition
+// ("terms-version") for another version.
+func (s *Service) AcceptTerms(ctx context.Context, owner hub.Owner, id, version, user string) (hub.EnrolmentGroup, error) {
+	const op = "certificateauthority.AcceptTerms"
+	s.grouping.Lock()
+	defer s.grouping.Unlock()
+	gs, err := s.readGroups(ctx)
+	if err != nil {
+		return hub.EnrolmentGroup{}, fmt.Errorf("%s: %w", op, err)
+	}
+	i := slices.IndexFunc(gs, func(g *group) bool { return g.ID == id && (owner == "" || g.Owner == owner) })
+	switch {
+	case i < 0:
+		return hub.EnrolmentGroup{}, errNoGroup.With(op, nil)
+	case version == "" || gs[i].Terms.Version != version:
+		return hub.EnrolmentGroup{}, hub.NewError(hub.Precondition, "terms-version", "the group's terms have another version, or it has none").With(op, nil)
+	case gs[i].Accepted.Version == version:
+		return gs[i].EnrolmentGroup, nil
+	}
+	g := *gs[i] // others read that one
+	g.Accepted = hub.Acceptance{Version: version, User: user, Time: time.Now().UTC()}
+	if err := s.putGroup(ctx, &g); err != nil {
+		return hub.EnrolmentGroup{}, fmt.Errorf("%s: %w", op, err)
+	}
+	return g.EnrolmentGroup, nil
+}
+
 // all returns the groups, oldest first, as they are stored. They are read once, and anew after a change.
 func (s *Service) all(ctx context.Context) ([]*group, error) {
 	if gs := s.groups.Load(); gs != nil {
@@ -130,7 +197,7 @@ func (s *Service) readGroups(ctx context.Context) ([]*group, error) {
 		}
 		g, err := readGroup(hub.EnrolmentGroup{
 			ID: doc.Key, Name: d.Name, Owner: d.Owner, Chain: d.Chain, Allow: d.Allow, Approval: d.Approval, Expired: d.Expired,
-			Named: d.Named, HasPSK: len(d.PSK) > 0, Created: d.Created, User: d.User,
+			Named: d.Named, Terms: d.Terms, Accepted: d.Accepted, HasPSK: len(d.PSK) > 0, Created: d.Created, User: d.User,
 		})
 		if err != nil {
 			return nil, damaged("an enrolment group", err)
@@ -205,7 +272,7 @@ func (g *group) verify(chain []*x509.Certificate, now time.Time) error {
 }
 
 // SetGroup makes a group, if it has no ID yet, or replaces the one that has this ID; then its owner and creation stay, and its
-// pre-shared key if HasPSK says so and there is no other. It returns the group as it is stored. Kinds: Invalid and TooLarge for what
+// pre-shared key if HasPSK says so and there is no other, and who accepted its terms. It returns the group as it is stored. Kinds: Invalid and TooLarge for what
 // is in it, Exhausted at 1000 groups, NotFound for an ID that there is not, Precondition ("group-ca-taken") if another owner has the
 // devices of the same CA and one of both names none: else it could take the other's.
 func (s *Service) SetGroup(ctx context.Context, g hub.EnrolmentGroup) (hub.EnrolmentGroup, error) {
@@ -231,7 +298,9 @@ func (s *Service) setGroup(ctx context.Context, g hub.EnrolmentGroup) (hub.Enrol
 			return hub.EnrolmentGroup{}, errNoGroup
 		}
 		g.Owner, g.Created, g.User, rev, sealed = gs[i].Owner, gs[i].Created, gs[i].User, gs[i].rev, gs[i].psk
+		g.Accepted = gs[i].Accepted
 	} else {
+		g.Accepted = hub.Acceptance{}
 		if len(gs) >= maxGroups {
 			return hub.EnrolmentGroup{}, hub.NewError(hub.Exhausted, "groups-limit", "there are 1000 enrolment groups")
 		}
@@ -261,16 +330,8 @@ func (s *Service) setGroup(ctx context.Context, g hub.EnrolmentGroup) (hub.Enrol
 				"another group has devices of this CA; name those of this group, none of which is in the other")
 		}
 	}
-	value, err := json.Marshal(groupDoc{
-		Name: in.Name, Owner: in.Owner, Chain: in.Chain, Allow: in.Allow, Approval: in.Approval, Expired: in.Expired, Named: in.Named,
-		PSK: sealed, Created: in.Created, User: in.User,
-	})
-	if err != nil {
-		return hub.EnrolmentGroup{}, fmt.Errorf("encode an enrolment group: %w", err)
-	}
-	_, err = s.docs.Put(ctx, collGroups, store.Doc{Key: in.ID, Value: value, Rev: rev, Index: []string{indexOwner + string(in.Owner)}})
-	s.groups.Store(nil) // also after an error: nobody knows what is stored
-	return in.EnrolmentGroup, err
+	in.rev, in.psk = rev, sealed
+	return in.EnrolmentGroup, s.putGroup(ctx, in)
 }
 
 // meets reports whether one factory certificate may lead to both groups: their CA is the same, or one is below the other of another

@@ -41,6 +41,7 @@ type entry struct {
 	How       hub.RequestMethod    `json:"how"`
 	User      string               `json:"user,omitempty"`
 	Proof     string               `json:"proof,omitempty"`
+	Terms     hub.Acceptance       `json:"terms,omitzero"`
 	Algorithm string               `json:"algorithm,omitempty"`
 	PEM       string               `json:"pem"`
 	Created   time.Time            `json:"created"`
@@ -53,7 +54,7 @@ type entry struct {
 func (e *entry) certificate(serial string) hub.Certificate {
 	return hub.Certificate{
 		Serial: serial, Issuer: e.Issuer, Name: e.Name, Key: e.Key, Device: e.Device, Profile: e.Profile, Owner: e.Owner, How: e.How, User: e.User,
-		Proof: e.Proof, Algorithm: e.Algorithm,
+		Proof: e.Proof, Terms: e.Terms, Algorithm: e.Algorithm,
 		PEM: e.PEM, Created: e.Created, NotBefore: e.NotBefore, NotAfter: e.NotAfter, Revoked: e.Revoked, Reason: e.Reason,
 	}
 }

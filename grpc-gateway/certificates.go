@@ -166,6 +166,11 @@ func (e certificateElement) appendJSON(b []byte, cursor string) []byte {
 	b = appendText(b, "requestedBy", e.User)
 	b = appendText(b, "requestMethod", string(e.How))
 	b = appendText(b, "profile", string(e.Profile))
+	if a := e.Terms; a.Version != "" {
+		b = appendText(b, "termsVersion", a.Version)
+		b = appendText(b, "termsAcceptedBy", a.User)
+		b = appendInt(b, "termsAcceptanceDate", a.Time.UnixNano())
+	}
 	if !e.Revoked.IsZero() {
 		b = appendInt(b, "revokedDate", e.Revoked.UnixNano())
 		b = appendText(b, "revocationReason", e.Reason.String())

@@ -72,6 +72,9 @@ func recordOf(c *hub.Certificate) *capb.SigningRecord {
 		},
 		RequestedBy: c.User, RequestMethod: string(c.How), Profile: string(c.Profile),
 	}
+	if a := c.Terms; a.Version != "" {
+		m.TermsVersion, m.TermsAcceptedBy, m.TermsAcceptanceDate = a.Version, a.User, a.Time.UnixNano()
+	}
 	if !c.Revoked.IsZero() {
 		m.RevokedDate, m.RevocationReason = c.Revoked.UnixNano(), c.Reason.String()
 	}

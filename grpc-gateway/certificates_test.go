@@ -214,6 +214,7 @@ func TestGetSigningRecords(t *testing.T) {
 	t.Parallel()
 	w, _ := newCertificatesWorld(t)
 	w.certificates.ledger[1].Revoked, w.certificates.ledger[1].Reason = time.Unix(0, t0+5), hub.RevokedKeyCompromise
+	w.certificates.ledger[1].Terms = hub.Acceptance{Version: "2", User: "eve", Time: time.Unix(0, t0+1)}
 	a := w.get(t, records)
 	rs := a.results()
 	wantList(t, "as they are read", ids(rs, "id"), "ff01", "0a", "c3", "b2")
@@ -225,7 +226,8 @@ func TestGetSigningRecords(t *testing.T) {
 			"date": "1700000000000000000", "certificatePem": "-----BEGIN CERTIFICATE-----\n0a\n-----END CERTIFICATE-----\n",
 			"validUntilDate": "`+day+`", "serial": "10", "issuerId": "`+issuer+`"
 		},
-		"requestedBy": "alice-sub", "requestMethod": "csr", "revokedDate": "1700000000000000005", "revocationReason": "keyCompromise"}}`)))
+		"requestedBy": "alice-sub", "requestMethod": "csr", "revokedDate": "1700000000000000005", "revocationReason": "keyCompromise",
+		"termsVersion": "2", "termsAcceptedBy": "eve", "termsAcceptanceDate": "1700000000000000001"}}`)))
 	_, revoked := rs[0]["revokedDate"]
 	want(t, "of one that is good", revoked, false)
 	want(t, "decimal", rs[0]["credential"].(map[string]any)["serial"], any("65281"))

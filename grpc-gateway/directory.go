@@ -91,6 +91,9 @@ type Enrolments interface {
 	Groups(ctx context.Context, owner hub.Owner) ([]hub.EnrolmentGroup, error)
 	// SetGroup makes a group if it has no ID, or replaces that of the ID, whose owner stays, and its pre-shared key if HasPSK says so.
 	SetGroup(ctx context.Context, g hub.EnrolmentGroup) (hub.EnrolmentGroup, error)
+	// AcceptTerms keeps that a user agreed to the version of the terms of an owner's group, and returns that. NotFound for another
+	// group, Precondition for another version.
+	AcceptTerms(ctx context.Context, owner hub.Owner, id, version, user string) (hub.EnrolmentGroup, error)
 	// DeleteGroups removes groups, whoever's they are, and returns those that there were.
 	DeleteGroups(ctx context.Context, ids []string) ([]hub.EnrolmentGroup, error)
 	// ProvisioningRecords yields what is known of how devices were provisioned, in no order. An error is the last element.

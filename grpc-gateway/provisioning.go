@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -359,6 +360,12 @@ func (g *Gateway) groupMessage(e *hub.EnrolmentGroup) *dppb.EnrollmentGroup {
 	for _, dev := range e.Allow {
 		m.Allow = append(m.Allow, string(dev))
 	}
+	if e.Terms.Version != "" {
+		m.Terms = &dppb.EnrolmentTerms{Version: e.Terms.Version, Url: e.Terms.URL}
+	}
+	if a := e.Accepted; a.Version != "" {
+		m.AcceptedTerms = &dppb.AcceptedTerms{Version: a.Version, AcceptedBy: a.User, AcceptanceDate: nanos(a.Time)}
+	}
 	return m
 }
 
@@ -435,6 +442,7 @@ type groupRequest interface {
 	GetName() string
 	GetAllow() []string
 	GetApproval() bool
+	GetTerms() *dppb.EnrolmentTerms
 }
 
 // setGroup makes a group of the caller's owner, or changes that of an ID, and adds it to the target.
@@ -448,7 +456,10 @@ func (g *Gateway) setGroup(ctx context.Context, c hub.Claims, id string, in grou
 		if len(gs) == 0 {
 			return nil, errNoGroup
 		}
-		e.Named, e.HasPSK = gs[0].Named, gs[0].HasPSK && in.GetPreSharedKey() == ""
+		e.Named, e.HasPSK, e.Terms = gs[0].Named, gs[0].HasPSK && in.GetPreSharedKey() == "", gs[0].Terms
+	}
+	if t := in.GetTerms(); t != nil { // who does not know them takes nothing away
+		e.Terms = hub.Terms{Version: t.GetVersion(), URL: t.GetUrl()}
 	}
 	if named != nil {
 		e.Named = *named
@@ -605,7 +616,7 @@ func (g *Gateway) enrolments(ctx context.Context, owner hub.Owner, f *filter) it
 func enrolmentMessage(e *hub.Enrolment) *dppb.Enrolment {
 	return &dppb.Enrolment{
 		DeviceId: string(e.Device), Owner: string(e.Owner), EnrollmentGroupId: e.Group, Method: string(e.By), Proof: e.Proof, PublicKey: e.Key,
-		State: string(e.State), DecidedBy: e.User, Serial: e.Serial, Problem: e.Problem, CreationDate: nanos(e.Created), ChangeDate: nanos(e.Changed),
+		State: string(e.State), WaitsFor: string(e.Waits), DecidedBy: e.User, Serial: e.Serial, Problem: e.Problem, CreationDate: nanos(e.Created), ChangeDate: nanos(e.Changed),
 	}
 }
 
@@ -653,6 +664,30 @@ func (g *Gateway) decided(ctx context.Context, c hub.Claims, in *dppb.DecideEnro
 		}
 	}
 	return m, err
+}
+
+func (g *Gateway) acceptTerms(w http.ResponseWriter, r *request) error {
+	if g.deps.Enrolments == nil {
+		return errNoRoute
+	}
+	var in dppb.AcceptTermsRequest
+	if err := readMessage(r, &in); err != nil {
+		return err
+	}
+	m, err := g.accepted(r.Context(), r.claims, &in, r.target)
+	if err != nil {
+		return err
+	}
+	return writeMessage(w, r, m)
+}
+
+func (g *Gateway) accepted(ctx context.Context, c hub.Claims, in *dppb.AcceptTermsRequest, target *string) (*dppb.EnrollmentGroup, error) {
+	e, err := g.deps.Enrolments.AcceptTerms(ctx, c.Owner, in.GetEnrollmentGroupId(), in.GetVersion(), c.Subject)
+	if err != nil {
+		return nil, err
+	}
+	*target += " group=" + e.ID + " terms=" + strconv.Quote(e.Accepted.Version)
+	return g.groupMessage(&e), nil
 }
 
 // One-time tokens.

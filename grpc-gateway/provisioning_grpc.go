@@ -122,6 +122,13 @@ func (s *provisioningServer) DecideEnrolments(ctx context.Context, r *dppb.Decid
 	return m, nil
 }
 
+func (s *provisioningServer) AcceptTerms(ctx context.Context, r *dppb.AcceptTermsRequest) (*dppb.EnrollmentGroup, error) {
+	if s.g.deps.Enrolments == nil {
+		return nil, errNoCall
+	}
+	return s.g.accepted(ctx, claimsOf(ctx), r, targetOf(ctx))
+}
+
 func (s *provisioningServer) CreateEnrolmentToken(ctx context.Context, r *dppb.CreateEnrolmentTokenRequest) (*dppb.EnrolmentToken, error) {
 	if s.g.deps.Enrolments == nil {
 		return nil, errNoCall

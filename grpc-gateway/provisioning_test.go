@@ -51,6 +51,18 @@ func (f *fakeEnrolments) SetGroup(_ context.Context, g hub.EnrolmentGroup) (hub.
 	return g, f.err
 }
 
+func (f *fakeEnrolments) AcceptTerms(_ context.Context, owner hub.Owner, id, version, user string) (hub.EnrolmentGroup, error) {
+	i := slices.IndexFunc(f.groups, func(o hub.EnrolmentGroup) bool { return o.ID == id && o.Owner == owner })
+	switch {
+	case i < 0:
+		return hub.EnrolmentGroup{}, hub.NewError(hub.NotFound, "group-unknown", "there is no such enrolment group")
+	case f.groups[i].Terms.Version != version:
+		return hub.EnrolmentGroup{}, hub.NewError(hub.Precondition, "terms-version", "the group's terms have another version, or it has none")
+	}
+	f.groups[i].Accepted = hub.Acceptance{Version: version, User: user, Time: time.Unix(0, t0)}
+	return f.groups[i], f.err
+}
+
 func (f *fakeEnrolments) DeleteGroups(_ context.Context, ids []string) (out []hub.EnrolmentGroup, err error) {
 	f.groups = slices.DeleteFunc(f.groups, func(g hub.EnrolmentGroup) bool {
 		gone := slices.Contains(ids, g.ID)
@@ -148,7 +160,7 @@ func newProvisioningWorld(t testing.TB) (*world, *fakeAudit) {
 		{ID: groupB, Name: "bob's", Owner: bob, Chain: string(chainPEM(t, "other maker", 2))},
 	}
 	w.enrolments.devices = []hub.Enrolment{
-		{Device: lampA, Owner: alice, Group: groupA, By: hub.ByFactory, Proof: "shown", Key: issuer, State: hub.EnrolmentWaiting, Created: at, Changed: at},
+		{Device: lampA, Owner: alice, Group: groupA, By: hub.ByFactory, Proof: "shown", Key: issuer, State: hub.EnrolmentWaiting, Waits: hub.WaitsForTerms, Created: at, Changed: at},
 		{Device: bobs, Owner: bob, By: hub.ByToken, State: hub.EnrolmentIssued, User: "bob-sub", Serial: "0a", Created: at, Changed: at},
 	}
 	return w, log
@@ -253,7 +265,23 @@ func TestEnrolmentGroupsOverTheAPI(t *testing.T) {
 	want(t, "key", w.enrolments.groups[0].HasPSK, false)
 	want(t, "named", w.enrolments.groups[0].Named, false)
 
+	// And the terms, unless it has others or removes them.
+	put(`,"terms":{"version":"2","url":"https://terms.example"}`)
+	want(t, "terms", w.enrolments.groups[0].Terms, hub.Terms{Version: "2", URL: "https://terms.example"})
+	put("")
+	want(t, "terms", w.enrolments.groups[0].Terms.Version, "2")
+	const accept = "/api/v1/enrolments/terms"
+	a = w.send(t, "alice", "POST", accept, `{"enrollmentGroupId":"`+groupA+`","version":"2"}`)
+	want(t, "accepted", a.json()["acceptedTerms"].(map[string]any)["acceptedBy"], any("alice-sub"))
+	want(t, "terms", a.json()["terms"].(map[string]any)["url"], any("https://terms.example"))
+	want(t, "audit", log.lines()[len(log.lines())-1], "http acceptTerms "+accept+" group="+groupA+` terms="2" alice-sub alice  ok`)
+	put(`,"terms":{}`)
+	want(t, "terms", w.enrolments.groups[0].Terms.Version, "")
+
 	for what, c := range map[string]struct{ token, method, path, body, reason string }{
+		"another owner's terms":        {"alice", "POST", accept, `{"enrollmentGroupId":"` + groupB + `","version":"2"}`, "group-unknown"},
+		"another version of the terms": {"alice", "POST", accept, `{"enrollmentGroupId":"` + groupA + `","version":"3"}`, "terms-version"},
+		"a reader accepts nothing":     {"reader", "POST", accept, `{"enrollmentGroupId":"` + groupA + `","version":"2"}`, "scope-missing"},
 		"no administrator makes one":   {"alice", "POST", path, body(data, ""), "scope-missing"},
 		"no administrator changes one": {"alice", "PUT", path + "/" + groupA, body(data, ""), "scope-missing"},
 		"a reader removes none":        {"reader", "DELETE", path + "?idFilter=" + groupA, "", "scope-missing"},
@@ -296,6 +324,7 @@ func TestEnrolmentsOverTheAPI(t *testing.T) {
 	t.Parallel()
 	w, log := newProvisioningWorld(t)
 	wantList(t, "alice's", ids(w.get(t, "/api/v1/enrolments?stateFilter=waiting").results(), "deviceId"), string(lampA))
+	want(t, "for what", w.get(t, "/api/v1/enrolments").results()[0]["waitsFor"], any("terms"))
 	want(t, "issued", len(w.get(t, "/api/v1/enrolments?stateFilter=issued").results()), 0)
 	want(t, "a state that there is not", w.get(t, "/api/v1/enrolments?stateFilter=x").reason(), "state-unknown")
 	const decisions = "/api/v1/enrolments/decisions"
@@ -365,6 +394,12 @@ func TestProvisioningOverGRPC(t *testing.T) {
 	if g, err = c.UpdateEnrollmentGroup(as(t, "boss"), &dppb.UpdateEnrollmentGroupRequest{Id: groupA, EnrollmentGroup: &dppb.UpdateEnrollmentGroup{AttestationMechanism: x, Name: "renamed"}}); err != nil || g.GetName() != "renamed" {
 		t.Errorf("%v, %v", g, err)
 	}
+	w.enrolments.groups[0].Terms.Version = "1"
+	if g, err = c.AcceptTerms(as(t, "alice"), &dppb.AcceptTermsRequest{EnrollmentGroupId: groupA, Version: "1"}); err != nil || g.GetAcceptedTerms().GetAcceptedBy() != "alice-sub" {
+		t.Errorf("%v, %v", g, err)
+	}
+	_, err = c.AcceptTerms(as(t, "reader"), &dppb.AcceptTermsRequest{EnrollmentGroupId: groupA, Version: "1"})
+	fails("a reader accepts nothing", err, "PermissionDenied scope-missing")
 	_, err = c.DeleteEnrollmentGroups(as(t, "alice"), &dppb.DeleteEnrollmentGroupsRequest{})
 	fails("no filter", err, "InvalidArgument filter-empty")
 	for what, do := range map[string]func() error{
@@ -433,7 +468,7 @@ func TestProvisioningNeedsItsScope(t *testing.T) {
 			}
 		}
 	}
-	want(t, "routes", n, 19)
+	want(t, "routes", n, 20)
 	want(t, "nothing happened", len(log.entries), 0)
 	want(t, "nobody's page", w.get(t, provisioningService+"/nothing").reason(), "no-such-path")
 }

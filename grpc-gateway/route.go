@@ -278,6 +278,7 @@ func init() { // not a literal: split reads what it leads to
 		"/api/v1/hubs":                 {"GET": read("getHubsShort", (*Gateway).getHubs)},
 		"/api/v1/enrolments":           {"GET": read("getEnrolments", (*Gateway).getEnrolments)},
 		"/api/v1/enrolments/decisions": {"POST": write("decideEnrolments", (*Gateway).decideEnrolments)},
+		"/api/v1/enrolments/terms":     {"POST": write("acceptTerms", (*Gateway).acceptTerms)},
 		"/api/v1/enrolment-tokens": {
 			"GET":    read("getEnrolmentTokens", (*Gateway).getEnrolmentTokens),
 			"POST":   write("createEnrolmentToken", (*Gateway).createEnrolmentToken),

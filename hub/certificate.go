@@ -20,6 +20,7 @@ type Certificate struct {
 	How       RequestMethod // it was requested
 	User      string        // who asked, or allowed the device to
 	Proof     string        // what the device showed when it enrolled, for people
+	Terms     Acceptance    // of the group that it enrolled in
 	PEM       string        // the certificate alone
 	Created   time.Time
 	NotBefore time.Time

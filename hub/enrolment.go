@@ -43,6 +43,9 @@ type EnrolmentGroup struct {
 	// Named lets a device say its own ID when it comes for the first time, unless its manufacturer does: one that nobody has. Its
 	// factory key stands for that ID from then on.
 	Named bool
+	// Terms have to be accepted before a device enrols, and Accepted says who did, and which: it is read only.
+	Terms    Terms
+	Accepted Acceptance
 	// PSK is a key that all devices of the group get for talking to their owner. It is written only: what is read has HasPSK.
 	PSK     string
 	HasPSK  bool
@@ -50,15 +53,38 @@ type EnrolmentGroup struct {
 	User    string // who made it
 }
 
+// Terms are what a device's owner has to agree to, a licence for one; none without a version. The version names the text: whoever
+// changes the text gives it another.
+type Terms struct {
+	Version string `json:"version"`
+	URL     string `json:"url,omitempty"` // where the text is; "" without
+}
+
+// Acceptance is who agreed to which version of terms; zero: nobody to any.
+type Acceptance struct {
+	Version string    `json:"version"`
+	User    string    `json:"user"`
+	Time    time.Time `json:"time"`
+}
+
 // EnrolmentState is how far a device has come. They are stored.
 type EnrolmentState string
 
 // The states.
 const (
-	EnrolmentWaiting EnrolmentState = "waiting" // for a person
+	EnrolmentWaiting EnrolmentState = "waiting" // for a person; see Waits
 	EnrolmentAllowed EnrolmentState = "allowed" // by a person, or because nobody is asked; the device may come for its certificate
 	EnrolmentRefused EnrolmentState = "refused" // by a person
 	EnrolmentIssued  EnrolmentState = "issued"  // it has a certificate
+)
+
+// EnrolmentWaits is what a device waits for. They are stored.
+type EnrolmentWaits string
+
+// What there is to wait for, in this order.
+const (
+	WaitsForApproval EnrolmentWaits = "approval" // of this device
+	WaitsForTerms    EnrolmentWaits = "terms"    // of its group, to be accepted
 )
 
 // ParseEnrolmentState reads a state; others are Invalid.
@@ -79,9 +105,10 @@ type Enrolment struct {
 	Proof   string // what it showed, for people
 	Key     string // names the key that it showed, a UUID; "" without
 	State   EnrolmentState
-	User    string // who allowed or refused it
-	Serial  string // of the newest certificate
-	Problem string // stable code of what went wrong the last time; "" if nothing did
+	Waits   EnrolmentWaits // "" if it does not
+	User    string         // who allowed or refused it
+	Serial  string         // of the newest certificate
+	Problem string         // stable code of what went wrong the last time; "" if nothing did
 	Created time.Time
 	Changed time.Time
 }

@@ -216,7 +216,7 @@ func exportCertificates(w io.Writer, cs iter.Seq2[bundle.Certificate, error], fo
 	defer rows.Flush() // before out's
 	heads := []string{
 		"serial", "deviceId", "commonName", "profile", "owner", "requestMethod", "requestedBy", "publicKey", "issuerId", "created", "notBefore",
-		"notAfter", "revoked", "reason",
+		"notAfter", "revoked", "reason", "termsVersion", "termsAcceptedBy",
 	}
 	if withPEM {
 		heads = append(heads, "pem")
@@ -230,7 +230,10 @@ func exportCertificates(w io.Writer, cs iter.Seq2[bundle.Certificate, error], fo
 			return err
 		}
 		row := []string{
-			c.Serial, c.DeviceID, c.Name, c.Profile, c.Owner, c.Method, c.User, c.Key, c.Issuer, at(c.Created), at(c.NotBefore), at(c.NotAfter), "", c.Reason,
+			c.Serial, c.DeviceID, c.Name, c.Profile, c.Owner, c.Method, c.User, c.Key, c.Issuer, at(c.Created), at(c.NotBefore), at(c.NotAfter), "", c.Reason, "", "",
+		}
+		if c.Terms != nil {
+			row[14], row[15] = c.Terms.Version, c.Terms.User
 		}
 		if c.Revoked != nil {
 			row[12] = at(*c.Revoked)

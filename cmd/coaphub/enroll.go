@@ -87,6 +87,9 @@ func printEnrolments(p process, es []bundle.Enrolment, err error, asJSON bool, n
 	t := newTable(p.out, "DEVICE", "STATE", "OWNER", "SHOWED", "SINCE", "CERTIFICATE", "PROBLEM")
 	for _, e := range es {
 		state := e.State
+		if e.Waits != "" {
+			state += ": " + e.Waits
+		}
 		if e.User != "" {
 			state += " by " + e.User
 		}
@@ -226,6 +229,7 @@ func newEnrollGroup(p process) *cobra.Command {
 	var g bundle.EnrolmentGroup
 	var names bundle.NamesRequest
 	var ca, allow string
+	var terms hub.Terms
 	var asJSON bool
 	read := func() error {
 		if ca != "" {
@@ -250,6 +254,8 @@ func newEnrollGroup(p process) *cobra.Command {
 		cmd.Flags().BoolVar(&g.Approval, "approval", false, "a person decides on each device: coaphub enroll approve")
 		cmd.Flags().BoolVar(&g.Named, "named", false, "a device says its own ID when it comes for the first time, as those of plgd's device provisioning do")
 		cmd.Flags().BoolVar(&g.Expired, "accept-expired", false, "factory certificates that have ended are good, too")
+		cmd.Flags().StringVar(&terms.Version, "terms", "", "version of terms, a licence for one, that somebody has to accept before devices enrol: coaphub enroll group accept")
+		cmd.Flags().StringVar(&terms.URL, "terms-url", "", "where the text of that version is")
 	}
 	add := &cobra.Command{
 		Use:   "add NAME --ca FILE",
@@ -265,7 +271,7 @@ func newEnrollGroup(p process) *cobra.Command {
 			if err := read(); err != nil {
 				return err
 			}
-			g.Name = args[0]
+			g.Name, g.Terms = args[0], &terms
 			c, err := control(cmd)
 			if err != nil {
 				return err
@@ -313,6 +319,11 @@ func newEnrollGroup(p process) *cobra.Command {
 			if cmd.Flags().Changed("accept-expired") {
 				next.Expired = asked.Expired
 			}
+			if cmd.Flags().Changed("terms") {
+				next.Terms = &terms // with the URL of its text
+			} else if cmd.Flags().Changed("terms-url") {
+				return usage("--terms-url: which version is it? --terms is missing")
+			}
 			if cmd.Flags().Changed("name") {
 				next.Name = asked.Name
 			}
@@ -322,6 +333,26 @@ func newEnrollGroup(p process) *cobra.Command {
 	}
 	flags(change)
 	change.Flags().StringVar(&g.Name, "name", "", "another name")
+	var version string
+	accept := &cobra.Command{
+		Use:   "accept ID --terms VERSION",
+		Short: "Accept the terms of a group, so that its devices may enrol",
+		Long: "accept keeps that you agree to the terms of a group, for its owner. Devices that wait for it come for their certificates by themselves,\n" +
+			"and the ledger has with each who accepted what. coaphub enroll group list shows the terms.",
+		Args: exactly(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if version == "" {
+				return usage("--terms is missing: which version is accepted?")
+			}
+			c, err := control(cmd)
+			if err != nil {
+				return err
+			}
+			g, err := c.AcceptTerms(cmd.Context(), bundle.AcceptTermsRequest{ID: args[0], Version: version})
+			return printGroups(p, []bundle.EnrolmentGroup{g}, err, asJSON, "")
+		},
+	}
+	accept.Flags().StringVar(&version, "terms", "", "the version of the group's terms")
 	list := &cobra.Command{
 		Use:   "list",
 		Short: "List the groups, oldest first",
@@ -352,10 +383,10 @@ func newEnrollGroup(p process) *cobra.Command {
 			return printGroups(p, gs, err, asJSON, "")
 		},
 	}
-	for _, cmd := range []*cobra.Command{add, change, list, remove} {
+	for _, cmd := range []*cobra.Command{add, change, accept, list, remove} {
 		cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON, for scripts")
 	}
-	return group("group", "Groups of devices that a manufacturer's CA vouches for", add, change, list, remove)
+	return group("group", "Groups of devices that a manufacturer's CA vouches for", add, change, accept, list, remove)
 }
 
 func printGroups(p process, gs []bundle.EnrolmentGroup, err error, asJSON bool, none string) error {
@@ -365,16 +396,23 @@ func printGroups(p process, gs []bundle.EnrolmentGroup, err error, asJSON bool, 
 	if asJSON {
 		return printJSON(p.out, gs)
 	}
-	t := newTable(p.out, "ID", "NAME", "OWNER", "DEVICES", "APPROVAL", "SINCE")
+	t := newTable(p.out, "ID", "NAME", "OWNER", "DEVICES", "APPROVAL", "TERMS", "SINCE")
 	for _, g := range gs {
-		devices, approval := "all of its CA", "none"
+		devices, approval, terms := "all of its CA", "none", "none"
 		if len(g.Allow) > 0 {
 			devices = fmt.Sprintf("%d that are named", len(g.Allow))
 		}
 		if g.Approval {
 			approval = "by a person"
 		}
-		t.row(g.ID, g.Name, g.Owner, devices, approval, g.Created.Local().Format(time.DateTime))
+		switch {
+		case g.Terms == nil:
+		case g.Accepted != nil && g.Accepted.Version == g.Terms.Version:
+			terms = g.Terms.Version + ", accepted by " + g.Accepted.User
+		default:
+			terms = strings.TrimSpace(g.Terms.Version + " " + g.Terms.URL + ", to be accepted")
+		}
+		t.row(g.ID, g.Name, g.Owner, devices, approval, terms, g.Created.Local().Format(time.DateTime))
 	}
 	if len(gs) == 0 {
 		t.note = none

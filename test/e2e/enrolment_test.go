@@ -257,6 +257,27 @@ func TestESTByCurl(t *testing.T) {
 		t.Errorf("allowed: %s, and it is %s", subject, ids[0])
 	}
 
+	// Terms of its group are accepted first, which the certificate's entry says.
+	b.run("enroll", "group", "change", groups[0].ID, "--approval=false", "--terms", "2026-1", "--terms-url", "https://terms.example/2026-1")
+	b.run("enroll", "forget", ids[0])
+	asks("terms", fan, `HTTP/1.1 202`, `Retry-After: 60\r`, `enrolment-waiting: somebody has to accept the terms`)
+	if list := b.run("enroll", "list", ids[0]); !strings.Contains(list, "waiting: terms") {
+		t.Errorf("the list does not say for what it waits:\n%s", list)
+	}
+	b.sh(`openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout anew.key -outform DER -out anew.csr -subj "/CN=fan"; base64 anew.csr > anew.b64`)
+	b.run("enroll", "group", "accept", groups[0].ID, "--terms", "2026-1")
+	asks("accepted", strings.Replace(fan, "own.b64", "anew.b64", 1), `HTTP/1.1 200`)
+	var es []struct{ State, Serial string }
+	if err := json.Unmarshal([]byte(b.run("enroll", "list", ids[0], "--json")), &es); err != nil || len(es) != 1 || es[0].State != "issued" {
+		t.Fatalf("enrolled: %+v, %v", es, err)
+	}
+	if entry := b.run("certs", "show", "--json", es[0].Serial); !regexp.MustCompile(`"acceptedTerms": \{\s*"version": "2026-1",\s*"user": "[^"]+`).MatchString(entry) {
+		t.Errorf("the ledger does not say who accepted which terms:\n%s", entry)
+	}
+	if list := b.run("enroll", "group", "list"); !strings.Contains(list, "2026-1, accepted by ") {
+		t.Errorf("the group's terms:\n%s", list)
+	}
+
 	// Whoever nobody vouches for does not get as far as a request, and neither does one whose certificate was revoked.
 	asks("a stranger", curl+`--cert stranger.pem --key stranger.key $EST/cacerts`, `curl: \(\d+\)`)
 	if got := b.refusedWith("unknown authority"); got != "" {

@@ -840,6 +840,7 @@ func (w *world) ids(s string) string {
 
 // csrs makes the requests for certificates that a body names, and what else in it stands for values of this run.
 func (w *world) csrs(body string) string {
+	body = strings.ReplaceAll(body, "THING", w.thing)
 	if strings.Contains(body, "MAKER-CA") {
 		body = strings.ReplaceAll(body, "MAKER-CA", "data:;base64,"+base64.StdEncoding.EncodeToString([]byte(w.factory().pem)))
 	}
@@ -886,7 +887,7 @@ var changing = map[string]string{
 	"resumeToken": "RESUME", "certificateAuthorities": "CERTIFICATES", "request": "REQUEST", "remote": "ADDRESS", "number": "N",
 	"cursor": "CURSOR", "coapGateway": "GATEWAY-ADDRESS", "certificate": "CERTIFICATE", "certificatePem": "CERTIFICATE", "serial": "SERIAL",
 	"certificateChain": "CERTIFICATES", "identityCertificatePem": "CERTIFICATE", "proof": "PROOF", "token": "TOKEN", "expirationDate": "TIME",
-	"changeDate": "TIME", "gateways": "GATEWAYS", "cis": "GATEWAY-ADDRESS", "x.org.iotivity.servers": "GATEWAYS", "at": "CODE",
+	"changeDate": "TIME", "acceptanceDate": "TIME", "gateways": "GATEWAYS", "cis": "GATEWAY-ADDRESS", "x.org.iotivity.servers": "GATEWAYS", "at": "CODE",
 	"creationDate": "TIME", "createdAt": "TIME", "key": "KEY", "date": "TIME", "validUntilDate": "TIME", "revokedDate": "TIME",
 }
 

@@ -267,21 +267,24 @@ func (x *CredentialStatus) GetIssuerId() string {
 }
 
 type SigningRecord struct {
-	state            protoimpl.MessageState `protogen:"open.v1"`
-	Id               string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"` // the serial, hexadecimal
-	Owner            string                 `protobuf:"bytes,2,opt,name=owner,proto3" json:"owner,omitempty"`
-	CommonName       string                 `protobuf:"bytes,3,opt,name=common_name,json=commonName,proto3" json:"common_name,omitempty"`
-	DeviceId         string                 `protobuf:"bytes,4,opt,name=device_id,json=deviceId,proto3" json:"device_id,omitempty"`
-	PublicKey        string                 `protobuf:"bytes,5,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"` // names it
-	CreationDate     int64                  `protobuf:"varint,6,opt,name=creation_date,json=creationDate,proto3" json:"creation_date,omitempty"`
-	Credential       *CredentialStatus      `protobuf:"bytes,7,opt,name=credential,proto3" json:"credential,omitempty"`
-	RequestedBy      string                 `protobuf:"bytes,220,opt,name=requested_by,json=requestedBy,proto3" json:"requested_by,omitempty"`                // the user
-	RequestMethod    string                 `protobuf:"bytes,221,opt,name=request_method,json=requestMethod,proto3" json:"request_method,omitempty"`          // csr, or operator: made on the hub's machine together with its key
-	RevokedDate      int64                  `protobuf:"varint,222,opt,name=revoked_date,json=revokedDate,proto3" json:"revoked_date,omitempty"`               // 0: it is not revoked
-	RevocationReason string                 `protobuf:"bytes,223,opt,name=revocation_reason,json=revocationReason,proto3" json:"revocation_reason,omitempty"` // as RFC 5280 names it
-	Profile          string                 `protobuf:"bytes,230,opt,name=profile,proto3" json:"profile,omitempty"`                                           // client or service; of a device's identity it is empty
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	state               protoimpl.MessageState `protogen:"open.v1"`
+	Id                  string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"` // the serial, hexadecimal
+	Owner               string                 `protobuf:"bytes,2,opt,name=owner,proto3" json:"owner,omitempty"`
+	CommonName          string                 `protobuf:"bytes,3,opt,name=common_name,json=commonName,proto3" json:"common_name,omitempty"`
+	DeviceId            string                 `protobuf:"bytes,4,opt,name=device_id,json=deviceId,proto3" json:"device_id,omitempty"`
+	PublicKey           string                 `protobuf:"bytes,5,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"` // names it
+	CreationDate        int64                  `protobuf:"varint,6,opt,name=creation_date,json=creationDate,proto3" json:"creation_date,omitempty"`
+	Credential          *CredentialStatus      `protobuf:"bytes,7,opt,name=credential,proto3" json:"credential,omitempty"`
+	RequestedBy         string                 `protobuf:"bytes,220,opt,name=requested_by,json=requestedBy,proto3" json:"requested_by,omitempty"`                // the user
+	RequestMethod       string                 `protobuf:"bytes,221,opt,name=request_method,json=requestMethod,proto3" json:"request_method,omitempty"`          // csr, or operator: made on the hub's machine together with its key
+	RevokedDate         int64                  `protobuf:"varint,222,opt,name=revoked_date,json=revokedDate,proto3" json:"revoked_date,omitempty"`               // 0: it is not revoked
+	RevocationReason    string                 `protobuf:"bytes,223,opt,name=revocation_reason,json=revocationReason,proto3" json:"revocation_reason,omitempty"` // as RFC 5280 names it
+	Profile             string                 `protobuf:"bytes,230,opt,name=profile,proto3" json:"profile,omitempty"`                                           // client or service; of a device's identity it is empty
+	TermsVersion        string                 `protobuf:"bytes,234,opt,name=terms_version,json=termsVersion,proto3" json:"terms_version,omitempty"`             // of the enrolment group, that somebody had to accept; "" without
+	TermsAcceptedBy     string                 `protobuf:"bytes,235,opt,name=terms_accepted_by,json=termsAcceptedBy,proto3" json:"terms_accepted_by,omitempty"`  // the user
+	TermsAcceptanceDate int64                  `protobuf:"varint,236,opt,name=terms_acceptance_date,json=termsAcceptanceDate,proto3" json:"terms_acceptance_date,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *SigningRecord) Reset() {
@@ -396,6 +399,27 @@ func (x *SigningRecord) GetProfile() string {
 		return x.Profile
 	}
 	return ""
+}
+
+func (x *SigningRecord) GetTermsVersion() string {
+	if x != nil {
+		return x.TermsVersion
+	}
+	return ""
+}
+
+func (x *SigningRecord) GetTermsAcceptedBy() string {
+	if x != nil {
+		return x.TermsAcceptedBy
+	}
+	return ""
+}
+
+func (x *SigningRecord) GetTermsAcceptanceDate() int64 {
+	if x != nil {
+		return x.TermsAcceptanceDate
+	}
+	return 0
 }
 
 // All filters that are set must match.
@@ -531,7 +555,7 @@ const file_certificate_authority_signing_proto_rawDesc = "" +
 	"\x0fcertificate_pem\x18\x02 \x01(\tR\x0ecertificatePem\x12(\n" +
 	"\x10valid_until_date\x18\x03 \x01(\x03R\x0evalidUntilDate\x12\x16\n" +
 	"\x06serial\x18\x04 \x01(\tR\x06serial\x12\x1b\n" +
-	"\tissuer_id\x18\x05 \x01(\tR\bissuerId\"\xbb\x03\n" +
+	"\tissuer_id\x18\x05 \x01(\tR\bissuerId\"\xc3\x04\n" +
 	"\rSigningRecord\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05owner\x18\x02 \x01(\tR\x05owner\x12\x1f\n" +
@@ -548,7 +572,10 @@ const file_certificate_authority_signing_proto_rawDesc = "" +
 	"\x0erequest_method\x18\xdd\x01 \x01(\tR\rrequestMethod\x12\"\n" +
 	"\frevoked_date\x18\xde\x01 \x01(\x03R\vrevokedDate\x12,\n" +
 	"\x11revocation_reason\x18\xdf\x01 \x01(\tR\x10revocationReason\x12\x19\n" +
-	"\aprofile\x18\xe6\x01 \x01(\tR\aprofile\"\x90\x01\n" +
+	"\aprofile\x18\xe6\x01 \x01(\tR\aprofile\x12$\n" +
+	"\rterms_version\x18\xea\x01 \x01(\tR\ftermsVersion\x12+\n" +
+	"\x11terms_accepted_by\x18\xeb\x01 \x01(\tR\x0ftermsAcceptedBy\x123\n" +
+	"\x15terms_acceptance_date\x18\xec\x01 \x01(\x03R\x13termsAcceptanceDate\"\x90\x01\n" +
 	"\x1bDeleteSigningRecordsRequest\x12\x1b\n" +
 	"\tid_filter\x18\x01 \x03(\tR\bidFilter\x12(\n" +
 	"\x10device_id_filter\x18\x02 \x03(\tR\x0edeviceIdFilter\x12\x11\n" +

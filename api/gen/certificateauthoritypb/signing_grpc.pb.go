@@ -35,7 +35,8 @@ const (
 // "authorization: Bearer <access token>" in its metadata. Errors carry a google.rpc.ErrorInfo whose reason is a stable code.
 //
 // Field numbers from 200 on are extensions of coaphub, with numbers as in GrpcGateway: 205 all, 220 requested_by, 221 request_method,
-// 222 revoked_date, 223 revocation_reason, 224 reason, 230 profile, 231 hosts.
+// 222 revoked_date, 223 revocation_reason, 224 reason, 230 profile, 231 hosts, 234 terms_version,
+// 235 terms_accepted_by, 236 terms_acceptance_date.
 type CertificateAuthorityClient interface {
 	// Signs the request of a device for its identity certificate. The device is the owner's, or nobody's.
 	SignIdentityCertificate(ctx context.Context, in *SignCertificateRequest, opts ...grpc.CallOption) (*SignCertificateResponse, error)
@@ -114,7 +115,8 @@ func (c *certificateAuthorityClient) DeleteSigningRecords(ctx context.Context, i
 // "authorization: Bearer <access token>" in its metadata. Errors carry a google.rpc.ErrorInfo whose reason is a stable code.
 //
 // Field numbers from 200 on are extensions of coaphub, with numbers as in GrpcGateway: 205 all, 220 requested_by, 221 request_method,
-// 222 revoked_date, 223 revocation_reason, 224 reason, 230 profile, 231 hosts.
+// 222 revoked_date, 223 revocation_reason, 224 reason, 230 profile, 231 hosts, 234 terms_version,
+// 235 terms_accepted_by, 236 terms_acceptance_date.
 type CertificateAuthorityServer interface {
 	// Signs the request of a device for its identity certificate. The device is the owner's, or nobody's.
 	SignIdentityCertificate(context.Context, *SignCertificateRequest) (*SignCertificateResponse, error)

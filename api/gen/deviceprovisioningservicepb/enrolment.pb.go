@@ -38,6 +38,7 @@ type Enrolment struct {
 	Problem           string                 `protobuf:"bytes,10,opt,name=problem,proto3" json:"problem,omitempty"` // a stable code; "" if there is none
 	CreationDate      int64                  `protobuf:"varint,11,opt,name=creation_date,json=creationDate,proto3" json:"creation_date,omitempty"`
 	ChangeDate        int64                  `protobuf:"varint,12,opt,name=change_date,json=changeDate,proto3" json:"change_date,omitempty"`
+	WaitsFor          string                 `protobuf:"bytes,13,opt,name=waits_for,json=waitsFor,proto3" json:"waits_for,omitempty"` // approval, or terms: somebody has to accept those of its group; "" if it does not wait
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -154,6 +155,13 @@ func (x *Enrolment) GetChangeDate() int64 {
 		return x.ChangeDate
 	}
 	return 0
+}
+
+func (x *Enrolment) GetWaitsFor() string {
+	if x != nil {
+		return x.WaitsFor
+	}
+	return ""
 }
 
 // All filters that are set must match.
@@ -313,6 +321,171 @@ func (x *DecideEnrolmentsResponse) GetDeviceIds() []string {
 	return nil
 }
 
+// What the owner of devices has to agree to, a licence for one.
+type EnrolmentTerms struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Version       string                 `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"` // names the text; "": there are none
+	Url           string                 `protobuf:"bytes,2,opt,name=url,proto3" json:"url,omitempty"`         // where the text is; "" without
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EnrolmentTerms) Reset() {
+	*x = EnrolmentTerms{}
+	mi := &file_device_provisioning_service_enrolment_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EnrolmentTerms) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EnrolmentTerms) ProtoMessage() {}
+
+func (x *EnrolmentTerms) ProtoReflect() protoreflect.Message {
+	mi := &file_device_provisioning_service_enrolment_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EnrolmentTerms.ProtoReflect.Descriptor instead.
+func (*EnrolmentTerms) Descriptor() ([]byte, []int) {
+	return file_device_provisioning_service_enrolment_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *EnrolmentTerms) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *EnrolmentTerms) GetUrl() string {
+	if x != nil {
+		return x.Url
+	}
+	return ""
+}
+
+type AcceptedTerms struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Version        string                 `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`
+	AcceptedBy     string                 `protobuf:"bytes,2,opt,name=accepted_by,json=acceptedBy,proto3" json:"accepted_by,omitempty"` // the user
+	AcceptanceDate int64                  `protobuf:"varint,3,opt,name=acceptance_date,json=acceptanceDate,proto3" json:"acceptance_date,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *AcceptedTerms) Reset() {
+	*x = AcceptedTerms{}
+	mi := &file_device_provisioning_service_enrolment_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcceptedTerms) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcceptedTerms) ProtoMessage() {}
+
+func (x *AcceptedTerms) ProtoReflect() protoreflect.Message {
+	mi := &file_device_provisioning_service_enrolment_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcceptedTerms.ProtoReflect.Descriptor instead.
+func (*AcceptedTerms) Descriptor() ([]byte, []int) {
+	return file_device_provisioning_service_enrolment_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *AcceptedTerms) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *AcceptedTerms) GetAcceptedBy() string {
+	if x != nil {
+		return x.AcceptedBy
+	}
+	return ""
+}
+
+func (x *AcceptedTerms) GetAcceptanceDate() int64 {
+	if x != nil {
+		return x.AcceptanceDate
+	}
+	return 0
+}
+
+type AcceptTermsRequest struct {
+	state             protoimpl.MessageState `protogen:"open.v1"`
+	EnrollmentGroupId string                 `protobuf:"bytes,1,opt,name=enrollment_group_id,json=enrollmentGroupId,proto3" json:"enrollment_group_id,omitempty"`
+	Version           string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"` // that the group's terms have: nobody accepts what he has not seen
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
+}
+
+func (x *AcceptTermsRequest) Reset() {
+	*x = AcceptTermsRequest{}
+	mi := &file_device_provisioning_service_enrolment_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcceptTermsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcceptTermsRequest) ProtoMessage() {}
+
+func (x *AcceptTermsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_device_provisioning_service_enrolment_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcceptTermsRequest.ProtoReflect.Descriptor instead.
+func (*AcceptTermsRequest) Descriptor() ([]byte, []int) {
+	return file_device_provisioning_service_enrolment_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *AcceptTermsRequest) GetEnrollmentGroupId() string {
+	if x != nil {
+		return x.EnrollmentGroupId
+	}
+	return ""
+}
+
+func (x *AcceptTermsRequest) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
 // A token with which a device without factory certificate enrols, once.
 type EnrolmentToken struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
@@ -331,7 +504,7 @@ type EnrolmentToken struct {
 
 func (x *EnrolmentToken) Reset() {
 	*x = EnrolmentToken{}
-	mi := &file_device_provisioning_service_enrolment_proto_msgTypes[4]
+	mi := &file_device_provisioning_service_enrolment_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -343,7 +516,7 @@ func (x *EnrolmentToken) String() string {
 func (*EnrolmentToken) ProtoMessage() {}
 
 func (x *EnrolmentToken) ProtoReflect() protoreflect.Message {
-	mi := &file_device_provisioning_service_enrolment_proto_msgTypes[4]
+	mi := &file_device_provisioning_service_enrolment_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -356,7 +529,7 @@ func (x *EnrolmentToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EnrolmentToken.ProtoReflect.Descriptor instead.
 func (*EnrolmentToken) Descriptor() ([]byte, []int) {
-	return file_device_provisioning_service_enrolment_proto_rawDescGZIP(), []int{4}
+	return file_device_provisioning_service_enrolment_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *EnrolmentToken) GetId() string {
@@ -432,7 +605,7 @@ type CreateEnrolmentTokenRequest struct {
 
 func (x *CreateEnrolmentTokenRequest) Reset() {
 	*x = CreateEnrolmentTokenRequest{}
-	mi := &file_device_provisioning_service_enrolment_proto_msgTypes[5]
+	mi := &file_device_provisioning_service_enrolment_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -444,7 +617,7 @@ func (x *CreateEnrolmentTokenRequest) String() string {
 func (*CreateEnrolmentTokenRequest) ProtoMessage() {}
 
 func (x *CreateEnrolmentTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_device_provisioning_service_enrolment_proto_msgTypes[5]
+	mi := &file_device_provisioning_service_enrolment_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -457,7 +630,7 @@ func (x *CreateEnrolmentTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateEnrolmentTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateEnrolmentTokenRequest) Descriptor() ([]byte, []int) {
-	return file_device_provisioning_service_enrolment_proto_rawDescGZIP(), []int{5}
+	return file_device_provisioning_service_enrolment_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *CreateEnrolmentTokenRequest) GetDeviceId() string {
@@ -483,7 +656,7 @@ type GetEnrolmentTokensRequest struct {
 
 func (x *GetEnrolmentTokensRequest) Reset() {
 	*x = GetEnrolmentTokensRequest{}
-	mi := &file_device_provisioning_service_enrolment_proto_msgTypes[6]
+	mi := &file_device_provisioning_service_enrolment_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -495,7 +668,7 @@ func (x *GetEnrolmentTokensRequest) String() string {
 func (*GetEnrolmentTokensRequest) ProtoMessage() {}
 
 func (x *GetEnrolmentTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_device_provisioning_service_enrolment_proto_msgTypes[6]
+	mi := &file_device_provisioning_service_enrolment_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -508,7 +681,7 @@ func (x *GetEnrolmentTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEnrolmentTokensRequest.ProtoReflect.Descriptor instead.
 func (*GetEnrolmentTokensRequest) Descriptor() ([]byte, []int) {
-	return file_device_provisioning_service_enrolment_proto_rawDescGZIP(), []int{6}
+	return file_device_provisioning_service_enrolment_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *GetEnrolmentTokensRequest) GetIdFilter() []string {
@@ -529,7 +702,7 @@ type DeleteEnrolmentTokensRequest struct {
 
 func (x *DeleteEnrolmentTokensRequest) Reset() {
 	*x = DeleteEnrolmentTokensRequest{}
-	mi := &file_device_provisioning_service_enrolment_proto_msgTypes[7]
+	mi := &file_device_provisioning_service_enrolment_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -541,7 +714,7 @@ func (x *DeleteEnrolmentTokensRequest) String() string {
 func (*DeleteEnrolmentTokensRequest) ProtoMessage() {}
 
 func (x *DeleteEnrolmentTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_device_provisioning_service_enrolment_proto_msgTypes[7]
+	mi := &file_device_provisioning_service_enrolment_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -554,7 +727,7 @@ func (x *DeleteEnrolmentTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteEnrolmentTokensRequest.ProtoReflect.Descriptor instead.
 func (*DeleteEnrolmentTokensRequest) Descriptor() ([]byte, []int) {
-	return file_device_provisioning_service_enrolment_proto_rawDescGZIP(), []int{7}
+	return file_device_provisioning_service_enrolment_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *DeleteEnrolmentTokensRequest) GetIdFilter() []string {
@@ -580,7 +753,7 @@ type DeleteEnrolmentTokensResponse struct {
 
 func (x *DeleteEnrolmentTokensResponse) Reset() {
 	*x = DeleteEnrolmentTokensResponse{}
-	mi := &file_device_provisioning_service_enrolment_proto_msgTypes[8]
+	mi := &file_device_provisioning_service_enrolment_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -592,7 +765,7 @@ func (x *DeleteEnrolmentTokensResponse) String() string {
 func (*DeleteEnrolmentTokensResponse) ProtoMessage() {}
 
 func (x *DeleteEnrolmentTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_device_provisioning_service_enrolment_proto_msgTypes[8]
+	mi := &file_device_provisioning_service_enrolment_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -605,7 +778,7 @@ func (x *DeleteEnrolmentTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteEnrolmentTokensResponse.ProtoReflect.Descriptor instead.
 func (*DeleteEnrolmentTokensResponse) Descriptor() ([]byte, []int) {
-	return file_device_provisioning_service_enrolment_proto_rawDescGZIP(), []int{8}
+	return file_device_provisioning_service_enrolment_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *DeleteEnrolmentTokensResponse) GetCount() int64 {
@@ -619,7 +792,7 @@ var File_device_provisioning_service_enrolment_proto protoreflect.FileDescriptor
 
 const file_device_provisioning_service_enrolment_proto_rawDesc = "" +
 	"\n" +
-	"+device-provisioning-service/enrolment.proto\x12\x1cdeviceprovisioningservice.pb\"\xe8\x02\n" +
+	"+device-provisioning-service/enrolment.proto\x12\x1cdeviceprovisioningservice.pb\"\x85\x03\n" +
 	"\tEnrolment\x12\x1b\n" +
 	"\tdevice_id\x18\x01 \x01(\tR\bdeviceId\x12\x14\n" +
 	"\x05owner\x18\x02 \x01(\tR\x05owner\x12.\n" +
@@ -636,7 +809,8 @@ const file_device_provisioning_service_enrolment_proto_rawDesc = "" +
 	" \x01(\tR\aproblem\x12#\n" +
 	"\rcreation_date\x18\v \x01(\x03R\fcreationDate\x12\x1f\n" +
 	"\vchange_date\x18\f \x01(\x03R\n" +
-	"changeDate\"\xa0\x01\n" +
+	"changeDate\x12\x1b\n" +
+	"\twaits_for\x18\r \x01(\tR\bwaitsFor\"\xa0\x01\n" +
 	"\x14GetEnrolmentsRequest\x12(\n" +
 	"\x10device_id_filter\x18\x01 \x03(\tR\x0edeviceIdFilter\x12;\n" +
 	"\x1aenrollment_group_id_filter\x18\x02 \x03(\tR\x17enrollmentGroupIdFilter\x12!\n" +
@@ -646,7 +820,18 @@ const file_device_provisioning_service_enrolment_proto_rawDesc = "" +
 	"\x05allow\x18\x02 \x01(\bR\x05allow\"9\n" +
 	"\x18DecideEnrolmentsResponse\x12\x1d\n" +
 	"\n" +
-	"device_ids\x18\x01 \x03(\tR\tdeviceIds\"\x8a\x02\n" +
+	"device_ids\x18\x01 \x03(\tR\tdeviceIds\"<\n" +
+	"\x0eEnrolmentTerms\x12\x18\n" +
+	"\aversion\x18\x01 \x01(\tR\aversion\x12\x10\n" +
+	"\x03url\x18\x02 \x01(\tR\x03url\"s\n" +
+	"\rAcceptedTerms\x12\x18\n" +
+	"\aversion\x18\x01 \x01(\tR\aversion\x12\x1f\n" +
+	"\vaccepted_by\x18\x02 \x01(\tR\n" +
+	"acceptedBy\x12'\n" +
+	"\x0facceptance_date\x18\x03 \x01(\x03R\x0eacceptanceDate\"^\n" +
+	"\x12AcceptTermsRequest\x12.\n" +
+	"\x13enrollment_group_id\x18\x01 \x01(\tR\x11enrollmentGroupId\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\tR\aversion\"\x8a\x02\n" +
 	"\x0eEnrolmentToken\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05token\x18\x02 \x01(\tR\x05token\x12\x1b\n" +
@@ -682,17 +867,20 @@ func file_device_provisioning_service_enrolment_proto_rawDescGZIP() []byte {
 	return file_device_provisioning_service_enrolment_proto_rawDescData
 }
 
-var file_device_provisioning_service_enrolment_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_device_provisioning_service_enrolment_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_device_provisioning_service_enrolment_proto_goTypes = []any{
 	(*Enrolment)(nil),                     // 0: deviceprovisioningservice.pb.Enrolment
 	(*GetEnrolmentsRequest)(nil),          // 1: deviceprovisioningservice.pb.GetEnrolmentsRequest
 	(*DecideEnrolmentsRequest)(nil),       // 2: deviceprovisioningservice.pb.DecideEnrolmentsRequest
 	(*DecideEnrolmentsResponse)(nil),      // 3: deviceprovisioningservice.pb.DecideEnrolmentsResponse
-	(*EnrolmentToken)(nil),                // 4: deviceprovisioningservice.pb.EnrolmentToken
-	(*CreateEnrolmentTokenRequest)(nil),   // 5: deviceprovisioningservice.pb.CreateEnrolmentTokenRequest
-	(*GetEnrolmentTokensRequest)(nil),     // 6: deviceprovisioningservice.pb.GetEnrolmentTokensRequest
-	(*DeleteEnrolmentTokensRequest)(nil),  // 7: deviceprovisioningservice.pb.DeleteEnrolmentTokensRequest
-	(*DeleteEnrolmentTokensResponse)(nil), // 8: deviceprovisioningservice.pb.DeleteEnrolmentTokensResponse
+	(*EnrolmentTerms)(nil),                // 4: deviceprovisioningservice.pb.EnrolmentTerms
+	(*AcceptedTerms)(nil),                 // 5: deviceprovisioningservice.pb.AcceptedTerms
+	(*AcceptTermsRequest)(nil),            // 6: deviceprovisioningservice.pb.AcceptTermsRequest
+	(*EnrolmentToken)(nil),                // 7: deviceprovisioningservice.pb.EnrolmentToken
+	(*CreateEnrolmentTokenRequest)(nil),   // 8: deviceprovisioningservice.pb.CreateEnrolmentTokenRequest
+	(*GetEnrolmentTokensRequest)(nil),     // 9: deviceprovisioningservice.pb.GetEnrolmentTokensRequest
+	(*DeleteEnrolmentTokensRequest)(nil),  // 10: deviceprovisioningservice.pb.DeleteEnrolmentTokensRequest
+	(*DeleteEnrolmentTokensResponse)(nil), // 11: deviceprovisioningservice.pb.DeleteEnrolmentTokensResponse
 }
 var file_device_provisioning_service_enrolment_proto_depIdxs = []int32{
 	0, // [0:0] is the sub-list for method output_type
@@ -713,7 +901,7 @@ func file_device_provisioning_service_enrolment_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_device_provisioning_service_enrolment_proto_rawDesc), len(file_device_provisioning_service_enrolment_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   9,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -140,6 +140,8 @@ type EnrollmentGroup struct {
 	Approval             bool                   `protobuf:"varint,226,opt,name=approval,proto3" json:"approval,omitempty"` // a person decides on each device
 	Named                bool                   `protobuf:"varint,227,opt,name=named,proto3" json:"named,omitempty"`       // a device says its own ID when it comes for the first time
 	HasPreSharedKey      bool                   `protobuf:"varint,228,opt,name=has_pre_shared_key,json=hasPreSharedKey,proto3" json:"has_pre_shared_key,omitempty"`
+	Terms                *EnrolmentTerms        `protobuf:"bytes,229,opt,name=terms,proto3" json:"terms,omitempty"`                                      // that have to be accepted before devices enrol
+	AcceptedTerms        *AcceptedTerms         `protobuf:"bytes,232,opt,name=accepted_terms,json=acceptedTerms,proto3" json:"accepted_terms,omitempty"` // by AcceptTerms; of another version than terms, the former one
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
@@ -244,6 +246,20 @@ func (x *EnrollmentGroup) GetHasPreSharedKey() bool {
 	return false
 }
 
+func (x *EnrollmentGroup) GetTerms() *EnrolmentTerms {
+	if x != nil {
+		return x.Terms
+	}
+	return nil
+}
+
+func (x *EnrollmentGroup) GetAcceptedTerms() *AcceptedTerms {
+	if x != nil {
+		return x.AcceptedTerms
+	}
+	return nil
+}
+
 type CreateEnrollmentGroupRequest struct {
 	state                protoimpl.MessageState `protogen:"open.v1"`
 	AttestationMechanism *AttestationMechanism  `protobuf:"bytes,2,opt,name=attestation_mechanism,json=attestationMechanism,proto3" json:"attestation_mechanism,omitempty"`
@@ -253,6 +269,7 @@ type CreateEnrollmentGroupRequest struct {
 	Allow                []string               `protobuf:"bytes,225,rep,name=allow,proto3" json:"allow,omitempty"`
 	Approval             bool                   `protobuf:"varint,226,opt,name=approval,proto3" json:"approval,omitempty"`
 	Named                *bool                  `protobuf:"varint,227,opt,name=named,proto3,oneof" json:"named,omitempty"` // not set: it is so, since devices of this protocol do
+	Terms                *EnrolmentTerms        `protobuf:"bytes,229,opt,name=terms,proto3" json:"terms,omitempty"`
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
@@ -336,6 +353,13 @@ func (x *CreateEnrollmentGroupRequest) GetNamed() bool {
 	return false
 }
 
+func (x *CreateEnrollmentGroupRequest) GetTerms() *EnrolmentTerms {
+	if x != nil {
+		return x.Terms
+	}
+	return nil
+}
+
 // All filters that are set must match.
 type GetEnrollmentGroupsRequest struct {
 	state                                    protoimpl.MessageState `protogen:"open.v1"`
@@ -406,6 +430,7 @@ type UpdateEnrollmentGroup struct {
 	Allow                []string               `protobuf:"bytes,225,rep,name=allow,proto3" json:"allow,omitempty"`
 	Approval             bool                   `protobuf:"varint,226,opt,name=approval,proto3" json:"approval,omitempty"`
 	Named                *bool                  `protobuf:"varint,227,opt,name=named,proto3,oneof" json:"named,omitempty"` // not set: as it was
+	Terms                *EnrolmentTerms        `protobuf:"bytes,229,opt,name=terms,proto3" json:"terms,omitempty"`        // not set: as they were; without a version: none any more
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
@@ -487,6 +512,13 @@ func (x *UpdateEnrollmentGroup) GetNamed() bool {
 		return *x.Named
 	}
 	return false
+}
+
+func (x *UpdateEnrollmentGroup) GetTerms() *EnrolmentTerms {
+	if x != nil {
+		return x.Terms
+	}
+	return nil
 }
 
 type UpdateEnrollmentGroupRequest struct {
@@ -642,13 +674,13 @@ var File_device_provisioning_service_groups_proto protoreflect.FileDescriptor
 
 const file_device_provisioning_service_groups_proto_rawDesc = "" +
 	"\n" +
-	"(device-provisioning-service/groups.proto\x12\x1cdeviceprovisioningservice.pb\"\xb4\x01\n" +
+	"(device-provisioning-service/groups.proto\x12\x1cdeviceprovisioningservice.pb\x1a+device-provisioning-service/enrolment.proto\"\xb4\x01\n" +
 	"\x11X509Configuration\x12+\n" +
 	"\x11certificate_chain\x18\x01 \x01(\tR\x10certificateChain\x122\n" +
 	"\x15lead_certificate_name\x18\x02 \x01(\tR\x13leadCertificateName\x12>\n" +
 	"\x1bexpired_certificate_enabled\x18\x03 \x01(\bR\x19expiredCertificateEnabled\"[\n" +
 	"\x14AttestationMechanism\x12C\n" +
-	"\x04x509\x18\x01 \x01(\v2/.deviceprovisioningservice.pb.X509ConfigurationR\x04x509\"\xf2\x02\n" +
+	"\x04x509\x18\x01 \x01(\v2/.deviceprovisioningservice.pb.X509ConfigurationR\x04x509\"\x8c\x04\n" +
 	"\x0fEnrollmentGroup\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05owner\x18\x02 \x01(\tR\x05owner\x12g\n" +
@@ -659,7 +691,9 @@ const file_device_provisioning_service_groups_proto_rawDesc = "" +
 	"\x05allow\x18\xe1\x01 \x03(\tR\x05allow\x12\x1b\n" +
 	"\bapproval\x18\xe2\x01 \x01(\bR\bapproval\x12\x15\n" +
 	"\x05named\x18\xe3\x01 \x01(\bR\x05named\x12,\n" +
-	"\x12has_pre_shared_key\x18\xe4\x01 \x01(\bR\x0fhasPreSharedKeyJ\x04\b\x04\x10\x05\"\xc0\x02\n" +
+	"\x12has_pre_shared_key\x18\xe4\x01 \x01(\bR\x0fhasPreSharedKey\x12C\n" +
+	"\x05terms\x18\xe5\x01 \x01(\v2,.deviceprovisioningservice.pb.EnrolmentTermsR\x05terms\x12S\n" +
+	"\x0eaccepted_terms\x18\xe8\x01 \x01(\v2+.deviceprovisioningservice.pb.AcceptedTermsR\racceptedTermsJ\x04\b\x04\x10\x05\"\x85\x03\n" +
 	"\x1cCreateEnrollmentGroupRequest\x12g\n" +
 	"\x15attestation_mechanism\x18\x02 \x01(\v22.deviceprovisioningservice.pb.AttestationMechanismR\x14attestationMechanism\x12\x17\n" +
 	"\ahub_ids\x18\x06 \x03(\tR\x06hubIds\x12$\n" +
@@ -667,12 +701,13 @@ const file_device_provisioning_service_groups_proto_rawDesc = "" +
 	"\x04name\x18\x05 \x01(\tR\x04name\x12\x15\n" +
 	"\x05allow\x18\xe1\x01 \x03(\tR\x05allow\x12\x1b\n" +
 	"\bapproval\x18\xe2\x01 \x01(\bR\bapproval\x12\x1a\n" +
-	"\x05named\x18\xe3\x01 \x01(\bH\x00R\x05named\x88\x01\x01B\b\n" +
+	"\x05named\x18\xe3\x01 \x01(\bH\x00R\x05named\x88\x01\x01\x12C\n" +
+	"\x05terms\x18\xe5\x01 \x01(\v2,.deviceprovisioningservice.pb.EnrolmentTermsR\x05termsB\b\n" +
 	"\x06_namedJ\x04\b\x01\x10\x02J\x04\b\x03\x10\x04\"\xbd\x01\n" +
 	"\x1aGetEnrollmentGroupsRequest\x12\x1b\n" +
 	"\tid_filter\x18\x01 \x03(\tR\bidFilter\x12^\n" +
 	",attestation_mechanism_x509_certificate_names\x18\x02 \x03(\tR(attestationMechanismX509CertificateNames\x12\"\n" +
-	"\rhub_id_filter\x18\x03 \x03(\tR\vhubIdFilter\"\xb9\x02\n" +
+	"\rhub_id_filter\x18\x03 \x03(\tR\vhubIdFilter\"\xfe\x02\n" +
 	"\x15UpdateEnrollmentGroup\x12g\n" +
 	"\x15attestation_mechanism\x18\x02 \x01(\v22.deviceprovisioningservice.pb.AttestationMechanismR\x14attestationMechanism\x12\x17\n" +
 	"\ahub_ids\x18\x06 \x03(\tR\x06hubIds\x12$\n" +
@@ -680,7 +715,8 @@ const file_device_provisioning_service_groups_proto_rawDesc = "" +
 	"\x04name\x18\x05 \x01(\tR\x04name\x12\x15\n" +
 	"\x05allow\x18\xe1\x01 \x03(\tR\x05allow\x12\x1b\n" +
 	"\bapproval\x18\xe2\x01 \x01(\bR\bapproval\x12\x1a\n" +
-	"\x05named\x18\xe3\x01 \x01(\bH\x00R\x05named\x88\x01\x01B\b\n" +
+	"\x05named\x18\xe3\x01 \x01(\bH\x00R\x05named\x88\x01\x01\x12C\n" +
+	"\x05terms\x18\xe5\x01 \x01(\v2,.deviceprovisioningservice.pb.EnrolmentTermsR\x05termsB\b\n" +
 	"\x06_namedJ\x04\b\x01\x10\x02J\x04\b\x03\x10\x04\"\x8e\x01\n" +
 	"\x1cUpdateEnrollmentGroupRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12^\n" +
@@ -714,18 +750,24 @@ var file_device_provisioning_service_groups_proto_goTypes = []any{
 	(*UpdateEnrollmentGroupRequest)(nil),   // 6: deviceprovisioningservice.pb.UpdateEnrollmentGroupRequest
 	(*DeleteEnrollmentGroupsRequest)(nil),  // 7: deviceprovisioningservice.pb.DeleteEnrollmentGroupsRequest
 	(*DeleteEnrollmentGroupsResponse)(nil), // 8: deviceprovisioningservice.pb.DeleteEnrollmentGroupsResponse
+	(*EnrolmentTerms)(nil),                 // 9: deviceprovisioningservice.pb.EnrolmentTerms
+	(*AcceptedTerms)(nil),                  // 10: deviceprovisioningservice.pb.AcceptedTerms
 }
 var file_device_provisioning_service_groups_proto_depIdxs = []int32{
-	0, // 0: deviceprovisioningservice.pb.AttestationMechanism.x509:type_name -> deviceprovisioningservice.pb.X509Configuration
-	1, // 1: deviceprovisioningservice.pb.EnrollmentGroup.attestation_mechanism:type_name -> deviceprovisioningservice.pb.AttestationMechanism
-	1, // 2: deviceprovisioningservice.pb.CreateEnrollmentGroupRequest.attestation_mechanism:type_name -> deviceprovisioningservice.pb.AttestationMechanism
-	1, // 3: deviceprovisioningservice.pb.UpdateEnrollmentGroup.attestation_mechanism:type_name -> deviceprovisioningservice.pb.AttestationMechanism
-	5, // 4: deviceprovisioningservice.pb.UpdateEnrollmentGroupRequest.enrollment_group:type_name -> deviceprovisioningservice.pb.UpdateEnrollmentGroup
-	5, // [5:5] is the sub-list for method output_type
-	5, // [5:5] is the sub-list for method input_type
-	5, // [5:5] is the sub-list for extension type_name
-	5, // [5:5] is the sub-list for extension extendee
-	0, // [0:5] is the sub-list for field type_name
+	0,  // 0: deviceprovisioningservice.pb.AttestationMechanism.x509:type_name -> deviceprovisioningservice.pb.X509Configuration
+	1,  // 1: deviceprovisioningservice.pb.EnrollmentGroup.attestation_mechanism:type_name -> deviceprovisioningservice.pb.AttestationMechanism
+	9,  // 2: deviceprovisioningservice.pb.EnrollmentGroup.terms:type_name -> deviceprovisioningservice.pb.EnrolmentTerms
+	10, // 3: deviceprovisioningservice.pb.EnrollmentGroup.accepted_terms:type_name -> deviceprovisioningservice.pb.AcceptedTerms
+	1,  // 4: deviceprovisioningservice.pb.CreateEnrollmentGroupRequest.attestation_mechanism:type_name -> deviceprovisioningservice.pb.AttestationMechanism
+	9,  // 5: deviceprovisioningservice.pb.CreateEnrollmentGroupRequest.terms:type_name -> deviceprovisioningservice.pb.EnrolmentTerms
+	1,  // 6: deviceprovisioningservice.pb.UpdateEnrollmentGroup.attestation_mechanism:type_name -> deviceprovisioningservice.pb.AttestationMechanism
+	9,  // 7: deviceprovisioningservice.pb.UpdateEnrollmentGroup.terms:type_name -> deviceprovisioningservice.pb.EnrolmentTerms
+	5,  // 8: deviceprovisioningservice.pb.UpdateEnrollmentGroupRequest.enrollment_group:type_name -> deviceprovisioningservice.pb.UpdateEnrollmentGroup
+	9,  // [9:9] is the sub-list for method output_type
+	9,  // [9:9] is the sub-list for method input_type
+	9,  // [9:9] is the sub-list for extension type_name
+	9,  // [9:9] is the sub-list for extension extendee
+	0,  // [0:9] is the sub-list for field type_name
 }
 
 func init() { file_device_provisioning_service_groups_proto_init() }
@@ -733,6 +775,7 @@ func file_device_provisioning_service_groups_proto_init() {
 	if File_device_provisioning_service_groups_proto != nil {
 		return
 	}
+	file_device_provisioning_service_enrolment_proto_init()
 	file_device_provisioning_service_groups_proto_msgTypes[3].OneofWrappers = []any{}
 	file_device_provisioning_service_groups_proto_msgTypes[5].OneofWrappers = []any{}
 	type x struct{}

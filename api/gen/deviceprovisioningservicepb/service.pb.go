@@ -26,7 +26,7 @@ var File_device_provisioning_service_service_proto protoreflect.FileDescriptor
 
 const file_device_provisioning_service_service_proto_rawDesc = "" +
 	"\n" +
-	")device-provisioning-service/service.proto\x12\x1cdeviceprovisioningservice.pb\x1a+device-provisioning-service/enrolment.proto\x1a(device-provisioning-service/groups.proto\x1a&device-provisioning-service/hubs.proto\x1a)device-provisioning-service/records.proto2\xfc\x0e\n" +
+	")device-provisioning-service/service.proto\x12\x1cdeviceprovisioningservice.pb\x1a+device-provisioning-service/enrolment.proto\x1a(device-provisioning-service/groups.proto\x1a&device-provisioning-service/hubs.proto\x1a)device-provisioning-service/records.proto2\xec\x0f\n" +
 	"\x16DeviceProvisionService\x12\x89\x01\n" +
 	"\x16GetProvisioningRecords\x12;.deviceprovisioningservice.pb.GetProvisioningRecordsRequest\x1a0.deviceprovisioningservice.pb.ProvisioningRecord0\x01\x12\x9c\x01\n" +
 	"\x19DeleteProvisioningRecords\x12>.deviceprovisioningservice.pb.DeleteProvisioningRecordsRequest\x1a?.deviceprovisioningservice.pb.DeleteProvisioningRecordsResponse\x12\x80\x01\n" +
@@ -40,7 +40,8 @@ const file_device_provisioning_service_service_proto_rawDesc = "" +
 	"\n" +
 	"DeleteHubs\x12/.deviceprovisioningservice.pb.DeleteHubsRequest\x1a0.deviceprovisioningservice.pb.DeleteHubsResponse\x12n\n" +
 	"\rGetEnrolments\x122.deviceprovisioningservice.pb.GetEnrolmentsRequest\x1a'.deviceprovisioningservice.pb.Enrolment0\x01\x12\x81\x01\n" +
-	"\x10DecideEnrolments\x125.deviceprovisioningservice.pb.DecideEnrolmentsRequest\x1a6.deviceprovisioningservice.pb.DecideEnrolmentsResponse\x12\x7f\n" +
+	"\x10DecideEnrolments\x125.deviceprovisioningservice.pb.DecideEnrolmentsRequest\x1a6.deviceprovisioningservice.pb.DecideEnrolmentsResponse\x12n\n" +
+	"\vAcceptTerms\x120.deviceprovisioningservice.pb.AcceptTermsRequest\x1a-.deviceprovisioningservice.pb.EnrollmentGroup\x12\x7f\n" +
 	"\x14CreateEnrolmentToken\x129.deviceprovisioningservice.pb.CreateEnrolmentTokenRequest\x1a,.deviceprovisioningservice.pb.EnrolmentToken\x12}\n" +
 	"\x12GetEnrolmentTokens\x127.deviceprovisioningservice.pb.GetEnrolmentTokensRequest\x1a,.deviceprovisioningservice.pb.EnrolmentToken0\x01\x12\x90\x01\n" +
 	"\x15DeleteEnrolmentTokens\x12:.deviceprovisioningservice.pb.DeleteEnrolmentTokensRequest\x1a;.deviceprovisioningservice.pb.DeleteEnrolmentTokensResponseB@Z>github.com/coaphub/coaphub/api/gen/deviceprovisioningservicepbb\x06proto3"
@@ -58,19 +59,20 @@ var file_device_provisioning_service_service_proto_goTypes = []any{
 	(*DeleteHubsRequest)(nil),                 // 9: deviceprovisioningservice.pb.DeleteHubsRequest
 	(*GetEnrolmentsRequest)(nil),              // 10: deviceprovisioningservice.pb.GetEnrolmentsRequest
 	(*DecideEnrolmentsRequest)(nil),           // 11: deviceprovisioningservice.pb.DecideEnrolmentsRequest
-	(*CreateEnrolmentTokenRequest)(nil),       // 12: deviceprovisioningservice.pb.CreateEnrolmentTokenRequest
-	(*GetEnrolmentTokensRequest)(nil),         // 13: deviceprovisioningservice.pb.GetEnrolmentTokensRequest
-	(*DeleteEnrolmentTokensRequest)(nil),      // 14: deviceprovisioningservice.pb.DeleteEnrolmentTokensRequest
-	(*ProvisioningRecord)(nil),                // 15: deviceprovisioningservice.pb.ProvisioningRecord
-	(*DeleteProvisioningRecordsResponse)(nil), // 16: deviceprovisioningservice.pb.DeleteProvisioningRecordsResponse
-	(*EnrollmentGroup)(nil),                   // 17: deviceprovisioningservice.pb.EnrollmentGroup
-	(*DeleteEnrollmentGroupsResponse)(nil),    // 18: deviceprovisioningservice.pb.DeleteEnrollmentGroupsResponse
-	(*Hub)(nil),                               // 19: deviceprovisioningservice.pb.Hub
-	(*DeleteHubsResponse)(nil),                // 20: deviceprovisioningservice.pb.DeleteHubsResponse
-	(*Enrolment)(nil),                         // 21: deviceprovisioningservice.pb.Enrolment
-	(*DecideEnrolmentsResponse)(nil),          // 22: deviceprovisioningservice.pb.DecideEnrolmentsResponse
-	(*EnrolmentToken)(nil),                    // 23: deviceprovisioningservice.pb.EnrolmentToken
-	(*DeleteEnrolmentTokensResponse)(nil),     // 24: deviceprovisioningservice.pb.DeleteEnrolmentTokensResponse
+	(*AcceptTermsRequest)(nil),                // 12: deviceprovisioningservice.pb.AcceptTermsRequest
+	(*CreateEnrolmentTokenRequest)(nil),       // 13: deviceprovisioningservice.pb.CreateEnrolmentTokenRequest
+	(*GetEnrolmentTokensRequest)(nil),         // 14: deviceprovisioningservice.pb.GetEnrolmentTokensRequest
+	(*DeleteEnrolmentTokensRequest)(nil),      // 15: deviceprovisioningservice.pb.DeleteEnrolmentTokensRequest
+	(*ProvisioningRecord)(nil),                // 16: deviceprovisioningservice.pb.ProvisioningRecord
+	(*DeleteProvisioningRecordsResponse)(nil), // 17: deviceprovisioningservice.pb.DeleteProvisioningRecordsResponse
+	(*EnrollmentGroup)(nil),                   // 18: deviceprovisioningservice.pb.EnrollmentGroup
+	(*DeleteEnrollmentGroupsResponse)(nil),    // 19: deviceprovisioningservice.pb.DeleteEnrollmentGroupsResponse
+	(*Hub)(nil),                               // 20: deviceprovisioningservice.pb.Hub
+	(*DeleteHubsResponse)(nil),                // 21: deviceprovisioningservice.pb.DeleteHubsResponse
+	(*Enrolment)(nil),                         // 22: deviceprovisioningservice.pb.Enrolment
+	(*DecideEnrolmentsResponse)(nil),          // 23: deviceprovisioningservice.pb.DecideEnrolmentsResponse
+	(*EnrolmentToken)(nil),                    // 24: deviceprovisioningservice.pb.EnrolmentToken
+	(*DeleteEnrolmentTokensResponse)(nil),     // 25: deviceprovisioningservice.pb.DeleteEnrolmentTokensResponse
 }
 var file_device_provisioning_service_service_proto_depIdxs = []int32{
 	0,  // 0: deviceprovisioningservice.pb.DeviceProvisionService.GetProvisioningRecords:input_type -> deviceprovisioningservice.pb.GetProvisioningRecordsRequest
@@ -85,26 +87,28 @@ var file_device_provisioning_service_service_proto_depIdxs = []int32{
 	9,  // 9: deviceprovisioningservice.pb.DeviceProvisionService.DeleteHubs:input_type -> deviceprovisioningservice.pb.DeleteHubsRequest
 	10, // 10: deviceprovisioningservice.pb.DeviceProvisionService.GetEnrolments:input_type -> deviceprovisioningservice.pb.GetEnrolmentsRequest
 	11, // 11: deviceprovisioningservice.pb.DeviceProvisionService.DecideEnrolments:input_type -> deviceprovisioningservice.pb.DecideEnrolmentsRequest
-	12, // 12: deviceprovisioningservice.pb.DeviceProvisionService.CreateEnrolmentToken:input_type -> deviceprovisioningservice.pb.CreateEnrolmentTokenRequest
-	13, // 13: deviceprovisioningservice.pb.DeviceProvisionService.GetEnrolmentTokens:input_type -> deviceprovisioningservice.pb.GetEnrolmentTokensRequest
-	14, // 14: deviceprovisioningservice.pb.DeviceProvisionService.DeleteEnrolmentTokens:input_type -> deviceprovisioningservice.pb.DeleteEnrolmentTokensRequest
-	15, // 15: deviceprovisioningservice.pb.DeviceProvisionService.GetProvisioningRecords:output_type -> deviceprovisioningservice.pb.ProvisioningRecord
-	16, // 16: deviceprovisioningservice.pb.DeviceProvisionService.DeleteProvisioningRecords:output_type -> deviceprovisioningservice.pb.DeleteProvisioningRecordsResponse
-	17, // 17: deviceprovisioningservice.pb.DeviceProvisionService.GetEnrollmentGroups:output_type -> deviceprovisioningservice.pb.EnrollmentGroup
-	17, // 18: deviceprovisioningservice.pb.DeviceProvisionService.CreateEnrollmentGroup:output_type -> deviceprovisioningservice.pb.EnrollmentGroup
-	17, // 19: deviceprovisioningservice.pb.DeviceProvisionService.UpdateEnrollmentGroup:output_type -> deviceprovisioningservice.pb.EnrollmentGroup
-	18, // 20: deviceprovisioningservice.pb.DeviceProvisionService.DeleteEnrollmentGroups:output_type -> deviceprovisioningservice.pb.DeleteEnrollmentGroupsResponse
-	19, // 21: deviceprovisioningservice.pb.DeviceProvisionService.GetHubs:output_type -> deviceprovisioningservice.pb.Hub
-	19, // 22: deviceprovisioningservice.pb.DeviceProvisionService.CreateHub:output_type -> deviceprovisioningservice.pb.Hub
-	19, // 23: deviceprovisioningservice.pb.DeviceProvisionService.UpdateHub:output_type -> deviceprovisioningservice.pb.Hub
-	20, // 24: deviceprovisioningservice.pb.DeviceProvisionService.DeleteHubs:output_type -> deviceprovisioningservice.pb.DeleteHubsResponse
-	21, // 25: deviceprovisioningservice.pb.DeviceProvisionService.GetEnrolments:output_type -> deviceprovisioningservice.pb.Enrolment
-	22, // 26: deviceprovisioningservice.pb.DeviceProvisionService.DecideEnrolments:output_type -> deviceprovisioningservice.pb.DecideEnrolmentsResponse
-	23, // 27: deviceprovisioningservice.pb.DeviceProvisionService.CreateEnrolmentToken:output_type -> deviceprovisioningservice.pb.EnrolmentToken
-	23, // 28: deviceprovisioningservice.pb.DeviceProvisionService.GetEnrolmentTokens:output_type -> deviceprovisioningservice.pb.EnrolmentToken
-	24, // 29: deviceprovisioningservice.pb.DeviceProvisionService.DeleteEnrolmentTokens:output_type -> deviceprovisioningservice.pb.DeleteEnrolmentTokensResponse
-	15, // [15:30] is the sub-list for method output_type
-	0,  // [0:15] is the sub-list for method input_type
+	12, // 12: deviceprovisioningservice.pb.DeviceProvisionService.AcceptTerms:input_type -> deviceprovisioningservice.pb.AcceptTermsRequest
+	13, // 13: deviceprovisioningservice.pb.DeviceProvisionService.CreateEnrolmentToken:input_type -> deviceprovisioningservice.pb.CreateEnrolmentTokenRequest
+	14, // 14: deviceprovisioningservice.pb.DeviceProvisionService.GetEnrolmentTokens:input_type -> deviceprovisioningservice.pb.GetEnrolmentTokensRequest
+	15, // 15: deviceprovisioningservice.pb.DeviceProvisionService.DeleteEnrolmentTokens:input_type -> deviceprovisioningservice.pb.DeleteEnrolmentTokensRequest
+	16, // 16: deviceprovisioningservice.pb.DeviceProvisionService.GetProvisioningRecords:output_type -> deviceprovisioningservice.pb.ProvisioningRecord
+	17, // 17: deviceprovisioningservice.pb.DeviceProvisionService.DeleteProvisioningRecords:output_type -> deviceprovisioningservice.pb.DeleteProvisioningRecordsResponse
+	18, // 18: deviceprovisioningservice.pb.DeviceProvisionService.GetEnrollmentGroups:output_type -> deviceprovisioningservice.pb.EnrollmentGroup
+	18, // 19: deviceprovisioningservice.pb.DeviceProvisionService.CreateEnrollmentGroup:output_type -> deviceprovisioningservice.pb.EnrollmentGroup
+	18, // 20: deviceprovisioningservice.pb.DeviceProvisionService.UpdateEnrollmentGroup:output_type -> deviceprovisioningservice.pb.EnrollmentGroup
+	19, // 21: deviceprovisioningservice.pb.DeviceProvisionService.DeleteEnrollmentGroups:output_type -> deviceprovisioningservice.pb.DeleteEnrollmentGroupsResponse
+	20, // 22: deviceprovisioningservice.pb.DeviceProvisionService.GetHubs:output_type -> deviceprovisioningservice.pb.Hub
+	20, // 23: deviceprovisioningservice.pb.DeviceProvisionService.CreateHub:output_type -> deviceprovisioningservice.pb.Hub
+	20, // 24: deviceprovisioningservice.pb.DeviceProvisionService.UpdateHub:output_type -> deviceprovisioningservice.pb.Hub
+	21, // 25: deviceprovisioningservice.pb.DeviceProvisionService.DeleteHubs:output_type -> deviceprovisioningservice.pb.DeleteHubsResponse
+	22, // 26: deviceprovisioningservice.pb.DeviceProvisionService.GetEnrolments:output_type -> deviceprovisioningservice.pb.Enrolment
+	23, // 27: deviceprovisioningservice.pb.DeviceProvisionService.DecideEnrolments:output_type -> deviceprovisioningservice.pb.DecideEnrolmentsResponse
+	18, // 28: deviceprovisioningservice.pb.DeviceProvisionService.AcceptTerms:output_type -> deviceprovisioningservice.pb.EnrollmentGroup
+	24, // 29: deviceprovisioningservice.pb.DeviceProvisionService.CreateEnrolmentToken:output_type -> deviceprovisioningservice.pb.EnrolmentToken
+	24, // 30: deviceprovisioningservice.pb.DeviceProvisionService.GetEnrolmentTokens:output_type -> deviceprovisioningservice.pb.EnrolmentToken
+	25, // 31: deviceprovisioningservice.pb.DeviceProvisionService.DeleteEnrolmentTokens:output_type -> deviceprovisioningservice.pb.DeleteEnrolmentTokensResponse
+	16, // [16:32] is the sub-list for method output_type
+	0,  // [0:16] is the sub-list for method input_type
 	0,  // [0:0] is the sub-list for extension type_name
 	0,  // [0:0] is the sub-list for extension extendee
 	0,  // [0:0] is the sub-list for field type_name

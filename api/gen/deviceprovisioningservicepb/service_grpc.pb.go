@@ -33,6 +33,7 @@ const (
 	DeviceProvisionService_DeleteHubs_FullMethodName                = "/deviceprovisioningservice.pb.DeviceProvisionService/DeleteHubs"
 	DeviceProvisionService_GetEnrolments_FullMethodName             = "/deviceprovisioningservice.pb.DeviceProvisionService/GetEnrolments"
 	DeviceProvisionService_DecideEnrolments_FullMethodName          = "/deviceprovisioningservice.pb.DeviceProvisionService/DecideEnrolments"
+	DeviceProvisionService_AcceptTerms_FullMethodName               = "/deviceprovisioningservice.pb.DeviceProvisionService/AcceptTerms"
 	DeviceProvisionService_CreateEnrolmentToken_FullMethodName      = "/deviceprovisioningservice.pb.DeviceProvisionService/CreateEnrolmentToken"
 	DeviceProvisionService_GetEnrolmentTokens_FullMethodName        = "/deviceprovisioningservice.pb.DeviceProvisionService/GetEnrolmentTokens"
 	DeviceProvisionService_DeleteEnrolmentTokens_FullMethodName     = "/deviceprovisioningservice.pb.DeviceProvisionService/DeleteEnrolmentTokens"
@@ -46,7 +47,7 @@ const (
 // "authorization: Bearer <access token>" in its metadata. Errors carry a google.rpc.ErrorInfo whose reason is a stable code.
 //
 // Field numbers from 200 on are extensions of coaphub, with numbers as in GrpcGateway: 205 all, 225 allow, 226 approval, 227 named,
-// 228 has_pre_shared_key.
+// 228 has_pre_shared_key, 229 terms, 232 accepted_terms.
 type DeviceProvisionServiceClient interface {
 	// Lists how the owner's devices were provisioned, in no order.
 	GetProvisioningRecords(ctx context.Context, in *GetProvisioningRecordsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ProvisioningRecord], error)
@@ -70,6 +71,8 @@ type DeviceProvisionServiceClient interface {
 	GetEnrolments(ctx context.Context, in *GetEnrolmentsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Enrolment], error)
 	// Allows or refuses devices of the owner that have come.
 	DecideEnrolments(ctx context.Context, in *DecideEnrolmentsRequest, opts ...grpc.CallOption) (*DecideEnrolmentsResponse, error)
+	// Accepts the terms of a group of the owner: devices that wait for that come for their certificates by themselves.
+	AcceptTerms(ctx context.Context, in *AcceptTermsRequest, opts ...grpc.CallOption) (*EnrollmentGroup, error)
 	// Makes a one-time token for a device of the owner, whose text is shown once.
 	CreateEnrolmentToken(ctx context.Context, in *CreateEnrolmentTokenRequest, opts ...grpc.CallOption) (*EnrolmentToken, error)
 	// Lists the owner's tokens, newest first.
@@ -242,6 +245,16 @@ func (c *deviceProvisionServiceClient) DecideEnrolments(ctx context.Context, in 
 	return out, nil
 }
 
+func (c *deviceProvisionServiceClient) AcceptTerms(ctx context.Context, in *AcceptTermsRequest, opts ...grpc.CallOption) (*EnrollmentGroup, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(EnrollmentGroup)
+	err := c.cc.Invoke(ctx, DeviceProvisionService_AcceptTerms_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *deviceProvisionServiceClient) CreateEnrolmentToken(ctx context.Context, in *CreateEnrolmentTokenRequest, opts ...grpc.CallOption) (*EnrolmentToken, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(EnrolmentToken)
@@ -289,7 +302,7 @@ func (c *deviceProvisionServiceClient) DeleteEnrolmentTokens(ctx context.Context
 // "authorization: Bearer <access token>" in its metadata. Errors carry a google.rpc.ErrorInfo whose reason is a stable code.
 //
 // Field numbers from 200 on are extensions of coaphub, with numbers as in GrpcGateway: 205 all, 225 allow, 226 approval, 227 named,
-// 228 has_pre_shared_key.
+// 228 has_pre_shared_key, 229 terms, 232 accepted_terms.
 type DeviceProvisionServiceServer interface {
 	// Lists how the owner's devices were provisioned, in no order.
 	GetProvisioningRecords(*GetProvisioningRecordsRequest, grpc.ServerStreamingServer[ProvisioningRecord]) error
@@ -313,6 +326,8 @@ type DeviceProvisionServiceServer interface {
 	GetEnrolments(*GetEnrolmentsRequest, grpc.ServerStreamingServer[Enrolment]) error
 	// Allows or refuses devices of the owner that have come.
 	DecideEnrolments(context.Context, *DecideEnrolmentsRequest) (*DecideEnrolmentsResponse, error)
+	// Accepts the terms of a group of the owner: devices that wait for that come for their certificates by themselves.
+	AcceptTerms(context.Context, *AcceptTermsRequest) (*EnrollmentGroup, error)
 	// Makes a one-time token for a device of the owner, whose text is shown once.
 	CreateEnrolmentToken(context.Context, *CreateEnrolmentTokenRequest) (*EnrolmentToken, error)
 	// Lists the owner's tokens, newest first.
@@ -364,6 +379,9 @@ func (UnimplementedDeviceProvisionServiceServer) GetEnrolments(*GetEnrolmentsReq
 }
 func (UnimplementedDeviceProvisionServiceServer) DecideEnrolments(context.Context, *DecideEnrolmentsRequest) (*DecideEnrolmentsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method DecideEnrolments not implemented")
+}
+func (UnimplementedDeviceProvisionServiceServer) AcceptTerms(context.Context, *AcceptTermsRequest) (*EnrollmentGroup, error) {
+	return nil, status.Error(codes.Unimplemented, "method AcceptTerms not implemented")
 }
 func (UnimplementedDeviceProvisionServiceServer) CreateEnrolmentToken(context.Context, *CreateEnrolmentTokenRequest) (*EnrolmentToken, error) {
 	return nil, status.Error(codes.Unimplemented, "method CreateEnrolmentToken not implemented")
@@ -584,6 +602,24 @@ func _DeviceProvisionService_DecideEnrolments_Handler(srv interface{}, ctx conte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _DeviceProvisionService_AcceptTerms_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AcceptTermsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(DeviceProvisionServiceServer).AcceptTerms(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: DeviceProvisionService_AcceptTerms_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(DeviceProvisionServiceServer).AcceptTerms(ctx, req.(*AcceptTermsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _DeviceProvisionService_CreateEnrolmentToken_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(CreateEnrolmentTokenRequest)
 	if err := dec(in); err != nil {
@@ -669,6 +705,10 @@ var DeviceProvisionService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "DecideEnrolments",
 			Handler:    _DeviceProvisionService_DecideEnrolments_Handler,
+		},
+		{
+			MethodName: "AcceptTerms",
+			Handler:    _DeviceProvisionService_AcceptTerms_Handler,
 		},
 		{
 			MethodName: "CreateEnrolmentToken",
