@@ -95,12 +95,13 @@ func (a *assembly) cloud(ctx context.Context, owner hub.Owner, dev hub.DeviceID)
 type EnrolmentGroup struct {
 	ID       string   `json:"id,omitempty"` // "" in a request: make one
 	Name     string   `json:"name"`
-	Owner    string   `json:"owner"`           // of the devices; "" in a request: the first administrator
-	Chain    string   `json:"chain"`           // PEM: the CA that signs their factory certificates, and what is above it
-	Allow    []string `json:"allow,omitempty"` // device IDs; none: all of that CA
-	Approval bool     `json:"approval"`        // a person decides on each
-	Expired  bool     `json:"expired"`         // factory certificates that have ended are good, too
-	Named    bool     `json:"named"`           // a device says its own ID when it comes for the first time
+	Owner    string   `json:"owner"`                 // of the devices; "" in a request: the first administrator
+	Chain    string   `json:"chain"`                 // PEM: the CA that signs their factory certificates, and what is above it
+	Allow    []string `json:"allow,omitempty"`       // device IDs; none: all of that CA
+	Approval bool     `json:"approval"`              // a person decides on each
+	Expired  bool     `json:"expired"`               // factory certificates that have ended are good, too
+	Named    bool     `json:"named"`                 // a device says its own ID when it comes for the first time
+	Types    []string `json:"deviceTypes,omitempty"` // that may enrol, as factory certificates have them; none: all
 	// Terms have to be accepted before devices enrol. Accepted is who did, and when; a change keeps it.
 	Terms    *hub.Terms      `json:"terms,omitempty"`
 	Accepted *hub.Acceptance `json:"acceptedTerms,omitempty"`
@@ -118,6 +119,7 @@ func groupFrom(g hub.EnrolmentGroup) EnrolmentGroup {
 	for _, dev := range g.Allow {
 		out.Allow = append(out.Allow, string(dev))
 	}
+	out.Types = g.Types
 	if g.Terms.Version != "" {
 		out.Terms = &g.Terms
 	}
@@ -181,7 +183,8 @@ type Enrolment struct {
 	Group    string    `json:"groupId,omitempty"`
 	Method   string    `json:"method"`
 	Proof    string    `json:"proof,omitempty"`
-	Key      string    `json:"publicKey,omitempty"` // of the proof, a UUID that names it
+	Key      string    `json:"publicKey,omitempty"`  // of the proof, a UUID that names it
+	Type     string    `json:"deviceType,omitempty"` // that its manufacturer says
 	State    string    `json:"state"`
 	Waits    string    `json:"waitsFor,omitempty"` // approval, terms
 	User     string    `json:"decidedBy,omitempty"`
@@ -196,7 +199,7 @@ func enrolmentsFrom(es []hub.Enrolment) []Enrolment {
 	for _, e := range es {
 		out = append(out, Enrolment{
 			DeviceID: string(e.Device), Owner: string(e.Owner), Group: e.Group, Method: string(e.By), Proof: e.Proof, Key: e.Key,
-			State: string(e.State), Waits: string(e.Waits), User: e.User, Serial: e.Serial, Problem: e.Problem, Created: e.Created, Changed: e.Changed,
+			Type: e.Type, State: string(e.State), Waits: string(e.Waits), User: e.User, Serial: e.Serial, Problem: e.Problem, Created: e.Created, Changed: e.Changed,
 		})
 	}
 	return out
@@ -276,6 +279,7 @@ func (a *assembly) setGroup(ctx context.Context, q EnrolmentGroup) (EnrolmentGro
 	g := hub.EnrolmentGroup{
 		ID: q.ID, Name: q.Name, Chain: q.Chain, Approval: q.Approval, Expired: q.Expired, Named: q.Named, HasPSK: q.PSK, User: callerOf(ctx),
 	}
+	g.Types = q.Types
 	if q.Terms != nil {
 		g.Terms = *q.Terms
 	}

@@ -53,6 +53,7 @@ type enrolment struct {
 	By      hub.RequestMethod  `json:"by"`
 	Proof   string             `json:"proof,omitempty"`
 	Key     string             `json:"key,omitempty"`
+	Type    string             `json:"type,omitempty"`
 	State   hub.EnrolmentState `json:"state"`
 	Waits   hub.EnrolmentWaits `json:"waits,omitempty"`
 	Terms   hub.Acceptance     `json:"terms,omitzero"` // under which it may have certificates
@@ -69,7 +70,7 @@ type enrolment struct {
 
 func (e *enrolment) enrolment(dev string) hub.Enrolment {
 	return hub.Enrolment{
-		Device: hub.DeviceID(dev), Owner: e.Owner, Group: e.Group, By: e.By, Proof: e.Proof, Key: e.Key, State: e.State, Waits: e.waits(), User: e.User,
+		Device: hub.DeviceID(dev), Owner: e.Owner, Group: e.Group, By: e.By, Proof: e.Proof, Key: e.Key, Type: e.Type, State: e.State, Waits: e.waits(), User: e.User,
 		Serial: e.Serial, Problem: e.Problem, Created: e.Created, Changed: e.Changed,
 	}
 }
@@ -114,6 +115,7 @@ var (
 	errProof       = hub.NewError(hub.Unauthenticated, "enrolment-unproven", "nothing was shown that this hub takes for an enrolment")
 	errRevoked     = hub.NewError(hub.Unauthenticated, "certificate-revoked", "the device's certificate was revoked")
 	errNotAllowed  = hub.NewError(hub.Denied, "enrolment-not-allowed", "the group of this device does not name it")
+	errType        = hub.NewError(hub.Denied, "enrolment-type-not-allowed", "the group of this device is for other types, and the type is that in its factory certificate")
 	errRefused     = hub.NewError(hub.Denied, "enrolment-refused", "somebody refused this device")
 	errTaken       = hub.NewError(hub.Denied, "enrolment-device-taken", "another factory key enrolled as this device")
 	errRenewal     = hub.NewError(hub.Denied, "renewal-without-certificate", "a renewal is made under the certificate that it renews")
@@ -147,6 +149,7 @@ type applicant struct {
 	repeats   bool      // the token is used up: this is the same request once more
 	challenge string    // SCEP's, beside the certificate that is renewed
 	group     *group
+	unfit     bool // its group is for other device types
 	again     bool // it has enrolled with the same key in the same group
 }
 
@@ -226,7 +229,10 @@ func (s *Service) enrol(ctx context.Context, a applicant, req *request) (*x509.C
 		if e, err = decodeEnrolment(doc); err != nil {
 			return nil, err
 		}
-		if a.By == hub.ByFactory && e.By == hub.ByFactory && e.Key != a.Key {
+		if e.unfit() {
+			e.State = "" // its group may be for others now
+		}
+		if a.By == hub.ByFactory && e.By == hub.ByFactory && e.Key != a.Key && e.State != "" {
 			// One that somebody made beside the first. A person has to decide, by forgetting the first.
 			return nil, errTaken
 		}
@@ -237,10 +243,13 @@ func (s *Service) enrol(ctx context.Context, a applicant, req *request) (*x509.C
 		}
 		e.Owner = a.Owner
 		if a.By != hub.ByRenewal { // which changes nothing of how it came here
-			e.Group, e.By, e.Proof, e.Key = a.Group, a.By, a.Proof, a.Key
+			e.Group, e.By, e.Proof, e.Key, e.Type = a.Group, a.By, a.Proof, a.Key, a.Type
 		}
 	} else {
 		e.Created = time.Now().UTC()
+	}
+	if a.claims && a.unfit {
+		return nil, errType // nothing is kept of an ID that it says and does not get
 	}
 	if a.claims {
 		if doc.Rev != 0 && before.Key != a.Key {
@@ -300,6 +309,8 @@ func (s *Service) enrol(ctx context.Context, a applicant, req *request) (*x509.C
 // step decides what a device may have now.
 func (s *Service) step(ctx context.Context, a applicant, e *enrolment, req *request) (*x509.Certificate, error) {
 	switch {
+	case a.unfit:
+		return nil, s.turnDown(ctx, e)
 	case e.State == hub.EnrolmentRefused && (a.token == nil || a.repeats || a.made.Before(e.Decided)): // one made later says otherwise
 		return nil, errRefused
 	case !a.allowed && !e.approved():
@@ -326,6 +337,28 @@ func (s *Service) step(ctx context.Context, a applicant, e *enrolment, req *requ
 		return leaf, err
 	}
 	return s.sign(ctx, *req, entry{Device: a.device, Owner: e.Owner, How: a.By, User: e.User, Proof: a.Proof, Terms: e.Terms})
+}
+
+// turnDown refuses a device of a type that its group is not for. What a person decided on it stays, and it is let in once its group
+// is for it.
+func (s *Service) turnDown(ctx context.Context, e *enrolment) error {
+	if e.State != "" {
+		return errType
+	}
+	refused := indexState + string(hub.EnrolmentRefused) + " " + indexGroup + e.Group
+	many, err := s.atLeast(ctx, collEnrolments, refused, maxUndecided)
+	if err != nil {
+		return err
+	}
+	if !many { // else nobody is told of this one but itself
+		e.State, e.User, e.Decided = hub.EnrolmentRefused, "", time.Time{}
+	}
+	return errType
+}
+
+// unfit reports whether the device was refused for its type, by nobody.
+func (e *enrolment) unfit() bool {
+	return e.State == hub.EnrolmentRefused && e.Decided.IsZero() && e.Problem == errType.Code
 }
 
 // wait has a device wait, if not too many of its group do.
@@ -632,7 +665,7 @@ func (s *Service) decide(ctx context.Context, owner hub.Owner, dev hub.DeviceID,
 	if allow {
 		state = hub.EnrolmentAllowed
 	}
-	if e.State == state || allow && (e.State == hub.EnrolmentIssued || e.waits() == hub.WaitsForTerms) { // which nobody decides here
+	if e.State == state && !e.unfit() || allow && (e.State == hub.EnrolmentIssued || e.waits() == hub.WaitsForTerms) { // which nobody decides here
 		return e, false, nil
 	}
 	e.State, e.User, e.Decided, e.Problem = state, user, time.Now().UTC(), ""

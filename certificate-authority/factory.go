@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/coaphub/coaphub/hub"
@@ -45,15 +46,41 @@ func (s *Service) byFactory(ctx context.Context, chain []*x509.Certificate, name
 	if err != nil {
 		return applicant{}, err
 	}
+	kind, fits := g.typeOf(leaf)
 	return applicant{
-		device: s.deviceIn(g, leaf, said), allowed: !g.Approval, group: g,
+		device: s.deviceIn(g, leaf, said), allowed: !g.Approval, group: g, unfit: !fits,
 		claims:   g.Named && said.device != "" && !said.kept,
 		nameless: g.Named && named == "" && said.device == "" && identityIn(leaf.Subject) == "",
 		enrolment: enrolment{
-			By: hub.ByFactory, Group: g.ID, Owner: g.Owner, Key: nameOf(leaf.RawSubjectPublicKeyInfo),
+			By: hub.ByFactory, Group: g.ID, Owner: g.Owner, Key: nameOf(leaf.RawSubjectPublicKeyInfo), Type: kind,
 			Proof: fmt.Sprintf("factory certificate %s of %s", hub.SerialOf(leaf.SerialNumber), leaf.Issuer.CommonName),
 		},
 	}, nil
+}
+
+// maxType bounds the name of a device type, as an organizational unit has it (RFC 5280, Appendix A.1: ub-organizational-unit-name).
+const maxType = 64
+
+// isDeviceType reports whether a text has the form of a device type: OCF's begin with oic.d., and others' with x.
+func isDeviceType(text string) bool {
+	return len(text) <= maxType && (strings.HasPrefix(text, "oic.d.") || strings.HasPrefix(text, "x.")) &&
+		!strings.ContainsFunc(text, func(r rune) bool { return (r < 'a' || r > 'z') && (r < '0' || r > '9') && r != '.' && r != '-' })
+}
+
+// typeOf is the device type that the manufacturer gives a device: an organizational unit in the subject of its factory certificate,
+// the first that the group lets in, else the first that there is. What a device says of itself, in its request or in /oic/d, proves
+// nothing, since whoever has the factory key may say it. fits: the group lets it in.
+func (g *group) typeOf(leaf *x509.Certificate) (kind string, fits bool) {
+	for _, unit := range leaf.Subject.OrganizationalUnit {
+		switch {
+		case !isDeviceType(unit):
+		case slices.Contains(g.Types, unit):
+			return unit, true
+		case kind == "":
+			kind = unit
+		}
+	}
+	return kind, len(g.Types) == 0
 }
 
 // vouched reports whether a manufacturer says which device it is, and not the device itself or its owner.

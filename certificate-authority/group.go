@@ -32,6 +32,7 @@ const (
 	maxChain = 64 << 10
 	maxName  = 256
 	maxURL   = 2048
+	maxTypes = 64
 	// maxBehind bounds the certificates that come behind a factory certificate.
 	maxBehind = 8
 	// maxRSA bounds the keys of factory certificates and what is behind them, in bits.
@@ -58,6 +59,7 @@ type groupDoc struct {
 	Approval bool           `json:"approval,omitempty"`
 	Expired  bool           `json:"expired,omitempty"`
 	Named    bool           `json:"named,omitempty"`
+	Types    []string       `json:"types,omitempty"`
 	Terms    hub.Terms      `json:"terms,omitzero"`
 	Accepted hub.Acceptance `json:"accepted,omitzero"`
 	PSK      []byte         `json:"psk,omitempty"` // sealed
@@ -81,6 +83,9 @@ func readGroup(g hub.EnrolmentGroup) (*group, error) {
 	}
 	if err := checkTerms(g.Terms); err != nil {
 		return nil, err
+	}
+	if len(g.Types) > maxTypes || slices.ContainsFunc(g.Types, func(t string) bool { return !isDeviceType(t) }) {
+		return nil, hub.NewError(hub.Invalid, "group-types-invalid", "a group names at most 64 device types, such as oic.d.light, or x.com.example.lamp")
 	}
 	out := &group{EnrolmentGroup: g}
 	for rest := []byte(g.Chain); len(strings.TrimSpace(string(rest))) > 0; {
@@ -106,6 +111,7 @@ func readGroup(g hub.EnrolmentGroup) (*group, error) {
 		return nil, hub.NewError(hub.Invalid, "group-chain-invalid", "a group needs the CA that signs its devices' certificates, PEM")
 	}
 	out.Allow = slices.Clone(g.Allow)
+	out.Types = slices.Clone(g.Types)
 	slices.Sort(out.Allow)
 	out.Allow = slices.Compact(out.Allow)
 	return out, nil
@@ -133,7 +139,7 @@ func (g *group) agreed() bool { return g.Terms.Version == "" || g.Accepted.Versi
 func (s *Service) putGroup(ctx context.Context, g *group) error {
 	value, err := json.Marshal(groupDoc{
 		Name: g.Name, Owner: g.Owner, Chain: g.Chain, Allow: g.Allow, Approval: g.Approval, Expired: g.Expired, Named: g.Named,
-		Terms: g.Terms, Accepted: g.Accepted, PSK: g.psk, Created: g.Created, User: g.User,
+		Types: g.Types, Terms: g.Terms, Accepted: g.Accepted, PSK: g.psk, Created: g.Created, User: g.User,
 	})
 	if err != nil {
 		return fmt.Errorf("encode an enrolment group: %w", err)
@@ -197,7 +203,7 @@ func (s *Service) readGroups(ctx context.Context) ([]*group, error) {
 		}
 		g, err := readGroup(hub.EnrolmentGroup{
 			ID: doc.Key, Name: d.Name, Owner: d.Owner, Chain: d.Chain, Allow: d.Allow, Approval: d.Approval, Expired: d.Expired,
-			Named: d.Named, Terms: d.Terms, Accepted: d.Accepted, HasPSK: len(d.PSK) > 0, Created: d.Created, User: d.User,
+			Named: d.Named, Types: d.Types, Terms: d.Terms, Accepted: d.Accepted, HasPSK: len(d.PSK) > 0, Created: d.Created, User: d.User,
 		})
 		if err != nil {
 			return nil, damaged("an enrolment group", err)

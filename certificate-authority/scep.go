@@ -54,7 +54,7 @@ func (s *Service) renews(ctx context.Context, a *applicant, e *enrolment, req re
 			return errToken
 		}
 		a.Owner, a.token, a.made, a.repeats = t.Owner, t.token, t.made, t.repeats
-		e.Owner, e.Group, e.By, e.Proof, e.Key, e.User, e.Terms = t.Owner, "", t.By, t.Proof, t.Key, t.User, hub.Acceptance{}
+		e.Owner, e.Group, e.By, e.Proof, e.Key, e.Type, e.User, e.Terms = t.Owner, "", t.By, t.Proof, t.Key, "", t.User, hub.Acceptance{}
 	}
 	a.Proof += ", " + shown
 	return nil

@@ -223,7 +223,7 @@ func (s *Service) sweep(ctx context.Context) error {
 		}),
 		s.sweepAll(ctx, collEnrolments, func(value []byte) bool {
 			var e enrolment
-			return json.Unmarshal(value, &e) == nil && e.State == hub.EnrolmentWaiting && now.Sub(e.Changed) > waitsFor
+			return json.Unmarshal(value, &e) == nil && (e.State == hub.EnrolmentWaiting || e.unfit()) && now.Sub(e.Changed) > waitsFor
 		}),
 		s.sweepAll(ctx, collProvisioning, func(value []byte) bool {
 			var p provisioning

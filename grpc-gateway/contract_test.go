@@ -27,7 +27,7 @@ var extensions = map[string]protoreflect.FieldNumber{
 	"supersede": 206, "at": 207, "lagged": 208, "search": 210, "sort": 211, "labels": 212, "next_contact": 213,
 	"contact_interval": 214, "if_match": 215, "forward_if_match": 216, "async": 217,
 	"requested_by": 220, "request_method": 221, "revoked_date": 222, "revocation_reason": 223, "reason": 224,
-	"allow": 225, "approval": 226, "named": 227, "has_pre_shared_key": 228, "terms": 229, "accepted_terms": 232,
+	"allow": 225, "approval": 226, "named": 227, "has_pre_shared_key": 228, "terms": 229, "accepted_terms": 232, "device_types": 233,
 	"terms_version": 234, "terms_accepted_by": 235, "terms_acceptance_date": 236,
 	"profile": 230, "hosts": 231,
 }

@@ -352,6 +352,7 @@ const dataPrefix = "data:;base64,"
 func (g *Gateway) groupMessage(e *hub.EnrolmentGroup) *dppb.EnrollmentGroup {
 	m := &dppb.EnrollmentGroup{
 		Id: e.ID, Owner: string(e.Owner), Name: e.Name, HubIds: []string{g.deps.HubID}, Approval: e.Approval, Named: e.Named, HasPreSharedKey: e.HasPSK,
+		DeviceTypes: e.Types,
 		AttestationMechanism: &dppb.AttestationMechanism{X509: &dppb.X509Configuration{
 			CertificateChain: dataPrefix + base64.StdEncoding.EncodeToString([]byte(e.Chain)), LeadCertificateName: leadOf(e.Chain),
 			ExpiredCertificateEnabled: e.Expired,
@@ -442,6 +443,7 @@ type groupRequest interface {
 	GetName() string
 	GetAllow() []string
 	GetApproval() bool
+	GetDeviceTypes() []string
 	GetTerms() *dppb.EnrolmentTerms
 }
 
@@ -469,6 +471,7 @@ func (g *Gateway) setGroup(ctx context.Context, c hub.Claims, id string, in grou
 			return nil, errGroupHub
 		}
 	}
+	e.Types = in.GetDeviceTypes()
 	x := in.GetAttestationMechanism().GetX509()
 	e.Expired = x.GetExpiredCertificateEnabled()
 	var err error
@@ -616,7 +619,7 @@ func (g *Gateway) enrolments(ctx context.Context, owner hub.Owner, f *filter) it
 func enrolmentMessage(e *hub.Enrolment) *dppb.Enrolment {
 	return &dppb.Enrolment{
 		DeviceId: string(e.Device), Owner: string(e.Owner), EnrollmentGroupId: e.Group, Method: string(e.By), Proof: e.Proof, PublicKey: e.Key,
-		State: string(e.State), WaitsFor: string(e.Waits), DecidedBy: e.User, Serial: e.Serial, Problem: e.Problem, CreationDate: nanos(e.Created), ChangeDate: nanos(e.Changed),
+		State: string(e.State), WaitsFor: string(e.Waits), DeviceType: e.Type, DecidedBy: e.User, Serial: e.Serial, Problem: e.Problem, CreationDate: nanos(e.Created), ChangeDate: nanos(e.Changed),
 	}
 }
 

@@ -275,7 +275,9 @@ func TestEnrolmentGroupsOverTheAPI(t *testing.T) {
 	want(t, "accepted", a.json()["acceptedTerms"].(map[string]any)["acceptedBy"], any("alice-sub"))
 	want(t, "terms", a.json()["terms"].(map[string]any)["url"], any("https://terms.example"))
 	want(t, "audit", log.lines()[len(log.lines())-1], "http acceptTerms "+accept+" group="+groupA+` terms="2" alice-sub alice  ok`)
-	put(`,"terms":{}`)
+	put(`,"terms":{},"deviceTypes":["oic.d.light"]`)
+	wantList(t, "types", w.enrolments.groups[0].Types, "oic.d.light")
+	want(t, "types", w.get(t, path+"?idFilter="+groupA).results()[0]["deviceTypes"].([]any)[0], any("oic.d.light"))
 	want(t, "terms", w.enrolments.groups[0].Terms.Version, "")
 
 	for what, c := range map[string]struct{ token, method, path, body, reason string }{

@@ -43,6 +43,8 @@ type EnrolmentGroup struct {
 	// Named lets a device say its own ID when it comes for the first time, unless its manufacturer does: one that nobody has. Its
 	// factory key stands for that ID from then on.
 	Named bool
+	// Types are the device types (`rt` of /oic/d) that may enrol, as the manufacturer vouches for them. Empty: all.
+	Types []string
 	// Terms have to be accepted before a device enrols, and Accepted says who did, and which: it is read only.
 	Terms    Terms
 	Accepted Acceptance
@@ -104,6 +106,7 @@ type Enrolment struct {
 	By      RequestMethod
 	Proof   string // what it showed, for people
 	Key     string // names the key that it showed, a UUID; "" without
+	Type    string // its device type, which its manufacturer says; "" without
 	State   EnrolmentState
 	Waits   EnrolmentWaits // "" if it does not
 	User    string         // who allowed or refused it

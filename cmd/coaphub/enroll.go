@@ -254,6 +254,7 @@ func newEnrollGroup(p process) *cobra.Command {
 		cmd.Flags().BoolVar(&g.Approval, "approval", false, "a person decides on each device: coaphub enroll approve")
 		cmd.Flags().BoolVar(&g.Named, "named", false, "a device says its own ID when it comes for the first time, as those of plgd's device provisioning do")
 		cmd.Flags().BoolVar(&g.Expired, "accept-expired", false, "factory certificates that have ended are good, too")
+		cmd.Flags().StringSliceVar(&g.Types, "device-type", nil, "device types that may enrol, such as oic.d.light: the factory certificate has it as an organizational unit; none: all")
 		cmd.Flags().StringVar(&terms.Version, "terms", "", "version of terms, a licence for one, that somebody has to accept before devices enrol: coaphub enroll group accept")
 		cmd.Flags().StringVar(&terms.URL, "terms-url", "", "where the text of that version is")
 	}
@@ -318,6 +319,9 @@ func newEnrollGroup(p process) *cobra.Command {
 			}
 			if cmd.Flags().Changed("accept-expired") {
 				next.Expired = asked.Expired
+			}
+			if cmd.Flags().Changed("device-type") {
+				next.Types = slices.DeleteFunc(asked.Types, func(t string) bool { return t == "" })
 			}
 			if cmd.Flags().Changed("terms") {
 				next.Terms = &terms // with the URL of its text
@@ -401,6 +405,9 @@ func printGroups(p process, gs []bundle.EnrolmentGroup, err error, asJSON bool, 
 		devices, approval, terms := "all of its CA", "none", "none"
 		if len(g.Allow) > 0 {
 			devices = fmt.Sprintf("%d that are named", len(g.Allow))
+		}
+		if len(g.Types) > 0 {
+			devices += ", " + strings.Join(g.Types, ", ")
 		}
 		if g.Approval {
 			approval = "by a person"

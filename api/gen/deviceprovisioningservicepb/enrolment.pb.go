@@ -38,7 +38,8 @@ type Enrolment struct {
 	Problem           string                 `protobuf:"bytes,10,opt,name=problem,proto3" json:"problem,omitempty"` // a stable code; "" if there is none
 	CreationDate      int64                  `protobuf:"varint,11,opt,name=creation_date,json=creationDate,proto3" json:"creation_date,omitempty"`
 	ChangeDate        int64                  `protobuf:"varint,12,opt,name=change_date,json=changeDate,proto3" json:"change_date,omitempty"`
-	WaitsFor          string                 `protobuf:"bytes,13,opt,name=waits_for,json=waitsFor,proto3" json:"waits_for,omitempty"` // approval, or terms: somebody has to accept those of its group; "" if it does not wait
+	DeviceType        string                 `protobuf:"bytes,14,opt,name=device_type,json=deviceType,proto3" json:"device_type,omitempty"` // that its manufacturer says; "" without
+	WaitsFor          string                 `protobuf:"bytes,13,opt,name=waits_for,json=waitsFor,proto3" json:"waits_for,omitempty"`       // approval, or terms: somebody has to accept those of its group; "" if it does not wait
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -155,6 +156,13 @@ func (x *Enrolment) GetChangeDate() int64 {
 		return x.ChangeDate
 	}
 	return 0
+}
+
+func (x *Enrolment) GetDeviceType() string {
+	if x != nil {
+		return x.DeviceType
+	}
+	return ""
 }
 
 func (x *Enrolment) GetWaitsFor() string {
@@ -792,7 +800,7 @@ var File_device_provisioning_service_enrolment_proto protoreflect.FileDescriptor
 
 const file_device_provisioning_service_enrolment_proto_rawDesc = "" +
 	"\n" +
-	"+device-provisioning-service/enrolment.proto\x12\x1cdeviceprovisioningservice.pb\"\x85\x03\n" +
+	"+device-provisioning-service/enrolment.proto\x12\x1cdeviceprovisioningservice.pb\"\xa6\x03\n" +
 	"\tEnrolment\x12\x1b\n" +
 	"\tdevice_id\x18\x01 \x01(\tR\bdeviceId\x12\x14\n" +
 	"\x05owner\x18\x02 \x01(\tR\x05owner\x12.\n" +
@@ -809,7 +817,9 @@ const file_device_provisioning_service_enrolment_proto_rawDesc = "" +
 	" \x01(\tR\aproblem\x12#\n" +
 	"\rcreation_date\x18\v \x01(\x03R\fcreationDate\x12\x1f\n" +
 	"\vchange_date\x18\f \x01(\x03R\n" +
-	"changeDate\x12\x1b\n" +
+	"changeDate\x12\x1f\n" +
+	"\vdevice_type\x18\x0e \x01(\tR\n" +
+	"deviceType\x12\x1b\n" +
 	"\twaits_for\x18\r \x01(\tR\bwaitsFor\"\xa0\x01\n" +
 	"\x14GetEnrolmentsRequest\x12(\n" +
 	"\x10device_id_filter\x18\x01 \x03(\tR\x0edeviceIdFilter\x12;\n" +

@@ -140,6 +140,7 @@ type EnrollmentGroup struct {
 	Approval             bool                   `protobuf:"varint,226,opt,name=approval,proto3" json:"approval,omitempty"` // a person decides on each device
 	Named                bool                   `protobuf:"varint,227,opt,name=named,proto3" json:"named,omitempty"`       // a device says its own ID when it comes for the first time
 	HasPreSharedKey      bool                   `protobuf:"varint,228,opt,name=has_pre_shared_key,json=hasPreSharedKey,proto3" json:"has_pre_shared_key,omitempty"`
+	DeviceTypes          []string               `protobuf:"bytes,233,rep,name=device_types,json=deviceTypes,proto3" json:"device_types,omitempty"`       // that may enrol; none: all
 	Terms                *EnrolmentTerms        `protobuf:"bytes,229,opt,name=terms,proto3" json:"terms,omitempty"`                                      // that have to be accepted before devices enrol
 	AcceptedTerms        *AcceptedTerms         `protobuf:"bytes,232,opt,name=accepted_terms,json=acceptedTerms,proto3" json:"accepted_terms,omitempty"` // by AcceptTerms; of another version than terms, the former one
 	unknownFields        protoimpl.UnknownFields
@@ -246,6 +247,13 @@ func (x *EnrollmentGroup) GetHasPreSharedKey() bool {
 	return false
 }
 
+func (x *EnrollmentGroup) GetDeviceTypes() []string {
+	if x != nil {
+		return x.DeviceTypes
+	}
+	return nil
+}
+
 func (x *EnrollmentGroup) GetTerms() *EnrolmentTerms {
 	if x != nil {
 		return x.Terms
@@ -268,7 +276,8 @@ type CreateEnrollmentGroupRequest struct {
 	Name                 string                 `protobuf:"bytes,5,opt,name=name,proto3" json:"name,omitempty"`
 	Allow                []string               `protobuf:"bytes,225,rep,name=allow,proto3" json:"allow,omitempty"`
 	Approval             bool                   `protobuf:"varint,226,opt,name=approval,proto3" json:"approval,omitempty"`
-	Named                *bool                  `protobuf:"varint,227,opt,name=named,proto3,oneof" json:"named,omitempty"` // not set: it is so, since devices of this protocol do
+	Named                *bool                  `protobuf:"varint,227,opt,name=named,proto3,oneof" json:"named,omitempty"`                         // not set: it is so, since devices of this protocol do
+	DeviceTypes          []string               `protobuf:"bytes,233,rep,name=device_types,json=deviceTypes,proto3" json:"device_types,omitempty"` // rt of /oic/d, an organizational unit of the factory certificate
 	Terms                *EnrolmentTerms        `protobuf:"bytes,229,opt,name=terms,proto3" json:"terms,omitempty"`
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
@@ -353,6 +362,13 @@ func (x *CreateEnrollmentGroupRequest) GetNamed() bool {
 	return false
 }
 
+func (x *CreateEnrollmentGroupRequest) GetDeviceTypes() []string {
+	if x != nil {
+		return x.DeviceTypes
+	}
+	return nil
+}
+
 func (x *CreateEnrollmentGroupRequest) GetTerms() *EnrolmentTerms {
 	if x != nil {
 		return x.Terms
@@ -430,7 +446,8 @@ type UpdateEnrollmentGroup struct {
 	Allow                []string               `protobuf:"bytes,225,rep,name=allow,proto3" json:"allow,omitempty"`
 	Approval             bool                   `protobuf:"varint,226,opt,name=approval,proto3" json:"approval,omitempty"`
 	Named                *bool                  `protobuf:"varint,227,opt,name=named,proto3,oneof" json:"named,omitempty"` // not set: as it was
-	Terms                *EnrolmentTerms        `protobuf:"bytes,229,opt,name=terms,proto3" json:"terms,omitempty"`        // not set: as they were; without a version: none any more
+	DeviceTypes          []string               `protobuf:"bytes,233,rep,name=device_types,json=deviceTypes,proto3" json:"device_types,omitempty"`
+	Terms                *EnrolmentTerms        `protobuf:"bytes,229,opt,name=terms,proto3" json:"terms,omitempty"` // not set: as they were; without a version: none any more
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
@@ -512,6 +529,13 @@ func (x *UpdateEnrollmentGroup) GetNamed() bool {
 		return *x.Named
 	}
 	return false
+}
+
+func (x *UpdateEnrollmentGroup) GetDeviceTypes() []string {
+	if x != nil {
+		return x.DeviceTypes
+	}
+	return nil
 }
 
 func (x *UpdateEnrollmentGroup) GetTerms() *EnrolmentTerms {
@@ -680,7 +704,7 @@ const file_device_provisioning_service_groups_proto_rawDesc = "" +
 	"\x15lead_certificate_name\x18\x02 \x01(\tR\x13leadCertificateName\x12>\n" +
 	"\x1bexpired_certificate_enabled\x18\x03 \x01(\bR\x19expiredCertificateEnabled\"[\n" +
 	"\x14AttestationMechanism\x12C\n" +
-	"\x04x509\x18\x01 \x01(\v2/.deviceprovisioningservice.pb.X509ConfigurationR\x04x509\"\x8c\x04\n" +
+	"\x04x509\x18\x01 \x01(\v2/.deviceprovisioningservice.pb.X509ConfigurationR\x04x509\"\xb0\x04\n" +
 	"\x0fEnrollmentGroup\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05owner\x18\x02 \x01(\tR\x05owner\x12g\n" +
@@ -691,9 +715,10 @@ const file_device_provisioning_service_groups_proto_rawDesc = "" +
 	"\x05allow\x18\xe1\x01 \x03(\tR\x05allow\x12\x1b\n" +
 	"\bapproval\x18\xe2\x01 \x01(\bR\bapproval\x12\x15\n" +
 	"\x05named\x18\xe3\x01 \x01(\bR\x05named\x12,\n" +
-	"\x12has_pre_shared_key\x18\xe4\x01 \x01(\bR\x0fhasPreSharedKey\x12C\n" +
+	"\x12has_pre_shared_key\x18\xe4\x01 \x01(\bR\x0fhasPreSharedKey\x12\"\n" +
+	"\fdevice_types\x18\xe9\x01 \x03(\tR\vdeviceTypes\x12C\n" +
 	"\x05terms\x18\xe5\x01 \x01(\v2,.deviceprovisioningservice.pb.EnrolmentTermsR\x05terms\x12S\n" +
-	"\x0eaccepted_terms\x18\xe8\x01 \x01(\v2+.deviceprovisioningservice.pb.AcceptedTermsR\racceptedTermsJ\x04\b\x04\x10\x05\"\x85\x03\n" +
+	"\x0eaccepted_terms\x18\xe8\x01 \x01(\v2+.deviceprovisioningservice.pb.AcceptedTermsR\racceptedTermsJ\x04\b\x04\x10\x05\"\xa9\x03\n" +
 	"\x1cCreateEnrollmentGroupRequest\x12g\n" +
 	"\x15attestation_mechanism\x18\x02 \x01(\v22.deviceprovisioningservice.pb.AttestationMechanismR\x14attestationMechanism\x12\x17\n" +
 	"\ahub_ids\x18\x06 \x03(\tR\x06hubIds\x12$\n" +
@@ -701,13 +726,14 @@ const file_device_provisioning_service_groups_proto_rawDesc = "" +
 	"\x04name\x18\x05 \x01(\tR\x04name\x12\x15\n" +
 	"\x05allow\x18\xe1\x01 \x03(\tR\x05allow\x12\x1b\n" +
 	"\bapproval\x18\xe2\x01 \x01(\bR\bapproval\x12\x1a\n" +
-	"\x05named\x18\xe3\x01 \x01(\bH\x00R\x05named\x88\x01\x01\x12C\n" +
+	"\x05named\x18\xe3\x01 \x01(\bH\x00R\x05named\x88\x01\x01\x12\"\n" +
+	"\fdevice_types\x18\xe9\x01 \x03(\tR\vdeviceTypes\x12C\n" +
 	"\x05terms\x18\xe5\x01 \x01(\v2,.deviceprovisioningservice.pb.EnrolmentTermsR\x05termsB\b\n" +
 	"\x06_namedJ\x04\b\x01\x10\x02J\x04\b\x03\x10\x04\"\xbd\x01\n" +
 	"\x1aGetEnrollmentGroupsRequest\x12\x1b\n" +
 	"\tid_filter\x18\x01 \x03(\tR\bidFilter\x12^\n" +
 	",attestation_mechanism_x509_certificate_names\x18\x02 \x03(\tR(attestationMechanismX509CertificateNames\x12\"\n" +
-	"\rhub_id_filter\x18\x03 \x03(\tR\vhubIdFilter\"\xfe\x02\n" +
+	"\rhub_id_filter\x18\x03 \x03(\tR\vhubIdFilter\"\xa2\x03\n" +
 	"\x15UpdateEnrollmentGroup\x12g\n" +
 	"\x15attestation_mechanism\x18\x02 \x01(\v22.deviceprovisioningservice.pb.AttestationMechanismR\x14attestationMechanism\x12\x17\n" +
 	"\ahub_ids\x18\x06 \x03(\tR\x06hubIds\x12$\n" +
@@ -715,7 +741,8 @@ const file_device_provisioning_service_groups_proto_rawDesc = "" +
 	"\x04name\x18\x05 \x01(\tR\x04name\x12\x15\n" +
 	"\x05allow\x18\xe1\x01 \x03(\tR\x05allow\x12\x1b\n" +
 	"\bapproval\x18\xe2\x01 \x01(\bR\bapproval\x12\x1a\n" +
-	"\x05named\x18\xe3\x01 \x01(\bH\x00R\x05named\x88\x01\x01\x12C\n" +
+	"\x05named\x18\xe3\x01 \x01(\bH\x00R\x05named\x88\x01\x01\x12\"\n" +
+	"\fdevice_types\x18\xe9\x01 \x03(\tR\vdeviceTypes\x12C\n" +
 	"\x05terms\x18\xe5\x01 \x01(\v2,.deviceprovisioningservice.pb.EnrolmentTermsR\x05termsB\b\n" +
 	"\x06_namedJ\x04\b\x01\x10\x02J\x04\b\x03\x10\x04\"\x8e\x01\n" +
 	"\x1cUpdateEnrollmentGroupRequest\x12\x0e\n" +

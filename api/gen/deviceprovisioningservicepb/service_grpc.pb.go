@@ -47,7 +47,7 @@ const (
 // "authorization: Bearer <access token>" in its metadata. Errors carry a google.rpc.ErrorInfo whose reason is a stable code.
 //
 // Field numbers from 200 on are extensions of coaphub, with numbers as in GrpcGateway: 205 all, 225 allow, 226 approval, 227 named,
-// 228 has_pre_shared_key, 229 terms, 232 accepted_terms.
+// 228 has_pre_shared_key, 229 terms, 232 accepted_terms, 233 device_types.
 type DeviceProvisionServiceClient interface {
 	// Lists how the owner's devices were provisioned, in no order.
 	GetProvisioningRecords(ctx context.Context, in *GetProvisioningRecordsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ProvisioningRecord], error)
@@ -302,7 +302,7 @@ func (c *deviceProvisionServiceClient) DeleteEnrolmentTokens(ctx context.Context
 // "authorization: Bearer <access token>" in its metadata. Errors carry a google.rpc.ErrorInfo whose reason is a stable code.
 //
 // Field numbers from 200 on are extensions of coaphub, with numbers as in GrpcGateway: 205 all, 225 allow, 226 approval, 227 named,
-// 228 has_pre_shared_key, 229 terms, 232 accepted_terms.
+// 228 has_pre_shared_key, 229 terms, 232 accepted_terms, 233 device_types.
 type DeviceProvisionServiceServer interface {
 	// Lists how the owner's devices were provisioned, in no order.
 	GetProvisioningRecords(*GetProvisioningRecordsRequest, grpc.ServerStreamingServer[ProvisioningRecord]) error
