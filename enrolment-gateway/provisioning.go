@@ -209,6 +209,11 @@ func (s *step) credentials(ctx context.Context) (any, error) {
 		return nil, err
 	}
 	s.gw.enrolled(ctx, s.log, out)
+	if s.to.Device != out.Device { // it says so only now, and of two groups of its CA another one may name it
+		if s.to, err = s.gw.deps.Authority.Applicant(ctx, s.proof.Chain); err != nil {
+			return nil, err
+		}
+	}
 	s.done.Device, s.done.Identity, s.done.PSK = out.Device, est.PEM(out.Chain[0]), s.to.PSK != ""
 	creds := []credential{{
 		Subject: string(out.Device), Type: certificate, Usage: usageCert, Tag: provisioningTag, Public: &credentialData{est.PEM(out.Chain...), encodingPEM},

@@ -386,6 +386,53 @@ func TestDeviceProvisioningRefuses(t *testing.T) {
 	n.refused("many codes", last, codes.ServiceUnavailable, "provisioning-repeated")
 }
 
+// Of two groups of one CA a device gets the key of the one that names it, also when its credentials are the first that it asks for
+// and it says only there which device it is.
+func TestDeviceProvisioningGivesTheKeyOfItsGroup(t *testing.T) {
+	t.Parallel()
+	h := hubtest.Start(t)
+	m := newMaker(t, "lamp maker")
+	a := application(t, h)
+	const first, second, other = "a0000000-0000-4000-8000-00000000000a", "a0000000-0000-4000-8000-00000000000b", "a0000000-0000-4000-8000-00000000000c"
+	group := func(psk, more string) string {
+		t.Helper()
+		var g struct{ ID string }
+		body := fmt.Sprintf(`{"preSharedKey":%q,"attestationMechanism":{"x509":{"certificateChain":%q}}%s}`, psk, m.pem, more)
+		if status := a.ask(http.MethodPost, "/api/v1/enrollment-groups", body, &g); status != http.StatusOK {
+			t.Fatalf("the group got %d", status)
+		}
+		return g.ID
+	}
+	const namedKey, openKey = "key-of-the-named", "key-of-all-other"
+	named, open := group(namedKey, `,"allow":["`+first+`","`+second+`"]`), group(openKey, "")
+	for _, c := range []struct {
+		id, psk, group string
+		says           bool // besides its request
+	}{{first, namedKey, named, true}, {second, namedKey, named, false}, {other, openKey, open, true}} {
+		chain, key := m.device("serial of " + c.id)
+		n, err := comes(t, h, transportOf("tls"), chain, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		csr, _ := csrBody(t, c.id)
+		if !c.says {
+			delete(csr, "di")
+		}
+		for _, when := range []string{"at first", "once more"} {
+			creds := n.took(codes.POST, provisioning+"credentials", csr)
+			if got := dig(t, creds.Body, "creds", 2, "privatedata", "data"); got != c.psk {
+				t.Errorf("%s %s: the key is %v, not %s", c.id, when, got, c.psk)
+			}
+			var r struct {
+				Result struct{ EnrollmentGroupID string }
+			}
+			if status := a.ask(http.MethodGet, "/api/v1/provisioning-records?deviceIdFilter="+c.id, "", &r); status != http.StatusOK || r.Result.EnrollmentGroupID != c.group {
+				t.Errorf("%s %s: the record has the group %q, not %q", c.id, when, r.Result.EnrollmentGroupID, c.group)
+			}
+		}
+	}
+}
+
 // Where a person decides, the device is told to come again, and gets nothing before.
 func TestDeviceProvisioningWaitsForAPerson(t *testing.T) {
 	t.Parallel()
