@@ -28,6 +28,8 @@ const (
 	// maxGroups bounds the groups, and maxAllow the devices that one names.
 	maxGroups = 1000
 	maxAllow  = 100_000
+	// maxNamed bounds the devices that all groups of an owner name: those IDs are kept for him.
+	maxNamed = 1_000_000
 	// maxChain bounds the PEM of a group's CA and what is above it.
 	maxChain = 64 << 10
 	maxName  = 256
@@ -280,7 +282,7 @@ func (g *group) verify(chain []*x509.Certificate, now time.Time) error {
 // SetGroup makes a group, if it has no ID yet, or replaces the one that has this ID; then its owner and creation stay, and its
 // pre-shared key if HasPSK says so and there is no other, and who accepted its terms. It returns the group as it is stored. Kinds: Invalid and TooLarge for what
 // is in it, Exhausted at 1000 groups, NotFound for an ID that there is not, Precondition ("group-ca-taken") if another owner has the
-// devices of the same CA and one of both names none: else it could take the other's.
+// devices of the same CA and one of both names none: else it could take the other's, or ("group-allow-taken") names one of the devices.
 func (s *Service) SetGroup(ctx context.Context, g hub.EnrolmentGroup) (hub.EnrolmentGroup, error) {
 	const op = "certificateauthority.SetGroup"
 	out, err := s.setGroup(ctx, g)
@@ -312,6 +314,10 @@ func (s *Service) setGroup(ctx context.Context, g hub.EnrolmentGroup) (hub.Enrol
 		}
 		g.ID, g.Created = uuid.NewString(), time.Now().UTC()
 	}
+	var before []hub.DeviceID
+	if i := slices.IndexFunc(gs, func(o *group) bool { return o.ID == g.ID }); i >= 0 {
+		before = gs[i].Allow
+	}
 	keep := g.HasPSK // nobody can write again what nobody is shown
 	in, err := readGroup(g)
 	if err != nil {
@@ -336,8 +342,54 @@ func (s *Service) setGroup(ctx context.Context, g hub.EnrolmentGroup) (hub.Enrol
 				"another group has devices of this CA; name those of this group, none of which is in the other")
 		}
 	}
+	if err := in.mayName(gs, before); err != nil {
+		return hub.EnrolmentGroup{}, err
+	}
 	in.rev, in.psk = rev, sealed
 	return in.EnrolmentGroup, s.putGroup(ctx, in)
+}
+
+// mayName refuses devices that the group did not name before: those that a group of another owner names, and too many of one owner.
+func (g *group) mayName(gs []*group, before []hub.DeviceID) error {
+	n := len(g.Allow)
+	for _, o := range gs {
+		switch {
+		case o.ID == g.ID:
+		case o.Owner == g.Owner:
+			n += len(o.Allow)
+		case both(g.Allow, o.Allow, func(dev hub.DeviceID) bool { _, had := slices.BinarySearch(before, dev); return !had }):
+			return hub.NewError(hub.Precondition, "group-allow-taken", "a group of another owner names one of these devices")
+		}
+	}
+	if n > maxNamed && len(g.Allow) > len(before) {
+		return hub.NewError(hub.Exhausted, "group-allow-limit", "the groups of an owner name at most 1000000 devices")
+	}
+	return nil
+}
+
+// both reports whether two lists in order have a device in common that counts.
+func both(a, b []hub.DeviceID, counts func(hub.DeviceID) bool) bool {
+	if len(a) > len(b) {
+		a, b = b, a
+	}
+	return slices.ContainsFunc(a, func(dev hub.DeviceID) bool {
+		_, found := slices.BinarySearch(b, dev)
+		return found && counts(dev)
+	})
+}
+
+// namedBy is the owner of the oldest group that names a device, "" if none does.
+func (s *Service) namedBy(ctx context.Context, dev hub.DeviceID) (hub.Owner, error) {
+	gs, err := s.all(ctx)
+	if err != nil {
+		return "", err
+	}
+	for _, g := range gs {
+		if _, named := slices.BinarySearch(g.Allow, dev); named {
+			return g.Owner, nil
+		}
+	}
+	return "", nil
 }
 
 // meets reports whether one factory certificate may lead to both groups: their CA is the same, or one is below the other of another
@@ -369,10 +421,7 @@ func (g *group) disputes(o *group) bool {
 		// One that names devices may stand beside one of all others, if both are of the same owner.
 		return g.Owner != o.Owner || len(g.Allow) == len(o.Allow)
 	}
-	return slices.ContainsFunc(g.Allow, func(dev hub.DeviceID) bool {
-		_, both := slices.BinarySearch(o.Allow, dev)
-		return both
-	})
+	return both(g.Allow, o.Allow, func(hub.DeviceID) bool { return true })
 }
 
 var errNoGroup = hub.NewError(hub.NotFound, "group-unknown", "there is no such enrolment group")

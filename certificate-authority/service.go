@@ -334,8 +334,8 @@ func (s *Service) count(err error) {
 	s.issued.WithLabelValues(outcome).Inc()
 }
 
-// whose refuses a device of another owner, and one that nobody owns and is kept for another. his: it is the owner's; else the
-// reservation that there is of its ID, or was, and its revision.
+// whose refuses a device of another owner, and one that nobody owns and is kept for another: by a certificate that was made, else by
+// a group that names it. his: it is the owner's; else the reservation that there is of its ID, or was, and its revision.
 func (s *Service) whose(ctx context.Context, owner hub.Owner, dev hub.DeviceID) (his bool, r reservation, rev uint64, err error) {
 	switch own, err := s.owners.Owner(ctx, dev); {
 	case err == nil && own.Owner == owner:
@@ -346,13 +346,21 @@ func (s *Service) whose(ctx context.Context, owner hub.Owner, dev hub.DeviceID) 
 		return false, r, 0, err
 	}
 	doc, err := s.docs.Get(ctx, collReserved, string(dev))
-	if err != nil || doc.Rev == 0 {
+	if err != nil {
 		return false, r, 0, err
 	}
-	if err := json.Unmarshal(doc.Value, &r); err != nil {
-		return false, r, 0, damaged("a reservation of a device ID", err)
+	if doc.Rev != 0 {
+		if err := json.Unmarshal(doc.Value, &r); err != nil {
+			return false, r, 0, damaged("a reservation of a device ID", err)
+		}
 	}
-	if r.Owner != owner && time.Now().Before(r.Until) {
+	by := r.Owner // who came first
+	if !time.Now().Before(r.Until) {
+		if by, err = s.namedBy(ctx, dev); err != nil {
+			return false, r, 0, err
+		}
+	}
+	if by != "" && by != owner {
 		return false, r, 0, errOther
 	}
 	return false, r, doc.Rev, nil
@@ -368,6 +376,12 @@ func (s *Service) entitled(ctx context.Context, owner hub.Owner, dev hub.DeviceI
 		}
 		if his {
 			return s.release(ctx, dev)
+		}
+		switch by, err := s.namedBy(ctx, dev); {
+		case err != nil:
+			return err
+		case by != "" && by != owner: // he came before the list, and has what is left of his time
+			return nil
 		}
 		now := time.Now().UTC()
 		mine := old.Owner == owner
