@@ -1,0 +1,241 @@
+package bus
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"runtime/debug"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/coaphub/coaphub/hub"
+)
+
+const (
+	// working is how many questions of a server are worked on at a time, and talking how many that come or go in parts wait for the next.
+	working, talking = 1024, 256
+	// talkTime is how long a talk waits for its next part, and leaving how long questions have to be answered when the server ends.
+	talkTime, leaving = 10 * time.Second, 5 * time.Second
+	// longest is for how long a question is worked on, whatever it says.
+	longest = 10 * time.Minute
+)
+
+// Server answers questions. It is made with Handle's methods first and then run.
+type Server struct {
+	bus     *Bus
+	subject string
+	shared  bool
+	methods map[string]handler
+	log     *slog.Logger
+
+	slots  chan struct{} // has one for each question that is worked on
+	under  sync.WaitGroup
+	talkTo string // the subject of talks, up to their names
+
+	mu    sync.Mutex // guards talks
+	talks map[string]*talk
+}
+
+type handler func(ctx context.Context, body []byte) ([]byte, error)
+
+// talk is a question or an answer that takes more than one message. Whoever takes it out of talks has it for itself.
+type talk struct {
+	q     question
+	body  []byte // of the question, as far as it came
+	out   []byte // what is left of the answer
+	until *time.Timer
+}
+
+// Server makes a server for a subject below the hub's. With shared each question is answered by one of all servers of the subject, else
+// by each of them.
+func (b *Bus) Server(subject string, shared bool, log *slog.Logger) *Server {
+	return &Server{
+		bus: b, subject: b.prefix + subject, shared: shared, methods: map[string]handler{}, log: log,
+		slots: make(chan struct{}, working), talkTo: b.prefix + "inbox.talk." + rand.Text() + ".", talks: map[string]*talk{},
+	}
+}
+
+// Handle has f answer a method. It must not be called once the server runs. An *hub.Error of f's goes to whoever asked, anything else
+// goes to the log.
+func Handle[Req, Resp any](s *Server, m Method[Req, Resp], f func(context.Context, Req) (Resp, error)) {
+	s.methods[string(m)] = func(ctx context.Context, body []byte) ([]byte, error) {
+		var req Req
+		if err := decoding.Unmarshal(body, &req); err != nil {
+			return nil, fmt.Errorf("decode: %w", err)
+		}
+		resp, err := f(ctx, req)
+		if err != nil {
+			return nil, err
+		}
+		return encoding.Marshal(resp)
+	}
+}
+
+// Run answers until ctx ends, then takes no more questions and ends when those it has are answered. ready is called once the servers of
+// the bus know of it, or, while there is none, at once.
+func (s *Server) Run(ctx context.Context, ready func()) error {
+	work, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	take := func(msg *nats.Msg) { s.take(work, msg, "") }
+	talks, err := s.bus.conn.Subscribe(s.talkTo+"*", func(msg *nats.Msg) { s.take(work, msg, msg.Subject[len(s.talkTo):]) })
+	if err != nil {
+		return fmt.Errorf("serve %s: %w", s.subject, err)
+	}
+	defer func() { _ = talks.Unsubscribe() }() // of a connection that is closed there is nothing to take back
+	var sub *nats.Subscription
+	if s.shared {
+		sub, err = s.bus.conn.QueueSubscribe(s.subject, "parts", take)
+	} else {
+		sub, err = s.bus.conn.Subscribe(s.subject, take)
+	}
+	if err != nil {
+		return fmt.Errorf("serve %s: %w", s.subject, err)
+	}
+	if s.bus.conn.IsConnected() {
+		if err := s.bus.conn.FlushTimeout(patience); err != nil {
+			s.log.Warn("the bus does not answer", "error", err)
+		}
+	}
+	ready()
+	<-ctx.Done()
+	gone := sub.StatusChanged(nats.SubscriptionClosed)
+	if sub.Drain() == nil { // what was sent to it before is still taken
+		select {
+		case <-gone:
+		case <-time.After(leaving):
+		}
+	}
+	over := time.AfterFunc(leaving, stop)
+	defer over.Stop()
+	s.under.Wait()
+	return nil
+}
+
+// take has a message worked on. It must not block: all messages of the subject wait for it.
+func (s *Server) take(ctx context.Context, msg *nats.Msg, talk string) {
+	var q question
+	switch err := decoding.Unmarshal(msg.Data, &q); {
+	case err != nil:
+		s.log.Error("a question that cannot be read", "subject", msg.Subject, "error", err)
+		s.answer(msg, answer{Failure: failureOf(err)})
+		return
+	case q.Version != version:
+		err := strangers(s.bus.build, q.Build, q.Version)
+		s.log.Error("a part of another version asks", "error", err)
+		s.answer(msg, answer{Failure: failureOf(err)})
+		return
+	}
+	select {
+	case s.slots <- struct{}{}:
+	default:
+		s.answer(msg, answer{Failure: failureOf(partBusy)})
+		return
+	}
+	s.under.Go(func() {
+		defer func() { <-s.slots }()
+		s.answer(msg, s.turn(ctx, talk, q))
+	})
+}
+
+// turn is one message's part in the conversation: it takes what came and says what goes back.
+func (s *Server) turn(ctx context.Context, name string, q question) answer {
+	t := &talk{q: q}
+	if name != "" {
+		if t = s.claim(name); t == nil {
+			return answer{Failure: failureOf(partSilent.With("talk", nil))} // it took too long, or this was said before
+		}
+	}
+	if t.out != nil {
+		return s.part(t)
+	}
+	if len(t.body)+len(q.Part) > maxQuestion {
+		return answer{Failure: failureOf(hub.NewError(hub.TooLarge, "", ""))}
+	}
+	t.body = append(t.body, q.Part...)
+	if q.More {
+		return s.keep(t, answer{})
+	}
+	out, err := s.work(ctx, t.q, t.body)
+	if err != nil {
+		return answer{Failure: failureOf(err)}
+	}
+	t.out, t.body = out, nil
+	return s.part(t)
+}
+
+// part is the next part of an answer.
+func (s *Server) part(t *talk) answer {
+	var a answer
+	a.Part, t.out = cut(t.out)
+	if len(t.out) == 0 {
+		return a
+	}
+	return s.keep(t, a)
+}
+
+// keep remembers a talk for what follows, and says where that goes.
+func (s *Server) keep(t *talk, a answer) answer {
+	name := rand.Text()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.talks) >= talking {
+		return answer{Failure: failureOf(partBusy)}
+	}
+	s.talks[name] = t
+	t.until = time.AfterFunc(talkTime, func() { s.claim(name) })
+	a.Next = s.talkTo + name
+	return a
+}
+
+// claim takes a talk out; nil if it is not there.
+func (s *Server) claim(name string) *talk {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t := s.talks[name]
+	if t != nil {
+		delete(s.talks, name)
+		t.until.Stop()
+	}
+	return t
+}
+
+// work has a whole question answered.
+func (s *Server) work(ctx context.Context, q question, body []byte) (out []byte, err error) {
+	f, ok := s.methods[q.Method]
+	if !ok { // a newer one asks
+		return nil, hub.NewError(hub.Unsupported, "", "").With(q.Method, fmt.Errorf("coaphub %s asks for what coaphub %s does not have", q.Build, s.bus.build))
+	}
+	ctx, cancel := context.WithTimeout(ctx, min(q.Within, longest))
+	defer cancel()
+	began := time.Now()
+	defer func() {
+		if r := recover(); r != nil {
+			s.log.Error("panic", "method", q.Method, "panic", r, "stack", string(debug.Stack()))
+			err = &hub.Error{Op: q.Method}
+		}
+		s.bus.metrics.answered(q.Method, err, time.Since(began))
+	}()
+	out, err = f(ctx, body)
+	if e := (*hub.Error)(nil); err != nil && errors.Is(err, ctx.Err()) && !errors.As(err, &e) {
+		return nil, partSilent.With(q.Method, err) // the same that the caller finds at its own end of that time
+	}
+	if hub.IsKind(err, hub.Internal) {
+		s.log.Error("a question was not answered", "method", q.Method, "error", err)
+	}
+	return out, err
+}
+
+func (s *Server) answer(msg *nats.Msg, a answer) {
+	a.Version, a.Build = version, s.bus.build
+	data, err := encoding.Marshal(a)
+	if err == nil {
+		err = msg.Respond(data)
+	}
+	if err != nil {
+		s.log.Warn("an answer could not be sent", "subject", msg.Subject, "error", err)
+	}
+}
