@@ -22,6 +22,7 @@ import (
 
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/admission"
+	"github.com/coaphub/coaphub/internal/revocation"
 	"github.com/coaphub/coaphub/internal/store"
 )
 
@@ -87,6 +88,7 @@ type Service struct {
 	fleet     *prometheus.GaugeVec
 	enrolling *admission.Queue
 	secret    cipher.AEAD              // nil: groups have no pre-shared keys
+	factories *revocation.Checker      // nil: nobody says what manufacturers have revoked
 	groups    atomic.Pointer[[]*group] // nil: they have to be read
 	grouping  sync.Mutex               // held by who reads or changes them
 

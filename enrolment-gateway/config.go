@@ -3,11 +3,21 @@ package enrolmentgateway
 import (
 	"fmt"
 	"net"
+
+	"github.com/coaphub/coaphub/internal/revocation"
 )
 
 // Config is everything below enrolmentGateway. An address of "" switches a listener off.
 type Config struct {
 	API APIConfig `yaml:"api"`
+	TLS TLSConfig `yaml:"tls"`
+}
+
+// TLSConfig is everything below enrolmentGateway.tls.
+type TLSConfig struct {
+	// CASets are manufacturers' CAs, in sets that say where to find what they have revoked. That a CA is in one of them lets nobody
+	// in: enrolment groups do, and whoever makes one names no addresses.
+	CASets []revocation.CASetConfig `yaml:"caSets"`
 }
 
 // APIConfig is everything below enrolmentGateway.api.
@@ -66,6 +76,7 @@ func (c Config) Validate() []error {
 			errs = append(errs, fmt.Errorf("%s.maxConnections: %d is not positive", l.key, l.most))
 		}
 	}
+	revocation.CheckSets(c.TLS.CASets, func(path, text string) { errs = append(errs, fmt.Errorf("tls.%s: %s", path, text)) })
 	if _, err := newProxies(c.API.HTTP.Proxies); err != nil {
 		errs = append(errs, err)
 	}
