@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -164,7 +165,11 @@ func (g *Gateway) Run(ctx context.Context, ready func()) error {
 			return g.tls.VerifyConnection(s)
 		}
 		conf.GetConfigForClient = g.refusing(conf.Clone())
-		ln := tls.NewListener(netutil.LimitListener(g.deps.HTTP, g.cfg.API.HTTP.MaxConnections), conf)
+		http := g.cfg.API.HTTP
+		ln := tls.NewListener(&fairListener{
+			Listener: netutil.LimitListener(g.deps.HTTP, http.MaxConnections), most: http.MaxConnectionsPerNetwork, refused: g.deps.Refused,
+			open: map[netip.Prefix]int{},
+		}, conf)
 		group.Go(func() error { return obs.ServeHTTP(ctx, ln, g.handler(), time.Second, g.log, func() {}) })
 	}
 	if g.deps.Socket != nil {
