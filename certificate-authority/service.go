@@ -564,6 +564,28 @@ func (s *Service) List(ctx context.Context, issuer string) ([]byte, error) {
 	return der, nil
 }
 
+// ListOf is List of the issuer that a certificate names, DER, and that has issued its serial number, as far as the ledger knows it; else
+// of the newest issuer of that name.
+func (s *Service) ListOf(ctx context.Context, issuer []byte, serial *big.Int) ([]byte, error) {
+	doc, err := s.docs.Get(ctx, collCertificates, hub.SerialOf(serial))
+	if err != nil {
+		return nil, fmt.Errorf("certificateauthority.ListOf: %w", err)
+	}
+	var e entry
+	if doc.Rev != 0 {
+		if e, err = decodeEntry(doc); err != nil {
+			return nil, err
+		}
+	}
+	name := ""
+	for _, by := range s.a.named(issuer) {
+		if name = by.name; name == e.Issuer {
+			break
+		}
+	}
+	return s.List(ctx, name)
+}
+
 func (s *Service) newList(ctx context.Context, by signer, now time.Time) ([]byte, error) {
 	number, err := s.nextNumber(ctx, by.name, now)
 	if err != nil {

@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"fmt"
 	"log/slog"
+	"math/big"
 	"net"
 	"net/netip"
 	"time"
@@ -33,6 +34,9 @@ type Authority interface {
 	Applicant(ctx context.Context, chain []*x509.Certificate) (hub.Applicant, error)
 	// Admit is Enrol for such a one without its end: the device that says that it is named may have a certificate then, and all else.
 	Admit(ctx context.Context, chain []*x509.Certificate, named hub.DeviceID) (hub.Applicant, error)
+	// ListOf returns the revocation list, DER, that a certificate would be on which is named by its issuer's name, DER, and its serial
+	// number; NotFound for issuers of others.
+	ListOf(ctx context.Context, issuer []byte, serial *big.Int) ([]byte, error)
 	// Provisioned keeps how a step of device provisioning ended.
 	Provisioned(ctx context.Context, chain []*x509.Certificate, to hub.Applicant, p hub.Provisioned) error
 }
