@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -190,7 +191,7 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	a.identities.EndCredentials(a.endCredentials)
 	a.enrol, err = enrolmentgateway.New(cfg.EnrolmentGateway, enrolmentgateway.Deps{
 		Authority: a.certificates, Registrar: a.authority.Registrar(), Certificate: certificate, PSK: a.psk.key, EngineMetrics: engine,
-		HubID: hub.DeviceID(a.hubID), Cloud: a.cloud,
+		HubID: hub.DeviceID(a.hubID), Cloud: a.cloud, Lists: folder.sub(filepath.Join(listsFolder, "enrolment")),
 		Refused: func(remote net.Addr, reason string) {
 			a.devices.Refuse(coapgateway.Refusal{Remote: remote.String(), What: "enrolment", Reason: reason})
 		},
@@ -199,6 +200,7 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	if err != nil {
 		return nil, err
 	}
+	a.certificates.Factories(a.enrol.Revocation())
 	https, err := a.httpsConfig()
 	if err != nil {
 		return nil, err

@@ -134,6 +134,18 @@ func (a *Authority) issuer(name string) (signer, bool) {
 	return signer{}, false
 }
 
+// named are the issuing certificates of that subject that are not retired, each authority's oldest first.
+func (a *Authority) named(subject []byte) (out []signer) {
+	for _, l := range *a.lines.Load() {
+		for _, s := range l.issuers {
+			if s.key != nil && bytes.Equal(s.issuing.RawSubject, subject) {
+				out = append(out, s)
+			}
+		}
+	}
+	return out
+}
+
 // ours reports whether a certificate is one of the authorities'.
 func (a *Authority) ours(c *x509.Certificate) bool {
 	for _, r := range Roots() {

@@ -519,7 +519,7 @@ func (s *Service) Vouch(ctx context.Context, chain []*x509.Certificate) error {
 	if ours, err := s.verifyOwn(chain); ours || err != nil {
 		return err
 	}
-	_, err := s.groupOf(ctx, chain, saying{})
+	_, err := s.groupOf(ctx, chain, saying{}, s.knownRevoked)
 	return err
 }
 

@@ -645,7 +645,7 @@ func FuzzGroup(f *testing.F) {
 		if _, err := readGroup(g.EnrolmentGroup); err != nil {
 			t.Errorf("the second time: %v", err)
 		}
-		_ = g.verify([]*x509.Certificate{ca}, time.Now())
+		_, _ = g.verify([]*x509.Certificate{ca}, time.Now())
 	})
 }
 

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/revocation"
 	"github.com/coaphub/coaphub/internal/store"
 )
 
@@ -42,7 +43,7 @@ func (s *Service) byFactory(ctx context.Context, chain []*x509.Certificate, name
 	if err != nil {
 		return applicant{}, err
 	}
-	g, err := s.groupOf(ctx, chain, said)
+	g, err := s.groupOf(ctx, chain, said, s.askRevoked)
 	if err != nil {
 		return applicant{}, err
 	}
@@ -81,6 +82,42 @@ func (g *group) typeOf(leaf *x509.Certificate) (kind string, fits bool) {
 		}
 	}
 	return kind, len(g.Types) == 0
+}
+
+// Factories has c say which factory certificates were revoked. It is called before anybody enrols.
+func (s *Service) Factories(c *revocation.Checker) { s.factories = c }
+
+var errRevocationUnknown = &hub.Error{
+	Kind: hub.Unavailable, Code: "revocation-unknown", RetryAfter: 30 * time.Second,
+	Text: "whether the device's certificate was revoked cannot be found out now",
+}
+
+// knownRevoked refuses verified chains of which something is known to be revoked. It is for handshakes, and waits for nobody.
+func (s *Service) knownRevoked(_ context.Context, chains [][]*x509.Certificate) error {
+	for _, chain := range chains {
+		if s.factories.Known(chain) == revocation.Revoked {
+			return errRevoked
+		}
+	}
+	return nil
+}
+
+// askRevoked is knownRevoked behind the handshake: a responder may be asked, and where nobody knows the policy of the CA set decides.
+// All ways to the group's CA count: which of them there are is the device's to say, by what it sends.
+func (s *Service) askRevoked(ctx context.Context, chains [][]*x509.Certificate) error {
+	if err := s.knownRevoked(ctx, chains); err != nil {
+		return err
+	}
+	for _, chain := range chains {
+		switch s.factories.Ask(ctx, chain) {
+		case revocation.Revoked:
+			return errRevoked
+		case revocation.Unknown:
+			return errRevocationUnknown
+		case revocation.Good:
+		}
+	}
+	return nil
 }
 
 // vouched reports whether a manufacturer says which device it is, and not the device itself or its owner.

@@ -219,48 +219,78 @@ func (s *Service) readGroups(ctx context.Context) ([]*group, error) {
 }
 
 // groupOf finds the group that a chain leads to; of several the first that names the device, else the one that names none.
-// What leads nowhere is Unauthenticated, and what is denied Denied.
-func (s *Service) groupOf(ctx context.Context, chain []*x509.Certificate, said saying) (*group, error) {
+// What leads nowhere is Unauthenticated, and what is denied Denied. revoked refuses chains that are revoked; it is asked only where
+// somebody says what manufacturers revoke.
+func (s *Service) groupOf(
+	ctx context.Context, chain []*x509.Certificate, said saying, revoked func(context.Context, [][]*x509.Certificate) error,
+) (*group, error) {
 	gs, err := s.all(ctx)
 	if err != nil {
 		return nil, err
 	}
 	var open *group
+	var ways [][]*x509.Certificate
 	var why error
 	for _, g := range gs {
-		if err := g.verify(chain, time.Now()); err != nil {
+		verified, err := g.verify(chain, time.Now())
+		if err != nil {
 			why = err
 			continue
 		}
-		if _, named := slices.BinarySearch(g.Allow, s.deviceIn(g, chain[0], said)); named {
-			open = g
-			break
+		_, named := slices.BinarySearch(g.Allow, s.deviceIn(g, chain[0], said))
+		if named || open == nil || len(open.Allow) > 0 && len(g.Allow) == 0 {
+			open, ways = g, verified
 		}
-		if open == nil || len(open.Allow) > 0 && len(g.Allow) == 0 {
-			open = g
+		if named {
+			break
 		}
 	}
 	if open == nil {
 		return nil, errProof.With("verify", why)
 	}
-	return open, s.denied(chain, []*x509.Certificate{open.ca})
+	if err := s.denied(chain, []*x509.Certificate{open.ca}); err != nil {
+		return nil, err
+	}
+	if s.factories == nil {
+		return open, nil
+	}
+	for i := range ways {
+		ways[i] = open.upward(ways[i])
+	}
+	return open, revoked(ctx, ways)
+}
+
+// upward goes on with a chain that ends at the group's CA, as far as the group's certificates lead: who says what is revoked may be
+// above that CA. A certificate that did not issue the one before is nothing to go by.
+func (g *group) upward(chain []*x509.Certificate) []*x509.Certificate {
+	for range g.above {
+		last := chain[len(chain)-1]
+		i := slices.IndexFunc(g.above, func(c *x509.Certificate) bool {
+			return !slices.ContainsFunc(chain, c.Equal) && bytes.Equal(last.RawIssuer, c.RawSubject) && last.CheckSignatureFrom(c) == nil
+		})
+		if i < 0 {
+			break
+		}
+		chain = append(chain, g.above[i])
+	}
+	return chain
 }
 
 var errLargeKey = errors.New("a key of the chain is too large")
 
 // verify verifies a factory certificate. Its chain may end at the group's CA, which need not be a root: whoever made the group
-// trusts that one.
-func (g *group) verify(chain []*x509.Certificate, now time.Time) error {
+// trusts that one. It returns all ways to that CA.
+func (g *group) verify(chain []*x509.Certificate, now time.Time) ([][]*x509.Certificate, error) {
 	// Everybody is verified in the handshake, for each group: whoever does not name its CA costs no signature, and others few.
 	if len(chain) > 1+maxBehind || !slices.ContainsFunc(chain, func(c *x509.Certificate) bool { return bytes.Equal(c.RawIssuer, g.ca.RawSubject) }) {
-		return x509.UnknownAuthorityError{Cert: chain[0]}
+		return nil, x509.UnknownAuthorityError{Cert: chain[0]}
 	}
 	// crypto/tls has the same bound. SCEP, DTLS and proxies have none, and a key of what 48 KiB hold costs more than a second.
 	if slices.ContainsFunc(chain, func(c *x509.Certificate) bool {
 		key, ok := c.PublicKey.(*rsa.PublicKey)
 		return ok && key.N.BitLen() > maxRSA
 	}) {
-		return errLargeKey
+		return nil, errLargeKey
 	}
 	leaf := chain[0]
 	if g.Expired && now.After(leaf.NotAfter) {
@@ -275,8 +305,7 @@ func (g *group) verify(chain []*x509.Certificate, now time.Time) error {
 	if len(leaf.ExtKeyUsage)+len(leaf.UnknownExtKeyUsage) == 0 { // IEEE 802.1AR has none: all are allowed (RFC 5280, Section 4.2.1.12)
 		usages = []x509.ExtKeyUsage{x509.ExtKeyUsageAny}
 	}
-	_, err := leaf.Verify(x509.VerifyOptions{Roots: roots, Intermediates: between, CurrentTime: now, KeyUsages: usages})
-	return err
+	return leaf.Verify(x509.VerifyOptions{Roots: roots, Intermediates: between, CurrentTime: now, KeyUsages: usages})
 }
 
 // SetGroup makes a group, if it has no ID yet, or replaces the one that has this ID; then its owner and creation stay, and its

@@ -6,6 +6,7 @@ import (
 	"crypto/rsa"
 	"crypto/x509"
 	"encoding/pem"
+	"math/big"
 	"os"
 	"path/filepath"
 	"strings"
@@ -264,4 +265,39 @@ func keyText(t *testing.T, key *rsa.PrivateKey) string {
 		t.Fatal(err)
 	}
 	return string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}))
+}
+
+// A certificate that is named by issuer and serial number is looked for on the list of that issuer, also after another one has taken
+// its place; of other issuers there is none.
+func TestListOf(t *testing.T) {
+	o, f := newOffice(t), newFactory(t)
+	o.group(f, nil)
+	got, err := o.enrol(shown(f.device("uuid:"+string(testDev), nil)), "uuid:"+string(testDev))
+	if err != nil {
+		t.Fatal(err)
+	}
+	leaf := got.Chain[0]
+	if _, err := o.Revoke(t.Context(), hub.CertificateFilter{All: true, Serials: []string{got.Serial}}, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := o.a.Roll(Device, RollIssuing, nil); err != nil {
+		t.Fatal(err)
+	}
+	for serial, by := range map[string]*x509.Certificate{got.Serial: got.Chain[1], "77": o.a.signer(Device).issuing} {
+		n, _ := new(big.Int).SetString(serial, 16)
+		der, err := o.ListOf(t.Context(), by.RawSubject, n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l, err := x509.ParseRevocationList(der)
+		if err != nil || l.CheckSignatureFrom(by) != nil {
+			t.Errorf("the list for %s is of %s, %v", serial, l.Issuer, err)
+		}
+		if on := len(l.RevokedCertificateEntries) == 1; on != (serial == got.Serial) {
+			t.Errorf("the list for %s has %d certificates", serial, len(l.RevokedCertificateEntries))
+		}
+	}
+	if _, err := o.ListOf(t.Context(), f.root.RawSubject, leaf.SerialNumber); !hub.IsKind(err, hub.NotFound) {
+		t.Errorf("of another issuer: %v", err)
+	}
 }

@@ -22,6 +22,7 @@ import (
 
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/admission"
+	"github.com/coaphub/coaphub/internal/revocation"
 	"github.com/coaphub/coaphub/internal/store"
 )
 
@@ -87,6 +88,7 @@ type Service struct {
 	fleet     *prometheus.GaugeVec
 	enrolling *admission.Queue
 	secret    cipher.AEAD              // nil: groups have no pre-shared keys
+	factories *revocation.Checker      // nil: nobody says what manufacturers have revoked
 	groups    atomic.Pointer[[]*group] // nil: they have to be read
 	grouping  sync.Mutex               // held by who reads or changes them
 
@@ -574,6 +576,28 @@ func (s *Service) List(ctx context.Context, issuer string) ([]byte, error) {
 		s.lists[issuer] = revocations{der, now}
 	}
 	return der, nil
+}
+
+// ListOf is List of the issuer that a certificate names, DER, and that has issued its serial number, as far as the ledger knows it; else
+// of the newest issuer of that name.
+func (s *Service) ListOf(ctx context.Context, issuer []byte, serial *big.Int) ([]byte, error) {
+	doc, err := s.docs.Get(ctx, collCertificates, hub.SerialOf(serial))
+	if err != nil {
+		return nil, fmt.Errorf("certificateauthority.ListOf: %w", err)
+	}
+	var e entry
+	if doc.Rev != 0 {
+		if e, err = decodeEntry(doc); err != nil {
+			return nil, err
+		}
+	}
+	name := ""
+	for _, by := range s.a.named(issuer) {
+		if name = by.name; name == e.Issuer {
+			break
+		}
+	}
+	return s.List(ctx, name)
 }
 
 func (s *Service) newList(ctx context.Context, by signer, now time.Time) ([]byte, error) {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/coaphub/coaphub/internal/conf"
+	"github.com/coaphub/coaphub/internal/revocation"
 )
 
 // Config is everything below coapGateway. An address of "" switches a listener off.
@@ -80,7 +81,7 @@ type TLSConfig struct {
 	CAPool []string `yaml:"caPool"`
 	// CASets are further CAs of device certificates, in sets that say where to find what they have revoked. With any of them the
 	// hub's own device CA is trusted only if caPool names it.
-	CASets []CASetConfig `yaml:"caSets"`
+	CASets []revocation.CASetConfig `yaml:"caSets"`
 	// CertFile and KeyFile are the hub's certificate. Both empty: one by the hub's own CA.
 	CertFile string `yaml:"certFile"`
 	KeyFile  string `yaml:"keyFile"`
@@ -335,7 +336,7 @@ func (c Config) Validate() []error {
 	if _, err := conf.Certificates(co.TLS.CAPool); err != nil {
 		bad(api+"tls.caPool", "%v", err)
 	}
-	co.TLS.checkSets(func(path, format string, args ...any) { bad(api+"tls."+path, format, args...) })
+	revocation.CheckSets(co.TLS.CASets, func(path, text string) { bad(api+"tls."+path, "%s", text) })
 	if co.TLS.ClientCertificateRequired && !co.TLS.IdentityPropertiesRequired && co.Authorization.DeviceIDClaim != "" {
 		// There would be nothing to compare the claim with, and leaving the comparison out would let any device's token be used
 		// from any device's connection.

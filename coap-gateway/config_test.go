@@ -4,6 +4,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/coaphub/coaphub/internal/revocation"
 )
 
 func TestDefaultIsValid(t *testing.T) {
@@ -27,8 +29,8 @@ func TestWebSocketAloneIsValid(t *testing.T) {
 
 func TestValidateNamesThePath(t *testing.T) {
 	testCA := newCA(t).pem()
-	aSet := func(spoil func(*CASetConfig)) CASetConfig {
-		s := CASetConfig{Name: "a", CAs: []string{testCA}, Lists: []string{"https://lists.example/a.crl", "file:///x", "/y"}, Responder: "http://x"}
+	aSet := func(spoil func(*revocation.CASetConfig)) revocation.CASetConfig {
+		s := revocation.CASetConfig{Name: "a", CAs: []string{testCA}, Lists: []string{"https://lists.example/a.crl", "file:///x", "/y"}, Responder: "http://x"}
 		if spoil != nil {
 			spoil(&s)
 		}
@@ -63,22 +65,24 @@ func TestValidateNamesThePath(t *testing.T) {
 		"coapGateway.api.coap.keepAlive.timeout":  func(c *Config) { c.API.CoAP.KeepAlive.Timeout = time.Millisecond },
 		"coapGateway.api.coap.tls.certFile":       func(c *Config) { c.API.CoAP.TLS.KeyFile = "key.pem" },
 		"coapGateway.api.coap.tls.caPool":         func(c *Config) { c.API.CoAP.TLS.CAPool = []string{"/does/not/exist"} },
-		"coapGateway.api.coap.tls.caSets[0].name": func(c *Config) { c.API.CoAP.TLS.CASets = []CASetConfig{{CAs: []string{testCA}}} },
-		"coapGateway.api.coap.tls.caSets[1].name": func(c *Config) { c.API.CoAP.TLS.CASets = []CASetConfig{aSet(nil), aSet(nil)} },
-		"coapGateway.api.coap.tls.caSets[0].cas":  func(c *Config) { c.API.CoAP.TLS.CASets = []CASetConfig{aSet(func(s *CASetConfig) { s.CAs[0] = "/x" })} },
+		"coapGateway.api.coap.tls.caSets[0].name": func(c *Config) { c.API.CoAP.TLS.CASets = []revocation.CASetConfig{{CAs: []string{testCA}}} },
+		"coapGateway.api.coap.tls.caSets[1].name": func(c *Config) { c.API.CoAP.TLS.CASets = []revocation.CASetConfig{aSet(nil), aSet(nil)} },
+		"coapGateway.api.coap.tls.caSets[0].cas": func(c *Config) {
+			c.API.CoAP.TLS.CASets = []revocation.CASetConfig{aSet(func(s *revocation.CASetConfig) { s.CAs[0] = "/x" })}
+		},
 		"coapGateway.api.coap.tls.caSets[0].lists": func(c *Config) {
-			c.API.CoAP.TLS.CASets = []CASetConfig{aSet(func(s *CASetConfig) { s.Lists = []string{"ldap://x/y"} })}
+			c.API.CoAP.TLS.CASets = []revocation.CASetConfig{aSet(func(s *revocation.CASetConfig) { s.Lists = []string{"ldap://x/y"} })}
 		},
 		"coapGateway.api.coap.tls.caSets[0].responder": func(c *Config) {
-			c.API.CoAP.TLS.CASets = []CASetConfig{aSet(func(s *CASetConfig) { s.Responder = "x" })}
+			c.API.CoAP.TLS.CASets = []revocation.CASetConfig{aSet(func(s *revocation.CASetConfig) { s.Responder = "x" })}
 		},
 		"coapGateway.api.coap.tls.caSets[0].policy": func(c *Config) {
-			c.API.CoAP.TLS.CASets = []CASetConfig{aSet(func(s *CASetConfig) { s.Policy = "ajar" })}
+			c.API.CoAP.TLS.CASets = []revocation.CASetConfig{aSet(func(s *revocation.CASetConfig) { s.Policy = "ajar" })}
 		},
 		"coapGateway.api.coap.tls.caSets[0].refresh": func(c *Config) {
-			c.API.CoAP.TLS.CASets = []CASetConfig{aSet(func(s *CASetConfig) { s.Refresh = time.Second })}
+			c.API.CoAP.TLS.CASets = []revocation.CASetConfig{aSet(func(s *revocation.CASetConfig) { s.Refresh = time.Second })}
 		},
-		"coapGateway.api.coap.tls.caSets": func(c *Config) { c.API.CoAP.TLS.CASets = make([]CASetConfig, maxSets+1) },
+		"coapGateway.api.coap.tls.caSets": func(c *Config) { c.API.CoAP.TLS.CASets = make([]revocation.CASetConfig, revocation.MaxSets+1) },
 		"coapGateway.api.coap.authorization.deviceIDClaim": func(c *Config) {
 			c.API.CoAP.Authorization.DeviceIDClaim, c.API.CoAP.TLS.IdentityPropertiesRequired = "x", false
 		},

@@ -146,7 +146,7 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 		g.tls = conf
 		g.trusted.Store(&is)
 		if len(g.sets) > 0 {
-			if g.revocation, err = revocation.New(g.sets, deps.Lists, log, reg); err != nil {
+			if g.revocation, err = revocation.New(g.sets, deps.Lists, log, prometheus.WrapRegistererWith(prometheus.Labels{"part": "coap-gateway"}, reg)); err != nil {
 				return nil, fmt.Errorf("coapGateway.api.coap.tls.caSets: %w", err)
 			}
 			g.revocation.Changed(g.endRevoked)

@@ -78,13 +78,13 @@ func (e *elsewhere) publish(late bool, revoked ...tls.Certificate) {
 }
 
 // set trusts the authority beside the hub's own.
-func (e *elsewhere) set(change func(*CASetConfig)) func(*Config, *Deps) {
+func (e *elsewhere) set(change func(*revocation.CASetConfig)) func(*Config, *Deps) {
 	return func(c *Config, _ *Deps) {
-		s := CASetConfig{Name: "elsewhere", CAs: []string{e.pem()}, Lists: []string{e.srv.URL + "/a.crl"}}
+		s := revocation.CASetConfig{Name: "elsewhere", CAs: []string{e.pem()}, Lists: []string{e.srv.URL + "/a.crl"}}
 		if change != nil {
 			change(&s)
 		}
-		c.API.CoAP.TLS.CAPool, c.API.CoAP.TLS.CASets = []string{house.ca.pem()}, []CASetConfig{s}
+		c.API.CoAP.TLS.CAPool, c.API.CoAP.TLS.CASets = []string{house.ca.pem()}, []revocation.CASetConfig{s}
 	}
 }
 
@@ -117,7 +117,7 @@ func TestListsOfOtherAuthorities(t *testing.T) {
 	e := newElsewhere(t)
 	first, second, other := e.identity(t, lampID, nil), e.identity(t, lampID, nil), e.identity(t, fanID, nil)
 	e.publish(true, first) // and so it is asked for again soon
-	h := owned(t, e.set(func(s *CASetConfig) { s.Policy = PolicyOpen }))
+	h := owned(t, e.set(func(s *revocation.CASetConfig) { s.Policy = revocation.PolicyOpen }))
 	h.fetched(e, first, revocation.Revoked)
 	h.refusedInHandshake(t, first, "revoked")
 	if _, err := h.shake(t, dtls.WithCertificates(first)); err == nil || !strings.Contains(err.Error(), "CertificateRevoked") {
@@ -216,7 +216,7 @@ func TestRespondersOfOtherAuthorities(t *testing.T) {
 		}
 		_, _ = w.Write(der)
 	})
-	h := owned(t, e.set(func(s *CASetConfig) { s.Lists, s.Responder = nil, e.srv.URL }))
+	h := owned(t, e.set(func(s *revocation.CASetConfig) { s.Lists, s.Responder = nil, e.srv.URL }))
 	fan, got := h.enter(fanID, good)
 	fan.want(got, "2.04", "")
 	lamp, got := h.enter(lampID, bad)

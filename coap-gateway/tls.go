@@ -12,6 +12,7 @@ import (
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/coap"
 	"github.com/coaphub/coaphub/internal/conf"
+	"github.com/coaphub/coaphub/internal/revocation"
 )
 
 // trusted is who vouches for devices, and the hub's own certificate.
@@ -57,8 +58,8 @@ func (g *Gateway) tlsConfig() (*tls.Config, trusted, error) {
 		return conf, is, nil
 	}
 	var err error
-	if g.sets, err = co.sets(); err != nil {
-		return nil, is, err
+	if g.sets, err = revocation.ReadSets(co.CASets); err != nil {
+		return nil, is, fmt.Errorf("coapGateway.api.coap.tls.%w", err)
 	}
 	if is.cas, is.pins, err = g.trust(g.deps.ClientCAs, g.deps.ClientIntermediates, g.deps.ClientRoots); err != nil {
 		return nil, is, err

@@ -3,11 +3,21 @@ package enrolmentgateway
 import (
 	"fmt"
 	"net"
+
+	"github.com/coaphub/coaphub/internal/revocation"
 )
 
 // Config is everything below enrolmentGateway. An address of "" switches a listener off.
 type Config struct {
 	API APIConfig `yaml:"api"`
+	TLS TLSConfig `yaml:"tls"`
+}
+
+// TLSConfig is everything below enrolmentGateway.tls.
+type TLSConfig struct {
+	// CASets are manufacturers' CAs, in sets that say where to find what they have revoked. That a CA is in one of them lets nobody
+	// in: enrolment groups do, and whoever makes one names no addresses.
+	CASets []revocation.CASetConfig `yaml:"caSets"`
 }
 
 // APIConfig is everything below enrolmentGateway.api.
@@ -29,8 +39,11 @@ type HTTPConfig struct {
 	// Address to listen on for EST over HTTPS (RFC 7030) and SCEP (RFC 8894); always TLS, with the hub's certificate towards devices.
 	Address string `yaml:"address"`
 	// MaxConnections in all; more wait in the system's queue.
-	MaxConnections int           `yaml:"maxConnections"`
-	Proxies        ProxiesConfig `yaml:"proxies"`
+	MaxConnections int `yaml:"maxConnections"`
+	// MaxConnectionsPerNetwork is the same for one network (IPv4 /24, IPv6 /56), so that none keeps all others out; further ones of
+	// it are closed at once. A proxy's network needs as many as devices come through it at a time.
+	MaxConnectionsPerNetwork int           `yaml:"maxConnectionsPerNetwork"`
+	Proxies                  ProxiesConfig `yaml:"proxies"`
 }
 
 // ProxiesConfig is everything below enrolmentGateway.api.http.proxies: who may end a device's TLS in front of the hub, and say which
@@ -48,7 +61,7 @@ type ProxiesConfig struct {
 func Default() Config {
 	return Config{API: APIConfig{
 		CoAP: CoAPConfig{Address: "[::]:15684", MaxConnections: 4096},
-		HTTP: HTTPConfig{Address: "[::]:8443", MaxConnections: 1024},
+		HTTP: HTTPConfig{Address: "[::]:8443", MaxConnections: 1024, MaxConnectionsPerNetwork: 256},
 	}}
 }
 
@@ -66,6 +79,10 @@ func (c Config) Validate() []error {
 			errs = append(errs, fmt.Errorf("%s.maxConnections: %d is not positive", l.key, l.most))
 		}
 	}
+	if n := c.API.HTTP.MaxConnectionsPerNetwork; n <= 0 {
+		errs = append(errs, fmt.Errorf("api.http.maxConnectionsPerNetwork: %d is not positive", n))
+	}
+	revocation.CheckSets(c.TLS.CASets, func(path, text string) { errs = append(errs, fmt.Errorf("tls.%s: %s", path, text)) })
 	if _, err := newProxies(c.API.HTTP.Proxies); err != nil {
 		errs = append(errs, err)
 	}

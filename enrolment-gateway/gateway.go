@@ -6,7 +6,9 @@ import (
 	"crypto/x509"
 	"fmt"
 	"log/slog"
+	"math/big"
 	"net"
+	"net/netip"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -18,6 +20,7 @@ import (
 	"github.com/coaphub/coaphub/internal/coap"
 	"github.com/coaphub/coaphub/internal/est"
 	"github.com/coaphub/coaphub/internal/obs"
+	"github.com/coaphub/coaphub/internal/revocation"
 	"github.com/coaphub/coaphub/internal/scep"
 )
 
@@ -31,6 +34,9 @@ type Authority interface {
 	Applicant(ctx context.Context, chain []*x509.Certificate) (hub.Applicant, error)
 	// Admit is Enrol for such a one without its end: the device that says that it is named may have a certificate then, and all else.
 	Admit(ctx context.Context, chain []*x509.Certificate, named hub.DeviceID) (hub.Applicant, error)
+	// ListOf returns the revocation list, DER, that a certificate would be on which is named by its issuer's name, DER, and its serial
+	// number; NotFound for issuers of others.
+	ListOf(ctx context.Context, issuer []byte, serial *big.Int) ([]byte, error)
 	// Provisioned keeps how a step of device provisioning ended.
 	Provisioned(ctx context.Context, chain []*x509.Certificate, to hub.Applicant, p hub.Provisioned) error
 }
@@ -57,6 +63,8 @@ type Deps struct {
 	PSK func(context.Context, hub.DeviceID) ([]byte, error)
 	// Refused is told of connections that did not become one. It must not block.
 	Refused func(remote net.Addr, reason string)
+	// Lists is the folder in which revocation lists of manufacturers are kept for the next start. "": they are not kept.
+	Lists string
 	// EngineMetrics are those of the CoAP engine, which others may use, too.
 	EngineMetrics *coap.Metrics
 	// The listeners were opened before; nil for one that is off. Socket is that for proxies on this machine.
@@ -76,7 +84,12 @@ type Gateway struct {
 	proxies proxies
 	opening *admission.Queue // of SCEP's messages
 	answers *prometheus.CounterVec
+	// revocation knows what manufacturers have revoked; nil where nobody is to be asked.
+	revocation *revocation.Checker
 }
+
+// Revocation is who says which factory certificates were revoked, for the authority; nil if the configuration names no CA sets.
+func (g *Gateway) Revocation() *revocation.Checker { return g.revocation }
 
 // answerTime bounds how long a device waits for its certificate: it gives up on a request over UDP after 93 s (MAX_TRANSMIT_WAIT,
 // RFC 7252, Section 4.8.2), and has a person's patience before.
@@ -94,6 +107,15 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 	var err error
 	if g.proxies, err = newProxies(cfg.API.HTTP.Proxies); err != nil {
 		return nil, err
+	}
+	if len(cfg.TLS.CASets) > 0 {
+		sets, err := revocation.ReadSets(cfg.TLS.CASets)
+		if err != nil {
+			return nil, fmt.Errorf("enrolmentGateway.tls.%w", err)
+		}
+		if g.revocation, err = revocation.New(sets, deps.Lists, log, prometheus.WrapRegistererWith(prometheus.Labels{"part": "enrolment-gateway"}, reg)); err != nil {
+			return nil, fmt.Errorf("enrolmentGateway.tls.caSets: %w", err)
+		}
 	}
 	if reg != nil {
 		reg.MustRegister(g.answers)
@@ -147,12 +169,19 @@ func (g *Gateway) Run(ctx context.Context, ready func()) error {
 			return g.tls.VerifyConnection(s)
 		}
 		conf.GetConfigForClient = g.refusing(conf.Clone())
-		ln := tls.NewListener(netutil.LimitListener(g.deps.HTTP, g.cfg.API.HTTP.MaxConnections), conf)
+		http := g.cfg.API.HTTP
+		ln := tls.NewListener(&fairListener{
+			Listener: netutil.LimitListener(g.deps.HTTP, http.MaxConnections), most: http.MaxConnectionsPerNetwork, refused: g.deps.Refused,
+			open: map[netip.Prefix]int{},
+		}, conf)
 		group.Go(func() error { return obs.ServeHTTP(ctx, ln, g.handler(), time.Second, g.log, func() {}) })
 	}
 	if g.deps.Socket != nil {
 		ln := netutil.LimitListener(g.deps.Socket, g.cfg.API.HTTP.MaxConnections)
 		group.Go(func() error { return obs.ServeHTTP(ctx, ln, g.handler(), time.Second, g.log, func() {}) })
+	}
+	if g.revocation != nil {
+		group.Go(func() error { return g.revocation.Run(ctx, func() {}) })
 	}
 	group.Go(func() error { <-ctx.Done(); return nil }) // also with no listener at all
 	ready()

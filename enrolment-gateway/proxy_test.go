@@ -51,6 +51,8 @@ func (*office) Admit(context.Context, []*x509.Certificate, hub.DeviceID) (hub.Ap
 	return hub.Applicant{}, nil
 }
 
+func (*office) ListOf(context.Context, []byte, *big.Int) ([]byte, error) { return nil, nil }
+
 func (*office) Provisioned(context.Context, []*x509.Certificate, hub.Applicant, hub.Provisioned) error {
 	return nil
 }

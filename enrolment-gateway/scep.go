@@ -84,7 +84,14 @@ func (g *Gateway) pkiOperation(w http.ResponseWriter, r *http.Request) error {
 		return certErr
 	}
 	var out hub.Enrolled
-	if err == nil {
+	var list []byte
+	switch {
+	case err != nil:
+	case !req.Signed.IsZero() && time.Since(req.Signed).Abs() > scepClock:
+		err = &scep.Failure{Info: scep.BadTime, Err: errors.New("the client's clock says " + req.Signed.String())}
+	case req.Type == scep.GetCRL:
+		list, err = g.requestedList(ctx, req, cert)
+	default:
 		out, err = g.requested(ctx, req, cert)
 	}
 	code, _ := hub.Public(err)
@@ -98,6 +105,8 @@ func (g *Gateway) pkiOperation(w http.ResponseWriter, r *http.Request) error {
 			body, err = req.Pending(cert, g.deps.Registrar)
 		case len(out.Chain) > 0:
 			body, err = req.Success(cert, g.deps.Registrar, out.Chain[0])
+		case list != nil:
+			body, err = req.SuccessList(cert, g.deps.Registrar, list)
 		}
 		return err
 	})
@@ -108,7 +117,7 @@ func (g *Gateway) pkiOperation(w http.ResponseWriter, r *http.Request) error {
 		return err
 	case err != nil:
 		log.InfoContext(ctx, "a device was refused what it asked for", "path", r.URL.Path, "failInfo", string(info), "error", err)
-	default:
+	case list == nil:
 		g.enrolled(ctx, log, out)
 	}
 	return answerSCEP(w, "application/x-pki-message", body)
@@ -130,9 +139,6 @@ func scepMessage(r *http.Request) ([]byte, error) {
 
 // requested has the authority decide what a client asks for.
 func (g *Gateway) requested(ctx context.Context, req *scep.Request, cert *x509.Certificate) (hub.Enrolled, error) {
-	if !req.Signed.IsZero() && time.Since(req.Signed).Abs() > scepClock {
-		return hub.Enrolled{}, &scep.Failure{Info: scep.BadTime, Err: errors.New("the client's clock says " + req.Signed.String())}
-	}
 	proof := hub.EnrolmentProof{Chain: req.Chain, Transaction: req.Transaction}
 	switch req.Type {
 	case scep.CertPoll:
@@ -151,6 +157,19 @@ func (g *Gateway) requested(ctx context.Context, req *scep.Request, cert *x509.C
 		return hub.Enrolled{}, &scep.Failure{Info: scep.BadMessageCheck, Err: err}
 	}
 	return g.deps.Authority.Enrol(ctx, proof, csr, req.Type == scep.RenewalReq)
+}
+
+// requestedList is the list that a client asks for (RFC 8894, Section 3.3.4). It is no secret, so whoever asks gets it.
+func (g *Gateway) requestedList(ctx context.Context, req *scep.Request, cert *x509.Certificate) ([]byte, error) {
+	var text []byte
+	if err := g.withKey(ctx, func() (err error) { text, err = req.Open(cert, g.deps.Registrar); return err }); err != nil {
+		return nil, err
+	}
+	issuer, serial, err := scep.IssuerAndSerial(text)
+	if err != nil {
+		return nil, &scep.Failure{Info: scep.BadRequest, Err: err}
+	}
+	return g.deps.Authority.ListOf(ctx, issuer, serial)
 }
 
 // withKey waits until the registrar's key may be used.
@@ -177,7 +196,7 @@ func failInfoOf(err error) (scep.FailInfo, bool) {
 		return scep.BadAlg, true
 	case "csr-signature":
 		return scep.BadMessageCheck, true
-	case "enrolment-unknown":
+	case "enrolment-unknown", "issuer-unknown":
 		return scep.BadCertID, true
 	}
 	switch hub.KindOf(err) { //nolint:exhaustive // all others are the hub's own

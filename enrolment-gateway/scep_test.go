@@ -3,12 +3,14 @@ package enrolmentgateway
 import (
 	"bytes"
 	"context"
+	"crypto"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
 	"encoding/base64"
 	"io"
 	"log/slog"
+	"math/big"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -37,6 +39,7 @@ type scepWorld struct {
 	own    *x509.Certificate
 	ownKey *rsa.PrivateKey
 	enrol  func(proof hub.EnrolmentProof, csr []byte, renew bool) (hub.Enrolled, error)
+	list   func(issuer []byte, serial *big.Int) ([]byte, error)
 	asked  int // how often the authority was asked
 	broken error
 }
@@ -55,6 +58,11 @@ func (w *scepWorld) Anchors() []*x509.Certificate { return []*x509.Certificate{w
 func (w *scepWorld) Enrol(_ context.Context, proof hub.EnrolmentProof, csr []byte, renew bool) (hub.Enrolled, error) {
 	w.asked++
 	return w.enrol(proof, csr, renew)
+}
+
+func (w *scepWorld) ListOf(_ context.Context, issuer []byte, serial *big.Int) ([]byte, error) {
+	w.asked++
+	return w.list(issuer, serial)
 }
 
 func newSCEPWorld(t *testing.T) *scepWorld {
@@ -175,6 +183,49 @@ func TestSCEPOperation(t *testing.T) {
 	m.Type, m.Content = "20", []byte("issuer and subject")
 	if a := w.told(w.ask(http.MethodPost, pkiOperation, w.message(m))); a.Status != "3" {
 		t.Errorf("a poll: %+v", a)
+	}
+}
+
+// A client that asks for a revocation list by a certificate gets that of its issuer, and of others' issuers none.
+func TestSCEPGetCRL(t *testing.T) {
+	w := newSCEPWorld(t)
+	ca := issuer(t)
+	ca.Leaf.KeyUsage, ca.Leaf.SubjectKeyId = x509.KeyUsageCRLSign, []byte{1}
+	list, err := x509.CreateRevocationList(rand.Reader, &x509.RevocationList{
+		Number: big.NewInt(1), ThisUpdate: time.Now(), NextUpdate: time.Now().Add(time.Hour),
+	}, ca.Leaf, ca.PrivateKey.(crypto.Signer))
+	if err != nil {
+		t.Fatal(err)
+	}
+	about := pair(t, ca, lampID).Leaf
+	w.list = func(issuer []byte, serial *big.Int) ([]byte, error) {
+		if serial.Cmp(about.SerialNumber) != 0 {
+			return nil, hub.NewError(hub.Invalid, "unexpected", "x")
+		}
+		if !bytes.Equal(issuer, about.RawIssuer) {
+			return nil, hub.NewError(hub.NotFound, "issuer-unknown", "x")
+		}
+		return list, nil
+	}
+	ask := func(content []byte) sceptest.Answer {
+		t.Helper()
+		return w.told(w.ask(http.MethodPost, pkiOperation, w.message(sceptest.Message{Type: "22", Content: content})))
+	}
+	if a := ask(sceptest.Named(t, about)); a.Status != "0" || a.List == nil || !bytes.Equal(a.List.Raw, list) {
+		t.Errorf("asked for a list: %+v", a)
+	}
+	other := *about
+	other.RawIssuer = w.own.RawSubject
+	if a := ask(sceptest.Named(t, &other)); a.Status != "2" || a.FailInfo != string(scep.BadCertID) {
+		t.Errorf("asked for the list of another issuer: %+v", a)
+	}
+	w.asked = 0
+	if a := ask([]byte("nonsense")); a.Status != "2" || a.FailInfo != string(scep.BadRequest) || w.asked > 0 {
+		t.Errorf("asked with nonsense: %+v", a)
+	}
+	w.list = func([]byte, *big.Int) ([]byte, error) { return nil, hub.NewError(hub.Unavailable, "disk-full", "x") }
+	if res := w.ask(http.MethodPost, pkiOperation, w.message(sceptest.Message{Type: "22", Content: sceptest.Named(t, about)})); res.StatusCode != http.StatusServiceUnavailable {
+		t.Errorf("while there is none: %s", res.Status)
 	}
 }
 

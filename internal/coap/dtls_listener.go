@@ -126,13 +126,14 @@ func (g *greylist) again(sum uint64, now time.Duration) bool {
 	return ms-e.at >= uint32(greyAfter/time.Millisecond)
 }
 
-// prefixOf is what is taken for one owner of addresses: the smallest networks that are routed by themselves.
-func prefixOf(a netip.Addr) netip.Prefix {
+// Network is what is taken for one owner of addresses: the smallest networks that are routed by themselves (IPv4 /24, IPv6 /56).
+func Network(a netip.Addr) netip.Prefix {
+	a = a.Unmap().WithZone("")
 	bits := 24
-	if a.Is6() && !a.Is4In6() {
+	if a.Is6() {
 		bits = 56
 	}
-	p, _ := a.WithZone("").Prefix(bits)
+	p, _ := a.Prefix(bits)
 	return p
 }
 
@@ -273,7 +274,7 @@ func (l *dtlsListener) hello(recs []record, e endpoints) {
 		fresh.again()
 		return
 	}
-	if prefix := prefixOf(e.remote.Addr()); l.tooMany(h, e) || l.full(unverified, prefix) {
+	if prefix := Network(e.remote.Addr()); l.tooMany(h, e) || l.full(unverified, prefix) {
 		l.mu.Lock()
 		own := l.halfOpen[unverified].crowdedHere(prefix, &l.conf)
 		l.mu.Unlock()
@@ -306,7 +307,7 @@ func (l *dtlsListener) full(s stage, prefix netip.Prefix) bool {
 func (l *dtlsListener) tooMany(h clientHello, e endpoints) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if !l.halfOpen[unverified].crowded(prefixOf(e.remote.Addr()), &l.conf) {
+	if !l.halfOpen[unverified].crowded(Network(e.remote.Addr()), &l.conf) {
 		return false
 	}
 	if l.grey == nil {
@@ -326,7 +327,7 @@ func (l *dtlsListener) begin(recs []record, h clientHello, e endpoints) {
 		l.srv.refuse(net.UDPAddrFromAddrPort(e.remote), "max-connections", fmt.Sprintf("%d connections are open", l.srv.cfg.MaxConnections))
 		return
 	}
-	a := &association{l: l, first: e, random: h.random, since: l.srv.now(), route: l.newRoute(e), prefix: prefixOf(e.remote.Addr())}
+	a := &association{l: l, first: e, random: h.random, since: l.srv.now(), route: l.newRoute(e), prefix: Network(e.remote.Addr())}
 	a.changed = sync.NewCond(&a.mu)
 	a.routes = []*route{a.route}
 	ctx, cancel := context.WithTimeout(l.ctx, l.conf.HandshakeTimeout)

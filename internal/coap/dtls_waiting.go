@@ -34,7 +34,7 @@ type waitingHello struct {
 
 // putOff has a ClientHello wait, or drops it when there is no room. The newest of an address takes the place of the one before.
 func (l *dtlsListener) putOff(rec record, s stage, e endpoints) {
-	h := &waitingHello{e: e, prefix: prefixOf(e.remote.Addr()), since: l.srv.now()}
+	h := &waitingHello{e: e, prefix: Network(e.remote.Addr()), since: l.srv.now()}
 	l.mu.Lock()
 	w := &l.waiting[s]
 	lost := w.expire(h.since)

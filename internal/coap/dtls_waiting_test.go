@@ -200,7 +200,7 @@ func TestDTLSWaitingInTurn(t *testing.T) {
 	dtlsBubble(t, handlerFuncs{}, nil, func(t *testing.T, s *dtlsSim) {
 		l := s.listener(t)
 		e := endsAt("198.51.100.1:1000")
-		prefix := prefixOf(e.remote.Addr())
+		prefix := Network(e.remote.Addr())
 		l.mu.Lock()
 		var as []*association
 		for range l.conf.MaxPerPrefix {

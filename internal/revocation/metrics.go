@@ -21,7 +21,7 @@ func newMetrics(reg prometheus.Registerer, sets []*set) *metrics {
 		}, []string{"set", "kind", "reason"}),
 		unknown: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Namespace: "coaphub", Subsystem: "revocation", Name: "unknown_total",
-			Help: "Account requests with a certificate of which nobody knows whether it was revoked, by CA set and what came of it: refused with 5.03, or " +
+			Help: "Requests to sign up, in or off, or to enrol, with a certificate of which nobody knows whether it was revoked, by CA set and what came of it: refused with 5.03 (503), or " +
 				"let-in where the set is open. It should not rise; failures_total says why.",
 		}, []string{"set", "outcome"}),
 	}

@@ -42,6 +42,7 @@ const (
 	RenewalReq MessageType = "17"
 	PKCSReq    MessageType = "19"
 	CertPoll   MessageType = "20"
+	GetCRL     MessageType = "22"
 )
 
 // FailInfo is why a request is refused (RFC 8894, Section 3.2.1.4).
@@ -348,6 +349,21 @@ func Challenge(csr []byte) (string, error) {
 	return challenge, nil
 }
 
+// maxSerial is RFC 5280, Section 4.1.2.2, in bits.
+const maxSerial = 20 * 8
+
+// IssuerAndSerial reads what a GetCRL contains: a certificate by the name of its issuer, DER, and its serial number.
+func IssuerAndSerial(der []byte) (issuer []byte, serial *big.Int, err error) {
+	var is issuerAndSerial
+	if err := unmarshal(der, &is); err != nil {
+		return nil, nil, fmt.Errorf("read which certificate is meant: %w", err)
+	}
+	if is.Serial.Sign() <= 0 || is.Serial.BitLen() > maxSerial {
+		return nil, nil, errors.New("a certificate has no such serial number")
+	}
+	return is.Issuer.FullBytes, is.Serial, nil
+}
+
 // Success is the answer with a certificate, encrypted to the client.
 func (r *Request) Success(by *x509.Certificate, key Key, issued *x509.Certificate) ([]byte, error) {
 	certs, err := est.CertsOnly([]*x509.Certificate{issued})
@@ -355,6 +371,26 @@ func (r *Request) Success(by *x509.Certificate, key Key, issued *x509.Certificat
 		return nil, err
 	}
 	envelope, err := seal(certs, r.Chain[0])
+	if err != nil {
+		return nil, err
+	}
+	return r.answer(by, key, envelope, pkcs7.Attribute{Type: oidStatus, Value: "0"})
+}
+
+// SuccessList is the answer to GetCRL: a revocation list, DER, encrypted to the client (RFC 8894, Section 3.3.4).
+func (r *Request) SuccessList(by *x509.Certificate, key Key, list []byte) ([]byte, error) {
+	inner, err := asn1.Marshal(signedData{
+		Version: 1, Digests: asn1.RawValue{Tag: asn1.TagSet, IsCompound: true}, Content: contentInfo{Type: oidData},
+		Lists: asn1.RawValue{Class: asn1.ClassContextSpecific, Tag: 1, IsCompound: true, Bytes: list},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("pack a revocation list: %w", err)
+	}
+	der, err := asn1.Marshal(contentInfo{oidSignedData, asn1.RawValue{Class: asn1.ClassContextSpecific, Tag: 0, IsCompound: true, Bytes: inner}})
+	if err != nil {
+		return nil, fmt.Errorf("pack a revocation list: %w", err)
+	}
+	envelope, err := seal(der, r.Chain[0])
 	if err != nil {
 		return nil, err
 	}

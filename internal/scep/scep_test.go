@@ -12,6 +12,7 @@ import (
 	"errors"
 	"math/big"
 	"os"
+	"os/exec"
 	"strings"
 	"sync"
 	"testing"
@@ -235,6 +236,24 @@ func TestAnswers(t *testing.T) {
 	if aes, _ := asn1.Marshal(pkcs7.OIDEncryptionAlgorithmAES128CBC); !bytes.Contains(success, aes) {
 		t.Error("the answer is not encrypted by AES")
 	}
+	list, err := x509.CreateRevocationList(rand.Reader, &x509.RevocationList{
+		Number: big.NewInt(7), ThisUpdate: time.Now(), NextUpdate: time.Now().Add(time.Hour),
+	}, signing(cert), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	answer, err := r.SuccessList(cert, key, list)
+	a := check(answer, err)
+	if a.Status != "0" || a.List == nil || !bytes.Equal(a.List.Raw, list) {
+		t.Errorf("a list is %+v", a)
+	}
+	if openssl, err := exec.LookPath("openssl"); err == nil { // who reads it as others do
+		cmd := exec.CommandContext(t.Context(), openssl, "pkcs7", "-inform", "DER", "-print_certs")
+		cmd.Stdin = bytes.NewReader(a.Content)
+		if out, err := cmd.CombinedOutput(); err != nil || !bytes.Contains(out, []byte("BEGIN X509 CRL")) {
+			t.Errorf("openssl says of the list: %s, %v", out, err)
+		}
+	}
 	if a := check(r.Pending(cert, key)); a.Status != "3" {
 		t.Errorf("pending is %+v", a)
 	}
@@ -243,14 +262,47 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
+// signing is a certificate that may sign lists.
+func signing(c *x509.Certificate) *x509.Certificate {
+	out := *c
+	out.KeyUsage |= x509.KeyUsageCRLSign
+	out.SubjectKeyId = []byte{1}
+	return &out
+}
+
+// A certificate is named by its issuer's name and a serial number as there are.
+func TestIssuerAndSerial(t *testing.T) {
+	cert, _ := registrar(t)
+	issuer, serial, err := IssuerAndSerial(sceptest.Named(t, cert))
+	if err != nil || !bytes.Equal(issuer, cert.RawIssuer) || serial.Cmp(cert.SerialNumber) != 0 {
+		t.Errorf("%x %v, %v", issuer, serial, err)
+	}
+	for name, serial := range map[string]*big.Int{
+		"0": new(big.Int), "negative": big.NewInt(-1), "of 21 bytes": new(big.Int).Lsh(big.NewInt(1), maxSerial),
+	} {
+		c := *cert
+		c.SerialNumber = serial
+		if _, _, err := IssuerAndSerial(sceptest.Named(t, &c)); err == nil {
+			t.Errorf("the serial number %s is taken", name)
+		}
+	}
+	if _, _, err := IssuerAndSerial([]byte("x")); err == nil {
+		t.Error("nonsense is taken")
+	}
+}
+
 // Nothing that comes from the network does more than be refused.
 func FuzzMessage(f *testing.F) {
 	cert, key := registrar(f)
 	own := sceptest.SelfSigned(f, clientKey())
 	csr := sceptest.CSR(f, "lamp", "the challenge", clientKey())
+	named := sceptest.Named(f, cert)
 	envelope := sceptest.Envelope(f, pkcs7.EncryptionAlgorithmAES128CBC, csr, cert)
 	message := sceptest.Message{Envelope: envelope}.Sign(f, cert, own, clientKey(), cert)
-	for _, b := range [][]byte{message, envelope, csr, indefinite(f, message), sceptest.Envelope(f, sceptest.DES, csr, cert)} {
+	for _, b := range [][]byte{
+		message, envelope, csr, indefinite(f, message), sceptest.Envelope(f, sceptest.DES, csr, cert), named,
+		sceptest.Message{Type: "22", Content: named}.Sign(f, cert, own, clientKey()),
+	} {
 		f.Add(b)
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
@@ -271,5 +323,8 @@ func FuzzMessage(f *testing.F) {
 			t.Error(err)
 		}
 		_, _ = Challenge(b)
+		if issuer, serial, err := IssuerAndSerial(b); err == nil && (len(issuer) == 0 || serial.Sign() <= 0 || serial.BitLen() > maxSerial) {
+			t.Errorf("%x %v", issuer, serial)
+		}
 	})
 }

@@ -83,6 +83,19 @@ func (m Message) Sign(t testing.TB, to, by *x509.Certificate, key any, above ...
 	return out
 }
 
+// Named is how a GetCRL names a certificate, by its issuer's name and its serial number.
+func Named(t testing.TB, c *x509.Certificate) []byte {
+	t.Helper()
+	der, err := asn1.Marshal(struct {
+		Issuer asn1.RawValue
+		Serial *big.Int
+	}{asn1.RawValue{FullBytes: c.RawIssuer}, c.SerialNumber})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return der
+}
+
 // DES is the cipher that pkcs7 numbers 0.
 const DES = -1
 
@@ -108,6 +121,8 @@ type Answer struct {
 	Status, FailInfo, Transaction string
 	Nonce                         []byte // the recipient's
 	Certificate                   *x509.Certificate
+	List                          *x509.RevocationList // in its place
+	Content                       []byte               // that either is in
 }
 
 // Read reads an answer that the holder of a certificate has signed, to another.
@@ -152,8 +167,19 @@ func Read(t testing.TB, answer []byte, by, to *x509.Certificate, key any) Answer
 	if err != nil {
 		t.Fatal(err)
 	}
-	if inner, err = pkcs7.Parse(certs); err != nil || len(inner.Certificates) != 1 {
-		t.Fatalf("the answer has not one certificate: %v", err)
+	a.Content = certs
+	if inner, err = pkcs7.Parse(certs); err != nil || len(inner.Certificates)+len(inner.CRLs) != 1 {
+		t.Fatalf("the answer has not one certificate or list: %v", err)
+	}
+	if len(inner.Certificates) == 0 {
+		der, err := asn1.Marshal(inner.CRLs[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if a.List, err = x509.ParseRevocationList(der); err != nil {
+			t.Fatal(err)
+		}
+		return a
 	}
 	a.Certificate = inner.Certificates[0]
 	return a
