@@ -20,6 +20,9 @@ func (a *assembly) calls() *http.ServeMux {
 	mux.HandleFunc("POST /device", call(a.device, a.log))
 	mux.HandleFunc("POST /devices/access", call(a.deviceAccess, a.log))
 	mux.HandleFunc("POST /devices/disable", call(a.disableDevice, a.log))
+	mux.HandleFunc("POST /devices/quarantine", call(a.quarantineDevice, a.log))
+	mux.HandleFunc("GET /quarantine", call(a.listQuarantine, a.log))
+	mux.HandleFunc("POST /quarantine/show", call(a.showQuarantine, a.log))
 	mux.HandleFunc("POST /devices/enable", call(a.enableDevice, a.log))
 	mux.HandleFunc("POST /devices/remove", call(a.removeDevice, a.log))
 	mux.HandleFunc("GET /deny", call(a.listDenials, a.log))
@@ -199,7 +202,7 @@ func (a *assembly) device(_ context.Context, q deviceRequest) (DeviceStatus, err
 			"the device has not signed in since the hub started; coaphub status --refused lists who was turned away")
 	}
 	s := DeviceStatus{
-		DeviceID: string(dev), Online: d.Online, Protocol: d.Protocol.String(), TLS: d.TLSVersion, Remote: d.Remote, Session: d.Session,
+		DeviceID: string(dev), Online: d.Online, Protocol: d.Protocol.String(), TLS: d.TLSVersion, Remote: d.Remote, Session: d.Session, Quarantined: d.Quarantined,
 		ConnectedSince: d.ConnectedSince.UTC(), LastError: d.LastError,
 		BytesIn: d.BytesIn, BytesOut: d.BytesOut, RoundTrip: d.RoundTrip.Seconds(), EndReason: d.EndReason,
 	}

@@ -32,6 +32,8 @@ type Deps struct {
 	Administration Administration
 	// Certificates is the device side of the certificate authority. nil: its calls are 404.
 	Certificates Certificates
+	// Quarantine is what is kept apart of devices in quarantine. nil: its calls are 404.
+	Quarantine Quarantine
 	// PreSharedKeys gives devices keys. nil: its calls are 404.
 	PreSharedKeys PreSharedKeys
 	// Enrolments is who gets an identity by himself. nil: its calls are 404.
