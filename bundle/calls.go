@@ -150,14 +150,14 @@ func (a *assembly) endpoints() (e Endpoints) {
 		e.EnrolmentHTTP = "https://" + reach(a.enrolHTTP.Addr().String(), a.external)
 	}
 	if a.admin != nil {
-		e.Admin = a.url(a.admin.Addr().String())
+		e.Admin = a.url(a.admin.Addr().String(), false)
 	}
 	return e
 }
 
-// url is an HTTP listener's base address as others reach it: plain on loopback, TLS anywhere else.
-func (a *assembly) url(address string) string {
-	if loopback(address) {
+// url is an HTTP listener's base address as others reach it: plain on loopback unless always has TLS there, too, and TLS anywhere else.
+func (a *assembly) url(address string, always bool) string {
+	if loopback(address) && !always {
 		return "http://" + address
 	}
 	return "https://" + reach(address, a.external)

@@ -103,7 +103,7 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	if a.grpc, err = a.listen(ctx, cfg.GRPCGateway.API.GRPC.Address, "--grpc-address", "grpcGateway.api.grpc.address"); err != nil {
 		return nil, err
 	}
-	a.httpURL, a.grpcAddress = a.url(a.http.Addr().String()), reach(a.grpc.Addr().String(), a.external)
+	a.httpURL, a.grpcAddress = a.url(a.http.Addr().String(), cfg.GRPCGateway.API.HTTP.TLS), reach(a.grpc.Addr().String(), a.external)
 
 	if err := a.listenForEnrolment(ctx); err != nil {
 		return nil, err
@@ -145,7 +145,9 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	}
 	a.identities.Released(a.quarantine.Discard)
 	lists := ""
-	if cfg.ExternalAddress != "" && !loopback(a.http.Addr().String()) { // else nobody but this machine knows where the hub is
+	at := a.http.Addr().String()
+	if own := cfg.GRPCGateway.API.HTTP.TLS && loopback(net.JoinHostPort(a.external, "0")); cfg.ExternalAddress != "" && (own || !loopback(at)) {
+		// Else nobody but this machine knows where the hub is.
 		lists = a.httpURL
 	}
 	a.certificates, err = certificateauthority.NewService(ctx, a.authority, a.store, a.identities, lists, log.With("part", "certificate-authority"), a.registry)
