@@ -50,6 +50,58 @@ func (a *assembly) disableDevice(ctx context.Context, q accessRequest) (DeviceAc
 	return a.changeAccess(ctx, q, func(dev hub.DeviceID) error { return a.identities.Disable(ctx, dev, "", callerOf(ctx), q.Reason) })
 }
 
+func (a *assembly) quarantineDevice(ctx context.Context, q accessRequest) (DeviceAccess, error) {
+	return a.changeAccess(ctx, q, func(dev hub.DeviceID) error {
+		return a.identities.Quarantine(ctx, dev, "", callerOf(ctx), q.Reason)
+	})
+}
+
+// InQuarantine is a device in quarantine.
+type InQuarantine struct {
+	DeviceAccess
+	Writes  int    `json:"writes"`
+	Dropped uint64 `json:"dropped"`
+}
+
+func (a *assembly) listQuarantine(ctx context.Context, _ struct{}) ([]InQuarantine, error) {
+	out := []InQuarantine{} // an empty list for scripts, not null
+	for _, dev := range a.identities.InQuarantine() {
+		access, err := a.identities.Access(ctx, dev, "")
+		if hub.IsKind(err, hub.NotFound) { // it has just left
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		n, dropped := a.quarantine.Count(dev)
+		out = append(out, InQuarantine{DeviceAccess{string(dev), access}, n, dropped})
+	}
+	return out, nil
+}
+
+func (a *assembly) showQuarantine(ctx context.Context, q accessRequest) (hub.Kept, error) {
+	dev, err := hub.ParseDeviceID(q.DeviceID)
+	if err != nil {
+		return hub.Kept{}, err
+	}
+	return keptWrites{a}.Kept(ctx, dev, "")
+}
+
+// keptWrites is grpcgateway.Quarantine.
+type keptWrites struct{ a *assembly }
+
+// Kept is of grpcgateway.Quarantine. The owner "" is an operator.
+func (k keptWrites) Kept(ctx context.Context, dev hub.DeviceID, owner hub.Owner) (hub.Kept, error) {
+	own, err := k.a.identities.Owner(ctx, dev)
+	if err == nil && owner != "" && own.Owner != owner {
+		err = hub.NewError(hub.NotFound, "device-not-owned", "the device has no owner, or another one")
+	}
+	if err != nil {
+		return hub.Kept{}, err
+	}
+	return k.a.quarantine.Kept(ctx, own)
+}
+
 func (a *assembly) enableDevice(ctx context.Context, q accessRequest) (DeviceAccess, error) {
 	dev, err := hub.ParseDeviceID(q.DeviceID)
 	if err == nil {
@@ -133,13 +185,13 @@ func (a *assembly) handedOver(ctx context.Context, dev hub.DeviceID, owner hub.O
 	return err
 }
 
-// rivals records that a device is in two places at once, and keeps it out if that is configured.
+// rivals records that a device is in two places at once, and puts it into quarantine if that is configured.
 func (a *assembly) rivals(ctx context.Context, dev hub.DeviceID, where string) {
 	e := hub.AuditEntry{Door: "hub", Call: "rivals", Target: string(dev) + " " + where, User: "hub", Outcome: a.cfg.CoAPGateway.Rivals}
 	if a.cfg.CoAPGateway.Rivals == coapgateway.RivalsQuarantine {
-		if err := a.identities.Disable(ctx, dev, "", "hub", "the same identity was in two places at once: "+where); err != nil {
+		if err := a.identities.Quarantine(ctx, dev, "", "hub", "the same identity was in two places at once: "+where); err != nil {
 			e.Outcome, _ = hub.Public(err)
-			a.log.ErrorContext(ctx, "a device in two places at once was kept out, but that could not be stored", "device", dev, "error", err)
+			a.log.ErrorContext(ctx, "a device in two places at once was put into quarantine, but that could not be stored", "device", dev, "error", err)
 		}
 	}
 	if err := a.audit.Record(ctx, e); err != nil {
@@ -176,7 +228,25 @@ func (c *Control) DisableDevice(ctx context.Context, deviceID, reason string) (a
 	return a, err
 }
 
-// EnableDevice lets a device in again that was disabled or removed.
+// QuarantineDevice lets a device in, and has what it writes kept apart.
+func (c *Control) QuarantineDevice(ctx context.Context, deviceID, reason string) (a DeviceAccess, err error) {
+	err = c.call(ctx, http.MethodPost, "/devices/quarantine", accessRequest{deviceID, reason}, &a)
+	return a, err
+}
+
+// Quarantine lists the devices in quarantine.
+func (c *Control) Quarantine(ctx context.Context) (ds []InQuarantine, err error) {
+	err = c.call(ctx, http.MethodGet, "/quarantine", nil, &ds)
+	return ds, err
+}
+
+// Kept is what is kept of a device in quarantine.
+func (c *Control) Kept(ctx context.Context, deviceID string) (k hub.Kept, err error) {
+	err = c.call(ctx, http.MethodPost, "/quarantine/show", accessRequest{DeviceID: deviceID}, &k)
+	return k, err
+}
+
+// EnableDevice lets a device in again that was disabled or removed, and ends its quarantine.
 func (c *Control) EnableDevice(ctx context.Context, deviceID string) (a DeviceAccess, err error) {
 	err = c.call(ctx, http.MethodPost, "/devices/enable", accessRequest{DeviceID: deviceID}, &a)
 	return a, err

@@ -139,10 +139,13 @@ func TestTLSBeyondLoopback(t *testing.T) {
 	if err := <-served; err != nil {
 		t.Error(err)
 	}
-	if u := a.url("[::]:8080"); u != "https://hub.example:8080" {
+	if u := a.url("[::]:8080", false); u != "https://hub.example:8080" {
 		t.Errorf("url = %q", u)
 	}
-	if u := a.url("127.0.0.1:8080"); u != "http://127.0.0.1:8080" {
+	if u := a.url("127.0.0.1:8080", true); u != "https://127.0.0.1:8080" {
+		t.Errorf("with TLS: %q", u)
+	}
+	if u := a.url("127.0.0.1:8080", false); u != "http://127.0.0.1:8080" {
 		t.Errorf("url = %q", u)
 	}
 }

@@ -103,7 +103,7 @@ func (c *Control) Audit(ctx context.Context, before uint64, limit int) (es []hub
 var socketReads = map[string]bool{
 	"GET /status": true, "GET /refused": true, "GET /users": true, "POST /device": true, "POST /ca/root": true, "GET /ca/parts": true, "POST /audit": true,
 	"POST /enrolment/groups": true, "POST /enrolment/tokens": true, "POST /enrolments": true,
-	"POST /certificates": true, "POST /certificates/export": true, "POST /certificates/report": true, "POST /devices/access": true, "GET /deny": true,
+	"POST /certificates": true, "POST /certificates/export": true, "POST /certificates/report": true, "POST /devices/access": true, "GET /quarantine": true, "POST /quarantine/show": true, "GET /deny": true,
 	"POST /checkpoint": true, "POST /checkpoint/release": true, // verify and backup: they read
 }
 

@@ -20,6 +20,9 @@ func (a *assembly) calls() *http.ServeMux {
 	mux.HandleFunc("POST /device", call(a.device, a.log))
 	mux.HandleFunc("POST /devices/access", call(a.deviceAccess, a.log))
 	mux.HandleFunc("POST /devices/disable", call(a.disableDevice, a.log))
+	mux.HandleFunc("POST /devices/quarantine", call(a.quarantineDevice, a.log))
+	mux.HandleFunc("GET /quarantine", call(a.listQuarantine, a.log))
+	mux.HandleFunc("POST /quarantine/show", call(a.showQuarantine, a.log))
 	mux.HandleFunc("POST /devices/enable", call(a.enableDevice, a.log))
 	mux.HandleFunc("POST /devices/remove", call(a.removeDevice, a.log))
 	mux.HandleFunc("GET /deny", call(a.listDenials, a.log))
@@ -148,14 +151,14 @@ func (a *assembly) endpoints() (e Endpoints) {
 		e.EnrolmentHTTP = "https://" + reach(a.enrolHTTP.Addr().String(), a.external)
 	}
 	if a.admin != nil {
-		e.Admin = a.url(a.admin.Addr().String())
+		e.Admin = a.url(a.admin.Addr().String(), false)
 	}
 	return e
 }
 
-// url is an HTTP listener's base address as others reach it: plain on loopback, TLS anywhere else.
-func (a *assembly) url(address string) string {
-	if loopback(address) {
+// url is an HTTP listener's base address as others reach it: plain on loopback unless always has TLS there, too, and TLS anywhere else.
+func (a *assembly) url(address string, always bool) string {
+	if loopback(address) && !always {
 		return "http://" + address
 	}
 	return "https://" + reach(address, a.external)
@@ -200,7 +203,7 @@ func (a *assembly) device(_ context.Context, q deviceRequest) (DeviceStatus, err
 			"the device has not signed in since the hub started; coaphub status --refused lists who was turned away")
 	}
 	s := DeviceStatus{
-		DeviceID: string(dev), Online: d.Online, Protocol: d.Protocol.String(), TLS: d.TLSVersion, Remote: d.Remote, Session: d.Session,
+		DeviceID: string(dev), Online: d.Online, Protocol: d.Protocol.String(), TLS: d.TLSVersion, Remote: d.Remote, Session: d.Session, Quarantined: d.Quarantined,
 		ConnectedSince: d.ConnectedSince.UTC(), LastError: d.LastError,
 		BytesIn: d.BytesIn, BytesOut: d.BytesOut, RoundTrip: d.RoundTrip.Seconds(), EndReason: d.EndReason,
 	}

@@ -90,8 +90,9 @@ type DeviceStatus struct {
 	EndedAt   *time.Time `json:"endedAt,omitempty"`
 	EndReason string     `json:"endReason,omitempty"`
 	// RivalsAt is when the device was last reported to be in two places at once, Rivals where.
-	RivalsAt *time.Time `json:"rivalsAt,omitempty"`
-	Rivals   string     `json:"rivals,omitempty"`
+	Quarantined bool       `json:"quarantined,omitempty"`
+	RivalsAt    *time.Time `json:"rivalsAt,omitempty"`
+	Rivals      string     `json:"rivals,omitempty"`
 }
 
 type deviceRequest struct {

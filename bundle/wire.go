@@ -25,6 +25,7 @@ import (
 	"github.com/coaphub/coaphub/internal/auth"
 	"github.com/coaphub/coaphub/internal/coap"
 	"github.com/coaphub/coaphub/internal/obs"
+	"github.com/coaphub/coaphub/internal/quarantine"
 	"github.com/coaphub/coaphub/internal/store"
 	"github.com/coaphub/coaphub/internal/store/pebblestore"
 	oauthserver "github.com/coaphub/coaphub/oauth-server"
@@ -55,6 +56,7 @@ type assembly struct {
 	audit        *audit.Log
 	directory    *resourcedirectory.Directory
 	identities   *identitystore.Store
+	quarantine   *quarantine.Store
 	provider     *oauthserver.Server // nil with external providers
 	clients      []*auth.Client      // of external providers
 	verifier     *auth.Verifier
@@ -102,7 +104,7 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	if a.grpc, err = a.listen(ctx, cfg.GRPCGateway.API.GRPC.Address, "--grpc-address", "grpcGateway.api.grpc.address"); err != nil {
 		return nil, err
 	}
-	a.httpURL, a.grpcAddress = a.url(a.http.Addr().String()), reach(a.grpc.Addr().String(), a.external)
+	a.httpURL, a.grpcAddress = a.url(a.http.Addr().String(), cfg.GRPCGateway.API.HTTP.TLS), reach(a.grpc.Addr().String(), a.external)
 
 	if err := a.listenForEnrolment(ctx); err != nil {
 		return nil, err
@@ -139,8 +141,14 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	if a.identities, err = identitystore.New(ctx, cfg.IdentityStore, a.store, a.directory, log.With("part", "identity-store"), a.registry); err != nil {
 		return nil, err
 	}
+	if a.quarantine, err = quarantine.Open(ctx, a.store, a.identities.Quarantined, a.registry); err != nil {
+		return nil, err
+	}
+	a.identities.Released(a.quarantine.Discard)
 	lists := ""
-	if cfg.ExternalAddress != "" && !loopback(a.http.Addr().String()) { // else nobody but this machine knows where the hub is
+	at := a.http.Addr().String()
+	if own := cfg.GRPCGateway.API.HTTP.TLS && loopback(net.JoinHostPort(a.external, "0")); cfg.ExternalAddress != "" && (own || !loopback(at)) {
+		// Else nobody but this machine knows where the hub is.
 		lists = a.httpURL
 	}
 	a.certificates, err = certificateauthority.NewService(ctx, a.authority, a.store, a.identities, lists, log.With("part", "certificate-authority"), a.registry)
@@ -178,7 +186,7 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	a.devices, err = coapgateway.New(gatewayConfig, coapgateway.Deps{
 		Directory: a.directory, Identities: a.identities, Verifier: a.verifier, Providers: providers,
 		Certificate: certificate, ClientCAs: a.authority.DevicePool(), ClientIntermediates: a.authority.DeviceIntermediates(),
-		ClientRoots: a.authority.DeviceRoots(), PSK: a.psk.key, Revoked: a.certificates.Revoked, Denied: a.identities.Denied, HandedOver: a.handedOver, Rivals: a.rivals,
+		ClientRoots: a.authority.DeviceRoots(), PSK: a.psk.key, Revoked: a.certificates.Revoked, Denied: a.identities.Denied, Quarantine: a.quarantine, HandedOver: a.handedOver, Rivals: a.rivals,
 		HubID: hub.DeviceID(a.hubID), Service: writer, EngineMetrics: engine, Renewals: a.certificates,
 		Lists: folder.sub(listsFolder),
 		Reach: func(address string) string { return reach(address, a.external) },
@@ -212,7 +220,7 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	}
 	a.apps, err = grpcgateway.New(cfg.GRPCGateway, grpcgateway.Deps{
 		Directory: a.directory, Identities: a.identities, Verifier: a.verifier, HubID: a.hubID, HubInfo: a.hubInfo,
-		Administration: administration{a}, Certificates: a.certificates, Enrolments: enrolments{a.certificates, a}, PreSharedKeys: deviceKeys{a}, Audit: a.audit,
+		Administration: administration{a}, Certificates: a.certificates, Enrolments: enrolments{a.certificates, a}, PreSharedKeys: deviceKeys{a}, Quarantine: keptWrites{a}, Audit: a.audit,
 		Hosts: []string{a.external}, Pages: a.pages(), TLS: https, Listen: a.opened, CursorKey: cursors,
 	}, log.With("part", "grpc-gateway"), a.registry)
 	if err != nil {

@@ -21,7 +21,8 @@ type Config struct {
 	Limits         LimitsConfig         `yaml:"limits"`
 	// Rivals is what becomes of a device that is found to be in two places at once: two addresses that take its session from each
 	// other, several times within ten minutes. report (default): it is in the audit log and in coaphub status --refused, and the
-	// last to sign in has the session. quarantine: the device is disabled, too, until its owner or an operator enables it.
+	// last to sign in has the session. quarantine: its commands stop and what it writes is kept apart, too, until its owner or an
+	// operator enables it.
 	Rivals string `yaml:"rivals"`
 }
 

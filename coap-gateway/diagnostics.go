@@ -22,6 +22,7 @@ type Diagnostics struct {
 	TLSVersion     string // "" when not secure
 	Suite          string // the cipher suite's name (IANA); "" when not secure
 	Session        uint64
+	Quarantined    bool   // the session's writes are kept apart
 	LastError      string // the code of the session's last error response, "" for none
 	Contact        hub.Contact
 	// Of the connection of the current or last session, as CoAP without TLS.
@@ -61,12 +62,16 @@ func (d *diagnostics) begin(x Diagnostics, stats func() coap.Stats) (rivals stri
 		x.EndedAt, x.EndReason, x.Rivals, x.RivalsAt = old.EndedAt, old.EndReason, old.Rivals, old.RivalsAt
 		r = old.rivalry
 		now := time.Now()
+		if x.Quarantined { // both may be here then; what they did to each other counts anew when it is over
+			r = rivalry{}
+		}
 		// The end of the session that was taken over may have come first.
-		if old.Online || old.EndReason == "second-session" && now.Sub(old.EndedAt) < takeoverTime {
-			if found = r.takeover(hostOf(old.Remote), hostOf(x.Remote), now); found && now.Sub(x.RivalsAt) < rivalryAgain {
+		takenOver := old.Online || old.EndReason == "second-session" && now.Sub(old.EndedAt) < takeoverTime
+		if takenOver && !x.Quarantined && !old.Quarantined {
+			if found = r.takeover(hostOf(old.Remote), hostOf(x.Remote), now); found && now.Sub(r.told) < rivalryAgain {
 				found = false
 			} else if found {
-				x.Rivals, x.RivalsAt = hostOf(old.Remote)+" and "+hostOf(x.Remote), now
+				x.Rivals, x.RivalsAt, r.told = hostOf(old.Remote)+" and "+hostOf(x.Remote), now, now
 			}
 		}
 		if old.place != nil {

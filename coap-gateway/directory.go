@@ -60,6 +60,29 @@ type Directory interface {
 	ETags(ctx context.Context, dev hub.DeviceID, limit int) ([][]byte, error)
 }
 
+// records is what a session reads and writes of its device: a Directory, or, in quarantine, what keeps it apart.
+type records interface {
+	SignOut(ctx context.Context, from hub.Stamp) error
+	Offline(ctx context.Context, from hub.Stamp) error
+	Publish(ctx context.Context, from hub.Stamp, links []hub.Link) ([]hub.Link, error)
+	Unpublish(ctx context.Context, from hub.Stamp, hrefs []hub.Href) ([]hub.Href, error)
+	Notify(ctx context.Context, from hub.Stamp, changes []hub.Change) error
+	SetTwin(ctx context.Context, from hub.Stamp, state hub.TwinState) error
+	SetLocalEndpoints(ctx context.Context, from hub.Stamp, endpoints []string) error
+	SetContact(ctx context.Context, from hub.Stamp, to hub.Contact) error
+	Device(ctx context.Context, owner hub.Owner, dev hub.DeviceID) (*hub.Device, error)
+	ETags(ctx context.Context, dev hub.DeviceID, limit int) ([][]byte, error)
+}
+
+// Quarantine keeps apart what devices in quarantine write.
+type Quarantine interface {
+	// Quarantined reports whether a device is in quarantine. It does not block, and must say so before EndDenied is told.
+	Quarantined(dev hub.DeviceID) bool
+	// Keep stores a write, durably on return, and returns its number, which of a sign-in is the session's. The same message of a
+	// session again is kept once. Precondition for a device that is not in quarantine (any more).
+	Keep(ctx context.Context, own hub.Ownership, w hub.KeptWrite) (uint64, error)
+}
+
 // Deliverer is how the directory reaches a session.
 type Deliverer = hub.Deliverer
 

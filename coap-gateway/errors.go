@@ -86,7 +86,7 @@ func accountError(err error) error {
 	}
 	code, text := hub.Public(err)
 	switch code {
-	case "device-disabled", "device-removed", "device-denied", "key-denied", "certificate-denied", "ca-denied":
+	case "device-disabled", "device-quarantined", "device-removed", "device-denied", "key-denied", "certificate-denied", "ca-denied":
 		return err
 	}
 	return &hub.Error{Kind: hub.Unauthenticated, Code: code, Text: text, Err: err}

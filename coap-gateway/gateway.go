@@ -52,6 +52,8 @@ type Deps struct {
 	// Denied refuses a device that is not to be let in, or whoever comes with a verified chain in which something is not: Denied then.
 	// The device may be "", and the chain nil. It does not block, and must say so before EndDenied is told. Nil: nobody is.
 	Denied func(dev hub.DeviceID, chain []*x509.Certificate) error
+	// Quarantine keeps apart what devices in quarantine write. Nil: none is in quarantine.
+	Quarantine Quarantine
 	// HandedOver is told of each sign-up: the device is owner's, and came with the certificate, or with none. Nil: nobody is told.
 	HandedOver func(ctx context.Context, dev hub.DeviceID, owner hub.Owner, cert *x509.Certificate) error
 	// Rivals is told of a device that is in two places at once, and of where. Nil: nobody is.

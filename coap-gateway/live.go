@@ -150,12 +150,19 @@ func (g *Gateway) EndCertificate(serial string) {
 	}
 }
 
-// EndDenied ends the sessions of a device that is not let in any more, or, with "", of whoever is not. It does not block.
+// EndDenied ends the sessions of a device that is not let in any more, or whose quarantine began or ended, or, with "", of
+// whoever that is true of. It does not block.
 func (g *Gateway) EndDenied(dev hub.DeviceID) {
 	for _, s := range g.live.those(dev) {
-		if err := g.deps.Denied(s.own.Device, s.chain); err != nil {
+		err := g.deps.Denied(s.own.Device, s.chain)
+		switch {
+		case err != nil:
 			code, _ := hub.Public(err)
 			s.conn.Close(closing{code})
+		case s.misplaced() && s.apart:
+			s.conn.Close(closing{"quarantine-over"})
+		case s.misplaced():
+			s.conn.Close(closing{"device-quarantined"})
 		}
 	}
 }
@@ -215,6 +222,9 @@ func (p *peer) entered(ctx context.Context, s *session, token string) error {
 	}
 	if err := p.gw.deps.Denied(s.own.Device, nil); err != nil {
 		return err
+	}
+	if s.misplaced() {
+		return errMoved
 	}
 	_, err := p.gw.deps.Verifier.Verify(ctx, token)
 	return err

@@ -35,7 +35,7 @@ func (s *session) learnEndpoints(patience time.Duration) error {
 		return nil
 	}
 	return s.write(s.ctx, func(ctx context.Context, from hub.Stamp) error {
-		return s.gw.deps.Directory.SetLocalEndpoints(ctx, from, at)
+		return s.records.SetLocalEndpoints(ctx, from, at)
 	})
 }
 

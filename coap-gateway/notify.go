@@ -151,7 +151,7 @@ func (s *session) storeInTurn(ctx context.Context, changes []hub.Change) error {
 
 func (s *session) storePiece(ctx context.Context, changes []hub.Change) error {
 	err := s.writeInTurn(ctx, func(ctx context.Context, from hub.Stamp) error {
-		return s.gw.deps.Directory.Notify(ctx, from, changes)
+		return s.records.Notify(ctx, from, changes)
 	})
 	switch {
 	case err == nil:
@@ -193,7 +193,7 @@ func (s *session) gone(l hub.Link) error {
 func (s *session) goneInTurn(ctx context.Context, href hub.Href) error {
 	var removed []hub.Href
 	err := s.writeInTurn(ctx, func(ctx context.Context, from hub.Stamp) (err error) {
-		removed, err = s.gw.deps.Directory.Unpublish(ctx, from, []hub.Href{href})
+		removed, err = s.records.Unpublish(ctx, from, []hub.Href{href})
 		return err
 	})
 	if err != nil && !hub.IsKind(err, hub.NotFound) || len(removed) > 0 {

@@ -503,7 +503,7 @@ func (t *twin) next() (hub.Link, bool) {
 // report tells the directory how far the twin is.
 func (t *twin) report(state hub.TwinState) error {
 	return t.s.write(t.s.ctx, func(ctx context.Context, from hub.Stamp) error {
-		return t.s.gw.deps.Directory.SetTwin(ctx, from, state)
+		return t.s.records.SetTwin(ctx, from, state)
 	})
 }
 
@@ -677,7 +677,7 @@ func (t *twin) prune(offered []link) error {
 	}
 	t.mu.Unlock()
 	return s.writeInTurn(s.ctx, func(ctx context.Context, from hub.Stamp) error {
-		_, err := s.gw.deps.Directory.Unpublish(ctx, from, gone)
+		_, err := s.records.Unpublish(ctx, from, gone)
 		return err
 	})
 }
@@ -687,7 +687,7 @@ func (t *twin) links() ([]hub.Link, error) {
 	s := t.s
 	var dev *hub.Device
 	err := retry(s.ctx, s.gw.patience, func() (err error) {
-		dev, err = s.gw.deps.Directory.Device(s.ctx, s.own.Owner, s.own.Device)
+		dev, err = s.records.Device(s.ctx, s.own.Owner, s.own.Device)
 		return err
 	})
 	if err != nil {
@@ -716,7 +716,7 @@ func (t *twin) observeBatch(useETags bool) (bool, error) {
 	if c := s.gw.cfg.DeviceTwin; useETags && c.UseETags && c.MaxETagsCountInRequest > 0 {
 		var etags [][]byte
 		err := retry(s.ctx, s.gw.patience, func() (err error) {
-			etags, err = s.gw.deps.Directory.ETags(s.ctx, s.own.Device, c.MaxETagsCountInRequest)
+			etags, err = s.records.ETags(s.ctx, s.own.Device, c.MaxETagsCountInRequest)
 			return err
 		})
 		if err != nil {

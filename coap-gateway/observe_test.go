@@ -380,7 +380,7 @@ func TestFirstAnswerDoesNotOverwriteNotifications(t *testing.T) {
 	h.w.awaitLog(t, "twin 2")
 	o := &coap.Observation{}
 	s := &session{
-		gw: h.gw, log: h.gw.log, own: h.w.owned[lampID], number: h.w.current[lampID], turn: make(chan struct{}, 1), message: 1000,
+		gw: h.gw, log: h.gw.log, own: h.w.owned[lampID], number: h.w.current[lampID], records: h.gw.deps.Directory, turn: make(chan struct{}, 1), message: 1000,
 		early: map[*coap.Observation]map[hub.Href]bool{o: {"/x": true}},
 	}
 	s.user.Store(new(string))

@@ -182,6 +182,9 @@ func (p *peer) answer(ctx context.Context, r route, known bool, path string, req
 	if r.session && p.sess == nil {
 		return coap.Response{}, unauthenticated("not-signed-in", "nobody is signed in on this connection")
 	}
+	if r.session && p.sess.apart && path != "/oic/rd" { // a copy of a device is to learn of, and reach, nobody
+		return coap.Response{}, errQuarantined
+	}
 	if !r.account && (path != "/oic/rd" || req.Code != codes.GET) { // which keeps a session alive, and is never refused
 		if err := p.admit(r); err != nil {
 			return coap.Response{}, err

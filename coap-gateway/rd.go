@@ -51,7 +51,7 @@ func (p *peer) publish(ctx context.Context, req *coap.Message, format int32) (co
 	}
 	var stored []hub.Link
 	err = s.write(ctx, func(ctx context.Context, from hub.Stamp) (err error) {
-		if stored, err = p.gw.deps.Directory.Publish(ctx, from, links); err == nil {
+		if stored, err = s.records.Publish(ctx, from, links); err == nil {
 			s.twin.tell(links, true)
 		}
 		return err
@@ -93,7 +93,7 @@ func (p *peer) unpublish(ctx context.Context, req *coap.Message, _ int32) (coap.
 	}
 	var hrefs []hub.Href
 	if len(want) > 0 {
-		dev, err := p.gw.deps.Directory.Device(ctx, s.own.Owner, s.own.Device)
+		dev, err := s.records.Device(ctx, s.own.Owner, s.own.Device)
 		if err != nil {
 			return coap.Response{}, err
 		}
@@ -106,7 +106,7 @@ func (p *peer) unpublish(ctx context.Context, req *coap.Message, _ int32) (coap.
 	var removed []hub.Href
 	if len(want) == 0 || len(hrefs) > 0 { // an empty list would mean all
 		err = s.write(ctx, func(ctx context.Context, from hub.Stamp) (err error) {
-			if removed, err = p.gw.deps.Directory.Unpublish(ctx, from, hrefs); err == nil {
+			if removed, err = s.records.Unpublish(ctx, from, hrefs); err == nil {
 				gone := make([]hub.Link, len(removed))
 				for i, h := range removed {
 					gone[i].Href = h

@@ -22,6 +22,7 @@ type rivalry struct {
 	thrown []string // hosts whose sessions were taken over from another host; nobody changes the slice
 	turns  int
 	last   time.Time
+	told   time.Time // when it was reported last; zero if it was not
 }
 
 // takeover notes that a session from one host was taken over from another one, and reports whether that is a rivalry. Behind one
@@ -31,7 +32,7 @@ func (r *rivalry) takeover(from, to string, now time.Time) bool {
 		return false
 	}
 	if now.Sub(r.last) > rivalryTime {
-		*r = rivalry{}
+		*r = rivalry{told: r.told}
 	}
 	if slices.Contains(r.thrown, to) {
 		r.turns++
@@ -46,7 +47,7 @@ func (r *rivalry) takeover(from, to string, now time.Time) bool {
 	return r.turns >= rivalryTurns
 }
 
-// rivals reports a device that is in two places at once. Whoever is told may keep it out, which entered notices.
+// rivals reports a device that is in two places at once. Whoever is told may put it into quarantine, which entered notices.
 func (p *peer) rivals(ctx context.Context, s *session, where string) {
 	p.gw.metrics.rivals.Inc()
 	s.log.Warn("the same identity is in two places at once, taking turns", "from", where)

@@ -24,12 +24,15 @@ type session struct {
 	log    *slog.Logger
 	own    hub.Ownership
 	number uint64
-	user   atomic.Pointer[string] // sub, for audit; renewed while the twin writes
-	uid    string                 // the owner as the device names it
-	claims hub.Claims
-	timer  *time.Timer  // closes the connection when the credential expires
-	grant  grant        // what live has it under; live guards both
-	key    hub.DeviceID // "": it did not come with a pre-shared key
+	// records is where it reads and writes; apart says that this is the quarantine. They do not change.
+	records records
+	apart   bool
+	user    atomic.Pointer[string] // sub, for audit; renewed while the twin writes
+	uid     string                 // the owner as the device names it
+	claims  hub.Claims
+	timer   *time.Timer  // closes the connection when the credential expires
+	grant   grant        // what live has it under; live guards both
+	key     hub.DeviceID // "": it did not come with a pre-shared key
 	// cert is what it came with, nil if it did not come with one; it does not change.
 	cert  *x509.Certificate
 	chain []*x509.Certificate // from cert up
@@ -110,6 +113,9 @@ func (s *session) write(ctx context.Context, do func(context.Context, hub.Stamp)
 }
 
 func (s *session) writeInTurn(ctx context.Context, do func(context.Context, hub.Stamp) error) error {
+	if s.ctx.Err() == nil && s.misplaced() { // it is about to be closed; its end is to be recorded all the same
+		return errMoved
+	}
 	s.message++
 	stamp := hub.Stamp{Device: s.own.Device, Session: s.number, Message: s.message, User: *s.user.Load()}
 	return retry(ctx, s.gw.patience, func() error { return do(ctx, stamp) })
@@ -170,7 +176,7 @@ func (p *peer) endSession(reason string, offline bool) {
 		// Neither the request's nor the connection's context: this must be recorded although both are over.
 		ctx, cancel := context.WithTimeout(context.Background(), offlineTimeout)
 		defer cancel()
-		if err := s.write(ctx, p.gw.deps.Directory.Offline); err != nil {
+		if err := s.write(ctx, s.records.Offline); err != nil {
 			s.log.Warn("could not record that the device is offline", "error", err)
 		}
 	}

@@ -79,7 +79,7 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 	var before *session
 	switch {
 	case p.sess == nil:
-	case p.sess.own != own: // the device or its ownership is another one
+	case p.sess.own != own, p.sess.misplaced(): // the device or its ownership is another one, or its quarantine began or ended
 		p.endSession("other-sign-in", true)
 	case !info.Stream && !info.Secure:
 		// Over plain UDP a device that has rebooted is where it was, and only this tells of it: it has forgotten what we observe.
@@ -99,7 +99,13 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 	conn := hub.Connection{
 		Online: true, ID: info.ID, ConnectedAt: time.Now().UnixNano(), Protocol: p.protocol(), Service: p.gw.deps.Service,
 	}
-	got, own, err := p.announce(ctx, own, conn, claims, s.to)
+	var got hub.Session
+	if s.apart = p.gw.quarantined(dev); s.apart {
+		s.records, got, err = p.keepApart(ctx, own, conn)
+	} else {
+		s.records = p.gw.deps.Directory
+		got, own, err = p.announce(ctx, own, conn, claims, s.to)
+	}
 	if err != nil {
 		return claims, dev, err // which closes the connection, and what session it has goes offline then
 	}
@@ -109,13 +115,16 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 	s.own, s.number = own, got.Number
 	s.share = p.gw.rates.join(own.Owner)
 	s.log = p.log.With("device", dev, "owner", own.Owner, "session", got.Number)
+	if s.apart {
+		s.log = s.log.With("quarantined", true)
+	}
 	s.ctx, s.cancel = context.WithCancel(p.conn.Context())
 	p.renew(s, claims)
 	p.sess = s
 	p.gw.metrics.sessions.Inc()
 	d := Diagnostics{
 		Device: dev, ConnectedSince: time.Unix(0, conn.ConnectedAt), Protocol: conn.Protocol, Remote: info.Remote.String(),
-		Session: got.Number,
+		Session: got.Number, Quarantined: s.apart,
 	}
 	switch {
 	case info.TLS != nil:
@@ -138,6 +147,9 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 	}
 	if err := p.entered(ctx, s, body.Token); err != nil {
 		return claims, dev, err
+	}
+	if s.apart {
+		return claims, dev, nil // it is asked what it has to say, and told nothing
 	}
 	s.to.box.begin(s, got.Commands, !got.TwinEnabled) // last: whoever may not stay gets no commands
 	p.gw.renewals.watch(s)
@@ -233,7 +245,7 @@ func (p *peer) signOut(ctx context.Context, body *sessionRequest, format int32) 
 		}
 		s.stop()
 		// A session that is not the current one any more has nothing to sign out of.
-		if err := s.write(ctx, p.gw.deps.Directory.SignOut); err != nil && !hub.IsKind(err, hub.Precondition) {
+		if err := s.write(ctx, s.records.SignOut); err != nil && !hub.IsKind(err, hub.Precondition) {
 			return coap.Response{}, err // the connection closes and records OFFLINE
 		}
 		p.endSession("sign-out", false)

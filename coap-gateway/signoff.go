@@ -25,6 +25,9 @@ func (p *peer) signOff(ctx context.Context, req *coap.Message, _ int32) (coap.Re
 	if err != nil {
 		return coap.Response{}, err
 	}
+	if p.gw.quarantined(dev) { // else a copy could end it, and take the device from its owner
+		return coap.Response{}, errQuarantined
+	}
 	own := s != nil && s.own.Device == dev
 	if !own {
 		// A session's pin was checked at its sign-in. What is not there, or being released, SignOff knows.

@@ -284,6 +284,6 @@ func (t *twin) expect(c hub.Contact) error {
 	s := t.s
 	s.gw.devices.expect(s.own.Device, s.number, c)
 	return s.write(s.ctx, func(ctx context.Context, from hub.Stamp) error {
-		return s.gw.deps.Directory.SetContact(ctx, from, c)
+		return s.records.SetContact(ctx, from, c)
 	})
 }

@@ -27,7 +27,23 @@ func (g *Gateway) getAccess(w http.ResponseWriter, r *request) error {
 	return writeJSON(w, r, a)
 }
 
-// putAccess disables or enables a device, and answers how it stands then.
+// getQuarantine answers what was kept of a device in quarantine.
+func (g *Gateway) getQuarantine(w http.ResponseWriter, r *request) error {
+	id, err := hub.ParseDeviceID(r.vars.device)
+	if err != nil || g.deps.Quarantine == nil {
+		return errNotFound
+	}
+	k, err := g.deps.Quarantine.Kept(r.Context(), id, r.claims.Owner)
+	if hub.IsKind(err, hub.NotFound) {
+		return errNotFound
+	}
+	if err != nil {
+		return err
+	}
+	return writeJSON(w, r, k)
+}
+
+// putAccess disables a device, puts it into quarantine, or admits it again, and answers how it stands then.
 func (g *Gateway) putAccess(w http.ResponseWriter, r *request) error {
 	var body accessBody
 	if err := readJSON(r, &body); err != nil {
@@ -40,12 +56,14 @@ func (g *Gateway) putAccess(w http.ResponseWriter, r *request) error {
 	switch body.State {
 	case hub.AccessDisabled:
 		err = g.deps.Identities.Disable(r.Context(), id, r.claims.Owner, r.claims.Subject, body.Reason)
+	case hub.AccessQuarantined:
+		err = g.deps.Identities.Quarantine(r.Context(), id, r.claims.Owner, r.claims.Subject, body.Reason)
 	case hub.AccessAdmitted:
 		err = g.deps.Identities.Enable(r.Context(), id, r.claims.Owner)
 	case hub.AccessRemoved, hub.AccessDenied:
 		fallthrough
 	default:
-		return invalid("access-invalid", "the state is admitted or disabled; a device is removed by deleting it, and denied by an operator")
+		return invalid("access-invalid", "the state is admitted, quarantined or disabled; a device is removed by deleting it, and denied by an operator")
 	}
 	if hub.IsKind(err, hub.NotFound) {
 		return errNotFound

@@ -22,6 +22,8 @@ func TestAccess(t *testing.T) {
 		{"GET", "alice", "", 200, `{"state":"disabled",`},
 		{"GET", "bob", "", 404, "not-found"},
 		{"PUT", "bob", `{"state":"admitted"}`, 404, "not-found"},
+		{"PUT", "alice", `{"state":"quarantined"}`, 200, `{"state":"quarantined","user":"alice-sub"`},
+		{"PUT", "bob", `{"state":"quarantined"}`, 404, "not-found"},
 		{"PUT", "alice", `{"state":"removed"}`, 400, "access-invalid"},
 		{"PUT", "alice", `{"state":"denied"}`, 400, "access-invalid"},
 		{"PUT", "alice", `{}`, 400, "access-invalid"},
@@ -35,6 +37,28 @@ func TestAccess(t *testing.T) {
 	}
 	if a := w.send(t, "alice", "PUT", "/api/v1/devices/lamp/access", `{"state":"admitted"}`); a.Code != 404 {
 		t.Errorf("no UUID: %d", a.Code)
+	}
+}
+
+// TestQuarantine: what is kept of a device is its owner's to see, and says where it came from.
+func TestQuarantine(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	path := "/api/v1/devices/" + string(lampA)
+	if a := w.send(t, "alice", "GET", path+"/quarantine", ""); a.Code != 200 || a.Body.String() != `{"writes":[],"dropped":0}`+"\n" {
+		t.Errorf("none: %d %s", a.Code, a.Body)
+	}
+	w.send(t, "alice", "PUT", path+"/access", `{"state":"quarantined"}`)
+	want := `{"writes":[{"number":5,"time":"2023-11-14T22:13:20Z","session":4,"message":1,"kind":"changed",` +
+		`"from":{"remote":"192.0.2.1:5683","connection":"c","protocol":"coaps","credential":"certificate 00ff"},` +
+		`"changes":[{"href":"/light","status":0,"contentType":"application/cbor","coapContentFormat":60,"data":"oA=="}]}],"dropped":3}`
+	if a := w.send(t, "alice", "GET", path+"/quarantine", ""); a.Code != 200 || a.Body.String() != want+"\n" {
+		t.Errorf("some: %d %s", a.Code, a.Body)
+	}
+	for _, other := range []string{path + "/quarantine", "/api/v1/devices/lamp/quarantine"} {
+		if a := w.send(t, "bob", "GET", other, ""); a.Code != 404 {
+			t.Errorf("%s of another: %d %s", other, a.Code, a.Body)
+		}
 	}
 }
 

@@ -23,6 +23,9 @@ type APIConfig struct {
 type HTTPConfig struct {
 	// Address to listen on. Plain on loopback, TLS anywhere else. Default 127.0.0.1:8080.
 	Address string `yaml:"address"`
+	// TLS has it on loopback, too, for a proxy or a forwarded port on this machine that hands connections on as they come. Default
+	// false.
+	TLS bool `yaml:"tls"`
 	// Hosts are further names, without port, that requests may carry in Host, for example the name of a proxy in front. Others
 	// get 421. Loopback names and the external address are always allowed. Default empty.
 	Hosts []string   `yaml:"hosts"`

@@ -51,7 +51,8 @@ type Identities interface {
 	// Access says how a device stands that is owner's, or was when it was removed. NotFound for others.
 	Access(ctx context.Context, dev hub.DeviceID, owner hub.Owner) (hub.Access, error)
 	// Disable keeps a device out, which stays owner's, and ends its session; Enable lets it in again, also one that was removed.
-	// NotFound for others, Invalid for a reason that is too long.
+	// Quarantine lets it in and keeps apart what it writes, until Enable. NotFound for others, Invalid for a reason that is too long.
+	Quarantine(ctx context.Context, dev hub.DeviceID, owner hub.Owner, user, reason string) error
 	Disable(ctx context.Context, dev hub.DeviceID, owner hub.Owner, user, reason string) error
 	Enable(ctx context.Context, dev hub.DeviceID, owner hub.Owner) error
 	// Reachable refuses commands for a device of the owner's that is not let in: Precondition. Of others' it says nothing.
@@ -59,6 +60,13 @@ type Identities interface {
 	// EventsOwned lists devices whose log may hold events with the owner's stamp, in ID order: those owned now and those
 	// released within retention.
 	EventsOwned(ctx context.Context, owner hub.Owner) ([]hub.DeviceID, error)
+}
+
+// Quarantine is what is kept apart of devices in quarantine.
+type Quarantine interface {
+	// Kept returns what was kept of a device of the owner's since its quarantine began, nothing for one that is in none. NotFound for
+	// others.
+	Kept(ctx context.Context, dev hub.DeviceID, owner hub.Owner) (hub.Kept, error)
 }
 
 // Certificates is what the door needs from the certificate authority.

@@ -32,6 +32,8 @@ type Deps struct {
 	Administration Administration
 	// Certificates is the device side of the certificate authority. nil: its calls are 404.
 	Certificates Certificates
+	// Quarantine is what is kept apart of devices in quarantine. nil: its calls are 404.
+	Quarantine Quarantine
 	// PreSharedKeys gives devices keys. nil: its calls are 404.
 	PreSharedKeys PreSharedKeys
 	// Enrolments is who gets an identity by himself. nil: its calls are 404.
@@ -127,11 +129,11 @@ const stopTime = 3 * time.Second
 // Run listens on both addresses, calls ready, and serves until ctx ends. It returns nil then, after all
 // requests ended. It can be called once.
 func (g *Gateway) Run(ctx context.Context, ready func()) error {
-	hl, err := g.listen(ctx, "grpcGateway.api.http.address (--http-address)", g.cfg.API.HTTP.Address, []string{"h2", "http/1.1"})
+	hl, err := g.listen(ctx, "grpcGateway.api.http.address (--http-address)", g.cfg.API.HTTP.Address, g.cfg.API.HTTP.TLS, []string{"h2", "http/1.1"})
 	if err != nil {
 		return err
 	}
-	gl, err := g.listen(ctx, "grpcGateway.api.grpc.address (--grpc-address)", g.cfg.API.GRPC.Address, []string{"h2"})
+	gl, err := g.listen(ctx, "grpcGateway.api.grpc.address (--grpc-address)", g.cfg.API.GRPC.Address, false, []string{"h2"})
 	if err != nil {
 		_ = hl.Close()
 		return err
@@ -179,8 +181,8 @@ func (g *Gateway) Run(ctx context.Context, ready func()) error {
 	return err
 }
 
-// listen opens a door: plain on loopback, TLS anywhere else.
-func (g *Gateway) listen(ctx context.Context, what, address string, protocols []string) (net.Listener, error) {
+// listen opens a door: plain on loopback unless always says that it has TLS there, too, which it has anywhere else.
+func (g *Gateway) listen(ctx context.Context, what, address string, always bool, protocols []string) (net.Listener, error) {
 	open := g.deps.Listen
 	if open == nil {
 		open = func(ctx context.Context, address string) (net.Listener, error) {
@@ -191,9 +193,9 @@ func (g *Gateway) listen(ctx context.Context, what, address string, protocols []
 	if err != nil {
 		return nil, fmt.Errorf("listen for %s: %w", what, err)
 	}
-	plain := addr.IP.IsLoopback()
+	plain := addr.IP.IsLoopback() && !always
 	if !plain && g.deps.TLS == nil {
-		return nil, fmt.Errorf("listen for %s: %s is not loopback and there is no certificate for TLS", what, address)
+		return nil, fmt.Errorf("listen for %s: %s needs TLS and there is no certificate for it", what, address)
 	}
 	l, err := open(ctx, address)
 	if err != nil {

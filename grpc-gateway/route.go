@@ -82,7 +82,7 @@ func split(path string) (template string, v vars, err error) {
 	kind, rest, more := strings.Cut(rest, "/")
 	template += "/" + kind
 	switch kind {
-	case "access", "labels", "metadata", "pre-shared-key", "pending-commands", "pending-metadata-updates", "events":
+	case "access", "labels", "metadata", "pre-shared-key", "quarantine", "pending-commands", "pending-metadata-updates", "events":
 		if more && kind == "pending-metadata-updates" && !strings.Contains(rest, "/") {
 			v.correlation, err = url.PathUnescape(rest)
 			if err != nil || rest == "" {
@@ -196,7 +196,8 @@ func init() { // not a literal: split reads what it leads to
 			"GET": read("getPreSharedKey", (*Gateway).getPreSharedKey), "POST": write("newPreSharedKey", (*Gateway).newPreSharedKey),
 			"DELETE": write("deletePreSharedKey", (*Gateway).deletePreSharedKey),
 		},
-		device + "/access": {"GET": read("getDeviceAccess", (*Gateway).getAccess), "PUT": write("putDeviceAccess", (*Gateway).putAccess)},
+		device + "/access":     {"GET": read("getDeviceAccess", (*Gateway).getAccess), "PUT": write("putDeviceAccess", (*Gateway).putAccess)},
+		device + "/quarantine": {"GET": read("getQuarantine", (*Gateway).getQuarantine)},
 		device + "/labels": {
 			"GET": read("getLabels", (*Gateway).getLabels), "PUT": write("putLabels", (*Gateway).putLabels),
 			"PATCH": write("patchLabels", (*Gateway).patchLabels),

@@ -116,6 +116,29 @@ func (f *fakeIdentities) Disable(ctx context.Context, d hub.DeviceID, o hub.Owne
 	return err
 }
 
+func (f *fakeIdentities) Quarantine(ctx context.Context, d hub.DeviceID, o hub.Owner, user, reason string) error {
+	_, err := f.Access(ctx, d, o)
+	if err == nil {
+		f.access[d] = hub.Access{State: hub.AccessQuarantined, User: user, Reason: reason, Since: time.Unix(1700000000, 0).UTC()}
+	}
+	return err
+}
+
+// Kept implements Quarantine.
+func (f *fakeIdentities) Kept(ctx context.Context, d hub.DeviceID, o hub.Owner) (hub.Kept, error) {
+	k := hub.Kept{Writes: []hub.KeptWrite{}}
+	a, err := f.Access(ctx, d, o)
+	if a.State == hub.AccessQuarantined {
+		k.Dropped = 3
+		k.Writes = append(k.Writes, hub.KeptWrite{
+			Number: 5, Session: 4, Message: 1, Time: time.Unix(1700000000, 0).UTC(), Kind: hub.KeptChanged,
+			From:    hub.KeptFrom{Remote: "192.0.2.1:5683", Connection: "c", Protocol: "coaps", Credential: "certificate 00ff"},
+			Changes: []hub.KeptChange{{Href: "/light", ContentType: "application/cbor", Format: hub.FormatCBOR, Data: []byte{0xa0}}},
+		})
+	}
+	return k, err
+}
+
 func (f *fakeIdentities) Enable(ctx context.Context, d hub.DeviceID, o hub.Owner) error {
 	_, err := f.Access(ctx, d, o)
 	delete(f.access, d)
@@ -378,7 +401,7 @@ func newWorld(t testing.TB, change ...func(*Config, *Deps)) *world {
 	cfg := Default()
 	cfg.API.HTTP.Address, cfg.API.GRPC.Address = "127.0.0.1:0", "127.0.0.1:0"
 	deps := Deps{
-		Directory: w.directory, Identities: w.identities, Certificates: w.certificates, Enrolments: w.enrolments, PreSharedKeys: &fakeKeys{}, Verifier: w.verifier, HubID: hubID,
+		Directory: w.directory, Identities: w.identities, Quarantine: w.identities, Certificates: w.certificates, Enrolments: w.enrolments, PreSharedKeys: &fakeKeys{}, Verifier: w.verifier, HubID: hubID,
 		Hosts:     []string{"example.com"},
 		CursorKey: []byte("0123456789abcdef0123456789abcdef"),
 		HubInfo: func() HubConfiguration {

@@ -20,10 +20,11 @@ type AccessState string
 
 // The states. Each of them hides those above it.
 const (
-	AccessAdmitted AccessState = "admitted"
-	AccessDisabled AccessState = "disabled" // by its owner or an operator; its data stays
-	AccessRemoved  AccessState = "removed"  // deleted, and not onboarded since
-	AccessDenied   AccessState = "denied"   // on the deny list
+	AccessAdmitted    AccessState = "admitted"
+	AccessQuarantined AccessState = "quarantined" // let in, and what it writes is kept apart
+	AccessDisabled    AccessState = "disabled"    // by its owner or an operator; its data stays
+	AccessRemoved     AccessState = "removed"     // deleted, and not onboarded since
+	AccessDenied      AccessState = "denied"      // on the deny list
 )
 
 // DenialOf says what a denial is about. They are stored.

@@ -153,6 +153,7 @@ func CauseOf(c *Commit, i int) Cause {
 
 // CommandPick says which commands of a device are meant.
 type CommandPick struct {
+	All  bool     // whatever they are for; Twin and Href do not count
 	Twin bool     // those of the twin, else those of Href
 	Href Href     //
 	IDs  []string // empty = all of them

@@ -29,11 +29,12 @@ const (
 )
 
 var (
-	errDisabled = hub.NewError(hub.Denied, "device-disabled", "the device is disabled")
-	errRemoved  = hub.NewError(hub.Denied, "device-removed", "the device was deleted, and has to be onboarded anew")
-	errUnlisted = hub.NewError(hub.NotFound, "denial-unknown", "this is not on the deny list")
-	errFull     = hub.NewError(hub.Exhausted, "denials-limit", "there are too many entries on the deny list; take some off it")
-	errReason   = hub.NewError(hub.Invalid, "reason-too-long", "the reason has more than 500 bytes")
+	errDisabled    = hub.NewError(hub.Denied, "device-disabled", "the device is disabled")
+	errQuarantined = hub.NewError(hub.Denied, "device-quarantined", "the device is in quarantine")
+	errRemoved     = hub.NewError(hub.Denied, "device-removed", "the device was deleted, and has to be onboarded anew")
+	errUnlisted    = hub.NewError(hub.NotFound, "denial-unknown", "this is not on the deny list")
+	errFull        = hub.NewError(hub.Exhausted, "denials-limit", "there are too many entries on the deny list; take some off it")
+	errReason      = hub.NewError(hub.Invalid, "reason-too-long", "the reason has more than 500 bytes")
 
 	errDenied = map[hub.DenialOf]*hub.Error{
 		hub.DenyDevice:      hub.NewError(hub.Denied, "device-denied", "the device is on the hub's deny list"),
@@ -47,7 +48,8 @@ var (
 type kept struct {
 	mu       sync.RWMutex // guards all below
 	disabled map[hub.DeviceID]struct{}
-	denied   map[string]hub.Denial // by denialKey
+	apart    map[hub.DeviceID]uint64 // those in quarantine, with the generation of their owner
+	denied   map[string]hub.Denial   // by denialKey
 	told     func(hub.DeviceID)
 }
 
@@ -75,7 +77,17 @@ func (k *kept) tell(dev hub.DeviceID) {
 
 // keep reads who is not let in.
 func (s *Store) keep(ctx context.Context) error {
-	s.kept.disabled, s.kept.denied = map[hub.DeviceID]struct{}{}, map[string]hub.Denial{}
+	s.kept.disabled, s.kept.denied, s.kept.apart = map[hub.DeviceID]struct{}{}, map[string]hub.Denial{}, map[hub.DeviceID]uint64{}
+	for doc, err := range s.docs.Find(ctx, collDevices, indexQuarantined) {
+		if err != nil {
+			return err
+		}
+		rec, err := decode(doc)
+		if err != nil {
+			return err
+		}
+		s.kept.apart[hub.DeviceID(doc.Key)] = rec.Generation
+	}
 	for id, err := range s.docs.FindKeys(ctx, collDevices, indexDisabled) {
 		if err != nil {
 			return err
@@ -95,8 +107,8 @@ func (s *Store) keep(ctx context.Context) error {
 	return nil
 }
 
-// Barred has f called when a device was disabled or denied, or, with "", when something was denied that others may come with,
-// once that is stored and Denied says so. f must not block.
+// Barred has f called when a device was disabled, denied, or put into quarantine or let out of it, or, with "", when something
+// was denied that others may come with, once that is stored and Denied or Quarantined says so. f must not block.
 func (s *Store) Barred(f func(hub.DeviceID)) {
 	s.kept.mu.Lock()
 	defer s.kept.mu.Unlock()
@@ -159,10 +171,13 @@ func sum(b []byte) string {
 	return hex.EncodeToString(h[:])
 }
 
-// Reachable refuses commands for a device of the owner's that is disabled or denied: Precondition, with the codes of Denied. Of
-// others' it says nothing.
+// Reachable refuses commands for a device of the owner's that is disabled, denied or in quarantine: Precondition, with the codes
+// of Denied and "device-quarantined". Of others' it says nothing.
 func (s *Store) Reachable(ctx context.Context, dev hub.DeviceID, owner hub.Owner) error {
 	denied := s.Denied(dev, nil)
+	if _, apart := s.Quarantined(dev); denied == nil && apart {
+		denied = errQuarantined
+	}
 	if denied == nil {
 		return nil
 	}
@@ -174,11 +189,14 @@ func (s *Store) Reachable(ctx context.Context, dev hub.DeviceID, owner hub.Owner
 	return &hub.Error{Kind: hub.Precondition, Code: code, Text: text}
 }
 
-// Admits refuses to give a device anything by which it comes in: one that is disabled, denied or removed, and a public key
-// (SubjectPublicKeyInfo) that is denied. Denied then, with the codes of Denied and SignUp. Both may be empty.
+// Admits refuses to give a device anything by which it comes in: one that is disabled, denied, in quarantine or removed, and a
+// public key (SubjectPublicKeyInfo) that is denied. Denied then, with the codes of Denied, Reachable and SignUp. Both may be empty.
 func (s *Store) Admits(ctx context.Context, dev hub.DeviceID, spki []byte) error {
 	if err := s.Denied(dev, nil); err != nil {
 		return err
+	}
+	if _, apart := s.Quarantined(dev); apart { // of two rivals nobody knows which it is
+		return errQuarantined
 	}
 	s.kept.mu.RLock()
 	err := s.kept.about(time.Now(), hub.DenyKey, sum(spki))
@@ -201,6 +219,9 @@ func (s *Store) Access(ctx context.Context, dev hub.DeviceID, owner hub.Owner) (
 		return hub.Access{}, err
 	}
 	a, of := hub.Access{State: hub.AccessAdmitted}, rec.Owner
+	if m := rec.Quarantined; m != nil {
+		a = hub.Access{State: hub.AccessQuarantined, Reason: m.Reason, User: m.User, Since: m.Since}
+	}
 	if m := rec.Disabled; m != nil {
 		a = hub.Access{State: hub.AccessDisabled, Reason: m.Reason, User: m.User, Since: m.Since}
 	}
@@ -248,11 +269,18 @@ func (s *Store) Disable(ctx context.Context, dev hub.DeviceID, owner hub.Owner, 
 	return err
 }
 
-// Enable lets a device in again that was disabled, or removed while it was the owner's. The owner "" is an operator. NotFound
-// for another owner's.
+// Enable lets a device in again that was disabled, or removed while it was the owner's, and ends its quarantine: what was kept of
+// it is gone, its session ends, and it signs in anew. The owner "" is an operator. NotFound for another owner's. After an error it
+// may be repeated.
 func (s *Store) Enable(ctx context.Context, dev hub.DeviceID, owner hub.Owner) error {
 	s.deciding.Lock()
 	defer s.deciding.Unlock()
+	if _, apart := s.Quarantined(dev); apart {
+		// One may have been asked for at the moment of the quarantine; nothing of that time is carried out later.
+		if err := s.cancel(ctx, dev, owner); err != nil {
+			return err
+		}
+	}
 	err := s.decide(ctx, dev, func(rec *record) (bool, error) {
 		of := rec.Owner
 		if rec.Removed != nil {
@@ -261,14 +289,15 @@ func (s *Store) Enable(ctx context.Context, dev hub.DeviceID, owner hub.Owner) e
 		switch {
 		case of == "", owner != "" && of != owner, rec.State == releasing:
 			return false, errNone.With("identity.Enable", nil)
-		case rec.Disabled == nil && rec.Removed == nil:
+		case rec.Disabled == nil && rec.Removed == nil && rec.Quarantined == nil:
 			return false, nil
 		}
-		rec.Disabled, rec.Removed = nil, nil
+		rec.Disabled, rec.Removed, rec.Quarantined, rec.Stopping = nil, nil, nil, false
 		return true, nil
 	})
 	if err == nil {
 		s.kept.disable(dev, false)
+		err = s.free(ctx, dev, true)
 	}
 	return err
 }

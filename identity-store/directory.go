@@ -19,4 +19,7 @@ type Directory interface {
 	// Unregister appends an unregistered event, deletes links, twin and pending commands, and closes the live session. The
 	// log stays until retention. Repeating it does nothing.
 	Unregister(ctx context.Context, own hub.Ownership, user string) error
+	// CancelCommands ends commands of a device and returns their IDs. Denied for a device that is not owner's, NotFound if
+	// there is nothing to cancel.
+	CancelCommands(ctx context.Context, owner hub.Owner, dev hub.DeviceID, pick hub.CommandPick, user, connection string) ([]string, error)
 }

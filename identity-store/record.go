@@ -19,11 +19,12 @@ const (
 )
 
 // Secondary keys of collDevices: the owner of a device that is not being released, and marks on every device whose last step
-// is not done yet, and on every one that is disabled.
+// is not done yet, on every one that is disabled, and on every one in quarantine.
 const (
-	indexOwner    = "owner="
-	indexPending  = "pending"
-	indexDisabled = "disabled"
+	indexOwner       = "owner="
+	indexPending     = "pending"
+	indexDisabled    = "disabled"
+	indexQuarantined = "quarantined"
 )
 
 // state is how far a claim or a release has come. The order of steps makes each of them repeatable:
@@ -49,6 +50,9 @@ type record struct {
 	Pin        string    `json:"pin,omitempty"`
 	User       string    `json:"user,omitempty"` // who asked for the step under way
 	Disabled   *mark     `json:"disabled,omitempty"`
+	// Quarantined says that what the device writes is kept apart; Stopping, with it, that its commands have not ended yet.
+	Quarantined *mark `json:"quarantined,omitempty"`
+	Stopping    bool  `json:"stopping,omitempty"`
 	// Removed says that it did not leave by itself, from the release on until somebody claims it again.
 	Removed *mark `json:"removed,omitempty"`
 }
@@ -70,11 +74,14 @@ func (r record) index() []string {
 	if r.State == claimed || r.State == registered {
 		out = append(out, indexOwner+string(r.Owner))
 	}
-	if r.State == claimed || r.State == releasing {
+	if r.State == claimed || r.State == releasing || r.Stopping {
 		out = append(out, indexPending)
 	}
 	if r.Disabled != nil {
 		out = append(out, indexDisabled)
+	}
+	if r.Quarantined != nil {
+		out = append(out, indexQuarantined)
 	}
 	return out
 }

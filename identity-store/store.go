@@ -46,6 +46,7 @@ type Store struct {
 	lists   *lists
 	metrics *metrics
 	ends    func(context.Context, hub.Ownership) error // what EndCredentials was told; nil: nobody
+	frees   func(context.Context, hub.DeviceID) error  // what Released was told; nil: nobody
 
 	// deciding is held from reading a record until what is kept of it in memory is as it was written.
 	deciding sync.Mutex
@@ -285,9 +286,13 @@ func (s *Store) release(ctx context.Context, dev hub.DeviceID, rec record, rev u
 	if err := s.remember(ctx, dev, rec.Owner); err != nil {
 		return err
 	}
-	if rec.Disabled != nil {
+	if rec.Disabled != nil || rec.Quarantined != nil {
 		s.deciding.Lock()
 		defer s.deciding.Unlock()
+	}
+	// Likewise before, so that nobody who owns it next is shown what was kept.
+	if err := s.free(ctx, dev, rec.Quarantined != nil); err != nil {
+		return err
 	}
 	_, err := s.put(ctx, dev, record{State: free, Generation: rec.Generation, Removed: rec.Removed}, rev)
 	if err == nil && rec.Disabled != nil {
@@ -324,7 +329,11 @@ func (s *Store) finish(ctx context.Context, doc store.Doc) error {
 		return s.register(ctx, dev, rec, doc.Rev)
 	case releasing:
 		return s.release(ctx, dev, rec, doc.Rev)
-	case free, registered:
+	case registered:
+		if rec.Stopping {
+			return s.endCommands(ctx, dev)
+		}
+	case free:
 	}
 	return nil
 }

@@ -37,6 +37,8 @@ type directory struct {
 	seen       map[hub.DeviceID]uint64    // highest generation ever registered
 	owner      map[hub.DeviceID]hub.Owner // empty after unregister
 	registered int
+	cancel     func(hub.DeviceID) error
+	cancelled  []hub.DeviceID
 }
 
 func newDirectory() *directory {
@@ -56,6 +58,23 @@ func (d *directory) Register(_ context.Context, own hub.Ownership, _ string) err
 		d.registered++
 	}
 	return nil
+}
+
+func (d *directory) CancelCommands(
+	_ context.Context, owner hub.Owner, dev hub.DeviceID, pick hub.CommandPick, _, _ string,
+) ([]string, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.cancel != nil {
+		if err := d.cancel(dev); err != nil {
+			return nil, err
+		}
+	}
+	if d.owner[dev] != owner || !pick.All {
+		return nil, &hub.Error{Kind: hub.Denied}
+	}
+	d.cancelled = append(d.cancelled, dev)
+	return nil, &hub.Error{Kind: hub.NotFound}
 }
 
 func (d *directory) Unregister(_ context.Context, own hub.Ownership, _ string) error {

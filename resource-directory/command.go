@@ -551,7 +551,8 @@ func (d *Directory) CancelCommands(
 		}
 		var events []hub.Event
 		for _, c := range s.commands {
-			if c.Kind.OfTwin() != pick.Twin || !pick.Twin && c.Href != pick.Href || len(pick.IDs) > 0 && !slices.Contains(pick.IDs, c.ID) {
+			if !pick.All && (c.Kind.OfTwin() != pick.Twin || !pick.Twin && c.Href != pick.Href) ||
+				len(pick.IDs) > 0 && !slices.Contains(pick.IDs, c.ID) {
 				continue
 			}
 			ids = append(ids, c.ID)

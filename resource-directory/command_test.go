@@ -460,6 +460,16 @@ func TestCommandIsCancelled(t *testing.T) {
 	}
 	_, err = h.d.CancelCommands(t.Context(), alice, lamp, hub.CommandPick{Href: "/light"}, "u", "")
 	wantKind(t, err, hub.NotFound, "command-unknown")
+	a, b = h.ask(update(1)), h.ask(hub.Order{Device: lamp, Kind: hub.CommandTwinOff})
+	h.eventually("both wait", func() bool { return len(h.device(alice, lamp).Commands) == 2 })
+	if ids, err := h.d.CancelCommands(t.Context(), alice, lamp, hub.CommandPick{All: true}, "u", ""); err != nil || len(ids) != 2 {
+		t.Errorf("of all: %q, %v", ids, err)
+	}
+	for _, of := range []*asked{a, b} {
+		if out, err := of.wait(t); err != nil || out.End != hub.CommandCancelled {
+			t.Errorf("outcome %+v, %v", out, err)
+		}
+	}
 }
 
 func TestTwinCommandsChangeTheMetadata(t *testing.T) {

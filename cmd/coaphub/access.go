@@ -59,9 +59,17 @@ func accessCommands(p process) []*cobra.Command {
 			func(cmd *cobra.Command, c *bundle.Control, id string) (bundle.DeviceAccess, error) {
 				return c.DisableDevice(cmd.Context(), id, reason)
 			})),
-		one("enable", "Let a device in again that was disabled or removed", "", func(cmd *cobra.Command, c *bundle.Control, id string) (bundle.DeviceAccess, error) {
-			return c.EnableDevice(cmd.Context(), id)
-		}),
+		newQuarantine(p, &asJSON, because(one("add", "Put a device into quarantine: commands for it are refused, and what it writes is kept apart",
+			"add has a device's session end. It may come back, also in two places at once, and says what it has to say; but nothing of that is\n"+
+				"in its twin, and commands for it are refused, until coaphub devices enable.",
+			func(cmd *cobra.Command, c *bundle.Control, id string) (bundle.DeviceAccess, error) {
+				return c.QuarantineDevice(cmd.Context(), id, reason)
+			}))),
+		one("enable", "Let a device in again that was disabled or removed, or end its quarantine",
+			"enable ends what disable, remove and quarantine add began. What was kept of a device in quarantine is forgotten; it signs in\n"+
+				"anew and reports what it has.", func(cmd *cobra.Command, c *bundle.Control, id string) (bundle.DeviceAccess, error) {
+				return c.EnableDevice(cmd.Context(), id)
+			}),
 		because(one("remove", "Delete a device: its session ends, and it does not come back by itself",
 			"remove takes a device from its owner, with all that the hub knows of it but its history. Its certificates, pre-shared key and\n"+
 				"tokens are worth nothing any more (identityStore.revokeAtRemoval). It signs up again once it is onboarded anew.",

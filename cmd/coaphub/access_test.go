@@ -28,6 +28,22 @@ func TestDeviceAccess(t *testing.T) {
 	on("get", lamp, "/light/1").want(t, 0, "power", "^$")
 	on("devices", "enable", lamp, "--json").want(t, 0, `"state": "admitted"`, "^$")
 	eventually(t, "it to be back", func() bool { return strings.Contains(on("status", "--device", lamp).out, "online") })
+	on("devices", "quarantine", "list").want(t, 0, "^DEVICE .*\n$", "no device is in quarantine")
+	on("devices", "quarantine", "add", lamp, "--reason", "a copy").want(t, 0, "access +quarantined\nby .*\nreason +a copy\nsince ", "^$")
+	eventually(t, "what it says", func() bool {
+		return strings.Contains(on("devices", "quarantine", "show", lamp).out, `/light/1`)
+	})
+	on("devices", "quarantine", "show", lamp).want(t, 0, `(?s)^TIME .*coaps\+tcp://127.0.0.1:\d+ +certificate [0-9a-f]{64} +signed-in.* changed +/light/1 +.*"power"`, "^$")
+	on("devices", "quarantine", "show", lamp, "--json").want(t, 0, `(?s)"kind": "changed".*"dropped": 0`, "^$")
+	on("devices", "quarantine", "list").want(t, 0, lamp+" +quarantined +.*a copy", "^$")
+	on("status", "--device", lamp).want(t, 0, "quarantine +what it writes is kept apart", "^$")
+	on("set", lamp, "/light/1", "{}").want(t, exitFailure, "^$", "device-quarantined")
+	on("devices", "enable", lamp).want(t, 0, "access +admitted\n$", "^$")
+	on("devices", "quarantine", "show", lamp).want(t, 0, "^TIME .*\n$", "nothing is kept")
+	eventually(t, "it to be back once more", func() bool {
+		out := on("status", "--device", lamp).out
+		return strings.Contains(out, "online") && !strings.Contains(out, "quarantine")
+	})
 	on("devices", "remove", lamp, "--json").want(t, 0, `"state": "removed"`, "^$")
 	stop()
 	on("ca", "issue", "--device-id", lamp, "--out", t.TempDir()).want(t, exitFailure, "^$", "device-removed")

@@ -444,7 +444,7 @@ func TestSimulateOverWebSocket(t *testing.T) {
 	t.Parallel()
 	web := "coapGateway.api.coap.webSocket.enabled=true"
 	plain := hubtest.Start(t, hubtest.WithConfig(web))
-	secure := hubtest.Start(t, hubtest.WithConfig(web, "grpcGateway.api.http.address=0.0.0.0:0"))
+	secure := hubtest.Start(t, hubtest.WithConfig(web, "grpcGateway.api.http.tls=true"))
 	for scheme, h := range map[string]*hubtest.Hub{"coap+ws": plain, "coaps+ws": secure} {
 		t.Run(scheme, func(t *testing.T) {
 			t.Parallel()

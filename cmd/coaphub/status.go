@@ -140,6 +140,9 @@ func printDevice(p process, d bundle.DeviceStatus) error {
 	t.row("protocol", protocol)
 	t.row("from", d.Remote)
 	t.row("connected", "since "+d.ConnectedSince.Local().Format(time.DateTime)+", session "+strconv.FormatUint(d.Session, 10))
+	if d.Quarantined {
+		t.row("quarantine", "what it writes is kept apart: coaphub devices quarantine show "+d.DeviceID)
+	}
 	t.row("bytes", fmt.Sprintf("%d from the device, %d to it", d.BytesIn, d.BytesOut))
 	if d.RoundTrip > 0 {
 		t.row("round trip", (time.Duration(d.RoundTrip * float64(time.Second))).Round(time.Microsecond).String())

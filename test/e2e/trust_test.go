@@ -277,8 +277,112 @@ func TestDeniedCAEndsItsDevices(t *testing.T) {
 	a.until("the good authority's to be back", online(false, false, true, true))
 }
 
+// kept is what the API tells of a device in quarantine.
+func (a *app) kept(id string) (k hub.Kept) {
+	a.t.Helper()
+	if status := a.ask(http.MethodGet, "/api/v1/devices/"+id+"/quarantine", "", &k); status != http.StatusOK {
+		a.t.Fatalf("what is kept: %d", status)
+	}
+	return k
+}
+
+// TestQuarantine: a device in quarantine comes back, is observed, and what it says is kept apart, also over restarts, until its owner
+// lets it in; commands for it end, and are refused meanwhile; and whoever has it next is shown nothing of it.
+func TestQuarantine(t *testing.T) {
+	t.Parallel()
+	for _, tr := range []transport{transportOf("tls"), transportOf("dtls")} {
+		t.Run(tr.name, func(t *testing.T) {
+			t.Parallel()
+			h := hubtest.Start(t, hubtest.WithConfig(tr.config()...))
+			a := application(t, h)
+			id := deviceID(1)
+			at := "/api/v1/devices/" + id
+			d, err := device.New(simulation(t, h, tr, id))
+			if err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithCancel(context.Background())
+			ended := make(chan struct{})
+			code := h.Code(t, id)
+			go func() { // ends with cancel
+				defer close(ended)
+				_ = d.Run(ctx, func(context.Context) (string, error) { return code, nil })
+			}()
+			t.Cleanup(func() { cancel(); <-ended })
+			a.until("the device to be in sync", func() bool { return a.twin(id) == "ONLINE IN_SYNC" })
+			before := a.light(id)
+			status := a.ask(http.MethodPut, at+"/access", `{"state":"quarantined","reason":"a copy"}`, nil)
+			if status != http.StatusOK {
+				t.Fatal(status)
+			}
+			says := func(name string) {
+				t.Helper()
+				a.until("what it says to be kept", func() bool {
+					if _, err := d.Set("/light/1", map[string]any{"name": name}); err != nil {
+						return false
+					}
+					return slices.ContainsFunc(a.kept(id).Writes, func(w hub.KeptWrite) bool {
+						return w.From.Protocol == tr.scheme && strings.HasPrefix(w.From.Credential, "certificate ") &&
+							slices.ContainsFunc(w.Changes, func(c hub.KeptChange) bool { return strings.Contains(string(c.Data), name) })
+					})
+				})
+			}
+			says("apart")
+			if w := a.kept(id).Writes[0]; w.Kind != hub.KeptSignedIn || w.Session != w.Number || !strings.HasPrefix(w.From.Remote, "127.0.0.1:") {
+				t.Errorf("the first that is kept: %+v", w)
+			}
+			if status := a.ask(http.MethodPut, at+"/resources/light/1", `{"power":1}`, nil); status != http.StatusBadRequest {
+				t.Errorf("a command: %d", status)
+			}
+			again(t, h)
+			a.base, a.token = h.HTTP, h.Token(t)
+			says("after a restart")
+			if all := a.kept(id).Writes; all[0].Kind != hub.KeptSignedIn || all[0].Number != 1 || all[len(all)-1].Session == 1 {
+				t.Errorf("before and after the restart are kept: %+v", all)
+			}
+			if got := a.light(id); got != before || !strings.HasPrefix(a.twin(id), "OFFLINE") {
+				t.Errorf("the twin is %+v, %s; before %+v", got, a.twin(id), before)
+			}
+			if ds, err := h.Control.Quarantine(t.Context()); err != nil || len(ds) != 1 || ds[0].DeviceID != id || ds[0].Writes == 0 || ds[0].Reason != "a copy" {
+				t.Errorf("in quarantine: %+v, %v", ds, err)
+			}
+			if _, err := h.Control.EnableDevice(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+			a.until("the device to report anew", func() bool { return a.twin(id) == "ONLINE IN_SYNC" && a.light(id).Name == "after a restart" })
+			if k := a.kept(id); len(k.Writes) != 0 {
+				t.Errorf("still kept: %+v", k)
+			}
+			// In quarantine again, and then somebody else's.
+			if _, err := h.Control.QuarantineDevice(t.Context(), id, ""); err != nil {
+				t.Fatal(err)
+			}
+			a.until("it to be back", func() bool { return len(a.kept(id).Writes) > 1 })
+			if status := a.ask(http.MethodDelete, at, "", nil); status != http.StatusOK {
+				t.Fatal(status)
+			}
+			h.User(t, "bob", "a long enough password", "user")
+			cfg := simulation(t, h, tr, id)
+			o := h.Onboard(t, id, "bob")
+			if cfg.TLS, err = device.TLS([]byte(o.CA), []byte(o.Identity.Chain), []byte(o.Identity.Key), h.ID); err != nil {
+				t.Fatal(err)
+			}
+			b := application(t, h)
+			b.token = h.TokenOf(t, "bob")
+			lives(t, cfg, o.Code)
+			b.until("it to be bob's", func() bool { return b.twin(id) == "ONLINE IN_SYNC" })
+			if k := b.kept(id); len(k.Writes) != 0 || k.Dropped != 0 {
+				t.Errorf("bob is shown %+v", k)
+			}
+			if status := a.ask(http.MethodGet, at+"/quarantine", "", nil); status != http.StatusNotFound {
+				t.Errorf("its former owner is shown %d", status)
+			}
+		})
+	}
+}
+
 // TestIdentityInTwoPlaces: a copy of a device that signs in from elsewhere, in turns with it, is reported; where it is so configured
-// both are kept out until somebody lets them in.
+// both are let in from then on, and kept apart, so that somebody can compare them.
 func TestIdentityInTwoPlaces(t *testing.T) {
 	t.Parallel()
 	for _, what := range []string{"report", "quarantine"} {
@@ -322,8 +426,33 @@ func TestIdentityInTwoPlaces(t *testing.T) {
 				t.Errorf("reported too soon: %+v, %v", refused, err)
 			}
 			_, err := come("127.0.0.1")
-			if (err != nil) != (what == "quarantine") || err != nil && !strings.Contains(err.Error(), "Forbidden") {
+			if (err != nil) != (what == "quarantine") || err != nil && !strings.Contains(err.Error(), "quarantine-changed") {
 				t.Errorf("the last sign-in: %v", err)
+			}
+			if what == "quarantine" { // both come, and neither throws the other out
+				var both []*peer
+				for _, host := range []string{"127.0.0.1", "127.0.0.2"} {
+					p, err := come(host)
+					if err != nil {
+						t.Fatal(err)
+					}
+					both = append(both, p)
+				}
+				for _, p := range both {
+					if acked, err := publish(ctx, p, id, 1, "/light"); err != nil || !acked {
+						t.Errorf("published: %v, %v", acked, err)
+					}
+				}
+				k, err := h.Control.Kept(ctx, id)
+				from := map[string]bool{}
+				for _, w := range k.Writes {
+					if host, _, _ := net.SplitHostPort(w.From.Remote); w.Kind == hub.KeptPublished {
+						from[host] = true
+					}
+				}
+				if err != nil || !from["127.0.0.1"] || !from["127.0.0.2"] {
+					t.Errorf("kept: %+v, %v", k, err)
+				}
 			}
 			if refused, err := h.Control.Refused(ctx); err != nil || !slices.ContainsFunc(refused, func(r bundle.Refusal) bool {
 				return r.What == "rivals" && r.Device == id && strings.Contains(r.Reason, "127.0.0.2 and 127.0.0.1")
@@ -337,7 +466,7 @@ func TestIdentityInTwoPlaces(t *testing.T) {
 				t.Errorf("%+v, %v", es, err)
 			}
 			access, err := h.Control.Access(ctx, id)
-			if want := map[string]hub.AccessState{"report": hub.AccessAdmitted, "quarantine": hub.AccessDisabled}[what]; err != nil || access.State != want {
+			if want := map[string]hub.AccessState{"report": hub.AccessAdmitted, "quarantine": hub.AccessQuarantined}[what]; err != nil || access.State != want {
 				t.Errorf("%+v, %v", access, err)
 			}
 		})

@@ -107,8 +107,12 @@ func serve(t *testing.T) *hub {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	cmd := exec.Command(h.program, "serve", "--data", h.data, "--external-address", "127.0.0.1", "--coap-address", "127.0.0.1:0",
-		"--grpc-address", "127.0.0.1:0", "--admin-address", "127.0.0.1:0", "--http-address", "0.0.0.0:0",
+	conf := filepath.Join(dir, "coaphub.yaml")
+	if err := os.WriteFile(conf, []byte("grpcGateway: {api: {http: {tls: true}}}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(h.program, "serve", "--config", conf, "--data", h.data, "--external-address", "127.0.0.1", "--coap-address", "127.0.0.1:0",
+		"--grpc-address", "127.0.0.1:0", "--admin-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0",
 		"--enrolment-address", "127.0.0.1:0", "--enrolment-http-address", "127.0.0.1:0")
 	out, err := cmd.StdoutPipe()
 	if err != nil {
@@ -220,7 +224,7 @@ func (h *hub) certificates(t *testing.T) map[string]*x509.Certificate {
 	keep("SCEP's registrar", text)
 	for what, address := range map[string]string{"the hub for devices": h.coaps, "the hub for applications": h.http} {
 		// The first asks for a certificate; it has shown its own by then.
-		conn, err := tls.Dial("tcp", strings.Replace(address, "0.0.0.0", "127.0.0.1", 1), &tls.Config{InsecureSkipVerify: true})
+		conn, err := tls.Dial("tcp", address, &tls.Config{InsecureSkipVerify: true})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -1,0 +1,122 @@
+package identitystore
+
+import (
+	"context"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/coaphub/coaphub/hub"
+)
+
+// Quarantined reports whether a device is in quarantine, and the generation of the ownership under which it was put there. It
+// does not block.
+func (s *Store) Quarantined(dev hub.DeviceID) (generation uint64, is bool) {
+	s.kept.mu.RLock()
+	defer s.kept.mu.RUnlock()
+	generation, is = s.kept.apart[dev]
+	return generation, is
+}
+
+// InQuarantine lists the devices in quarantine, in ID order.
+func (s *Store) InQuarantine() []hub.DeviceID {
+	s.kept.mu.RLock()
+	defer s.kept.mu.RUnlock()
+	return slices.Sorted(maps.Keys(s.kept.apart))
+}
+
+// Released has f called for each device whose quarantine is over, once Quarantined says so, before Enable returns or the device is
+// anybody else's: what was kept of it is to go. An error has it tried again. It must be called before the Store is used.
+func (s *Store) Released(f func(context.Context, hub.DeviceID) error) { s.frees = f }
+
+// Quarantine lets a device in, but keeps it apart until Enable: its session ends, so that the next one is another kind, its
+// commands end, and further ones are refused. The owner "" is an operator. NotFound for a device that is not the owner's. A
+// device that is in quarantine stays as it was. After trouble of the store it is kept apart all the same, until the next start.
+func (s *Store) Quarantine(ctx context.Context, dev hub.DeviceID, owner hub.Owner, user, reason string) error {
+	if len(reason) > maxReason {
+		return errReason.With("identity.Quarantine", nil)
+	}
+	s.deciding.Lock()
+	defer s.deciding.Unlock()
+	found, generation := false, uint64(0)
+	err := s.decide(ctx, dev, func(rec *record) (bool, error) {
+		found, generation = rec.State == registered && (owner == "" || rec.Owner == owner), rec.Generation
+		switch {
+		case !found:
+			return false, errNone.With("identity.Quarantine", nil)
+		case rec.Quarantined != nil:
+			return false, nil
+		}
+		rec.Quarantined = &mark{Since: time.Now().UTC(), Owner: rec.Owner, User: user, Reason: reason}
+		rec.Stopping = true
+		return true, nil
+	})
+	if found {
+		s.kept.setApart(dev, generation)
+		s.kept.tell(dev)
+	}
+	if err != nil {
+		return err
+	}
+	return s.endCommandsInTurn(ctx, dev)
+}
+
+func (k *kept) setApart(dev hub.DeviceID, generation uint64) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.apart[dev] = generation
+}
+
+// free forgets that a device is in quarantine, and has forgotten what was kept of it. s.deciding is held.
+func (s *Store) free(ctx context.Context, dev hub.DeviceID, apart bool) error {
+	if !apart {
+		return nil
+	}
+	s.kept.mu.Lock()
+	_, was := s.kept.apart[dev]
+	delete(s.kept.apart, dev)
+	s.kept.mu.Unlock()
+	if was {
+		s.kept.tell(dev)
+	}
+	if s.frees == nil {
+		return nil
+	}
+	if err := s.frees(ctx, dev); err != nil {
+		return trouble("end a quarantine", err)
+	}
+	return nil
+}
+
+// endCommands ends the commands of a device in quarantine, whose record says so until it is done.
+func (s *Store) endCommands(ctx context.Context, dev hub.DeviceID) error {
+	s.deciding.Lock()
+	defer s.deciding.Unlock()
+	return s.endCommandsInTurn(ctx, dev)
+}
+
+// endCommandsInTurn is endCommands. s.deciding is held.
+func (s *Store) endCommandsInTurn(ctx context.Context, dev hub.DeviceID) error {
+	if err := s.cancel(ctx, dev, ""); err != nil {
+		return err
+	}
+	return s.decide(ctx, dev, func(rec *record) (bool, error) {
+		was := rec.Stopping
+		rec.Stopping = false
+		return was, nil
+	})
+}
+
+// cancel ends all commands of a device, if it is the owner's, and whosever it is with "".
+func (s *Store) cancel(ctx context.Context, dev hub.DeviceID, owner hub.Owner) error {
+	rec, _, err := s.get(ctx, dev)
+	if err != nil || owner != "" && rec.Owner != owner {
+		return err
+	}
+	_, err = s.dir.CancelCommands(ctx, rec.Owner, dev, hub.CommandPick{All: true}, "hub", "")
+	// Denied is a device that is being released, whose commands end with it.
+	if err != nil && !hub.IsKind(err, hub.NotFound) && !hub.IsKind(err, hub.Denied) {
+		return trouble("end the device's commands", err)
+	}
+	return nil
+}
