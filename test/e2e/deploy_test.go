@@ -71,10 +71,13 @@ func (m *installation) types(line string) string {
 			line = "coaphub " + strings.TrimPrefix(args, "coaphub ")
 		case "cp":
 			line = strings.Replace("cp -r "+c[2], "hub:", "", 1)
-			line = regexp.MustCompile(` -$`).ReplaceAllString(line, " /dev/stdout")
 		default:
 			m.t.Fatalf("nobody plays %q", line)
 		}
+	} else if command, ok := strings.CutPrefix(line, "kubectl exec coaphub-0 -- "); ok {
+		line = command
+	} else if strings.HasPrefix(line, "helm ") {
+		return "" // tools/chart tests what it does
 	} else if strings.HasPrefix(line, "docker load ") || strings.HasPrefix(line, "export COAPHUB_IMAGE=") {
 		return "" // tools/image tests both
 	}
@@ -144,6 +147,8 @@ func TestOperations(t *testing.T) {
 			n++
 			switch {
 			case strings.Contains(line, "first-login") && !strings.Contains(out, "password: "):
+				t.Errorf("%s\nprints no password: %q", line, out)
+			case strings.Contains(line, "user passwd") && !strings.Contains(out, "password"):
 				t.Errorf("%s\nprints no password: %q", line, out)
 			case strings.Contains(line, "coaphub verify") && !strings.Contains(out, ", 0 problems"):
 				t.Errorf("%s\nprints %q", line, out)
