@@ -16,11 +16,16 @@ run: build ## build and start the hub with nothing to configure (stop it with Ct
 build: ## build bin/coaphub
 	go build -trimpath -ldflags "-s -w -X main.version=$$(git describe --tags --always --dirty 2>/dev/null || echo unknown)" -o bin/coaphub ./cmd/coaphub
 
+.PHONY: image
+image: ## build the container image of all platforms, bin/image and bin/image.tar; PUSH=host/name:tag puts it into a registry
+	@go run -C tools/image . -root "$(CURDIR)" -out "$(CURDIR)/bin" -push "$(PUSH)"
+
 # What tests with other implementations need. Whatever could not be installed, the end of the test run names.
 .PHONY: others
 others:
 	@tools/need coap-client-openssl libcoap3-bin
 	@tools/need coap-client-gnutls libcoap3-bin
+	@tools/need systemd-analyze systemd
 	@tools/need curl curl
 	@tools/need openssl openssl
 	@tools/need scepclient scep

@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -304,8 +305,8 @@ func TestStalledSubscribers(t *testing.T) {
 	all(0, stalled)
 }
 
-// metric reads a metric by its name and labels, as the hub shows it.
-func (p *process) metric(name string) int {
+// metrics are all of them, as the hub shows them.
+func (p *process) metrics() string {
 	p.t.Helper()
 	req, err := http.NewRequestWithContext(p.t.Context(), http.MethodGet, "http://"+strings.TrimPrefix(p.ready["admin"], "http://")+"/metrics", nil)
 	if err != nil {
@@ -316,8 +317,18 @@ func (p *process) metric(name string) int {
 		p.t.Fatal(err)
 	}
 	defer resp.Body.Close()
-	for lines := bufio.NewScanner(resp.Body); lines.Scan(); {
-		if v, ok := strings.CutPrefix(lines.Text(), name+" "); ok {
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return string(b)
+}
+
+// metric reads a metric by its name and labels, as the hub shows it.
+func (p *process) metric(name string) int {
+	p.t.Helper()
+	for line := range strings.Lines(p.metrics()) {
+		if v, ok := strings.CutPrefix(line, name+" "); ok {
 			var f float64
 			if _, err := fmt.Sscan(v, &f); err != nil {
 				p.t.Fatal(err)
