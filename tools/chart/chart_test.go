@@ -252,7 +252,9 @@ func TestConfigReachesTheHub(t *testing.T) {
 	}
 	hubReads := func(file string) map[string]any {
 		t.Helper()
-		out, err := exec.CommandContext(t.Context(), program, "config", "--config", file).CombinedOutput()
+		cmd := exec.CommandContext(t.Context(), program, "config", "--config", file)
+		cmd.Env = []string{} // nothing of what the test runs in
+		out, err := cmd.CombinedOutput()
 		if err != nil {
 			t.Fatalf("the hub refuses its file: %v\n%s", err, out)
 		}
