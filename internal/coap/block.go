@@ -220,6 +220,7 @@ func (c *Conn) serve(m *Message) {
 		if r, ok = c.kept(m); !ok {
 			if m.Code != codes.GET && (m.Code != codeFetch || len(m.Payload) == 0) {
 				// Doing it again would be another act (RFC 7959, Section 2.9.2); a FETCH can be asked anew only with its body.
+				c.srv.budget.give(held)
 				c.respond(m, errText(codes.RequestEntityIncomplete, "the answer is no longer kept"))
 				c.refused(m)
 				return

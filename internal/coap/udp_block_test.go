@@ -581,3 +581,22 @@ func TestUDPFetchNoLongerKept(t *testing.T) {
 		}
 	})
 }
+
+// Whoever sends a body and asks for a later block of the answer to it, which is not kept, is refused: the body's bytes are free again,
+// else he could use up what all peers share. The end of the test looks.
+func TestUDPLaterBlockOfAnUpload(t *testing.T) {
+	h := handlerFuncs{request: func(_ context.Context, m *Message) Response {
+		if Path(m) == "/up" {
+			t.Error("the handler was asked")
+		}
+		return Response{Code: codes.Content}
+	}}
+	udpBubble(t, h, nil, func(t *testing.T, s *udpSim) {
+		p := s.device(t, deviceAddr)
+		s.begin(t, p)
+		m := withBlock(post("/up", pattern(100)), 1, block{szx: 6})
+		m.Options = AddOption(m.Options, Block2, block{num: 3, szx: 6}.value())
+		m.Token = []byte{10}
+		wantCode(t, p.ask(m).Message, codes.RequestEntityIncomplete)
+	})
+}
