@@ -47,7 +47,7 @@ func Connect(cfg Config, hubID, build, name string, log *slog.Logger, reg promet
 		return nil, err
 	}
 	opts = append(opts,
-		nats.Name(name), nats.CustomInboxPrefix(b.prefix+"inbox"), nats.NoEcho(),
+		nats.Name(name), nats.CustomInboxPrefix(b.prefix+"inbox"),
 		nats.RetryOnFailedConnect(true), nats.MaxReconnects(-1), nats.ReconnectWait(250*time.Millisecond), nats.ReconnectJitter(250*time.Millisecond, time.Second),
 		// What was not sent at once is answered with an error: the caller is gone, or has done something else, when it goes out late.
 		nats.ReconnectBufSize(-1),

@@ -13,6 +13,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -27,30 +28,12 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/bus/bustest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 const hubID = "00000000-0000-4000-8000-00000000000b"
-
-// natsServer starts a server on loopback.
-func natsServer(t *testing.T, change func(*server.Options)) *server.Server {
-	t.Helper()
-	o := &server.Options{Host: "127.0.0.1", Port: server.RANDOM_PORT, NoLog: true, NoSigs: true}
-	if change != nil {
-		change(o)
-	}
-	s, err := server.NewServer(o)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.Start()
-	t.Cleanup(func() { s.Shutdown(); s.WaitForShutdown() })
-	if !s.ReadyForConnections(10 * time.Second) {
-		t.Fatal("the NATS server does not start")
-	}
-	return s
-}
 
 func connect(t *testing.T, cfg Config, build string) *Bus {
 	t.Helper()
@@ -88,7 +71,7 @@ type text struct{ Text []byte }
 const echo = Method[text, text]("echo")
 
 func pair(t *testing.T) (ask, answer *Bus) {
-	url := natsServer(t, nil).ClientURL()
+	url := bustest.Server(t, nil).ClientURL()
 	return connect(t, Config{URLs: []string{url}}, "v1"), connect(t, Config{URLs: []string{url}}, "v1")
 }
 
@@ -183,7 +166,7 @@ func wantCode(t *testing.T, err error, code string) {
 
 // Nobody there, no answer, and no bus: a caller is told at once what can be known at once, and at its deadline what can not.
 func TestNoAnswer(t *testing.T) {
-	srv := natsServer(t, nil)
+	srv := bustest.Server(t, nil)
 	ask := connect(t, Config{URLs: []string{srv.ClientURL()}}, "v1")
 	_, err := echo.Call(t.Context(), ask, "echo", text{})
 	wantCode(t, err, "part-away")
@@ -224,7 +207,7 @@ func await(t *testing.T, what string, is func() bool) {
 
 // Parts start in any order, and a bus that comes back is used again, by those who ask and by those who answer.
 func TestTheBusComesLaterAndAgain(t *testing.T) {
-	first := natsServer(t, nil)
+	first := bustest.Server(t, nil)
 	port := first.Addr().(*net.TCPAddr).Port
 	cfg := Config{URLs: []string{first.ClientURL()}}
 	first.Shutdown()
@@ -237,7 +220,7 @@ func TestTheBusComesLaterAndAgain(t *testing.T) {
 	_, err := echo.Call(t.Context(), ask, "echo", text{})
 	wantCode(t, err, "bus-away")
 	for range 2 {
-		again := natsServer(t, func(o *server.Options) { o.Port = port })
+		again := bustest.Server(t, func(o *server.Options) { o.Port = port })
 		await(t, "an answer", func() bool { _, err := echo.Call(t.Context(), ask, "echo", text{}); return err == nil })
 		again.Shutdown()
 		again.WaitForShutdown()
@@ -342,7 +325,7 @@ func TestTalksAreBounded(t *testing.T) {
 
 // Two versions that cannot talk say so, and the log names both.
 func TestVersions(t *testing.T) {
-	srv := natsServer(t, nil)
+	srv := bustest.Server(t, nil)
 	var logged bytes.Buffer
 	answer := connect(t, Config{URLs: []string{srv.ClientURL()}}, "v1.2.3")
 	s := answer.Server("echo", true, slog.New(slog.NewTextHandler(&logged, nil)))
@@ -410,7 +393,7 @@ func TestCredentials(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	srv := natsServer(t, func(o *server.Options) {
+	srv := bustest.Server(t, func(o *server.Options) {
 		o.Nkeys = []*server.NkeyUser{{Nkey: public}}
 		o.TLSConfig = &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}, ClientCAs: pool, ClientAuth: tls.RequireAndVerifyClientCert}
 		o.TLSTimeout = 5
@@ -476,4 +459,60 @@ func FuzzFrames(f *testing.F) {
 			s.claim(name)
 		}
 	})
+}
+
+// A note reaches all who listen to its subject under its name, the sender too, and nobody after stop.
+func TestNotes(t *testing.T) {
+	one, two := pair(t)
+	const word, other = Note[text]("word"), Note[text]("other")
+	got := make(chan string, 10)
+	listen := func(b *Bus, who, subject string) (stop func()) {
+		t.Helper()
+		stop, err := word.Listen(b, subject, func(v text) { got <- who + " " + string(v.Text) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := b.conn.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		return stop
+	}
+	heard := func(want ...string) {
+		t.Helper()
+		var all []string
+		for range want {
+			select {
+			case s := <-got:
+				all = append(all, s)
+			case <-time.After(10 * time.Second):
+				t.Fatalf("heard %q, want %q", all, want)
+			}
+		}
+		slices.Sort(all)
+		if !slices.Equal(all, want) {
+			t.Fatalf("heard %q, want %q", all, want)
+		}
+	}
+	say := func(n Note[text], what string) {
+		t.Helper()
+		if err := n.Send(one, "news.a", text{[]byte(what)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stopOne := listen(one, "one", "news.>")
+	listen(two, "two", "news.*")
+	say(other, "not for them")
+	say(word, "1")
+	heard("one 1", "two 1")
+	stopOne()
+	say(word, "2")
+	heard("two 2")
+	if err := word.Send(one, "news.a", text{make([]byte, maxPart+1)}); err == nil {
+		t.Error("a note of more than one message was sent")
+	}
+	two.Close()
+	one.Close()
+	if err := word.Send(one, "news.a", text{}); !hub.IsKind(err, hub.Unavailable) {
+		t.Errorf("without a connection: %v", err)
+	}
 }
