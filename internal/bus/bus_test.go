@@ -78,7 +78,7 @@ func pair(t *testing.T) (ask, answer *Bus) {
 // Questions and answers of any size come through whole, those that fit into one message and those that do not.
 func TestSizes(t *testing.T) {
 	ask, answer := pair(t)
-	s := answer.Server("echo", true, slog.Default())
+	s := answer.Server(true, slog.Default(), "echo")
 	Handle(s, echo, func(_ context.Context, q text) (text, error) { return q, nil })
 	serve(t, s)
 	for _, n := range []int{0, 1, maxPart - 100, maxPart, maxPart + 1, 3*maxPart + 7, 10 << 20} {
@@ -104,7 +104,7 @@ func TestManyAtOnce(t *testing.T) {
 	ask, answer := pair(t)
 	var asked atomic.Int64
 	for range 3 {
-		s := answer.Server("echo", true, slog.Default())
+		s := answer.Server(true, slog.Default(), "echo")
 		Handle(s, echo, func(_ context.Context, q text) (text, error) { asked.Add(1); return q, nil })
 		serve(t, s)
 	}
@@ -129,7 +129,7 @@ func TestManyAtOnce(t *testing.T) {
 func TestErrorsCross(t *testing.T) {
 	ask, answer := pair(t)
 	var logged bytes.Buffer
-	s := answer.Server("fail", true, slog.New(slog.NewTextHandler(&logged, nil)))
+	s := answer.Server(true, slog.New(slog.NewTextHandler(&logged, nil)), "fail")
 	const fail = Method[hub.Kind, struct{}]("fail")
 	Handle(s, fail, func(_ context.Context, k hub.Kind) (struct{}, error) {
 		return struct{}{}, fmt.Errorf("inside: %w", &hub.Error{Kind: k, Code: "the-code", Text: "the text", RetryAfter: time.Minute, Err: errors.New("secret")})
@@ -171,7 +171,7 @@ func TestNoAnswer(t *testing.T) {
 	_, err := echo.Call(t.Context(), ask, "echo", text{})
 	wantCode(t, err, "part-away")
 
-	hang := ask.Server("hang", true, slog.New(slog.DiscardHandler))
+	hang := ask.Server(true, slog.New(slog.DiscardHandler), "hang")
 	over := make(chan error, 1)
 	Handle(hang, echo, func(ctx context.Context, _ text) (text, error) {
 		<-ctx.Done()
@@ -214,7 +214,7 @@ func TestTheBusComesLaterAndAgain(t *testing.T) {
 	first.WaitForShutdown()
 
 	ask, answer := connect(t, cfg, "v1"), connect(t, cfg, "v1")
-	s := answer.Server("echo", true, slog.New(slog.DiscardHandler))
+	s := answer.Server(true, slog.New(slog.DiscardHandler), "echo")
 	Handle(s, echo, func(_ context.Context, q text) (text, error) { return q, nil })
 	serve(t, s)
 	_, err := echo.Call(t.Context(), ask, "echo", text{})
@@ -231,7 +231,7 @@ func TestTheBusComesLaterAndAgain(t *testing.T) {
 // Who ends has answered what it was asked before, and takes nothing more.
 func TestLeaving(t *testing.T) {
 	ask, answer := pair(t)
-	s := answer.Server("echo", true, slog.Default())
+	s := answer.Server(true, slog.Default(), "echo")
 	in, out := make(chan struct{}), make(chan struct{})
 	Handle(s, echo, func(_ context.Context, q text) (text, error) { close(in); <-out; return q, nil })
 	stop := serve(t, s)
@@ -262,7 +262,7 @@ func TestLeaving(t *testing.T) {
 // More than can be worked on is refused, and told to come again.
 func TestOverload(t *testing.T) {
 	ask, answer := pair(t)
-	s := answer.Server("echo", true, slog.Default())
+	s := answer.Server(true, slog.Default(), "echo")
 	s.slots = make(chan struct{}, 2)
 	in, out := make(chan struct{}, 2), make(chan struct{})
 	Handle(s, echo, func(_ context.Context, q text) (text, error) { in <- struct{}{}; <-out; return q, nil })
@@ -328,7 +328,7 @@ func TestVersions(t *testing.T) {
 	srv := bustest.Server(t, nil)
 	var logged bytes.Buffer
 	answer := connect(t, Config{URLs: []string{srv.ClientURL()}}, "v1.2.3")
-	s := answer.Server("echo", true, slog.New(slog.NewTextHandler(&logged, nil)))
+	s := answer.Server(true, slog.New(slog.NewTextHandler(&logged, nil)), "echo")
 	stop := serve(t, s)
 	conn, err := nats.Connect(srv.ClientURL())
 	if err != nil {
@@ -514,5 +514,65 @@ func TestNotes(t *testing.T) {
 	one.Close()
 	if err := word.Send(one, "news.a", text{}); !hub.IsKind(err, hub.Unavailable) {
 		t.Errorf("without a connection: %v", err)
+	}
+}
+
+// A server takes subjects on and gives them up while it runs; what it was asked before is answered.
+func TestSubjectsChange(t *testing.T) {
+	ask, answer := pair(t)
+	s := answer.Server(true, slog.Default())
+	asked, goOn := make(chan struct{}), make(chan struct{})
+	const slow = Method[text, text]("slow")
+	Handle(s, echo, func(_ context.Context, q text) (text, error) { return q, nil })
+	Handle(s, slow, func(_ context.Context, q text) (text, error) {
+		close(asked)
+		<-goOn
+		return q, nil
+	})
+	if err := s.Serve([]string{"a", "b"}); err != nil { // before it runs
+		t.Fatal(err)
+	}
+	stop := serve(t, s)
+	expect := func(away bool, subjects ...string) {
+		t.Helper()
+		for _, subject := range subjects {
+			within(t, func() bool { // the servers of the bus are told beside
+				_, err := echo.Call(t.Context(), ask, subject, text{[]byte(subject)})
+				code := ""
+				if err != nil {
+					code, _ = hub.Public(err)
+				}
+				return away == (code == "part-away")
+			})
+		}
+	}
+	expect(false, "a", "b")
+	expect(true, "c")
+	last := make(chan error, 1)
+	go func() {
+		_, err := slow.Call(t.Context(), ask, "a", text{})
+		last <- err
+	}()
+	<-asked
+	if err := s.Serve([]string{"b", "c"}); err != nil {
+		t.Fatal(err)
+	}
+	expect(false, "b", "c")
+	expect(true, "a")
+	close(goOn)
+	if err := <-last; err != nil {
+		t.Errorf("what was asked before: %v", err)
+	}
+	stop()
+	expect(true, "a", "b", "c")
+}
+
+// within polls until ok, for ten seconds.
+func within(t *testing.T, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("it does not come to that")
+		}
 	}
 }

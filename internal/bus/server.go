@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"time"
 
@@ -27,7 +28,6 @@ const (
 // Server answers questions. It is made with Handle's methods first and then run.
 type Server struct {
 	bus     *Bus
-	subject string
 	shared  bool
 	methods map[string]handler
 	log     *slog.Logger
@@ -36,8 +36,11 @@ type Server struct {
 	under  sync.WaitGroup
 	talkTo string // the subject of talks, up to their names
 
-	mu    sync.Mutex // guards talks
+	mu    sync.Mutex // guards all below
 	talks map[string]*talk
+	// subs are of the subjects that are served; nil where one is to be and the server does not run.
+	subs map[string]*nats.Subscription
+	take func(*nats.Msg) // nil while the server does not run
 }
 
 type handler func(ctx context.Context, body []byte) ([]byte, error)
@@ -50,13 +53,61 @@ type talk struct {
 	until *time.Timer
 }
 
-// Server makes a server for a subject below the hub's. With shared each question is answered by one of all servers of the subject, else
-// by each of them.
-func (b *Bus) Server(subject string, shared bool, log *slog.Logger) *Server {
-	return &Server{
-		bus: b, subject: b.prefix + subject, shared: shared, methods: map[string]handler{}, log: log,
-		slots: make(chan struct{}, working), talkTo: b.prefix + "inbox.talk." + rand.Text() + ".", talks: map[string]*talk{},
+// Server makes a server for subjects below the hub's; none is a server that serves nothing yet. With shared each question is answered by
+// one of all servers of its subject, else by each of them.
+func (b *Bus) Server(shared bool, log *slog.Logger, subjects ...string) *Server {
+	s := &Server{
+		bus: b, shared: shared, methods: map[string]handler{}, log: log, slots: make(chan struct{}, working),
+		talkTo: b.prefix + "inbox.talk." + rand.Text() + ".", talks: map[string]*talk{}, subs: map[string]*nats.Subscription{},
 	}
+	for _, subject := range subjects {
+		s.subs[subject] = nil
+	}
+	return s
+}
+
+// Serve has the server answer on these subjects and on no others. What came on those that it gives up is still answered. It may be called
+// at any time. After an error it answers on some of them; call it again.
+func (s *Server) Serve(subjects []string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for subject, sub := range s.subs {
+		if slices.Contains(subjects, subject) {
+			continue
+		}
+		delete(s.subs, subject)
+		if sub != nil {
+			_ = sub.Drain() // of a connection that is closed there is nothing left
+		}
+	}
+	for _, subject := range subjects {
+		if s.subs[subject] != nil {
+			continue
+		}
+		s.subs[subject] = nil
+		if err := s.open(subject); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// open takes what comes on a subject, if the server runs. s.mu is held.
+func (s *Server) open(subject string) (err error) {
+	if s.take == nil {
+		return nil
+	}
+	var sub *nats.Subscription
+	if s.shared {
+		sub, err = s.bus.conn.QueueSubscribe(s.bus.prefix+subject, "parts", s.take)
+	} else {
+		sub, err = s.bus.conn.Subscribe(s.bus.prefix+subject, s.take)
+	}
+	if err != nil {
+		return fmt.Errorf("serve %s: %w", subject, err)
+	}
+	s.subs[subject] = sub
+	return nil
 }
 
 // Handle has f answer a method. It must not be called once the server runs. An *hub.Error of f's goes to whoever asked, anything else
@@ -80,20 +131,13 @@ func Handle[Req, Resp any](s *Server, m Method[Req, Resp], f func(context.Contex
 func (s *Server) Run(ctx context.Context, ready func()) error {
 	work, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
-	take := func(msg *nats.Msg) { s.take(work, msg, "") }
-	talks, err := s.bus.conn.Subscribe(s.talkTo+"*", func(msg *nats.Msg) { s.take(work, msg, msg.Subject[len(s.talkTo):]) })
+	talks, err := s.bus.conn.Subscribe(s.talkTo+"*", func(msg *nats.Msg) { s.accept(work, msg, msg.Subject[len(s.talkTo):]) })
 	if err != nil {
-		return fmt.Errorf("serve %s: %w", s.subject, err)
+		return fmt.Errorf("serve: %w", err)
 	}
 	defer func() { _ = talks.Unsubscribe() }() // of a connection that is closed there is nothing to take back
-	var sub *nats.Subscription
-	if s.shared {
-		sub, err = s.bus.conn.QueueSubscribe(s.subject, "parts", take)
-	} else {
-		sub, err = s.bus.conn.Subscribe(s.subject, take)
-	}
-	if err != nil {
-		return fmt.Errorf("serve %s: %w", s.subject, err)
+	if err := s.start(func(msg *nats.Msg) { s.accept(work, msg, "") }); err != nil {
+		return err
 	}
 	if s.bus.conn.IsConnected() {
 		if err := s.bus.conn.FlushTimeout(patience); err != nil {
@@ -102,21 +146,53 @@ func (s *Server) Run(ctx context.Context, ready func()) error {
 	}
 	ready()
 	<-ctx.Done()
-	gone := sub.StatusChanged(nats.SubscriptionClosed)
-	if sub.Drain() == nil { // what was sent to it before is still taken
-		select {
-		case <-gone:
-		case <-time.After(leaving):
-		}
-	}
+	s.end()
 	over := time.AfterFunc(leaving, stop)
 	defer over.Stop()
 	s.under.Wait()
 	return nil
 }
 
-// take has a message worked on. It must not block: all messages of the subject wait for it.
-func (s *Server) take(ctx context.Context, msg *nats.Msg, talk string) {
+func (s *Server) start(take func(*nats.Msg)) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.take = take
+	for subject := range s.subs {
+		if err := s.open(subject); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// end takes no more questions than were sent before.
+func (s *Server) end() {
+	s.mu.Lock()
+	s.take = nil
+	var gone []<-chan nats.SubStatus
+	for subject, sub := range s.subs {
+		s.subs[subject] = nil
+		if sub == nil {
+			continue
+		}
+		closed := sub.StatusChanged(nats.SubscriptionClosed)
+		if sub.Drain() == nil {
+			gone = append(gone, closed)
+		}
+	}
+	s.mu.Unlock()
+	over := time.After(leaving)
+	for _, closed := range gone {
+		select {
+		case <-closed:
+		case <-over:
+			return
+		}
+	}
+}
+
+// accept has a message worked on. It must not block: all messages of the subject wait for it.
+func (s *Server) accept(ctx context.Context, msg *nats.Msg, talk string) {
 	var q question
 	switch err := decoding.Unmarshal(msg.Data, &q); {
 	case err != nil:

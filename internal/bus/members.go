@@ -1,0 +1,234 @@
+package bus
+
+import (
+	"cmp"
+	"context"
+	"hash/fnv"
+	"log/slog"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+)
+
+const (
+	// beat is how often a part says that it lives, and lost after how long without a word it is taken for gone.
+	beat, lost = time.Second, 5 * time.Second
+	// Sure is how long a part has heard itself without a gap before it says of others that they are silent.
+	Sure = 10 * time.Second
+	// maxMembers bounds who is remembered; more instances than this are not told apart from noise.
+	maxMembers = 4096
+)
+
+// alive is what a part tells of itself, to alive.<part>.<instance>.
+const alive = Note[Member]("alive")
+
+// Member is an instance of a part, as it tells of itself. Fields may be added, never renamed.
+type Member struct {
+	Part     string    // a target's name
+	Instance string    // random, of this run of it
+	Name     string    // of the process, for people
+	Build    string    // the program's version
+	Started  time.Time //
+	Leaving  bool      // it takes nothing on any more
+	Load     Load
+}
+
+// Load is what a part is at; what a part has none of is zero.
+type Load struct {
+	Partitions int    // that it serves
+	Sessions   int    // of devices
+	Behind     int    // events that are stored and not yet where readers find them
+	Position   uint64 // of the feed, up to which it has read
+}
+
+// Members is who lives, as it is heard on the bus. Make it with Bus.Members, and run it.
+type Members struct {
+	bus  *Bus
+	self Member
+	load func() Load
+	log  *slog.Logger
+
+	mu    sync.Mutex // guards all below
+	seen  map[string]heard
+	own   time.Time     // when it last heard itself
+	since time.Time     // since when it has heard itself without a gap
+	moved chan struct{} // closed when somebody came, left or went silent
+	left  bool
+}
+
+type heard struct {
+	Member
+	at time.Time
+}
+
+// Members is the membership of an instance of a part; load says what it is at, nil says nothing.
+func (b *Bus) Members(self Member, load func() Load, log *slog.Logger) *Members {
+	self.Build, self.Started = b.build, time.Now().UTC()
+	if load == nil {
+		load = func() Load { return Load{} }
+	}
+	return &Members{bus: b, self: self, load: load, log: log, seen: map[string]heard{}, moved: make(chan struct{})}
+}
+
+// Run says that the instance lives, and listens to the others, until ctx ends; then it says that it is gone.
+func (m *Members) Run(ctx context.Context, ready func()) error {
+	stop, err := alive.Listen(m.bus, "alive.>", func(o Member) { m.heard(o, time.Now()) })
+	if err != nil {
+		return err
+	}
+	defer stop()
+	ready()
+	tick := time.NewTicker(beat)
+	defer tick.Stop()
+	for {
+		m.say()
+		select {
+		case now := <-tick.C:
+			m.sweep(now)
+		case <-ctx.Done():
+			m.Leave()
+			return nil
+		}
+	}
+}
+
+// Leave says that the instance takes nothing on any more. It may be said before Run ends, so that others take over meanwhile.
+func (m *Members) Leave() {
+	m.mu.Lock()
+	m.left = true
+	m.mu.Unlock()
+	m.say()
+}
+
+func (m *Members) say() {
+	m.mu.Lock()
+	self := m.self
+	self.Leaving = m.left
+	m.mu.Unlock()
+	self.Load = m.load()
+	if err := alive.Send(m.bus, "alive."+self.Part+"."+self.Instance, self); err != nil {
+		m.log.Debug("nobody is told that this part lives", "error", err)
+	}
+}
+
+// heard takes what a member said at now.
+func (m *Members) heard(o Member, now time.Time) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if o.Instance == m.self.Instance && o.Part == m.self.Part {
+		if now.Sub(m.own) > lost {
+			m.since = now
+		}
+		m.own = now
+	}
+	old, known := m.seen[o.Instance]
+	if !known && len(m.seen) >= maxMembers {
+		return
+	}
+	m.seen[o.Instance] = heard{o, now}
+	if !known || old.Leaving != o.Leaving || now.Sub(old.at) > lost {
+		m.move()
+	}
+}
+
+// sweep tells of those that went silent, and forgets them after an hour.
+func (m *Members) sweep(now time.Time) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for id, h := range m.seen {
+		switch quiet := now.Sub(h.at); {
+		case quiet > time.Hour:
+			delete(m.seen, id)
+		case quiet > lost && quiet <= lost+2*beat, quiet > Sure && quiet <= Sure+2*beat:
+			m.move()
+		}
+	}
+	if sure := now.Sub(m.since); sure > Sure && sure <= Sure+2*beat {
+		m.move()
+	}
+}
+
+// move wakes those who wait for a change. m.mu is held.
+func (m *Members) move() {
+	close(m.moved)
+	m.moved = make(chan struct{})
+}
+
+// Moved is closed when somebody came, left or went silent since it was asked for.
+func (m *Members) Moved() <-chan struct{} {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.moved
+}
+
+// All is who was heard of in the last hour, and when, by part and instance.
+func (m *Members) All() (all []Member, at []time.Time) {
+	m.mu.Lock()
+	hs := slices.Collect(maps.Values(m.seen))
+	m.mu.Unlock()
+	slices.SortFunc(hs, func(a, b heard) int { return cmp.Or(cmp.Compare(a.Part, b.Part), cmp.Compare(a.Instance, b.Instance)) })
+	for _, h := range hs {
+		all, at = append(all, h.Member), append(at, h.at)
+	}
+	return all, at
+}
+
+// Living is the instances of a part that take work on, in order.
+func (m *Members) Living(part string) []string { return m.living(part, time.Now()) }
+
+func (m *Members) living(part string, now time.Time) []string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var ids []string
+	for id, h := range m.seen {
+		if h.Part == part && !h.Leaving && now.Sub(h.at) <= lost {
+			ids = append(ids, id)
+		}
+	}
+	slices.Sort(ids)
+	return ids
+}
+
+// Silent reports that nothing was heard of an instance of a part for as long as makes one sure, or that it said that it was leaving
+// and then nothing any more, while this one would have heard it: it has heard itself all the time.
+func (m *Members) Silent(part, instance string) bool { return m.silent(part, instance, time.Now()) }
+
+func (m *Members) silent(part, instance string, now time.Time) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if now.Sub(m.own) > 2*beat || now.Sub(m.since) <= Sure {
+		return false
+	}
+	h, known := m.seen[instance]
+	switch {
+	case !known:
+		return true
+	case h.Part != part:
+		return false
+	case h.Leaving:
+		return now.Sub(h.at) > lost
+	}
+	return now.Sub(h.at) > Sure
+}
+
+// Home is which of the instances a partition belongs to, "" without any: the one with the highest score for it (rendezvous hashing), so
+// that one more or less moves its own share only, and all who know the same instances agree.
+func Home(partition int, instances []string) string {
+	var best string
+	var most uint64
+	for _, id := range instances {
+		h := fnv.New64a()
+		_, _ = h.Write([]byte{byte(partition), byte(partition >> 8)})
+		_, _ = h.Write([]byte(id))
+		// FNV's last bytes hardly reach the upper bits; the finalizer of MurmurHash3 spreads them.
+		score := h.Sum64()
+		score = (score ^ score>>33) * 0xff51afd7ed558ccd
+		score = (score ^ score>>33) * 0xc4ceb9fe1a85ec53
+		score ^= score >> 33
+		if best == "" || score > most || score == most && id < best {
+			best, most = id, score
+		}
+	}
+	return best
+}
