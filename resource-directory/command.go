@@ -297,7 +297,7 @@ func (d *Directory) Command(ctx context.Context, owner hub.Owner, o hub.Order) (
 		return hub.Outcome{}, errNotYours.With(op, nil)
 	}
 	// The index is written first, so that it holds every device with commands when the process dies.
-	if err := d.mark(ctx, commandIndex, o.Device); err != nil {
+	if err := d.mark(ctx, commandIndex, o.Device, d.run); err != nil {
 		return hub.Outcome{}, refused(op, err)
 	}
 	w := d.worker(o.Device)

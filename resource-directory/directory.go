@@ -21,12 +21,14 @@ import (
 // Directory is the resource directory of one process. Its methods may be called from any goroutine. Writes wait until Run
 // serves and are refused with Unavailable once it ends; reads work without Run.
 type Directory struct {
+	*Reader
 	cfg     Config
 	store   store.Store
 	log     *slog.Logger
 	metrics *metrics
 	codec   codec
 	writer  string // names this process in commits
+	apart   *apart // nil: the directory is the only one
 	run     string // random, names this run in the index of online devices
 	marked  marked
 	number  atomic.Uint64 // running number of the newest commit
@@ -37,7 +39,6 @@ type Directory struct {
 	// loadedBytes is the sum of the workers' bytes.
 	loadedBytes atomic.Int64
 	waiters     waiters
-	tail        tail
 	changes     changes
 	trimDocs    int           // bytes of base documents that one step of the trimmer writes; beyond the constant the store refuses
 	closing     chan struct{} // closed when Run begins to end: nothing new is taken
@@ -58,9 +59,13 @@ func New(cfg Config, st store.Store, log *slog.Logger, reg prometheus.Registerer
 	if err != nil {
 		return nil, err
 	}
+	reader, err := NewReader(st, reg)
+	if err != nil {
+		return nil, err
+	}
 	d := &Directory{
-		cfg: cfg, store: st, log: log, metrics: m, codec: k, writer: writer, run: rand.Text(),
-		closing: make(chan struct{}), stopped: make(chan struct{}), tail: tail{most: tailCommits}, trimDocs: trimDocs,
+		Reader: reader, cfg: cfg, store: st, log: log, metrics: m, codec: k, writer: writer, run: rand.Text(),
+		closing: make(chan struct{}), stopped: make(chan struct{}), trimDocs: trimDocs,
 	}
 	for range cfg.Workers {
 		d.workers = append(d.workers, newWorker(d))
@@ -77,15 +82,19 @@ func (d *Directory) Run(ctx context.Context, ready func()) error {
 	for _, w := range d.workers {
 		workers.Go(func() { w.run(own) })
 	}
-	helpers.Go(func() {
-		d.former(ctx, onlineIndex, d.metrics.former, "devices of former processes cannot be set offline, trying again", d.endSession)
-	})
-	helpers.Go(func() {
-		d.former(ctx, commandIndex, d.metrics.formerCommands, "commands of former processes cannot be looked up, trying again", d.findCommands)
-	})
 	helpers.Go(func() { d.trim(ctx) })
-	ready()
-	<-ctx.Done()
+	if d.apart != nil {
+		d.serveApart(ctx, ready)
+	} else {
+		helpers.Go(func() {
+			d.former(ctx, onlineIndex, d.metrics.former, "devices of former processes cannot be set offline, trying again", d.gone, d.endSession)
+		})
+		helpers.Go(func() {
+			d.former(ctx, commandIndex, d.metrics.formerCommands, "commands of former processes cannot be looked up, trying again", d.gone, d.findCommands)
+		})
+		ready()
+		<-ctx.Done()
+	}
 	helpers.Wait()
 	close(d.closing)
 	workers.Wait()

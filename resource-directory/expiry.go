@@ -203,15 +203,16 @@ func (w *worker) told(c *hub.Commit, s *state) {
 
 // offer brings a stored command to the device's session, if it has one here.
 func (w *worker) offer(dev hub.DeviceID, id string) {
-	l, e := w.live[dev], w.devices[dev]
-	if l == nil || l.to == nil || e == nil || e.state == nil {
+	e := w.devices[dev]
+	if e == nil || e.state == nil {
 		return
 	}
+	to := w.reach(e.state)
 	switch c := e.state.command(id); {
-	case c == nil: // ended in the same breath
+	case to == nil, c == nil: // away, or ended in the same breath
 	case c.Session == 0:
-		l.to.Wake()
-	case c.Session == l.session:
-		l.to.Deliver(*c)
+		to.Wake()
+	case c.Session == e.state.session:
+		to.Deliver(*c)
 	}
 }

@@ -2,11 +2,14 @@ package resourcedirectory
 
 import (
 	"context"
+	"errors"
 	"iter"
 	"math"
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/store"
@@ -50,38 +53,62 @@ type tailed struct {
 	size int
 }
 
+// Reader reads the feed for all who ask in a process. It is part of a Directory, and of its Client where that runs elsewhere. Its methods
+// may be called from any goroutine.
+type Reader struct {
+	from     store.Feed
+	tail     tail
+	readers  prometheus.Gauge
+	caughtUp prometheus.Counter
+}
+
+// NewReader makes a reader of a feed.
+func NewReader(from store.Feed, reg prometheus.Registerer) (*Reader, error) {
+	r := &Reader{
+		from: from, tail: tail{most: tailCommits},
+		readers: prometheus.NewGauge(prometheus.GaugeOpts{
+			Namespace: ns, Subsystem: sub, Name: "feed_readers", Help: "Subscriptions that follow the feed.",
+		}),
+		caughtUp: prometheus.NewCounter(prometheus.CounterOpts{
+			Namespace: ns, Subsystem: sub, Name: "feed_caught_up_commits_total", Help: "Commits that readers of the feed read from the store, " +
+				"because they came back or were slow. When it rises all the time, subscribers are too slow for what they subscribe to.",
+		}),
+	}
+	return r, errors.Join(reg.Register(r.readers), reg.Register(r.caughtUp))
+}
+
 // FeedHead is the place behind everything that can be read now.
-func (d *Directory) FeedHead(ctx context.Context) (hub.Cursor, error) {
-	head, err := d.store.Head(ctx)
+func (r *Reader) FeedHead(ctx context.Context) (hub.Cursor, error) {
+	head, err := r.from.Head(ctx)
 	if err != nil {
 		return hub.Cursor{}, wrap("directory.FeedHead", err)
 	}
-	return hub.Cursor{Log: d.store.LogID(), After: head}, nil
+	return hub.Cursor{Log: r.from.LogID(), After: head}, nil
 }
 
 // Feed yields the commits behind the cursor that carry owner's stamp, in the order of the feed: those up to the position to,
 // which a head of the log was, or, if that is zero, all, and those that come, until ctx ends. An error is the last element: of
 // kind Precondition with code feed-lagged if commits behind the place it stands at were trimmed away, or the cursor is of
 // another log. How slow its caller is concerns nobody else.
-func (d *Directory) Feed(ctx context.Context, owner hub.Owner, from hub.Cursor, to hub.Position) iter.Seq2[hub.Fed, error] {
+func (r *Reader) Feed(ctx context.Context, owner hub.Owner, from hub.Cursor, to hub.Position) iter.Seq2[hub.Fed, error] {
 	return func(yield func(hub.Fed, error) bool) {
 		fail := func(err error) { yield(hub.Fed{}, wrap("directory.Feed", err)) }
-		head, err := d.store.Head(ctx)
+		head, err := r.from.Head(ctx)
 		if err != nil {
 			fail(err)
 			return
 		}
-		if from.Log != d.store.LogID() || from.After.Compare(head) > 0 {
+		if from.Log != r.from.LogID() || from.After.Compare(head) > 0 {
 			fail(errLagged)
 			return
 		}
-		r := &feedReader{d: d, owner: owner, at: from.After, to: to, skipAfter: from.After, skip: int(from.Skip), limit: 16}
-		d.tail.enter(1)
-		d.metrics.feedReaders.Inc()
-		defer d.metrics.feedReaders.Dec()
-		defer d.tail.enter(-1)
-		for !r.over() {
-			page, err := r.next(ctx)
+		one := &feedReader{of: r, owner: owner, at: from.After, to: to, skipAfter: from.After, skip: int(from.Skip), limit: 16}
+		r.tail.enter(1)
+		r.readers.Inc()
+		defer r.readers.Dec()
+		defer r.tail.enter(-1)
+		for !one.over() {
+			page, err := one.next(ctx)
 			if err != nil {
 				fail(err)
 				return
@@ -90,8 +117,8 @@ func (d *Directory) Feed(ctx context.Context, owner hub.Owner, from hub.Cursor, 
 				if to != (hub.Position{}) && f.At.Compare(to) > 0 {
 					return
 				}
-				if f.Before == r.skipAfter {
-					f.Skip = r.skip
+				if f.Before == one.skipAfter {
+					f.Skip = one.skip
 				}
 				if f.Skip < len(f.Commit.Events) && !yield(f, nil) {
 					return
@@ -112,7 +139,7 @@ func (t *tail) enter(n int) {
 
 // feedReader is one reader of the feed.
 type feedReader struct {
-	d         *Directory
+	of        *Reader
 	owner     hub.Owner
 	at        hub.Position // everything up to here was given
 	to        hub.Position // where it ends; zero: nowhere
@@ -126,7 +153,7 @@ func (r *feedReader) over() bool { return r.to != hub.Position{} && r.at.Compare
 
 // next returns the reader's next commits, perhaps none at its end; it blocks while there are no new ones of anybody.
 func (r *feedReader) next(ctx context.Context) ([]hub.Fed, error) {
-	t := &r.d.tail
+	t := &r.of.tail
 	for {
 		if err := ctx.Err(); err != nil {
 			return nil, err
@@ -149,7 +176,7 @@ func (r *feedReader) next(ctx context.Context) ([]hub.Fed, error) {
 				}
 				from := t.end
 				t.mu.Unlock()
-				if err := r.d.lead(ctx, from); err != nil {
+				if err := r.of.lead(ctx, from); err != nil {
 					return nil, err
 				}
 				continue
@@ -204,7 +231,7 @@ func (r *feedReader) look(t *tail) []hub.Fed {
 
 // catchUp reads a page from the store. more is false at the feed's end.
 func (r *feedReader) catchUp(ctx context.Context) (page []hub.Fed, more bool, err error) {
-	entries, next, lagged, err := r.d.store.ReadFeed(ctx, r.at, r.limit)
+	entries, next, lagged, err := r.of.from.ReadFeed(ctx, r.at, r.limit)
 	switch {
 	case err != nil:
 		return nil, false, err
@@ -229,7 +256,7 @@ func (r *feedReader) catchUp(ctx context.Context) (page []hub.Fed, more bool, er
 		before = e.Position
 	}
 	r.at = next
-	r.d.metrics.feedCatchUp.Add(float64(len(entries)))
+	r.of.caughtUp.Add(float64(len(entries)))
 	// As many as fit the page, going by those that were read just now.
 	r.limit = max(1, min(pageCommits, pageBytes*len(entries)/max(size, 1)))
 	return page, true, nil
@@ -237,16 +264,16 @@ func (r *feedReader) catchUp(ctx context.Context) (page []hub.Fed, more bool, er
 
 // lead waits for what comes after from and puts it into the tail, for all readers. The leader's own end, or its trouble, is
 // not that of the others: one of them leads next.
-func (d *Directory) lead(ctx context.Context, from hub.Position) error {
+func (r *Reader) lead(ctx context.Context, from hub.Position) error {
 	var (
 		entries []store.FeedEntry
 		lagged  bool
 	)
-	err := d.store.WaitFeed(ctx, from)
+	err := r.from.WaitFeed(ctx, from)
 	if err == nil {
-		entries, _, lagged, err = d.store.ReadFeed(ctx, from, leadCommits)
+		entries, _, lagged, err = r.from.ReadFeed(ctx, from, leadCommits)
 	}
-	t := &d.tail
+	t := &r.tail
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.leading = false

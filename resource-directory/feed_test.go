@@ -223,7 +223,7 @@ func TestPagesOfTheFeed(t *testing.T) {
 		h.must(x.notify(value("/small", i)))
 	}
 	want := h.truth(f.at.After).of(alice)
-	r := &feedReader{d: h.d, owner: alice, at: f.at.After, limit: 16}
+	r := &feedReader{of: h.d.Reader, owner: alice, at: f.at.After, limit: 16}
 	for {
 		page, more, err := r.catchUp(t.Context())
 		h.must(err)

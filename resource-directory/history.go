@@ -73,23 +73,35 @@ func (d *Directory) replayOnce(ctx context.Context, dev hub.DeviceID, more func(
 func (d *Directory) History(
 	ctx context.Context, owner hub.Owner, dev hub.DeviceID, after time.Time,
 ) iter.Seq2[hub.Commit, error] {
-	const op = "directory.History"
 	return func(yield func(hub.Commit, error) bool) {
-		if owner == "" {
-			return
-		}
 		var from uint64
-		if !after.IsZero() {
+		if owner != "" && !after.IsZero() {
 			seq, err := d.store.SeqAt(ctx, dev, after)
 			if err != nil {
-				yield(hub.Commit{}, wrap(op, err))
+				yield(hub.Commit{}, wrap(opHistory, err))
 				return
 			}
 			from = seq + 1
 		}
+		for c, err := range d.historyFrom(ctx, owner, dev, from) {
+			if !yield(c, err) {
+				return
+			}
+		}
+	}
+}
+
+const opHistory = "directory.History"
+
+// historyFrom is History from a seq on.
+func (d *Directory) historyFrom(ctx context.Context, owner hub.Owner, dev hub.DeviceID, from uint64) iter.Seq2[hub.Commit, error] {
+	return func(yield func(hub.Commit, error) bool) {
+		if owner == "" {
+			return
+		}
 		for c, err := range d.store.Commits(ctx, dev, from) {
 			if err != nil {
-				yield(hub.Commit{}, wrap(op, err))
+				yield(hub.Commit{}, wrap(opHistory, err))
 				return
 			}
 			if c.Owner == owner && !yield(c, nil) {

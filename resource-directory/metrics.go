@@ -6,10 +6,10 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
+const ns, sub = "coaphub", "directory"
+
 type metrics struct {
 	commits, events, conflicts, loads, trimmed, evicted   prometheus.Counter
-	feedCatchUp                                           prometheus.Counter
-	feedReaders                                           prometheus.Gauge
 	refused                                               *prometheus.CounterVec
 	loaded, loadedBytes, waiting, shortened, kept, former prometheus.Gauge
 	commands, formerCommands                              prometheus.Gauge
@@ -17,7 +17,6 @@ type metrics struct {
 }
 
 func newMetrics(reg prometheus.Registerer) (*metrics, error) {
-	const ns, sub = "coaphub", "directory"
 	counter := func(name, help string) prometheus.Counter {
 		return prometheus.NewCounter(prometheus.CounterOpts{Namespace: ns, Subsystem: sub, Name: name, Help: help})
 	}
@@ -36,9 +35,6 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 		trimmed: counter("trimmed_commits_total", "Commits that retention removed. When it stands still while the disk fills, look for errors of the trimmer in the log."),
 		evicted: counter("evicted_total", "Devices that left memory before coldAfter because of limits.loadedBytes. When it rises all the time together with "+
 			"loads_total, the devices that write do not fit: raise limits.loadedBytes if the machine has the memory."),
-		feedCatchUp: counter("feed_caught_up_commits_total", "Commits that readers of the feed read from the store, because they came back or were slow. When it rises all the time, "+
-			"subscribers are too slow for what they subscribe to."),
-		feedReaders: gauge("feed_readers", "Subscriptions that follow the feed."),
 		refused: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Namespace: ns, Subsystem: sub, Name: "refused_total",
 			Help: "Writes that were refused, by kind of error. unavailable and exhausted: look at the store and its disk; queue: raise workers or the disk is too slow; others are the callers' mistakes.",
@@ -58,7 +54,7 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 	var errs []error
 	for _, c := range []prometheus.Collector{
 		m.commits, m.events, m.conflicts, m.loads, m.trimmed, m.evicted, m.refused, m.loaded, m.loadedBytes, m.waiting, m.shortened, m.kept, m.former, m.commands,
-		m.formerCommands, m.append, m.batch, m.feedCatchUp, m.feedReaders,
+		m.formerCommands, m.append, m.batch,
 	} {
 		errs = append(errs, reg.Register(c))
 	}

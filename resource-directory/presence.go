@@ -11,44 +11,50 @@ import (
 	"github.com/coaphub/coaphub/internal/store"
 )
 
-// onlineIndex is the collection of devices that may be online: one document a device that signed in, with the run of the
-// process that took it. A start looks there for the sessions of former processes instead of reading the whole fleet.
+// onlineIndex is the collection of devices that may be online: one document a device that signed in, with who ends its session when
+// its process is gone (see Directory.keeper). A start looks there for the sessions of former processes instead of reading the whole fleet.
 const onlineIndex = "online"
 
 // maxMarked bounds what is remembered of the marks of this run; beyond, they are looked up again.
 const maxMarked = 16 << 10
 
-// marked remembers which devices are in the indexes of this run: nobody takes them out while it lasts.
+// marked remembers what the indexes have of which devices: nobody takes them out or changes that while they are the directory's.
 type marked struct {
-	mu   sync.Mutex
-	keys map[string]struct{} // index and device
+	mu sync.Mutex
+	as map[string]string // what was written, by index and device
 }
 
-func (m *marked) has(key string) bool {
+func (m *marked) has(key, as string) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	_, ok := m.keys[key]
-	return ok
+	was, ok := m.as[key]
+	return ok && was == as
 }
 
-func (m *marked) add(key string) {
+func (m *marked) add(key, as string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.keys == nil || len(m.keys) >= maxMarked {
-		m.keys = map[string]struct{}{}
+	if m.as == nil || len(m.as) >= maxMarked {
+		m.as = map[string]string{}
 	}
-	m.keys[key] = struct{}{}
+	m.as[key] = as
 }
 
-// mark puts the device into an index of this run. It is written once a run, not each time.
-func (d *Directory) mark(ctx context.Context, index string, dev hub.DeviceID) (err error) {
+func (m *marked) forget() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.as = nil
+}
+
+// mark puts the device into an index, as somebody's. It is written once, not each time.
+func (d *Directory) mark(ctx context.Context, index string, dev hub.DeviceID, as string) (err error) {
 	key := index + " " + string(dev)
-	if d.marked.has(key) {
+	if d.marked.has(key, as) {
 		return nil
 	}
 	defer func() {
 		if err == nil {
-			d.marked.add(key)
+			d.marked.add(key, as)
 		}
 	}()
 	for {
@@ -56,10 +62,10 @@ func (d *Directory) mark(ctx context.Context, index string, dev hub.DeviceID) (e
 		if err != nil {
 			return err
 		}
-		if doc.Rev != 0 && string(doc.Value) == d.run {
+		if doc.Rev != 0 && string(doc.Value) == as {
 			return nil
 		}
-		doc = store.Doc{Key: string(dev), Value: []byte(d.run), Rev: doc.Rev}
+		doc = store.Doc{Key: string(dev), Value: []byte(as), Rev: doc.Rev}
 		_, err = d.store.Put(ctx, index, doc)
 		if !hub.IsKind(err, hub.Conflict) { // Conflict: former deleted it, or another request was faster
 			return err
@@ -70,9 +76,11 @@ func (d *Directory) mark(ctx context.Context, index string, dev hub.DeviceID) (e
 	}
 }
 
-// former does what is to be done for the devices that former processes left in an index. It goes on until all are done, also
-// over an outage of the store.
-func (d *Directory) former(ctx context.Context, index string, waiting prometheus.Gauge, failed string, do former) {
+// former does what is to be done for the devices that those left in an index who are gone, as far as they are the directory's. It goes on
+// until all are done, also over an outage of the store.
+func (d *Directory) former(
+	ctx context.Context, index string, waiting prometheus.Gauge, failed string, gone func(string) bool, do former,
+) {
 	const (
 		together = 64 // share the batches of the log, and leave room in the queues for living devices
 		pause    = 5 * time.Second
@@ -89,7 +97,7 @@ func (d *Directory) former(ctx context.Context, index string, waiting prometheus
 			if err = e; err != nil || ctx.Err() != nil {
 				break
 			}
-			if string(doc.Value) == d.run {
+			if !d.serves(hub.DeviceID(doc.Key)) || !gone(string(doc.Value)) {
 				continue
 			}
 			if batch = append(batch, doc); len(batch) == together {
@@ -143,20 +151,23 @@ func (d *Directory) formerBatch(ctx context.Context, index string, docs []store.
 	return n
 }
 
-// endSession sets a device offline if it is online in a session of a former process.
+// endSession sets a device offline if it is online in a session of a process that is gone.
 func (d *Directory) endSession(ctx context.Context, doc store.Doc) (forget bool, err error) {
 	dev := hub.DeviceID(doc.Key)
 	s, err := d.read(ctx, dev)
 	if err != nil {
 		return false, err
 	}
-	// A sign-in writes the index before its commit. So if the document is still a former run's after the read, the session
-	// in s is a former process's, and a session that came since has a higher number.
+	// A sign-in writes the index before its commit. So if the document is still theirs after the read, the session in s is a process's
+	// that is gone, and a session that came since has a higher number.
 	now, err := d.store.Get(ctx, onlineIndex, doc.Key)
 	if err != nil || now.Rev != doc.Rev {
 		return false, err
 	}
 	if s.meta.Connection.Online {
+		if d.apart != nil && !d.gone(s.meta.Connection.Service) {
+			return false, nil // the document is older than what another directory wrote
+		}
 		if err := d.do(ctx, offline(hub.Stamp{Device: dev, Session: s.session})); err != nil {
 			return false, err
 		}

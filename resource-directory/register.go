@@ -26,8 +26,19 @@ func (d *Directory) Register(ctx context.Context, own hub.Ownership, user string
 		return []hub.Event{{Kind: hub.Registered, User: user}}, nil
 	}
 	for {
-		r := &request{dev: own.Device, op: op, fresh: true, owner: own, decide: decide}
-		r.stored = func(w *worker) { w.closeOther(own.Device, "deleted") }
+		w, closeSession := d.worker(own.Device), func() {}
+		r := &request{dev: own.Device, op: op, fresh: true, owner: own}
+		r.decide = func(s *state, now int64) ([]hub.Event, error) {
+			events, err := decide(s, now)
+			if len(events) > 0 {
+				closeSession = w.closes(s, "deleted")
+			}
+			return events, err
+		}
+		r.stored = func(w *worker) {
+			w.closeOther(own.Device, "deleted")
+			closeSession()
+		}
 		if err := d.do(ctx, r); !errors.Is(err, errCommandsLeft) {
 			return err
 		}
@@ -45,14 +56,19 @@ var errCommandsLeft = hub.NewError(hub.Conflict, "commands-left", "commands of t
 // Unregister appends an unregistered event, ends the commands that wait, deletes links and twin, and closes the live session.
 // The log stays until retention. Repeating it, or asking it of a device that has a newer generation, does nothing.
 func (d *Directory) Unregister(ctx context.Context, own hub.Ownership, user string) error {
+	w, closeSession := d.worker(own.Device), func() {}
 	r := &request{dev: own.Device, op: "directory.Unregister", fresh: true}
 	r.decide = func(s *state, _ int64) ([]hub.Event, error) {
 		if s.owner == "" || s.owner != own.Owner || s.generation != own.Generation {
 			return nil, nil
 		}
+		closeSession = w.closes(s, "deleted")
 		return append(s.endAll(user), hub.Event{Kind: hub.Unregistered, Connection: s.meta.Connection.ID, User: user}), nil
 	}
-	r.stored = func(w *worker) { w.closeOther(own.Device, "deleted") }
+	r.stored = func(w *worker) {
+		w.closeOther(own.Device, "deleted")
+		closeSession()
+	}
 	return d.do(ctx, r)
 }
 

@@ -18,16 +18,18 @@ func (d *Directory) SignIn(
 ) (hub.Session, error) {
 	const op = "directory.SignIn"
 	// The index is written first, so that it holds every device that may be online when the process dies.
-	if err := d.mark(ctx, onlineIndex, own.Device); err != nil {
+	if err := d.mark(ctx, onlineIndex, own.Device, d.keeper(conn.Service)); err != nil {
 		return hub.Session{}, wrap(op, err)
 	}
 	var sess hub.Session
 	conn.Online = true
 	r := &request{dev: own.Device, op: op, fresh: true}
+	w, closeFormer := d.worker(own.Device), func() {}
 	r.decide = func(s *state, _ int64) ([]hub.Event, error) {
 		if s.owner == "" || s.owner != own.Owner || s.generation != own.Generation || own.Releasing {
 			return nil, errStale
 		}
+		closeFormer = w.closes(s, "second-session")
 		meta := s.meta
 		// It says later where it is now; mostly that is where it was, and nobody is told of a change that is none.
 		conn.LocalEndpoints = meta.Connection.LocalEndpoints
@@ -39,7 +41,12 @@ func (d *Directory) SignIn(
 			Kind: hub.MetadataUpdated, Session: sess.Number, Connection: conn.ID, User: user, Metadata: &meta,
 		}), nil
 	}
-	r.stored = func(w *worker) { w.attach(own.Device, &live{session: sess.Number, to: to}) }
+	r.stored = func(w *worker) {
+		if d.apart == nil {
+			w.attach(own.Device, &live{session: sess.Number, to: to})
+		}
+		closeFormer()
+	}
 	r.orphaned = func(w *worker) { w.lose(own.Device, sess.Number) }
 	if err := d.do(ctx, r); err != nil {
 		return hub.Session{}, err

@@ -52,6 +52,10 @@ type worker struct {
 	alarm   *time.Timer            // rings at the first of due
 
 	lostMu sync.Mutex
+	// left is guarded by leftMu: of which partitions everything in memory is to be forgotten; lefts says that there are some.
+	leftMu sync.Mutex
+	left   *[partitions]bool
+	lefts  chan struct{}
 	// lost is guarded by lostMu: sessions whose OFFLINE was refused, until the next sweep. One a device that was signed in
 	// here, so it needs no bound of its own.
 	lost map[hub.DeviceID]uint64
@@ -67,6 +71,7 @@ type entry struct {
 	parked  []*request // wait for the load, in order
 	held    int        // requests that it was loaded for and that are not decided yet
 	under   bool       // a part of the append under way
+	stale   bool       // others may have written it since: it is loaded anew before anything else is decided
 	size    int64      // as counted in worker.bytes
 	used    time.Time
 	place   *list.Element
@@ -111,8 +116,8 @@ type draft struct {
 func newWorker(d *Directory) *worker {
 	return &worker{
 		d: d, in: make(chan *request, d.cfg.Queue), devices: map[hub.DeviceID]*entry{}, done: make(chan []error, 1),
-		pressed: make(chan struct{}, 1),
-		load:    make(chan *entry, d.cfg.Queue+1), loaded: make(chan loading), live: map[hub.DeviceID]*live{},
+		pressed: make(chan struct{}, 1), lefts: make(chan struct{}, 1),
+		load: make(chan *entry, d.cfg.Queue+1), loaded: make(chan loading), live: map[hub.DeviceID]*live{},
 		gone: map[hub.DeviceID]*live{}, lost: map[hub.DeviceID]uint64{}, due: deadlines{byID: map[string]*deadline{}},
 	}
 }
@@ -159,6 +164,8 @@ func (w *worker) run(ctx context.Context) {
 			w.wake(l)
 		case <-w.pressed:
 			w.evict()
+		case <-w.lefts:
+			w.forget()
 		case now := <-sweep.C:
 			w.sweep(now)
 		case now := <-w.alarm.C:
@@ -235,6 +242,9 @@ func (w *worker) round(ctx context.Context, start func(func())) {
 			continue
 		}
 		e := w.entry(r.dev)
+		if e.stale && !e.loading {
+			e.stale, e.state = false, nil
+		}
 		if e.state == nil {
 			e.parked = append(e.parked, r)
 			w.fetch(e)
@@ -388,11 +398,10 @@ func (w *worker) settle(errs []error) {
 				b.e.state = nil // somebody else wrote, or we do not know what happened: ask the store
 			}
 		}
-		if b.e.state != nil {
-			b.e.public.Store(b.e.state)
-		} else {
-			b.e.public.Store(nil)
+		if b.e.stale {
+			b.e.stale, b.e.state = false, nil
 		}
+		b.e.public.Store(b.e.state)
 		w.d.changes.count(b) // after readers see it
 		for _, c := range b.commits[:n] {
 			w.told(&c.c, c.after)
@@ -458,6 +467,7 @@ func (w *worker) wake(l loading) {
 		w.watch(c)
 	}
 	w.d.waiters.look(l.s)
+	w.remind(l.s)
 	w.weigh(e)
 	for _, r := range parked {
 		r.holds = e

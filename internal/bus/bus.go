@@ -187,6 +187,12 @@ var (
 	partBusy   = &hub.Error{Kind: hub.Unavailable, Code: "part-busy", Text: "a part of the hub has too much to do", RetryAfter: time.Second}
 )
 
+// NotDone reports whether an error of a call says that nothing was done, so that it may be made again whatever it is.
+func NotDone(err error) bool {
+	code, _ := hub.Public(err)
+	return err != nil && (code == partAway.Code || code == busAway.Code || code == partBusy.Code)
+}
+
 var (
 	encoding = must(cbor.EncOptions{Time: cbor.TimeRFC3339Nano}.EncMode())
 	// Bodies are bounded, and what is in them is the other parts': the limits are those of the largest page.

@@ -1,0 +1,347 @@
+package resourcedirectory
+
+import (
+	"context"
+	"fmt"
+	"hash/crc32"
+	"log/slog"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/semaphore"
+
+	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/bus"
+)
+
+// What differs when the directory is one of several, in processes of their own: each serves the devices of some partitions, and reaches
+// sessions at their gateways. Who serves what decides nothing but where caches are warm: two that disagree for a while cost conflicts, since
+// the log fences each write.
+
+const (
+	// Part and GatewayPart are under what names the directories and the gateways with devices' sessions are known as members.
+	Part, GatewayPart = "resource-directory", "coap-gateway"
+	// partitions is among how many shares the devices are spread. It never changes: parts of all versions have to agree.
+	partitions = 256
+	// watchEvery is how often the membership is looked at, if nothing moves.
+	watchEvery = 2 * time.Second
+	// handover is how long a directory that leaves goes on to serve beside those that take over.
+	handover = time.Second
+	// telling is to how many sessions something is being told at a time, and tellFor how long it is tried.
+	telling, tellFor = 1024, 10 * time.Second
+)
+
+// partitionOf is a device's share. Workers go by other bits of the same sum, so each has devices of each partition.
+func partitionOf(dev hub.DeviceID) int {
+	return int(crc32.ChecksumIEEE([]byte(dev))>>16) % partitions
+}
+
+// The subjects of a partition: what changes devices, what reads them, and commands, which take long.
+func writesOf(partition int) string   { return fmt.Sprintf("rd.%d.write", partition) }
+func readsOf(partition int) string    { return fmt.Sprintf("rd.%d.read", partition) }
+func commandsOf(partition int) string { return fmt.Sprintf("rd.%d.command", partition) }
+
+// gatewayOf is where a gateway with sessions is told of them.
+func gatewayOf(service string) string { return "gw." + service }
+
+// apart is what a directory has that is one of several.
+type apart struct {
+	bus     *bus.Bus
+	members *bus.Members
+	self    string // its instance
+	log     *slog.Logger
+	mine    atomic.Pointer[[partitions]bool]
+
+	life    context.Context // ends with Run
+	end     context.CancelFunc
+	under   sync.WaitGroup
+	telling *semaphore.Weighted
+}
+
+// Apart makes the directory one of several, as which members has it under the instance's name; it serves on b once it runs, and cannot
+// be asked before that. It must be called before Run.
+func (d *Directory) Apart(b *bus.Bus, members *bus.Members, instance string) {
+	a := &apart{bus: b, members: members, self: instance, log: d.log, telling: semaphore.NewWeighted(telling)}
+	a.mine.Store(new([partitions]bool))
+	a.life, a.end = context.WithCancel(context.Background())
+	d.apart = a
+}
+
+// Partitions is how many partitions the directory serves: all that there are if it is the only one.
+func (d *Directory) Partitions() int {
+	if d.apart == nil {
+		return partitions
+	}
+	n := 0
+	for _, mine := range d.apart.mine.Load() {
+		if mine {
+			n++
+		}
+	}
+	return n
+}
+
+// keeper is by what the index of online devices knows who ends a session when its process is gone: the gateway that holds it, or, in
+// one process, its run.
+func (d *Directory) keeper(service string) string {
+	if d.apart == nil {
+		return d.run
+	}
+	return service
+}
+
+// gone reports whether that is gone.
+func (d *Directory) gone(keeper string) bool {
+	if d.apart == nil {
+		return keeper != d.run
+	}
+	return d.apart.members.Silent(GatewayPart, keeper)
+}
+
+// serves reports whether a device is one of the directory's.
+func (d *Directory) serves(dev hub.DeviceID) bool {
+	return d.apart == nil || d.apart.mine.Load()[partitionOf(dev)]
+}
+
+// reach returns how the session that s names is reached, nil if it is not online, or nobody knows.
+func (w *worker) reach(s *state) hub.Deliverer {
+	if l := w.live[s.dev]; l != nil {
+		if l.session == s.session {
+			return l.to
+		}
+		return nil
+	}
+	return w.d.apart.reach(s.meta.Connection, s.dev, s.session)
+}
+
+// reach is worker.reach for a session elsewhere.
+func (a *apart) reach(conn hub.Connection, dev hub.DeviceID, number uint64) hub.Deliverer {
+	if a == nil || !conn.Online || conn.Service == "" {
+		return nil
+	}
+	return &elsewhere{a, conn.Service, dev, number}
+}
+
+// remind tells a session elsewhere of commands that wait, when its device was loaded: whoever had it before may not have come to it.
+func (w *worker) remind(s *state) {
+	to := w.d.apart.reach(s.meta.Connection, s.dev, s.session)
+	if to != nil && slices.ContainsFunc(s.commands, func(c *hub.Command) bool { return c.Session == 0 }) {
+		to.Wake()
+	}
+}
+
+// closes returns what closes the session that s names, to be called once its end is stored.
+func (w *worker) closes(s *state, reason string) func() {
+	to := w.d.apart.reach(s.meta.Connection, s.dev, s.session)
+	if to == nil {
+		return func() {}
+	}
+	return func() { to.Close(reason) }
+}
+
+// elsewhere is a session in another process.
+type elsewhere struct {
+	a       *apart
+	service string
+	dev     hub.DeviceID
+	number  uint64
+}
+
+// Close implements hub.Deliverer.
+func (e *elsewhere) Close(reason string) {
+	e.a.tell(e.service, sessionTold{Device: e.dev, Session: e.number, Close: true, Reason: reason})
+}
+
+// Wake implements hub.Deliverer.
+func (e *elsewhere) Wake() { e.a.tell(e.service, sessionTold{Device: e.dev, Session: e.number}) }
+
+// Ready implements hub.Deliverer: nobody knows from here, so commands wait for the session to take them.
+func (e *elsewhere) Ready(hub.Href, []string) bool { return false }
+
+// Deliver implements hub.Deliverer. It is not called, since no command is bound before the session takes it.
+func (e *elsewhere) Deliver(hub.Command) { e.Wake() }
+
+// unknown reports whether an error leaves it open what became of a call.
+func unknown(err error) bool {
+	return hub.IsKind(err, hub.Unavailable) || hub.IsKind(err, hub.Deadline)
+}
+
+// tell tells a gateway about a session, and tries again for a while: a word that is lost is a command that waits, or a session too many.
+// It does not block.
+func (a *apart) tell(service string, what sessionTold) {
+	if !a.telling.TryAcquire(1) {
+		a.log.Warn("a session is not told: too many others are being told", "gateway", service, "device", what.Device)
+		return
+	}
+	a.under.Go(func() {
+		defer a.telling.Release(1)
+		ctx, cancel := context.WithTimeout(a.life, tellFor)
+		defer cancel()
+		err := persist(ctx, unknown, func(ctx context.Context) error {
+			_, err := tellSession.Call(ctx, a.bus, gatewayOf(service), what)
+			if err != nil && a.members.Silent(GatewayPart, service) {
+				return nil // its sessions are set offline
+			}
+			return err
+		})
+		if err != nil && a.life.Err() == nil {
+			a.log.Warn("a session is not told", "gateway", service, "device", what.Device, "error", err)
+		}
+	})
+}
+
+// watch follows the membership until ctx ends: it takes on the partitions that are the directory's, gives up the others, and sees to
+// sessions and commands that were somebody's who is gone.
+func (d *Directory) watch(ctx context.Context, s *servers) {
+	a := d.apart
+	tick := time.NewTicker(watchEvery)
+	defer tick.Stop()
+	var passes sync.WaitGroup
+	defer passes.Wait()
+	var sessions, commands pass
+	judged := map[string]bool{} // gateways that were found silent
+	for {
+		moved := a.members.Moved()
+		changed := a.share(a.members.Living(Part))
+		if changed != nil {
+			if err := s.serve(a.mine.Load()); err != nil {
+				a.log.Error("partitions cannot be served", "error", err)
+			}
+			d.marked.forget()
+			for _, w := range d.workers {
+				w.leave(changed)
+			}
+			commands.start(ctx, &passes, func(ctx context.Context) {
+				d.former(ctx, commandIndex, d.metrics.formerCommands, "commands of other directories cannot be looked up, trying again",
+					func(run string) bool { return run != d.run }, d.findCommands)
+			})
+		}
+		if more := a.silent(judged); more || changed != nil {
+			sessions.start(ctx, &passes, func(ctx context.Context) {
+				d.former(ctx, onlineIndex, d.metrics.former, "devices of gateways that are gone cannot be set offline, trying again", d.gone, d.endSession)
+			})
+		}
+		select {
+		case <-moved:
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// share takes what of the partitions belongs to the directory among those that live, and returns which are new or lost; nil: none.
+func (a *apart) share(living []string) *[partitions]bool {
+	now, old := new([partitions]bool), a.mine.Load()
+	changed, any := new([partitions]bool), false
+	for p := range partitions {
+		now[p] = bus.Home(p, living) == a.self
+		changed[p] = now[p] != old[p]
+		any = any || changed[p]
+	}
+	if !any {
+		return nil
+	}
+	a.mine.Store(now)
+	return changed
+}
+
+// silent reports whether a gateway has gone silent that was not when it was asked before. The first time that it may judge, it says so:
+// sessions of gateways may be left that nobody here has ever heard of.
+func (a *apart) silent(judged map[string]bool) bool {
+	more := false
+	look := func(instance string) {
+		is := a.members.Silent(GatewayPart, instance)
+		if is && !judged[instance] {
+			more = true
+		}
+		judged[instance] = is
+	}
+	look("") // nobody has that name
+	all, _ := a.members.All()
+	for _, m := range all {
+		if m.Part == GatewayPart {
+			look(m.Instance)
+		}
+	}
+	return more
+}
+
+// pass is work over an index that is done from the start whenever it is started, one at a time.
+type pass struct {
+	stop context.CancelFunc
+	done chan struct{}
+}
+
+func (p *pass) start(ctx context.Context, all *sync.WaitGroup, work func(context.Context)) {
+	former := p.done
+	if p.stop != nil {
+		p.stop()
+	}
+	ctx, p.stop = context.WithCancel(ctx)
+	done := make(chan struct{})
+	p.done = done
+	all.Go(func() {
+		defer close(done)
+		if former != nil {
+			<-former
+		}
+		work(ctx)
+	})
+}
+
+// leave forgets what is in memory of the devices of some partitions: others have written them since, or will.
+func (w *worker) leave(which *[partitions]bool) {
+	w.leftMu.Lock()
+	defer w.leftMu.Unlock()
+	if w.left == nil {
+		w.left = new([partitions]bool)
+	}
+	for p, is := range which {
+		w.left[p] = w.left[p] || is
+	}
+	select {
+	case w.lefts <- struct{}{}:
+	default:
+	}
+}
+
+// forget does what leave asked for.
+func (w *worker) forget() {
+	w.leftMu.Lock()
+	which := w.left
+	w.left = nil
+	w.leftMu.Unlock()
+	if which == nil {
+		return
+	}
+	for dev, e := range w.devices {
+		switch {
+		case !which[partitionOf(dev)]:
+		case e.dirty():
+			e.stale = true
+			e.public.Store(nil)
+		default:
+			w.drop(e)
+		}
+	}
+}
+
+// persist repeats do while again says so of its error, for as long as ctx lasts.
+func persist(ctx context.Context, again func(error) bool, do func(context.Context) error) error {
+	for wait := 25 * time.Millisecond; ; wait = min(2*wait, 500*time.Millisecond) {
+		err := do(ctx)
+		if err == nil || !again(err) {
+			return err
+		}
+		t := time.NewTimer(wait)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return err
+		}
+	}
+}

@@ -1,0 +1,443 @@
+package resourcedirectory
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/bus"
+	"github.com/coaphub/coaphub/internal/bus/bustest"
+	"github.com/coaphub/coaphub/internal/store"
+	"github.com/coaphub/coaphub/internal/store/pebblestore"
+)
+
+// town is directories and gateways in processes of their own, but for the store that they share.
+type town struct {
+	t   *testing.T
+	url string
+	st  store.Store
+}
+
+func newTown(t *testing.T) *town {
+	s, err := pebblestore.Open(t.TempDir(), pebblestore.Options{MinFree: -1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_, err := Verify(context.Background(), s, func(dev hub.DeviceID, problem string) { t.Errorf("device %s: %s", dev, problem) })
+		if err != nil {
+			t.Errorf("verify: %v", err)
+		}
+		if err := s.Close(); err != nil {
+			t.Errorf("close the store: %v", err)
+		}
+	})
+	return &town{t, bustest.Server(t, nil).ClientURL(), s}
+}
+
+var quiet = slog.New(slog.NewTextHandler(io.Discard, nil))
+
+// process is one of them.
+type process struct {
+	d       *Directory // or
+	c       *Client
+	bus     *bus.Bus
+	members *bus.Members
+	// stop ends it in order, kill takes its connection away first.
+	stop, kill func()
+}
+
+// start starts a process of a part.
+func (w *town) start(part, name string) *process {
+	w.t.Helper()
+	reg := prometheus.NewRegistry()
+	b, err := bus.Connect(bus.Config{URLs: []string{w.url}}, "00000000-0000-4000-8000-00000000000b", "v1", name, quiet, reg)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	p := &process{bus: b, members: b.Members(bus.Member{Part: part, Instance: name}, nil, quiet)}
+	var run func(context.Context, func()) error
+	if part == Part {
+		if p.d, err = New(Default(), w.st, quiet, reg, name); err != nil {
+			w.t.Fatal(err)
+		}
+		p.d.Apart(b, p.members, name)
+		run = p.d.Run
+	} else {
+		reader, err := NewReader(w.st, reg)
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		p.c = NewClient(b, reader, name, quiet)
+		run = p.c.Run
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	all, over := context.WithCancel(context.Background())
+	var parts sync.WaitGroup
+	ready := make(chan struct{}, 2)
+	start := func(ctx context.Context, f func(context.Context, func()) error) {
+		parts.Go(func() {
+			if err := f(ctx, func() { ready <- struct{}{} }); err != nil {
+				w.t.Errorf("%s: %v", name, err)
+			}
+		})
+		<-ready
+	}
+	start(all, p.members.Run)
+	start(ctx, run)
+	p.stop = sync.OnceFunc(func() {
+		cancel()
+		time.AfterFunc(2*time.Second, over) // the members hear of it first
+		parts.Wait()
+		b.Close()
+	})
+	p.kill = func() {
+		b.Close()
+		over()
+		p.stop()
+	}
+	w.t.Cleanup(p.stop)
+	return p
+}
+
+// directories starts so many, and waits until each knows all.
+func (w *town) directories(n int) []*process {
+	w.t.Helper()
+	var all []*process
+	for i := range n {
+		all = append(all, w.start(Part, fmt.Sprintf("rd-%d", i)))
+	}
+	w.settled(all...)
+	return all
+}
+
+// settled waits until these share the partitions.
+func (w *town) settled(all ...*process) {
+	w.t.Helper()
+	w.eventually("the partitions are shared", func() bool {
+		sum, some := 0, true
+		for _, p := range all {
+			sum += p.d.Partitions()
+			some = some && p.d.Partitions() > 0
+		}
+		return sum == partitions && some
+	})
+}
+
+func (w *town) eventually(what string, ok func() bool) {
+	w.t.Helper()
+	for end := time.Now().Add(30 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			w.t.Fatalf("it never happened: %s", what)
+		}
+	}
+}
+
+// at is a device of which one of them is the home.
+func (w *town) at(p *process) hub.DeviceID {
+	w.t.Helper()
+	for i := range 10_000 {
+		if dev := testID(i); p.d.serves(dev) {
+			return dev
+		}
+	}
+	w.t.Fatal("it has no partition")
+	return ""
+}
+
+type guest struct {
+	w    *town
+	gw   *process
+	sess hub.Session
+	end  *end
+	msg  uint64
+}
+
+func (w *town) signIn(gw *process, name string, dev hub.DeviceID, id string) *guest {
+	w.t.Helper()
+	x := &guest{w: w, gw: gw, end: newEnd()}
+	c := conn(id)
+	c.Service = name
+	var err error
+	if x.sess, err = gw.c.SignIn(w.t.Context(), own(dev, alice, 1), c, "user-1", x.end); err != nil {
+		w.t.Fatal(err)
+	}
+	return x
+}
+
+func (x *guest) stamp() hub.Stamp {
+	x.msg++
+	return hub.Stamp{Device: x.sess.Device, Session: x.sess.Number, Message: x.msg, User: "user-1"}
+}
+
+func (w *town) device(from *process, dev hub.DeviceID) *hub.Device {
+	w.t.Helper()
+	d, err := from.c.Device(w.t.Context(), alice, dev)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return d
+}
+
+func (w *town) must(err error) {
+	w.t.Helper()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// A device signs in at one gateway and then at another, publishes, notifies and is commanded, and every door sees the same, wherever its
+// directory is.
+func TestApart(t *testing.T) {
+	t.Parallel()
+	w := newTown(t)
+	rds := w.directories(2)
+	one, two := w.start(GatewayPart, "gw-1"), w.start(GatewayPart, "gw-2")
+	ctx := t.Context()
+	for _, rd := range rds {
+		dev := w.at(rd)
+		w.must(one.c.Register(ctx, own(dev, alice, 1), "user-1"))
+		w.must(one.c.Register(ctx, own(dev, alice, 1), "user-1")) // again, as after a lost answer
+		first := w.signIn(one, "gw-1", dev, "conn-1")
+		x := w.signIn(two, "gw-2", dev, "conn-2")
+		if why := first.end.why(t); why != "second-session" {
+			t.Errorf("the first session is closed for %q", why)
+		}
+		if err := one.c.Notify(ctx, first.stamp(), []hub.Change{value("/light", 0)}); !hub.IsKind(err, hub.Precondition) {
+			t.Errorf("the first session writes: %v", err)
+		}
+		w.must(one.c.Offline(ctx, first.stamp()))
+		links, err := two.c.Publish(ctx, x.stamp(), []hub.Link{link("/light", "core.light")})
+		if err != nil || len(links) != 1 || links[0].Href != "/light" || links[0].Types[0] != "core.light" {
+			t.Fatalf("published %+v, %v", links, err)
+		}
+		w.must(two.c.Notify(ctx, x.stamp(), []hub.Change{value("/light", 1)}))
+		w.must(two.c.SetTwin(ctx, x.stamp(), hub.TwinInSync))
+		w.must(two.c.SetLocalEndpoints(ctx, x.stamp(), []string{"coap://192.0.2.1:5683"}))
+
+		d := w.device(one, dev)
+		c := d.Metadata.Connection
+		if !c.Online || c.Service != "gw-2" || d.Metadata.Twin.State != hub.TwinInSync || len(c.LocalEndpoints) != 1 || d.Links.Len() != 1 || twinOf(t, d, "/light") != "1" {
+			t.Errorf("the device is %+v", d)
+		}
+		if tags, err := one.c.ETags(ctx, dev, 4); err != nil || len(tags) != 0 {
+			t.Errorf("ETags %q, %v", tags, err)
+		}
+
+		// A command by way of the other gateway: the session is woken, takes it, and answers.
+		told := make(chan hub.Outcome, 1)
+		go func() {
+			out, err := one.c.Command(ctx, alice, orderFor(dev, 2))
+			if err != nil {
+				t.Errorf("the command: %v", err)
+			}
+			told <- out
+		}()
+		select {
+		case <-x.end.woken:
+		case <-time.After(20 * time.Second):
+			t.Fatal("the session is not woken")
+		}
+		taken, more, err := two.c.TakeCommands(ctx, x.stamp(), nil, 4)
+		if err != nil || more || len(taken) != 1 || taken[0].Href != "/light" || string(taken[0].Content.Data) != "2" {
+			t.Fatalf("taken %+v, more %v, %v", taken, more, err)
+		}
+		w.must(two.c.EndCommand(ctx, x.stamp(), taken[0].ID, hub.Answer{End: hub.CommandCompleted, Status: hub.StatusOK, Code: 0x44}))
+		if out := <-told; out.End != hub.CommandCompleted || out.Code != 0x44 || out.Device != dev {
+			t.Errorf("the command ends as %+v", out)
+		}
+
+		labels, err := one.c.SetLabels(ctx, alice, dev, hub.LabelChange{Set: hub.Labels{"room": "kitchen"}}, "user-1")
+		if err != nil || labels["room"] != "kitchen" {
+			t.Errorf("labels %v, %v", labels, err)
+		}
+		_, err = one.c.CancelCommands(ctx, alice, dev, hub.CommandPick{All: true}, "user-1", "")
+		wantKind(t, err, hub.NotFound, "command-unknown")
+		_, err = one.c.Device(ctx, bob, dev)
+		wantKind(t, err, hub.NotFound, "")
+		var events []string
+		for c, err := range one.c.History(ctx, alice, dev, time.Time{}) {
+			w.must(err)
+			for _, ev := range c.Events {
+				events = append(events, word(ev))
+			}
+		}
+		want := []string{
+			"registered", "meta 0 online out-of-sync", "meta 1 online out-of-sync", "published 0 [/light]", "changed 0 /light 1 1",
+			"meta 2 online in-sync", "meta 3 online in-sync", "pending 1 3 /light", "bound /light", "ended 2 1 /light 1", "?",
+		}
+		if !slices.Equal(events, want) {
+			t.Errorf("history %q", events)
+		}
+		was, err := one.c.DeviceAt(ctx, alice, dev, time.Unix(0, w.device(one, dev).Metadata.Twin.InSyncAt))
+		if err != nil || twinOf(t, was, "/light") != "1" {
+			t.Errorf("as it was: %+v, %v", was, err)
+		}
+
+		w.must(two.c.SignOut(ctx, x.stamp()))
+		if d := w.device(one, dev); d.Metadata.Connection.Online {
+			t.Error("it is online after its sign-out")
+		}
+		last := w.signIn(one, "gw-1", dev, "conn-3")
+		w.must(two.c.Unregister(ctx, own(dev, alice, 1), "user-1"))
+		if why := last.end.why(t); why != "deleted" {
+			t.Errorf("the session is closed for %q", why)
+		}
+	}
+}
+
+// Many devices are listed in order, whoever has them.
+func TestApartLists(t *testing.T) {
+	t.Parallel()
+	w := newTown(t)
+	w.directories(3)
+	gw := w.start(GatewayPart, "gw")
+	var ids []hub.DeviceID
+	for i := range 2*window + 7 {
+		ids = append(ids, testID(i))
+	}
+	var all sync.WaitGroup
+	for part := range slices.Chunk(ids, 64) {
+		all.Go(func() {
+			for _, dev := range part {
+				if err := gw.c.Register(t.Context(), own(dev, alice, 1), "user-1"); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	all.Wait()
+	slices.Reverse(ids)
+	var got []hub.DeviceID
+	for d, err := range gw.c.Devices(t.Context(), alice, append(ids, ids[0], "d0000000-0000-4000-8000-ffffffffffff")) {
+		w.must(err)
+		got = append(got, d.ID)
+	}
+	slices.Reverse(ids)
+	if !slices.Equal(got, ids) {
+		t.Errorf("%d devices of %d, or in another order", len(got), len(ids))
+	}
+	head, err := gw.c.FeedHead(t.Context())
+	w.must(err)
+	n := 0
+	for f, err := range gw.c.Feed(t.Context(), alice, hub.Cursor{Log: head.Log}, head.After) {
+		w.must(err)
+		n += len(f.Commit.Events)
+	}
+	if n != len(ids) {
+		t.Errorf("%d events in the feed", n)
+	}
+}
+
+// Directories come and go, in order and not; no write that was acknowledged is lost, none is carried out twice, and none fails.
+func TestDirectoriesComeAndGo(t *testing.T) {
+	t.Parallel()
+	w := newTown(t)
+	rds := w.directories(2)
+	gw := w.start(GatewayPart, "gw")
+	const devices = 16
+	ctx, stop := context.WithCancel(t.Context())
+	counts := make([]int, devices)
+	var all sync.WaitGroup
+	var guests []*guest
+	for i := range devices {
+		dev := testID(i)
+		w.must(gw.c.Register(ctx, own(dev, alice, 1), "user-1"))
+		guests = append(guests, w.signIn(gw, "gw", dev, fmt.Sprint("conn-", i)))
+	}
+	for i, x := range guests {
+		all.Go(func() {
+			for ctx.Err() == nil {
+				from, change := x.stamp(), []hub.Change{value("/light", counts[i]+1)}
+				// As a gateway does: the same number again until it is known what became of it.
+				err := persist(t.Context(), unknown, func(ctx context.Context) error { return gw.c.Notify(ctx, from, change) })
+				if err != nil {
+					t.Errorf("device %d: %v", i, err)
+					return
+				}
+				counts[i]++
+			}
+		})
+	}
+	third := w.start(Part, "rd-2")
+	w.settled(rds[0], rds[1], third)
+	rds[0].stop()
+	w.settled(rds[1], third)
+	rds[1].kill()
+	w.settled(third)
+	stop()
+	all.Wait()
+	for i, x := range guests {
+		d := w.device(gw, x.sess.Device)
+		if got := twinOf(t, d, "/light"); got != fmt.Sprint(counts[i]) || counts[i] == 0 {
+			t.Errorf("device %d has %s after %d writes", i, got, counts[i])
+		}
+		if r, _ := d.Resources.Get("/light"); int(r.Version) != counts[i]-1 {
+			t.Errorf("device %d: %d writes make version %d", i, counts[i], r.Version)
+		}
+		if !d.Metadata.Connection.Online {
+			t.Errorf("device %d is shown offline", i)
+		}
+		if len(x.end.reason) > 0 {
+			t.Errorf("the session of device %d was closed: %s", i, <-x.end.reason)
+		}
+	}
+}
+
+// Devices of a gateway that is gone are shown offline, and no others; what waited in a directory that is gone ends at its time.
+func TestGoneGatewaysAndDirectories(t *testing.T) {
+	t.Parallel()
+	w := newTown(t)
+	rds := w.directories(2)
+	lost, stays := w.start(GatewayPart, "gw-1"), w.start(GatewayPart, "gw-2")
+	dev, other := w.at(rds[0]), w.at(rds[1])
+	for _, d := range []hub.DeviceID{dev, other} {
+		w.must(stays.c.Register(t.Context(), own(d, alice, 1), "user-1"))
+	}
+	w.signIn(lost, "gw-1", dev, "conn-1")
+	w.signIn(stays, "gw-2", other, "conn-2")
+	o := orderFor(dev, 1)
+	o.TTL, o.Async = 8*time.Second, true
+	_, err := stays.c.Command(t.Context(), alice, o)
+	w.must(err)
+	lost.kill()
+	rds[0].kill() // which had the device, and its command
+	w.eventually("the device is offline and its command has ended", func() bool {
+		d, err := stays.c.Device(t.Context(), alice, dev)
+		return err == nil && !d.Metadata.Connection.Online && len(d.Commands) == 0
+	})
+	if d := w.device(stays, other); !d.Metadata.Connection.Online {
+		t.Error("a device of a gateway that lives is offline")
+	}
+}
+
+func orderFor(dev hub.DeviceID, v any) hub.Order {
+	o := updateOf("/light", v)
+	o.Device = dev
+	return o
+}
+
+// Without directories a call waits for one, and ends with its caller's time.
+func TestNoDirectory(t *testing.T) {
+	t.Parallel()
+	w := newTown(t)
+	gw := w.start(GatewayPart, "gw")
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	err := gw.c.Register(ctx, own(lamp, alice, 1), "user-1")
+	if !hub.IsKind(err, hub.Unavailable) {
+		t.Errorf("without a directory: %v", err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- gw.c.Register(t.Context(), own(lamp, alice, 1), "user-1") }()
+	w.directories(1)
+	w.must(<-done)
+}
