@@ -13,6 +13,7 @@ import (
 	"github.com/coaphub/coaphub/hub"
 	identitystore "github.com/coaphub/coaphub/identity-store"
 	"github.com/coaphub/coaphub/internal/auth"
+	"github.com/coaphub/coaphub/internal/bus"
 	"github.com/coaphub/coaphub/internal/conf"
 	"github.com/coaphub/coaphub/internal/obs"
 	oauthserver "github.com/coaphub/coaphub/oauth-server"
@@ -40,6 +41,8 @@ type Config struct {
 	Log             obs.LogConfig `yaml:"log"`
 	Admin           AdminConfig   `yaml:"admin"`
 	Store           StoreConfig   `yaml:"store"`
+	// Bus is how the parts reach each other. Without addresses they are in one process and call each other there.
+	Bus bus.Config `yaml:"bus"`
 
 	CoAPGateway       coapgateway.Config       `yaml:"coapGateway"`
 	GRPCGateway       grpcgateway.Config       `yaml:"grpcGateway"`
@@ -110,6 +113,7 @@ func (c Config) Validate() error {
 	if h := c.ExternalAddress; h != "" && net.ParseIP(h) == nil && (strings.ContainsAny(h, ":/ []") || len(h) > 253) {
 		ps = append(ps, conf.Problem{Path: "externalAddress", Text: fmt.Sprintf("%q is neither a host name nor an IP address; write it without scheme and port", h)})
 	}
+	ps = append(ps, gather("bus", c.Bus.Validate()...)...)
 	ps = append(ps, gather("coapGateway", c.CoAPGateway.Validate()...)...)
 	ps = append(ps, gather("enrolmentGateway", c.EnrolmentGateway.Validate()...)...)
 	ps = append(ps, gather("grpcGateway", c.GRPCGateway.Validate()...)...)

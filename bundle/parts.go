@@ -21,9 +21,13 @@ func (a *assembly) parts() []run.Part {
 			return obs.ServeHTTP(ctx, ln, obs.AdminHandler(a.health, a.registry, a.log), time.Second, a.log, ready)
 		}})
 	}
+	ps = append(ps, a.membership()...)
 	ps = append(ps,
 		run.Part{Name: "audit", Run: a.audit.Run}, // ends after the doors, whose last calls it still takes
-		run.Part{Name: "resource-directory", Run: a.directory.Run},
+		run.Part{Name: "resource-directory", Run: a.directories.Run},
+	)
+	ps = append(ps, a.proxies()...)
+	ps = append(ps,
 		run.Part{Name: "identity-store", Run: a.identities.Run},
 		run.Part{Name: "certificate-authority", Run: a.certificates.Run},
 	)

@@ -23,6 +23,7 @@ import (
 	identitystore "github.com/coaphub/coaphub/identity-store"
 	"github.com/coaphub/coaphub/internal/audit"
 	"github.com/coaphub/coaphub/internal/auth"
+	"github.com/coaphub/coaphub/internal/bus"
 	"github.com/coaphub/coaphub/internal/coap"
 	"github.com/coaphub/coaphub/internal/obs"
 	"github.com/coaphub/coaphub/internal/quarantine"
@@ -54,7 +55,11 @@ type assembly struct {
 	rolling      sync.Mutex // held by who changes it, until all use what there is then
 	certificates *certificateauthority.Service
 	audit        *audit.Log
-	directory    *resourcedirectory.Directory
+	bus          *bus.Bus       // nil: the parts call each other
+	members      []*bus.Members // of the parts that run here
+	directories  *resourcedirectory.Directory
+	remote       *resourcedirectory.Client // nil without a bus
+	directory    directory                 // one of them
 	identities   *identitystore.Store
 	quarantine   *quarantine.Store
 	provider     *oauthserver.Server // nil with external providers
@@ -133,7 +138,11 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	}
 	// The same writer all along, another one after each start.
 	writer := uuid.NewString()
-	if a.directory, err = resourcedirectory.New(a.directoryConfig(), a.store, log.With("part", "resource-directory"), a.registry, writer); err != nil {
+	if a.directories, err = resourcedirectory.New(a.directoryConfig(), a.store, log.With("part", "resource-directory"), a.registry, writer); err != nil {
+		return nil, err
+	}
+	a.directory = a.directories
+	if err := a.apart(writer); err != nil {
 		return nil, err
 	}
 	// Former owners look for their events as long as there are any.
@@ -256,6 +265,9 @@ func (a *assembly) close() error {
 	}
 	if a.verifier != nil {
 		a.verifier.Close()
+	}
+	if a.bus != nil {
+		a.bus.Close()
 	}
 	for _, c := range a.clients {
 		c.Close()

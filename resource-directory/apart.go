@@ -31,6 +31,8 @@ const (
 	handover = time.Second
 	// telling is to how many sessions something is being told at a time, and tellFor how long it is tried.
 	telling, tellFor = 1024, 10 * time.Second
+	// closeWait is how long a device's end waits for its session's.
+	closeWait = time.Second
 )
 
 // partitionOf is a device's share. Workers go by other bits of the same sum, so each has devices of each partition.
@@ -53,6 +55,7 @@ type apart struct {
 	self    string // its instance
 	log     *slog.Logger
 	mine    atomic.Pointer[[partitions]bool]
+	left    atomic.Bool // it has said that it leaves
 
 	life    context.Context // ends with Run
 	end     context.CancelFunc
@@ -113,11 +116,14 @@ func (w *worker) reach(s *state) hub.Deliverer {
 		}
 		return nil
 	}
-	return w.d.apart.reach(s.meta.Connection, s.dev, s.session)
+	if to := w.d.apart.reach(s.meta.Connection, s.dev, s.session); to != nil {
+		return to
+	}
+	return nil
 }
 
 // reach is worker.reach for a session elsewhere.
-func (a *apart) reach(conn hub.Connection, dev hub.DeviceID, number uint64) hub.Deliverer {
+func (a *apart) reach(conn hub.Connection, dev hub.DeviceID, number uint64) *elsewhere {
 	if a == nil || !conn.Online || conn.Service == "" {
 		return nil
 	}
@@ -132,13 +138,36 @@ func (w *worker) remind(s *state) {
 	}
 }
 
-// closes returns what closes the session that s names, to be called once its end is stored.
-func (w *worker) closes(s *state, reason string) func() {
-	to := w.d.apart.reach(s.meta.Connection, s.dev, s.session)
-	if to == nil {
-		return func() {}
+// closing is a session elsewhere that is to be closed once its end is stored. The zero value is none.
+type closing struct {
+	to     *elsewhere
+	reason string
+	told   <-chan struct{}
+}
+
+func (w *worker) closes(s *state, reason string) *closing {
+	return &closing{to: w.d.apart.reach(s.meta.Connection, s.dev, s.session), reason: reason}
+}
+
+// begin has the session closed; it does not block.
+func (c *closing) begin() {
+	if c.to != nil {
+		c.told = c.to.close(c.reason)
 	}
-	return func() { to.Close(reason) }
+}
+
+// wait waits a moment until the gateway knows: what ends next of the device's should not be what the session is said to end by.
+func (c *closing) wait(ctx context.Context) {
+	if c.told == nil {
+		return
+	}
+	moment := time.NewTimer(closeWait)
+	defer moment.Stop()
+	select {
+	case <-c.told:
+	case <-moment.C:
+	case <-ctx.Done():
+	}
 }
 
 // elsewhere is a session in another process.
@@ -150,8 +179,10 @@ type elsewhere struct {
 }
 
 // Close implements hub.Deliverer.
-func (e *elsewhere) Close(reason string) {
-	e.a.tell(e.service, sessionTold{Device: e.dev, Session: e.number, Close: true, Reason: reason})
+func (e *elsewhere) Close(reason string) { e.close(reason) }
+
+func (e *elsewhere) close(reason string) (told <-chan struct{}) {
+	return e.a.tell(e.service, sessionTold{Device: e.dev, Session: e.number, Close: true, Reason: reason})
 }
 
 // Wake implements hub.Deliverer.
@@ -169,13 +200,16 @@ func unknown(err error) bool {
 }
 
 // tell tells a gateway about a session, and tries again for a while: a word that is lost is a command that waits, or a session too many.
-// It does not block.
-func (a *apart) tell(service string, what sessionTold) {
+// It does not block; what it returns is closed when it is done with that.
+func (a *apart) tell(service string, what sessionTold) <-chan struct{} {
+	done := make(chan struct{})
 	if !a.telling.TryAcquire(1) {
 		a.log.Warn("a session is not told: too many others are being told", "gateway", service, "device", what.Device)
-		return
+		close(done)
+		return done
 	}
 	a.under.Go(func() {
+		defer close(done)
 		defer a.telling.Release(1)
 		ctx, cancel := context.WithTimeout(a.life, tellFor)
 		defer cancel()
@@ -190,12 +224,15 @@ func (a *apart) tell(service string, what sessionTold) {
 			a.log.Warn("a session is not told", "gateway", service, "device", what.Device, "error", err)
 		}
 	})
+	return done
 }
 
 // watch follows the membership until ctx ends: it takes on the partitions that are the directory's, gives up the others, and sees to
-// sessions and commands that were somebody's who is gone.
-func (d *Directory) watch(ctx context.Context, s *servers) {
+// sessions and commands that were somebody's who is gone. ready is called once there are partitions that are the directory's, or others
+// that have all of them.
+func (d *Directory) watch(ctx context.Context, s *servers, ready func()) {
 	a := d.apart
+	ready, patience := sync.OnceFunc(ready), time.Now().Add(watchEvery)
 	tick := time.NewTicker(watchEvery)
 	defer tick.Stop()
 	var passes sync.WaitGroup
@@ -204,7 +241,8 @@ func (d *Directory) watch(ctx context.Context, s *servers) {
 	judged := map[string]bool{} // gateways that were found silent
 	for {
 		moved := a.members.Moved()
-		changed := a.share(a.members.Living(Part))
+		living := a.members.Living(Part)
+		changed := a.share(living)
 		if changed != nil {
 			if err := s.serve(a.mine.Load()); err != nil {
 				a.log.Error("partitions cannot be served", "error", err)
@@ -223,6 +261,12 @@ func (d *Directory) watch(ctx context.Context, s *servers) {
 				d.former(ctx, onlineIndex, d.metrics.former, "devices of gateways that are gone cannot be set offline, trying again", d.gone, d.endSession)
 			})
 		}
+		if len(living) > 0 {
+			ready()
+		} else if time.Now().After(patience) {
+			a.log.Warn("the directory waits for the bus: it does not hear its own heartbeat")
+			patience = time.Now().Add(10 * time.Second)
+		}
 		select {
 		case <-moved:
 		case <-tick.C:
@@ -234,6 +278,9 @@ func (d *Directory) watch(ctx context.Context, s *servers) {
 
 // share takes what of the partitions belongs to the directory among those that live, and returns which are new or lost; nil: none.
 func (a *apart) share(living []string) *[partitions]bool {
+	if !slices.Contains(living, a.self) && !a.left.Load() {
+		return nil // it does not hear itself, so what it hears of others is as little worth; nobody minds what it goes on to serve
+	}
 	now, old := new([partitions]bool), a.mine.Load()
 	changed, any := new([partitions]bool), false
 	for p := range partitions {

@@ -348,9 +348,9 @@ func (d *Directory) serveApart(ctx context.Context, ready func()) {
 			}
 		})
 	}
-	all.Go(func() { d.watch(serving, s) })
-	ready()
+	all.Go(func() { d.watch(serving, s, ready) })
 	<-ctx.Done()
+	a.left.Store(true)
 	a.members.Leave()
 	if others := a.members.Living(Part); len(others) > 1 || len(others) == 1 && others[0] != a.self {
 		time.Sleep(handover)

@@ -26,20 +26,24 @@ func (d *Directory) Register(ctx context.Context, own hub.Ownership, user string
 		return []hub.Event{{Kind: hub.Registered, User: user}}, nil
 	}
 	for {
-		w, closeSession := d.worker(own.Device), func() {}
+		w, session := d.worker(own.Device), &closing{}
 		r := &request{dev: own.Device, op: op, fresh: true, owner: own}
 		r.decide = func(s *state, now int64) ([]hub.Event, error) {
 			events, err := decide(s, now)
 			if len(events) > 0 {
-				closeSession = w.closes(s, "deleted")
+				session = w.closes(s, "deleted")
 			}
 			return events, err
 		}
 		r.stored = func(w *worker) {
 			w.closeOther(own.Device, "deleted")
-			closeSession()
+			session.begin()
 		}
-		if err := d.do(ctx, r); !errors.Is(err, errCommandsLeft) {
+		err := d.do(ctx, r)
+		if err == nil {
+			session.wait(ctx)
+		}
+		if !errors.Is(err, errCommandsLeft) {
 			return err
 		}
 		// They end in a commit of their own, which has the former owner's stamp.
@@ -56,20 +60,24 @@ var errCommandsLeft = hub.NewError(hub.Conflict, "commands-left", "commands of t
 // Unregister appends an unregistered event, ends the commands that wait, deletes links and twin, and closes the live session.
 // The log stays until retention. Repeating it, or asking it of a device that has a newer generation, does nothing.
 func (d *Directory) Unregister(ctx context.Context, own hub.Ownership, user string) error {
-	w, closeSession := d.worker(own.Device), func() {}
+	w, session := d.worker(own.Device), &closing{}
 	r := &request{dev: own.Device, op: "directory.Unregister", fresh: true}
 	r.decide = func(s *state, _ int64) ([]hub.Event, error) {
 		if s.owner == "" || s.owner != own.Owner || s.generation != own.Generation {
 			return nil, nil
 		}
-		closeSession = w.closes(s, "deleted")
+		session = w.closes(s, "deleted")
 		return append(s.endAll(user), hub.Event{Kind: hub.Unregistered, Connection: s.meta.Connection.ID, User: user}), nil
 	}
 	r.stored = func(w *worker) {
 		w.closeOther(own.Device, "deleted")
-		closeSession()
+		session.begin()
 	}
-	return d.do(ctx, r)
+	err := d.do(ctx, r)
+	if err == nil { // else the worker may be at it still
+		session.wait(ctx)
+	}
+	return err
 }
 
 // closeOther closes the device's session in this process if the device's state knows it no more.

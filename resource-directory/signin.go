@@ -24,12 +24,12 @@ func (d *Directory) SignIn(
 	var sess hub.Session
 	conn.Online = true
 	r := &request{dev: own.Device, op: op, fresh: true}
-	w, closeFormer := d.worker(own.Device), func() {}
+	w, former := d.worker(own.Device), &closing{}
 	r.decide = func(s *state, _ int64) ([]hub.Event, error) {
 		if s.owner == "" || s.owner != own.Owner || s.generation != own.Generation || own.Releasing {
 			return nil, errStale
 		}
-		closeFormer = w.closes(s, "second-session")
+		former = w.closes(s, "second-session")
 		meta := s.meta
 		// It says later where it is now; mostly that is where it was, and nobody is told of a change that is none.
 		conn.LocalEndpoints = meta.Connection.LocalEndpoints
@@ -45,7 +45,7 @@ func (d *Directory) SignIn(
 		if d.apart == nil {
 			w.attach(own.Device, &live{session: sess.Number, to: to})
 		}
-		closeFormer()
+		former.begin()
 	}
 	r.orphaned = func(w *worker) { w.lose(own.Device, sess.Number) }
 	if err := d.do(ctx, r); err != nil {

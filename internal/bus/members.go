@@ -50,12 +50,15 @@ type Members struct {
 	log  *slog.Logger
 
 	mu    sync.Mutex // guards all below
-	seen  map[string]heard
+	seen  map[memberKey]heard
 	own   time.Time     // when it last heard itself
 	since time.Time     // since when it has heard itself without a gap
 	moved chan struct{} // closed when somebody came, left or went silent
 	left  bool
 }
+
+// memberKey tells members apart: a process may have several parts, under the same name.
+type memberKey struct{ part, instance string }
 
 type heard struct {
 	Member
@@ -68,7 +71,7 @@ func (b *Bus) Members(self Member, load func() Load, log *slog.Logger) *Members 
 	if load == nil {
 		load = func() Load { return Load{} }
 	}
-	return &Members{bus: b, self: self, load: load, log: log, seen: map[string]heard{}, moved: make(chan struct{})}
+	return &Members{bus: b, self: self, load: load, log: log, seen: map[memberKey]heard{}, moved: make(chan struct{})}
 }
 
 // Run says that the instance lives, and listens to the others, until ctx ends; then it says that it is gone.
@@ -122,11 +125,12 @@ func (m *Members) heard(o Member, now time.Time) {
 		}
 		m.own = now
 	}
-	old, known := m.seen[o.Instance]
+	key := memberKey{o.Part, o.Instance}
+	old, known := m.seen[key]
 	if !known && len(m.seen) >= maxMembers {
 		return
 	}
-	m.seen[o.Instance] = heard{o, now}
+	m.seen[key] = heard{o, now}
 	if !known || old.Leaving != o.Leaving || now.Sub(old.at) > lost {
 		m.move()
 	}
@@ -136,10 +140,10 @@ func (m *Members) heard(o Member, now time.Time) {
 func (m *Members) sweep(now time.Time) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for id, h := range m.seen {
+	for key, h := range m.seen {
 		switch quiet := now.Sub(h.at); {
 		case quiet > time.Hour:
-			delete(m.seen, id)
+			delete(m.seen, key)
 		case quiet > lost && quiet <= lost+2*beat, quiet > Sure && quiet <= Sure+2*beat:
 			m.move()
 		}
@@ -181,9 +185,9 @@ func (m *Members) living(part string, now time.Time) []string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	var ids []string
-	for id, h := range m.seen {
-		if h.Part == part && !h.Leaving && now.Sub(h.at) <= lost {
-			ids = append(ids, id)
+	for key, h := range m.seen {
+		if key.part == part && !h.Leaving && now.Sub(h.at) <= lost {
+			ids = append(ids, key.instance)
 		}
 	}
 	slices.Sort(ids)
@@ -200,12 +204,10 @@ func (m *Members) silent(part, instance string, now time.Time) bool {
 	if now.Sub(m.own) > 2*beat || now.Sub(m.since) <= Sure {
 		return false
 	}
-	h, known := m.seen[instance]
+	h, known := m.seen[memberKey{part, instance}]
 	switch {
 	case !known:
 		return true
-	case h.Part != part:
-		return false
 	case h.Leaving:
 		return now.Sub(h.at) > lost
 	}

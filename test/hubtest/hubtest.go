@@ -29,6 +29,7 @@ import (
 
 	"github.com/coaphub/coaphub/bundle"
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/bus/bustest"
 	"github.com/coaphub/coaphub/internal/conf"
 	"github.com/coaphub/coaphub/test/device"
 )
@@ -142,6 +143,9 @@ func Start(t testing.TB, options ...Option) *Hub {
 		"grpcGateway.api.grpc.address=127.0.0.1:0", "admin.api.http.address=127.0.0.1:0", "log.level=debug", "store.minFree=0",
 		"enrolmentGateway.api.coap.address=127.0.0.1:0", "enrolmentGateway.api.http.address=127.0.0.1:0",
 	)(h)
+	if os.Getenv("COAPHUB_TEST_WIRING") == "bus" {
+		WithConfig("bus.urls=" + bustest.Server(t, nil).ClientURL())(h)
+	}
 	for _, o := range options {
 		o(h)
 	}
