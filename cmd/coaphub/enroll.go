@@ -84,16 +84,20 @@ func printEnrolments(p process, es []bundle.Enrolment, err error, asJSON bool, n
 	if asJSON {
 		return printJSON(p.out, es)
 	}
-	t := newTable(p.out, "DEVICE", "STATE", "OWNER", "SHOWED", "SINCE", "CERTIFICATE", "PROBLEM")
+	t := newTable(p.out, "DEVICE", "STATE", "OWNER", "SHOWED", "TYPE", "SINCE", "CERTIFICATE", "PROBLEM")
 	for _, e := range es {
 		state := e.State
 		if e.Waits != "" {
 			state += ": " + e.Waits
 		}
-		if e.User != "" {
+		switch {
+		case e.User == "":
+		case e.Waits != "": // a person allowed it, and then it waits for something else
+			state += ", allowed by " + e.User
+		default:
 			state += " by " + e.User
 		}
-		t.row(e.DeviceID, state, e.Owner, e.Proof, e.Changed.Local().Format(time.DateTime), e.Serial, e.Problem)
+		t.row(e.DeviceID, state, e.Owner, e.Proof, e.Type, e.Changed.Local().Format(time.DateTime), e.Serial, e.Problem)
 	}
 	if len(es) == 0 {
 		t.note = none
