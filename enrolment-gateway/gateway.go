@@ -83,6 +83,7 @@ type Gateway struct {
 	tls     *tls.Config
 	proxies proxies
 	opening *admission.Queue // of SCEP's messages
+	listing *admission.Queue // of revocation lists
 	answers *prometheus.CounterVec
 	// revocation knows what manufacturers have revoked; nil where nobody is to be asked.
 	revocation *revocation.Checker
@@ -100,10 +101,13 @@ const idleTime = time.Minute
 
 // New makes a gateway of a valid configuration. It fails if a file cannot be read.
 func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*Gateway, error) {
-	g := &Gateway{cfg: cfg, deps: deps, log: log, answers: prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "coaphub_enrolment_requests_total",
-		Help: "Requests of devices that enrol, by door, operation and answer. coaphub_enrolments_total has the reasons.",
-	}, []string{"door", "operation", "answer"}), opening: admission.NewQueue(maxOpening, openQueue, openPatience)}
+	g := &Gateway{
+		cfg: cfg, deps: deps, log: log, answers: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "coaphub_enrolment_requests_total",
+			Help: "Requests of devices that enrol, by door, operation and answer. coaphub_enrolments_total has the reasons.",
+		}, []string{"door", "operation", "answer"}), opening: admission.NewQueue(maxOpening, openQueue, openPatience),
+		listing: admission.NewQueue(maxLists, listQueue, openPatience),
+	}
 	var err error
 	if g.proxies, err = newProxies(cfg.API.HTTP.Proxies); err != nil {
 		return nil, err

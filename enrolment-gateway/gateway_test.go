@@ -652,6 +652,23 @@ func TestSlowBody(t *testing.T) {
 	})
 }
 
+// An answer that is not taken is given up, and the connection with it.
+func TestSlowReader(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newPipes()
+		d := start(t, Default(), &fake{}, Deps{HTTP: p})
+		c := d.shake(p)
+		if _, err := fmt.Fprintf(c, "GET %scacerts HTTP/1.1\r\nHost: x\r\n\r\n", est.Path); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(exchangeTime + time.Second)
+		if b, err := io.ReadAll(c); len(b) > 0 {
+			t.Errorf("%d bytes of the answer were kept for it, and %v", len(b), err)
+		}
+		_ = c.Close()
+	})
+}
+
 // A device that asks for nothing is not kept, though it answers pings; one that asks is, for as long again.
 func TestIdleConnection(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
