@@ -421,7 +421,7 @@ func printGroups(p process, gs []bundle.EnrolmentGroup, err error, asJSON bool, 
 		case g.Accepted != nil && g.Accepted.Version == g.Terms.Version:
 			terms = g.Terms.Version + ", accepted by " + g.Accepted.User
 		default:
-			terms = strings.TrimSpace(g.Terms.Version + " " + g.Terms.URL + ", to be accepted")
+			terms = strings.TrimSpace(g.Terms.Version+" "+g.Terms.URL) + ", to be accepted"
 		}
 		t.row(g.ID, g.Name, g.Owner, devices, approval, terms, g.Created.Local().Format(time.DateTime))
 	}

@@ -607,4 +607,15 @@ func TestEnrolmentsForPeople(t *testing.T) {
 	}
 	result{out: out.String()}.want(t, 0, `(?m)^1 +waiting: approval  .*\n2 +waiting: terms, allowed by eve  .*\n3 +issued by eve .* oic\.d\.light .*\n`+
 		`4 +refused .* oic\.d\.door .* enrolment-type-not-allowed$`, "")
+
+	out.Reset()
+	err = printGroups(process{out: &out}, []bundle.EnrolmentGroup{
+		{ID: "1", Terms: &hub.Terms{Version: "v1"}},
+		{ID: "2", Terms: &hub.Terms{Version: "v2", URL: "https://terms.example"}, Accepted: &hub.Acceptance{Version: "v1", User: "eve"}},
+		{ID: "3", Terms: &hub.Terms{Version: "v1"}, Accepted: &hub.Acceptance{Version: "v1", User: "eve"}},
+	}, nil, false, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	result{out: out.String()}.want(t, 0, `(?m)^1 .* v1, to be accepted .*\n2 .* v2 https://terms.example, to be accepted .*\n3 .* v1, accepted by eve `, "")
 }
