@@ -29,6 +29,7 @@ type peer struct {
 	proof hub.EnrolmentProof // what its handshake has shown
 	idle  *time.Timer        // ends the connection
 	codes int                // how often it was told how to sign up
+	leave func()             // has another one of its network let in
 }
 
 var errIdle = errors.New("the device has asked for nothing for a while")
@@ -36,7 +37,11 @@ var errIdle = errors.New("the device has asked for nothing for a while")
 // Open implements coap.Handler.
 func (g *Gateway) Open(c *coap.Conn) (coap.ConnHandler, error) {
 	info := c.Info()
-	p := &peer{gw: g, log: g.log.With("remote", info.Remote.String())}
+	leave := g.crowd.enter(info.Remote)
+	if leave == nil {
+		return nil, errCrowded
+	}
+	p := &peer{leave: leave, gw: g, log: g.log.With("remote", info.Remote.String())}
 	// A device that answers pings is not silent for the engine, however little it wants.
 	p.idle = time.AfterFunc(idleTime, func() { c.Close(errIdle) })
 	switch {
@@ -54,7 +59,7 @@ func (g *Gateway) Open(c *coap.Conn) (coap.ConnHandler, error) {
 func (*peer) Notifications(context.Context, []coap.Notification) {}
 
 // Closed implements coap.ConnHandler.
-func (p *peer) Closed(error) { p.idle.Stop() }
+func (p *peer) Closed(error) { p.idle.Stop(); p.leave() }
 
 // resource is what there is at a path.
 type resource struct {
