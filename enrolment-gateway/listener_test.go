@@ -17,6 +17,7 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"github.com/coaphub/coaphub/internal/est"
+	"github.com/coaphub/coaphub/test/device"
 )
 
 // One network that keeps connections open and says nothing keeps nobody else out, and itself only until it closes one.
@@ -120,6 +121,42 @@ func TestCoAPConnectionsOfOneNetwork(t *testing.T) {
 		}
 		if time.Now().After(deadline) {
 			t.Fatal("after one was closed nobody is served")
+		}
+	}
+}
+
+// Over DTLS, too.
+func TestDTLSConnectionsOfOneNetwork(t *testing.T) {
+	cfg := Default()
+	cfg.API.CoAP.MaxConnectionsPerNetwork = 2
+	d := start(t, cfg, &fake{}, Deps{})
+	served := func() (*device.Device, error) {
+		dev, err := d.connected(d.dtls, nil)
+		if err != nil {
+			return nil, err
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		_, err = dev.Do(ctx, device.Request{Code: codes.GET, Path: est.Path + "crts"})
+		return dev, err
+	}
+	first, err := served()
+	if err == nil {
+		_, err = served()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := served(); err == nil {
+		t.Error("a third one is served")
+	}
+	d.wantRefused("too-many-connections-of-network")
+	first.Close()
+	for deadline := time.Now().Add(20 * time.Second); ; <-time.After(time.Millisecond) {
+		if _, err := served(); err == nil {
+			break
+		} else if time.Now().After(deadline) {
+			t.Fatalf("after one was closed: %v", err)
 		}
 	}
 }
