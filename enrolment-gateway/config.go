@@ -32,7 +32,8 @@ type CoAPConfig struct {
 	Address string `yaml:"address"`
 	// MaxConnections in all; further ones are closed at once.
 	MaxConnections int `yaml:"maxConnections"`
-	// MaxConnectionsPerNetwork is the same for one network (IPv4 /24, IPv6 /56), so that none keeps all others out.
+	// MaxConnectionsPerNetwork is the same for one network (IPv4 /24, IPv6 /56), so that none keeps all others out. Behind a load
+	// balancer or router that hides their addresses devices are one network.
 	MaxConnectionsPerNetwork int `yaml:"maxConnectionsPerNetwork"`
 }
 
