@@ -89,10 +89,11 @@ type DeviceStatus struct {
 	// EndedAt and EndReason are of the last session that ended: the one above, or the one before it.
 	EndedAt   *time.Time `json:"endedAt,omitempty"`
 	EndReason string     `json:"endReason,omitempty"`
+	// Quarantined is that what it writes in this session is kept apart.
+	Quarantined bool `json:"quarantined,omitempty"`
 	// RivalsAt is when the device was last reported to be in two places at once, Rivals where.
-	Quarantined bool       `json:"quarantined,omitempty"`
-	RivalsAt    *time.Time `json:"rivalsAt,omitempty"`
-	Rivals      string     `json:"rivals,omitempty"`
+	RivalsAt *time.Time `json:"rivalsAt,omitempty"`
+	Rivals   string     `json:"rivals,omitempty"`
 }
 
 type deviceRequest struct {

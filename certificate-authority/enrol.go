@@ -223,12 +223,13 @@ func (s *Service) enrol(ctx context.Context, a applicant, req *request) (*x509.C
 	if err != nil {
 		return nil, err
 	}
-	e, before := a.enrolment, enrolment{}
+	e, before, stored := a.enrolment, enrolment{}, enrolment{}
 	e.Transaction, e.CSR = "", "" // it did not have to wait yet
 	if doc.Rev != 0 {
 		if e, err = decodeEnrolment(doc); err != nil {
 			return nil, err
 		}
+		stored = e
 		if e.unfit() {
 			e.State = "" // its group may be for others now
 		}
@@ -290,7 +291,7 @@ func (s *Service) enrol(ctx context.Context, a applicant, req *request) (*x509.C
 	if a.By == hub.ByRenewal && before.State == hub.EnrolmentWaiting {
 		e.State, e.Waits = before.State, before.Waits // a factory key waits, and is not allowed by that
 	}
-	if e.State == "" || e == before && time.Since(e.Changed) < recorded { // refused for a reason that says nothing about the device
+	if e.State == "" || e == stored && time.Since(e.Changed) < recorded { // refused for a reason that says nothing about the device
 		return leaf, err
 	}
 	next, encodeErr := e.doc(a.device, doc.Rev)
@@ -345,14 +346,15 @@ func (s *Service) turnDown(ctx context.Context, e *enrolment) error {
 	if e.State != "" {
 		return errType
 	}
-	refused := indexState + string(hub.EnrolmentRefused) + " " + indexGroup + e.Group
-	many, err := s.atLeast(ctx, collEnrolments, refused, maxUndecided)
-	if err != nil {
-		return err
+	if e.Problem != errType.Code { // else it is one of those that were counted
+		refused := indexState + string(hub.EnrolmentRefused) + " " + indexGroup + e.Group
+		if many, err := s.atLeast(ctx, collEnrolments, refused, maxUndecided); err != nil {
+			return err
+		} else if many { // nobody is told of this one but itself
+			return errType
+		}
 	}
-	if !many { // else nobody is told of this one but itself
-		e.State, e.User, e.Decided = hub.EnrolmentRefused, "", time.Time{}
-	}
+	e.State, e.User, e.Decided = hub.EnrolmentRefused, "", time.Time{}
 	return errType
 }
 

@@ -82,6 +82,32 @@ func TestDeviceTypesOfAGroup(t *testing.T) {
 	}
 }
 
+// A device that comes again and again is written down once, as one that waits is.
+func TestRefusedTypesAreWrittenOnce(t *testing.T) {
+	o, f := newOffice(t), newFactory(t)
+	o.group(f, func(g *hub.EnrolmentGroup) { g.Types = []string{"oic.d.light"} })
+	door, csr := shown(f.device("uuid:"+string(testDev), units("oic.d.door"))), csrOf(t, newKey(t), named(""))
+	written := 0
+	o.docs.Mu.Lock()
+	o.docs.Fail = func(op, _, _ string) error {
+		if op == "put" {
+			written++
+		}
+		return nil
+	}
+	o.docs.Mu.Unlock()
+	for range 3 {
+		_, err := o.Enrol(t.Context(), door, csr, false)
+		wantCode(t, "a door", err, hub.Denied, "enrolment-type-not-allowed")
+	}
+	if written != 1 {
+		t.Errorf("written %d times", written)
+	}
+	if got := o.state(testDev); got != "refused enrolment-type-not-allowed" {
+		t.Errorf("it is %q", got)
+	}
+}
+
 // What a person decided stays where a device is of another type, and what nobody decided is forgotten.
 func TestDeviceTypesAndDecisions(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -44,6 +44,7 @@ type device struct {
 	asking   int    // requests of ours that are under way
 	whole    bool   // messages are not cut into blocks
 	mute     bool   // nothing that the hub asks is answered
+	from     net.IP // its address; nil: any
 }
 
 type resource struct {
@@ -83,10 +84,11 @@ func (d *device) dial(addr string, conf *tls.Config) error {
 	}
 	var conn net.Conn
 	var err error
+	dialer := &net.Dialer{LocalAddr: &net.TCPAddr{IP: d.from}}
 	if conf != nil {
-		conn, err = (&tls.Dialer{Config: conf}).DialContext(d.t.Context(), "tcp", addr)
+		conn, err = (&tls.Dialer{NetDialer: dialer, Config: conf}).DialContext(d.t.Context(), "tcp", addr)
 	} else {
-		conn, err = (&net.Dialer{}).DialContext(d.t.Context(), "tcp", addr)
+		conn, err = dialer.DialContext(d.t.Context(), "tcp", addr)
 	}
 	if err != nil {
 		return err

@@ -2,6 +2,7 @@ package coapgateway
 
 import (
 	"container/list"
+	"slices"
 	"sync"
 	"time"
 
@@ -47,6 +48,8 @@ type attachment struct {
 	stats func() coap.Stats // of the connection; nil without a session, so that a connection that is gone is not kept
 	place *list.Element     // in ended; nil with a session
 	rivalry
+	// before are the device's other sessions, oldest first, where they do not end each other: in quarantine.
+	before []*attachment
 }
 
 func newDiagnostics() *diagnostics {
@@ -79,7 +82,11 @@ func (d *diagnostics) begin(x Diagnostics, stats func() coap.Stats) (rivals stri
 		}
 	}
 	x.Online = true
-	d.byDev[x.Device] = &attachment{Diagnostics: x, stats: stats, rivalry: r}
+	a := &attachment{Diagnostics: x, stats: stats, rivalry: r}
+	if old := d.byDev[x.Device]; old != nil && old.Online && old.Quarantined && x.Quarantined {
+		a.before, old.before = append(old.before, old), nil
+	}
+	d.byDev[x.Device] = a
 	return x.Rivals, found
 }
 
@@ -100,12 +107,23 @@ func (d *diagnostics) expect(dev hub.DeviceID, session uint64, c hub.Contact) {
 	}
 }
 
-// end notes why a session ended; that of an older session than the current one is of no interest, nor is a second end.
+// end notes why a session ended; that of an older session than the current one is of no interest, nor is a second end. A device that has
+// another session is where that one is.
 func (d *diagnostics) end(dev hub.DeviceID, session uint64, reason string, at time.Time) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	x := d.byDev[dev]
-	if x == nil || x.Session != session || !x.Online {
+	if x == nil || !x.Online {
+		return
+	}
+	if x.Session != session {
+		x.before = slices.DeleteFunc(x.before, func(b *attachment) bool { return b.Session == session })
+		return
+	}
+	if n := len(x.before); n > 0 { // another one is here
+		next := x.before[n-1]
+		next.before, next.EndedAt, next.EndReason, next.Rivals, next.RivalsAt = x.before[:n-1], at, reason, x.Rivals, x.RivalsAt
+		d.byDev[dev] = next
 		return
 	}
 	x.count()
@@ -147,8 +165,10 @@ func (d *diagnostics) security() map[Security]int {
 	defer d.mu.Unlock()
 	out := map[Security]int{}
 	for _, a := range d.byDev {
-		if a.Online {
-			out[Security{a.TLSVersion, a.Suite}]++
+		for _, b := range append(a.before[:len(a.before):len(a.before)], a) {
+			if b.Online {
+				out[Security{b.TLSVersion, b.Suite}]++
+			}
 		}
 	}
 	return out

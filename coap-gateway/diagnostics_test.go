@@ -51,3 +51,43 @@ func TestDiagnosticsForgetWhoLeftFirst(t *testing.T) {
 		t.Errorf("of a device that is here: %+v, %v", x, ok)
 	}
 }
+
+// A device in quarantine may be here more than once: it is here as long as one of its sessions is, and the newest of those is shown.
+func TestDiagnosticsOfQuarantine(t *testing.T) {
+	t.Parallel()
+	d := newDiagnostics()
+	begin := func(session uint64, quarantined bool) {
+		d.begin(Diagnostics{Device: lampID, Session: session, Quarantined: quarantined, TLSVersion: "TLS 1.3"}, func() coap.Stats { return coap.Stats{BytesIn: session} })
+	}
+	want := func(what string, online bool, session uint64, sessions int) {
+		t.Helper()
+		if x, _ := d.get(lampID); x.Online != online || x.Session != session || x.BytesIn != session {
+			t.Errorf("%s: %+v", what, x)
+		}
+		if n := d.security()[Security{TLSVersion: "TLS 1.3"}]; n != sessions {
+			t.Errorf("%s: %d sessions are counted, want %d", what, n, sessions)
+		}
+	}
+	now := time.Now()
+	begin(77, false)
+	for session := range uint64(4) {
+		begin(session+1, true)
+	}
+	d.end(lampID, 77, "device-quarantined", now)
+	want("four", true, 4, 4)
+	d.end(lampID, 4, "peer-closed", now)
+	want("the newest went", true, 3, 3)
+	if x, _ := d.get(lampID); x.EndReason != "peer-closed" {
+		t.Errorf("%+v", x)
+	}
+	d.end(lampID, 1, "peer-closed", now)
+	want("the oldest went", true, 3, 2)
+	d.end(lampID, 3, "peer-closed", now)
+	want("one is left", true, 2, 1)
+	begin(78, false)
+	want("the quarantine is over", true, 78, 1)
+	d.end(lampID, 2, "quarantine-over", now)
+	want("its last session went", true, 78, 1)
+	d.end(lampID, 78, "peer-closed", now)
+	want("all went", false, 78, 0)
+}

@@ -1,6 +1,7 @@
 package coapgateway
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"maps"
@@ -181,6 +182,36 @@ func (l *live) those(dev hub.DeviceID) (out []*session) {
 	return out
 }
 
+// crowding are the sessions of a device in quarantine that are too many: of its hosts the one with the most loses its oldest, so that of
+// two rivals the busy one does not push out the other.
+func (l *live) crowding(dev hub.DeviceID) (out []*session) {
+	l.mu.Lock()
+	here := slices.Collect(maps.Keys(l.devs[dev]))
+	l.mu.Unlock()
+	if len(here) <= maxApart {
+		return nil
+	}
+	slices.SortFunc(here, func(a, b *session) int { return cmp.Compare(a.number, b.number) })
+	of := map[string][]*session{}
+	for _, s := range here {
+		host := hostOf(s.conn.Info().Remote.String())
+		of[host] = append(of[host], s)
+	}
+	for range len(here) - maxApart {
+		most := ""
+		for host, ss := range of {
+			if len(ss) > len(of[most]) || len(ss) == len(of[most]) && ss[0].number < of[most][0].number {
+				most = host
+			}
+		}
+		out = append(out, of[most][0])
+		if of[most] = of[most][1:]; len(of[most]) == 0 {
+			delete(of, most)
+		}
+	}
+	return out
+}
+
 // checkCredential refuses whoever is not let in any more, came with a certificate that was revoked since, or with a pre-shared
 // key that was replaced since: its connection outlives all of that. Others pass.
 func (p *peer) checkCredential(ctx context.Context) error {
@@ -214,6 +245,11 @@ func (p *peer) entered(ctx context.Context, s *session, token string) error {
 		key = p.cred.device
 	}
 	p.gw.live.enter(s, key)
+	if s.apart {
+		for _, old := range p.gw.live.crowding(s.own.Device) { // which may be closing already
+			old.conn.Close(closing{"second-session"})
+		}
+	}
 	if p.gw.live.soFar() == p.told {
 		return nil
 	}

@@ -28,6 +28,10 @@ func (g *Gateway) quarantined(dev hub.DeviceID) bool {
 	return g.deps.Quarantine != nil && g.deps.Quarantine.Quarantined(dev)
 }
 
+// maxApart bounds the sessions of a device in quarantine: nobody's session takes the place of another's there, and one identity is not
+// to have all connections.
+const maxApart = 16
+
 // misplaced reports that the session is of the wrong kind by now.
 func (s *session) misplaced() bool { return s.apart != s.gw.quarantined(s.own.Device) }
 

@@ -3,12 +3,14 @@ package coapgateway
 import (
 	"context"
 	"fmt"
+	"net"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 
 	"github.com/plgd-dev/go-coap/v3/message/codes"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/coaphub/coaphub/hub"
 )
@@ -182,6 +184,50 @@ func TestQuarantineThatFails(t *testing.T) {
 	d.notify("/x", codes.Content, 10000, cborOf(t, body{"n": 2}), nil)
 	d.awaitClosed()
 	h.w.await(t, "the reason", func() bool { x, _ := h.gw.Diagnostics(lampID); return x.EndReason == "not-stored" })
+}
+
+// Whoever has the keys of a device in quarantine does not have all connections of the hub with them, and does not push out the other
+// one who has them.
+func TestQuarantinedSessionsAreBounded(t *testing.T) {
+	t.Parallel()
+	const many = maxApart + 4
+	for name, c := range map[string]struct {
+		from func(i int) net.IP
+		gone []int
+	}{
+		"one of two is busy": {func(i int) net.IP { return net.IPv4(127, 0, 0, byte(2+min(i, 1))) }, []int{1, 2, 3, 4}},
+		"all are elsewhere":  {func(i int) net.IP { return net.IPv4(127, 0, 1, byte(i)) }, []int{0, 1, 2, 3}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var w ward
+			h := start(t, func(_ *Config, deps *Deps) { deps.Quarantine = &w })
+			h.w.own(lampID, "alice")
+			h.w.grant("token", hub.Claims{})
+			w.set(lampID, true)
+			var ds []*device
+			for i := range many {
+				d := h.device(lampID)
+				d.from = c.from(i)
+				h.connect(d, h.gw.Addresses().Plain, nil)
+				d.want(d.signIn("token"), "2.04", "")
+				ds = append(ds, d)
+			}
+			for i, d := range ds {
+				if slices.Contains(c.gone, i) {
+					d.awaitClosed()
+				}
+			}
+			for i, d := range ds {
+				if !slices.Contains(c.gone, i) {
+					d.alive()
+				}
+			}
+			h.w.await(t, "why they ended", func() bool {
+				return testutil.ToFloat64(h.gw.metrics.sessionsEnded.WithLabelValues("second-session")) == float64(len(c.gone))
+			})
+		})
+	}
 }
 
 // A quarantine may begin between the moment it was asked for and the one the session could be found.

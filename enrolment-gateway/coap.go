@@ -29,6 +29,7 @@ type peer struct {
 	proof hub.EnrolmentProof // what its handshake has shown
 	idle  *time.Timer        // ends the connection
 	codes int                // how often it was told how to sign up
+	leave func()             // has another one of its network let in
 }
 
 var errIdle = errors.New("the device has asked for nothing for a while")
@@ -36,7 +37,11 @@ var errIdle = errors.New("the device has asked for nothing for a while")
 // Open implements coap.Handler.
 func (g *Gateway) Open(c *coap.Conn) (coap.ConnHandler, error) {
 	info := c.Info()
-	p := &peer{gw: g, log: g.log.With("remote", info.Remote.String())}
+	leave := g.crowd.enter(info.Remote)
+	if leave == nil {
+		return nil, errCrowded
+	}
+	p := &peer{leave: leave, gw: g, log: g.log.With("remote", info.Remote.String())}
 	// A device that answers pings is not silent for the engine, however little it wants.
 	p.idle = time.AfterFunc(idleTime, func() { c.Close(errIdle) })
 	switch {
@@ -54,23 +59,22 @@ func (g *Gateway) Open(c *coap.Conn) (coap.ConnHandler, error) {
 func (*peer) Notifications(context.Context, []coap.Notification) {}
 
 // Closed implements coap.ConnHandler.
-func (p *peer) Closed(error) { p.idle.Stop() }
+func (p *peer) Closed(error) { p.idle.Stop(); p.leave() }
 
 // resource is what there is at a path.
 type resource struct {
 	code   codes.Code // the method
 	format []int32    // of answers, the first one is the default
-	link   string     // for discovery
 	do     func(p *peer, ctx context.Context, req *coap.Message, format int32) (codes.Code, []byte, error)
 	plgd   bool // as other hubs have it
 }
 
 var resources = map[string]resource{
-	est.Path + "crts": {codes.GET, []int32{hub.FormatCertsOnly, hub.FormatCert}, `;rt="ace.est.crts";ct="281 287"`, (*peer).anchors, false},
-	est.Path + "sen":  {codes.POST, []int32{hub.FormatCertsOnly, hub.FormatCert}, `;rt="ace.est.sen";ct="281 287"`, (*peer).enrol, false},
-	est.Path + "sren": {codes.POST, []int32{hub.FormatCertsOnly, hub.FormatCert}, `;rt="ace.est.sren";ct="281 287"`, (*peer).renew, false},
-	est.Path + "att":  {codes.GET, []int32{hub.FormatCSRAttributes}, `;rt="ace.est.att";ct=285`, (*peer).attributes, false},
-	tokenPath:         {codes.POST, []int32{hub.FormatCBOR, hub.FormatOCFCBOR}, `;ct=60`, (*peer).enrolByToken, false},
+	est.Path + "crts": {codes.GET, []int32{hub.FormatCertsOnly, hub.FormatCert}, (*peer).anchors, false},
+	est.Path + "sen":  {codes.POST, []int32{hub.FormatCertsOnly, hub.FormatCert}, (*peer).enrol, false},
+	est.Path + "sren": {codes.POST, []int32{hub.FormatCertsOnly, hub.FormatCert}, (*peer).renew, false},
+	est.Path + "att":  {codes.GET, []int32{hub.FormatCSRAttributes}, (*peer).attributes, false},
+	tokenPath:         {codes.POST, []int32{hub.FormatCBOR, hub.FormatOCFCBOR}, (*peer).enrolByToken, false},
 
 	timePath:                                 provisioned(hub.StepTime, codes.GET, codes.Content, (*step).hubTime),
 	provisioningPath + "ownership":           provisioned(hub.StepOwnership, codes.GET, codes.Content, (*step).ownership),
@@ -93,7 +97,8 @@ func (p *peer) Request(ctx context.Context, req *coap.Message) coap.Response {
 	operation := strings.TrimPrefix(strings.TrimPrefix(path, est.Path), provisioningPath)
 	switch {
 	case path == "/.well-known/core" && req.Code == codes.GET:
-		return discovery(req)
+		operation = "core"
+		resp, err = discovery(req)
 	case !known:
 		operation, err = "unknown", errPath
 	case req.Code != r.code && r.plgd: // other hubs answer 4.03
@@ -131,25 +136,22 @@ func (p *peer) answer(ctx context.Context, r resource, req *coap.Message) (coap.
 	return resp, nil
 }
 
-// discovery lists the resources (RFC 9148, Section 5.1; RFC 6690), those of the resource type that is asked for.
-func discovery(req *coap.Message) coap.Response {
-	rt := ""
+// links are the resources for discovery (RFC 9148, Section 5.1).
+var links = []coap.Link{
+	{Href: est.Path + "crts", Type: "ace.est.crts", Formats: "281 287"},
+	{Href: est.Path + "sen", Type: "ace.est.sen", Formats: "281 287"},
+	{Href: est.Path + "sren", Type: "ace.est.sren", Formats: "281 287"},
+	{Href: est.Path + "att", Type: "ace.est.att", Formats: "285"},
+	{Href: tokenPath, Formats: "60"},
+}
+
+func discovery(req *coap.Message) (coap.Response, error) {
+	queries := map[string][]string{}
 	for _, q := range coap.Queries(req) {
-		if v, ok := strings.CutPrefix(q, "rt="); ok {
-			rt = v
-		}
+		name, value, _ := strings.Cut(q, "=")
+		queries[name] = append(queries[name], value)
 	}
-	var links []string
-	for _, path := range []string{est.Path + "crts", est.Path + "sen", est.Path + "sren", est.Path + "att", tokenPath} {
-		link := resources[path].link
-		prefix, wild := strings.CutSuffix(rt, "*")
-		if rt == "" || wild && strings.Contains(link, `rt="`+prefix) || !wild && strings.Contains(link, `rt="`+rt+`"`) {
-			links = append(links, "<"+path+">"+link)
-		}
-	}
-	return coap.Response{
-		Code: codes.Content, Options: coap.AddUint(nil, message.ContentFormat, uint32(hub.FormatLink)), Payload: []byte(strings.Join(links, ",")),
-	}
+	return coap.Links(req, queries, links)
 }
 
 func (p *peer) anchors(_ context.Context, _ *coap.Message, format int32) (codes.Code, []byte, error) {

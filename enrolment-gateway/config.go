@@ -32,6 +32,9 @@ type CoAPConfig struct {
 	Address string `yaml:"address"`
 	// MaxConnections in all; further ones are closed at once.
 	MaxConnections int `yaml:"maxConnections"`
+	// MaxConnectionsPerNetwork is the same for one network (IPv4 /24, IPv6 /56), so that none keeps all others out. Behind a load
+	// balancer or router that hides their addresses devices are one network.
+	MaxConnectionsPerNetwork int `yaml:"maxConnectionsPerNetwork"`
 }
 
 // HTTPConfig is everything below enrolmentGateway.api.http.
@@ -60,7 +63,7 @@ type ProxiesConfig struct {
 // Default returns the configuration of a hub without a configuration file.
 func Default() Config {
 	return Config{API: APIConfig{
-		CoAP: CoAPConfig{Address: "[::]:15684", MaxConnections: 4096},
+		CoAP: CoAPConfig{Address: "[::]:15684", MaxConnections: 4096, MaxConnectionsPerNetwork: 1024},
 		HTTP: HTTPConfig{Address: "[::]:8443", MaxConnections: 1024, MaxConnectionsPerNetwork: 256},
 	}}
 }
@@ -69,18 +72,21 @@ func Default() Config {
 func (c Config) Validate() []error {
 	var errs []error
 	for _, l := range []struct {
-		key, address string
-		most         int
-	}{{"api.coap", c.API.CoAP.Address, c.API.CoAP.MaxConnections}, {"api.http", c.API.HTTP.Address, c.API.HTTP.MaxConnections}} {
+		key, address     string
+		most, perNetwork int
+	}{
+		{"api.coap", c.API.CoAP.Address, c.API.CoAP.MaxConnections, c.API.CoAP.MaxConnectionsPerNetwork},
+		{"api.http", c.API.HTTP.Address, c.API.HTTP.MaxConnections, c.API.HTTP.MaxConnectionsPerNetwork},
+	} {
 		if _, _, err := net.SplitHostPort(l.address); err != nil && l.address != "" {
 			errs = append(errs, fmt.Errorf("%s.address: %w", l.key, err))
 		}
 		if l.most <= 0 {
 			errs = append(errs, fmt.Errorf("%s.maxConnections: %d is not positive", l.key, l.most))
 		}
-	}
-	if n := c.API.HTTP.MaxConnectionsPerNetwork; n <= 0 {
-		errs = append(errs, fmt.Errorf("api.http.maxConnectionsPerNetwork: %d is not positive", n))
+		if l.perNetwork <= 0 {
+			errs = append(errs, fmt.Errorf("%s.maxConnectionsPerNetwork: %d is not positive", l.key, l.perNetwork))
+		}
 	}
 	revocation.CheckSets(c.TLS.CASets, func(path, text string) { errs = append(errs, fmt.Errorf("tls.%s: %s", path, text)) })
 	if _, err := newProxies(c.API.HTTP.Proxies); err != nil {

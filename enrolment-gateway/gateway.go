@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"math/big"
 	"net"
-	"net/netip"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -83,6 +82,8 @@ type Gateway struct {
 	tls     *tls.Config
 	proxies proxies
 	opening *admission.Queue // of SCEP's messages
+	listing *admission.Queue // of revocation lists
+	crowd   networks         // of connections over CoAP
 	answers *prometheus.CounterVec
 	// revocation knows what manufacturers have revoked; nil where nobody is to be asked.
 	revocation *revocation.Checker
@@ -100,10 +101,14 @@ const idleTime = time.Minute
 
 // New makes a gateway of a valid configuration. It fails if a file cannot be read.
 func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*Gateway, error) {
-	g := &Gateway{cfg: cfg, deps: deps, log: log, answers: prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "coaphub_enrolment_requests_total",
-		Help: "Requests of devices that enrol, by door, operation and answer. coaphub_enrolments_total has the reasons.",
-	}, []string{"door", "operation", "answer"}), opening: admission.NewQueue(maxOpening, openQueue, openPatience)}
+	g := &Gateway{
+		cfg: cfg, deps: deps, log: log, answers: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "coaphub_enrolment_requests_total",
+			Help: "Requests of devices that enrol, by door, operation and answer. coaphub_enrolments_total has the reasons.",
+		}, []string{"door", "operation", "answer"}), opening: admission.NewQueue(maxOpening, openQueue, openPatience),
+		listing: admission.NewQueue(maxLists, listQueue, openPatience),
+		crowd:   networks{most: cfg.API.CoAP.MaxConnectionsPerNetwork},
+	}
 	var err error
 	if g.proxies, err = newProxies(cfg.API.HTTP.Proxies); err != nil {
 		return nil, err
@@ -126,7 +131,10 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 	ec.MaxSilence = idleTime
 	ec.MaxBuffered = 32 << 20
 	ec.Refused = func(remote net.Addr, reason, detail string) {
-		if detail != "" {
+		switch {
+		case detail == errCrowded.Error(): // as over HTTPS
+			reason = detail
+		case detail != "":
 			reason += ": " + detail
 		}
 		deps.Refused(remote, reason)
@@ -171,8 +179,8 @@ func (g *Gateway) Run(ctx context.Context, ready func()) error {
 		conf.GetConfigForClient = g.refusing(conf.Clone())
 		http := g.cfg.API.HTTP
 		ln := tls.NewListener(&fairListener{
-			Listener: netutil.LimitListener(g.deps.HTTP, http.MaxConnections), most: http.MaxConnectionsPerNetwork, refused: g.deps.Refused,
-			open: map[netip.Prefix]int{},
+			Listener: netutil.LimitListener(g.deps.HTTP, http.MaxConnections),
+			networks: &networks{most: http.MaxConnectionsPerNetwork}, refused: g.deps.Refused,
 		}, conf)
 		group.Go(func() error { return obs.ServeHTTP(ctx, ln, g.handler(), time.Second, g.log, func() {}) })
 	}

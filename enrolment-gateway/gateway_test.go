@@ -434,7 +434,7 @@ func TestCoAP(t *testing.T) {
 			t.Errorf("%s: a byte too many: %v, %v", at, ans, err)
 		}
 		f.unasked(t)
-		for query, n := range map[string]int{"": 5, "rt=ace.est*": 4, "rt=ace.est.sen": 1, "rt=ace.est": 0} {
+		for query, n := range map[string]int{"": 5, "rt=ace.est*": 4, "rt=ace.est.sen": 1, "rt=ace.est": 0, "href=/api/*": 1} {
 			q := device.Request{Code: codes.GET, Path: "/.well-known/core"}
 			if query != "" {
 				q.Query = []string{query}
@@ -442,6 +442,9 @@ func TestCoAP(t *testing.T) {
 			if ans, err := dev.Do(t.Context(), q); err != nil || ans.Code != codes.Content || ans.Format != 40 || strings.Count(string(ans.Raw), "</") != n {
 				t.Errorf("%s: discovery of %q: %v, %v", at, query, ans, err)
 			}
+		}
+		if ans, err := dev.Do(t.Context(), device.Request{Code: codes.GET, Path: "/.well-known/core", Accept: 60}); err != nil || ans.Code != codes.NotAcceptable {
+			t.Errorf("%s: discovery in CBOR: %v, %v", at, ans, err)
 		}
 	}
 }
@@ -649,6 +652,23 @@ func TestSlowBody(t *testing.T) {
 		_ = c.Close()
 		drip.Wait()
 		f.unasked(t)
+	})
+}
+
+// An answer that is not taken is given up, and the connection with it.
+func TestSlowReader(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newPipes()
+		d := start(t, Default(), &fake{}, Deps{HTTP: p})
+		c := d.shake(p)
+		if _, err := fmt.Fprintf(c, "GET %scacerts HTTP/1.1\r\nHost: x\r\n\r\n", est.Path); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(exchangeTime + time.Second)
+		if b, err := io.ReadAll(c); len(b) > 0 {
+			t.Errorf("%d bytes of the answer were kept for it, and %v", len(b), err)
+		}
+		_ = c.Close()
 	})
 }
 

@@ -43,6 +43,10 @@ const retryAfter = 5 * time.Second
 // bodyTime bounds how long a request's body may take to arrive.
 const bodyTime = 20 * time.Second
 
+// exchangeTime bounds a request from its header to the last byte of its answer, of which some are more than a system keeps for a client
+// that does not read: answerTime, and as long again for what is before and behind it.
+const exchangeTime = bodyTime + 2*answerTime
+
 // operations are the paths of EST over HTTPS (RFC 7030, Section 3.2.2), and ours.
 func (g *Gateway) handler() http.Handler {
 	type operation struct {
@@ -79,7 +83,8 @@ func (g *Gateway) handler() http.Handler {
 			w.Header().Set("Allow", op.method)
 			err = &hub.Error{Kind: hub.MethodNotAllowed}
 		default:
-			_ = http.NewResponseController(rw).SetReadDeadline(time.Now().Add(bodyTime))
+			rc, now := http.NewResponseController(rw), time.Now()
+			_, _ = rc.SetReadDeadline(now.Add(bodyTime)), rc.SetWriteDeadline(now.Add(exchangeTime))
 			err = op.do(w, r)
 		}
 		if err == nil {

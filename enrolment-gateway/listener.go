@@ -1,6 +1,7 @@
 package enrolmentgateway
 
 import (
+	"errors"
 	"net"
 	"net/netip"
 	"sync"
@@ -8,15 +9,58 @@ import (
 	"github.com/coaphub/coaphub/internal/coap"
 )
 
-// fairListener closes what comes from a network that has as many connections open as it may have. CoAP's handshakes have such a bound in
-// the engine.
-type fairListener struct {
-	net.Listener
-	most    int
-	refused func(remote net.Addr, reason string)
+// errCrowded refuses a connection of a network that has as many open as it may have.
+var errCrowded = errors.New("too-many-connections-of-network")
+
+// networks counts the connections that each network has open, and lets in no more than most of one.
+type networks struct {
+	most int
 
 	mu   sync.Mutex // guards open
 	open map[netip.Prefix]int
+}
+
+// enter counts a connection until leave is called, which may be more than once. It returns nil if there is no more room for its network.
+func (n *networks) enter(remote net.Addr) (leave func()) {
+	network, ok := networkOf(remote)
+	if !ok {
+		return func() {}
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.open[network] >= n.most {
+		return nil
+	}
+	if n.open == nil {
+		n.open = map[netip.Prefix]int{}
+	}
+	n.open[network]++
+	return sync.OnceFunc(func() {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		if n.open[network]--; n.open[network] == 0 {
+			delete(n.open, network)
+		}
+	})
+}
+
+// networkOf is the network that an address is of; false for an address that is of none, which is one of a test, or of a listener that
+// somebody handed in.
+func networkOf(a net.Addr) (netip.Prefix, bool) {
+	switch a := a.(type) {
+	case *net.TCPAddr:
+		return coap.Network(a.AddrPort().Addr()), true
+	case *net.UDPAddr:
+		return coap.Network(a.AddrPort().Addr()), true
+	}
+	return netip.Prefix{}, false
+}
+
+// fairListener closes what comes from a network that has as many connections open as it may have.
+type fairListener struct {
+	net.Listener
+	networks *networks
+	refused  func(remote net.Addr, reason string)
 }
 
 func (l *fairListener) Accept() (net.Conn, error) {
@@ -25,34 +69,11 @@ func (l *fairListener) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		tcp, ok := c.RemoteAddr().(*net.TCPAddr)
-		if !ok { // of a test, or a listener that somebody handed in: it has no network
-			return c, nil
+		if leave := l.networks.enter(c.RemoteAddr()); leave != nil {
+			return &fairConn{c, leave}, nil
 		}
-		network := coap.Network(tcp.AddrPort().Addr())
-		if l.enter(network) {
-			return &fairConn{c, sync.OnceFunc(func() { l.leave(network) })}, nil
-		}
-		l.refused(c.RemoteAddr(), "too-many-connections-of-network")
+		l.refused(c.RemoteAddr(), errCrowded.Error())
 		_ = c.Close()
-	}
-}
-
-func (l *fairListener) enter(network netip.Prefix) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.open[network] >= l.most {
-		return false
-	}
-	l.open[network]++
-	return true
-}
-
-func (l *fairListener) leave(network netip.Prefix) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.open[network]--; l.open[network] == 0 {
-		delete(l.open, network)
 	}
 }
 

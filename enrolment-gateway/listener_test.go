@@ -1,16 +1,23 @@
 package enrolmentgateway
 
 import (
+	"bytes"
 	"context"
+	"crypto/tls"
 	"errors"
 	"io"
 	"net"
 	"net/http"
+	"os"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
 	"github.com/coaphub/coaphub/internal/est"
+	"github.com/coaphub/coaphub/test/device"
 )
 
 // One network that keeps connections open and says nothing keeps nobody else out, and itself only until it closes one.
@@ -59,5 +66,113 @@ func TestConnectionsOfOneNetwork(t *testing.T) {
 		if time.Now().After(deadline) {
 			t.Fatalf("after one was closed: %v", err)
 		}
+	}
+}
+
+// So it is over CoAP, where a connection stays for as long as something is asked now and then.
+func TestCoAPConnectionsOfOneNetwork(t *testing.T) {
+	cfg := Default()
+	cfg.API.CoAP.MaxConnections, cfg.API.CoAP.MaxConnectionsPerNetwork = 8, 3 // who is refused counts until he has gone
+	d := start(t, cfg, &fake{}, Deps{})
+	come := func(ip string) (c net.Conn, served bool) {
+		t.Helper()
+		dialer := &tls.Dialer{NetDialer: &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(ip)}}, Config: d.conf(nil)}
+		c, err := dialer.DialContext(t.Context(), "tcp", strings.TrimPrefix(d.secure, "coaps+tcp://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = c.Close() })
+		_, _ = c.Write([]byte{0x01, byte(codes.Ping), 1}) // with a token, which the answer has, too (RFC 8323, Section 5.4)
+		if err := c.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		for b, chunk := []byte{}, make([]byte, 4<<10); ; {
+			n, err := c.Read(chunk)
+			b = append(b, chunk[:n]...)
+			switch {
+			case bytes.HasSuffix(b, []byte{0x01, byte(codes.Pong), 1}):
+				return c, true
+			case errors.Is(err, os.ErrDeadlineExceeded):
+				t.Fatalf("from %s: nothing but %x", ip, b)
+			case err != nil:
+				return c, false
+			}
+		}
+	}
+	var silent []net.Conn
+	for _, ip := range []string{"127.0.7.1", "127.0.7.2", "127.0.7.3"} {
+		c, served := come(ip)
+		if !served {
+			t.Fatalf("%s is not served", ip)
+		}
+		silent = append(silent, c)
+	}
+	if _, served := come("127.0.7.250"); served {
+		t.Error("one more of the network is served")
+	}
+	d.wantRefused("too-many-connections-of-network")
+	if _, served := come("127.0.8.1"); !served {
+		t.Error("another network is not served")
+	}
+	_ = silent[0].Close()
+	for deadline := time.Now().Add(10 * time.Second); ; <-time.After(time.Millisecond) {
+		if _, served := come("127.0.7.9"); served {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("after one was closed nobody is served")
+		}
+	}
+}
+
+// Over DTLS, too.
+func TestDTLSConnectionsOfOneNetwork(t *testing.T) {
+	cfg := Default()
+	cfg.API.CoAP.MaxConnectionsPerNetwork = 2
+	d := start(t, cfg, &fake{}, Deps{})
+	served := func() (*device.Device, error) {
+		dev, err := d.connected(d.dtls, nil)
+		if err != nil {
+			return nil, err
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		_, err = dev.Do(ctx, device.Request{Code: codes.GET, Path: est.Path + "crts"})
+		return dev, err
+	}
+	first, err := served()
+	if err == nil {
+		_, err = served()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := served(); err == nil {
+		t.Error("a third one is served")
+	}
+	d.wantRefused("too-many-connections-of-network")
+	first.Close()
+	for deadline := time.Now().Add(20 * time.Second); ; <-time.After(time.Millisecond) {
+		if _, err := served(); err == nil {
+			break
+		} else if time.Now().After(deadline) {
+			t.Fatalf("after one was closed: %v", err)
+		}
+	}
+}
+
+func TestNetworkOf(t *testing.T) {
+	t.Parallel()
+	for in, want := range map[string]string{
+		"192.0.2.77": "192.0.2.0/24", "::ffff:192.0.2.1": "192.0.2.0/24", "2001:db8:1:2ff::6": "2001:db8:1:200::/56", "fe80::1": "fe80::/56",
+	} {
+		for _, a := range []net.Addr{&net.TCPAddr{IP: net.ParseIP(in), Zone: "lo"}, &net.UDPAddr{IP: net.ParseIP(in), Zone: "lo"}} {
+			if got, ok := networkOf(a); !ok || got.String() != want {
+				t.Errorf("%s is of %s, want %s", a, got, want)
+			}
+		}
+	}
+	if got, ok := networkOf(&net.UnixAddr{Name: "@"}); ok {
+		t.Errorf("a Unix socket is of %s", got)
 	}
 }

@@ -74,7 +74,7 @@ func provisioned(name hub.ProvisioningStep, method, code codes.Code, do func(*st
 		}
 		return code, b, err
 	}
-	return resource{method, ours, "", answer, true}
+	return resource{method, ours, answer, true}
 }
 
 // hubTime is for devices without a clock: they need one to see which certificates are good.

@@ -24,6 +24,9 @@ const (
 	// has shown nothing yet, and costs the hub some milliseconds.
 	maxOpening, openQueue = 4, 1024
 	openPatience          = 10 * time.Second
+	// maxLists and listQueue bound the revocation lists that are encrypted, each to its client, until it has taken it, and the clients
+	// that wait for one: a list may be of megabytes.
+	maxLists, listQueue = 16, 256
 	// scepClock is how far a client's clock may be off, if it says when it signed: a message of before that is not sent again.
 	scepClock = 24 * time.Hour
 )
@@ -90,6 +93,11 @@ func (g *Gateway) pkiOperation(w http.ResponseWriter, r *http.Request) error {
 	case !req.Signed.IsZero() && time.Since(req.Signed).Abs() > scepClock:
 		err = &scep.Failure{Info: scep.BadTime, Err: errors.New("the client's clock says " + req.Signed.String())}
 	case req.Type == scep.GetCRL:
+		place, again := g.listing.Enter(ctx)
+		if again > 0 {
+			return errBusy(again)
+		}
+		defer place.Leave()
 		list, err = g.requestedList(ctx, req, cert)
 	default:
 		out, err = g.requested(ctx, req, cert)
@@ -176,10 +184,14 @@ func (g *Gateway) requestedList(ctx context.Context, req *scep.Request, cert *x5
 func (g *Gateway) withKey(ctx context.Context, use func() error) error {
 	place, again := g.opening.Enter(ctx)
 	if again > 0 {
-		return &hub.Error{Kind: hub.Exhausted, Code: "enrolments-busy", Text: "too many devices enrol at this moment", RetryAfter: again}
+		return errBusy(again)
 	}
 	defer place.Leave()
 	return use()
+}
+
+func errBusy(again time.Duration) error {
+	return &hub.Error{Kind: hub.Exhausted, Code: "enrolments-busy", Text: "too many devices enrol at this moment", RetryAfter: again}
 }
 
 // failInfoOf is what a client is told of an error (RFC 8894, Section 3.2.1.4); false if it is not the client's, or nothing is refused.

@@ -23,6 +23,7 @@ import (
 	"github.com/smallstep/pkcs7"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/admission"
 	"github.com/coaphub/coaphub/internal/coap"
 	"github.com/coaphub/coaphub/internal/scep"
 	"github.com/coaphub/coaphub/internal/scep/sceptest"
@@ -34,6 +35,7 @@ type scepWorld struct {
 
 	t      *testing.T
 	door   http.Handler
+	gw     *Gateway
 	ra     *x509.Certificate
 	key    *rsa.PrivateKey
 	own    *x509.Certificate
@@ -83,7 +85,7 @@ func newSCEPWorld(t *testing.T) *scepWorld {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.door = g.handler()
+	w.door, w.gw = g.handler(), g
 	return w
 }
 
@@ -227,6 +229,36 @@ func TestSCEPGetCRL(t *testing.T) {
 	if res := w.ask(http.MethodPost, pkiOperation, w.message(sceptest.Message{Type: "22", Content: sceptest.Named(t, about)})); res.StatusCode != http.StatusServiceUnavailable {
 		t.Errorf("while there is none: %s", res.Status)
 	}
+}
+
+// Lists are large, and made for each client that asks: who does not take his keeps those waiting that ask for one, and none that enrols.
+func TestSCEPListsAreFew(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newSCEPWorld(t)
+		w.list = func([]byte, *big.Int) ([]byte, error) { return []byte("list"), nil }
+		var places []admission.Place
+		for range maxLists {
+			place, again := w.gw.listing.Enter(t.Context())
+			if again > 0 {
+				t.Fatal("there is no place")
+			}
+			places = append(places, place)
+		}
+		getCRL := w.message(sceptest.Message{Type: "22", Content: sceptest.Named(t, w.own)})
+		if res := w.ask(http.MethodPost, pkiOperation, getCRL); res.StatusCode != http.StatusServiceUnavailable || res.Header.Get("Retry-After") == "" || w.asked > 0 {
+			t.Errorf("one list more is %s, and the authority was asked %d times", res.Status, w.asked)
+		}
+		enrol := w.message(sceptest.Message{Content: sceptest.CSR(t, "lamp", "x", w.ownKey)})
+		if a := w.told(w.ask(http.MethodPost, pkiOperation, enrol)); a.Status != "0" {
+			t.Errorf("who enrols is told %+v", a)
+		}
+		places[0].Leave()
+		for range 2 { // the place is given back
+			if res := w.ask(http.MethodPost, pkiOperation, getCRL); res.StatusCode != http.StatusOK {
+				t.Errorf("with a place: %s", res.Status)
+			}
+		}
+	})
 }
 
 // What is the client's fault it is told in a message, and which; what is not is HTTP's to say, so that it comes again.

@@ -31,7 +31,7 @@ func TestDeviceAccess(t *testing.T) {
 	on("devices", "quarantine", "list").want(t, 0, "^DEVICE .*\n$", "no device is in quarantine")
 	on("devices", "quarantine", "add", lamp, "--reason", "a copy").want(t, 0, "access +quarantined\nby .*\nreason +a copy\nsince ", "^$")
 	eventually(t, "what it says", func() bool {
-		return strings.Contains(on("devices", "quarantine", "show", lamp).out, `/light/1`)
+		return strings.Contains(on("devices", "quarantine", "show", lamp).out, `"power"`)
 	})
 	on("devices", "quarantine", "show", lamp).want(t, 0, `(?s)^TIME .*coaps\+tcp://127.0.0.1:\d+ +certificate [0-9a-f]{64} +signed-in.* changed +/light/1 +.*"power"`, "^$")
 	on("devices", "quarantine", "show", lamp, "--json").want(t, 0, `(?s)"kind": "changed".*"dropped": 0`, "^$")

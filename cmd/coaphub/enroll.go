@@ -84,16 +84,20 @@ func printEnrolments(p process, es []bundle.Enrolment, err error, asJSON bool, n
 	if asJSON {
 		return printJSON(p.out, es)
 	}
-	t := newTable(p.out, "DEVICE", "STATE", "OWNER", "SHOWED", "SINCE", "CERTIFICATE", "PROBLEM")
+	t := newTable(p.out, "DEVICE", "STATE", "OWNER", "SHOWED", "TYPE", "SINCE", "CERTIFICATE", "PROBLEM")
 	for _, e := range es {
 		state := e.State
 		if e.Waits != "" {
 			state += ": " + e.Waits
 		}
-		if e.User != "" {
+		switch {
+		case e.User == "":
+		case e.Waits != "": // a person allowed it, and then it waits for something else
+			state += ", allowed by " + e.User
+		default:
 			state += " by " + e.User
 		}
-		t.row(e.DeviceID, state, e.Owner, e.Proof, e.Changed.Local().Format(time.DateTime), e.Serial, e.Problem)
+		t.row(e.DeviceID, state, e.Owner, e.Proof, e.Type, e.Changed.Local().Format(time.DateTime), e.Serial, e.Problem)
 	}
 	if len(es) == 0 {
 		t.note = none
@@ -417,7 +421,7 @@ func printGroups(p process, gs []bundle.EnrolmentGroup, err error, asJSON bool, 
 		case g.Accepted != nil && g.Accepted.Version == g.Terms.Version:
 			terms = g.Terms.Version + ", accepted by " + g.Accepted.User
 		default:
-			terms = strings.TrimSpace(g.Terms.Version + " " + g.Terms.URL + ", to be accepted")
+			terms = strings.TrimSpace(g.Terms.Version+" "+g.Terms.URL) + ", to be accepted"
 		}
 		t.row(g.ID, g.Name, g.Owner, devices, approval, terms, g.Created.Local().Format(time.DateTime))
 	}

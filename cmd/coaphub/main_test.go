@@ -591,3 +591,31 @@ func TestDevicesThatSleep(t *testing.T) {
 	}
 	result{out: out.String()}.want(t, 0, `(?s)^device +`+lamp+`\nstate +online, expected at `+at(time.Hour)+`\nsleeps +for 6h0m0s at a time\n`, "")
 }
+
+// The list of enrolments says for what a device waits, who allowed it before, and of which type one is that was turned down for that.
+func TestEnrolmentsForPeople(t *testing.T) {
+	t.Parallel()
+	var out bytes.Buffer
+	err := printEnrolments(process{out: &out}, []bundle.Enrolment{
+		{DeviceID: "1", State: "waiting", Waits: "approval"},
+		{DeviceID: "2", State: "waiting", Waits: "terms", User: "eve"},
+		{DeviceID: "3", State: "issued", User: "eve", Type: "oic.d.light"},
+		{DeviceID: "4", State: "refused", Type: "oic.d.door", Problem: "enrolment-type-not-allowed"},
+	}, nil, false, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	result{out: out.String()}.want(t, 0, `(?m)^1 +waiting: approval  .*\n2 +waiting: terms, allowed by eve  .*\n3 +issued by eve .* oic\.d\.light .*\n`+
+		`4 +refused .* oic\.d\.door .* enrolment-type-not-allowed$`, "")
+
+	out.Reset()
+	err = printGroups(process{out: &out}, []bundle.EnrolmentGroup{
+		{ID: "1", Terms: &hub.Terms{Version: "v1"}},
+		{ID: "2", Terms: &hub.Terms{Version: "v2", URL: "https://terms.example"}, Accepted: &hub.Acceptance{Version: "v1", User: "eve"}},
+		{ID: "3", Terms: &hub.Terms{Version: "v1"}, Accepted: &hub.Acceptance{Version: "v1", User: "eve"}},
+	}, nil, false, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	result{out: out.String()}.want(t, 0, `(?m)^1 .* v1, to be accepted .*\n2 .* v2 https://terms.example, to be accepted .*\n3 .* v1, accepted by eve `, "")
+}
