@@ -2,16 +2,9 @@ package identitystore
 
 import (
 	"context"
-	"crypto/sha256"
-	"crypto/x509"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
-	"slices"
-	"strings"
-	"sync"
 	"time"
 
 	"github.com/coaphub/coaphub/hub"
@@ -44,142 +37,88 @@ var (
 	}
 )
 
-// kept is what handshakes ask for: they do not wait for a store. It has what this process wrote, or read when it started.
-type kept struct {
-	mu       sync.RWMutex // guards all below
-	disabled map[hub.DeviceID]struct{}
-	apart    map[hub.DeviceID]uint64 // those in quarantine, with the generation of their owner
-	denied   map[string]hub.Denial   // by denialKey
-	told     func(hub.DeviceID)
+// denial is the document of an entry of the deny list.
+type denial struct {
+	hub.Denial
+	// Gone says that it was taken off the list: the document only stays until that was announced.
+	Gone bool `json:"gone,omitempty"`
+	// Unannounced is as record's.
+	Unannounced bool `json:"unannounced,omitempty"`
 }
 
-func denialKey(of hub.DenialOf, value string) string { return string(of) + " " + value }
-
-func (k *kept) disable(dev hub.DeviceID, is bool) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if is {
-		k.disabled[dev] = struct{}{}
-	} else {
-		delete(k.disabled, dev)
+func decodeDenial(doc store.Doc) (d denial, err error) {
+	if err := json.Unmarshal(doc.Value, &d); err != nil {
+		return d, &hub.Error{Kind: hub.Internal, Code: "data-damaged", Text: "an entry of the deny list is damaged", Err: err}
 	}
-}
-
-// tell says that dev is not let in any more, or, if it is "", that somebody is not.
-func (k *kept) tell(dev hub.DeviceID) {
-	k.mu.RLock()
-	told := k.told
-	k.mu.RUnlock()
-	if told != nil {
-		told(dev)
-	}
+	return d, nil
 }
 
 // keep reads who is not let in.
 func (s *Store) keep(ctx context.Context) error {
-	s.kept.disabled, s.kept.denied, s.kept.apart = map[hub.DeviceID]struct{}{}, map[string]hub.Denial{}, map[hub.DeviceID]uint64{}
-	for doc, err := range s.docs.Find(ctx, collDevices, indexQuarantined) {
+	for range maxTries {
+		version := s.now()
+		e, err := s.readKept(ctx)
 		if err != nil {
 			return err
+		}
+		s.mu.Lock()
+		if s.version != version { // something was decided since
+			s.mu.Unlock()
+			continue
+		}
+		tell := s.replace(e)
+		s.mu.Unlock()
+		if tell {
+			s.tell("")
+		}
+		return nil
+	}
+	return trouble("read who is not let in", errors.New("too much contention"))
+}
+
+func (s *Store) readKept(ctx context.Context) (everything, error) {
+	e := newEverything()
+	for doc, err := range s.docs.Find(ctx, collDevices, indexQuarantined) {
+		if err != nil {
+			return e, err
 		}
 		rec, err := decode(doc)
 		if err != nil {
-			return err
+			return e, err
 		}
-		s.kept.apart[hub.DeviceID(doc.Key)] = rec.Generation
+		e.apart[hub.DeviceID(doc.Key)] = rec.Generation
 	}
 	for id, err := range s.docs.FindKeys(ctx, collDevices, indexDisabled) {
 		if err != nil {
-			return err
+			return e, err
 		}
-		s.kept.disabled[hub.DeviceID(id)] = struct{}{}
+		e.disabled[hub.DeviceID(id)] = struct{}{}
 	}
 	for doc, err := range s.docs.Range(ctx, collDenied, "", "") {
 		if err != nil {
-			return err
+			return e, err
 		}
-		var d hub.Denial
-		if err := json.Unmarshal(doc.Value, &d); err != nil {
-			return &hub.Error{Kind: hub.Internal, Code: "data-damaged", Text: "an entry of the deny list is damaged", Err: err}
+		d, err := decodeDenial(doc)
+		if err != nil {
+			return e, err
 		}
-		s.kept.denied[doc.Key] = d
+		if !d.Gone {
+			e.denied[doc.Key] = d.Denial
+		}
 	}
-	return nil
-}
-
-// Barred has f called when a device was disabled, denied, or put into quarantine or let out of it, or, with "", when something
-// was denied that others may come with, once that is stored and Denied or Quarantined says so. f must not block.
-func (s *Store) Barred(f func(hub.DeviceID)) {
-	s.kept.mu.Lock()
-	defer s.kept.mu.Unlock()
-	s.kept.told = f
+	return e, nil
 }
 
 // EndCredentials has f called for each device that is removed, when nobody can sign in with it any more and before the removal
 // is done: an error has it tried again later. It must be called before the Store is used.
 func (s *Store) EndCredentials(f func(context.Context, hub.Ownership) error) { s.ends = f }
 
-// Denied refuses a device that is disabled or denied, and whoever comes with a certificate that is, by itself, by its key or
-// by a CA that vouches for it; the chain was verified and begins with the device's own. The device may be "", and the chain nil.
-// It is Denied then, with "device-disabled", "device-denied", "key-denied", "certificate-denied" or "ca-denied". It does not
-// block.
-func (s *Store) Denied(dev hub.DeviceID, chain []*x509.Certificate) error {
-	k := &s.kept
-	k.mu.RLock()
-	defer k.mu.RUnlock()
-	if _, is := k.disabled[dev]; is {
-		return errDisabled
-	}
-	if len(k.denied) == 0 { // and nothing is hashed
-		return nil
-	}
-	now := time.Now()
-	if dev != "" {
-		if err := k.about(now, hub.DenyDevice, string(dev)); err != nil {
-			return err
-		}
-	}
-	if len(chain) == 0 {
-		return nil
-	}
-	leaf := chain[0]
-	own := []string{sum(leaf.Raw)}
-	for _, ca := range chain[1:] { // one of them has issued it
-		own = append(own, sum(ca.RawSubjectPublicKeyInfo)+"/"+hub.SerialOf(leaf.SerialNumber))
-	}
-	err := errors.Join(k.about(now, hub.DenyKey, sum(leaf.RawSubjectPublicKeyInfo)), k.about(now, hub.DenyCertificate, own...))
-	for _, ca := range chain[1:] {
-		if err == nil {
-			err = k.about(now, hub.DenyCA, sum(ca.RawSubjectPublicKeyInfo), sum(ca.Raw))
-		}
-	}
-	return err
-}
-
-// about is the refusal of one of the values, nil if there is none. k.mu is held.
-func (k *kept) about(now time.Time, of hub.DenialOf, values ...string) error {
-	for _, v := range values {
-		if d, is := k.denied[denialKey(of, v)]; is && (d.Until.IsZero() || now.Before(d.Until)) {
-			return errDenied[of]
-		}
-	}
-	return nil
-}
-
-func sum(b []byte) string {
-	h := sha256.Sum256(b)
-	return hex.EncodeToString(h[:])
-}
-
 // Reachable refuses commands for a device of the owner's that is disabled, denied or in quarantine: Precondition, with the codes
 // of Denied and "device-quarantined". Of others' it says nothing.
 func (s *Store) Reachable(ctx context.Context, dev hub.DeviceID, owner hub.Owner) error {
-	denied := s.Denied(dev, nil)
-	if _, apart := s.Quarantined(dev); denied == nil && apart {
-		denied = errQuarantined
-	}
-	if denied == nil {
-		return nil
+	denied := s.unreachable(dev)
+	if denied == nil || hub.IsKind(denied, hub.Unavailable) {
+		return denied
 	}
 	rec, _, err := s.get(ctx, dev)
 	if err != nil || rec.Owner != owner {
@@ -198,9 +137,9 @@ func (s *Store) Admits(ctx context.Context, dev hub.DeviceID, spki []byte) error
 	if _, apart := s.Quarantined(dev); apart { // of two rivals nobody knows which it is
 		return errQuarantined
 	}
-	s.kept.mu.RLock()
-	err := s.kept.about(time.Now(), hub.DenyKey, sum(spki))
-	s.kept.mu.RUnlock()
+	s.mu.RLock()
+	err := s.about(time.Now(), hub.DenyKey, sum(spki))
+	s.mu.RUnlock()
 	if err != nil || dev == "" {
 		return err
 	}
@@ -228,9 +167,9 @@ func (s *Store) Access(ctx context.Context, dev hub.DeviceID, owner hub.Owner) (
 	if m := rec.Removed; m != nil {
 		a, of = hub.Access{State: hub.AccessRemoved, Reason: m.Reason, User: m.User, Since: m.Since}, m.Owner
 	}
-	s.kept.mu.RLock()
-	d, denied := s.kept.denied[denialKey(hub.DenyDevice, string(dev))]
-	s.kept.mu.RUnlock()
+	s.mu.RLock()
+	d, denied := s.denied[denialKey(hub.DenyDevice, string(dev))]
+	s.mu.RUnlock()
 	if denied && (d.Until.IsZero() || time.Now().Before(d.Until)) {
 		a = hub.Access{State: hub.AccessDenied, Reason: d.Reason, User: d.User, Since: d.Since, Until: d.Until}
 	}
@@ -260,13 +199,17 @@ func (s *Store) Disable(ctx context.Context, dev hub.DeviceID, owner hub.Owner, 
 			return false, nil
 		}
 		rec.Disabled = &mark{Since: time.Now().UTC(), Owner: rec.Owner, User: user, Reason: reason}
+		rec.Unannounced = s.changes != nil
 		return true, nil
 	})
 	if found {
-		s.kept.disable(dev, true)
-		s.kept.tell(dev)
+		s.disable(dev, true)
+		s.tell(dev)
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	return s.settle(ctx, dev)
 }
 
 // Enable lets a device in again that was disabled, or removed while it was the owner's, and ends its quarantine: what was kept of
@@ -293,13 +236,17 @@ func (s *Store) Enable(ctx context.Context, dev hub.DeviceID, owner hub.Owner) e
 			return false, nil
 		}
 		rec.Disabled, rec.Removed, rec.Quarantined, rec.Stopping = nil, nil, nil, false
+		rec.Unannounced = s.changes != nil
 		return true, nil
 	})
 	if err == nil {
-		s.kept.disable(dev, false)
+		s.disable(dev, false)
 		err = s.free(ctx, dev, true)
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	return s.settle(ctx, dev)
 }
 
 // decide changes a device's record, unless change says that there is nothing to store. s.deciding is held.
@@ -342,34 +289,27 @@ func (s *Store) Deny(ctx context.Context, d hub.Denial) (hub.Denial, error) {
 	key := denialKey(d.Of, d.Value)
 	s.deciding.Lock()
 	defer s.deciding.Unlock()
-	s.kept.mu.RLock()
-	_, old := s.kept.denied[key]
-	full := !old && len(s.kept.denied) >= maxDenied
-	s.kept.mu.RUnlock()
+	s.mu.RLock()
+	_, old := s.denied[key]
+	full := !old && len(s.denied) >= maxDenied
+	s.mu.RUnlock()
 	if full {
 		return d, errFull.With(op, nil)
 	}
 	err := s.putDenial(ctx, key, d)
-	s.kept.mu.Lock()
-	s.kept.denied[key] = d
-	s.kept.mu.Unlock()
-	if d.Of == hub.DenyDevice {
-		s.kept.tell(hub.DeviceID(d.Value))
-	} else {
-		s.kept.tell("")
+	s.deny(d)
+	s.tell(concerns(d))
+	if err == nil {
+		err = s.settleDenial(ctx, key)
 	}
 	return d, err
 }
 
 func (s *Store) putDenial(ctx context.Context, key string, d hub.Denial) error {
-	value, err := json.Marshal(d)
-	if err != nil {
-		return fmt.Errorf("encode a denial: %w", err)
-	}
 	for range maxTries {
 		doc, err := s.docs.Get(ctx, collDenied, key)
 		if err == nil {
-			_, err = s.docs.Put(ctx, collDenied, store.Doc{Key: key, Value: value, Rev: doc.Rev})
+			err = s.writeDenial(ctx, key, denial{Denial: d, Unannounced: s.changes != nil}, doc.Rev)
 		}
 		if err == nil {
 			return nil
@@ -379,6 +319,19 @@ func (s *Store) putDenial(ctx context.Context, key string, d hub.Denial) error {
 		}
 	}
 	return trouble("write a denial", errors.New("too much contention"))
+}
+
+func (s *Store) writeDenial(ctx context.Context, key string, d denial, rev uint64) error {
+	doc := store.Doc{Key: key, Rev: rev}
+	if d.Unannounced {
+		doc.Index = []string{indexPending}
+	}
+	var err error
+	if doc.Value, err = json.Marshal(d); err != nil {
+		return fmt.Errorf("encode a denial: %w", err)
+	}
+	_, err = s.docs.Put(ctx, collDenied, doc)
+	return err
 }
 
 // Undeny takes something off the deny list; NotFound if it is not on it.
@@ -391,30 +344,28 @@ func (s *Store) Undeny(ctx context.Context, of hub.DenialOf, value string) error
 // undeny is Undeny. s.deciding is held.
 func (s *Store) undeny(ctx context.Context, key string) error {
 	doc, err := s.docs.Get(ctx, collDenied, key)
+	found := false
 	if err == nil && doc.Rev != 0 {
-		err = s.docs.Delete(ctx, collDenied, key, doc.Rev)
+		var d denial
+		if d, err = decodeDenial(doc); err != nil {
+			return err
+		}
+		found = !d.Gone
+		switch {
+		case s.changes == nil:
+			err = s.docs.Delete(ctx, collDenied, key, doc.Rev)
+		case found:
+			d.Gone, d.Unannounced = true, true
+			err = s.writeDenial(ctx, key, d, doc.Rev)
+		}
 	}
 	if err != nil && !hub.IsKind(err, hub.Conflict) { // another process has it now as it wants it
 		return trouble("delete a denial", err)
 	}
-	s.kept.mu.Lock()
-	defer s.kept.mu.Unlock()
-	if _, was := s.kept.denied[key]; !was && doc.Rev == 0 {
+	if was := s.endDenial(key); !was && !found {
 		return errUnlisted.With("identity.Undeny", nil)
 	}
-	delete(s.kept.denied, key)
-	return nil
-}
-
-// Denials is the deny list, in order of what is denied.
-func (s *Store) Denials() []hub.Denial {
-	s.kept.mu.RLock()
-	all := slices.Collect(maps.Values(s.kept.denied))
-	s.kept.mu.RUnlock()
-	slices.SortFunc(all, func(a, b hub.Denial) int {
-		return strings.Compare(denialKey(a.Of, a.Value), denialKey(b.Of, b.Value))
-	})
-	return all
+	return s.settleDenial(ctx, key)
 }
 
 // forgetEnded takes off the list what has ended.

@@ -340,7 +340,7 @@ func TestDenyListIsBounded(t *testing.T) {
 	t.Parallel()
 	s := newStore(t, storetest.NewMemory(), newDirectory())
 	for i := range maxDenied {
-		s.kept.denied[fmt.Sprint(i)] = hub.Denial{}
+		s.denied[fmt.Sprint(i)] = hub.Denial{}
 	}
 	_, err := s.Deny(t.Context(), hub.Denial{Of: hub.DenyDevice, Value: string(lamp)})
 	wantKind(t, err, hub.Exhausted, "denials-limit")

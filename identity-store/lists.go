@@ -52,6 +52,15 @@ func (l *lists) drop(owner hub.Owner) {
 	l.forget(owner)
 }
 
+// dropAll forgets all of them.
+func (l *lists) dropAll() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.epoch++
+	clear(l.of)
+	l.used = 0
+}
+
 func (l *lists) forget(owner hub.Owner) {
 	if ids, ok := l.of[owner]; ok {
 		l.used -= cost(ids)

@@ -2,28 +2,10 @@ package identitystore
 
 import (
 	"context"
-	"maps"
-	"slices"
 	"time"
 
 	"github.com/coaphub/coaphub/hub"
 )
-
-// Quarantined reports whether a device is in quarantine, and the generation of the ownership under which it was put there. It
-// does not block.
-func (s *Store) Quarantined(dev hub.DeviceID) (generation uint64, is bool) {
-	s.kept.mu.RLock()
-	defer s.kept.mu.RUnlock()
-	generation, is = s.kept.apart[dev]
-	return generation, is
-}
-
-// InQuarantine lists the devices in quarantine, in ID order.
-func (s *Store) InQuarantine() []hub.DeviceID {
-	s.kept.mu.RLock()
-	defer s.kept.mu.RUnlock()
-	return slices.Sorted(maps.Keys(s.kept.apart))
-}
 
 // Released has f called for each device whose quarantine is over, once Quarantined says so, before Enable returns or the device is
 // anybody else's: what was kept of it is to go. An error has it tried again. It must be called before the Store is used.
@@ -48,23 +30,20 @@ func (s *Store) Quarantine(ctx context.Context, dev hub.DeviceID, owner hub.Owne
 			return false, nil
 		}
 		rec.Quarantined = &mark{Since: time.Now().UTC(), Owner: rec.Owner, User: user, Reason: reason}
-		rec.Stopping = true
+		rec.Stopping, rec.Unannounced = true, s.changes != nil
 		return true, nil
 	})
 	if found {
-		s.kept.setApart(dev, generation)
-		s.kept.tell(dev)
+		s.setApart(dev, generation)
+		s.tell(dev)
 	}
 	if err != nil {
 		return err
 	}
+	if err := s.settle(ctx, dev); err != nil {
+		return err
+	}
 	return s.endCommandsInTurn(ctx, dev)
-}
-
-func (k *kept) setApart(dev hub.DeviceID, generation uint64) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	k.apart[dev] = generation
 }
 
 // free forgets that a device is in quarantine, and has forgotten what was kept of it. s.deciding is held.
@@ -72,12 +51,8 @@ func (s *Store) free(ctx context.Context, dev hub.DeviceID, apart bool) error {
 	if !apart {
 		return nil
 	}
-	s.kept.mu.Lock()
-	_, was := s.kept.apart[dev]
-	delete(s.kept.apart, dev)
-	s.kept.mu.Unlock()
-	if was {
-		s.kept.tell(dev)
+	if s.endApart(dev) {
+		s.tell(dev)
 	}
 	if s.frees == nil {
 		return nil

@@ -53,6 +53,8 @@ type record struct {
 	// Quarantined says that what the device writes is kept apart; Stopping, with it, that its commands have not ended yet.
 	Quarantined *mark `json:"quarantined,omitempty"`
 	Stopping    bool  `json:"stopping,omitempty"`
+	// Unannounced says that whether the device is let in changed, which others who share the documents were not told yet: see changes.
+	Unannounced bool `json:"unannounced,omitempty"`
 	// Removed says that it did not leave by itself, from the release on until somebody claims it again.
 	Removed *mark `json:"removed,omitempty"`
 }
@@ -74,7 +76,7 @@ func (r record) index() []string {
 	if r.State == claimed || r.State == registered {
 		out = append(out, indexOwner+string(r.Owner))
 	}
-	if r.State == claimed || r.State == releasing || r.Stopping {
+	if r.State == claimed || r.State == releasing || r.Stopping || r.Unannounced {
 		out = append(out, indexPending)
 	}
 	if r.Disabled != nil {

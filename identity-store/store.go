@@ -36,9 +36,11 @@ var (
 	errNone  = hub.NewError(hub.NotFound, "device-not-owned", "the device has no owner, or another one")
 )
 
-// Store is who owns which device. All methods are safe for concurrent use; several processes may work on the same documents.
-// Only the lists of Devices are cached, and dropped at once when this process changes them.
+// Store is who owns which device. All methods are safe for concurrent use; several processes may work on the same documents, if
+// each of them serves. The lists of Devices are cached, and dropped at once when this process changes them, as is in memory who is
+// not let in; what other processes change arrives within a second.
 type Store struct {
+	kept
 	cfg     Config
 	docs    store.Documents
 	dir     Directory
@@ -50,7 +52,7 @@ type Store struct {
 
 	// deciding is held from reading a record until what is kept of it in memory is as it was written.
 	deciding sync.Mutex
-	kept     kept
+	changes  *changes // nil: nobody shares the documents
 }
 
 // New makes a Store on docs that tells dir about every claim and release. It reads who is not let in, and fails when it cannot:
@@ -70,6 +72,11 @@ func New(ctx context.Context, cfg Config, docs store.Documents, dir Directory, l
 
 // Run finishes what a crash left half done, calls ready, and goes on doing so until ctx ends. The error is always nil.
 func (s *Store) Run(ctx context.Context, ready func()) error {
+	if s.changes != nil {
+		var reading sync.WaitGroup
+		defer reading.Wait()
+		reading.Go(func() { s.changes.run(ctx) })
+	}
 	s.finishAll(ctx)
 	ready()
 	finish, sweep := time.NewTicker(finishEvery), time.NewTicker(sweepEvery)
@@ -109,7 +116,7 @@ func (s *Store) SignUp(ctx context.Context, dev hub.DeviceID, owner hub.Owner, p
 			s.metrics.signUps.WithLabelValues("removed").Inc()
 			return hub.Ownership{}, errRemoved.With(op, nil)
 		case rec.State == free:
-			rec = record{State: claimed, Owner: owner, Generation: rec.Generation + 1, Pin: pin, User: user}
+			rec = record{State: claimed, Owner: owner, Generation: rec.Generation + 1, Pin: pin, User: user, Unannounced: rec.Unannounced}
 			if rev, err = s.put(ctx, dev, rec, rev); err == nil {
 				err = s.register(ctx, dev, rec, rev)
 			}
@@ -267,7 +274,14 @@ func (s *Store) register(ctx context.Context, dev hub.DeviceID, rec record, rev 
 	if err := s.dir.Register(ctx, rec.ownership(dev), rec.User); err != nil {
 		return trouble("register with the directory", err)
 	}
-	rec.State = registered
+	c := change{Owner: rec.Owner}
+	if rec.Unannounced {
+		c.Device = dev
+	}
+	if err := s.announce(ctx, c); err != nil {
+		return err
+	}
+	rec.State, rec.Unannounced = registered, false
 	_, err := s.put(ctx, dev, rec, rev)
 	return err
 }
@@ -294,9 +308,16 @@ func (s *Store) release(ctx context.Context, dev hub.DeviceID, rec record, rev u
 	if err := s.free(ctx, dev, rec.Quarantined != nil); err != nil {
 		return err
 	}
-	_, err := s.put(ctx, dev, record{State: free, Generation: rec.Generation, Removed: rec.Removed}, rev)
+	if err := s.announce(ctx, change{Owner: rec.Owner}); err != nil {
+		return err
+	}
+	barred := rec.Disabled != nil || rec.Quarantined != nil || rec.Unannounced
+	_, err := s.put(ctx, dev, record{State: free, Generation: rec.Generation, Removed: rec.Removed, Unannounced: barred && s.changes != nil}, rev)
 	if err == nil && rec.Disabled != nil {
-		s.kept.disable(dev, false)
+		s.disable(dev, false)
+	}
+	if err == nil && barred {
+		err = s.settle(ctx, dev)
 	}
 	return err
 }
@@ -312,6 +333,17 @@ func (s *Store) finishAll(ctx context.Context) {
 			left++
 			if ctx.Err() == nil {
 				s.log.WarnContext(ctx, "half-done sign-up or sign-off not finished", "device", doc.Key, "error", err)
+			}
+		}
+	}
+	for key, err := range s.docs.FindKeys(ctx, collDenied, indexPending) {
+		if err == nil {
+			err = s.settleDenial(ctx, key)
+		}
+		if err != nil {
+			left++
+			if ctx.Err() == nil {
+				s.log.WarnContext(ctx, "an entry of the deny list is not announced", "entry", key, "error", err)
 			}
 		}
 	}
@@ -331,11 +363,13 @@ func (s *Store) finish(ctx context.Context, doc store.Doc) error {
 		return s.release(ctx, dev, rec, doc.Rev)
 	case registered:
 		if rec.Stopping {
-			return s.endCommands(ctx, dev)
+			if err := s.endCommands(ctx, dev); err != nil {
+				return err
+			}
 		}
 	case free:
 	}
-	return nil
+	return s.settle(ctx, dev)
 }
 
 // sweep removes notes of former owners whose events are gone, and denials that have ended.
