@@ -22,14 +22,15 @@ type AuthorityPart struct {
 // RollRequest is one step of rolling an authority over.
 type RollRequest struct {
 	Which string `json:"which"`
-	// Step is issuing, root or finish.
+	// Step is issuing, root, finish or list.
 	Step string `json:"step"`
 	// RootKey is PEM, for a root whose key is not in the data folder. It is used once and not kept.
 	RootKey string `json:"rootKey,omitempty"`
 }
 
 type retireRequest struct {
-	ID string `json:"id"`
+	ID      string `json:"id"`
+	RootKey string `json:"rootKey,omitempty"` // as RollRequest has it
 }
 
 type forgetRequest struct {
@@ -52,7 +53,7 @@ func (a *assembly) roll(ctx context.Context, q RollRequest) ([]AuthorityPart, er
 }
 
 func (a *assembly) retire(ctx context.Context, q retireRequest) ([]AuthorityPart, error) {
-	return a.rolled(ctx, func() error { return a.authority.Retire(q.ID) })
+	return a.rolled(ctx, func() error { return a.authority.Retire(q.ID, []byte(q.RootKey)) })
 }
 
 // rolled makes a change of the authorities, and has the devices' door use what there is then. That is so after an error, too: what

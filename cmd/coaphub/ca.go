@@ -70,7 +70,7 @@ func newCA(p process) *cobra.Command {
 	issue.Flags().StringVar(&device, "device-id", "", "the device's ID, a UUID")
 	issue.Flags().StringVar(&out, "out", "", "folder for the files")
 	issue.Flags().StringVar(&validity, "validity", conf.FormatDuration(365*24*time.Hour), "how long the certificate lasts")
-	return group("ca", "The hub's own certification authorities", root, issue, newCAList(p), newCARoll(p), newCARetire(p), newCAExport(p))
+	return group("ca", "The hub's own certification authorities", root, issue, newCAList(p), newCARoll(p), newCARetire(p), newCARenewList(p), newCAExport(p))
 }
 
 var whichRoots = []string{"device", "https", "internal"}
@@ -128,12 +128,9 @@ func newCARoll(p process) *cobra.Command {
 			case finish:
 				q.Step = "finish"
 			}
-			if keyFile != "" {
-				text, err := os.ReadFile(keyFile)
-				if err != nil {
-					return fmt.Errorf("read the root's key: %w", err)
-				}
-				q.RootKey = string(text)
+			var err error
+			if q.RootKey, err = readRootKey(keyFile); err != nil {
+				return err
 			}
 			c, err := control(cmd)
 			if err != nil {
@@ -145,26 +142,78 @@ func newCARoll(p process) *cobra.Command {
 	}
 	cmd.Flags().BoolVar(&newRoot, "root", false, "make a new root, and only announce it")
 	cmd.Flags().BoolVar(&finish, "finish", false, "sign under the new root from now on")
-	cmd.Flags().StringVar(&keyFile, "root-key", "", "what coaphub ca export-root has written, when the root's key is not in the data folder")
+	rootKeyFlag(cmd, &keyFile)
 	return cmd
 }
 
-func newCARetire(p process) *cobra.Command {
-	return &cobra.Command{
-		Use:   "retire ID",
-		Short: "End the belief in a root or an issuing certificate: nobody comes in with what it has signed",
-		Long: "retire ends the belief in an issuing certificate that another has taken the place of, or in a root with all that issues under it.\n" +
-			"Sessions that stand on what it has signed end, and its key is destroyed. It cannot be taken back.",
-		Args: exactly(1),
+func rootKeyFlag(cmd *cobra.Command, file *string) {
+	cmd.Flags().StringVar(file, "root-key", "", "what coaphub ca export-root has written, when the root's key is not in the data folder")
+}
+
+// readRootKey reads the file of --root-key, if there is one.
+func readRootKey(file string) (string, error) {
+	if file == "" {
+		return "", nil
+	}
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return "", fmt.Errorf("read the root's key: %w", err)
+	}
+	return string(text), nil
+}
+
+func newCARenewList(p process) *cobra.Command {
+	var keyFile string
+	cmd := &cobra.Command{
+		Use:   "renew-list [device|https|internal]",
+		Short: "Sign a root's revocation list anew",
+		Long: "renew-list makes the list of the issuing certificates that were retired anew, good for a year. While the root's key is in the data\n" +
+			"folder the hub does that itself; else it warns in its log when the list ends within 30 days.",
+		Example:   "  coaphub ca renew-list --root-key root-key.pem",
+		Args:      between(0, 1),
+		ValidArgs: whichRoots,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			key, err := readRootKey(keyFile)
+			if err != nil {
+				return err
+			}
 			c, err := control(cmd)
 			if err != nil {
 				return err
 			}
-			as, err := c.Retire(cmd.Context(), args[0])
+			as, err := c.Roll(cmd.Context(), bundle.RollRequest{Which: whichRoot(args), Step: "list", RootKey: key})
 			return printAuthorities(p, as, err)
 		},
 	}
+	rootKeyFlag(cmd, &keyFile)
+	return cmd
+}
+
+func newCARetire(p process) *cobra.Command {
+	var keyFile string
+	cmd := &cobra.Command{
+		Use:   "retire ID",
+		Short: "End the belief in a root or an issuing certificate: nobody comes in with what it has signed",
+		Long: "retire ends the belief in an issuing certificate that another has taken the place of, or in a root with all that issues under it.\n" +
+			"Sessions that stand on what it has signed end, and its key is destroyed. It cannot be taken back.\n\n" +
+			"An issuing certificate is put on the revocation list of its root first, which needs the root's key.",
+		Example: "  coaphub ca retire ID\n  coaphub ca retire ID --root-key root-key.pem",
+		Args:    exactly(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			key, err := readRootKey(keyFile)
+			if err != nil {
+				return err
+			}
+			c, err := control(cmd)
+			if err != nil {
+				return err
+			}
+			as, err := c.Retire(cmd.Context(), args[0], key)
+			return printAuthorities(p, as, err)
+		},
+	}
+	rootKeyFlag(cmd, &keyFile)
+	return cmd
 }
 
 func printAuthorities(p process, as []bundle.AuthorityPart, err error) error {
@@ -190,7 +239,7 @@ func newCAExport(p process) *cobra.Command {
 		Short: "Write a root's certificate and private key into a file, to be kept offline",
 		Long: "export-root writes a root's certificate and private key, PEM, into a new file. Whoever has it can make himself every device, and the\n" +
 			"hub: keep it where nobody gets at it. With --remove the key leaves the data folder once the file was written and read back. The hub\n" +
-			"goes on without; coaphub ca roll --root-key FILE needs it.",
+			"goes on without; roll, retire and, once a year, renew-list need it (--root-key FILE).",
 		Args:      between(0, 1),
 		ValidArgs: whichRoots,
 		RunE: func(cmd *cobra.Command, args []string) error {

@@ -78,6 +78,11 @@ func TestCA(t *testing.T) {
 	on("ca roll").want(t, exitFailure, "^$", "--root-key.*root-key-missing")
 	on("ca roll --root-key "+keys+".4").want(t, exitFailure, "^$", "no such file")
 	on("ca roll --root-key "+keys).want(t, 0, "(?m)^ROOT +KIND +ID +SINCE +UNTIL +STATE +KEY\ndevice +root +.* in use +-\ndevice +issuing .* believed +here\ndevice +issuing .* in use +here\n", "^$")
+	_, former := parts()
+	on("ca retire "+former["issuing believed"]).want(t, exitFailure, "^$", "--root-key.*root-key-missing")
+	on("ca retire --root-key "+keys+" "+former["issuing believed"]).want(t, 0, "(?m)^device +issuing .* retired +-$", "^$")
+	on("ca renew-list").want(t, exitFailure, "^$", "--root-key.*root-key-missing")
+	on("ca renew-list --root-key "+keys).want(t, 0, "^ROOT ", "^$")
 	root := on("ca root").out
 	on("ca roll --root --root-key "+keys).want(t, 0, "announced +here", "^$")
 	if both := on("ca root").out; !strings.HasPrefix(both, root) || strings.Count(both, "BEGIN CERTIFICATE") != 2 {
@@ -85,7 +90,7 @@ func TestCA(t *testing.T) {
 	}
 	on("ca roll --finish").want(t, 0, "(?m)^device +root .* believed +-$", "^$")
 	got, ids := parts()
-	if want := "root believed, issuing believed, issuing believed, root in use, issuing in use"; strings.Join(got, ", ") != want {
+	if want := "root believed, issuing retired, issuing believed, root in use, issuing in use"; strings.Join(got, ", ") != want {
 		t.Errorf("there are %q, want %q", got, want)
 	}
 	on("ca retire "+ids["root in use"]).want(t, exitFailure, "^$", "issuer-in-use")

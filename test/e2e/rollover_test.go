@@ -58,7 +58,7 @@ func TestAuthorityRollsOver(t *testing.T) {
 				}
 				for _, p := range all {
 					if p.Root == "device" && p.Kind == kind && p.State == "believed" {
-						if _, err := h.Control.Retire(t.Context(), p.ID); err != nil {
+						if _, err := h.Control.Retire(t.Context(), p.ID, ""); err != nil {
 							t.Fatal(err)
 						}
 					}
