@@ -17,6 +17,11 @@ type AuthorityPart struct {
 	Until time.Time `json:"until"`
 	State string    `json:"state"` // in use, announced, believed, ended, retired
 	Key   bool      `json:"key"`   // its key can be used here
+
+	// ListUntil is until when a root's revocation list is good; nil for one without, and for an issuing certificate, whose list is made when
+	// it is asked for. ListLacks is how many certificates were retired that are not on it: its key was not there.
+	ListUntil *time.Time `json:"listUntil,omitempty"`
+	ListLacks int        `json:"listLacks,omitempty"`
 }
 
 // RollRequest is one step of rolling an authority over.
@@ -41,7 +46,13 @@ type forgetRequest struct {
 func (a *assembly) authorities(context.Context, struct{}) ([]AuthorityPart, error) {
 	var out []AuthorityPart
 	for _, p := range a.authority.Parts() {
-		out = append(out, AuthorityPart{string(p.Root), p.Kind, p.ID, p.Since, p.Until, p.State, p.Key})
+		part := AuthorityPart{
+			Root: string(p.Root), Kind: p.Kind, ID: p.ID, Since: p.Since, Until: p.Until, State: p.State, Key: p.Key, ListLacks: p.Lacks,
+		}
+		if !p.ListUntil.IsZero() {
+			part.ListUntil = &p.ListUntil
+		}
+		out = append(out, part)
 	}
 	return out, nil
 }

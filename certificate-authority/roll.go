@@ -159,7 +159,8 @@ func parseKeys(text []byte) (out []crypto.Signer, err error) {
 // back. Repeated it does nothing. What signs now is a Precondition ("issuer-in-use").
 //
 // First it is put on the revocation list of the root that has signed it, so that others believe it no more either. That needs the
-// root's key, as Roll does. A root that is retired itself has a last list if its key is to be had: nobody should believe it any more.
+// root's key, as Roll does. Retiring does not wait for it: without the key the list lacks it, as Parts tells, until somebody brings the
+// key (RollList). A root that is retired itself has a last list if its key is to be had: nobody should believe it any more.
 func (a *Authority) Retire(id string, rootKeys []byte) error {
 	for _, r := range Roots() {
 		if l := a.line(r); l.has(id) {
@@ -198,10 +199,9 @@ func (l *line) retire(id string, rootKeys []byte) error {
 		key, err := rootKey(root, rootKeys)
 		if err == nil {
 			err = l.signList(root, key, id)
-		} else if root.name == id && errors.Is(err, errRootKey) {
-			err = nil
 		}
-		if err != nil {
+		// Whoever has stolen an issuing key must not have it until the root's was fetched from where it is safe.
+		if err != nil && !errors.Is(err, errRootKey) {
 			return err
 		}
 	}
@@ -320,6 +320,11 @@ type Part struct {
 	// good, "ended" and "retired".
 	State string
 	Key   bool // its key can be used: an issuing one is not retired, a root's is in the folder
+
+	// ListUntil is until when a root's revocation list is good; zero for one without, and for an issuing certificate, whose list is made
+	// when it is asked for. Lacks is how many certificates a believed root has signed that are retired and not on its list.
+	ListUntil time.Time
+	Lacks     int
 }
 
 // Parts lists all of them, oldest first, roots before what issues under them.
@@ -341,14 +346,26 @@ func (a *Authority) Parts() []Part {
 			return "believed"
 		}
 		for i, root := range l.roots {
-			p := Part{r, "root", root.name, root.cert.NotBefore, root.cert.NotAfter, state(root.cert, root.cert == by.root, root.retired), root.keyed}
+			p := Part{
+				Root: r, Kind: "root", ID: root.name, Since: root.cert.NotBefore, Until: root.cert.NotAfter,
+				State: state(root.cert, root.cert == by.root, root.retired), Key: root.keyed,
+			}
+			if root.list != nil {
+				p.ListUntil = root.list.NextUpdate
+			}
+			if p.State != "retired" && p.State != "ended" {
+				p.Lacks = len(l.lacks(root))
+			}
 			if p.State == "believed" && slices.IndexFunc(l.roots, func(o anchor) bool { return o.cert == by.root }) < i {
 				p.State = "announced"
 			}
 			out = append(out, p)
 			for _, s := range l.issuers {
 				if s.root == root.cert {
-					out = append(out, Part{r, "issuing", s.name, s.issuing.NotBefore, s.issuing.NotAfter, state(s.issuing, s.name == by.name, s.key == nil), s.key != nil})
+					out = append(out, Part{
+						Root: r, Kind: "issuing", ID: s.name, Since: s.issuing.NotBefore, Until: s.issuing.NotAfter,
+						State: state(s.issuing, s.name == by.name, s.key == nil), Key: s.key != nil,
+					})
 				}
 			}
 		}

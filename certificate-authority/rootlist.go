@@ -85,8 +85,9 @@ func (l *line) signList(root anchor, key crypto.Signer, id string) error {
 		}
 	}
 	for _, c := range l.revoked(root, id) {
-		if !slices.ContainsFunc(entries, func(e x509.RevocationListEntry) bool { return e.SerialNumber.Cmp(c.SerialNumber) == 0 }) {
-			// Why is not known: as a matter of course, or since somebody else has the key.
+		if !lists(entries, c) {
+			// Why is not known: as a matter of course, or since somebody else has the key. Since when, for one that the list lacked, is not
+			// either: who believed it until now is told that he may not.
 			entries = append(entries, x509.RevocationListEntry{SerialNumber: c.SerialNumber, RevocationTime: now.Add(-listBackdate)})
 		}
 	}
@@ -95,6 +96,17 @@ func (l *line) signList(root anchor, key crypto.Signer, id string) error {
 		return err
 	}
 	return writeSecret(root.listFile, der)
+}
+
+// lacks is what a root has signed and is retired, and its list does not have: its key was not there.
+func (l *line) lacks(root anchor) []*x509.Certificate {
+	return slices.DeleteFunc(l.revoked(root, ""), func(c *x509.Certificate) bool {
+		return root.list != nil && lists(root.list.RevokedCertificateEntries, c)
+	})
+}
+
+func lists(entries []x509.RevocationListEntry, c *x509.Certificate) bool {
+	return slices.ContainsFunc(entries, func(e x509.RevocationListEntry) bool { return e.SerialNumber.Cmp(c.SerialNumber) == 0 })
 }
 
 // signLists is signList for several roots, whose keys are in the folder or among those given. All that can be are signed; the error
@@ -112,15 +124,30 @@ func (l *line) signLists(roots []anchor, rootKeys []byte) (first error) {
 	return first
 }
 
-// due are the believed roots whose list is to be made. A root without one whose key is not in the folder is not: it is from before
-// there were such lists, and nothing that it has signed names one.
+// due are the believed roots whose list is to be made: it ends soon, or lacks something. A root without one whose key is not in the
+// folder, and under which nothing was retired, is not: it is from before there were such lists, and nothing that it has signed names
+// one.
 func (l *line) due(now time.Time) []anchor {
 	return slices.DeleteFunc(l.anchors(now), func(r anchor) bool {
-		return r.list == nil && !r.keyed || r.list != nil && r.list.NextUpdate.Sub(now) >= rootListRenew
+		switch {
+		case len(l.lacks(r)) > 0:
+			return false
+		case r.list == nil:
+			return !r.keyed
+		}
+		return r.list.NextUpdate.Sub(now) >= rootListRenew
 	})
 }
 
-// renewLists makes the lists of roots that have none yet, or whose last one ends soon. An error is also that the key which is needed
+// listsDue is how many lists of roots are to be made, which the hub does by itself where it has the key.
+func (a *Authority) listsDue(now time.Time) (n int) {
+	for _, l := range *a.lines.Load() {
+		n += len(l.due(now))
+	}
+	return n
+}
+
+// renewLists makes the lists of roots that have none yet, lack something, or end soon. An error is also that the key which is needed
 // is not in the folder.
 func (a *Authority) renewLists(now time.Time) error {
 	var all error
@@ -130,7 +157,7 @@ func (a *Authority) renewLists(now time.Time) error {
 		}
 		err := a.change(r, func(l line) error { return l.signLists(l.due(now), nil) })
 		if errors.Is(err, errRootKey) {
-			err = fmt.Errorf("the list of the %s root ends within 30 days (coaphub ca renew-list): %w", r, err)
+			err = fmt.Errorf("the list of the %s root lacks what was retired, or ends within 30 days (coaphub ca renew-list %s --root-key FILE): %w", r, r, err)
 		}
 		all = errors.Join(all, err)
 	}

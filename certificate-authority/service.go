@@ -154,7 +154,10 @@ func NewService(
 		s.use.responders = []string{base + StatusPath}
 	}
 	if reg != nil {
-		reg.MustRegister(s.fleet, s.issued, s.enrolled, s.questions)
+		reg.MustRegister(s.fleet, s.issued, s.enrolled, s.questions, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "coaphub_root_lists_due",
+			Help: "Roots whose revocation list lacks what was retired, or ends within 30 days. Above 0 for hours: their keys are offline. coaphub ca list shows which; bring the key: coaphub ca renew-list --root-key FILE.",
+		}, func() float64 { return float64(a.listsDue(time.Now())) }))
 	}
 	for serial, err := range docs.FindKeys(ctx, collCertificates, indexRevoked) {
 		if err != nil {
