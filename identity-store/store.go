@@ -331,7 +331,7 @@ func (s *Store) finish(ctx context.Context, doc store.Doc) error {
 		return s.release(ctx, dev, rec, doc.Rev)
 	case registered:
 		if rec.Stopping {
-			return s.endCommands(ctx, dev)
+			return s.setApart(ctx, dev)
 		}
 	case free:
 	}
