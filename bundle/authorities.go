@@ -17,19 +17,25 @@ type AuthorityPart struct {
 	Until time.Time `json:"until"`
 	State string    `json:"state"` // in use, announced, believed, ended, retired
 	Key   bool      `json:"key"`   // its key can be used here
+
+	// ListUntil is until when a root's revocation list is good; nil for one without, and for an issuing certificate, whose list is made when
+	// it is asked for. ListLacks is how many certificates were retired that are not on it: its key was not there.
+	ListUntil *time.Time `json:"listUntil,omitempty"`
+	ListLacks int        `json:"listLacks,omitempty"`
 }
 
 // RollRequest is one step of rolling an authority over.
 type RollRequest struct {
 	Which string `json:"which"`
-	// Step is issuing, root or finish.
+	// Step is issuing, root, finish or list.
 	Step string `json:"step"`
 	// RootKey is PEM, for a root whose key is not in the data folder. It is used once and not kept.
 	RootKey string `json:"rootKey,omitempty"`
 }
 
 type retireRequest struct {
-	ID string `json:"id"`
+	ID      string `json:"id"`
+	RootKey string `json:"rootKey,omitempty"` // as RollRequest has it
 }
 
 type forgetRequest struct {
@@ -40,7 +46,13 @@ type forgetRequest struct {
 func (a *assembly) authorities(context.Context, struct{}) ([]AuthorityPart, error) {
 	var out []AuthorityPart
 	for _, p := range a.authority.Parts() {
-		out = append(out, AuthorityPart{string(p.Root), p.Kind, p.ID, p.Since, p.Until, p.State, p.Key})
+		part := AuthorityPart{
+			Root: string(p.Root), Kind: p.Kind, ID: p.ID, Since: p.Since, Until: p.Until, State: p.State, Key: p.Key, ListLacks: p.Lacks,
+		}
+		if !p.ListUntil.IsZero() {
+			part.ListUntil = &p.ListUntil
+		}
+		out = append(out, part)
 	}
 	return out, nil
 }
@@ -52,7 +64,7 @@ func (a *assembly) roll(ctx context.Context, q RollRequest) ([]AuthorityPart, er
 }
 
 func (a *assembly) retire(ctx context.Context, q retireRequest) ([]AuthorityPart, error) {
-	return a.rolled(ctx, func() error { return a.authority.Retire(q.ID) })
+	return a.rolled(ctx, func() error { return a.authority.Retire(q.ID, []byte(q.RootKey)) })
 }
 
 // rolled makes a change of the authorities, and has the devices' door use what there is then. That is so after an error, too: what

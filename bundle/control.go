@@ -334,9 +334,10 @@ func (c *Control) Roll(ctx context.Context, q RollRequest) (as []AuthorityPart, 
 	return as, err
 }
 
-// Retire ends the belief in a root or an issuing certificate, by the ID of its key, and returns what there is then.
-func (c *Control) Retire(ctx context.Context, id string) (as []AuthorityPart, err error) {
-	err = c.call(ctx, http.MethodPost, "/ca/retire", retireRequest{id}, &as)
+// Retire ends the belief in a root or an issuing certificate, by the ID of its key, and returns what there is then. rootKey is PEM, for
+// a root whose key is not in the data folder. Without it such a root's list lacks what was retired (AuthorityPart.ListLacks).
+func (c *Control) Retire(ctx context.Context, id, rootKey string) (as []AuthorityPart, err error) {
+	err = c.call(ctx, http.MethodPost, "/ca/retire", retireRequest{id, rootKey}, &as)
 	return as, err
 }
 

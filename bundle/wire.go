@@ -128,7 +128,13 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	if a.hubID, err = hubID(ctx, a.store); err != nil {
 		return nil, err
 	}
-	if a.authority, err = certificateauthority.Open(folder.sub(keysFolder), a.hubID); err != nil {
+	lists := ""
+	at := a.http.Addr().String()
+	if own := cfg.GRPCGateway.API.HTTP.TLS && loopback(net.JoinHostPort(a.external, "0")); cfg.ExternalAddress != "" && (own || !loopback(at)) {
+		// Else nobody but this machine knows where the hub is.
+		lists = a.httpURL
+	}
+	if a.authority, err = certificateauthority.OpenWith(folder.sub(keysFolder), a.hubID, nil, lists); err != nil {
 		return nil, fmt.Errorf("certification authorities: %w", err)
 	}
 	a.documents = &withSecrets{Documents: a.store, dir: folder.sub(keysFolder)}
@@ -154,12 +160,6 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 		return nil, err
 	}
 	a.identities.Released(a.quarantine.Discard)
-	lists := ""
-	at := a.http.Addr().String()
-	if own := cfg.GRPCGateway.API.HTTP.TLS && loopback(net.JoinHostPort(a.external, "0")); cfg.ExternalAddress != "" && (own || !loopback(at)) {
-		// Else nobody but this machine knows where the hub is.
-		lists = a.httpURL
-	}
 	a.certificates, err = certificateauthority.NewService(ctx, a.authority, a.store, a.identities, lists, log.With("part", "certificate-authority"), a.registry)
 	if err != nil {
 		return nil, fmt.Errorf("certification authorities: %w", err)

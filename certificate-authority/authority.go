@@ -46,7 +46,8 @@ const (
 type Authority struct {
 	hubID hub.DeviceID
 	dir   string
-	keys  Keys // nil: issuing keys are in dir
+	keys  Keys   // nil: issuing keys are in dir
+	lists string // as usage.lists, for what the roots sign
 
 	changing sync.Mutex // held by who changes dir
 	lines    atomic.Pointer[map[Root]line]
@@ -66,11 +67,12 @@ type Keys interface {
 // Open loads the authorities kept in dir (created with 0700 when missing) for the hub whose ID is hubID, a UUID. What is
 // missing on a first start, or after a first start that was cut short, is made; what is there is never replaced. Files that
 // are damaged, do not belong together, or can be read by others are an error that names the file.
-func Open(dir string, hubID string) (*Authority, error) { return OpenWith(dir, hubID, nil) }
+func Open(dir string, hubID string) (*Authority, error) { return OpenWith(dir, hubID, nil, "") }
 
 // OpenWith is Open with issuing keys that are elsewhere; nil: they are in dir. A key that is in a file all the same, since it was
-// made before the others were, is used until another takes its place.
-func OpenWith(dir string, hubID string, keys Keys) (*Authority, error) {
+// made before the others were, is used until another takes its place. What the roots sign from now on names their revocation lists
+// below base, as NewService has it; "": it names none.
+func OpenWith(dir string, hubID string, keys Keys, base string) (*Authority, error) {
 	id, err := hub.ParseDeviceID(hubID)
 	if err != nil {
 		return nil, fmt.Errorf("hub ID %q of the certification authority: %w", hubID, err)
@@ -79,9 +81,12 @@ func OpenWith(dir string, hubID string, keys Keys) (*Authority, error) {
 		return nil, err
 	}
 	a := &Authority{hubID: id, dir: dir, keys: keys}
+	if base != "" {
+		a.lists = base + ListsPath
+	}
 	lines := make(map[Root]line)
 	for _, r := range Roots() {
-		if lines[r], err = openLine(dir, r, id, keys); err != nil {
+		if lines[r], err = openLine(dir, r, id, keys, a.lists); err != nil {
 			return nil, err
 		}
 	}

@@ -52,10 +52,10 @@ func (v *vault) Key(c *x509.Certificate) (crypto.Signer, error) {
 // Issuing keys may be in a module: their certificates are files without them, and everything is signed there.
 func TestIssuingKeysElsewhere(t *testing.T) {
 	dir, v := filepath.Join(t.TempDir(), "ca"), &vault{}
-	if _, err := OpenWith(dir, testHub, v); err != nil {
+	if _, err := OpenWith(dir, testHub, v, ""); err != nil {
 		t.Fatal(err)
 	}
-	a, err := OpenWith(dir, testHub, v)
+	a, err := OpenWith(dir, testHub, v, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -90,7 +90,7 @@ func TestIssuingKeysElsewhere(t *testing.T) {
 		t.Errorf("the device issuing key has signed %d times, want a certificate and a list", v.held[0].signed)
 	}
 	for what, keys := range map[string]Keys{"no module": nil, "another module": &vault{}, "a module that errs": liar{}} {
-		if _, err := OpenWith(dir, testHub, keys); err == nil || !strings.Contains(err.Error(), "device-issuing.pem") {
+		if _, err := OpenWith(dir, testHub, keys, ""); err == nil || !strings.Contains(err.Error(), "device-issuing.pem") {
 			t.Errorf("%s: %v, want an error that names the file", what, err)
 		}
 	}
@@ -106,7 +106,7 @@ func (liar) Key(*x509.Certificate) (crypto.Signer, error) { return newECDSA() }
 func TestIssuingKeysInFilesGoOn(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "ca")
 	open(t, dir)
-	a, err := OpenWith(dir, testHub, &vault{})
+	a, err := OpenWith(dir, testHub, &vault{}, "")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -35,6 +35,9 @@ type anchor struct {
 	file    string
 	keyed   bool // its key is in the file
 	retired bool
+
+	listFile string
+	list     *x509.RevocationList // its newest; nil: there is none
 }
 
 // signer is an issuing certificate and its root. The root's own key is read when it is used, and not kept in memory.
@@ -105,7 +108,8 @@ func (l *line) chain(now time.Time) [][]byte {
 
 // A line's files are a certificate and its key each: device-root.pem and device-issuing.pem, and with a number those that take their
 // place: device-issuing-2.pem. So a change is one file that is there or is not, and an operator can take a root's key out of its
-// file and the hub goes on. Of what is retired the certificate stays, in device-issuing.retired.pem: its leaves are told by it.
+// file and the hub goes on. Of what is retired the certificate stays, in device-issuing.retired.pem: its leaves are told by it. A root's
+// revocation list is in device-root.crl.
 
 func pairFile(dir string, r Root, kind string, n int, end string) string {
 	name := string(r) + "-" + kind
@@ -115,7 +119,7 @@ func pairFile(dir string, r Root, kind string, n int, end string) string {
 	return filepath.Join(dir, name+end)
 }
 
-const liveEnd, retiredEnd = ".pem", ".retired.pem"
+const liveEnd, retiredEnd, listEnd = ".pem", ".retired.pem", ".crl"
 
 // pair is what such a file has.
 type pair struct {
@@ -169,7 +173,7 @@ func readPairs(dir string, r Root, kind string) ([]pair, error) {
 
 // openLine loads or makes the line of r. The root's file is written first and the issuing one after it, each atomically, so a
 // start that is cut short leaves a root without issuing certificate, which the next start completes.
-func openLine(dir string, r Root, hubID hub.DeviceID, keys Keys) (line, error) {
+func openLine(dir string, r Root, hubID hub.DeviceID, keys Keys, lists string) (line, error) {
 	var l line
 	roots, err := readPairs(dir, r, "root")
 	if err != nil {
@@ -201,7 +205,14 @@ func openLine(dir string, r Root, hubID hub.DeviceID, keys Keys) (line, error) {
 		if err != nil {
 			return l, err
 		}
-		l.roots = append(l.roots, anchor{p.cert, cross, nameOf(p.cert.RawSubjectPublicKeyInfo), p.file, p.key != nil, p.retired})
+		root := anchor{
+			cert: p.cert, cross: cross, name: nameOf(p.cert.RawSubjectPublicKeyInfo), file: p.file, keyed: p.key != nil, retired: p.retired,
+			listFile: pairFile(dir, r, "root", i+1, listEnd),
+		}
+		if root.list, err = readRootList(root.listFile, root.cert); err != nil {
+			return l, err
+		}
+		l.roots = append(l.roots, root)
 	}
 	if len(issuers) == 0 {
 		p := pair{file: pairFile(dir, r, "issuing", 1, liveEnd)}
@@ -209,7 +220,7 @@ func openLine(dir string, r Root, hubID hub.DeviceID, keys Keys) (line, error) {
 		if under.key == nil {
 			return l, fmt.Errorf("%s is missing and %s has no key to make it: restore one of them from a backup", p.file, under.file)
 		}
-		if p.cert, p.key, err = makeIssuing(p.file, r, 1, hubID, under.cert, under.key, keys); err != nil {
+		if p.cert, p.key, err = makeIssuing(p.file, r, 1, hubID, under.cert, under.key, keys, lists); err != nil {
 			return l, err
 		}
 		issuers = []pair{p}
@@ -270,13 +281,13 @@ func readCross(file string, root *x509.Certificate) (*x509.Certificate, error) {
 
 // makeIssuing makes the issuing certificate of a line's file n under a root, and its key where keys are.
 func makeIssuing(
-	file string, r Root, n int, hubID hub.DeviceID, root *x509.Certificate, rootKey crypto.Signer, keys Keys,
+	file string, r Root, n int, hubID hub.DeviceID, root *x509.Certificate, rootKey crypto.Signer, keys Keys, lists string,
 ) (*x509.Certificate, crypto.Signer, error) {
 	key, err := newIssuingKey(r, keys)
 	if err != nil {
 		return nil, nil, err
 	}
-	cert, err := newIssuing(r, n, hubID, root, rootKey, key.Public())
+	cert, err := newIssuing(r, n, hubID, root, rootKey, key.Public(), lists)
 	if err != nil {
 		return nil, nil, fmt.Errorf("make the %s issuing certificate: %w", r, err)
 	}

@@ -199,7 +199,7 @@ func TestStatusWhileKeysAreRolledOver(t *testing.T) {
 			t.Errorf("of an unrecorded one at %s: %d, %v", by.issuing.Subject, got, err)
 		}
 	}
-	if err := o.a.Retire(old.name); err != nil {
+	if err := o.a.Retire(old.name, nil); err != nil {
 		t.Fatal(err)
 	}
 	var re ocsp.ResponseError

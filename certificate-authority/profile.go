@@ -87,9 +87,7 @@ func (s signer) signKey(key crypto.PublicKey, name string, validity time.Duratio
 		OCSPServer:            use.responders,
 		ExtraExtensions:       use.extra,
 	}
-	if use.lists != "" {
-		t.CRLDistributionPoints = []string{use.lists + s.name}
-	}
+	t.CRLDistributionPoints = listOf(use.lists, s.issuing)
 	for _, h := range hosts {
 		if ip, err := netip.ParseAddr(h); err == nil {
 			t.IPAddresses = append(t.IPAddresses, net.IP(ip.WithZone("").AsSlice()))
@@ -107,6 +105,14 @@ func (s signer) signKey(key crypto.PublicKey, name string, validity time.Duratio
 		}
 	}
 	return create(t, s.issuing, key, s.key)
+}
+
+// listOf is where the revocation list of an issuer is, below lists; nil if that is "".
+func listOf(lists string, issuer *x509.Certificate) []string {
+	if lists == "" {
+		return nil
+	}
+	return []string{lists + nameOf(issuer.RawSubjectPublicKeyInfo)}
 }
 
 // newRoot makes a root's key and self-signed certificate. It signs issuing certificates, which sign leaves, and once the root that
@@ -127,13 +133,14 @@ func newRoot(r Root, hubID hub.DeviceID) (*x509.Certificate, crypto.Signer, erro
 }
 
 // newCross makes a certificate of a new root by the one before it.
-func newCross(root, before *x509.Certificate, beforeKey crypto.Signer) (*x509.Certificate, error) {
+func newCross(root, before *x509.Certificate, beforeKey crypto.Signer, lists string) (*x509.Certificate, error) {
 	t, err := authorityTemplate(root.Subject.CommonName, rootYears)
 	if err != nil {
 		return nil, err
 	}
 	t.NotBefore, t.NotAfter = later(root.NotBefore, before.NotBefore), earlier(root.NotAfter, before.NotAfter)
 	t.MaxPathLen = 1
+	t.CRLDistributionPoints = listOf(lists, before)
 	t.AuthorityKeyId = before.SubjectKeyId // crypto/x509 leaves it out of what has its issuer's name; OpenSSL would take it for self-signed
 	return create(t, before, root.PublicKey, beforeKey)
 }
@@ -141,7 +148,7 @@ func newCross(root, before *x509.Certificate, beforeKey crypto.Signer) (*x509.Ce
 // newIssuing makes the certificate of the key that signs leaves under root, the nth of r. Each has a name of its own: a revocation
 // list is of an issuer's name (RFC 5280, Section 5).
 func newIssuing(
-	r Root, n int, hubID hub.DeviceID, root *x509.Certificate, rootKey crypto.Signer, key crypto.PublicKey,
+	r Root, n int, hubID hub.DeviceID, root *x509.Certificate, rootKey crypto.Signer, key crypto.PublicKey, lists string,
 ) (*x509.Certificate, error) {
 	name := fmt.Sprintf("coaphub %s issuing %s", r, hubID)
 	if n > 1 {
@@ -153,6 +160,7 @@ func newIssuing(
 	}
 	t.NotBefore, t.NotAfter = later(t.NotBefore, root.NotBefore), earlier(t.NotAfter, root.NotAfter)
 	t.MaxPathLenZero = true
+	t.CRLDistributionPoints = listOf(lists, root)
 	return create(t, root, key, rootKey)
 }
 

@@ -27,6 +27,8 @@ const (
 	RollRoot Step = "root"
 	// RollFinish makes an issuing certificate under the new root, which signs from then on.
 	RollFinish Step = "finish"
+	// RollList changes no key: it makes the revocation lists of the roots anew, before the last ones end.
+	RollList Step = "list"
 )
 
 var (
@@ -43,8 +45,11 @@ var (
 func (a *Authority) Roll(r Root, step Step, rootKeys []byte) error {
 	return a.change(r, func(l line) error {
 		n, by := len(l.issuers)+1, l.signer()
-		if step == RollRoot {
+		switch step {
+		case RollRoot:
 			return a.addRoot(r, l, rootKeys)
+		case RollList:
+			return l.signLists(l.anchors(time.Now()), rootKeys)
 		}
 		under := l.rootOf(by)
 		switch step {
@@ -54,7 +59,7 @@ func (a *Authority) Roll(r Root, step Step, rootKeys []byte) error {
 				return hub.NewError(hub.Precondition, "roll-not-begun", "there is no new root: make one (coaphub ca roll --root), and give devices time to learn it")
 			}
 		default:
-			return hub.NewError(hub.Invalid, "roll-unknown", "the steps are issuing, root and finish")
+			return hub.NewError(hub.Invalid, "roll-unknown", "the steps are issuing, root, finish and list")
 		}
 		if len(l.believed(time.Now())) >= maxIssuers {
 			return hub.NewError(hub.Precondition, "issuers-limit", "too many issuing certificates are believed at a time: retire old ones (coaphub ca retire)")
@@ -63,7 +68,10 @@ func (a *Authority) Roll(r Root, step Step, rootKeys []byte) error {
 		if err != nil {
 			return err
 		}
-		_, _, err = makeIssuing(pairFile(a.dir, r, "issuing", n, liveEnd), r, n, a.hubID, under.cert, key, a.keys)
+		if err := l.signList(under, key, ""); err != nil { // who brought the key does not have to again for long
+			return err
+		}
+		_, _, err = makeIssuing(pairFile(a.dir, r, "issuing", n, liveEnd), r, n, a.hubID, under.cert, key, a.keys, a.lists)
 		return err
 	})
 }
@@ -82,15 +90,21 @@ func (a *Authority) addRoot(r Root, l line, rootKeys []byte) error {
 	if err != nil {
 		return fmt.Errorf("make the %s root: %w", r, err)
 	}
-	cross, err := newCross(cert, old.cert, oldKey)
+	cross, err := newCross(cert, old.cert, oldKey, a.lists)
 	if err != nil {
+		return err
+	}
+	if err := l.signList(old, oldKey, ""); err != nil {
 		return err
 	}
 	n := len(l.roots) + 1
 	if err := writePair(pairFile(a.dir, r, "cross", n, liveEnd), cross, nil); err != nil { // first: nobody asks for it without its root
 		return err
 	}
-	return writePair(pairFile(a.dir, r, "root", n, liveEnd), cert, key)
+	if err := writePair(pairFile(a.dir, r, "root", n, liveEnd), cert, key); err != nil {
+		return err
+	}
+	return l.signList(anchor{cert: cert, listFile: pairFile(a.dir, r, "root", n, listEnd)}, key, "")
 }
 
 // rootOf finds the root of an issuing certificate.
@@ -143,10 +157,14 @@ func parseKeys(text []byte) (out []crypto.Signer, err error) {
 // Retire ends the belief in an issuing certificate, or in a root with all that issues under it, by the ID of its key: no device
 // comes in with what it has signed. Its key is destroyed, where it is in a file, and its certificate kept. It cannot be taken
 // back. Repeated it does nothing. What signs now is a Precondition ("issuer-in-use").
-func (a *Authority) Retire(id string) error {
+//
+// First it is put on the revocation list of the root that has signed it, so that others believe it no more either. That needs the
+// root's key, as Roll does. Retiring does not wait for it: without the key the list lacks it, as Parts tells, until somebody brings the
+// key (RollList). A root that is retired itself has a last list if its key is to be had: nobody should believe it any more.
+func (a *Authority) Retire(id string, rootKeys []byte) error {
 	for _, r := range Roots() {
 		if l := a.line(r); l.has(id) {
-			return a.change(r, func(l line) error { return l.retire(id) })
+			return a.change(r, func(l line) error { return l.retire(id, rootKeys) })
 		}
 	}
 	return hub.NewError(hub.NotFound, "issuer-unknown", "there is no such issuer; coaphub ca list shows those there are")
@@ -157,7 +175,7 @@ func (l *line) has(id string) bool {
 		slices.ContainsFunc(l.issuers, func(s signer) bool { return s.name == id })
 }
 
-func (l *line) retire(id string) error {
+func (l *line) retire(id string, rootKeys []byte) error {
 	var files []string
 	by := l.signer()
 	for _, s := range l.issuers {
@@ -172,6 +190,19 @@ func (l *line) retire(id string) error {
 	for _, root := range l.roots { // behind its issuers: one that is believed has a root that is
 		if root.name == id && !root.retired {
 			files = append(files, root.file)
+		}
+	}
+	for _, root := range l.roots {
+		if root.retired || len(l.revoked(root, id)) == len(l.revoked(root, "")) {
+			continue
+		}
+		key, err := rootKey(root, rootKeys)
+		if err == nil {
+			err = l.signList(root, key, id)
+		}
+		// Whoever has stolen an issuing key must not have it until the root's was fetched from where it is safe.
+		if err != nil && !errors.Is(err, errRootKey) {
+			return err
 		}
 	}
 	for _, file := range files {
@@ -247,6 +278,9 @@ func (a *Authority) ForgetRootKeys(r Root, safe []byte) error {
 			if !slices.ContainsFunc(keys, func(k crypto.Signer) bool { return samePublic(k, root.cert) }) {
 				return errRootKeyWrong
 			}
+			if err := l.signLists([]anchor{root}, nil); err != nil { // the last for long
+				return err
+			}
 			if err := writePair(root.file, root.cert, nil); err != nil {
 				return err
 			}
@@ -265,7 +299,7 @@ func (a *Authority) change(r Root, to func(line) error) error {
 	}
 	// What was written before an error counts: the next start would find it, too.
 	err = to(l)
-	if l, readErr := openLine(a.dir, r, a.hubID, a.keys); readErr == nil {
+	if l, readErr := openLine(a.dir, r, a.hubID, a.keys, a.lists); readErr == nil {
 		next := maps.Clone(*a.lines.Load())
 		next[r] = l
 		a.lines.Store(&next)
@@ -286,6 +320,11 @@ type Part struct {
 	// good, "ended" and "retired".
 	State string
 	Key   bool // its key can be used: an issuing one is not retired, a root's is in the folder
+
+	// ListUntil is until when a root's revocation list is good; zero for one without, and for an issuing certificate, whose list is made
+	// when it is asked for. Lacks is how many certificates a believed root has signed that are retired and not on its list.
+	ListUntil time.Time
+	Lacks     int
 }
 
 // Parts lists all of them, oldest first, roots before what issues under them.
@@ -307,14 +346,26 @@ func (a *Authority) Parts() []Part {
 			return "believed"
 		}
 		for i, root := range l.roots {
-			p := Part{r, "root", root.name, root.cert.NotBefore, root.cert.NotAfter, state(root.cert, root.cert == by.root, root.retired), root.keyed}
+			p := Part{
+				Root: r, Kind: "root", ID: root.name, Since: root.cert.NotBefore, Until: root.cert.NotAfter,
+				State: state(root.cert, root.cert == by.root, root.retired), Key: root.keyed,
+			}
+			if root.list != nil {
+				p.ListUntil = root.list.NextUpdate
+			}
+			if p.State != "retired" && p.State != "ended" {
+				p.Lacks = len(l.lacks(root))
+			}
 			if p.State == "believed" && slices.IndexFunc(l.roots, func(o anchor) bool { return o.cert == by.root }) < i {
 				p.State = "announced"
 			}
 			out = append(out, p)
 			for _, s := range l.issuers {
 				if s.root == root.cert {
-					out = append(out, Part{r, "issuing", s.name, s.issuing.NotBefore, s.issuing.NotAfter, state(s.issuing, s.name == by.name, s.key == nil), s.key != nil})
+					out = append(out, Part{
+						Root: r, Kind: "issuing", ID: s.name, Since: s.issuing.NotBefore, Until: s.issuing.NotAfter,
+						State: state(s.issuing, s.name == by.name, s.key == nil), Key: s.key != nil,
+					})
 				}
 			}
 		}

@@ -122,12 +122,12 @@ func TestRollIssuing(t *testing.T) {
 		}
 	}
 
-	wantCode(t, "retiring what signs", o.a.Retire(now.name), hub.Precondition, "issuer-in-use")
-	wantCode(t, "retiring the root", o.a.Retire(o.a.line(Device).roots[0].name), hub.Precondition, "issuer-in-use")
-	wantCode(t, "retiring what is not there", o.a.Retire(testHub), hub.NotFound, "issuer-unknown")
+	wantCode(t, "retiring what signs", o.a.Retire(now.name, nil), hub.Precondition, "issuer-in-use")
+	wantCode(t, "retiring the root", o.a.Retire(o.a.line(Device).roots[0].name, nil), hub.Precondition, "issuer-in-use")
+	wantCode(t, "retiring what is not there", o.a.Retire(testHub, nil), hub.NotFound, "issuer-unknown")
 	key := read(t, o.a.dir, "device-issuing.pem")
 	for range 2 {
-		if err := o.a.Retire(old.name); err != nil {
+		if err := o.a.Retire(old.name, nil); err != nil {
 			t.Error(err)
 		}
 	}
@@ -247,7 +247,7 @@ func TestRollRoot(t *testing.T) {
 	o.start(open(t, o.a.dir))
 	believed("after a restart", old, overlap[1])
 
-	if err := o.a.Retire(nameOf(old.RawSubjectPublicKeyInfo)); err != nil {
+	if err := o.a.Retire(nameOf(old.RawSubjectPublicKeyInfo), nil); err != nil {
 		t.Fatal(err)
 	}
 	for _, when := range []string{"at once", "after a restart"} {

@@ -3,6 +3,7 @@ package certificateauthority
 import (
 	"cmp"
 	"context"
+	"crypto"
 	"crypto/cipher"
 	"crypto/rand"
 	"crypto/x509"
@@ -153,7 +154,10 @@ func NewService(
 		s.use.responders = []string{base + StatusPath}
 	}
 	if reg != nil {
-		reg.MustRegister(s.fleet, s.issued, s.enrolled, s.questions)
+		reg.MustRegister(s.fleet, s.issued, s.enrolled, s.questions, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "coaphub_root_lists_due",
+			Help: "Roots whose revocation list lacks what was retired, or ends within 30 days. Above 0 for hours: their keys are offline. coaphub ca list shows which; bring the key: coaphub ca renew-list --root-key FILE.",
+		}, func() float64 { return float64(a.listsDue(time.Now())) }))
 	}
 	for serial, err := range docs.FindKeys(ctx, collCertificates, indexRevoked) {
 		if err != nil {
@@ -161,10 +165,11 @@ func NewService(
 		}
 		s.revoked[serial] = struct{}{}
 	}
+	s.renewRootLists(ctx)
 	return s, nil
 }
 
-// Run removes what has ended from the ledger, now and then, until ctx ends. The error is always nil.
+// Run removes what has ended from the ledger, and renews the roots' revocation lists, now and then, until ctx ends. The error is always nil.
 func (s *Service) Run(ctx context.Context, ready func()) error {
 	ready()
 	tick := time.NewTicker(sweepEvery)
@@ -179,6 +184,7 @@ func (s *Service) Run(ctx context.Context, ready func()) error {
 		case <-first.C:
 			s.measure(ctx)
 		case <-tick.C:
+			s.renewRootLists(ctx)
 			if err := s.sweep(ctx); err != nil && ctx.Err() == nil {
 				s.log.WarnContext(ctx, "certificates that have ended could not be removed from the ledger, trying again", "error", err)
 			}
@@ -186,6 +192,13 @@ func (s *Service) Run(ctx context.Context, ready func()) error {
 		case <-ctx.Done():
 			return nil
 		}
+	}
+}
+
+// renewRootLists has the roots' lists renewed in time. Without one the hub goes on: it does not need them itself.
+func (s *Service) renewRootLists(ctx context.Context) {
+	if err := s.a.renewLists(time.Now()); err != nil {
+		s.log.WarnContext(ctx, "a root's revocation list cannot be renewed", "error", err)
 	}
 }
 
@@ -546,9 +559,16 @@ func (s *Service) mayHave(ctx context.Context, spki []byte) error {
 
 // List returns the revocation list of an issuer, DER (RFC 5280, Section 5): what it has signed and was revoked before its time, as
 // long as it would have been good. It is at most ten minutes old, or newer than the newest revocation, and good for a day. NotFound
-// for an issuer that is not ours, or was retired: nothing that it has signed is good.
+// for an issuer that is not ours, or was retired: nothing that it has signed is good. A root's list has the issuing certificates
+// that were retired, and is good for a year; NotFound, too, for one that has none yet ("root-list-missing").
 func (s *Service) List(ctx context.Context, issuer string) ([]byte, error) {
 	const op = "certificateauthority.List"
+	if root, ok := s.a.root(issuer); ok {
+		if root.list == nil {
+			return nil, errNoRootList.With(op, nil)
+		}
+		return root.list.Raw, nil
+	}
 	by, ok := s.a.issuer(issuer)
 	if !ok {
 		return nil, hub.NewError(hub.NotFound, "issuer-unknown", "there is no such issuer").With(op, nil)
@@ -562,7 +582,7 @@ func (s *Service) List(ctx context.Context, issuer string) ([]byte, error) {
 	if last.der != nil && now.Sub(last.made) < listAge {
 		return last.der, nil
 	}
-	der, err := s.newList(ctx, by, now)
+	der, err := s.newListOf(ctx, by, now)
 	if err != nil && last.der != nil && now.Sub(last.made) < listValid/2 { // it has all that was revoked
 		s.log.WarnContext(ctx, "no new revocation list can be made, the last one goes on", "error", err)
 		return last.der, nil
@@ -600,12 +620,12 @@ func (s *Service) ListOf(ctx context.Context, issuer []byte, serial *big.Int) ([
 	return s.List(ctx, name)
 }
 
-func (s *Service) newList(ctx context.Context, by signer, now time.Time) ([]byte, error) {
+func (s *Service) newListOf(ctx context.Context, by signer, now time.Time) ([]byte, error) {
 	number, err := s.nextNumber(ctx, by.name, now)
 	if err != nil {
 		return nil, err
 	}
-	t := &x509.RevocationList{Number: big.NewInt(number), ThisUpdate: now.Add(-listBackdate), NextUpdate: now.Add(listValid)}
+	var entries []x509.RevocationListEntry
 	for doc, err := range s.docs.Find(ctx, collCertificates, indexRevoked) {
 		if err != nil {
 			return nil, err
@@ -621,21 +641,33 @@ func (s *Service) newList(ctx context.Context, by signer, now time.Time) ([]byte
 		if e.Issuer != by.name && e.How != hub.Unrecorded { // of which nobody knows who has signed it
 			continue
 		}
-		t.RevokedCertificateEntries = append(t.RevokedCertificateEntries, x509.RevocationListEntry{
+		entries = append(entries, x509.RevocationListEntry{
 			// As much earlier as the list: nothing on it may be later than that (RFC 5280, Sections 5.1.2.4 and 5.1.2.6), and what is
 			// on one list at a time is on all of them at that time.
 			SerialNumber: serial, RevocationTime: e.Revoked.Add(-listBackdate), ReasonCode: int(e.Reason),
 		})
 	}
-	der, err := x509.CreateRevocationList(rand.Reader, t, by.issuing, by.key)
+	return newList(by.issuing, by.key, number, entries, now, listValid)
+}
+
+// newList signs a revocation list.
+func newList(
+	by *x509.Certificate, key crypto.Signer, number int64, entries []x509.RevocationListEntry, now time.Time, valid time.Duration,
+) ([]byte, error) {
+	der, err := x509.CreateRevocationList(rand.Reader, &x509.RevocationList{
+		Number: big.NewInt(number), ThisUpdate: now.Add(-listBackdate), NextUpdate: now.Add(valid), RevokedCertificateEntries: entries,
+	}, by, key)
 	if err != nil {
 		return nil, fmt.Errorf("sign the list: %w", err)
 	}
 	return der, nil
 }
 
-// nextNumber numbers the lists, each higher than the one before (RFC 5280, Section 5.2.3): by the clock, so that it is so after a
-// backup was restored, too.
+// numberAfter numbers the lists of an issuer, each higher than the one before (RFC 5280, Section 5.2.3): by the clock, so that it is
+// so after a backup was restored, too.
+func numberAfter(last int64, now time.Time) int64 { return max(last+1, now.Unix()) }
+
+// nextNumber is the number of an issuer's next list.
 func (s *Service) nextNumber(ctx context.Context, issuer string, now time.Time) (int64, error) {
 	for {
 		doc, err := s.docs.Get(ctx, collLists, issuer)
@@ -648,7 +680,7 @@ func (s *Service) nextNumber(ctx context.Context, issuer string, now time.Time) 
 				return 0, &hub.Error{Kind: hub.Internal, Code: "data-damaged", Text: "the number of the revocation lists is damaged", Err: err}
 			}
 		}
-		n = max(n+1, now.Unix())
+		n = numberAfter(n, now)
 		_, err = s.docs.Put(ctx, collLists, store.Doc{Key: issuer, Value: strconv.AppendInt(nil, n, 10), Rev: doc.Rev})
 		if !hub.IsKind(err, hub.Conflict) {
 			return n, err

@@ -167,7 +167,7 @@ func (p *peer) Refused(req *coap.Message) {
 // from any goroutine, and more than once.
 func (p *peer) close() {
 	if p.closing.CompareAndSwap(false, true) {
-		time.AfterFunc(closeDelay, func() { p.conn.Close(coap.ErrAnswered) })
+		p.conn.CloseAnswered(closeDelay)
 	}
 }
 

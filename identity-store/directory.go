@@ -22,4 +22,7 @@ type Directory interface {
 	// CancelCommands ends commands of a device and returns their IDs. Denied for a device that is not owner's, NotFound if
 	// there is nothing to cancel.
 	CancelCommands(ctx context.Context, owner hub.Owner, dev hub.DeviceID, pick hub.CommandPick, user, connection string) ([]string, error)
+	// EndSession ends the session of a device that is online: no write of it that comes after this returned is stored. Denied for a device
+	// that is not owner's.
+	EndSession(ctx context.Context, owner hub.Owner, dev hub.DeviceID, user string) error
 }

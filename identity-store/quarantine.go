@@ -2,6 +2,7 @@ package identitystore
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"github.com/coaphub/coaphub/hub"
@@ -12,8 +13,9 @@ import (
 func (s *Store) Released(f func(context.Context, hub.DeviceID) error) { s.frees = f }
 
 // Quarantine lets a device in, but keeps it apart until Enable: its session ends, so that the next one is another kind, its
-// commands end, and further ones are refused. The owner "" is an operator. NotFound for a device that is not the owner's. A
-// device that is in quarantine stays as it was. After trouble of the store it is kept apart all the same, until the next start.
+// commands end, and further ones are refused. Once this returned without an error, nothing that it has on its way to the directory is
+// stored any more. The owner "" is an operator. NotFound for a device that is not the owner's. A device that is in quarantine stays as
+// it was. After trouble of the store it is kept apart all the same, until the next start.
 func (s *Store) Quarantine(ctx context.Context, dev hub.DeviceID, owner hub.Owner, user, reason string) error {
 	if len(reason) > maxReason {
 		return errReason.With("identity.Quarantine", nil)
@@ -43,7 +45,7 @@ func (s *Store) Quarantine(ctx context.Context, dev hub.DeviceID, owner hub.Owne
 	if err := s.settle(ctx, dev); err != nil {
 		return err
 	}
-	return s.endCommandsInTurn(ctx, dev)
+	return s.separateInTurn(ctx, dev)
 }
 
 // free forgets that a device is in quarantine, and has forgotten what was kept of it. s.deciding is held.
@@ -63,16 +65,17 @@ func (s *Store) free(ctx context.Context, dev hub.DeviceID, apart bool) error {
 	return nil
 }
 
-// endCommands ends the commands of a device in quarantine, whose record says so until it is done.
-func (s *Store) endCommands(ctx context.Context, dev hub.DeviceID) error {
+// separate ends, with the directory, the commands and the session of a device in quarantine, whose record says so until it is done.
+func (s *Store) separate(ctx context.Context, dev hub.DeviceID) error {
 	s.deciding.Lock()
 	defer s.deciding.Unlock()
-	return s.endCommandsInTurn(ctx, dev)
+	return s.separateInTurn(ctx, dev)
 }
 
-// endCommandsInTurn is endCommands. s.deciding is held.
-func (s *Store) endCommandsInTurn(ctx context.Context, dev hub.DeviceID) error {
-	if err := s.cancel(ctx, dev, ""); err != nil {
+// separateInTurn is separate. s.deciding is held.
+func (s *Store) separateInTurn(ctx context.Context, dev hub.DeviceID) error {
+	// Not one after the other's error: neither needs the other.
+	if err := errors.Join(s.cancel(ctx, dev, ""), s.endSession(ctx, dev)); err != nil {
 		return err
 	}
 	return s.decide(ctx, dev, func(rec *record) (bool, error) {
@@ -80,6 +83,19 @@ func (s *Store) endCommandsInTurn(ctx context.Context, dev hub.DeviceID) error {
 		rec.Stopping = false
 		return was, nil
 	})
+}
+
+// endSession ends the session of a device with the directory: the gateways, which were told before, begin none that writes there, but
+// may have looked before that and write yet.
+func (s *Store) endSession(ctx context.Context, dev hub.DeviceID) error {
+	rec, _, err := s.get(ctx, dev)
+	if err != nil {
+		return err
+	}
+	if err := s.dir.EndSession(ctx, rec.Owner, dev, "hub"); err != nil && !hub.IsKind(err, hub.Denied) { // as in cancel
+		return trouble("end the device's session", err)
+	}
+	return nil
 }
 
 // cancel ends all commands of a device, if it is the owner's, and whosever it is with "".

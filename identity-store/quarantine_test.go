@@ -42,8 +42,8 @@ func TestQuarantine(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if len(*told) != 2 || (*told)[0] != lamp || len(dir.cancelled) != 2 {
-		t.Errorf("told %v, cancelled of %v", *told, dir.cancelled)
+	if len(*told) != 2 || (*told)[0] != lamp || len(dir.cancelled) != 2 || len(dir.ended) != 2 {
+		t.Errorf("told %v, cancelled of %v, ended %v", *told, dir.cancelled, dir.ended)
 	}
 	for _, s := range []*Store{s, newStore(t, docs, dir)} {
 		if g, is := s.Quarantined(lamp); !is || g != 1 {
@@ -128,25 +128,39 @@ func TestQuarantineEndsWithTheOwner(t *testing.T) {
 	wantAccess(t, newStore(t, docs, dir), lamp, bob, hub.AccessAdmitted)
 }
 
-// Commands that could not be ended at once are ended later, also after a restart.
-func TestCommandsEndAfterTrouble(t *testing.T) {
+// Commands, or a session, that could not be ended at once are ended later, also after a restart; of the two one does not wait for the
+// other.
+func TestCommandsAndSessionEndAfterTrouble(t *testing.T) {
 	t.Parallel()
-	docs, dir := storetest.NewMemory(), newDirectory()
-	s := newStore(t, docs, dir)
-	signUp(t, s, lamp, alice)
-	dir.cancel = func(hub.DeviceID) error { return &hub.Error{Kind: hub.Unavailable} }
-	wantKind(t, s.Quarantine(t.Context(), lamp, alice, "alice", ""), hub.Unavailable, "")
-	if _, is := s.Quarantined(lamp); !is {
-		t.Error("it is not in quarantine")
+	away := func(hub.DeviceID) error { return &hub.Error{Kind: hub.Unavailable} }
+	for name, c := range map[string]struct{ cancel, end func(hub.DeviceID) error }{
+		"commands": {away, nil}, "session": {nil, away}, "both": {away, away},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			docs, dir := storetest.NewMemory(), newDirectory()
+			s := newStore(t, docs, dir)
+			signUp(t, s, lamp, alice)
+			dir.cancel, dir.end = c.cancel, c.end
+			wantKind(t, s.Quarantine(t.Context(), lamp, alice, "alice", ""), hub.Unavailable, "")
+			if _, is := s.Quarantined(lamp); !is {
+				t.Error("it is not in quarantine")
+			}
+			if done := len(dir.cancelled) + len(dir.ended); (done == 1) != (c.cancel == nil || c.end == nil) {
+				t.Errorf("cancelled %v, ended %v", dir.cancelled, dir.ended)
+			}
+			if c.cancel != nil {
+				wantKind(t, s.Enable(t.Context(), lamp, alice), hub.Unavailable, "")
+			}
+			dir.cancel, dir.end, dir.cancelled, dir.ended = nil, nil, nil, nil
+			s = newStore(t, docs, dir)
+			for range 2 {
+				s.finishAll(t.Context())
+			}
+			if len(dir.cancelled) != 1 || len(dir.ended) != 1 {
+				t.Errorf("cancelled %d times, ended %d times", len(dir.cancelled), len(dir.ended))
+			}
+			wantAccess(t, s, lamp, alice, hub.AccessQuarantined)
+		})
 	}
-	wantKind(t, s.Enable(t.Context(), lamp, alice), hub.Unavailable, "")
-	dir.cancel = nil
-	s = newStore(t, docs, dir)
-	for range 2 {
-		s.finishAll(t.Context())
-	}
-	if len(dir.cancelled) != 1 {
-		t.Errorf("cancelled %d times", len(dir.cancelled))
-	}
-	wantAccess(t, s, lamp, alice, hub.AccessQuarantined)
 }

@@ -50,7 +50,8 @@ type record struct {
 	Pin        string    `json:"pin,omitempty"`
 	User       string    `json:"user,omitempty"` // who asked for the step under way
 	Disabled   *mark     `json:"disabled,omitempty"`
-	// Quarantined says that what the device writes is kept apart; Stopping, with it, that its commands have not ended yet.
+	// Quarantined says that what the device writes is kept apart; Stopping, with it, that its commands and its session have
+	// not ended yet.
 	Quarantined *mark `json:"quarantined,omitempty"`
 	Stopping    bool  `json:"stopping,omitempty"`
 	// Unannounced says that whether the device is let in changed, which others who share the documents were not told yet: see changes.

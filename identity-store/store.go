@@ -363,7 +363,7 @@ func (s *Store) finish(ctx context.Context, doc store.Doc) error {
 		return s.release(ctx, dev, rec, doc.Rev)
 	case registered:
 		if rec.Stopping {
-			if err := s.endCommands(ctx, dev); err != nil {
+			if err := s.separate(ctx, dev); err != nil {
 				return err
 			}
 		}

@@ -39,6 +39,8 @@ type directory struct {
 	registered int
 	cancel     func(hub.DeviceID) error
 	cancelled  []hub.DeviceID
+	end        func(hub.DeviceID) error
+	ended      []hub.DeviceID
 }
 
 func newDirectory() *directory {
@@ -75,6 +77,21 @@ func (d *directory) CancelCommands(
 	}
 	d.cancelled = append(d.cancelled, dev)
 	return nil, &hub.Error{Kind: hub.NotFound}
+}
+
+func (d *directory) EndSession(_ context.Context, owner hub.Owner, dev hub.DeviceID, _ string) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.end != nil {
+		if err := d.end(dev); err != nil {
+			return err
+		}
+	}
+	if d.owner[dev] != owner {
+		return &hub.Error{Kind: hub.Denied}
+	}
+	d.ended = append(d.ended, dev)
+	return nil
 }
 
 func (d *directory) Unregister(_ context.Context, own hub.Ownership, _ string) error {

@@ -286,7 +286,14 @@ func TestApart(t *testing.T) {
 		if d := w.device(one, dev); d.Metadata.Connection.Online {
 			t.Error("it is online after its sign-out")
 		}
-		last := w.signIn(one, "gw-1", dev, "conn-3")
+		fenced := w.signIn(one, "gw-1", dev, "conn-3")
+		wantKind(t, two.c.EndSession(ctx, bob, dev, "hub"), hub.Denied, "")
+		w.must(two.c.EndSession(ctx, alice, dev, "hub"))
+		if err := one.c.Notify(ctx, fenced.stamp(), []hub.Change{value("/light", 9)}); !hub.IsKind(err, hub.Precondition) {
+			t.Errorf("a session that was ended writes: %v", err)
+		}
+		w.must(one.c.Offline(ctx, fenced.stamp()))
+		last := w.signIn(one, "gw-1", dev, "conn-4")
 		w.must(two.c.Unregister(ctx, own(dev, alice, 1), "user-1"))
 		if why := last.end.why(t); why != "deleted" {
 			t.Errorf("the session is closed for %q", why)

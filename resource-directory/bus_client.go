@@ -300,6 +300,12 @@ func (c *Client) Unregister(ctx context.Context, own hub.Ownership, user string)
 	return err
 }
 
+// EndSession implements what an identity store needs.
+func (c *Client) EndSession(ctx context.Context, owner hub.Owner, dev hub.DeviceID, user string) error {
+	_, err := change(ctx, c, callEndSession, dev, endSessionAsked{owner, dev, user})
+	return err
+}
+
 // CancelCommands implements what doors need. It is not repeated when no answer came: it would say that there was nothing to cancel.
 func (c *Client) CancelCommands(
 	ctx context.Context, owner hub.Owner, dev hub.DeviceID, pick hub.CommandPick, user, connection string,

@@ -17,6 +17,7 @@ const (
 	callSignIn         = bus.Method[signInAsked, hub.Session]("rd.signIn")
 	callAbandon        = bus.Method[abandoned, struct{}]("rd.abandon")
 	callSignOut        = bus.Method[hub.Stamp, struct{}]("rd.signOut")
+	callEndSession     = bus.Method[endSessionAsked, struct{}]("rd.endSession")
 	callOffline        = bus.Method[hub.Stamp, struct{}]("rd.offline")
 	callPublish        = bus.Method[publishAsked, []hub.Link]("rd.publish")
 	callUnpublish      = bus.Method[unpublishAsked, []hub.Href]("rd.unpublish")
@@ -51,6 +52,11 @@ type (
 	abandoned struct {
 		Device     hub.DeviceID
 		Connection string
+	}
+	endSessionAsked struct {
+		Owner  hub.Owner
+		Device hub.DeviceID
+		User   string
 	}
 	publishAsked struct {
 		From  hub.Stamp
@@ -221,6 +227,9 @@ func (d *Directory) servers() *servers {
 	})
 	handle(w, callAbandon, func(ctx context.Context, q abandoned) error { return d.do(ctx, abandon(q.Device, q.Connection)) })
 	handle(w, callSignOut, d.SignOut)
+	handle(w, callEndSession, func(ctx context.Context, q endSessionAsked) error {
+		return d.EndSession(ctx, q.Owner, q.Device, q.User)
+	})
 	handle(w, callOffline, d.Offline)
 	bus.Handle(w, callPublish, func(ctx context.Context, q publishAsked) ([]hub.Link, error) { return d.Publish(ctx, q.From, q.Links) })
 	bus.Handle(w, callUnpublish, func(ctx context.Context, q unpublishAsked) ([]hub.Href, error) {

@@ -352,6 +352,14 @@ func TestDirectoryAgainstAModel(t *testing.T) {
 					m.current, m.online, m.twin = false, false, m.began()
 				}
 			},
+			"session ended": func(rt *rapid.T) {
+				if m.owner == "" || !m.online {
+					return
+				}
+				h.must(h.d.EndSession(ctx, m.owner, lamp, "hub"))
+				m.end(rt, hub.CommandUnavailable, sent)
+				m.current, m.online, m.twin = false, false, m.began()
+			},
 			"twin": func(rt *rapid.T) {
 				x, valid := someSession()
 				to := rapid.SampledFrom([]hub.TwinState{hub.TwinSyncing, hub.TwinInSync}).Draw(rt, "state")

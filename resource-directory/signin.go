@@ -70,14 +70,39 @@ func (d *Directory) SignOut(ctx context.Context, from hub.Stamp) error {
 			// Something else was stored under this number or a later one; the session goes on until a new number ends it.
 			return nil, hub.NewError(hub.Precondition, "message-number-old", "the message number was used before")
 		}
-		meta := s.offline()
-		return append(s.endBound(s.seq+1), hub.Event{
-			Kind: hub.MetadataUpdated, Session: s.seq + 1, Message: from.Message, Connection: meta.Connection.ID,
-			User: from.User, Metadata: &meta,
-		}), nil
+		return s.signedOut(from), nil
 	}
 	r.stored = func(w *worker) { w.detach(from.Device, from.Session) }
 	return d.do(ctx, r)
+}
+
+// EndSession ends the session of a device that is online, and records OFFLINE: no write of it that comes after this returned is stored.
+// To close its connection is the caller's, and so is what becomes of its commands that do not end with it. Denied for a device that is
+// not owner's. A device that is offline stays as it is: what its last session wrote came before that.
+func (d *Directory) EndSession(ctx context.Context, owner hub.Owner, dev hub.DeviceID, user string) error {
+	var session uint64
+	r := &request{dev: dev, op: "directory.EndSession", fresh: true}
+	r.decide = func(s *state, _ int64) ([]hub.Event, error) {
+		session = s.session
+		switch {
+		case owner == "" || s.owner != owner:
+			return nil, errNotYours
+		case !s.meta.Connection.Online:
+			return nil, nil
+		}
+		return s.signedOut(hub.Stamp{User: user}), nil
+	}
+	r.stored = func(w *worker) { w.detach(dev, session) }
+	return d.do(ctx, r)
+}
+
+// signedOut ends the session by a commit that is of another, which nobody has.
+func (s *state) signedOut(from hub.Stamp) []hub.Event {
+	meta := s.offline()
+	return append(s.endBound(s.seq+1), hub.Event{
+		Kind: hub.MetadataUpdated, Session: s.seq + 1, Message: from.Message, Connection: meta.Connection.ID,
+		User: from.User, Metadata: &meta,
+	})
 }
 
 // Offline records that the session's connection ended; an older session's is ignored without error. If the store is away, the

@@ -3,6 +3,7 @@ package resourcedirectory
 import (
 	"context"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -164,6 +165,73 @@ func TestSignOutEndsTheSession(t *testing.T) {
 		t.Errorf("signing out closed the connection: %s", r) // it stays open (compat, 5)
 	default:
 	}
+}
+
+// A session can be ended without it: what it has on its way is not stored any more, and a session after it writes as ever.
+func TestEndSession(t *testing.T) {
+	h := open(t)
+	x := h.registered(lamp)
+	h.must(x.notify(value("/light", 1)))
+	wantKind(t, h.d.EndSession(t.Context(), bob, lamp, "hub"), hub.Denied, "")
+	wantKind(t, h.d.EndSession(t.Context(), "", lamp, "hub"), hub.Denied, "")
+	h.must(x.notify(value("/light", 2)))
+	for range 2 {
+		h.must(h.d.EndSession(t.Context(), alice, lamp, "hub"))
+		h.restart()
+	}
+	wantKind(t, x.notify(value("/light", 3)), hub.Precondition, "session-superseded")
+	wantKind(t, h.d.SignOut(t.Context(), x.stamp()), hub.Precondition, "session-superseded")
+	h.must(h.d.Offline(t.Context(), x.stamp()))
+	h.expect(lamp, "registered", "meta 0 online out-of-sync", "changed 0 /light 1 1", "changed 1 /light 1 2", "meta 1 offline out-of-sync")
+	y := h.signIn(lamp, alice, 1, "conn-1")
+	h.must(y.notify(value("/light", 3)))
+	h.must(h.d.Offline(t.Context(), y.stamp()))
+	h.must(h.d.EndSession(t.Context(), alice, lamp, "hub")) // it has gone by itself: there is nothing to tell
+	h.expect(lamp, "registered", "meta 0 online out-of-sync", "changed 0 /light 1 1", "changed 1 /light 1 2", "meta 1 offline out-of-sync",
+		"meta 2 online out-of-sync", "changed 2 /light 1 3", "meta 3 offline out-of-sync")
+}
+
+// That is so among its writes, too, of which many are stored at a time: those before it are, and those after it are not.
+func TestEndSessionAmongWrites(t *testing.T) {
+	t.Parallel()
+	f := &fake{}
+	h := open(t, faked(f))
+	x := h.registered(lamp)
+	hold, held := make(chan struct{}), make(chan struct{})
+	f.set(func(f *fake) {
+		f.append = func(ctx context.Context, entries []store.Entry) []error {
+			f.set(func(f *fake) { f.append = nil })
+			close(held)
+			<-hold
+			return f.Store.Append(ctx, entries)
+		}
+	})
+	var wait sync.WaitGroup
+	var errs []*error
+	ask := func(do func() error) {
+		err, before := new(error), h.waiting()
+		errs = append(errs, err)
+		wait.Go(func() { *err = do() })
+		h.eventually("the request waits", func() bool { return h.waiting() > before })
+	}
+	// The first append is held on another device of the same worker, so that the next requests collect in this order.
+	ask(func() error { return h.d.Register(t.Context(), own(sameWorker(h.d, lamp), alice, 1), "") })
+	<-held
+	write := func(v int) {
+		from := x.stamp()
+		ask(func() error { return h.d.Notify(t.Context(), from, []hub.Change{value("/light", v)}) })
+	}
+	write(1)
+	ask(func() error { return h.d.EndSession(t.Context(), alice, lamp, "hub") })
+	write(2)
+	close(hold)
+	wait.Wait()
+	for _, err := range errs[:3] {
+		h.must(*err)
+	}
+	wantKind(t, *errs[3], hub.Precondition, "session-superseded")
+	wantKind(t, x.notify(value("/light", 3)), hub.Precondition, "session-superseded")
+	h.expect(lamp, "registered", "meta 0 online out-of-sync", "changed 0 /light 1 1", "meta 1 offline out-of-sync")
 }
 
 func TestTwinStates(t *testing.T) {

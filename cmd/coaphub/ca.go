@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -70,7 +71,7 @@ func newCA(p process) *cobra.Command {
 	issue.Flags().StringVar(&device, "device-id", "", "the device's ID, a UUID")
 	issue.Flags().StringVar(&out, "out", "", "folder for the files")
 	issue.Flags().StringVar(&validity, "validity", conf.FormatDuration(365*24*time.Hour), "how long the certificate lasts")
-	return group("ca", "The hub's own certification authorities", root, issue, newCAList(p), newCARoll(p), newCARetire(p), newCAExport(p))
+	return group("ca", "The hub's own certification authorities", root, issue, newCAList(p), newCARoll(p), newCARetire(p), newCARenewList(p), newCAExport(p))
 }
 
 var whichRoots = []string{"device", "https", "internal"}
@@ -128,12 +129,9 @@ func newCARoll(p process) *cobra.Command {
 			case finish:
 				q.Step = "finish"
 			}
-			if keyFile != "" {
-				text, err := os.ReadFile(keyFile)
-				if err != nil {
-					return fmt.Errorf("read the root's key: %w", err)
-				}
-				q.RootKey = string(text)
+			var err error
+			if q.RootKey, err = readRootKey(keyFile); err != nil {
+				return err
 			}
 			c, err := control(cmd)
 			if err != nil {
@@ -145,41 +143,112 @@ func newCARoll(p process) *cobra.Command {
 	}
 	cmd.Flags().BoolVar(&newRoot, "root", false, "make a new root, and only announce it")
 	cmd.Flags().BoolVar(&finish, "finish", false, "sign under the new root from now on")
-	cmd.Flags().StringVar(&keyFile, "root-key", "", "what coaphub ca export-root has written, when the root's key is not in the data folder")
+	rootKeyFlag(cmd, &keyFile)
 	return cmd
 }
 
-func newCARetire(p process) *cobra.Command {
-	return &cobra.Command{
-		Use:   "retire ID",
-		Short: "End the belief in a root or an issuing certificate: nobody comes in with what it has signed",
-		Long: "retire ends the belief in an issuing certificate that another has taken the place of, or in a root with all that issues under it.\n" +
-			"Sessions that stand on what it has signed end, and its key is destroyed. It cannot be taken back.",
-		Args: exactly(1),
+func rootKeyFlag(cmd *cobra.Command, file *string) {
+	cmd.Flags().StringVar(file, "root-key", "", "what coaphub ca export-root has written, when the root's key is not in the data folder")
+}
+
+// readRootKey reads the file of --root-key, if there is one.
+func readRootKey(file string) (string, error) {
+	if file == "" {
+		return "", nil
+	}
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return "", fmt.Errorf("read the root's key: %w", err)
+	}
+	return string(text), nil
+}
+
+func newCARenewList(p process) *cobra.Command {
+	var keyFile string
+	cmd := &cobra.Command{
+		Use:   "renew-list [device|https|internal]",
+		Short: "Sign a root's revocation list anew",
+		Long: "renew-list makes the list of the issuing certificates that were retired anew, good for a year. While the root's key is in the data\n" +
+			"folder the hub does that itself; else it warns in its log when the list ends within 30 days, or lacks what was retired meanwhile.",
+		Example:   "  coaphub ca renew-list --root-key root-key.pem",
+		Args:      between(0, 1),
+		ValidArgs: whichRoots,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			key, err := readRootKey(keyFile)
+			if err != nil {
+				return err
+			}
 			c, err := control(cmd)
 			if err != nil {
 				return err
 			}
-			as, err := c.Retire(cmd.Context(), args[0])
+			as, err := c.Roll(cmd.Context(), bundle.RollRequest{Which: whichRoot(args), Step: "list", RootKey: key})
 			return printAuthorities(p, as, err)
 		},
 	}
+	rootKeyFlag(cmd, &keyFile)
+	return cmd
+}
+
+func newCARetire(p process) *cobra.Command {
+	var keyFile string
+	cmd := &cobra.Command{
+		Use:   "retire ID",
+		Short: "End the belief in a root or an issuing certificate: nobody comes in with what it has signed",
+		Long: "retire ends the belief in an issuing certificate that another has taken the place of, or in a root with all that issues under it.\n" +
+			"Sessions that stand on what it has signed end, and its key is destroyed. It cannot be taken back.\n\n" +
+			"An issuing certificate is put on the revocation list of its root, too, for those who verify devices besides the hub. That needs the\n" +
+			"root's key. If it is far away, retire without it: the hub believes nothing of it from then on, and the list has it with renew-list.",
+		Example: "  coaphub ca retire ID\n  coaphub ca retire ID --root-key root-key.pem",
+		Args:    exactly(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			key, err := readRootKey(keyFile)
+			if err != nil {
+				return err
+			}
+			c, err := control(cmd)
+			if err != nil {
+				return err
+			}
+			as, err := c.Retire(cmd.Context(), args[0], key)
+			return printAuthorities(p, as, err)
+		},
+	}
+	rootKeyFlag(cmd, &keyFile)
+	return cmd
 }
 
 func printAuthorities(p process, as []bundle.AuthorityPart, err error) error {
 	if err != nil {
 		return err
 	}
-	t := newTable(p.out, "ROOT", "KIND", "ID", "SINCE", "UNTIL", "STATE", "KEY")
+	t := newTable(p.out, "ROOT", "KIND", "ID", "SINCE", "UNTIL", "STATE", "KEY", "LIST UNTIL")
 	for _, a := range as {
-		key := "-"
+		key, list := "-", "-"
 		if a.Key {
 			key = "here"
 		}
-		t.row(a.Root, a.Kind, a.ID, a.Since.Local().Format(time.DateOnly), a.Until.Local().Format(time.DateOnly), a.State, key)
+		switch {
+		case a.ListUntil != nil:
+			list = a.ListUntil.Local().Format(time.DateOnly)
+		case a.Kind == "issuing" && a.Key:
+			list = "always" // it is made when somebody asks
+		}
+		if a.ListLacks > 0 {
+			list += ", lacks " + strconv.Itoa(a.ListLacks)
+		}
+		t.row(a.Root, a.Kind, a.ID, a.Since.Local().Format(time.DateOnly), a.Until.Local().Format(time.DateOnly), a.State, key, list)
 	}
-	return t.finish(p.err, nil)
+	if err := t.finish(p.err, nil); err != nil {
+		return err
+	}
+	for _, a := range as {
+		if a.ListLacks > 0 {
+			_, _ = fmt.Fprintf(p.err, "warning: the revocation list of the %s root %s lacks what was retired (%d): this hub believes none of it, but who goes by "+
+				"that list does.\nBring the root's key: coaphub ca renew-list %s --root-key FILE\n", a.Root, a.ID, a.ListLacks, a.Root)
+		}
+	}
+	return nil
 }
 
 func newCAExport(p process) *cobra.Command {
@@ -190,7 +259,7 @@ func newCAExport(p process) *cobra.Command {
 		Short: "Write a root's certificate and private key into a file, to be kept offline",
 		Long: "export-root writes a root's certificate and private key, PEM, into a new file. Whoever has it can make himself every device, and the\n" +
 			"hub: keep it where nobody gets at it. With --remove the key leaves the data folder once the file was written and read back. The hub\n" +
-			"goes on without; coaphub ca roll --root-key FILE needs it.",
+			"goes on without; roll and, once a year and after retire, renew-list need it (--root-key FILE).",
 		Args:      between(0, 1),
 		ValidArgs: whichRoots,
 		RunE: func(cmd *cobra.Command, args []string) error {

@@ -16,6 +16,7 @@ func TestCA(t *testing.T) {
 	t.Parallel()
 	h := hubtest.Start(t)
 	on := func(args string) result { return runs(t, append(strings.Fields(args), "--data", h.Data)...) }
+	nextYear := "20[0-9-]{8}" // until when a list is good
 	keys := filepath.Join(t.TempDir(), "root-key.pem")
 	inFolder := func() bool {
 		b, err := os.ReadFile(filepath.Join(h.Data, "keys", "device-root.pem"))
@@ -77,20 +78,32 @@ func TestCA(t *testing.T) {
 	h.Onboard(t, lamp)
 	on("ca roll").want(t, exitFailure, "^$", "--root-key.*root-key-missing")
 	on("ca roll --root-key "+keys+".4").want(t, exitFailure, "^$", "no such file")
-	on("ca roll --root-key "+keys).want(t, 0, "(?m)^ROOT +KIND +ID +SINCE +UNTIL +STATE +KEY\ndevice +root +.* in use +-\ndevice +issuing .* believed +here\ndevice +issuing .* in use +here\n", "^$")
+	on("ca roll --root-key "+keys).want(t, 0, "(?m)^ROOT +KIND +ID +SINCE +UNTIL +STATE +KEY +LIST UNTIL\ndevice +root +.* in use +- +"+nextYear+"\ndevice +issuing .* believed +here +always\ndevice +issuing .* in use +here +always\n", "^$")
+	_, former := parts()
+	on("ca retire --root-key "+keys+".4 "+former["issuing believed"]).want(t, exitFailure, "^$", "no such file")
+	lacks := "^warning: the revocation list of the device root " + former["root in use"] + " lacks what was retired \\(1\\).*\n" +
+		"Bring the root's key: coaphub ca renew-list device --root-key FILE\n$"
+	for _, args := range []string{"ca retire " + former["issuing believed"], "ca list"} {
+		on(args).want(t, 0, "(?m)^device +root .* in use +- +"+nextYear+", lacks 1\ndevice +issuing .* retired +- +-$", lacks)
+	}
+	on("ca renew-list").want(t, exitFailure, "^$", "--root-key.*root-key-missing")
+	on("ca renew-list device --root-key "+keys).want(t, 0, "(?m)^device +root .* in use +- +"+nextYear+"\n", "^$")
+	on("ca roll --root-key "+keys).want(t, 0, "^ROOT ", "^$")
+	_, former = parts()
+	on("ca retire --root-key "+keys+" "+former["issuing believed"]).want(t, 0, "(?m)^device +issuing .* retired +- +-\ndevice .* in use +here +always$", "^$")
 	root := on("ca root").out
-	on("ca roll --root --root-key "+keys).want(t, 0, "announced +here", "^$")
+	on("ca roll --root --root-key "+keys).want(t, 0, "announced +here +"+nextYear, "^$")
 	if both := on("ca root").out; !strings.HasPrefix(both, root) || strings.Count(both, "BEGIN CERTIFICATE") != 2 {
 		t.Errorf("the roots are %s", both)
 	}
-	on("ca roll --finish").want(t, 0, "(?m)^device +root .* believed +-$", "^$")
+	on("ca roll --finish").want(t, 0, "(?m)^device +root .* believed +- +"+nextYear+"$", "^$")
 	got, ids := parts()
-	if want := "root believed, issuing believed, issuing believed, root in use, issuing in use"; strings.Join(got, ", ") != want {
+	if want := "root believed, issuing retired, issuing retired, issuing believed, root in use, issuing in use"; strings.Join(got, ", ") != want {
 		t.Errorf("there are %q, want %q", got, want)
 	}
 	on("ca retire "+ids["root in use"]).want(t, exitFailure, "^$", "issuer-in-use")
 	h.Restart(t)
-	on("ca retire "+ids["root believed"]).want(t, 0, "(?m)^device +root .* retired +-$", "^$")
+	on("ca retire "+ids["root believed"]).want(t, 0, "(?m)^device +root .* retired +- +"+nextYear+"$", "^$")
 	if after := on("ca root").out; after == root || strings.Count(after, "BEGIN CERTIFICATE") != 1 {
 		t.Errorf("the root is %s", after)
 	}

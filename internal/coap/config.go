@@ -92,7 +92,7 @@ type Config struct {
 	// MaxSilence ends a session whose peer has said nothing for so long. Default 25 h, so that a device may report once a
 	// day.
 	MaxSilence time.Duration
-	// Linger is how long a session that was ended by an answer (Response.Close) still repeats that answer to duplicates of
+	// Linger is how long a session that was ended by an answer (Response.Close, Conn.CloseAnswered) still repeats that to duplicates of
 	// the request. Default 10 s.
 	Linger time.Duration
 

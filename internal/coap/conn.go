@@ -75,6 +75,8 @@ type Conn struct {
 	working      bool
 	later        int             // answers that are made beside the worker
 	reason       error           // not nil: the connection is closing
+	ours         bool            // the reason is from Close: the peer is there
+	answered     time.Duration   // until when an answer that ends the connection has time to arrive; 0: there was none
 	ended        bool            // all is given back
 	drain        bool            // closing, but what is queued is still handled
 	outstanding  int             // requests of ours that have no answer yet
@@ -195,18 +197,32 @@ func (c *Conn) Close(err error) {
 	if err == nil {
 		err = ErrClosed
 	}
-	c.shut(err, false)
+	c.begin(err, false, true)
+}
+
+// CloseAnswered is Close after that time, with ErrAnswered, for an answer that was given or is about to be: it has this long to arrive,
+// also if Close was called for another reason before, or is meanwhile. Over UDP and DTLS duplicates of the request then get it again for
+// a while (Config.Linger).
+func (c *Conn) CloseAnswered(delay time.Duration) {
+	c.mu.Lock()
+	if c.answered == 0 {
+		c.answered = c.srv.now() + delay
+	}
+	c.mu.Unlock()
+	time.AfterFunc(delay, func() { c.Close(ErrAnswered) }) // it comes to nothing if the connection has ended
 }
 
 // shut begins the end: nothing new is handled; with drain, what is queued still is. The worker (or this call, when it is
 // idle) lets the transport finish; the wheel cuts the connection when that takes too long.
-func (c *Conn) shut(err error, drain bool) {
+func (c *Conn) shut(err error, drain bool) { c.begin(err, drain, false) }
+
+func (c *Conn) begin(err error, drain, ours bool) {
 	c.mu.Lock()
 	if c.reason != nil {
 		c.mu.Unlock()
 		return
 	}
-	c.reason, c.drain = err, drain
+	c.reason, c.drain, c.ours = err, drain, ours
 	c.srv.wheel.set(&c.timer, c.srv.cfg.CloseTimeout)
 	idle := !c.working && !c.due()
 	c.wakeReader()
@@ -216,8 +232,20 @@ func (c *Conn) shut(err error, drain bool) {
 	}
 	c.mu.Unlock()
 	if idle {
-		c.tr.finish()
+		c.finish()
 	}
+}
+
+// finish lets the transport finish: at once, or when the answer that ends the connection has had its time.
+func (c *Conn) finish() {
+	c.mu.Lock()
+	wait := c.answered - c.srv.now()
+	c.mu.Unlock()
+	if wait > 0 {
+		time.AfterFunc(wait, c.tr.finish)
+		return
+	}
+	c.tr.finish()
 }
 
 // due reports that the end is to wait for answers that are made beside the worker; mu is held.
@@ -522,7 +550,7 @@ func (c *Conn) work() {
 			c.mu.Unlock()
 			c.lose(left)
 			if closing {
-				c.tr.finish()
+				c.finish()
 			}
 			return
 		}
@@ -693,7 +721,7 @@ func (c *Conn) beside(size int, answer func(context.Context) Response, send func
 		c.later--
 		c.mu.Unlock()
 		if last {
-			c.tr.finish()
+			c.finish()
 		}
 	})
 	return true

@@ -231,6 +231,50 @@ func TestAnswerAndClose(t *testing.T) {
 	})
 }
 
+// An answer that ends the connection has its time to arrive, and arrives, also if something else ends the connection while it is made
+// or right after it; that is the reason then.
+func TestCloseAnswered(t *testing.T) {
+	const delay = 100 * time.Millisecond
+	revoked := errors.New("revoked")
+	for name, tc := range map[string]struct {
+		before, after bool
+		reason        error
+	}{
+		"nothing else":  {false, false, ErrAnswered},
+		"while it made": {true, false, revoked},
+		"right after":   {false, true, revoked},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var conn *Conn
+			var at time.Time
+			h := handlerFuncs{request: func(context.Context, *Message) Response {
+				if tc.before {
+					conn.Close(revoked)
+					<-time.After(delay / 2)
+				}
+				at = time.Now()
+				conn.CloseAnswered(delay)
+				conn.CloseAnswered(10 * delay) // the first one counts
+				return Response{Code: codes.Unauthorized, Payload: []byte("no")}
+			}}
+			bubble(t, h, nil, func(t *testing.T, s *sim) {
+				p := s.dial(t)
+				conn = <-s.conns
+				p.send(post("/a", nil))
+				wantCode(t, p.read(), codes.Unauthorized)
+				if tc.after {
+					conn.Close(revoked)
+				}
+				if m, _, err := p.next(); !errors.Is(err, io.EOF) || time.Since(at) != delay {
+					t.Errorf("%v later there is %v, %v, want the end after %v", time.Since(at), m, err, delay)
+				}
+				_ = p.Close()
+				wantReason(t, s.reason(t), tc.reason)
+			})
+		})
+	}
+}
+
 func TestCloseByHandler(t *testing.T) {
 	second := errors.New("second session")
 	bubble(t, handlerFuncs{}, nil, func(t *testing.T, s *sim) {

@@ -293,12 +293,15 @@ func (d *datagram) end() {
 	reason := c.reason
 	c.mu.Unlock()
 	c.end(reason)
+	c.mu.Lock()
+	answered := errors.Is(reason, ErrAnswered) || c.ours && c.answered != 0 // only end has waited for who answers
+	c.mu.Unlock()
 	c.srv.metrics.connections.Dec()
 	d.mu.Lock()
 	d.g.mu.Lock()
 	closing := d.g.closing
 	d.g.mu.Unlock()
-	if errors.Is(reason, ErrAnswered) && !closing && c.srv.cfg.Linger > 0 {
+	if answered && !closing && c.srv.cfg.Linger > 0 {
 		// The answer that ended the session may be lost on its way; duplicates of the request get it again.
 		d.linger = c.srv.now() + c.srv.cfg.Linger
 		d.schedule(d.linger)

@@ -12,13 +12,16 @@ import (
 	"math/big"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/google/uuid"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
+	"golang.org/x/crypto/ocsp"
 
 	"github.com/coaphub/coaphub/test/device"
 	"github.com/coaphub/coaphub/test/hubtest"
@@ -165,6 +168,8 @@ func verdict(a device.Answer) string {
 		return "in"
 	case a.Code == codes.ServiceUnavailable && strings.HasPrefix(a.String(), "5.03"):
 		return "unknown"
+	case a.Code == codes.Unauthorized && strings.HasPrefix(a.String(), `4.01 "certificate-revoked: `):
+		return "revoked"
 	}
 	return a.String()
 }
@@ -217,8 +222,134 @@ func enrolOver(t *testing.T, h *hubtest.Hub, own [2][]byte) string {
 		return err.Error()
 	case resp.StatusCode == http.StatusServiceUnavailable && strings.HasPrefix(string(body), "revocation-unknown: ") && resp.Header.Get("Retry-After") == "30":
 		return "unknown"
+	case resp.StatusCode == http.StatusUnauthorized && strings.HasPrefix(string(body), "certificate-revoked: "):
+		return "revoked"
 	case resp.StatusCode == http.StatusOK, strings.HasPrefix(string(body), "csr-name: "): // it was let in so far
 		return "in"
 	}
 	return fmt.Sprintf("%d %s", resp.StatusCode, body)
+}
+
+// statuses answers for one who made factory certificates (OCSP): what he has revoked is, and everything else is good.
+type statuses struct {
+	*maker
+	away atomic.Bool // he answers nobody
+
+	mu      sync.Mutex // guards all below
+	revoked []*big.Int
+	asked   map[string]int // how often, by serial number
+}
+
+func (s *statuses) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	body, err := io.ReadAll(r.Body)
+	if err != nil || s.away.Load() {
+		w.WriteHeader(http.StatusBadGateway)
+		return
+	}
+	q, err := ocsp.ParseRequest(body)
+	if err != nil {
+		s.t.Errorf("the hub asks %x: %v", body, err)
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.asked[q.SerialNumber.String()]++
+	answer := ocsp.Response{Status: ocsp.Good, SerialNumber: q.SerialNumber, ThisUpdate: time.Now().Add(-time.Minute), NextUpdate: time.Now().Add(time.Hour)}
+	if slices.ContainsFunc(s.revoked, func(n *big.Int) bool { return n.Cmp(q.SerialNumber) == 0 }) {
+		answer.Status, answer.RevokedAt = ocsp.Revoked, time.Now().Add(-time.Hour)
+	}
+	der, err := ocsp.CreateResponse(s.cert, s.cert, answer, s.key)
+	if err != nil {
+		s.t.Error(err)
+		return
+	}
+	_, _ = w.Write(der)
+}
+
+func serialOf(t *testing.T, chain []byte) *big.Int {
+	t.Helper()
+	block, _ := pem.Decode(chain)
+	c, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c.SerialNumber
+}
+
+// A manufacturer without lists answers for each certificate: what he has revoked does not enrol, over any transport, and is refused in
+// the handshake from then on. While he does not answer the policy decides; over the same connection a device comes in once he does.
+func TestFactoryCertificatesAreAskedFor(t *testing.T) {
+	t.Parallel()
+	for _, policy := range []string{"closed", "open"} {
+		t.Run(policy, func(t *testing.T) {
+			t.Parallel()
+			there := &statuses{maker: newMaker(t, "there"), asked: map[string]int{}}
+			away := &statuses{maker: newMaker(t, "away"), asked: map[string]int{}}
+			away.away.Store(true)
+			var sets []string
+			for name, s := range map[string]*statuses{"there": there, "away": away} {
+				srv := httptest.NewServer(s)
+				t.Cleanup(srv.Close)
+				sets = append(sets, fmt.Sprintf("{name: %s, cas: [%q], responder: %s, policy: %s}", name, s.pem, srv.URL, policy))
+			}
+			h := hubtest.Start(t, hubtest.WithConfig("enrolmentGateway.tls.caSets=["+strings.Join(sets, ", ")+"]"))
+			a := application(t, h)
+			for _, s := range []*statuses{there, away} {
+				group := fmt.Sprintf(`{"name":%q,"attestationMechanism":{"x509":{"certificateChain":%q}}}`, s.cert.Subject.CommonName, s.pem)
+				if status := a.ask(http.MethodPost, "/device-provisioning-service/api/v1/enrollment-groups", group, &struct{}{}); status != http.StatusOK {
+					t.Fatalf("the group got %d", status)
+				}
+			}
+			unknown := map[string]string{"closed": "unknown", "open": "in"}[policy]
+			for way, ask := range map[string]func([2][]byte) string{
+				"tls":   func(own [2][]byte) string { return provisionOver(t, h, transportOf("tls"), own) },
+				"dtls":  func(own [2][]byte) string { return provisionOver(t, h, transportOf("dtls"), own) },
+				"https": func(own [2][]byte) string { return enrolOver(t, h, own) },
+			} {
+				device := func(s *statuses, name string) (own [2][]byte) {
+					own[0], own[1] = s.device("serial " + name + " " + way)
+					return own
+				}
+				good, bad := device(there, "good"), device(there, "bad")
+				there.mu.Lock()
+				there.revoked = append(there.revoked, serialOf(t, bad[0]))
+				there.mu.Unlock()
+				for _, c := range []struct {
+					what, want string
+					own        [2][]byte
+				}{
+					{"good", "in", good},
+					{"good, again", "in", good},
+					{"revoked", "revoked", bad},
+					{"revoked, again", "refused in the handshake", bad},
+					{"nobody answers", unknown, device(away, "any")},
+				} {
+					if got := ask(c.own); got != c.want {
+						t.Errorf("over %s, %s: %s, want %s", way, c.what, got, c.want)
+					}
+				}
+				there.mu.Lock()
+				for what, own := range map[string][2][]byte{"good": good, "revoked": bad} {
+					if n := there.asked[serialOf(t, own[0]).String()]; n != 1 { // what is said holds for an hour
+						t.Errorf("over %s, %s: it was asked for %d times", way, what, n)
+					}
+				}
+				there.mu.Unlock()
+			}
+			if policy == "open" {
+				return
+			}
+			chain, key := away.device("serial late")
+			n, err := comes(t, h, transportOf("dtls"), chain, key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			ask := func() string { return verdict(n.step(codes.GET, provisioning+"ownership", nil)) }
+			if got := ask(); got != "unknown" {
+				t.Errorf("before there is an answer: %s", got)
+			}
+			away.away.Store(false)
+			a.until("it to come in once there is an answer", func() bool { return ask() == "in" })
+		})
+	}
 }

@@ -28,7 +28,7 @@ func TestSecurity(t *testing.T) {
 	}
 	_, text2, ok := strings.Cut(string(text), "## Putting a secret out of use\n")
 	steps := tourStep.FindAllStringSubmatch(text2, -1)
-	if !ok || len(steps) != 5 {
+	if !ok || len(steps) != 6 {
 		t.Fatalf("there are %d steps", len(steps))
 	}
 	home := t.TempDir()
@@ -104,6 +104,31 @@ func TestSecurity(t *testing.T) {
 		t.Error("nothing has taken their place")
 	}
 
+	p.run("ca", "export-root", "--remove", "--out", filepath.Join(home, "root-key.pem"))
+	files, err := filepath.Glob(filepath.Join(p.data, "keys", "device-issuing*.pem"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	files = slices.DeleteFunc(files, func(f string) bool { return strings.HasSuffix(f, ".retired.pem") })
+	if len(files) != 1 {
+		t.Fatalf("the issuing key is in %q", files)
+	}
+	issuer = inUse("issuing")
+	o = p.onboard(lamp)
+	leave = lives(t, device.Config{ID: lamp, HubAddr: "coaps+tcp://" + p.coaps(), TLS: o.tls, Provider: o.Provider}, o.Code)
+	if !eventually(t.Context(), 20*time.Second, func() bool { return p.status().Online == 1 }) {
+		t.Fatal("the device does not come with what the newest key has signed")
+	}
+	types(4, "ISSUER="+issuer, "CERT="+files[0])
+	retired(issuer)
+	if !eventually(t.Context(), 20*time.Second, func() bool { return p.status().Online == 0 }) {
+		t.Error("who has what a stolen key has signed is in")
+	}
+	leave()
+	if out := p.run("ca", "list"); strings.Contains(out, "lacks") {
+		t.Errorf("a list lacks what was retired:\n%s", out)
+	}
+
 	token := strings.TrimSpace(p.run("token"))
 	ask := func(token string) int {
 		status, _ := p.get(t.Context(), token, "/api/v1/devices")
@@ -125,7 +150,7 @@ func TestSecurity(t *testing.T) {
 	}
 	before := keys()
 	p.kill()
-	types(4)
+	types(5)
 	p = serve(t, p.data)
 	for name, old := range before {
 		if keys()[name] == old {
