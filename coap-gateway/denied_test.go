@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -120,6 +121,43 @@ func TestDeniedDeviceIsKeptOut(t *testing.T) {
 			fan.want(fan.signIn("token"), "2.04", "")
 		})
 	}
+}
+
+// While nobody knows who is let in, whoever comes is told to come again, over a connection that stands, and whoever is in stays.
+func TestNobodyKnowsWhoIsDenied(t *testing.T) {
+	t.Parallel()
+	var away atomic.Bool
+	h := start(t, func(_ *Config, deps *Deps) {
+		deps.Denied = func(hub.DeviceID, []*x509.Certificate) error {
+			if away.Load() {
+				return hub.NewError(hub.Unavailable, "identities-away", "who may come in cannot be found out now")
+			}
+			return nil
+		}
+	})
+	h.w.own(lampID, "alice")
+	h.w.own(fanID, "alice")
+	h.w.grant("token", hub.Claims{})
+	fan := h.secure(fanID)
+	fan.want(fan.signIn("token"), "2.04", "")
+	away.Store(true)
+	h.gw.EndDenied("")
+	conn, err := h.shake(t, dtls.WithCertificates(h.ca.identity(t, lampID, nil)))
+	if err != nil {
+		t.Fatalf("over DTLS: %v", err)
+	}
+	_ = conn.Close()
+	lamp := h.secure(lampID)
+	lamp.alive()
+	lamp.want(lamp.signIn("token"), "5.03", "identities-away: ")
+	lamp.awaitClosed()
+	fan.alive()
+	if n := h.w.count("offline " + string(fanID)); n > 0 {
+		t.Error("a session ended because nobody knew")
+	}
+	away.Store(false)
+	lamp = h.secure(lampID)
+	lamp.want(lamp.signIn("token"), "2.04", "")
 }
 
 // A device may be disabled between the moment it was looked at and the one its session could be found.

@@ -157,7 +157,7 @@ func (g *Gateway) EndDenied(dev hub.DeviceID) {
 	for _, s := range g.live.those(dev) {
 		err := g.deps.Denied(s.own.Device, s.chain)
 		switch {
-		case err != nil:
+		case hub.IsKind(err, hub.Denied): // not knowing it is no reason
 			code, _ := hub.Public(err)
 			s.conn.Close(closing{code})
 		case s.misplaced() && s.apart:

@@ -89,9 +89,10 @@ func (g *Gateway) admissible(chain []*x509.Certificate) error {
 	return g.letIn(dev, g.trusted.Load().pins.whole(chain))
 }
 
-// letIn refuses in the handshake whom nobody wants here.
+// letIn refuses in the handshake whom nobody wants here. While that is not known the handshake goes on: a request can be answered 5.03,
+// and a handshake that fails looks like a bad credential.
 func (g *Gateway) letIn(dev hub.DeviceID, chain []*x509.Certificate) error {
-	if err := g.deps.Denied(dev, chain); err != nil {
+	if err := g.deps.Denied(dev, chain); hub.IsKind(err, hub.Denied) {
 		return fmt.Errorf("%w: %w", coap.ErrDenied, err)
 	}
 	return nil
