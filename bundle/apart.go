@@ -4,11 +4,14 @@ import (
 	"context"
 	"os"
 
+	certificateauthority "github.com/coaphub/coaphub/certificate-authority"
 	coapgateway "github.com/coaphub/coaphub/coap-gateway"
 	grpcgateway "github.com/coaphub/coaphub/grpc-gateway"
+	"github.com/coaphub/coaphub/hub"
 	identitystore "github.com/coaphub/coaphub/identity-store"
 	"github.com/coaphub/coaphub/internal/bus"
 	"github.com/coaphub/coaphub/internal/run"
+	oauthserver "github.com/coaphub/coaphub/oauth-server"
 	resourcedirectory "github.com/coaphub/coaphub/resource-directory"
 )
 
@@ -55,10 +58,42 @@ func (a *assembly) membership() []run.Part {
 	return ps
 }
 
-// proxies is the parts that stand here for those that are reached over the bus.
-func (a *assembly) proxies() []run.Part {
+// directoryProxies is what stands here for the directory when it is asked over the bus.
+func (a *assembly) directoryProxies() []run.Part {
 	if a.remote == nil {
 		return nil
 	}
-	return []run.Part{{Name: "sessions", Run: func(ctx context.Context, ready func()) error { return a.remote.Run(ctx, ready) }}}
+	return []run.Part{{Name: "sessions", Run: a.remote.Run}}
+}
+
+// identities is what the other parts have of the identity store, likewise.
+type identities interface {
+	coapgateway.Identities
+	grpcgateway.Identities
+	certificateauthority.Owners
+	oauthserver.Ownership
+	Quarantined(dev hub.DeviceID) (generation uint64, is bool)
+	InQuarantine() []hub.DeviceID
+	Denials() []hub.Denial
+	Deny(ctx context.Context, d hub.Denial) (hub.Denial, error)
+	Undeny(ctx context.Context, of hub.DenialOf, value string) error
+	Barred(f func(hub.DeviceID))
+}
+
+// askForIdentities puts the bus between the identity store and the others.
+func (a *assembly) askForIdentities(ctx context.Context, cfg identitystore.Config) (err error) {
+	log := a.log.With("part", "identity-store")
+	if a.answers, err = a.identityStore.Serve(ctx, a.bus, log); err != nil {
+		return err
+	}
+	a.knows = identitystore.NewClient(cfg, a.bus, log)
+	a.identities = a.knows
+	return nil
+}
+
+func (a *assembly) identityProxies() []run.Part {
+	if a.knows == nil {
+		return nil
+	}
+	return []run.Part{{Name: "identity-store's bus", Run: a.answers.Run}, {Name: "identities", Run: a.knows.Run}}
 }

@@ -26,9 +26,12 @@ func (a *assembly) parts() []run.Part {
 		run.Part{Name: "audit", Run: a.audit.Run}, // ends after the doors, whose last calls it still takes
 		run.Part{Name: "resource-directory", Run: a.directories.Run},
 	)
-	ps = append(ps, a.proxies()...)
+	ps = append(ps, a.directoryProxies()...)
 	ps = append(ps,
-		run.Part{Name: "identity-store", Run: a.identities.Run},
+		run.Part{Name: "identity-store", Run: a.identityStore.Run},
+	)
+	ps = append(ps, a.identityProxies()...)
+	ps = append(ps,
 		run.Part{Name: "certificate-authority", Run: a.certificates.Run},
 	)
 	if a.provider != nil {

@@ -49,25 +49,28 @@ type assembly struct {
 	grpcAddress string // where gRPC is reached
 	first       firstLogin
 
-	store        *pebblestore.Store
-	documents    store.Documents // of the store, but secrets are files
-	authority    *certificateauthority.Authority
-	rolling      sync.Mutex // held by who changes it, until all use what there is then
-	certificates *certificateauthority.Service
-	audit        *audit.Log
-	bus          *bus.Bus       // nil: the parts call each other
-	members      []*bus.Members // of the parts that run here
-	directories  *resourcedirectory.Directory
-	remote       *resourcedirectory.Client // nil without a bus
-	directory    directory                 // one of them
-	identities   *identitystore.Store
-	quarantine   *quarantine.Store
-	provider     *oauthserver.Server // nil with external providers
-	clients      []*auth.Client      // of external providers
-	verifier     *auth.Verifier
-	psk          *preShared
-	devices      *coapgateway.Gateway
-	apps         *grpcgateway.Gateway
+	store         *pebblestore.Store
+	documents     store.Documents // of the store, but secrets are files
+	authority     *certificateauthority.Authority
+	rolling       sync.Mutex // held by who changes it, until all use what there is then
+	certificates  *certificateauthority.Service
+	audit         *audit.Log
+	bus           *bus.Bus       // nil: the parts call each other
+	members       []*bus.Members // of the parts that run here
+	directories   *resourcedirectory.Directory
+	remote        *resourcedirectory.Client // nil without a bus
+	directory     directory                 // one of them
+	identityStore *identitystore.Store
+	answers       *bus.Server           // for it; nil without a bus
+	knows         *identitystore.Client // nil without a bus
+	identities    identities            // one of them
+	quarantine    *quarantine.Store
+	provider      *oauthserver.Server // nil with external providers
+	clients       []*auth.Client      // of external providers
+	verifier      *auth.Verifier
+	psk           *preShared
+	devices       *coapgateway.Gateway
+	apps          *grpcgateway.Gateway
 
 	enrol *enrolmentgateway.Gateway
 
@@ -153,13 +156,19 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	}
 	// Former owners look for their events as long as there are any.
 	cfg.IdentityStore.Retention = max(cfg.IdentityStore.Retention, cfg.ResourceDirectory.History.Retention)
-	if a.identities, err = identitystore.New(ctx, cfg.IdentityStore, a.store, a.directory, log.With("part", "identity-store"), a.registry); err != nil {
+	if a.identityStore, err = identitystore.New(ctx, cfg.IdentityStore, a.store, a.directory, log.With("part", "identity-store"), a.registry); err != nil {
 		return nil, err
 	}
-	if a.quarantine, err = quarantine.Open(ctx, a.store, a.identities.Quarantined, a.registry); err != nil {
+	a.identities = a.identityStore
+	if a.bus != nil {
+		if err := a.askForIdentities(ctx, cfg.IdentityStore); err != nil {
+			return nil, err
+		}
+	}
+	if a.quarantine, err = quarantine.Open(ctx, a.store, a.identityStore.Quarantined, a.registry); err != nil {
 		return nil, err
 	}
-	a.identities.Released(a.quarantine.Discard)
+	a.identityStore.Released(a.quarantine.Discard)
 	a.certificates, err = certificateauthority.NewService(ctx, a.authority, a.store, a.identities, lists, log.With("part", "certificate-authority"), a.registry)
 	if err != nil {
 		return nil, fmt.Errorf("certification authorities: %w", err)
@@ -205,7 +214,7 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 	}
 	a.certificates.Ended(a.devices.EndCertificate)
 	a.identities.Barred(a.devices.EndDenied)
-	a.identities.EndCredentials(a.endCredentials)
+	a.identityStore.EndCredentials(a.endCredentials)
 	a.enrol, err = enrolmentgateway.New(cfg.EnrolmentGateway, enrolmentgateway.Deps{
 		Authority: a.certificates, Registrar: a.authority.Registrar(), Certificate: certificate, PSK: a.psk.key, EngineMetrics: engine,
 		HubID: hub.DeviceID(a.hubID), Cloud: a.cloud, Lists: folder.sub(filepath.Join(listsFolder, "enrolment")),
