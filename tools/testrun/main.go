@@ -103,7 +103,7 @@ func testAll(ctx context.Context, root, timeout string) error {
 		if dir != filepath.Clean(root) {
 			more = append(more, "-count=1") // go's cache does not see what such a module builds and runs of the product
 		}
-		if err := sum.run(ctx, dir, timeout, more...); err != nil {
+		if err := sum.run(ctx, dir, timeout, "", append(more, "./...")...); err != nil {
 			return err
 		}
 		for _, p := range want {
@@ -111,6 +111,10 @@ func testAll(ctx context.Context, root, timeout string) error {
 				leftOut = append(leftOut, p+" (did not run)")
 			}
 		}
+	}
+	// A hub whose parts are asked over a bus is to look the same from outside.
+	if err := sum.run(ctx, root, timeout, "bus", "./test/e2e"); err != nil {
+		return err
 	}
 	if ctx.Err() != nil {
 		return ctx.Err()
@@ -159,10 +163,12 @@ func packagesWithTests(ctx context.Context, dir string) ([]string, error) {
 	return strings.Fields(string(out)), nil
 }
 
-// run runs one module's tests, with more arguments, prints a line per package as it ends and the output of what failed.
-func (s *tally) run(ctx context.Context, dir, timeout string, more ...string) error {
-	cmd := exec.CommandContext(ctx, "go", append(append([]string{"test", "-race", "-json", "-timeout", timeout}, more...), "./...")...)
+// run runs tests of one module, with arguments for go test, prints a line per package as it ends and the output of what failed. wiring
+// is how the parts of the hubs are put together, as test/hubtest understands it.
+func (s *tally) run(ctx context.Context, dir, timeout, wiring string, more ...string) error {
+	cmd := exec.CommandContext(ctx, "go", append([]string{"test", "-race", "-json", "-timeout", timeout}, more...)...)
 	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), "COAPHUB_TEST_WIRING="+wiring)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
@@ -181,6 +187,9 @@ func (s *tally) run(ctx context.Context, dir, timeout string, more ...string) er
 		if json.Unmarshal(lines.Bytes(), &e) != nil {
 			fmt.Println(lines.Text()) // not JSON: the go command's own words
 			continue
+		}
+		if wiring != "" && e.Package != "" {
+			e.Package += " over the " + wiring
 		}
 		s.take(e)
 	}
