@@ -95,7 +95,7 @@ func (a *assembly) onboard(ctx context.Context, q OnboardRequest) (Onboarding, e
 		if o.PSK, _, err = a.psk.replace(ctx, dev, "", callerOf(ctx)); err != nil {
 			return Onboarding{}, err
 		}
-		a.devices.EndKey(dev) // whoever has the former one
+		a.doors.endKey(dev) // whoever has the former one
 		o.PSKIdentity = string(dev)
 	}
 	return o, nil
@@ -143,7 +143,7 @@ func (a *assembly) checkpoint(ctx context.Context, _ struct{}) (string, error) {
 	var name [8]byte
 	_, _ = rand.Read(name[:]) // never fails
 	path := filepath.Join(scratchFolder, time.Now().UTC().Format("20060102T150405")+"-"+hex.EncodeToString(name[:]))
-	if err := a.store.Checkpoint(ctx, a.folder.sub(path)); err != nil {
+	if err := a.pebble.Checkpoint(ctx, a.folder.sub(path)); err != nil {
 		return "", err
 	}
 	return path, nil

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"strconv"
+	"strings"
 	"syscall"
 
 	"github.com/coaphub/coaphub/hub"
@@ -82,6 +83,9 @@ func externalHost(configured string) string {
 
 // reach is how others reach a listener's address: its own host when it has one, else the external one, with its port.
 func reach(address, external string) string {
+	if port, all := strings.CutPrefix(address, ":"); all {
+		return net.JoinHostPort(external, port)
+	}
 	ap, err := netip.ParseAddrPort(address)
 	if err != nil {
 		return address

@@ -14,9 +14,9 @@ import (
 // administration is what administrators do over the API: the same as over the socket.
 type administration struct{ a *assembly }
 
-func (d administration) Refused() []grpcgateway.Refusal {
+func (d administration) Refused(ctx context.Context) []grpcgateway.Refusal {
 	var out []grpcgateway.Refusal
-	for _, r := range d.a.devices.Refused() {
+	for _, r := range d.a.doors.refused(ctx) {
 		out = append(out, grpcgateway.Refusal{Time: r.Time.UTC(), Remote: r.Remote, Device: string(r.Device), What: r.What, Reason: r.Reason})
 	}
 	return out

@@ -15,55 +15,30 @@ import (
 	resourcedirectory "github.com/coaphub/coaphub/resource-directory"
 )
 
+// The targets: what may run in a process of its own. The names of some are those of members on the bus.
+const (
+	TargetResourceDirectory    = resourcedirectory.Part
+	TargetIdentityStore        = "identity-store"
+	TargetCertificateAuthority = "certificate-authority"
+	TargetOAuthServer          = "oauth-server"
+	TargetGRPCGateway          = "grpc-gateway"
+	TargetCoAPGateway          = resourcedirectory.GatewayPart
+	TargetEnrolmentGateway     = "enrolment-gateway"
+)
+
+// Targets is all of them, in the order of starting.
+func Targets() []string {
+	return []string{
+		TargetResourceDirectory, TargetIdentityStore, TargetCertificateAuthority, TargetOAuthServer, TargetGRPCGateway, TargetCoAPGateway,
+		TargetEnrolmentGateway,
+	}
+}
+
 // directory is what the other parts have of the resource directory: itself, or what reaches it over the bus.
 type directory interface {
 	coapgateway.Directory
 	grpcgateway.Directory
 	identitystore.Directory
-}
-
-// apart connects to the bus, if there is one in the configuration, and puts it between the parts. instance is this process's.
-func (a *assembly) apart(instance string) (err error) {
-	if len(a.cfg.Bus.URLs) == 0 {
-		return nil
-	}
-	name, err := os.Hostname()
-	if err != nil {
-		name = instance
-	}
-	log := a.log.With("part", "bus")
-	if a.bus, err = bus.Connect(a.cfg.Bus, a.hubID, a.build.Version, name, log, a.registry); err != nil {
-		return err
-	}
-	a.health.Check("bus", a.bus.Health)
-	member := func(part string, load func() bus.Load) *bus.Members {
-		m := a.bus.Members(bus.Member{Part: part, Instance: instance, Name: name}, load, log)
-		a.members = append(a.members, m)
-		return m
-	}
-	directories := member(resourcedirectory.Part, func() bus.Load { return bus.Load{Partitions: a.directories.Partitions()} })
-	a.directories.Apart(a.bus, directories, instance)
-	member(resourcedirectory.GatewayPart, nil)
-	a.remote = resourcedirectory.NewClient(a.bus, a.directories.Reader, instance, a.log.With("part", "resource-directory"))
-	a.directory = a.remote
-	return nil
-}
-
-// membership is the parts that tell others of those that run here. They begin before them and end after them.
-func (a *assembly) membership() []run.Part {
-	var ps []run.Part
-	for _, m := range a.members {
-		ps = append(ps, run.Part{Name: "membership", Run: m.Run})
-	}
-	return ps
-}
-
-// directoryProxies is what stands here for the directory when it is asked over the bus.
-func (a *assembly) directoryProxies() []run.Part {
-	if a.remote == nil {
-		return nil
-	}
-	return []run.Part{{Name: "sessions", Run: a.remote.Run}}
 }
 
 // identities is what the other parts have of the identity store, likewise.
@@ -80,20 +55,52 @@ type identities interface {
 	Barred(f func(hub.DeviceID))
 }
 
-// askForIdentities puts the bus between the identity store and the others.
-func (a *assembly) askForIdentities(ctx context.Context, cfg identitystore.Config) (err error) {
-	log := a.log.With("part", "identity-store")
-	if a.answers, err = a.identityStore.Serve(ctx, a.bus, log); err != nil {
+// connect connects to the bus, if there is one in the configuration.
+func (a *assembly) connect() (err error) {
+	if len(a.cfg.Bus.URLs) == 0 {
+		return nil
+	}
+	if a.bus, err = bus.Connect(a.cfg.Bus, a.hubID, a.build.Version, a.processName(), a.log.With("part", "bus"), a.registry); err != nil {
 		return err
 	}
-	a.knows = identitystore.NewClient(cfg, a.bus, log)
-	a.identities = a.knows
+	a.health.Check("bus", a.bus.Health)
 	return nil
 }
 
-func (a *assembly) identityProxies() []run.Part {
-	if a.knows == nil {
-		return nil
+// processName is what people see of this process.
+func (a *assembly) processName() string {
+	name, err := os.Hostname()
+	if err != nil {
+		return a.instance
 	}
-	return []run.Part{{Name: "identity-store's bus", Run: a.answers.Run}, {Name: "identities", Run: a.knows.Run}}
+	return name
+}
+
+// member makes the process a member as a part.
+func (a *assembly) member(part string) *bus.Members {
+	var load func() bus.Load
+	switch part {
+	case TargetResourceDirectory:
+		load = func() bus.Load { return bus.Load{Partitions: a.directories.Partitions()} }
+	case TargetCoAPGateway:
+		load = func() bus.Load {
+			sessions := 0
+			for _, n := range a.devices.Security() {
+				sessions += n
+			}
+			return bus.Load{Sessions: sessions}
+		}
+	}
+	m := a.bus.Members(bus.Member{Part: part, Instance: a.instance, Name: a.processName()}, load, a.log.With("part", "bus"))
+	a.members = append(a.members, m)
+	return m
+}
+
+// membership is the parts that tell others of those that run here. They begin before them and end after them.
+func (a *assembly) membership() []run.Part {
+	var ps []run.Part
+	for _, m := range a.members {
+		ps = append(ps, run.Part{Name: "membership", Run: m.Run})
+	}
+	return ps
 }

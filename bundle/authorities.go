@@ -73,7 +73,9 @@ func (a *assembly) rolled(ctx context.Context, change func() error) ([]Authority
 	a.rolling.Lock()
 	defer a.rolling.Unlock()
 	err := change()
-	err = errors.Join(err, a.devices.Trust(a.authority.DevicePool(), a.authority.DeviceIntermediates(), a.authority.DeviceRoots()))
+	if a.devices != nil {
+		err = errors.Join(err, a.devices.Trust(a.authority.DevicePool(), a.authority.DeviceIntermediates(), a.authority.DeviceRoots()))
+	}
 	if err != nil {
 		return nil, err
 	}

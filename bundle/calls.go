@@ -76,7 +76,7 @@ func (a *assembly) status(ctx context.Context) Status {
 	if head, err := a.store.Head(ctx); err == nil {
 		s.Feed = Feed{LogID: a.store.LogID(), Day: head.Day, N: head.N}
 	}
-	if a.store.Full() {
+	if a.pebble != nil && a.pebble.Full() {
 		s.ReadOnly = fmt.Sprintf("the disk has less than %s free (store.minFree): reads go on, writes are refused until there is room", a.cfg.Store.MinFree)
 	}
 	s.FirstLogin = a.firstLoginFile(ctx)
@@ -131,10 +131,10 @@ func (a *assembly) count(ctx context.Context) (devices, online int) {
 }
 
 func (a *assembly) endpoints() (e Endpoints) {
-	e.CoAPSTCP, e.CoAPS = a.devices.Endpoint(hub.ProtocolCoAPSTCP), a.devices.Endpoint(hub.ProtocolCoAPS)
-	e.CoAPTCP, e.CoAP = a.devices.Endpoint(hub.ProtocolCoAPTCP), a.devices.Endpoint(hub.ProtocolCoAP)
+	e.CoAPSTCP, e.CoAPS = a.doors.endpoint(hub.ProtocolCoAPSTCP), a.doors.endpoint(hub.ProtocolCoAPS)
+	e.CoAPTCP, e.CoAP = a.doors.endpoint(hub.ProtocolCoAPTCP), a.doors.endpoint(hub.ProtocolCoAP)
 	e.HTTP, e.GRPC = a.httpURL, a.grpcAddress
-	if a.devices.WebSocket() != nil {
+	if a.devices != nil && a.devices.WebSocket() != nil {
 		if at, secure := strings.CutPrefix(a.httpURL, "https://"); secure {
 			e.CoAPSWS = "coaps+ws://" + at
 		} else {
@@ -187,17 +187,17 @@ func (a *assembly) issue(ctx context.Context, q issueRequest) (Identity, error) 
 	return Identity{Chain: string(id.Chain), Key: string(id.Key), CA: string(id.CA)}, err
 }
 
-func (a *assembly) refused(context.Context, struct{}) ([]Refusal, error) {
-	return append([]Refusal{}, administration{a}.Refused()...), nil // an empty list for scripts, not null
+func (a *assembly) refused(ctx context.Context, _ struct{}) ([]Refusal, error) {
+	return append([]Refusal{}, administration{a}.Refused(ctx)...), nil // an empty list for scripts, not null
 }
 
 // device says how a device is attached, or was until it went.
-func (a *assembly) device(_ context.Context, q deviceRequest) (DeviceStatus, error) {
+func (a *assembly) device(ctx context.Context, q deviceRequest) (DeviceStatus, error) {
 	dev, err := hub.ParseDeviceID(q.DeviceID)
 	if err != nil {
 		return DeviceStatus{}, err
 	}
-	d, ok := a.devices.Diagnostics(dev)
+	d, ok := a.doors.diagnostics(ctx, dev)
 	if !ok {
 		return DeviceStatus{}, hub.NewError(hub.NotFound, "device-not-seen",
 			"the device has not signed in since the hub started; coaphub status --refused lists who was turned away")

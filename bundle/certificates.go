@@ -244,9 +244,9 @@ type SessionSecurity struct {
 	Old      bool   `json:"old,omitempty"` // no encryption that new devices should have (RFC 9325, Sections 3.1 and 4.2)
 }
 
-func (a *assembly) sessionSecurity() []SessionSecurity {
+func (a *assembly) sessionSecurity(ctx context.Context) []SessionSecurity {
 	out := []SessionSecurity{}
-	for s, n := range a.devices.Security() {
+	for s, n := range a.doors.security(ctx) {
 		out = append(out, SessionSecurity{TLS: s.TLSVersion, Suite: s.Suite, Sessions: n, Old: s.TLSVersion == "" || strings.Contains(s.Suite, "_CBC_")})
 	}
 	slices.SortFunc(out, func(a, b SessionSecurity) int {
@@ -263,6 +263,6 @@ func (a *assembly) reportCertificates(ctx context.Context, q ReportRequest) (Cer
 	return CertificateReport{
 		Good: r.Good, Ended: r.Ended, Revoked: r.Revoked, Expires: r.Expires, Expiring: certificatesFrom(r.Expiring),
 		SharedKeys: r.SharedKeys, Shared: certificatesFrom(r.Shared), WeakKeys: r.WeakKeys, Weak: certificatesFrom(r.Weak),
-		Keys: r.Keys, Sessions: a.sessionSecurity(),
+		Keys: r.Keys, Sessions: a.sessionSecurity(ctx),
 	}, err
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"strings"
 
 	coapgateway "github.com/coaphub/coaphub/coap-gateway"
@@ -41,6 +42,8 @@ type Config struct {
 	Log             obs.LogConfig `yaml:"log"`
 	Admin           AdminConfig   `yaml:"admin"`
 	Store           StoreConfig   `yaml:"store"`
+	// Target is which parts run in this process. Empty: all. It comes from --target, too, with commas between.
+	Target []string `yaml:"target"`
 	// Bus is how the parts reach each other. Without addresses they are in one process and call each other there.
 	Bus bus.Config `yaml:"bus"`
 
@@ -52,6 +55,11 @@ type Config struct {
 	OAuthServer       oauthserver.Config       `yaml:"oauthServer"`
 	// Authorization says whose tokens are accepted. With issuers the embedded provider is off; without, it is the only one.
 	Authorization auth.Config `yaml:"authorization"`
+}
+
+// Runs reports whether a part runs in this process.
+func (c Config) Runs(target string) bool {
+	return len(c.Target) == 0 || slices.Contains(c.Target, target)
 }
 
 // Embedded reports whether the hub is its own OpenID provider.
@@ -112,6 +120,14 @@ func (c Config) Validate() error {
 	}
 	if h := c.ExternalAddress; h != "" && net.ParseIP(h) == nil && (strings.ContainsAny(h, ":/ []") || len(h) > 253) {
 		ps = append(ps, conf.Problem{Path: "externalAddress", Text: fmt.Sprintf("%q is neither a host name nor an IP address; write it without scheme and port", h)})
+	}
+	for i, t := range c.Target {
+		if !slices.Contains(Targets(), t) {
+			ps = append(ps, conf.Problem{Path: fmt.Sprintf("target[%d]", i), Text: fmt.Sprintf("%q is no part; there are %s", t, strings.Join(Targets(), ", "))})
+		}
+	}
+	if len(c.Target) > 0 {
+		ps = append(ps, conf.Problem{Path: "target", Text: "parts in processes of their own need a store that they share, which is not there yet; leave it empty"})
 	}
 	ps = append(ps, gather("bus", c.Bus.Validate()...)...)
 	ps = append(ps, gather("coapGateway", c.CoAPGateway.Validate()...)...)

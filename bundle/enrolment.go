@@ -76,7 +76,7 @@ func (a *assembly) cloud(ctx context.Context, owner hub.Owner, dev hub.DeviceID)
 	}
 	c := hub.Cloud{Provider: providerName, ID: hub.DeviceID(a.hubID)}
 	for _, p := range []hub.Protocol{hub.ProtocolCoAPSTCP, hub.ProtocolCoAPS} {
-		if at := a.devices.Endpoint(p); at != "" {
+		if at := a.doors.endpoint(p); at != "" {
 			c.Gateways = append(c.Gateways, at)
 		}
 	}

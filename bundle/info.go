@@ -48,7 +48,10 @@ func (a *assembly) pages() http.Handler {
 	if a.provider != nil {
 		provider = a.provider.Handler()
 	}
-	ws := a.devices.WebSocket()
+	var ws *coap.WebSocket
+	if a.devices != nil {
+		ws = a.devices.WebSocket()
+	}
 	switch {
 	case ws == nil && a.provider == nil:
 		return nil

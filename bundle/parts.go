@@ -21,27 +21,42 @@ func (a *assembly) parts() []run.Part {
 			return obs.ServeHTTP(ctx, ln, obs.AdminHandler(a.health, a.registry, a.log), time.Second, a.log, ready)
 		}})
 	}
-	ps = append(ps, a.membership()...)
-	ps = append(ps,
-		run.Part{Name: "audit", Run: a.audit.Run}, // ends after the doors, whose last calls it still takes
-		run.Part{Name: "resource-directory", Run: a.directories.Run},
-	)
-	ps = append(ps, a.directoryProxies()...)
-	ps = append(ps,
-		run.Part{Name: "identity-store", Run: a.identityStore.Run},
-	)
-	ps = append(ps, a.identityProxies()...)
-	ps = append(ps,
-		run.Part{Name: "certificate-authority", Run: a.certificates.Run},
-	)
-	if a.provider != nil {
-		ps = append(ps, run.Part{Name: "oauth-server", Run: a.provider.Run})
+	add := func(name string, f func(context.Context, func()) error) {
+		ps = append(ps, run.Part{Name: name, Run: f})
 	}
-	ps = append(ps,
-		run.Part{Name: "grpc-gateway", Run: a.apps.Run},
-		run.Part{Name: "coap-gateway", Run: a.runDevices},
-		run.Part{Name: "enrolment-gateway", Run: a.enrol.Run},
-	)
+	ps = append(ps, a.membership()...)
+	add("audit", a.audit.Run) // ends after the doors, whose last calls it still takes
+	if a.directories != nil {
+		add(TargetResourceDirectory, a.directories.Run)
+	}
+	if a.sessions != nil {
+		add("sessions", a.sessions.Run)
+	}
+	if a.identityStore != nil {
+		add(TargetIdentityStore, a.identityStore.Run)
+	}
+	if a.answersIdentities != nil {
+		add("identity-store on the bus", a.answersIdentities.Run)
+	}
+	if a.identityClient != nil {
+		add("identities", a.identityClient.Run)
+	}
+	if a.certificates != nil {
+		add(TargetCertificateAuthority, a.certificates.Run)
+	}
+	if a.provider != nil && a.cfg.Runs(TargetOAuthServer) {
+		add(TargetOAuthServer, a.provider.Run)
+	}
+	if a.apps != nil {
+		add(TargetGRPCGateway, a.apps.Run)
+	}
+	if a.devices != nil {
+		add(TargetCoAPGateway, a.runDevices)
+		ps = append(ps, a.doorsOnBus()...)
+	}
+	if a.enrol != nil {
+		add(TargetEnrolmentGateway, a.enrol.Run)
+	}
 	ps = append(ps, run.Part{Name: "socket", Run: func(ctx context.Context, ready func()) error {
 		return serveSocket(ctx, a.folder, a.calls(), newSocketMetrics(a.registry), a.audit.Record, a.log.With("part", "socket"), ready)
 	}})

@@ -138,7 +138,7 @@ func (k deviceKeys) NewKey(ctx context.Context, dev hub.DeviceID, user string) (
 	if err != nil {
 		return grpcgateway.PreSharedKey{}, err
 	}
-	k.a.devices.EndKey(dev) // whoever has the former one
+	k.a.doors.endKey(dev) // whoever has the former one
 	return grpcgateway.PreSharedKey{Identity: string(dev), Key: text, Created: rec.Created, User: user}, nil
 }
 
@@ -150,13 +150,13 @@ func (k deviceKeys) ForgetKey(ctx context.Context, dev hub.DeviceID) error {
 	if err := k.a.psk.forget(ctx, dev); err != nil {
 		return err
 	}
-	k.a.devices.EndKey(dev)
+	k.a.doors.endKey(dev)
 	return nil
 }
 
 // takesKeys reports whether devices can come with pre-shared keys.
 func (a *assembly) takesKeys() error {
-	if a.cfg.CoAPGateway.API.CoAP.TLS.PSK && a.devices.Addresses().SecureUDP != "" {
+	if a.cfg.CoAPGateway.API.CoAP.TLS.PSK && a.doors.endpoint(hub.ProtocolCoAPS) != "" {
 		return nil
 	}
 	return hub.NewError(hub.Precondition, "psk-off", "pre-shared keys are off: see coapGateway.api.coap.tls.psk and protocols")

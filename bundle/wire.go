@@ -2,6 +2,7 @@ package bundle
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -33,7 +34,7 @@ import (
 	resourcedirectory "github.com/coaphub/coaphub/resource-directory"
 )
 
-// assembly is the parts of one process, put together and not started yet.
+// assembly is the parts of one process, put together and not started yet. What does not run here is nil.
 type assembly struct {
 	cfg         Config
 	folder      *Folder
@@ -44,35 +45,44 @@ type assembly struct {
 	started     time.Time
 	terminal    bool
 	hubID       string
+	instance    string // of this process: it names what it writes, and its parts on the bus
 	external    string // host
+	httpAt      string // where the HTTP door listens, here or elsewhere
 	httpURL     string // base address of the HTTP door
 	grpcAddress string // where gRPC is reached
 	first       firstLogin
 
-	store         *pebblestore.Store
-	documents     store.Documents // of the store, but secrets are files
-	authority     *certificateauthority.Authority
-	rolling       sync.Mutex // held by who changes it, until all use what there is then
-	certificates  *certificateauthority.Service
-	audit         *audit.Log
-	bus           *bus.Bus       // nil: the parts call each other
-	members       []*bus.Members // of the parts that run here
-	directories   *resourcedirectory.Directory
-	remote        *resourcedirectory.Client // nil without a bus
-	directory     directory                 // one of them
-	identityStore *identitystore.Store
-	answers       *bus.Server           // for it; nil without a bus
-	knows         *identitystore.Client // nil without a bus
-	identities    identities            // one of them
-	quarantine    *quarantine.Store
-	provider      *oauthserver.Server // nil with external providers
-	clients       []*auth.Client      // of external providers
-	verifier      *auth.Verifier
-	psk           *preShared
-	devices       *coapgateway.Gateway
-	apps          *grpcgateway.Gateway
+	pebble    *pebblestore.Store // nil in a cluster
+	store     store.Store
+	documents store.Documents // of the store, but secrets are files
+	audit     *audit.Log
+	bus       *bus.Bus       // nil: the parts call each other
+	members   []*bus.Members // of the parts that run here
 
-	enrol *enrolmentgateway.Gateway
+	// The parts that others ask: as they run here, what answers for them on the bus and asks there, and which of the two others have.
+	directories       *resourcedirectory.Directory
+	sessions          *resourcedirectory.Client
+	directory         directory
+	identityStore     *identitystore.Store
+	answersIdentities *bus.Server
+	identityClient    *identitystore.Client
+	identities        identities
+	authority         *certificateauthority.Authority
+	rolling           sync.Mutex // held by who changes it, until all use what there is then
+	certificates      *certificateauthority.Service
+
+	quarantine  *quarantine.Store
+	provider    *oauthserver.Server // nil with external providers
+	providers   []coapgateway.NamedProvider
+	clients     []*auth.Client // of external providers
+	verifier    *auth.Verifier
+	psk         *preShared
+	certificate func() (*tls.Certificate, error) // of the hub, towards devices
+	engine      *coap.Metrics
+	devices     *coapgateway.Gateway
+	doors       gateways
+	apps        *grpcgateway.Gateway
+	enrol       *enrolmentgateway.Gateway
 
 	enrolCoAP, enrolHTTP, enrolSocket net.Listener // nil: none
 	enrolDTLS                         net.PacketConn
@@ -85,166 +95,258 @@ type assembly struct {
 // firstLogin is the first account, and its one-time password if this start made one.
 type firstLogin struct{ name, password string }
 
-// wire makes all parts. It is the only function that knows who runs where: everything in this process, so that each part is
-// handed the others themselves. What it opened is closed again when it fails.
+// wire makes the parts that run here, and hands each the others: themselves, or what reaches them over the bus. It is the only function
+// that knows who runs where. What it opened is closed again when it fails.
 func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.Logger) (_ *assembly, err error) {
 	a := &assembly{
 		cfg: cfg, folder: folder, log: log, health: &obs.Health{}, build: obs.ReadBuild(o.Version), started: time.Now(),
 		terminal: o.Terminal, external: externalHost(cfg.ExternalAddress),
+		// The same all along, another one after each start.
+		instance: uuid.NewString(),
 	}
+	a.doors = gateways{a}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, a.close())
 		}
 	}()
 	a.registry = obs.NewRegistry(a.build)
-
-	// Addresses first: a port that is taken is found before anything was opened.
-	if address := cfg.Admin.API.HTTP.Address; address != "" {
-		if a.admin, err = a.listen(ctx, address, "--admin-address", "admin.api.http.address"); err != nil {
+	for _, step := range []func(context.Context) error{
+		a.listenAll, // addresses first: a port that is taken is found before anything was opened
+		a.openStore,
+		a.wireDirectory,
+		a.wireIdentities,
+		a.wireCertificates,
+		a.wireProvider,
+		a.wireSecrets,
+		a.wireDevices,
+		a.wireEnrolment,
+		a.wireApps,
+	} {
+		if err := step(ctx); err != nil {
 			return nil, err
 		}
 	}
+	return a, nil
+}
 
-	if a.http, err = a.listen(ctx, cfg.GRPCGateway.API.HTTP.Address, "--http-address", "grpcGateway.api.http.address"); err != nil {
-		return nil, err
+func (a *assembly) listenAll(ctx context.Context) (err error) {
+	if address := a.cfg.Admin.API.HTTP.Address; address != "" {
+		if a.admin, err = a.listen(ctx, address, "--admin-address", "admin.api.http.address"); err != nil {
+			return err
+		}
 	}
-	if a.grpc, err = a.listen(ctx, cfg.GRPCGateway.API.GRPC.Address, "--grpc-address", "grpcGateway.api.grpc.address"); err != nil {
-		return nil, err
+	http, grpc := &a.cfg.GRPCGateway.API.HTTP, &a.cfg.GRPCGateway.API.GRPC
+	httpAt, grpcAt := http.Address, grpc.Address // of the processes that listen there, if this one does not
+	if a.cfg.Runs(TargetGRPCGateway) {
+		if a.http, err = a.listen(ctx, http.Address, "--http-address", "grpcGateway.api.http.address"); err != nil {
+			return err
+		}
+		if a.grpc, err = a.listen(ctx, grpc.Address, "--grpc-address", "grpcGateway.api.grpc.address"); err != nil {
+			return err
+		}
+		httpAt, grpcAt = a.http.Addr().String(), a.grpc.Addr().String()
 	}
-	a.httpURL, a.grpcAddress = a.url(a.http.Addr().String(), cfg.GRPCGateway.API.HTTP.TLS), reach(a.grpc.Addr().String(), a.external)
+	a.httpURL, a.grpcAddress = a.url(httpAt, http.TLS), reach(grpcAt, a.external)
+	a.httpAt = httpAt
+	if a.cfg.Runs(TargetEnrolmentGateway) {
+		return a.listenForEnrolment(ctx)
+	}
+	return nil
+}
 
-	if err := a.listenForEnrolment(ctx); err != nil {
-		return nil, err
+// openStore opens what is durable, and all that is kept there and needs no other part.
+func (a *assembly) openStore(ctx context.Context) (err error) {
+	if err := os.RemoveAll(a.folder.sub(scratchFolder)); err != nil {
+		return fmt.Errorf("empty the scratch folder: %w", err)
 	}
-
-	if err := os.RemoveAll(folder.sub(scratchFolder)); err != nil {
-		return nil, fmt.Errorf("empty the scratch folder: %w", err)
+	if a.pebble, err = openPebble(a.folder, a.cfg.Store, a.log.With("part", "store"), a.registry); err != nil {
+		return err
 	}
-	if a.store, err = openStore(folder, cfg.Store, log.With("part", "store"), a.registry); err != nil {
-		return nil, err
-	}
+	a.store = a.pebble
 	a.health.Check("store", func(ctx context.Context) error {
 		_, err := a.store.Head(ctx) // an error once the disk failed for good
 		return err
 	})
 	if a.hubID, err = hubID(ctx, a.store); err != nil {
-		return nil, err
+		return err
 	}
+	if err := a.connect(); err != nil {
+		return err
+	}
+	a.documents = &withSecrets{Documents: a.store, dir: a.folder.sub(keysFolder)}
+	a.audit, err = audit.Open(ctx, a.store, a.log.With("part", "audit"), a.registry)
+	return err
+}
+
+func (a *assembly) wireDirectory(context.Context) (err error) {
+	log := a.log.With("part", "resource-directory")
+	var reader *resourcedirectory.Reader
+	if a.cfg.Runs(TargetResourceDirectory) {
+		if a.directories, err = resourcedirectory.New(a.directoryConfig(), a.store, log, a.registry, a.instance); err != nil {
+			return err
+		}
+		a.directory, reader = a.directories, a.directories.Reader
+	} else if reader, err = resourcedirectory.NewReader(a.store, a.registry); err != nil {
+		return err
+	}
+	if a.bus == nil {
+		return nil
+	}
+	if a.directories != nil {
+		a.directories.Apart(a.bus, a.member(TargetResourceDirectory), a.instance)
+	}
+	sessions := ""
+	if a.cfg.Runs(TargetCoAPGateway) {
+		sessions = a.instance
+	}
+	a.sessions = resourcedirectory.NewClient(a.bus, reader, sessions, log)
+	a.directory = a.sessions
+	return nil
+}
+
+func (a *assembly) wireIdentities(ctx context.Context) (err error) {
+	log, cfg := a.log.With("part", "identity-store"), a.cfg.IdentityStore
+	// Former owners look for their events as long as there are any.
+	cfg.Retention = max(cfg.Retention, a.cfg.ResourceDirectory.History.Retention)
+	if a.cfg.Runs(TargetIdentityStore) {
+		if a.identityStore, err = identitystore.New(ctx, cfg, a.store, a.directory, log, a.registry); err != nil {
+			return err
+		}
+		a.identities = a.identityStore
+		if a.bus != nil {
+			if a.answersIdentities, err = a.identityStore.Serve(ctx, a.bus, log); err != nil {
+				return err
+			}
+		}
+		a.identityStore.EndCredentials(a.endCredentials)
+	}
+	if a.bus != nil {
+		a.identityClient = identitystore.NewClient(cfg, a.bus, log)
+		a.identities = a.identityClient
+	}
+	in := a.identities.Quarantined
+	if a.identityStore != nil {
+		in = a.identityStore.Quarantined
+	}
+	if a.quarantine, err = quarantine.Open(ctx, a.store, in, a.registry); err != nil {
+		return err
+	}
+	if a.identityStore != nil {
+		a.identityStore.Released(a.quarantine.Discard)
+	}
+	return nil
+}
+
+func (a *assembly) wireCertificates(ctx context.Context) (err error) {
 	lists := ""
-	at := a.http.Addr().String()
-	if own := cfg.GRPCGateway.API.HTTP.TLS && loopback(net.JoinHostPort(a.external, "0")); cfg.ExternalAddress != "" && (own || !loopback(at)) {
+	if own := a.cfg.GRPCGateway.API.HTTP.TLS && loopback(net.JoinHostPort(a.external, "0")); a.cfg.ExternalAddress != "" && (own || !loopback(a.httpAt)) {
 		// Else nobody but this machine knows where the hub is.
 		lists = a.httpURL
 	}
-	if a.authority, err = certificateauthority.OpenWith(folder.sub(keysFolder), a.hubID, nil, lists); err != nil {
-		return nil, fmt.Errorf("certification authorities: %w", err)
+	if a.authority, err = certificateauthority.OpenWith(a.folder.sub(keysFolder), a.hubID, nil, lists); err != nil {
+		return fmt.Errorf("certification authorities: %w", err)
 	}
-	a.documents = &withSecrets{Documents: a.store, dir: folder.sub(keysFolder)}
-
-	if a.audit, err = audit.Open(ctx, a.store, log.With("part", "audit"), a.registry); err != nil {
-		return nil, err
-	}
-	// The same writer all along, another one after each start.
-	writer := uuid.NewString()
-	if a.directories, err = resourcedirectory.New(a.directoryConfig(), a.store, log.With("part", "resource-directory"), a.registry, writer); err != nil {
-		return nil, err
-	}
-	a.directory = a.directories
-	if err := a.apart(writer); err != nil {
-		return nil, err
-	}
-	// Former owners look for their events as long as there are any.
-	cfg.IdentityStore.Retention = max(cfg.IdentityStore.Retention, cfg.ResourceDirectory.History.Retention)
-	if a.identityStore, err = identitystore.New(ctx, cfg.IdentityStore, a.store, a.directory, log.With("part", "identity-store"), a.registry); err != nil {
-		return nil, err
-	}
-	a.identities = a.identityStore
-	if a.bus != nil {
-		if err := a.askForIdentities(ctx, cfg.IdentityStore); err != nil {
-			return nil, err
-		}
-	}
-	if a.quarantine, err = quarantine.Open(ctx, a.store, a.identityStore.Quarantined, a.registry); err != nil {
-		return nil, err
-	}
-	a.identityStore.Released(a.quarantine.Discard)
-	a.certificates, err = certificateauthority.NewService(ctx, a.authority, a.store, a.identities, lists, log.With("part", "certificate-authority"), a.registry)
+	a.certificates, err = certificateauthority.NewService(ctx, a.authority, a.store, a.identities, lists, a.log.With("part", "certificate-authority"), a.registry)
 	if err != nil {
-		return nil, fmt.Errorf("certification authorities: %w", err)
+		return fmt.Errorf("certification authorities: %w", err)
 	}
-	providers, err := a.authorization(ctx)
-	if err != nil {
-		return nil, err
-	}
-	if err := a.keepFirstLogin(ctx); err != nil {
-		return nil, err
-	}
-	certificate, err := a.hubCertificate()
-	if err != nil {
-		return nil, err
-	}
-	gatewayConfig := cfg.CoAPGateway
-	if gatewayConfig.API.CoAP.Authorization.DeviceIDClaim == "" && !a.cfg.Embedded() {
-		gatewayConfig.API.CoAP.Authorization.DeviceIDClaim = cfg.Authorization.DeviceIDClaim
-	}
-	secret, err := secretKey(ctx, a.documents, "psk")
-	if err != nil {
-		return nil, err
-	}
-	a.psk = &preShared{a.documents, secret}
 	sealing, err := secretKey(ctx, a.documents, "enrolment")
 	if err != nil {
-		return nil, err
+		return err
 	}
-	if err := a.certificates.Secret(sealing); err != nil {
-		return nil, err
+	return a.certificates.Secret(sealing)
+}
+
+func (a *assembly) wireProvider(ctx context.Context) (err error) {
+	if a.providers, err = a.authorization(ctx); err != nil {
+		return err
 	}
-	engine := coap.NewMetrics(a.registry)
-	a.devices, err = coapgateway.New(gatewayConfig, coapgateway.Deps{
-		Directory: a.directory, Identities: a.identities, Verifier: a.verifier, Providers: providers,
-		Certificate: certificate, ClientCAs: a.authority.DevicePool(), ClientIntermediates: a.authority.DeviceIntermediates(),
-		ClientRoots: a.authority.DeviceRoots(), PSK: a.psk.key, Revoked: a.certificates.Revoked, Denied: a.identities.Denied, Quarantine: a.quarantine, HandedOver: a.handedOver, Rivals: a.rivals,
-		HubID: hub.DeviceID(a.hubID), Service: writer, EngineMetrics: engine, Renewals: a.certificates,
-		Lists: folder.sub(listsFolder),
-		Reach: func(address string) string { return reach(address, a.external) },
-	}, log.With("part", "coap-gateway"), a.registry)
+	return a.keepFirstLogin(ctx)
+}
+
+// wireSecrets makes what is derived from the hub's secrets.
+func (a *assembly) wireSecrets(ctx context.Context) error {
+	secret, err := secretKey(ctx, a.documents, "psk")
 	if err != nil {
-		return nil, err
+		return err
+	}
+	a.psk = &preShared{a.documents, secret}
+	a.certificate, err = a.hubCertificate()
+	return err
+}
+
+func (a *assembly) wireDevices(context.Context) (err error) {
+	a.engine = coap.NewMetrics(a.registry)
+	if !a.cfg.Runs(TargetCoAPGateway) {
+		return nil
+	}
+	cfg := a.cfg.CoAPGateway
+	if cfg.API.CoAP.Authorization.DeviceIDClaim == "" && !a.cfg.Embedded() {
+		cfg.API.CoAP.Authorization.DeviceIDClaim = a.cfg.Authorization.DeviceIDClaim
+	}
+	a.devices, err = coapgateway.New(cfg, coapgateway.Deps{
+		Directory: a.directory, Identities: a.identities, Verifier: a.verifier, Providers: a.providers,
+		Certificate: a.certificate, ClientCAs: a.authority.DevicePool(), ClientIntermediates: a.authority.DeviceIntermediates(),
+		ClientRoots: a.authority.DeviceRoots(), PSK: a.psk.key, Revoked: a.certificates.Revoked, Denied: a.identities.Denied, Quarantine: a.quarantine, HandedOver: a.handedOver, Rivals: a.rivals,
+		HubID: hub.DeviceID(a.hubID), Service: a.instance, EngineMetrics: a.engine, Renewals: a.certificates,
+		Lists: a.folder.sub(listsFolder),
+		Reach: func(address string) string { return reach(address, a.external) },
+	}, a.log.With("part", "coap-gateway"), a.registry)
+	if err != nil {
+		return err
+	}
+	if a.bus != nil {
+		a.member(TargetCoAPGateway)
 	}
 	a.certificates.Ended(a.devices.EndCertificate)
 	a.identities.Barred(a.devices.EndDenied)
-	a.identityStore.EndCredentials(a.endCredentials)
-	a.enrol, err = enrolmentgateway.New(cfg.EnrolmentGateway, enrolmentgateway.Deps{
-		Authority: a.certificates, Registrar: a.authority.Registrar(), Certificate: certificate, PSK: a.psk.key, EngineMetrics: engine,
-		HubID: hub.DeviceID(a.hubID), Cloud: a.cloud, Lists: folder.sub(filepath.Join(listsFolder, "enrolment")),
+	return nil
+}
+
+func (a *assembly) wireEnrolment(context.Context) (err error) {
+	if !a.cfg.Runs(TargetEnrolmentGateway) {
+		return nil
+	}
+	a.enrol, err = enrolmentgateway.New(a.cfg.EnrolmentGateway, enrolmentgateway.Deps{
+		Authority: a.certificates, Registrar: a.authority.Registrar(), Certificate: a.certificate, PSK: a.psk.key, EngineMetrics: a.engine,
+		HubID: hub.DeviceID(a.hubID), Cloud: a.cloud, Lists: a.folder.sub(filepath.Join(listsFolder, "enrolment")),
 		Refused: func(remote net.Addr, reason string) {
-			a.devices.Refuse(coapgateway.Refusal{Remote: remote.String(), What: "enrolment", Reason: reason})
+			if a.devices != nil {
+				a.devices.Refuse(coapgateway.Refusal{Remote: remote.String(), What: "enrolment", Reason: reason})
+			}
 		},
 		CoAP: a.enrolCoAP, DTLS: a.enrolDTLS, HTTP: a.enrolHTTP, Socket: a.enrolSocket,
-	}, log.With("part", "enrolment-gateway"), a.registry)
+	}, a.log.With("part", "enrolment-gateway"), a.registry)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	a.certificates.Factories(a.enrol.Revocation())
+	return nil
+}
+
+func (a *assembly) wireApps(ctx context.Context) error {
+	if !a.cfg.Runs(TargetGRPCGateway) {
+		return nil
+	}
 	https, err := a.httpsConfig()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	// It signs the cursors of lists, so that a client goes on where it was, also after a restart.
 	cursors, err := secretKey(ctx, a.documents, "cursor")
 	if err != nil {
-		return nil, err
+		return err
 	}
-	a.apps, err = grpcgateway.New(cfg.GRPCGateway, grpcgateway.Deps{
+	if a.bus != nil {
+		a.member(TargetGRPCGateway)
+	}
+	a.apps, err = grpcgateway.New(a.cfg.GRPCGateway, grpcgateway.Deps{
 		Directory: a.directory, Identities: a.identities, Verifier: a.verifier, HubID: a.hubID, HubInfo: a.hubInfo,
 		Administration: administration{a}, Certificates: a.certificates, Enrolments: enrolments{a.certificates, a}, PreSharedKeys: deviceKeys{a}, Quarantine: keptWrites{a}, Audit: a.audit,
 		Hosts: []string{a.external}, Pages: a.pages(), TLS: https, Listen: a.opened, CursorKey: cursors,
-	}, log.With("part", "grpc-gateway"), a.registry)
-	if err != nil {
-		return nil, err
-	}
-	return a, nil
+	}, a.log.With("part", "grpc-gateway"), a.registry)
+	return err
 }
 
 func (a *assembly) listen(ctx context.Context, address, flag, key string) (net.Listener, error) {
@@ -281,16 +383,16 @@ func (a *assembly) close() error {
 	for _, c := range a.clients {
 		c.Close()
 	}
-	if a.store == nil {
+	if a.pebble == nil {
 		return nil
 	}
-	if err := a.store.Close(); err != nil {
+	if err := a.pebble.Close(); err != nil {
 		return fmt.Errorf("close the store: %w", err)
 	}
 	return nil
 }
 
-func openStore(folder *Folder, cfg StoreConfig, log *slog.Logger, reg prometheus.Registerer) (*pebblestore.Store, error) {
+func openPebble(folder *Folder, cfg StoreConfig, log *slog.Logger, reg prometheus.Registerer) (*pebblestore.Store, error) {
 	minFree := int64(cfg.MinFree)
 	if minFree == 0 {
 		minFree = -1 // zero in the file means never refuse; zero in the options means their default

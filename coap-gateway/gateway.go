@@ -235,8 +235,24 @@ func (g *Gateway) Addresses() Addresses {
 }
 
 // Endpoint is the URI under which devices reach the gateway over a protocol, once Run called ready; "" for one that is off.
-func (g *Gateway) Endpoint(over hub.Protocol) string {
-	at, external := g.Addresses(), g.cfg.API.CoAP.ExternalAddress
+func (g *Gateway) Endpoint(over hub.Protocol) string { return g.cfg.Endpoint(over, g.Addresses(), g.deps.Reach) }
+
+// Configured is where a gateway with this configuration is to listen.
+func (c *Config) Configured() (at Addresses) {
+	co := &c.API.CoAP
+	if co.speaks(ProtocolTCP) {
+		at.Secure, at.Plain = co.Address, co.PlainAddress
+	}
+	if co.speaks(ProtocolUDP) {
+		at.SecureUDP, at.PlainUDP = co.Address, co.PlainAddress
+	}
+	return at
+}
+
+// Endpoint is the URI under which devices reach a gateway with this configuration that listens at these addresses. reach says how an
+// address is reached from outside; nil: as it is.
+func (c *Config) Endpoint(over hub.Protocol, at Addresses, reach func(address string) string) string {
+	external := c.API.CoAP.ExternalAddress
 	var address string
 	switch over {
 	case hub.ProtocolCoAPSTCP:
@@ -254,8 +270,8 @@ func (g *Gateway) Endpoint(over hub.Protocol) string {
 		return ""
 	case external != "":
 		address = external
-	case g.deps.Reach != nil:
-		address = g.deps.Reach(address)
+	case reach != nil:
+		address = reach(address)
 	}
 	return over.String() + "://" + address
 }

@@ -20,7 +20,7 @@ import (
 // Administration is what the door needs for administrators.
 type Administration interface {
 	// Refused lists the newest refused connections and sign-ups, newest first.
-	Refused() []Refusal
+	Refused(ctx context.Context) []Refusal
 	// Accounts lists the accounts by name. All calls about accounts are Precondition where the accounts are elsewhere.
 	Accounts(ctx context.Context) ([]Account, error)
 	// AddAccount makes an account. Without a password it gets one that works once, which is returned.
@@ -77,9 +77,9 @@ func (e refusalElement) appendJSON(b []byte, cursor string) []byte {
 	return appendDocument(b, e.Refusal, cursor)
 }
 
-func (g *Gateway) refusals(_ context.Context, _ hub.Owner, f *filter) iter.Seq2[found, error] {
+func (g *Gateway) refusals(ctx context.Context, _ hub.Owner, f *filter) iter.Seq2[found, error] {
 	return func(yield func(found, error) bool) {
-		for _, r := range g.deps.Administration.Refused() {
+		for _, r := range g.deps.Administration.Refused(ctx) {
 			at := place{device: nobody, time: r.Time.UnixNano()}
 			if f.from.time != 0 && at.time >= f.from.time {
 				continue

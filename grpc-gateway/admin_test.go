@@ -58,7 +58,7 @@ type fakeAdministration struct {
 	accounts map[string]Account
 }
 
-func (f *fakeAdministration) Refused() []Refusal { return f.refused }
+func (f *fakeAdministration) Refused(context.Context) []Refusal { return f.refused }
 
 func (f *fakeAdministration) Accounts(context.Context) ([]Account, error) {
 	if f.accounts == nil {
