@@ -106,9 +106,19 @@ var arrows = []struct{ from, to, why string }{
 	{"test/device", "coap-gateway", "simulated devices see the hub from outside only"},
 }
 
+// ends lists modules that only one package of ours may import.
+var ends = []struct{ module, only, why string }{
+	{"go.mongodb.org/mongo-driver", "internal/store/mongostore", "MongoDB ends at its store, all others see the interface"},
+}
+
 func TestArrows(t *testing.T) {
 	for _, p := range ours(t) {
 		for _, imp := range p.Imports {
+			for _, e := range ends {
+				if within(imp, e.module) && !within(p.ImportPath, e.only) {
+					t.Errorf("%s imports %s: %s", p.ImportPath, imp, e.why)
+				}
+			}
 			own, isOurs := strings.CutPrefix(imp, module+"/")
 			for _, a := range arrows {
 				if !within(p.ImportPath, a.from) || within(own, a.from) {
@@ -234,6 +244,7 @@ func TestErrorsAreCatalogued(t *testing.T) {
 	}
 	makers := map[string]maker{
 		"hub.NewError": {1, ""}, "invalid": {0, "Invalid"}, "unauthenticated": {0, "Unauthenticated"}, "tooLarge": {0, "TooLarge"},
+		"configError": {0, "Precondition"},
 	}
 	kindOf := map[string]string{} // Go name -> kind
 	for _, k := range hub.Kinds() {

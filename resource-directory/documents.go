@@ -281,20 +281,52 @@ func (k codec) load(ctx context.Context, log store.Log, dev hub.DeviceID) (*stat
 	if err != nil {
 		return nil, fmt.Errorf("load device: %w", err)
 	}
-	s, err := k.read(dev, st.Docs, "")
+	s, _, err := k.replay(dev, &st)
+	return s, err
+}
+
+// loadToAppend is load for who is going to append: documents that the store does not have yet are handed over (store.Log.Fold).
+func (k codec) loadToAppend(ctx context.Context, log store.Log, dev hub.DeviceID) (*state, error) {
+	st, err := log.Load(ctx, dev)
+	if err != nil {
+		return nil, fmt.Errorf("load device: %w", err)
+	}
+	return k.fold(ctx, log, dev, &st)
+}
+
+// fold makes the state of what was loaded, and gives the store the documents that do not contain all commits.
+func (k codec) fold(ctx context.Context, log store.Log, dev hub.DeviceID, st *store.State) (*state, error) {
+	s, changed, err := k.replay(dev, st)
+	if err != nil || len(st.Commits) == 0 {
+		return s, err
+	}
+	docs, err := k.docs(s, changed, "")
 	if err != nil {
 		return nil, err
+	}
+	if err := log.Fold(ctx, dev, *st, docs); err != nil {
+		return nil, fmt.Errorf("fold device: %w", err)
+	}
+	return s, nil
+}
+
+// replay makes the state of what was loaded, and the keys of the documents that do not contain all commits.
+func (k codec) replay(dev hub.DeviceID, st *store.State) (s *state, changed []string, err error) {
+	if s, err = k.read(dev, st.Docs, ""); err != nil {
+		return nil, nil, err
 	}
 	for i := range st.Commits {
 		// A commit that the documents contain in part is folded again with all after it, see fold.
 		if c := &st.Commits[i]; c.Seq > s.seq {
-			s, _ = s.fold(c)
+			var keys []string
+			s, keys = s.fold(c)
+			changed = append(changed, keys...)
 		}
 	}
 	if s.seq != st.LastSeq {
-		return nil, fmt.Errorf("load device %s: documents and log end at seq %d, the newest commit is %d", dev, s.seq, st.LastSeq)
+		return nil, nil, fmt.Errorf("load device %s: documents and log end at seq %d, the newest commit is %d", dev, s.seq, st.LastSeq)
 	}
-	return s, nil
+	return s, changed, nil
 }
 
 func (s *state) deviceDoc() *deviceDoc {

@@ -183,7 +183,12 @@ func (d *Directory) trimDevice(ctx context.Context, dev hub.DeviceID, now time.T
 	if err != nil {
 		return 0, err
 	}
-	upTo = min(upTo, st.LastSeq-1)
+	// What no document contains is not trimmed. Its writer may be gone without anybody asking for the device since: the next pass
+	// finds it folded.
+	if _, err := d.codec.fold(ctx, d.store, dev, &st); err != nil {
+		return 0, err
+	}
+	upTo = min(upTo, st.LastSeq-1, st.FoldedTo)
 	s, err := d.codec.read(dev, st.Docs, basePrefix)
 	if err != nil {
 		return 0, err

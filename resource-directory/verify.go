@@ -64,7 +64,7 @@ func verifyDevice(ctx context.Context, k codec, st store.Store, dev hub.DeviceID
 		bad("the base is of seq %d, the device's document of seq %d", base, now.seq)
 		return problems, nil
 	}
-	keys := map[string]bool{deviceKey: true}
+	keys := map[string]bool{deviceKey: stored.FoldedTo > 0} // what no document contains yet makes none
 	for _, d := range stored.Docs {
 		if d.Key != "" && d.Key[0] == basePrefix[0] {
 			keys[d.Key[1:]] = true // what is only in the base must be in the documents too, unless the log deletes it
@@ -105,8 +105,10 @@ func verifyDevice(ctx context.Context, k codec, st store.Store, dev hub.DeviceID
 		return problems, nil
 	}
 	all := make([]string, 0, len(keys))
-	for key := range keys {
-		all = append(all, key)
+	for key, is := range keys {
+		if is {
+			all = append(all, key)
+		}
 	}
 	rebuilt, err := k.docs(s, all, "")
 	if err != nil {

@@ -128,7 +128,7 @@ func (w *worker) run(ctx context.Context) {
 	for range loaders {
 		helpers.Go(func() {
 			for e := range w.load {
-				s, err := w.d.codec.load(ctx, w.d.store, e.dev)
+				s, err := w.d.codec.loadToAppend(ctx, w.d.store, e.dev)
 				w.d.metrics.loads.Inc()
 				w.loaded <- loading{e, s, err}
 			}

@@ -38,20 +38,26 @@ type StateDoc struct {
 
 // State is a device as the store knows it: its documents and the commits that the documents may not contain yet.
 type State struct {
-	Docs    []StateDoc   // in key order
-	Commits []hub.Commit // in seq order, all later than what every document contains (Pebble: always empty)
-	LastSeq uint64       // of the newest commit, 0 = the device has none
+	Docs     []StateDoc   // in key order, each as it was after FoldedTo
+	Commits  []hub.Commit // in seq order, all after FoldedTo (Pebble: always empty)
+	FoldedTo uint64       // of the newest commit that the documents contain
+	LastSeq  uint64       // of the newest commit, 0 = the device has none
 }
 
 // Log is a log per device.
 type Log interface {
 	// Append stores the entries, durably on return. Each succeeds or fails by itself: errs[i] is nil, of kind hub.Conflict
-	// (somebody else wrote that seq: Load and decide again), hub.Exhausted or hub.Unavailable (nothing was stored), and the
-	// slice is as long as entries. One device may occur several times with rising seqs; if one of them fails the later ones
-	// conflict. Concurrent calls share one synced batch. After the context's end the outcome is still reported truthfully.
+	// (somebody else wrote that seq: Load and decide again), hub.Exhausted or hub.Unavailable (nothing was stored), or
+	// hub.Deadline (a server did not say in time what became of it: Load), and the slice is as long as entries. One device may
+	// occur several times with rising seqs; if one of them fails the later ones conflict. Concurrent calls may share one synced
+	// batch. After the context's end the outcome is still reported truthfully.
 	Append(ctx context.Context, entries []Entry) (errs []error)
 	// Load reads a device's state in one consistent snapshot. An unknown device is an empty State, not an error.
 	Load(ctx context.Context, dev hub.DeviceID) (State, error)
+	// Fold hands over the documents that the commits of st, which Load returned, changed, as they are after st.LastSeq. Whoever
+	// loads a device to append to it or to trim it and finds commits folds them first: only then do the documents of later entries
+	// make a whole. They need not be durable on return, since the log has what they say.
+	Fold(ctx context.Context, dev hub.DeviceID, st State, docs []StateDoc) error
 	// Commits reads a device's commits in seq order from the seq on, or from the first that is still there. Stop early by
 	// breaking off. An error is the last element.
 	Commits(ctx context.Context, dev hub.DeviceID, from uint64) iter.Seq2[hub.Commit, error]
@@ -59,8 +65,8 @@ type Log interface {
 	SeqAt(ctx context.Context, dev hub.DeviceID, t time.Time) (uint64, error)
 	// Devices yields the IDs of all devices that have documents or commits, in order, later than after.
 	Devices(ctx context.Context, after hub.DeviceID) iter.Seq2[hub.DeviceID, error]
-	// Trim removes the device's commits below seq (never the newest) and stores docs (the bases for history) in the same
-	// batch.
+	// Trim removes the device's commits below seq (never the newest, nor one that documents do not contain yet) and stores docs
+	// (the bases for history) so that readers see either both or neither.
 	Trim(ctx context.Context, dev hub.DeviceID, below uint64, docs []StateDoc) error
 }
 
@@ -90,6 +96,16 @@ type Feed interface {
 	WaitFeed(ctx context.Context, after hub.Position) error
 	// TrimFeed removes all positions of days before the given one.
 	TrimFeed(ctx context.Context, beforeDay uint32) error
+}
+
+// PublishedFeed is a feed that is not part of the store that writes commits, but told of them: a cluster's. In it a commit may
+// come again, also after newer ones, when a writer ended between storing and publishing; readers drop seqs not above the last
+// seen.
+type PublishedFeed interface {
+	Feed
+	// Publish adds commits that are stored, durably on return, each by itself: the slice is as long as commits. A device's
+	// commits are added in their order, and if one of them fails the later ones of the call are not added.
+	Publish(ctx context.Context, commits []hub.Commit) []error
 }
 
 // Doc is a document of a typed collection.

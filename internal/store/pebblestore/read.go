@@ -209,6 +209,7 @@ func (s *Store) Load(ctx context.Context, dev hub.DeviceID) (store.State, error)
 		if st.LastSeq, err = lastSeq(v.snap, d); err != nil {
 			return err
 		}
+		st.FoldedTo = st.LastSeq
 		prefix := devicePrefix(prefixState, d)
 		it, err := v.snap.NewIter(&pebble.IterOptions{LowerBound: prefix, UpperBound: after(prefix)})
 		if err != nil {
@@ -237,6 +238,9 @@ func (s *Store) Load(ctx context.Context, dev hub.DeviceID) (store.State, error)
 	}
 	return st, nil
 }
+
+// Fold has nothing to do: documents never lag behind.
+func (s *Store) Fold(context.Context, hub.DeviceID, store.State, []store.StateDoc) error { return nil }
 
 // Commits reads a device's commits from the seq on. Between pages newer commits may appear, and older ones be trimmed; what
 // was trimmed is left out, as at the start.

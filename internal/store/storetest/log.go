@@ -46,6 +46,12 @@ func appendThenLoad(t *testing.T, s store.Store) {
 		if err != nil || st.LastSeq != seq || len(st.Docs) != 1 || !slices.Equal(st.Docs[0].Value, []byte{byte(seq)}) {
 			t.Errorf("after commit %d: %+v, %v", seq, st, err)
 		}
+		if st.FoldedTo+uint64(len(st.Commits)) != seq {
+			t.Errorf("after commit %d documents are folded to %d, and %d commits come after", seq, st.FoldedTo, len(st.Commits))
+		}
+		if err := s.Fold(ctx, dev, st, st.Docs); err != nil {
+			t.Errorf("fold what is there already: %v", err)
+		}
 	}
 	if errs := s.Append(ctx, nil); len(errs) != 0 {
 		t.Errorf("appending nothing gives %v", errs)
@@ -446,6 +452,9 @@ func seqAtFindsTheMoment(t *testing.T, s store.Store) {
 		if err := appendOne(ctx, s, c); err != nil {
 			t.Fatal(err)
 		}
+		if !slices.Contains([]uint64{1, 2, 3, 4, 7, 8, 15, 16, 31, 32, 70}, seq) {
+			continue // at the lengths that are left a search by halves and doubles takes no other turn
+		}
 		for at := range int64(seq) + 2 {
 			check(map[int64]uint64{10*at - 1: min(seq, uint64(max(at-1, 0))), 10 * at: min(seq, uint64(at))})
 		}
@@ -457,7 +466,7 @@ func devicesInOrder(t *testing.T, s store.Store) {
 	if got := must(t, s.Devices(ctx, "")); len(got) != 0 {
 		t.Errorf("an empty store has devices %v", got)
 	}
-	const count = 600
+	const count = 300 // more than a page
 	var entries []store.Entry
 	var want []hub.DeviceID
 	for n := range count {
@@ -482,8 +491,8 @@ func devicesInOrder(t *testing.T, s store.Store) {
 	if got := must(t, s.Devices(ctx, "")); !slices.Equal(got, want) {
 		t.Errorf("%d devices, want %d in order", len(got), len(want))
 	}
-	if got := must(t, s.Devices(ctx, Device(299))); !slices.Equal(got, want[300:]) {
-		t.Errorf("%d devices after the 300th, want %d", len(got), len(want)-300)
+	if got := must(t, s.Devices(ctx, Device(149))); !slices.Equal(got, want[150:]) {
+		t.Errorf("%d devices after the 150th, want %d", len(got), len(want)-150)
 	}
 	if got := must(t, s.Devices(ctx, last)); len(got) != 0 {
 		t.Errorf("devices after the last: %v", got)
