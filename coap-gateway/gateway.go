@@ -235,7 +235,9 @@ func (g *Gateway) Addresses() Addresses {
 }
 
 // Endpoint is the URI under which devices reach the gateway over a protocol, once Run called ready; "" for one that is off.
-func (g *Gateway) Endpoint(over hub.Protocol) string { return g.cfg.Endpoint(over, g.Addresses(), g.deps.Reach) }
+func (g *Gateway) Endpoint(over hub.Protocol) string {
+	return g.cfg.Endpoint(over, g.Addresses(), g.deps.Reach)
+}
 
 // Configured is where a gateway with this configuration is to listen.
 func (c *Config) Configured() (at Addresses) {
