@@ -25,8 +25,6 @@ const (
 	maxQuestion, maxAnswer = 16 << 20, 64 << 20
 	// patience bounds a call whose context has no earlier end.
 	patience = 10 * time.Second
-	// ping is how often the server is asked whether it is there, and pings how often in vain before the connection is given up.
-	ping, pings = time.Second, 3
 )
 
 // Bus is this process's connection. Its methods are safe for concurrent use.
@@ -41,35 +39,10 @@ type Bus struct {
 // operator of the servers sees. It does not wait for a server: until there is one, calls are Unavailable, and served as soon as there is.
 // The configuration must be valid.
 func Connect(cfg Config, hubID, build, name string, log *slog.Logger, reg prometheus.Registerer) (*Bus, error) {
-	b := &Bus{prefix: "coaphub." + hubID + ".", build: build, metrics: newMetrics(reg)}
-	opts, err := cfg.options()
-	if err != nil {
+	b := &Bus{prefix: Prefix(hubID), build: build, metrics: newMetrics(reg)}
+	var err error
+	if b.conn, err = Dial(cfg, hubID, name, log.With("connection", "bus"), b.metrics.changed); err != nil {
 		return nil, err
-	}
-	opts = append(opts,
-		nats.Name(name), nats.CustomInboxPrefix(b.prefix+"inbox"),
-		nats.RetryOnFailedConnect(true), nats.MaxReconnects(-1), nats.ReconnectWait(250*time.Millisecond), nats.ReconnectJitter(250*time.Millisecond, time.Second),
-		// What was not sent at once is answered with an error: the caller is gone, or has done something else, when it goes out late.
-		nats.ReconnectBufSize(-1),
-		nats.IgnoreAuthErrorAbort(), // credentials are read at each attempt: an operator may be replacing them
-		nats.PingInterval(ping), nats.MaxPingsOutstanding(pings), nats.Timeout(5*time.Second), nats.FlusherTimeout(5*time.Second),
-		nats.ConnectHandler(func(c *nats.Conn) { log.Info("the bus is there", "server", c.ConnectedUrlRedacted()) }),
-		nats.ReconnectHandler(func(c *nats.Conn) { log.Info("the bus is back", "server", c.ConnectedUrlRedacted()) }),
-		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) {
-			b.metrics.disconnects.Inc()
-			log.Warn("the bus is away", "error", err)
-		}),
-		nats.ReconnectErrHandler(func(_ *nats.Conn, err error) { log.Debug("the bus cannot be reached", "error", err) }),
-		nats.ErrorHandler(func(_ *nats.Conn, s *nats.Subscription, err error) {
-			subject := ""
-			if s != nil {
-				subject = s.Subject
-			}
-			log.Error("the bus", "subject", subject, "error", err)
-		}),
-	)
-	if b.conn, err = nats.Connect(cfg.addresses(), opts...); err != nil {
-		return nil, fmt.Errorf("connect to the bus: %w", err)
 	}
 	return b, nil
 }

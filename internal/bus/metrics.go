@@ -32,6 +32,12 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	return m
 }
 
+func (m *metrics) changed(connected bool) {
+	if !connected {
+		m.disconnects.Inc()
+	}
+}
+
 func outcome(err error) string {
 	if err == nil {
 		return "ok"

@@ -11,16 +11,61 @@ import (
 	"github.com/coaphub/coaphub/internal/store"
 )
 
-var feedTests = map[string]func(*testing.T, store.Store){
-	"FeedStartsEmpty":              feedStartsEmpty,
-	"FeedInPages":                  feedInPages,
-	"FeedNeverSkips":               feedNeverSkips,
-	"WaitFeedWaits":                waitFeedWaits,
-	"TrimFeedMakesCursorsLag":      trimFeedMakesCursorsLag,
+// A source is a feed, and how it gets commits: by the store that it is part of, or by being told.
+type source struct {
+	store.Feed
+	add func(ctx context.Context, commits ...hub.Commit) []error
+}
+
+var feedTests = map[string]func(*testing.T, source){
+	"FeedStartsEmpty":         feedStartsEmpty,
+	"FeedInPages":             feedInPages,
+	"FeedNeverSkips":          feedNeverSkips,
+	"WaitFeedWaits":           waitFeedWaits,
+	"TrimFeedMakesCursorsLag": trimFeedMakesCursorsLag,
+}
+
+// storeFeedTests are of feeds that are part of a store.
+var storeFeedTests = map[string]func(*testing.T, store.Store){
+	"TrimFeedKeepsTheLog":          trimFeedKeepsTheLog,
 	"FeedBehindATrimmedLogHasLost": feedBehindATrimmedLogHasLost,
 }
 
-func feedStartsEmpty(t *testing.T, s store.Store) {
+func runFeed(t *testing.T, open func(t *testing.T) source) {
+	for name, test := range feedTests {
+		t.Run(name, func(t *testing.T) { test(t, open(t)) })
+	}
+	t.Run("LogIDNamesTheLog", func(t *testing.T) {
+		a, b := open(t), open(t)
+		first := a.LogID()
+		if first == "" || first == b.LogID() || a.LogID() != first {
+			t.Errorf("log IDs are %q, then %q, and %q for another log", first, a.LogID(), b.LogID())
+		}
+	})
+}
+
+// sourceOf makes a source of a store.
+func sourceOf(s store.Store) source {
+	return source{s, func(ctx context.Context, commits ...hub.Commit) []error {
+		entries := make([]store.Entry, len(commits))
+		for i := range commits {
+			entries[i].Commit = commits[i]
+		}
+		return s.Append(ctx, entries)
+	}}
+}
+
+// fill adds commits first to last of a device, one call each, and fails the test when one is refused.
+func (s source) fill(t *testing.T, dev hub.DeviceID, first, last uint64) {
+	t.Helper()
+	for seq := first; seq <= last; seq++ {
+		if err := s.add(t.Context(), Commit(dev, seq))[0]; err != nil {
+			t.Fatalf("add %s/%d: %v", dev, seq, err)
+		}
+	}
+}
+
+func feedStartsEmpty(t *testing.T, s source) {
 	ctx := deadline(t)
 	if head, err := s.Head(ctx); err != nil || head != (hub.Position{}) {
 		t.Errorf("head of an empty feed is %v, %v", head, err)
@@ -30,7 +75,7 @@ func feedStartsEmpty(t *testing.T, s store.Store) {
 		t.Errorf("an empty feed gives %v, %v, %v, %v", entries, next, lagged, err)
 	}
 	day := uint32(time.Now().Unix() / 86400)
-	add(t, s, Device(1), 1, 1)
+	s.fill(t, Device(1), 1, 1)
 	head, err := s.Head(ctx)
 	if err != nil || head.Day < day || head.Day > day+1 || head.Compare(hub.Position{}) <= 0 {
 		t.Errorf("head is %v, %v, today is %d", head, err, day)
@@ -43,15 +88,15 @@ func feedStartsEmpty(t *testing.T, s store.Store) {
 	}
 }
 
-func feedInPages(t *testing.T, s store.Store) {
+func feedInPages(t *testing.T, s source) {
 	ctx := deadline(t)
 	const devices, each = 5, 40
 	for seq := uint64(1); seq <= each; seq++ {
-		var entries []store.Entry
+		var commits []hub.Commit
 		for n := range devices {
-			entries = append(entries, store.Entry{Commit: Commit(Device(n), seq)})
+			commits = append(commits, Commit(Device(n), seq))
 		}
-		if err := errors.Join(s.Append(ctx, entries)...); err != nil {
+		if err := errors.Join(s.add(ctx, commits...)...); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -108,14 +153,14 @@ func feedInPages(t *testing.T, s store.Store) {
 	}
 }
 
-func feedNeverSkips(t *testing.T, s store.Store) {
+func feedNeverSkips(t *testing.T, s source) {
 	ctx := deadline(t)
 	const writers, each, readers = 64, 30, 3
 	var wg sync.WaitGroup
 	for w := range writers {
 		wg.Go(func() {
 			for seq := uint64(1); seq <= each; seq++ {
-				if err := appendOne(ctx, s, Commit(Device(w), seq)); err != nil {
+				if err := s.add(ctx, Commit(Device(w), seq))[0]; err != nil {
 					t.Error(err)
 					return
 				}
@@ -151,11 +196,11 @@ func feedNeverSkips(t *testing.T, s store.Store) {
 	wg.Wait()
 }
 
-func waitFeedWaits(t *testing.T, s store.Store) {
+func waitFeedWaits(t *testing.T, s source) {
 	ctx, cancel := context.WithCancel(deadline(t))
 	got := make(chan error, 1)
 	go func() { got <- s.WaitFeed(ctx, hub.Position{}) }()
-	add(t, s, Device(1), 1, 1)
+	s.fill(t, Device(1), 1, 1)
 	if err := <-got; err != nil {
 		t.Errorf("waiting from the start: %v", err)
 	}
@@ -178,9 +223,9 @@ func waitFeedWaits(t *testing.T, s store.Store) {
 	}
 }
 
-func trimFeedMakesCursorsLag(t *testing.T, s store.Store) {
+func trimFeedMakesCursorsLag(t *testing.T, s source) {
 	ctx := deadline(t)
-	add(t, s, Device(1), 1, 5)
+	s.fill(t, Device(1), 1, 5)
 	all, _, _, err := s.ReadFeed(ctx, hub.Position{}, 10)
 	if err != nil || len(all) != 5 {
 		t.Fatal(len(all), err)
@@ -195,7 +240,7 @@ func trimFeedMakesCursorsLag(t *testing.T, s store.Store) {
 	if again, err := s.Head(ctx); err != nil || again != head {
 		t.Errorf("trimming moved the head from %v to %v, %v", head, again, err)
 	}
-	add(t, s, Device(1), 6, 6)
+	s.fill(t, Device(1), 6, 6)
 	for _, at := range []hub.Position{{}, all[0].Position, all[3].Position} {
 		entries, _, lagged, err := s.ReadFeed(ctx, at, 10)
 		if err != nil || !lagged || len(entries) != 0 {
@@ -208,6 +253,18 @@ func trimFeedMakesCursorsLag(t *testing.T, s store.Store) {
 	}
 	if entries, _, lagged, err := s.ReadFeed(ctx, next, 10); err != nil || lagged || len(entries) != 0 {
 		t.Errorf("at the new head: %v, lagged %v, %v", entries, lagged, err)
+	}
+}
+
+func trimFeedKeepsTheLog(t *testing.T, s store.Store) {
+	ctx := deadline(t)
+	add(t, s, Device(1), 1, 6)
+	head, err := s.Head(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.TrimFeed(ctx, head.Day+1); err != nil {
+		t.Fatal(err)
 	}
 	if got := must(t, s.Commits(ctx, Device(1), 1)); len(got) != 6 {
 		t.Errorf("the device's log has %d commits, want 6: trimming the feed must not touch it", len(got))

@@ -19,18 +19,12 @@ import (
 
 // Run runs the suite. open gives an empty store of its own each time it is called, and sees to its end.
 func Run(t *testing.T, open func(t *testing.T) store.Store) {
-	for _, group := range []map[string]func(*testing.T, store.Store){logTests, feedTests, documentTests} {
+	for _, group := range []map[string]func(*testing.T, store.Store){logTests, storeFeedTests, documentTests} {
 		for name, test := range group {
 			t.Run(name, func(t *testing.T) { test(t, open(t)) })
 		}
 	}
-	t.Run("LogIDNamesTheLog", func(t *testing.T) {
-		a, b := open(t), open(t)
-		first := a.LogID()
-		if first == "" || first == b.LogID() || a.LogID() != first {
-			t.Errorf("log IDs are %q, then %q, and %q for another log", first, a.LogID(), b.LogID())
-		}
-	})
+	runFeed(t, func(t *testing.T) source { return sourceOf(open(t)) })
 }
 
 // Device returns the n-th device's ID; they sort as their numbers do.
