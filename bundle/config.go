@@ -17,6 +17,8 @@ import (
 	"github.com/coaphub/coaphub/internal/bus"
 	"github.com/coaphub/coaphub/internal/conf"
 	"github.com/coaphub/coaphub/internal/obs"
+	"github.com/coaphub/coaphub/internal/store/jetfeed"
+	"github.com/coaphub/coaphub/internal/store/mongostore"
 	oauthserver "github.com/coaphub/coaphub/oauth-server"
 	resourcedirectory "github.com/coaphub/coaphub/resource-directory"
 )
@@ -44,6 +46,8 @@ type Config struct {
 	Store           StoreConfig   `yaml:"store"`
 	// Target is which parts run in this process. Empty: all. It comes from --target, too, with commas between.
 	Target []string `yaml:"target"`
+	// Cluster is what the processes of one hub have in common. One machine needs none of it.
+	Cluster ClusterConfig `yaml:"cluster"`
 	// Bus is how the parts reach each other. Without addresses they are in one process and call each other there.
 	Bus bus.Config `yaml:"bus"`
 
@@ -88,6 +92,18 @@ type StoreConfig struct {
 	// Cache is the size of the cache of blocks read from the disk. Two write buffers of 8 MiB come on top; as long as they are
 	// smaller the cache has the rest of their room.
 	Cache conf.Size `yaml:"cache"`
+	// MongoDB is where a hub is kept whose parts run in several processes. With an address in it nothing is kept in the data folder.
+	MongoDB mongostore.Config `yaml:"mongodb"`
+	// Feed is how the order of all events is kept on the servers of the bus, with MongoDB.
+	Feed jetfeed.Config `yaml:"feed"`
+}
+
+// ClusterConfig is what no two hubs have in common.
+type ClusterConfig struct {
+	// HubID is the hub's own ID, a UUID; devices are told it. It never changes.
+	HubID string `yaml:"hubId"`
+	// Secret is at least 16 characters that only the processes of this hub know. Its secrets in the database are sealed with it.
+	Secret conf.Secret `yaml:"secret"`
 }
 
 // Default is the configuration of a hub that nobody configured.
@@ -96,7 +112,7 @@ func Default() Config {
 		Data:  "data",
 		Log:   obs.DefaultLog(),
 		Admin: AdminConfig{API: AdminAPIConfig{HTTP: AdminHTTPConfig{Address: "127.0.0.1:8081"}}},
-		Store: StoreConfig{MinFree: 128 << 20, Cache: 8 << 20},
+		Store: StoreConfig{MinFree: 128 << 20, Cache: 8 << 20, MongoDB: mongostore.DefaultConfig(), Feed: jetfeed.DefaultConfig()},
 
 		CoAPGateway:       coapgateway.Default(),
 		GRPCGateway:       grpcgateway.Default(),
@@ -126,9 +142,7 @@ func (c Config) Validate() error {
 			ps = append(ps, conf.Problem{Path: fmt.Sprintf("target[%d]", i), Text: fmt.Sprintf("%q is no part; there are %s", t, strings.Join(Targets(), ", "))})
 		}
 	}
-	if len(c.Target) > 0 {
-		ps = append(ps, conf.Problem{Path: "target", Text: "parts in processes of their own need a store that they share, which is not there yet; leave it empty"})
-	}
+	ps = append(ps, c.shared()...)
 	ps = append(ps, gather("bus", c.Bus.Validate()...)...)
 	ps = append(ps, gather("coapGateway", c.CoAPGateway.Validate()...)...)
 	ps = append(ps, gather("enrolmentGateway", c.EnrolmentGateway.Validate()...)...)
@@ -139,6 +153,36 @@ func (c Config) Validate() error {
 	ps = append(ps, gather("authorization", c.Authorization.Validate()...)...)
 	ps = append(ps, c.together()...)
 	return ps.Err()
+}
+
+// Shared reports whether the hub is kept where several processes can reach it.
+func (c Config) Shared() bool { return c.Store.MongoDB.URI != "" }
+
+// shared checks what several processes need.
+func (c Config) shared() (ps conf.Problems) {
+	bad := func(path, text string) { ps = append(ps, conf.Problem{Path: path, Text: text}) }
+	if !c.Shared() {
+		if len(c.Target) > 0 {
+			bad("store.mongodb.uri", "parts in processes of their own need a database that they share; write its address, or leave target empty")
+		}
+		return ps
+	}
+	for _, p := range c.Store.MongoDB.Problems() {
+		bad("store.mongodb."+p.Path, p.Text)
+	}
+	for _, p := range c.Store.Feed.Problems() {
+		bad("store.feed."+p.Path, p.Text)
+	}
+	if len(c.Bus.URLs) == 0 {
+		bad("bus.urls", "with MongoDB the feed and the parts need NATS servers; write their addresses")
+	}
+	if _, err := hub.ParseDeviceID(c.Cluster.HubID); err != nil {
+		bad("cluster.hubId", "it is no UUID; make one with uuidgen, once, for all processes of the hub")
+	}
+	if len(c.Cluster.Secret) < 16 {
+		bad("cluster.secret", "it needs at least 16 characters, the same for all processes of the hub; make it with openssl rand -base64 32")
+	}
+	return ps
 }
 
 // together checks what no section can see by itself.

@@ -72,8 +72,10 @@ func secretKey(ctx context.Context, docs store.Documents, name string) ([]byte, 
 	doc, err := docs.Get(ctx, secretCollection, name)
 	if err == nil && doc.Rev == 0 {
 		doc = store.Doc{Key: name, Value: make([]byte, 32)}
-		_, _ = rand.Read(doc.Value) // never fails
-		_, err = docs.Put(ctx, secretCollection, doc)
+		_, _ = rand.Read(doc.Value)                                                       // never fails
+		if _, err = docs.Put(ctx, secretCollection, doc); hub.IsKind(err, hub.Conflict) { // another process was faster
+			doc, err = docs.Get(ctx, secretCollection, name)
+		}
 	}
 	if err != nil {
 		return nil, fmt.Errorf("the secret %q: %w", name, err)

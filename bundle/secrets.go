@@ -2,6 +2,10 @@ package bundle
 
 import (
 	"context"
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/hkdf"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,6 +16,7 @@ import (
 	"sync"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/conf"
 	"github.com/coaphub/coaphub/internal/store"
 )
 
@@ -141,4 +146,55 @@ var errListed = &hub.Error{Kind: hub.Internal, Op: "secrets", Err: errors.New("s
 
 func noList(yield func(store.Doc, error) bool) {
 	yield(store.Doc{}, errListed)
+}
+
+// sealedSecrets is the documents of a cluster, whose secrets are in the database with everything else, but sealed with what only the
+// hub's processes know: whoever reads the database or its backups does not have them.
+type sealedSecrets struct {
+	store.Documents
+	aead cipher.AEAD
+}
+
+func sealed(docs store.Documents, secret conf.Secret, hubID string) (*sealedSecrets, error) {
+	key, err := hkdf.Key(sha256.New, []byte(secret.Reveal()), []byte(hubID), "coaphub secrets", 32)
+	if err != nil {
+		return nil, fmt.Errorf("the key of the hub's secrets: %w", err)
+	}
+	block, err := aes.NewCipher(key)
+	if err != nil {
+		return nil, fmt.Errorf("the key of the hub's secrets: %w", err)
+	}
+	aead, err := cipher.NewGCMWithRandomNonce(block)
+	return &sealedSecrets{docs, aead}, err
+}
+
+// Get is of store.Documents.
+func (s *sealedSecrets) Get(ctx context.Context, collection, key string) (store.Doc, error) {
+	doc, err := s.Documents.Get(ctx, collection, key)
+	if err != nil || collection != secretCollection || doc.Rev == 0 {
+		return doc, err
+	}
+	doc.Value, err = s.aead.Open(nil, nil, doc.Value, []byte(key))
+	if err != nil {
+		return store.Doc{}, &hub.Error{
+			Kind: hub.Precondition, Op: "secrets", Code: "cluster-secret-wrong", Text: "the hub's secrets in the database were sealed with another cluster.secret", Err: err,
+		}
+	}
+	return doc, nil
+}
+
+// Put is of store.Documents.
+func (s *sealedSecrets) Put(ctx context.Context, collection string, doc store.Doc) (uint64, error) {
+	if collection == secretCollection {
+		doc.Value = s.aead.Seal(nil, nil, doc.Value, []byte(doc.Key))
+	}
+	return s.Documents.Put(ctx, collection, doc)
+}
+
+// Range is of store.Documents; secrets are asked for by name only.
+func (s *sealedSecrets) Range(ctx context.Context, collection, from, to string) iter.Seq2[store.Doc, error] {
+	if collection == secretCollection {
+		return noList
+	}
+	return s.Documents.Range(ctx, collection, from, to)
 }

@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -29,6 +30,8 @@ import (
 	"github.com/coaphub/coaphub/internal/obs"
 	"github.com/coaphub/coaphub/internal/quarantine"
 	"github.com/coaphub/coaphub/internal/store"
+	"github.com/coaphub/coaphub/internal/store/jetfeed"
+	"github.com/coaphub/coaphub/internal/store/mongostore"
 	"github.com/coaphub/coaphub/internal/store/pebblestore"
 	oauthserver "github.com/coaphub/coaphub/oauth-server"
 	resourcedirectory "github.com/coaphub/coaphub/resource-directory"
@@ -54,7 +57,8 @@ type assembly struct {
 
 	pebble    *pebblestore.Store // nil in a cluster
 	store     store.Store
-	documents store.Documents // of the store, but secrets are files
+	closers   []io.Closer     // of the store, what was opened first in front
+	documents store.Documents // of the store, but secrets are files, or sealed
 	audit     *audit.Log
 	bus       *bus.Bus       // nil: the parts call each other
 	members   []*bus.Members // of the parts that run here
@@ -160,23 +164,82 @@ func (a *assembly) openStore(ctx context.Context) (err error) {
 	if err := os.RemoveAll(a.folder.sub(scratchFolder)); err != nil {
 		return fmt.Errorf("empty the scratch folder: %w", err)
 	}
-	if a.pebble, err = openPebble(a.folder, a.cfg.Store, a.log.With("part", "store"), a.registry); err != nil {
+	if a.cfg.Shared() {
+		err = a.openShared(ctx)
+	} else {
+		err = a.openOwn(ctx)
+	}
+	if err != nil {
 		return err
 	}
-	a.store = a.pebble
 	a.health.Check("store", func(ctx context.Context) error {
 		_, err := a.store.Head(ctx) // an error once the disk failed for good
 		return err
 	})
+	a.audit, err = audit.Open(ctx, a.store, a.log.With("part", "audit"), a.registry)
+	return err
+}
+
+// openOwn opens the store in the data folder.
+func (a *assembly) openOwn(ctx context.Context) (err error) {
+	if a.pebble, err = openPebble(a.folder, a.cfg.Store, a.log.With("part", "store"), a.registry); err != nil {
+		return err
+	}
+	a.store = a.pebble
+	a.closers = append(a.closers, a.pebble)
+	a.documents = &withSecrets{Documents: a.store, dir: a.folder.sub(keysFolder)}
 	if a.hubID, err = hubID(ctx, a.store); err != nil {
 		return err
 	}
+	return a.connect()
+}
+
+// openShared opens the store of a cluster. It waits for its servers, and says so.
+func (a *assembly) openShared(ctx context.Context) (err error) {
+	a.hubID = a.cfg.Cluster.HubID
 	if err := a.connect(); err != nil {
 		return err
 	}
-	a.documents = &withSecrets{Documents: a.store, dir: a.folder.sub(keysFolder)}
-	a.audit, err = audit.Open(ctx, a.store, a.log.With("part", "audit"), a.registry)
+	feed, err := waited(ctx, a.log, "the NATS servers with JetStream", func(ctx context.Context) (*jetfeed.Feed, error) {
+		return jetfeed.Open(ctx, a.cfg.Store.Feed, jetfeed.Options{
+			Bus: a.cfg.Bus, HubID: a.hubID, Name: a.processName(), Log: a.log.With("part", "feed"), Registerer: a.registry,
+		})
+	})
+	if err != nil {
+		return err
+	}
+	a.closers = append(a.closers, feed)
+	a.health.Check("feed", feed.Health)
+	s, err := waited(ctx, a.log, "MongoDB", func(ctx context.Context) (*mongostore.Store, error) {
+		return mongostore.Open(ctx, a.cfg.Store.MongoDB, mongostore.Options{
+			HubID: a.hubID, ClusterSecret: a.cfg.Cluster.Secret, Feed: feed, Log: a.log.With("part", "store"), Registerer: a.registry,
+			Name: a.processName(),
+		})
+	})
+	if err != nil {
+		return err
+	}
+	a.store = s
+	a.closers = append(a.closers, s)
+	a.documents, err = sealed(s, a.cfg.Cluster.Secret, a.hubID)
 	return err
+}
+
+// waited opens something on servers, again while they are away, until ctx ends.
+func waited[T any](ctx context.Context, log *slog.Logger, what string, open func(context.Context) (T, error)) (T, error) {
+	for {
+		began := time.Now()
+		v, err := open(ctx)
+		if err == nil || !hub.IsKind(err, hub.Unavailable) || ctx.Err() != nil {
+			return v, err
+		}
+		log.Warn("the start waits for "+what, "error", err)
+		select {
+		case <-time.After(max(0, time.Second-time.Since(began))):
+		case <-ctx.Done():
+			return v, err
+		}
+	}
 }
 
 func (a *assembly) wireDirectory(context.Context) (err error) {
@@ -377,19 +440,19 @@ func (a *assembly) close() error {
 	if a.verifier != nil {
 		a.verifier.Close()
 	}
-	if a.bus != nil {
-		a.bus.Close()
-	}
 	for _, c := range a.clients {
 		c.Close()
 	}
-	if a.pebble == nil {
-		return nil
+	var errs []error
+	for _, c := range slices.Backward(a.closers) {
+		if err := c.Close(); err != nil {
+			errs = append(errs, fmt.Errorf("close the store: %w", err))
+		}
 	}
-	if err := a.pebble.Close(); err != nil {
-		return fmt.Errorf("close the store: %w", err)
+	if a.bus != nil {
+		a.bus.Close()
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 func openPebble(folder *Folder, cfg StoreConfig, log *slog.Logger, reg prometheus.Registerer) (*pebblestore.Store, error) {
