@@ -51,6 +51,7 @@ type Authority struct {
 
 	changing sync.Mutex // held by who changes dir
 	lines    atomic.Pointer[map[Root]line]
+	changed  atomic.Pointer[func()] // called after changes of dir; nil: nobody else has to know
 
 	registrar *Registrar
 }
@@ -228,17 +229,24 @@ func (a *Authority) Pool(r Root) *x509.CertPool {
 // port) as subject alternative names. It lasts 397 days. After a new root has come into use it is believed by who knows only the
 // one before it, too.
 func (a *Authority) HubCertificate(hosts []string) (tls.Certificate, error) {
-	return a.serverCertificate(Device, "uuid:"+string(a.hubID), hosts, hubUsage)
+	return a.serverCertificate(Device, a.hubName(), hosts, hubUsage)
 }
+
+func (a *Authority) hubName() string { return "uuid:" + string(a.hubID) }
 
 // HTTPSCertificate makes a server certificate for hosts (names or addresses without port, at least one) under the HTTPS
 // root, with a new key. It lasts 397 days.
 func (a *Authority) HTTPSCertificate(hosts []string) (tls.Certificate, error) {
 	if len(hosts) == 0 {
-		return tls.Certificate{}, hub.NewError(hub.Invalid, "hosts-missing", "a server certificate needs at least one host")
+		return tls.Certificate{}, errNoHosts
 	}
-	return a.serverCertificate(HTTPS, "coaphub", hosts, serverUsage)
+	return a.serverCertificate(HTTPS, httpsName, hosts, serverUsage)
 }
+
+// httpsName is the common name of the hub's certificates towards applications and people.
+const httpsName = "coaphub"
+
+var errNoHosts = hub.NewError(hub.Invalid, "hosts-missing", "a server certificate needs at least one host")
 
 // Identity is what a device needs to prove who it is. All are PEM.
 type Identity struct {
@@ -254,10 +262,27 @@ type Identity struct {
 // the issuing certificate. The hub's own ID is Denied: its holder would be the hub to every device. A validity that is not
 // positive, or an ID that ParseDeviceID did not make, is Invalid.
 func (a *Authority) IssueDevice(dev hub.DeviceID, validity time.Duration) (Identity, error) {
-	return a.issueDevice(dev, validity, deviceUsage)
+	return withKey(func(key crypto.PublicKey) (Identity, error) { return a.issueDeviceFor(key, dev, validity, deviceUsage) })
 }
 
-func (a *Authority) issueDevice(dev hub.DeviceID, validity time.Duration, use usage) (Identity, error) {
+// withKey makes a key, and has a certificate made for it.
+func withKey(issue func(crypto.PublicKey) (Identity, error)) (Identity, error) {
+	key, err := newECDSA()
+	if err != nil {
+		return Identity{}, err
+	}
+	id, err := issue(key.Public())
+	if err == nil {
+		id.Key, err = keyPEM(key)
+	}
+	if err != nil {
+		return Identity{}, err
+	}
+	return id, nil
+}
+
+// issueDeviceFor is IssueDevice for a key that somebody else has.
+func (a *Authority) issueDeviceFor(key crypto.PublicKey, dev hub.DeviceID, validity time.Duration, use usage) (Identity, error) {
 	const op = "certificateauthority.IssueDevice"
 	id, err := hub.ParseDeviceID(string(dev))
 	switch {
@@ -270,37 +295,41 @@ func (a *Authority) issueDevice(dev hub.DeviceID, validity time.Duration, use us
 	}
 	l := a.line(Device)
 	s := l.signer()
-	leaf, key, err := s.sign("uuid:"+string(id), validity, use, nil)
+	leaf, err := s.signKey(key, "uuid:"+string(id), validity, use, nil)
 	if err != nil {
 		return Identity{}, fmt.Errorf("%s: %w", op, err)
 	}
-	keyText, err := keyPEM(key)
-	if err != nil {
-		return Identity{}, fmt.Errorf("%s: %w", op, err)
-	}
-	return Identity{
-		Chain: slices.Concat(certPEM(leaf), certPEM(s.issuing)),
-		Key:   keyText,
-		CA:    l.rootPEM(),
-		leaf:  leaf,
-	}, nil
+	return Identity{Chain: slices.Concat(certPEM(leaf), certPEM(s.issuing)), CA: l.rootPEM(), leaf: leaf}, nil
 }
 
 var errOfHub = hub.NewError(hub.Denied, "device-id-of-hub", "the ID is the hub's own")
 
 func (a *Authority) serverCertificate(r Root, name string, hosts []string, use usage) (tls.Certificate, error) {
+	key, err := newECDSA()
+	if err != nil {
+		return tls.Certificate{}, err
+	}
+	c, err := a.serverCertificateFor(key.Public(), r, name, hosts, use)
+	if err != nil {
+		return tls.Certificate{}, err
+	}
+	c.PrivateKey = key
+	return c, nil
+}
+
+// serverCertificateFor is serverCertificate for a key that somebody else has.
+func (a *Authority) serverCertificateFor(key crypto.PublicKey, r Root, name string, hosts []string, use usage) (tls.Certificate, error) {
 	for _, h := range hosts {
 		if !validHost(h) {
 			return tls.Certificate{}, hub.NewError(hub.Invalid, "host-invalid", fmt.Sprintf("%q is neither a host name nor an address", h))
 		}
 	}
 	l := a.line(r)
-	s := l.signer()
-	leaf, key, err := s.sign(name, serverValidity, use, hosts)
+	leaf, err := l.signer().signKey(key, name, serverValidity, use, hosts)
 	if err != nil {
 		return tls.Certificate{}, fmt.Errorf("certificate for %s under the %s root: %w", name, r, err)
 	}
-	return tls.Certificate{Certificate: append([][]byte{leaf.Raw}, l.chain(time.Now())...), PrivateKey: key, Leaf: leaf}, nil
+	return tls.Certificate{Certificate: append([][]byte{leaf.Raw}, l.chain(time.Now())...), Leaf: leaf}, nil
 }
 
 // validHost accepts what can stand in a subject alternative name: an address, or a name of letters, digits, dots and

@@ -42,7 +42,7 @@ func (s *Service) SignService(ctx context.Context, owner hub.Owner, user string,
 	const op = "certificateauthority.SignService"
 	switch {
 	case len(hosts) == 0:
-		return nil, hub.NewError(hub.Invalid, "hosts-missing", "a server certificate needs at least one host").With(op, nil)
+		return nil, errNoHosts.With(op, nil)
 	case len(hosts) > maxHosts:
 		return nil, hub.NewError(hub.TooLarge, "hosts-too-many", "a server certificate has at most 16 hosts").With(op, nil)
 	}

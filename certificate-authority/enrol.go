@@ -256,7 +256,7 @@ func (s *Service) enrol(ctx context.Context, a applicant, req *request) (*x509.C
 		if doc.Rev != 0 && before.Key != a.Key {
 			return nil, errIDInUse
 		}
-		if err := s.claim(ctx, a); err != nil {
+		if doc.Rev, err = s.claim(ctx, a, e, doc.Rev); err != nil {
 			return nil, err
 		}
 	}
@@ -290,6 +290,12 @@ func (s *Service) enrol(ctx context.Context, a applicant, req *request) (*x509.C
 	}
 	if a.By == hub.ByRenewal && before.State == hub.EnrolmentWaiting {
 		e.State, e.Waits = before.State, before.Waits // a factory key waits, and is not allowed by that
+	}
+	if e.State == "" && a.claims && stored.Created.IsZero() { // the claim has put it there
+		if gone := s.docs.Delete(ctx, collEnrolments, string(a.device), doc.Rev); gone != nil && !hub.IsKind(gone, hub.Conflict) {
+			err = errors.Join(err, gone)
+		}
+		return leaf, err
 	}
 	if e.State == "" || e == stored && time.Since(e.Changed) < recorded { // refused for a reason that says nothing about the device
 		return leaf, err
@@ -485,6 +491,9 @@ func (s *Service) byCurrent(ctx context.Context, leaf *x509.Certificate) (applic
 		if err != nil {
 			return a, err
 		}
+		if !e.Revoked.IsZero() { // by another authority, this moment
+			return a, errRevoked
+		}
 		a.Owner = e.Owner
 	}
 	// The device stays the device when somebody else owns it.
@@ -541,8 +550,10 @@ func (s *Service) above(leaf *x509.Certificate) []*x509.Certificate {
 // RenewAt is when a certificate of this authority should be renewed: in the last 60 days of its life, or its last third if that is
 // less; somewhere in the first half of that, at another time for each certificate, so that a fleet that came at once does not
 // come at once again. False: it is of another authority.
-func (s *Service) RenewAt(c *x509.Certificate) (time.Time, bool) {
-	if _, ours := s.a.issuerOf(c); !ours {
+func (s *Service) RenewAt(c *x509.Certificate) (time.Time, bool) { return s.a.renewAt(c) }
+
+func (a *Authority) renewAt(c *x509.Certificate) (time.Time, bool) {
+	if _, ours := a.issuerOf(c); !ours {
 		return time.Time{}, false
 	}
 	half := min(renewBefore, c.NotAfter.Sub(c.NotBefore)/3) / 2
@@ -552,8 +563,10 @@ func (s *Service) RenewAt(c *x509.Certificate) (time.Time, bool) {
 
 // Anchors are the certificates that a device needs to verify those of this authority: the root, or both while it is rolled over, that
 // in use first; the new one signed by the one before it (RFC 7030, Section 4.1.3); and what issues under them.
-func (s *Service) Anchors() (out []*x509.Certificate) {
-	l := s.a.line(Device)
+func (s *Service) Anchors() []*x509.Certificate { return s.a.deviceAnchors() }
+
+func (a *Authority) deviceAnchors() (out []*x509.Certificate) {
+	l := a.line(Device)
 	roots := l.anchors(time.Now())
 	for _, r := range roots {
 		out = append(out, r.cert)
@@ -563,63 +576,51 @@ func (s *Service) Anchors() (out []*x509.Certificate) {
 			out = append(out, r.cross)
 		}
 	}
-	return append(out, s.a.DeviceIntermediates()...)
+	return append(out, a.DeviceIntermediates()...)
 }
 
 // Enrolments yields what is known of devices' enrolments, in no order. An error is the last element.
 func (s *Service) Enrolments(ctx context.Context, f hub.EnrolmentFilter) iter.Seq2[hub.Enrolment, error] {
-	return func(yield func(hub.Enrolment, error) bool) {
+	return only(s.enrolments(ctx, f, place{}))
+}
+
+func (s *Service) enrolments(ctx context.Context, f hub.EnrolmentFilter, from place) iter.Seq2[placed[hub.Enrolment], error] {
+	return func(yield func(placed[hub.Enrolment], error) bool) {
 		gs, err := s.all(ctx)
 		if err != nil {
-			yield(hub.Enrolment{}, err)
+			yield(placed[hub.Enrolment]{}, err)
 			return
 		}
 		agreed := map[string]bool{}
 		for _, g := range gs {
 			agreed[g.ID] = g.agreed()
 		}
-		for doc, err := range s.enrolments(ctx, f) {
-			var e enrolment
-			if err == nil {
-				e, err = decodeEnrolment(doc)
-			}
+		each(s.walk(ctx, collEnrolments, enrolmentSteps(f), from), func(doc store.Doc) (hub.Enrolment, bool, error) {
+			e, err := decodeEnrolment(doc)
 			if err != nil {
-				yield(hub.Enrolment{}, err)
-				return
+				return hub.Enrolment{}, false, err
 			}
 			if e.waits() == hub.WaitsForTerms && agreed[e.Group] {
 				e.State = hub.EnrolmentAllowed // it will see that when it comes again
 			}
-			if f.Owner != "" && e.Owner != f.Owner || len(f.Groups) > 0 && !slices.Contains(f.Groups, e.Group) ||
-				len(f.States) > 0 && !slices.Contains(f.States, e.State) {
-				continue
-			}
-			if !yield(e.enrolment(doc.Key), nil) {
-				return
-			}
-		}
+			meant := (f.Owner == "" || e.Owner == f.Owner) && (len(f.Groups) == 0 || slices.Contains(f.Groups, e.Group)) &&
+				(len(f.States) == 0 || slices.Contains(f.States, e.State))
+			return e.enrolment(doc.Key), meant, nil
+		})(yield)
 	}
 }
 
-func (s *Service) enrolments(ctx context.Context, f hub.EnrolmentFilter) iter.Seq2[store.Doc, error] {
+func enrolmentSteps(f hub.EnrolmentFilter) []step {
+	other := step{}
 	switch {
-	case len(f.Devices) > 0:
-		return func(yield func(store.Doc, error) bool) {
-			for _, dev := range f.Devices {
-				doc, err := s.docs.Get(ctx, collEnrolments, string(dev))
-				if (err != nil || doc.Rev != 0) && !yield(doc, err) || err != nil {
-					return
-				}
-			}
-		}
 	case f.Owner != "":
-		return s.docs.Find(ctx, collEnrolments, indexOwner+string(f.Owner))
+		other.index = indexOwner + string(f.Owner)
 	case len(f.Groups) == 1:
-		return s.docs.Find(ctx, collEnrolments, indexGroup+f.Groups[0])
+		other.index = indexGroup + f.Groups[0]
 	case len(f.States) == 1 && f.States[0] != hub.EnrolmentAllowed: // to which terms bring those that wait
-		return s.docs.Find(ctx, collEnrolments, indexState+string(f.States[0]))
+		other.index = indexState + string(f.States[0])
 	}
-	return s.docs.Range(ctx, collEnrolments, "", "")
+	return stepsOf(f.Devices, byKey, other)
 }
 
 // Decide allows devices that wait or were refused, or refuses those that wait, were allowed or have a certificate; what they have
@@ -629,7 +630,11 @@ func (s *Service) Decide(
 	ctx context.Context, owner hub.Owner, devices []hub.DeviceID, allow bool, user string,
 ) (out []hub.Enrolment, err error) {
 	for _, dev := range devices {
-		e, changed, err := s.decide(ctx, owner, dev, allow, user)
+		changed := false
+		e, err := again(ctx, func() (e enrolment, err error) {
+			e, changed, err = s.decide(ctx, owner, dev, allow, user)
+			return e, err
+		})
 		if err != nil {
 			return out, fmt.Errorf("certificateauthority.Decide: %w", err)
 		}
@@ -688,7 +693,7 @@ func (s *Service) Forget(ctx context.Context, f hub.EnrolmentFilter) (out []hub.
 		out = append(out, e)
 	}
 	for i, e := range out {
-		if err := s.forget(ctx, e.Device); err != nil {
+		if _, err := again(ctx, func() (struct{}, error) { return struct{}{}, s.forget(ctx, e.Device) }); err != nil {
 			return out[:i], fmt.Errorf("certificateauthority.Forget: %w", err)
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -176,8 +177,54 @@ func (s *Service) keptFor(ctx context.Context, key string) (hub.DeviceID, error)
 	return k.Device, nil
 }
 
-// claim has a factory key stand for the ID that its device gives itself, if nobody has that one. The device's turn is taken.
-func (s *Service) claim(ctx context.Context, a applicant) error {
+// claim has a factory key stand for the ID that its device gives itself, if nobody has that one. It returns the revision of the
+// device's enrolment, which was had: one is put there, since another key may say the same at another authority at this moment, and of
+// the two one is first. The device's turn is taken.
+func (s *Service) claim(ctx context.Context, a applicant, e enrolment, had uint64) (rev uint64, err error) {
+	if err := s.mayClaim(ctx, a); err != nil {
+		return had, err
+	}
+	if rev = had; rev == 0 {
+		e.State, e.Waits = hub.EnrolmentWaiting, hub.WaitsForApproval // nothing was decided
+		doc, err := e.doc(a.device, 0)
+		if err == nil {
+			rev, err = s.docs.Put(ctx, collEnrolments, doc)
+		}
+		if hub.IsKind(err, hub.Conflict) {
+			return 0, &hub.Error{Kind: hub.Unavailable, Op: "enrolment", Err: err} // it comes again
+		}
+		if err != nil {
+			return 0, err
+		}
+	}
+	if err := s.standFor(ctx, a); err != nil {
+		if rev != had {
+			err = errors.Join(err, s.docs.Delete(ctx, collEnrolments, string(a.device), rev))
+		}
+		return had, err
+	}
+	return rev, nil
+}
+
+// standFor keeps that a factory key stands for a device.
+func (s *Service) standFor(ctx context.Context, a applicant) error {
+	value, err := json.Marshal(factoryKey{a.device, time.Now().UTC()})
+	if err != nil {
+		return fmt.Errorf("encode what a factory key stands for: %w", err)
+	}
+	_, err = s.docs.Put(ctx, collFactoryKeys, store.Doc{Key: a.Key, Value: value})
+	if !hub.IsKind(err, hub.Conflict) {
+		return err
+	}
+	// It said something at the same time elsewhere.
+	if kept, err := s.keptFor(ctx, a.Key); err != nil || kept == a.device {
+		return err
+	}
+	return errName
+}
+
+// mayClaim refuses an ID that somebody has, or may have.
+func (s *Service) mayClaim(ctx context.Context, a applicant) error {
 	if err := s.owners.Admits(ctx, a.device, nil); err != nil { // it may have been removed
 		return err
 	}
@@ -198,20 +245,5 @@ func (s *Service) claim(ctx context.Context, a applicant) error {
 			return errIDInUse
 		}
 	}
-	if err := s.entitled(ctx, a.Owner, a.device, true); err != nil { // somebody may keep it
-		return err
-	}
-	value, err := json.Marshal(factoryKey{a.device, now.UTC()})
-	if err != nil {
-		return fmt.Errorf("encode what a factory key stands for: %w", err)
-	}
-	_, err = s.docs.Put(ctx, collFactoryKeys, store.Doc{Key: a.Key, Value: value})
-	if !hub.IsKind(err, hub.Conflict) {
-		return err
-	}
-	// It said something at the same time elsewhere.
-	if kept, err := s.keptFor(ctx, a.Key); err != nil || kept == a.device {
-		return err
-	}
-	return errName
+	return s.entitled(ctx, a.Owner, a.device, true) // somebody may keep it
 }

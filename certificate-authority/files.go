@@ -8,8 +8,11 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
+
+	"github.com/coaphub/coaphub/hub"
 )
 
 func samePublic(key crypto.Signer, c *x509.Certificate) bool {
@@ -104,18 +107,58 @@ func parsePair(text []byte) (*x509.Certificate, crypto.Signer, error) {
 // writePair writes the file whole or not at all, and it is on the disk on return: a root that was given to devices must
 // not be lost with the machine's next crash. A nil key is not in it.
 func writePair(file string, cert *x509.Certificate, key crypto.Signer) error {
-	text := certPEM(cert)
-	if key != nil {
-		keyText, err := keyPEM(key)
-		if err != nil {
-			return err
-		}
-		text = append(text, keyText...)
+	text, err := pairPEM(cert, key)
+	if err != nil {
+		return err
 	}
 	return writeSecret(file, text)
 }
 
-func writeSecret(file string, text []byte) (err error) {
+// writeNewPair is writePair of a file that must not be there: Conflict.
+func writeNewPair(file string, cert *x509.Certificate, key crypto.Signer) error {
+	text, err := pairPEM(cert, key)
+	if err != nil {
+		return err
+	}
+	return writeNewSecret(file, text)
+}
+
+func pairPEM(cert *x509.Certificate, key crypto.Signer) ([]byte, error) {
+	text := certPEM(cert)
+	if key != nil {
+		keyText, err := keyPEM(key)
+		if err != nil {
+			return nil, err
+		}
+		text = append(text, keyText...)
+	}
+	return text, nil
+}
+
+func writeSecret(file string, text []byte) error { return writeWhole(file, text, os.Rename) }
+
+// writeNewSecret is writeSecret of a file that must not be there: Conflict.
+func writeNewSecret(file string, text []byte) error {
+	err := writeWhole(file, text, func(from, to string) error {
+		switch err := os.Link(from, to); {
+		case err == nil:
+			return os.Remove(from)
+		case errors.Is(err, fs.ErrExist):
+			return err
+		}
+		// A file system without links is nobody's but this process's.
+		if _, err := os.Lstat(to); err == nil {
+			return fs.ErrExist
+		}
+		return os.Rename(from, to)
+	})
+	if errors.Is(err, fs.ErrExist) {
+		return &hub.Error{Kind: hub.Conflict, Op: "certificateauthority", Err: err}
+	}
+	return err
+}
+
+func writeWhole(file string, text []byte, put func(from, to string) error) (err error) {
 	dir := filepath.Dir(file)
 	f, err := os.CreateTemp(dir, ".new-*") // CreateTemp makes it 0600
 	if err != nil {
@@ -130,7 +173,7 @@ func writeSecret(file string, text []byte) (err error) {
 	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return fmt.Errorf("write %s: %w", file, err)
 	}
-	if err = os.Rename(f.Name(), file); err != nil {
+	if err = put(f.Name(), file); err != nil {
 		return fmt.Errorf("write %s: %w", file, err)
 	}
 	return syncDir(dir)

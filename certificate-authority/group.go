@@ -146,54 +146,79 @@ func (s *Service) putGroup(ctx context.Context, g *group) error {
 	if err != nil {
 		return fmt.Errorf("encode an enrolment group: %w", err)
 	}
-	_, err = s.docs.Put(ctx, collGroups, store.Doc{Key: g.ID, Value: value, Rev: g.rev, Index: []string{indexOwner + string(g.Owner)}})
-	s.groups.Store(nil) // also after an error: nobody knows what is stored
+	rev, err := s.docs.Put(ctx, collGroups, store.Doc{Key: g.ID, Value: value, Rev: g.rev, Index: []string{indexOwner + string(g.Owner)}})
+	s.groupsChanged(ctx) // also after an error: nobody knows what is stored
+	if err == nil {
+		g.rev = rev
+	}
 	return err
+}
+
+// groupsChanged has groups read anew, here and by other authorities.
+func (s *Service) groupsChanged(ctx context.Context) {
+	s.dropGroups()
+	s.toldLater(ctx, func(c *change) { c.Groups = true })
+}
+
+// dropGroups has groups read anew.
+func (s *Service) dropGroups() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.read++
+	s.groups.Store(nil)
 }
 
 // AcceptTerms keeps that somebody agreed to a version of a group's terms, which must be the one that the group has; once more changes
 // nothing. Owner "" is an administrator's, and all groups. It returns the group. Kinds: NotFound ("group-unknown"), Precondition
 // ("terms-version") for another version.
 func (s *Service) AcceptTerms(ctx context.Context, owner hub.Owner, id, version, user string) (hub.EnrolmentGroup, error) {
-	const op = "certificateauthority.AcceptTerms"
+	out, err := again(ctx, func() (hub.EnrolmentGroup, error) { return s.acceptTerms(ctx, owner, id, version, user) })
+	if err != nil {
+		return hub.EnrolmentGroup{}, fmt.Errorf("certificateauthority.AcceptTerms: %w", err)
+	}
+	return out, nil
+}
+
+func (s *Service) acceptTerms(ctx context.Context, owner hub.Owner, id, version, user string) (hub.EnrolmentGroup, error) {
 	s.grouping.Lock()
 	defer s.grouping.Unlock()
 	gs, err := s.readGroups(ctx)
 	if err != nil {
-		return hub.EnrolmentGroup{}, fmt.Errorf("%s: %w", op, err)
+		return hub.EnrolmentGroup{}, err
 	}
 	i := slices.IndexFunc(gs, func(g *group) bool { return g.ID == id && (owner == "" || g.Owner == owner) })
 	switch {
 	case i < 0:
-		return hub.EnrolmentGroup{}, errNoGroup.With(op, nil)
+		return hub.EnrolmentGroup{}, errNoGroup
 	case version == "" || gs[i].Terms.Version != version:
-		return hub.EnrolmentGroup{}, hub.NewError(hub.Precondition, "terms-version", "the group's terms have another version, or it has none").With(op, nil)
+		return hub.EnrolmentGroup{}, hub.NewError(hub.Precondition, "terms-version", "the group's terms have another version, or it has none")
 	case gs[i].Accepted.Version == version:
 		return gs[i].EnrolmentGroup, nil
 	}
 	g := *gs[i] // others read that one
 	g.Accepted = hub.Acceptance{Version: version, User: user, Time: time.Now().UTC()}
-	if err := s.putGroup(ctx, &g); err != nil {
-		return hub.EnrolmentGroup{}, fmt.Errorf("%s: %w", op, err)
-	}
-	return g.EnrolmentGroup, nil
+	return g.EnrolmentGroup, s.putGroup(ctx, &g)
 }
 
 // all returns the groups, oldest first, as they are stored. They are read once, and anew after a change.
 func (s *Service) all(ctx context.Context) ([]*group, error) {
-	if gs := s.groups.Load(); gs != nil {
+	current := s.current() // else others may have changed them
+	if gs := s.groups.Load(); gs != nil && current {
 		return *gs, nil
 	}
 	s.grouping.Lock()
 	defer s.grouping.Unlock()
+	if gs := s.groups.Load(); gs != nil && current {
+		return *gs, nil
+	}
 	return s.readGroups(ctx)
 }
 
-// readGroups is all with s.grouping held.
+// readGroups reads the groups for all. s.grouping is held.
 func (s *Service) readGroups(ctx context.Context) ([]*group, error) {
-	if gs := s.groups.Load(); gs != nil {
-		return *gs, nil
-	}
+	s.mu.Lock()
+	read := s.read
+	s.mu.Unlock()
 	var out []*group
 	for doc, err := range s.docs.Range(ctx, collGroups, "", "") {
 		if err != nil {
@@ -214,7 +239,11 @@ func (s *Service) readGroups(ctx context.Context) ([]*group, error) {
 		out = append(out, g)
 	}
 	slices.SortFunc(out, func(a, b *group) int { return cmp.Or(a.Created.Compare(b.Created), cmp.Compare(a.ID, b.ID)) })
-	s.groups.Store(&out)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.read == read { // else they may be older than a change that others heard of
+		s.groups.Store(&out)
+	}
 	return out, nil
 }
 
@@ -314,7 +343,7 @@ func (g *group) verify(chain []*x509.Certificate, now time.Time) ([][]*x509.Cert
 // devices of the same CA and one of both names none: else it could take the other's, or ("group-allow-taken") names one of the devices.
 func (s *Service) SetGroup(ctx context.Context, g hub.EnrolmentGroup) (hub.EnrolmentGroup, error) {
 	const op = "certificateauthority.SetGroup"
-	out, err := s.setGroup(ctx, g)
+	out, err := again(ctx, func() (hub.EnrolmentGroup, error) { return s.setGroup(ctx, g) })
 	if err != nil {
 		return out, fmt.Errorf("%s: %w", op, err)
 	}
@@ -365,17 +394,42 @@ func (s *Service) setGroup(ctx context.Context, g hub.EnrolmentGroup) (hub.Enrol
 		return hub.EnrolmentGroup{}, hub.NewError(hub.Invalid, "group-ca-own", "a group's CA is a manufacturer's; this is one of the hub's own")
 	}
 	in.PSK, in.HasPSK = "", len(sealed) > 0
-	for _, o := range gs {
-		if o.ID != in.ID && in.meets(o) && in.disputes(o) {
-			return hub.EnrolmentGroup{}, hub.NewError(hub.Precondition, "group-ca-taken",
-				"another group has devices of this CA; name those of this group, none of which is in the other")
-		}
-	}
-	if err := in.mayName(gs, before); err != nil {
+	if err := in.mayStand(gs, before); err != nil {
 		return hub.EnrolmentGroup{}, err
 	}
 	in.rev, in.psk = rev, sealed
-	return in.EnrolmentGroup, s.putGroup(ctx, in)
+	var old *group
+	if i := slices.IndexFunc(gs, func(o *group) bool { return o.ID == in.ID }); i >= 0 {
+		old = gs[i]
+	}
+	if err := s.putGroup(ctx, in); err != nil {
+		return in.EnrolmentGroup, err
+	}
+	// Another authority may have stored one that the check before did not see; that one sees this.
+	if gs, err = s.readGroups(ctx); err == nil {
+		err = in.mayStand(gs, before)
+	}
+	if err == nil {
+		return in.EnrolmentGroup, nil
+	}
+	if old != nil {
+		put := *old
+		put.rev = in.rev
+		return hub.EnrolmentGroup{}, errors.Join(err, s.putGroup(ctx, &put))
+	}
+	defer s.groupsChanged(ctx)
+	return hub.EnrolmentGroup{}, errors.Join(err, s.docs.Delete(ctx, collGroups, in.ID, in.rev))
+}
+
+// mayStand refuses a group whose devices could be meant by another group, too.
+func (g *group) mayStand(gs []*group, before []hub.DeviceID) error {
+	for _, o := range gs {
+		if o.ID != g.ID && g.meets(o) && g.disputes(o) {
+			return hub.NewError(hub.Precondition, "group-ca-taken",
+				"another group has devices of this CA; name those of this group, none of which is in the other")
+		}
+	}
+	return g.mayName(gs, before)
 }
 
 // mayName refuses devices that the group did not name before: those that a group of another owner names, and too many of one owner.
@@ -475,19 +529,21 @@ func (s *Service) Groups(ctx context.Context, owner hub.Owner) ([]hub.EnrolmentG
 func (s *Service) DeleteGroups(ctx context.Context, ids []string) (out []hub.EnrolmentGroup, err error) {
 	s.grouping.Lock()
 	defer s.grouping.Unlock()
-	defer s.groups.Store(nil)
-	gs, err := s.readGroups(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("certificateauthority.DeleteGroups: %w", err)
-	}
-	for _, g := range gs {
-		if !slices.Contains(ids, g.ID) {
-			continue
-		}
-		if err := s.docs.Delete(ctx, collGroups, g.ID, g.rev); err != nil {
+	defer s.groupsChanged(ctx)
+	return again(ctx, func() ([]hub.EnrolmentGroup, error) {
+		gs, err := s.readGroups(ctx)
+		if err != nil {
 			return out, fmt.Errorf("certificateauthority.DeleteGroups: %w", err)
 		}
-		out = append(out, g.EnrolmentGroup)
-	}
-	return out, nil
+		for _, g := range gs {
+			if !slices.Contains(ids, g.ID) {
+				continue
+			}
+			if err := s.docs.Delete(ctx, collGroups, g.ID, g.rev); err != nil {
+				return out, fmt.Errorf("certificateauthority.DeleteGroups: %w", err)
+			}
+			out = append(out, g.EnrolmentGroup)
+		}
+		return out, nil
+	})
 }

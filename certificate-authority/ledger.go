@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"math"
 	"slices"
 	"time"
 
@@ -115,7 +116,13 @@ func nameOf(spki []byte) string { return uuid.NewSHA1(uuid.NameSpaceX500, spki).
 // record puts a certificate that nobody has yet into the ledger. Only then it may be handed out. One of a device that is not let
 // in is refused; if the device is removed meanwhile, either its removal finds the entry, or this finds the device removed.
 func (s *Service) record(ctx context.Context, leaf *x509.Certificate, e entry) error {
-	if err := s.owners.Admits(ctx, e.Device, leaf.RawSubjectPublicKeyInfo); err != nil {
+	admitted := func() error {
+		if e.Profile == hub.ForHub { // a key that was just made; and a part that starts does not wait for another one
+			return nil
+		}
+		return s.owners.Admits(ctx, e.Device, leaf.RawSubjectPublicKeyInfo)
+	}
+	if err := admitted(); err != nil {
 		return err
 	}
 	by, _ := s.a.issuerOf(leaf)
@@ -129,7 +136,7 @@ func (s *Service) record(ctx context.Context, leaf *x509.Certificate, e entry) e
 	if _, err = s.docs.Put(ctx, collCertificates, doc); err != nil {
 		return err
 	}
-	if err := s.owners.Admits(ctx, e.Device, leaf.RawSubjectPublicKeyInfo); err != nil {
+	if err := admitted(); err != nil {
 		_, failed := s.Revoke(ctx, hub.CertificateFilter{All: true, Serials: []string{doc.Key}}, hub.RevokedCessation)
 		return errors.Join(err, failed)
 	}
@@ -155,32 +162,19 @@ func (s *Service) HandOver(ctx context.Context, dev hub.DeviceID, owner hub.Owne
 	return s.Revoke(ctx, hub.CertificateFilter{All: true, Serials: old}, hub.RevokedAffiliation)
 }
 
-// found yields the entries that the filter means, in no order. An error is the last element.
-func (s *Service) found(ctx context.Context, f hub.CertificateFilter) iter.Seq2[store.Doc, error] {
-	return func(yield func(store.Doc, error) bool) {
-		switch {
-		case !f.All && f.Owner == "":
-		case len(f.Serials) > 0:
-			for _, serial := range f.Serials {
-				doc, err := s.docs.Get(ctx, collCertificates, serial)
-				if (err != nil || doc.Rev != 0) && !yield(doc, err) || err != nil {
-					return
-				}
-			}
-		case len(f.Devices) > 0:
-			for _, dev := range f.Devices {
-				for doc, err := range s.docs.Find(ctx, collCertificates, indexDevice+string(dev)) {
-					if !yield(doc, err) || err != nil {
-						return
-					}
-				}
-			}
-		case f.All:
-			s.docs.Range(ctx, collCertificates, "", "")(yield)
-		default:
-			s.docs.Find(ctx, collCertificates, indexOwner+string(f.Owner))(yield)
-		}
+// found yields the entries that the filter means, and others, in no order, behind a place. An error is the last element.
+func (s *Service) found(ctx context.Context, f hub.CertificateFilter, from place) iter.Seq2[placed[store.Doc], error] {
+	var steps []step
+	switch {
+	case !f.All && f.Owner == "":
+	case len(f.Serials) > 0:
+		steps = stepsOf(f.Serials, byKey, step{})
+	case f.All:
+		steps = stepsOf(f.Devices, func(dev string) step { return step{index: indexDevice + dev} }, step{})
+	default:
+		steps = stepsOf(f.Devices, func(dev string) step { return step{index: indexDevice + dev} }, step{index: indexOwner + string(f.Owner)})
 	}
+	return s.walk(ctx, collCertificates, steps, from)
 }
 
 // meaning tells which of the entries that were found by a filter it means.
@@ -221,26 +215,19 @@ func (m *meaning) means(ctx context.Context, serial string, e *entry) (bool, err
 // Certificates yields what the ledger has of the certificates that the filter means, in no order; also of those that have ended,
 // for 90 days. An error is the last element.
 func (s *Service) Certificates(ctx context.Context, f hub.CertificateFilter) iter.Seq2[hub.Certificate, error] {
-	return func(yield func(hub.Certificate, error) bool) {
-		m := s.meaning(&f)
-		for doc, err := range s.found(ctx, f) {
-			var e entry
-			if err == nil {
-				e, err = decodeEntry(doc)
-			}
-			meant := false
-			if err == nil {
-				meant, err = m.means(ctx, doc.Key, &e)
-			}
-			if err != nil {
-				yield(hub.Certificate{}, err)
-				return
-			}
-			if meant && !yield(e.certificate(doc.Key), nil) {
-				return
-			}
+	return only(s.certificates(ctx, f, place{}))
+}
+
+func (s *Service) certificates(ctx context.Context, f hub.CertificateFilter, from place) iter.Seq2[placed[hub.Certificate], error] {
+	m := s.meaning(&f)
+	return each(s.found(ctx, f, from), func(doc store.Doc) (hub.Certificate, bool, error) {
+		e, err := decodeEntry(doc)
+		if err != nil {
+			return hub.Certificate{}, false, err
 		}
-	}
+		meant, err := m.means(ctx, doc.Key, &e)
+		return e.certificate(doc.Key), meant, err
+	})
 }
 
 // Revoke ends the certificates that the filter means, those of them that have not ended yet, and returns them. They are on the
@@ -248,12 +235,20 @@ func (s *Service) Certificates(ctx context.Context, f hub.CertificateFilter) ite
 // a restored hub does not know what it signed after the backup. After an error it may be repeated, and returns what it has
 // revoked so far; what could not be stored lets nobody in until a restart.
 func (s *Service) Revoke(ctx context.Context, f hub.CertificateFilter, reason hub.RevocationReason) (out []hub.Certificate, err error) {
+	out, _, err = s.revokeSome(ctx, f, reason, math.MaxInt)
+	return out, err
+}
+
+// revokeSome is Revoke of at most so many. more: others may be left, and it is to be repeated.
+func (s *Service) revokeSome(
+	ctx context.Context, f hub.CertificateFilter, reason hub.RevocationReason, most int,
+) (out []hub.Certificate, more bool, err error) {
 	var docs []store.Doc
-	for doc, err := range s.found(ctx, f) {
+	for doc, err := range s.found(ctx, f, place{}) {
 		if err != nil {
-			return nil, err
+			return nil, false, err
 		}
-		docs = append(docs, doc)
+		docs = append(docs, doc.of)
 	}
 	if f.All && len(f.Devices)+len(f.Names) == 0 {
 		for _, serial := range f.Serials {
@@ -264,15 +259,27 @@ func (s *Service) Revoke(ctx context.Context, f hub.CertificateFilter, reason hu
 	}
 	m := s.meaning(&f)
 	for _, doc := range docs {
-		e, ended, err := s.revoke(ctx, m, doc, reason)
-		if err != nil {
-			return out, err
+		if more = len(out) >= most; more {
+			break
+		}
+		var e entry
+		var ended bool
+		if e, ended, err = s.revoke(ctx, m, doc, reason); err != nil {
+			break
 		}
 		if ended {
 			out = append(out, e.certificate(doc.Key))
 		}
+		if len(out)%maxTold == maxTold-1 {
+			if err = s.tell(ctx); err != nil {
+				break
+			}
+		}
 	}
-	return out, nil
+	if told := s.tell(ctx); err == nil {
+		err = told
+	}
+	return out, more, err
 }
 
 // revoke ends one certificate, unless it is not meant or has ended. A document without revision is of none that the ledger has.
@@ -302,6 +309,11 @@ func (s *Service) revoke(ctx context.Context, m *meaning, doc store.Doc, reason 
 		}
 		_, err = s.docs.Put(ctx, collCertificates, next)
 		if !hub.IsKind(err, hub.Conflict) {
+			if err != nil {
+				s.mu.Lock()
+				s.unstored[doc.Key] = struct{}{}
+				s.mu.Unlock()
+			}
 			s.end(doc.Key) // after an error, too: whoever has it is not to stay because the store has no room
 			return e, err == nil, err
 		}
@@ -311,9 +323,21 @@ func (s *Service) revoke(ctx context.Context, m *meaning, doc store.Doc, reason 
 	}
 }
 
-// end makes a revocation that is stored known.
+// end makes a revocation that is stored known, here at once and to others with the next tell.
 func (s *Service) end(serial string) {
 	s.mu.Lock()
+	s.untold.Revoked = append(s.untold.Revoked, serial)
+	s.mu.Unlock()
+	s.learn(serial)
+}
+
+// learn makes a revocation known here.
+func (s *Service) learn(serial string) {
+	s.mu.Lock()
+	if _, known := s.revoked[serial]; known {
+		s.mu.Unlock()
+		return
+	}
 	s.revoked[serial] = struct{}{}
 	clear(s.lists)
 	clear(s.answers)
@@ -325,7 +349,8 @@ func (s *Service) end(serial string) {
 	}
 }
 
-// Ended has f called with the serial of each certificate that is revoked from now on, once that is stored. f must not block.
+// Ended has f called with the serial of each certificate that is revoked from now on, here or by another authority on the same documents,
+// once that is stored. f must not block.
 func (s *Service) Ended(f func(serial string)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -174,6 +174,16 @@ func readPairs(dir string, r Root, kind string) ([]pair, error) {
 // openLine loads or makes the line of r. The root's file is written first and the issuing one after it, each atomically, so a
 // start that is cut short leaves a root without issuing certificate, which the next start completes.
 func openLine(dir string, r Root, hubID hub.DeviceID, keys Keys, lists string) (line, error) {
+	l, err := openLineOnce(dir, r, hubID, keys, lists)
+	for range 2 { // files that it makes
+		if hub.IsKind(err, hub.Conflict) { // another authority with the same folder was faster, and this one reads what it has made
+			l, err = openLineOnce(dir, r, hubID, keys, lists)
+		}
+	}
+	return l, err
+}
+
+func openLineOnce(dir string, r Root, hubID hub.DeviceID, keys Keys, lists string) (line, error) {
 	var l line
 	roots, err := readPairs(dir, r, "root")
 	if err != nil {
@@ -192,7 +202,7 @@ func openLine(dir string, r Root, hubID hub.DeviceID, keys Keys, lists string) (
 		if first.cert, first.key, err = newRoot(r, hubID); err != nil {
 			return l, fmt.Errorf("make the %s root: %w", r, err)
 		}
-		if err := writePair(first.file, first.cert, first.key); err != nil {
+		if err := writeNewPair(first.file, first.cert, first.key); err != nil {
 			return l, err
 		}
 		roots = []pair{first}
@@ -295,7 +305,7 @@ func makeIssuing(
 	if keys != nil {
 		inFile = nil
 	}
-	return cert, key, writePair(file, cert, inFile)
+	return cert, key, writeNewPair(file, cert, inFile)
 }
 
 // newIssuingKey makes an issuing key where they are kept.

@@ -480,6 +480,32 @@ func (s *Service) HTTPSCertificate(hosts []string) (tls.Certificate, error) {
 	return s.show(c, err)
 }
 
+// hubCertificateFor is HubCertificate, under the device root, or HTTPSCertificate, under the HTTPS root, for the key of a part that runs
+// elsewhere, which has signed the request; nothing else of that counts. What is returned is in the ledger.
+func (s *Service) hubCertificateFor(ctx context.Context, r Root, hosts []string, csr []byte) (c tls.Certificate, err error) {
+	defer func() { s.count(err) }()
+	use, name := hubUsage, s.a.hubName()
+	switch {
+	case r == HTTPS && len(hosts) == 0:
+		return c, errNoHosts
+	case r == HTTPS:
+		use, name = serverUsage, httpsName
+	case r != Device:
+		return c, errRoot
+	}
+	req, err := parseCSR(csr, use)
+	if err != nil {
+		return c, err
+	}
+	if err := s.mayHave(ctx, req.RawSubjectPublicKeyInfo); err != nil {
+		return c, err
+	}
+	if c, err = s.a.serverCertificateFor(req.PublicKey, r, name, hosts, use); err != nil {
+		return c, err
+	}
+	return c, s.record(ctx, c.Leaf, entry{Profile: hub.ForHub, How: hub.ByCSR})
+}
+
 // show remembers a certificate of the hub. They are not in the ledger: their keys end with the process.
 func (s *Service) show(c tls.Certificate, err error) (tls.Certificate, error) {
 	if err != nil {
@@ -506,14 +532,40 @@ func (s *Service) Staple(c *tls.Certificate) (hub.CertificateStatus, error) {
 	_, own := s.shown[shownID{by.name, hub.SerialOf(c.Leaf.SerialNumber)}]
 	s.mu.Unlock()
 	if !own || by.key == nil {
-		return hub.CertificateStatus{}, hub.NewError(hub.NotFound, "issuer-unknown", "the certificate is none that the hub shows")
+		return hub.CertificateStatus{}, errNotShown
 	}
+	return s.staple(by, c.Leaf)
+}
+
+var errNotShown = hub.NewError(hub.NotFound, "issuer-unknown", "the certificate is none that the hub shows")
+
+func (s *Service) staple(by signer, leaf *x509.Certificate) (hub.CertificateStatus, error) {
 	r := s.responder(by)
-	id, err := r.idOf(c.Leaf)
+	id, err := r.idOf(leaf)
 	if err != nil {
 		return hub.CertificateStatus{}, err
 	}
 	return r.sign(question{ids: []certID{id}}, []certStatus{{word: "good"}}, time.Now())
+}
+
+// stapleOf is Staple for a certificate of a part that runs elsewhere.
+func (s *Service) stapleOf(ctx context.Context, leaf *x509.Certificate) (hub.CertificateStatus, error) {
+	by, ours := s.a.issuerOf(leaf)
+	if !ours || by.key == nil {
+		return hub.CertificateStatus{}, errNotShown
+	}
+	doc, err := s.docs.Get(ctx, collCertificates, hub.SerialOf(leaf.SerialNumber))
+	if err != nil {
+		return hub.CertificateStatus{}, err
+	}
+	e, err := decodeEntry(doc)
+	if doc.Rev == 0 || err == nil && (e.Profile != hub.ForHub || e.Issuer != by.name || !e.live(time.Now())) {
+		return hub.CertificateStatus{}, errNotShown
+	}
+	if err != nil {
+		return hub.CertificateStatus{}, err
+	}
+	return s.staple(by, leaf)
 }
 
 // idOf names a certificate as most clients do, by SHA-1.

@@ -183,25 +183,17 @@ func (s *Service) Provisioned(ctx context.Context, chain []*x509.Certificate, to
 
 // ProvisioningRecords yields the records that the filter means, in no order. An error is the last element.
 func (s *Service) ProvisioningRecords(ctx context.Context, f hub.ProvisioningFilter) iter.Seq2[hub.ProvisioningRecord, error] {
-	return func(yield func(hub.ProvisioningRecord, error) bool) {
-		for doc, err := range s.docs.Find(ctx, collProvisioning, indexOwner+string(f.Owner)) {
-			var p provisioning
-			if err == nil {
-				p, err = decodeProvisioning(doc)
-			}
-			if err != nil {
-				yield(hub.ProvisioningRecord{}, err)
-				return
-			}
-			if len(f.IDs) > 0 && !slices.Contains(f.IDs, doc.Key) || len(f.Devices) > 0 && !slices.Contains(f.Devices, p.Device) ||
-				len(f.Groups) > 0 && !slices.Contains(f.Groups, p.Group) {
-				continue
-			}
-			if !yield(p.record(doc.Key), nil) {
-				return
-			}
-		}
-	}
+	return only(s.provisioningRecords(ctx, f, place{}))
+}
+
+func (s *Service) provisioningRecords(ctx context.Context, f hub.ProvisioningFilter, from place) iter.Seq2[placed[hub.ProvisioningRecord], error] {
+	docs := s.walk(ctx, collProvisioning, []step{{index: indexOwner + string(f.Owner)}}, from)
+	return each(docs, func(doc store.Doc) (hub.ProvisioningRecord, bool, error) {
+		p, err := decodeProvisioning(doc)
+		meant := (len(f.IDs) == 0 || slices.Contains(f.IDs, doc.Key)) && (len(f.Devices) == 0 || slices.Contains(f.Devices, p.Device)) &&
+			(len(f.Groups) == 0 || slices.Contains(f.Groups, p.Group))
+		return p.record(doc.Key), meant, err
+	})
 }
 
 // DeleteProvisioningRecords removes the records that the filter means, and returns their IDs. Devices keep what they got, and

@@ -15,6 +15,8 @@ import (
 	"path/filepath"
 	"sync"
 	"time"
+
+	"github.com/coaphub/coaphub/hub"
 )
 
 // registrarBits is the size of the registrar's key. Its certificate lasts as long as the one that issues.
@@ -38,8 +40,15 @@ type Registrar struct {
 	key  *rsa.PrivateKey
 }
 
+// KeyOfRegistrar is what can be done with a Registrar's key, also where it is not.
+type KeyOfRegistrar interface {
+	crypto.Signer
+	crypto.Decrypter
+	Certificate() (*x509.Certificate, error)
+}
+
 // Registrar returns the one registrar of the authority.
-func (a *Authority) Registrar() *Registrar { return a.registrar }
+func (a *Authority) Registrar() KeyOfRegistrar { return a.registrar }
 
 func newRegistrar(dir string, issuing func() signer) *Registrar {
 	return &Registrar{file: filepath.Join(dir, "device-registrar.pem"), issuing: issuing}
@@ -51,15 +60,13 @@ func newRegistrar(dir string, issuing func() signer) *Registrar {
 func (r *Registrar) Certificate() (*x509.Certificate, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.key == nil {
-		cert, key, err := readRegistrar(r.file)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return nil, err
-		}
-		r.cert, r.key = cert, key
+	if r.fit() {
+		return r.cert, nil
 	}
-	issuing, now := r.issuing(), time.Now()
-	if r.key != nil && now.After(r.cert.NotBefore) && now.Before(r.cert.NotAfter) && r.cert.CheckSignatureFrom(issuing.issuing) == nil {
+	if err := r.read(); err != nil {
+		return nil, err
+	}
+	if r.fit() {
 		return r.cert, nil
 	}
 	key := r.key
@@ -69,7 +76,7 @@ func (r *Registrar) Certificate() (*x509.Certificate, error) {
 			return nil, fmt.Errorf("make the registrar's key: %w", err)
 		}
 	}
-	cert, err := issuing.signKey(&key.PublicKey, "coaphub device registrar", issuingYears*366*24*time.Hour, registrarUsage, nil)
+	cert, err := r.issuing().signKey(&key.PublicKey, "coaphub device registrar", issuingYears*366*24*time.Hour, registrarUsage, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -78,11 +85,41 @@ func (r *Registrar) Certificate() (*x509.Certificate, error) {
 		return nil, fmt.Errorf("encode the registrar's key: %w", err)
 	}
 	text := append(certPEM(cert), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})...)
-	if err := writeSecret(r.file, text); err != nil {
+	if r.key == nil {
+		err = writeNewSecret(r.file, text)
+	} else {
+		err = writeSecret(r.file, text)
+	}
+	if hub.IsKind(err, hub.Conflict) { // another authority with the same folder was faster: there is one key
+		if err := r.read(); err != nil {
+			return nil, err
+		}
+		return r.cert, nil
+	}
+	if err != nil {
 		return nil, err
 	}
 	r.cert, r.key = cert, key
 	return cert, nil
+}
+
+// read reads the file, if there is one. r.mu is held.
+func (r *Registrar) read() error {
+	cert, key, err := readRegistrar(r.file)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return err
+	}
+	r.cert, r.key = cert, key
+	return nil
+}
+
+// fit reports whether there is a certificate that is good. r.mu is held.
+func (r *Registrar) fit() bool {
+	now := time.Now()
+	return r.key != nil && now.After(r.cert.NotBefore) && now.Before(r.cert.NotAfter) && r.cert.CheckSignatureFrom(r.issuing().issuing) == nil
 }
 
 var errNoKey = errors.New("the registrar has no key yet")

@@ -291,11 +291,22 @@ func (a *Authority) ForgetRootKeys(r Root, safe []byte) error {
 
 // change makes a change of the files of r, and then uses what is there. One is made at a time.
 func (a *Authority) change(r Root, to func(line) error) error {
+	err := a.changeAlone(r, to)
+	if changed := a.changed.Load(); changed != nil {
+		(*changed)()
+	}
+	return err
+}
+
+func (a *Authority) changeAlone(r Root, to func(line) error) error {
 	a.changing.Lock()
 	defer a.changing.Unlock()
 	l, err := a.known(r)
 	if err != nil {
 		return err
+	}
+	if now, err := a.reread(r); err == nil { // another authority may have changed something
+		l = now
 	}
 	// What was written before an error counts: the next start would find it, too.
 	err = to(l)
@@ -307,6 +318,51 @@ func (a *Authority) change(r Root, to func(line) error) error {
 		err = errors.Join(err, readErr)
 	}
 	return err
+}
+
+// reload takes over what others have changed in the folder. What was there must be there still, also if it is retired by now: else
+// nothing changes.
+func (a *Authority) reload() error {
+	a.changing.Lock()
+	defer a.changing.Unlock()
+	next := make(map[Root]line)
+	for _, r := range Roots() {
+		var err error
+		if next[r], err = a.reread(r); err != nil {
+			return err
+		}
+	}
+	a.lines.Store(&next)
+	return nil
+}
+
+// reread reads the files of r as they are by now. It makes none.
+func (a *Authority) reread(r Root) (line, error) {
+	old := a.line(r)
+	for kind, had := range map[string]int{"root": len(old.roots), "issuing": len(old.issuers)} {
+		if there, err := readPairs(a.dir, r, kind); err != nil {
+			return line{}, err
+		} else if len(there) < had {
+			return line{}, fmt.Errorf("files of the %s root are gone from %s: restore them from a backup", r, a.dir)
+		}
+	}
+	l, err := openLine(a.dir, r, a.hubID, a.keys, a.lists)
+	if err != nil {
+		return line{}, err
+	}
+	if !l.after(old) {
+		return line{}, fmt.Errorf("the files of the %s root in %s are older than what is in use, or of another hub", r, a.dir)
+	}
+	return l, nil
+}
+
+// after reports whether a line has all that another one has, and all retired that is so there: it is the same some time later.
+func (l *line) after(old line) bool {
+	return len(l.roots) >= len(old.roots) && len(l.issuers) >= len(old.issuers) &&
+		slices.EqualFunc(l.roots[:len(old.roots)], old.roots, func(a, b anchor) bool { return a.cert.Equal(b.cert) && (a.retired || !b.retired) }) &&
+		slices.EqualFunc(l.issuers[:len(old.issuers)], old.issuers, func(a, b signer) bool {
+			return a.issuing.Equal(b.issuing) && (a.key == nil || b.key != nil)
+		})
 }
 
 // Part is a root or an issuing certificate of the hub.

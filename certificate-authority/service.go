@@ -14,7 +14,6 @@ import (
 	"log/slog"
 	"math/big"
 	"slices"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -53,9 +52,6 @@ const (
 	soon = 30 * 24 * time.Hour
 )
 
-// collLists has, by issuer, the number of its newest revocation list.
-const collLists = "certificate-lists"
-
 // collReserved has, by device, for whom an ID without owner is kept.
 const collReserved = "certificate-reservations"
 
@@ -91,16 +87,28 @@ type Service struct {
 	secret    cipher.AEAD              // nil: groups have no pre-shared keys
 	factories *revocation.Checker      // nil: nobody says what manufacturers have revoked
 	groups    atomic.Pointer[[]*group] // nil: they have to be read
-	grouping  sync.Mutex               // held by who reads or changes them
+	grouping  sync.Mutex               // held by who reads or changes them; before following
+
+	// What several authorities on the same documents know of each other's changes; see changes.go.
+	following sync.Mutex    // held by who reads changes or makes them; before mu. It guards at
+	at        uint64        // number of the last change that is known
+	revokedAt atomic.Uint64 // of the last one with revocations
+	woken     chan struct{} // has one when somebody says that there are changes
 
 	signing [64]sync.Mutex // by device: what there is of it is counted before one more is made
 
 	mu      sync.Mutex          // guards all below
 	revoked map[string]struct{} // serials of those that the ledger has as revoked
-	ended   func(serial string)
-	lists   map[string]revocations // by issuer, without those that do not have the newest revocation
-	changes uint64                 // counts revocations
-	listing sync.Mutex             // held by who makes the next one; before mu
+	// unstored are those of them that could not be stored.
+	unstored map[string]struct{}
+	untold   change    // is stored and has no number yet
+	heard    time.Time // when all changes were known
+	read     uint64    // counts how often groups have to be read anew
+	ended    func(serial string)
+	wake     func()                 // wakes other authorities, and who follows them
+	lists    map[string]revocations // by issuer, without those that do not have the newest revocation
+	changes  uint64                 // counts revocations
+	listing  sync.Mutex             // held by who makes the next one; before mu
 
 	// responders answer for the issuing keys of what is out there; see ocsp.go.
 	responders map[string]*responder // by the names of their issuers; mu
@@ -112,8 +120,8 @@ type Service struct {
 
 // revocations is an issuer's newest revocation list.
 type revocations struct {
-	der  []byte
-	made time.Time
+	der []byte
+	newestList
 }
 
 // ListsPath is where the doors serve the revocation lists, below which each issuer's has its name.
@@ -127,7 +135,7 @@ func NewService(
 ) (*Service, error) {
 	s := &Service{
 		a: a, docs: docs, owners: owners, log: log, use: deviceUsage,
-		revoked: map[string]struct{}{}, lists: map[string]revocations{},
+		revoked: map[string]struct{}{}, unstored: map[string]struct{}{}, lists: map[string]revocations{}, woken: make(chan struct{}, 1),
 		issued: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "coaphub_certificates_total",
 			Help: "Certificates that were asked for by what came of it: issued, or refused. Many that are refused: somebody asks for devices of others, or tries what a request may hold.",
@@ -159,6 +167,13 @@ func NewService(
 			Help: "Roots whose revocation list lacks what was retired, or ends within 30 days. Above 0 for hours: their keys are offline. coaphub ca list shows which; bring the key: coaphub ca renew-list --root-key FILE.",
 		}, func() float64 { return float64(a.listsDue(time.Now())) }))
 	}
+	began := time.Now()
+	n, revoked, err := s.newest(ctx) // first: what comes meanwhile is read once more
+	if err != nil {
+		return nil, fmt.Errorf("read the number of changes: %w", err)
+	}
+	s.at, s.heard = n, began
+	s.revokedAt.Store(revoked)
 	for serial, err := range docs.FindKeys(ctx, collCertificates, indexRevoked) {
 		if err != nil {
 			return nil, fmt.Errorf("read which certificates are revoked: %w", err)
@@ -169,18 +184,35 @@ func NewService(
 	return s, nil
 }
 
-// Run removes what has ended from the ledger, and renews the roots' revocation lists, now and then, until ctx ends. The error is always nil.
+// Run follows what other authorities on the same documents change, removes what has ended from the ledger, and renews the roots' revocation
+// lists, now and then, until ctx ends. The error is always nil.
 func (s *Service) Run(ctx context.Context, ready func()) error {
 	ready()
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
 	first := time.NewTimer(measureAfter)
 	defer first.Stop()
+	var look, compare <-chan time.Time
+	agree := true
+	if s.shared() {
+		l, c := time.NewTicker(followEvery), time.NewTicker(reconcileEvery)
+		defer l.Stop()
+		defer c.Stop()
+		look, compare = l.C, c.C
+	}
 	if err := s.sweep(ctx); err != nil && ctx.Err() == nil {
 		s.log.WarnContext(ctx, "certificates that have ended could not be removed from the ledger, trying again", "error", err)
 	}
 	for {
 		select {
+		case <-look:
+			agree = s.keepUp(ctx, agree)
+		case <-s.woken:
+			agree = s.keepUp(ctx, agree)
+		case <-compare:
+			if err := s.reconcile(ctx); err != nil && ctx.Err() == nil {
+				s.log.WarnContext(ctx, "revocations could not be compared with the ledger, trying again", "error", err)
+			}
 		case <-first.C:
 			s.measure(ctx)
 		case <-tick.C:
@@ -244,6 +276,7 @@ func (s *Service) sweep(ctx context.Context) error {
 			var p provisioning
 			return json.Unmarshal(value, &p) == nil && now.Sub(p.Attested) > recordKept
 		}),
+		s.sweepParts(ctx),
 	)
 }
 
@@ -330,9 +363,18 @@ func (s *Service) sign(ctx context.Context, req request, e entry) (*x509.Certifi
 
 // IssueDevice is Authority.IssueDevice for an operator, whom nobody asks who owns the device. The ledger has it as signed for
 // owner, "" for whoever has the device. What is returned is in the ledger.
-func (s *Service) IssueDevice(ctx context.Context, dev hub.DeviceID, validity time.Duration, owner hub.Owner, user string) (id Identity, err error) {
+func (s *Service) IssueDevice(ctx context.Context, dev hub.DeviceID, validity time.Duration, owner hub.Owner, user string) (Identity, error) {
+	return withKey(func(key crypto.PublicKey) (Identity, error) {
+		return s.issueDeviceFor(ctx, key, dev, validity, owner, user)
+	})
+}
+
+// issueDeviceFor is IssueDevice for a key that somebody else has.
+func (s *Service) issueDeviceFor(
+	ctx context.Context, key crypto.PublicKey, dev hub.DeviceID, validity time.Duration, owner hub.Owner, user string,
+) (id Identity, err error) {
 	defer func() { s.count(err) }()
-	if id, err = s.a.issueDevice(dev, validity, s.use); err != nil {
+	if id, err = s.a.issueDeviceFor(key, dev, validity, s.use); err != nil {
 		return Identity{}, err
 	}
 	if err := s.record(ctx, id.leaf, entry{Device: dev, Owner: owner, How: hub.ByOperator, User: user}); err != nil {
@@ -577,25 +619,40 @@ func (s *Service) List(ctx context.Context, issuer string) ([]byte, error) {
 	defer s.listing.Unlock()
 	now := time.Now()
 	s.mu.Lock()
-	last, changes := s.lists[issuer], s.changes
+	last, changes, untold := s.lists[issuer], s.changes, len(s.untold.Revoked) > 0
 	s.mu.Unlock()
-	if last.der != nil && now.Sub(last.made) < listAge {
+	if !s.shared() && last.der != nil && now.Sub(last.Made) < listAge {
 		return last.der, nil
 	}
-	der, err := s.newListOf(ctx, by, now)
-	if err != nil && last.der != nil && now.Sub(last.made) < listValid/2 { // it has all that was revoked
+	if s.shared() && !untold {
+		if stored, _, err := s.newestList(ctx, issuer); err == nil && stored.fresh(now, s.revokedAt.Load()) {
+			if stored.Name == last.Name {
+				return last.der, nil
+			}
+			if der, err := s.storedList(ctx, stored); err == nil && der != nil {
+				s.keepList(issuer, revocations{der, stored}, changes)
+				return der, nil
+			}
+		}
+	}
+	next, err := s.makeList(ctx, by, now)
+	if err != nil && last.der != nil && now.Sub(last.Made) < listValid/2 { // it has all that was revoked
 		s.log.WarnContext(ctx, "no new revocation list can be made, the last one goes on", "error", err)
 		return last.der, nil
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", op, err)
 	}
+	s.keepList(issuer, next, changes)
+	return next.der, nil
+}
+
+func (s *Service) keepList(issuer string, l revocations, changes uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.changes == changes { // else there may be one that it does not have
-		s.lists[issuer] = revocations{der, now}
+	if s.changes == changes { // else there may be a revocation that it does not have
+		s.lists[issuer] = l
 	}
-	return der, nil
 }
 
 // ListOf is List of the issuer that a certificate names, DER, and that has issued its serial number, as far as the ledger knows it; else
@@ -620,11 +677,7 @@ func (s *Service) ListOf(ctx context.Context, issuer []byte, serial *big.Int) ([
 	return s.List(ctx, name)
 }
 
-func (s *Service) newListOf(ctx context.Context, by signer, now time.Time) ([]byte, error) {
-	number, err := s.nextNumber(ctx, by.name, now)
-	if err != nil {
-		return nil, err
-	}
+func (s *Service) newListOf(ctx context.Context, by signer, number int64, now time.Time) ([]byte, error) {
 	var entries []x509.RevocationListEntry
 	for doc, err := range s.docs.Find(ctx, collCertificates, indexRevoked) {
 		if err != nil {
@@ -661,31 +714,6 @@ func newList(
 		return nil, fmt.Errorf("sign the list: %w", err)
 	}
 	return der, nil
-}
-
-// numberAfter numbers the lists of an issuer, each higher than the one before (RFC 5280, Section 5.2.3): by the clock, so that it is
-// so after a backup was restored, too.
-func numberAfter(last int64, now time.Time) int64 { return max(last+1, now.Unix()) }
-
-// nextNumber is the number of an issuer's next list.
-func (s *Service) nextNumber(ctx context.Context, issuer string, now time.Time) (int64, error) {
-	for {
-		doc, err := s.docs.Get(ctx, collLists, issuer)
-		if err != nil {
-			return 0, err
-		}
-		var n int64
-		if doc.Rev != 0 {
-			if n, err = strconv.ParseInt(string(doc.Value), 10, 64); err != nil {
-				return 0, &hub.Error{Kind: hub.Internal, Code: "data-damaged", Text: "the number of the revocation lists is damaged", Err: err}
-			}
-		}
-		n = numberAfter(n, now)
-		_, err = s.docs.Put(ctx, collLists, store.Doc{Key: issuer, Value: strconv.AppendInt(nil, n, 10), Rev: doc.Rev})
-		if !hub.IsKind(err, hub.Conflict) {
-			return n, err
-		}
-	}
 }
 
 // Issuer names the key that signs devices' certificates now, as List takes it.

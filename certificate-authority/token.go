@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"iter"
 	"slices"
 	"time"
 
@@ -177,20 +178,26 @@ func (s *Service) redeem(ctx context.Context, a applicant, req request) error {
 // Tokens returns the one-time tokens of an owner, or all if owner is "", newest first; also those that were used or have ended, for
 // 30 days.
 func (s *Service) Tokens(ctx context.Context, owner hub.Owner) ([]hub.EnrolmentToken, error) {
-	docs := s.docs.Range(ctx, collTokens, "", "")
+	return newestFirst(only(s.tokens(ctx, owner, place{})))
+}
+
+func (s *Service) tokens(ctx context.Context, owner hub.Owner, from place) iter.Seq2[placed[hub.EnrolmentToken], error] {
+	var of step
 	if owner != "" {
-		docs = s.docs.Find(ctx, collTokens, indexOwner+string(owner))
+		of.index = indexOwner + string(owner)
 	}
-	var out []hub.EnrolmentToken
-	for doc, err := range docs {
-		var d tokenDoc
-		if err == nil {
-			d, err = decodeToken(doc)
-		}
+	return each(s.walk(ctx, collTokens, []step{of}, from), func(doc store.Doc) (hub.EnrolmentToken, bool, error) {
+		d, err := decodeToken(doc)
+		return d.token(doc.Key), true, err
+	})
+}
+
+func newestFirst(tokens iter.Seq2[hub.EnrolmentToken, error]) (out []hub.EnrolmentToken, err error) {
+	for t, err := range tokens {
 		if err != nil {
 			return nil, fmt.Errorf("certificateauthority.Tokens: %w", err)
 		}
-		out = append(out, d.token(doc.Key))
+		out = append(out, t)
 	}
 	slices.SortFunc(out, func(a, b hub.EnrolmentToken) int { return b.Created.Compare(a.Created) })
 	return out, nil
@@ -201,24 +208,27 @@ func (s *Service) Tokens(ctx context.Context, owner hub.Owner) ([]hub.EnrolmentT
 func (s *Service) DeleteTokens(ctx context.Context, owner hub.Owner, ids []string) (out []hub.EnrolmentToken, err error) {
 	const op = "certificateauthority.DeleteTokens"
 	for _, id := range ids {
-		doc, err := s.docs.Get(ctx, collTokens, id)
+		gone, err := again(ctx, func() (*hub.EnrolmentToken, error) { return s.deleteToken(ctx, owner, id) })
 		if err != nil {
 			return out, fmt.Errorf("%s: %w", op, err)
 		}
-		if doc.Rev == 0 {
-			continue
+		if gone != nil {
+			out = append(out, *gone)
 		}
-		d, err := decodeToken(doc)
-		if err != nil {
-			return out, fmt.Errorf("%s: %w", op, err)
-		}
-		if owner != "" && d.Owner != owner {
-			continue
-		}
-		if err := s.docs.Delete(ctx, collTokens, id, doc.Rev); err != nil {
-			return out, fmt.Errorf("%s: %w", op, err)
-		}
-		out = append(out, d.token(id))
 	}
 	return out, nil
+}
+
+// deleteToken removes a token; nil if there is none, or it is another owner's.
+func (s *Service) deleteToken(ctx context.Context, owner hub.Owner, id string) (*hub.EnrolmentToken, error) {
+	doc, err := s.docs.Get(ctx, collTokens, id)
+	if err != nil || doc.Rev == 0 {
+		return nil, err
+	}
+	d, err := decodeToken(doc)
+	if err != nil || owner != "" && d.Owner != owner {
+		return nil, err
+	}
+	t := d.token(id)
+	return &t, s.docs.Delete(ctx, collTokens, id, doc.Rev)
 }

@@ -37,6 +37,7 @@ const (
 	ForDevice  Profile = ""        // a device's identity
 	ForClient  Profile = "client"  // an application of an owner's, that shows it to servers
 	ForService Profile = "service" // a server, which may be a client, too
+	ForHub     Profile = "hub"     // a part of the hub that runs in a process of its own
 )
 
 // CertificateStatus is an answer about certificates, DER (RFC 6960).

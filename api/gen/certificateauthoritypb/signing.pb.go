@@ -279,7 +279,7 @@ type SigningRecord struct {
 	RequestMethod       string                 `protobuf:"bytes,221,opt,name=request_method,json=requestMethod,proto3" json:"request_method,omitempty"`          // csr, or operator: made on the hub's machine together with its key
 	RevokedDate         int64                  `protobuf:"varint,222,opt,name=revoked_date,json=revokedDate,proto3" json:"revoked_date,omitempty"`               // 0: it is not revoked
 	RevocationReason    string                 `protobuf:"bytes,223,opt,name=revocation_reason,json=revocationReason,proto3" json:"revocation_reason,omitempty"` // as RFC 5280 names it
-	Profile             string                 `protobuf:"bytes,230,opt,name=profile,proto3" json:"profile,omitempty"`                                           // client or service; of a device's identity it is empty
+	Profile             string                 `protobuf:"bytes,230,opt,name=profile,proto3" json:"profile,omitempty"`                                           // client, service or hub; of a device's identity it is empty
 	TermsVersion        string                 `protobuf:"bytes,234,opt,name=terms_version,json=termsVersion,proto3" json:"terms_version,omitempty"`             // of the enrolment group, that somebody had to accept; "" without
 	TermsAcceptedBy     string                 `protobuf:"bytes,235,opt,name=terms_accepted_by,json=termsAcceptedBy,proto3" json:"terms_accepted_by,omitempty"`  // the user
 	TermsAcceptanceDate int64                  `protobuf:"varint,236,opt,name=terms_acceptance_date,json=termsAcceptanceDate,proto3" json:"terms_acceptance_date,omitempty"`
