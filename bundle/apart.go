@@ -2,10 +2,14 @@ package bundle
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"os"
+	"time"
 
 	certificateauthority "github.com/coaphub/coaphub/certificate-authority"
 	coapgateway "github.com/coaphub/coaphub/coap-gateway"
+	enrolmentgateway "github.com/coaphub/coaphub/enrolment-gateway"
 	grpcgateway "github.com/coaphub/coaphub/grpc-gateway"
 	"github.com/coaphub/coaphub/hub"
 	identitystore "github.com/coaphub/coaphub/identity-store"
@@ -53,6 +57,36 @@ type identities interface {
 	Deny(ctx context.Context, d hub.Denial) (hub.Denial, error)
 	Undeny(ctx context.Context, of hub.DenialOf, value string) error
 	Barred(f func(hub.DeviceID))
+}
+
+// certificates is what the other parts have of the certificate authority, and authority what of its keys' certificates, likewise.
+type certificates interface {
+	grpcgateway.Certificates
+	grpcgateway.Enrolments
+	coapgateway.Renewals
+	enrolmentgateway.Authority
+	HubCertificate(hosts []string) (tls.Certificate, error)
+	HTTPSCertificate(hosts []string) (tls.Certificate, error)
+	Staple(cert *tls.Certificate) (hub.CertificateStatus, error)
+	HandOver(ctx context.Context, dev hub.DeviceID, owner hub.Owner, serial string) ([]hub.Certificate, error)
+	IssueDevice(ctx context.Context, dev hub.DeviceID, validity time.Duration, owner hub.Owner, user string) (certificateauthority.Identity, error)
+	Forget(ctx context.Context, f hub.EnrolmentFilter) ([]hub.Enrolment, error)
+	Ended(f func(serial string))
+	Revoked(cert *x509.Certificate) bool
+}
+
+type authority interface {
+	Parts() []certificateauthority.Part
+	Roll(r certificateauthority.Root, step certificateauthority.Step, rootKeys []byte) error
+	Retire(id string, rootKeys []byte) error
+	DevicePool() *x509.CertPool
+	DeviceIntermediates() []*x509.Certificate
+	DeviceRoots() []*x509.Certificate
+	RootKeys(r certificateauthority.Root) ([]byte, error)
+	ForgetRootKeys(r certificateauthority.Root, safe []byte) error
+	RootPEM(r certificateauthority.Root) ([]byte, error)
+	Signs(r certificateauthority.Root, cert *x509.Certificate) bool
+	Registrar() certificateauthority.KeyOfRegistrar
 }
 
 // connect connects to the bus, if there is one in the configuration.

@@ -45,7 +45,7 @@ type forgetRequest struct {
 
 func (a *assembly) authorities(context.Context, struct{}) ([]AuthorityPart, error) {
 	var out []AuthorityPart
-	for _, p := range a.authority.Parts() {
+	for _, p := range a.authorityHere().Parts() {
 		part := AuthorityPart{
 			Root: string(p.Root), Kind: p.Kind, ID: p.ID, Since: p.Since, Until: p.Until, State: p.State, Key: p.Key, ListLacks: p.Lacks,
 		}
@@ -59,12 +59,12 @@ func (a *assembly) authorities(context.Context, struct{}) ([]AuthorityPart, erro
 
 func (a *assembly) roll(ctx context.Context, q RollRequest) ([]AuthorityPart, error) {
 	return a.rolled(ctx, func() error {
-		return a.authority.Roll(certificateauthority.Root(q.Which), certificateauthority.Step(q.Step), []byte(q.RootKey))
+		return a.authorityHere().Roll(certificateauthority.Root(q.Which), certificateauthority.Step(q.Step), []byte(q.RootKey))
 	})
 }
 
 func (a *assembly) retire(ctx context.Context, q retireRequest) ([]AuthorityPart, error) {
-	return a.rolled(ctx, func() error { return a.authority.Retire(q.ID, []byte(q.RootKey)) })
+	return a.rolled(ctx, func() error { return a.authorityHere().Retire(q.ID, []byte(q.RootKey)) })
 }
 
 // rolled makes a change of the authorities, and has the devices' door use what there is then. That is so after an error, too: what
@@ -73,8 +73,11 @@ func (a *assembly) rolled(ctx context.Context, change func() error) ([]Authority
 	a.rolling.Lock()
 	defer a.rolling.Unlock()
 	err := change()
+	if a.certificateClient != nil {
+		err = errors.Join(err, a.certificateClient.Refresh(ctx))
+	}
 	if a.devices != nil {
-		err = errors.Join(err, a.devices.Trust(a.authority.DevicePool(), a.authority.DeviceIntermediates(), a.authority.DeviceRoots()))
+		err = errors.Join(err, a.trust())
 	}
 	if err != nil {
 		return nil, err
@@ -82,11 +85,24 @@ func (a *assembly) rolled(ctx context.Context, change func() error) ([]Authority
 	return a.authorities(ctx, struct{}{})
 }
 
+// trust has the gateway here believe the authorities that there are now.
+func (a *assembly) trust() error {
+	return a.devices.Trust(a.authority.DevicePool(), a.authority.DeviceIntermediates(), a.authority.DeviceRoots())
+}
+
+// authorityHere is the authority with its keys, where they are in this process, since keys of roots do not travel.
+func (a *assembly) authorityHere() authority {
+	if a.authorityKeys != nil {
+		return a.authorityKeys
+	}
+	return a.authority
+}
+
 func (a *assembly) rootKeys(_ context.Context, q rootRequest) (string, error) {
-	pem, err := a.authority.RootKeys(certificateauthority.Root(q.Which))
+	pem, err := a.authorityHere().RootKeys(certificateauthority.Root(q.Which))
 	return string(pem), err
 }
 
 func (a *assembly) forgetRootKeys(_ context.Context, q forgetRequest) (struct{}, error) {
-	return struct{}{}, a.authority.ForgetRootKeys(certificateauthority.Root(q.Which), []byte(q.Safe))
+	return struct{}{}, a.authorityHere().ForgetRootKeys(certificateauthority.Root(q.Which), []byte(q.Safe))
 }

@@ -12,7 +12,6 @@ import (
 	"strings"
 	"time"
 
-	certificateauthority "github.com/coaphub/coaphub/certificate-authority"
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/coap"
 )
@@ -355,7 +354,7 @@ func (a *assembly) newEnrolmentToken(ctx context.Context, q NewTokenRequest) (En
 
 // enrolments is what owners do about enrolments over the API.
 type enrolments struct {
-	*certificateauthority.Service
+	certificates
 	a *assembly
 }
 
@@ -364,7 +363,7 @@ func (e enrolments) SetGroup(ctx context.Context, g hub.EnrolmentGroup) (hub.Enr
 	if err := e.mayHave(ctx, g.Owner); err != nil {
 		return hub.EnrolmentGroup{}, err
 	}
-	return e.Service.SetGroup(ctx, g)
+	return e.certificates.SetGroup(ctx, g)
 }
 
 // NewToken is of grpcgateway.Enrolments.
@@ -378,7 +377,7 @@ func (e enrolments) NewToken(
 	if err != nil {
 		return "", hub.EnrolmentToken{}, err
 	}
-	return e.Service.NewToken(ctx, owner, dev, life, user)
+	return e.certificates.NewToken(ctx, owner, dev, life, user)
 }
 
 // Decide is of grpcgateway.Enrolments.
@@ -391,7 +390,7 @@ func (e enrolments) Decide(ctx context.Context, owner hub.Owner, devices []hub.D
 			return nil, err
 		}
 	}
-	return e.Service.Decide(ctx, owner, devices, allow, user)
+	return e.certificates.Decide(ctx, owner, devices, allow, user)
 }
 
 // mayHave reports whether an owner may have devices; of another provider's nobody knows.

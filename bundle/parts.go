@@ -41,8 +41,14 @@ func (a *assembly) parts() []run.Part {
 	if a.identityClient != nil {
 		add("identities", a.identityClient.Run)
 	}
-	if a.certificates != nil {
-		add(TargetCertificateAuthority, a.certificates.Run)
+	if a.certificateService != nil {
+		add(TargetCertificateAuthority, a.certificateService.Run)
+	}
+	if a.factories != nil {
+		add("factories", a.factories.Run)
+	}
+	if a.certificateClient != nil {
+		add("certificates", a.certificateClient.Run)
 	}
 	if a.provider != nil && a.cfg.Runs(TargetOAuthServer) {
 		add(TargetOAuthServer, a.provider.Run)

@@ -3,6 +3,7 @@ package bundle
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -29,6 +30,7 @@ import (
 	"github.com/coaphub/coaphub/internal/coap"
 	"github.com/coaphub/coaphub/internal/obs"
 	"github.com/coaphub/coaphub/internal/quarantine"
+	"github.com/coaphub/coaphub/internal/revocation"
 	"github.com/coaphub/coaphub/internal/store"
 	"github.com/coaphub/coaphub/internal/store/jetfeed"
 	"github.com/coaphub/coaphub/internal/store/mongostore"
@@ -64,16 +66,23 @@ type assembly struct {
 	members   []*bus.Members // of the parts that run here
 
 	// The parts that others ask: as they run here, what answers for them on the bus and asks there, and which of the two others have.
-	directories       *resourcedirectory.Directory
-	sessions          *resourcedirectory.Client
-	directory         directory
-	identityStore     *identitystore.Store
-	answersIdentities *bus.Server
-	identityClient    *identitystore.Client
-	identities        identities
-	authority         *certificateauthority.Authority
-	rolling           sync.Mutex // held by who changes it, until all use what there is then
-	certificates      *certificateauthority.Service
+	directories        *resourcedirectory.Directory
+	sessions           *resourcedirectory.Client
+	directory          directory
+	identityStore      *identitystore.Store
+	answersIdentities  *bus.Server
+	identityClient     *identitystore.Client
+	identities         identities
+	authorityKeys      *certificateauthority.Authority
+	certificateService *certificateauthority.Service
+	certificateClient  *certificateauthority.Client
+	authority          authority
+	certificates       certificates
+	factories          *revocation.Checker // nil where the door for enrolment has it
+	rolling            sync.Mutex          // held by who changes the authority, until all use what there is then
+
+	background sync.WaitGroup // what runs before the parts do, until stop
+	stop       context.CancelFunc
 
 	quarantine  *quarantine.Store
 	provider    *oauthserver.Server // nil with external providers
@@ -301,24 +310,77 @@ func (a *assembly) wireIdentities(ctx context.Context) (err error) {
 	return nil
 }
 
-func (a *assembly) wireCertificates(ctx context.Context) (err error) {
+func (a *assembly) wireCertificates(ctx context.Context) error {
+	if a.cfg.Runs(TargetCertificateAuthority) {
+		if err := a.openAuthority(ctx); err != nil {
+			return err
+		}
+	}
+	if a.bus == nil {
+		return nil
+	}
+	log := a.log.With("part", "certificate-authority")
+	if a.certificateService != nil {
+		// The parts of this process need certificates before they run.
+		server := certificateauthority.NewServer(a.bus, a.certificateService, []string{a.external}, log)
+		ready := make(chan struct{})
+		a.inBackground(func(ctx context.Context) {
+			if err := server.Run(ctx, func() { close(ready) }); err != nil {
+				log.Error("the authority cannot be asked", "error", err)
+			}
+		})
+		<-ready
+	}
+	c, err := waited(ctx, log, "a certificate-authority", func(ctx context.Context) (*certificateauthority.Client, error) {
+		ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+		defer cancel()
+		return certificateauthority.NewClient(ctx, a.bus, log)
+	})
+	if err != nil {
+		return err
+	}
+	a.certificateClient, a.certificates, a.authority = c, c, c
+	c.Changed(func() {
+		if a.devices == nil {
+			return
+		}
+		if err := a.trust(); err != nil {
+			log.Error("devices' certificates are believed as before", "error", err)
+		}
+	})
+	return nil
+}
+
+// openAuthority opens the authority with its keys.
+func (a *assembly) openAuthority(ctx context.Context) (err error) {
 	lists := ""
 	if own := a.cfg.GRPCGateway.API.HTTP.TLS && loopback(net.JoinHostPort(a.external, "0")); a.cfg.ExternalAddress != "" && (own || !loopback(a.httpAt)) {
 		// Else nobody but this machine knows where the hub is.
 		lists = a.httpURL
 	}
-	if a.authority, err = certificateauthority.OpenWith(a.folder.sub(keysFolder), a.hubID, nil, lists); err != nil {
+	if a.authorityKeys, err = certificateauthority.OpenWith(a.folder.sub(keysFolder), a.hubID, nil, lists); err != nil {
 		return fmt.Errorf("certification authorities: %w", err)
 	}
-	a.certificates, err = certificateauthority.NewService(ctx, a.authority, a.store, a.identities, lists, a.log.With("part", "certificate-authority"), a.registry)
+	a.certificateService, err = certificateauthority.NewService(
+		ctx, a.authorityKeys, a.store, a.identities, lists, a.log.With("part", "certificate-authority"), a.registry)
 	if err != nil {
 		return fmt.Errorf("certification authorities: %w", err)
 	}
+	a.authority, a.certificates = a.authorityKeys, a.certificateService
 	sealing, err := secretKey(ctx, a.documents, "enrolment")
 	if err != nil {
 		return err
 	}
-	return a.certificates.Secret(sealing)
+	return a.certificateService.Secret(sealing)
+}
+
+// denied is Identities.Denied, and does not let anybody in while nobody knows what was revoked.
+func (a *assembly) denied(dev hub.DeviceID, chain []*x509.Certificate) error {
+	err := a.identities.Denied(dev, chain)
+	if err == nil && a.certificateClient != nil {
+		err = a.certificateClient.Behind()
+	}
+	return err
 }
 
 func (a *assembly) wireProvider(ctx context.Context) (err error) {
@@ -351,7 +413,7 @@ func (a *assembly) wireDevices(context.Context) (err error) {
 	a.devices, err = coapgateway.New(cfg, coapgateway.Deps{
 		Directory: a.directory, Identities: a.identities, Verifier: a.verifier, Providers: a.providers,
 		Certificate: a.certificate, ClientCAs: a.authority.DevicePool(), ClientIntermediates: a.authority.DeviceIntermediates(),
-		ClientRoots: a.authority.DeviceRoots(), PSK: a.psk.key, Revoked: a.certificates.Revoked, Denied: a.identities.Denied, Quarantine: a.quarantine, HandedOver: a.handedOver, Rivals: a.rivals,
+		ClientRoots: a.authority.DeviceRoots(), PSK: a.psk.key, Revoked: a.certificates.Revoked, Denied: a.denied, Quarantine: a.quarantine, HandedOver: a.handedOver, Rivals: a.rivals,
 		HubID: hub.DeviceID(a.hubID), Service: a.instance, EngineMetrics: a.engine, Renewals: a.certificates,
 		Lists: a.folder.sub(listsFolder),
 		Reach: func(address string) string { return reach(address, a.external) },
@@ -369,7 +431,7 @@ func (a *assembly) wireDevices(context.Context) (err error) {
 
 func (a *assembly) wireEnrolment(context.Context) (err error) {
 	if !a.cfg.Runs(TargetEnrolmentGateway) {
-		return nil
+		return a.wireFactories()
 	}
 	a.enrol, err = enrolmentgateway.New(a.cfg.EnrolmentGateway, enrolmentgateway.Deps{
 		Authority: a.certificates, Registrar: a.authority.Registrar(), Certificate: a.certificate, PSK: a.psk.key, EngineMetrics: a.engine,
@@ -384,7 +446,28 @@ func (a *assembly) wireEnrolment(context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	a.certificates.Factories(a.enrol.Revocation())
+	if a.certificateService != nil {
+		a.certificateService.Factories(a.enrol.Revocation())
+	}
+	return nil
+}
+
+// wireFactories gives the authority what manufacturers have revoked, where the door that asks it too is in another process.
+func (a *assembly) wireFactories() error {
+	sources := a.cfg.EnrolmentGateway.TLS.CASets
+	if a.certificateService == nil || len(sources) == 0 {
+		return nil
+	}
+	sets, err := revocation.ReadSets(sources)
+	if err != nil {
+		return fmt.Errorf("enrolmentGateway.tls.caSets: %w", err)
+	}
+	a.factories, err = revocation.New(sets, a.folder.sub(filepath.Join(listsFolder, "enrolment")), a.log.With("part", "certificate-authority"),
+		prometheus.WrapRegistererWith(prometheus.Labels{"part": TargetCertificateAuthority}, a.registry))
+	if err != nil {
+		return fmt.Errorf("enrolmentGateway.tls.caSets: %w", err)
+	}
+	a.certificateService.Factories(a.factories)
 	return nil
 }
 
@@ -412,6 +495,13 @@ func (a *assembly) wireApps(ctx context.Context) error {
 	return err
 }
 
+// inBackground runs f from now until the assembly is closed, which is after all parts have ended.
+func (a *assembly) inBackground(f func(context.Context)) {
+	ctx, stop := context.WithCancel(context.Background())
+	a.stop = stop
+	a.background.Go(func() { f(ctx) })
+}
+
 func (a *assembly) listen(ctx context.Context, address, flag, key string) (net.Listener, error) {
 	ln, err := listen(ctx, address, flag, key)
 	if err == nil {
@@ -434,6 +524,10 @@ func (a *assembly) opened(_ context.Context, address string) (net.Listener, erro
 
 // close closes what outlives the parts.
 func (a *assembly) close() error {
+	if a.stop != nil {
+		a.stop()
+		a.background.Wait()
+	}
 	for _, ln := range a.listeners {
 		_ = ln.Close() // most are closed already; a part that never ran left its own
 	}

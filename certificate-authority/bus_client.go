@@ -388,6 +388,9 @@ func (c *Client) Roll(r Root, step Step, rootKeys []byte) error {
 	return c.believeNow(err)
 }
 
+// Refresh has the Client know what was stored before it was called.
+func (c *Client) Refresh(ctx context.Context) error { return c.catchUp(ctx) }
+
 // believeNow has a change of the authorities known here. What was written before an error counts.
 func (c *Client) believeNow(err error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), callTime)

@@ -87,7 +87,7 @@ func TestExitCodesAndWhatToDoNext(t *testing.T) {
 		{"nonsense", exitUsage, `unknown command "nonsense".*\nSee "coaphub --help"`},
 		{"serve --nonsense", exitUsage, `unknown flag: --nonsense\nSee "coaphub serve --help"`},
 		{"serve surplus", exitUsage, `"surplus" is one argument too many; write coaphub serve`},
-		{"serve --target=coap-gateway", exitUsage, `--target=coap-gateway: parts cannot run apart yet`},
+		{"serve --target=coap-gateway,toaster", exitUsage, `--target=coap-gateway,toaster: there is no part "toaster"; there are all, resource-directory`},
 		{"serve --config /does/not/exist.yaml", exitFailure, `/does/not/exist.yaml: no such file.*config-unreadable`},
 		{"serve --external-address a:b", exitFailure, `externalAddress: "a:b" is neither`},
 		{"status", exitFailure, `no hub runs on the data folder .*coaphub serve.*\[hub-not-running\]`},

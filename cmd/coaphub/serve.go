@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"slices"
+	"strings"
 	"sync"
 
 	"github.com/spf13/cobra"
@@ -16,21 +18,22 @@ func newServe(p process) *cobra.Command {
 		Use:   "serve",
 		Short: "Run the hub",
 		Long: "serve runs the whole hub in one process. It needs no configuration; everything it keeps is in the data\n" +
-			"folder. When it serves it prints one line that begins with \"ready\" and names every endpoint. Keys of the\n" +
+			"folder. With --target it runs some parts of a hub that is kept in MongoDB (store.mongodb) and whose parts\n" +
+			"reach each other over NATS (bus). When it serves it prints one line that begins with \"ready\" and names every endpoint. Keys of the\n" +
 			"configuration can be environment variables too: " + bundle.EnvPrefix + "LOG_LEVEL=debug is log.level (coaphub config\n" +
 			"prints all keys). SIGTERM and Ctrl-C stop the hub in order, within five seconds; the second one at once.",
 		Args: none,
 	}
 	f := cmd.Flags()
 	f.StringVar(&file, "config", "", "configuration file (YAML)")
-	f.StringVar(&target, "target", "all", "which part to run; this version knows all only")
+	f.StringVar(&target, "target", "all", "which parts to run, with commas between: "+strings.Join(bundle.Targets(), ", "))
 	overrides := addressFlags(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		if target != "all" {
-			return usage("--target=%s: parts cannot run apart yet, only --target=all", target)
-		}
 		cfg, warnings, err := bundle.LoadConfig(file, p.env)
 		if err != nil {
+			return err
+		}
+		if cfg.Target, err = targets(cmd, target, cfg.Target); err != nil {
 			return err
 		}
 		cfg.Data = dataFlag(cmd)
@@ -45,6 +48,23 @@ func newServe(p process) *cobra.Command {
 		})
 	}
 	return cmd
+}
+
+// targets is what --target means: all is no list, and without the flag it is the configuration's.
+func targets(cmd *cobra.Command, flag string, configured []string) ([]string, error) {
+	if !cmd.Flags().Changed("target") {
+		return configured, nil
+	}
+	if flag == "all" {
+		return nil, nil
+	}
+	list := strings.Split(flag, ",")
+	for _, t := range list {
+		if !slices.Contains(bundle.Targets(), t) {
+			return nil, usage("--target=%s: there is no part %q; there are all, %s", flag, t, strings.Join(bundle.Targets(), ", "))
+		}
+	}
+	return list, nil
 }
 
 // addressFlags adds the flags that stand for keys of the configuration, and returns what puts those that were given into
