@@ -124,18 +124,23 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 		}
 	}()
 	a.registry = obs.NewRegistry(a.build)
-	for _, step := range []func(context.Context) error{
+	steps := []func(context.Context) error{
 		a.listenAll, // addresses first: a port that is taken is found before anything was opened
 		a.openStore,
 		a.wireDirectory,
-		a.wireIdentities,
-		a.wireCertificates,
-		a.wireProvider,
-		a.wireSecrets,
-		a.wireDevices,
-		a.wireEnrolment,
-		a.wireApps,
-	} {
+	}
+	if !slices.Equal(cfg.Target, []string{TargetResourceDirectory}) { // which asks nobody
+		steps = append(steps,
+			a.wireIdentities,
+			a.wireCertificates,
+			a.wireProvider,
+			a.wireSecrets,
+			a.wireDevices,
+			a.wireEnrolment,
+			a.wireApps,
+		)
+	}
+	for _, step := range steps {
 		if err := step(ctx); err != nil {
 			return nil, err
 		}

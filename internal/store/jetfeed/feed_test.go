@@ -1384,3 +1384,34 @@ func FuzzDecode(f *testing.F) {
 		storetest.SameCommit(t, c2, c)
 	})
 }
+
+// Processes that start at the same time find one stream, whoever made it.
+func TestManyMakeTheStream(t *testing.T) {
+	t.Parallel()
+	for range 20 {
+		n := startNode(t)
+		var all sync.WaitGroup
+		ids := make([]string, 8)
+		for i := range ids {
+			all.Go(func() {
+				cfg := testConfig()
+				cfg.MaxBytes = 40 << 30 // the server has room for one of these
+				f, err := Open(t.Context(), cfg, options(n.url()))
+				if err != nil {
+					t.Errorf("%v: %+v", err, errors.Unwrap(err))
+					return
+				}
+				ids[i] = f.LogID()
+				if err := f.Close(); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		all.Wait()
+		for _, id := range ids {
+			if id != ids[0] {
+				t.Errorf("they know different streams: %q", ids)
+			}
+		}
+	}
+}

@@ -147,16 +147,36 @@ func (f *Feed) look(ctx context.Context) (stream, error) {
 }
 
 func (f *Feed) create(ctx context.Context) (stream, error) {
-	s, err := f.js.CreateStream(ctx, f.configuration(f.newStart()))
-	if errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) { // another process was faster
-		return f.ask(ctx)
+	for try := 0; ; try++ {
+		s, err := f.js.CreateStream(ctx, f.configuration(f.newStart()))
+		if err == nil {
+			f.log.Info("the feed's stream was made", "stream", f.name)
+			return streamOf(s.CachedInfo()), nil
+		}
+		// Another process may be faster. While it makes the stream, the servers have set the room for it aside, and may have none left
+		// for the same again.
+		var refused *jetstream.APIError
+		full := errors.As(err, &refused) && refused.ErrorCode == noRoom
+		if st, there := f.ask(ctx); there == nil || errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) {
+			return st, there
+		}
+		if !full || try == makeTries {
+			return stream{}, err
+		}
+		select {
+		case <-time.After(f.times.attempt / makeTries):
+		case <-ctx.Done():
+			return stream{}, err
+		}
 	}
-	if err != nil {
-		return stream{}, err
-	}
-	f.log.Info("the feed's stream was made", "stream", f.name)
-	return streamOf(s.CachedInfo()), nil
 }
+
+// makeTries is how often the stream is tried to be made while there is no room for it and nobody else has made it, and noRoom is the
+// servers' word for that (JSStorageResourcesExceededErr).
+const (
+	makeTries = 5
+	noRoom    = 10047
+)
 
 // view is what this process held for known before it asked.
 type view struct {
