@@ -147,24 +147,26 @@ func (f *Feed) look(ctx context.Context) (stream, error) {
 }
 
 func (f *Feed) create(ctx context.Context) (stream, error) {
+	// A second, within what one question may take.
 	for try := 0; ; try++ {
 		s, err := f.js.CreateStream(ctx, f.configuration(f.newStart()))
 		if err == nil {
 			f.log.Info("the feed's stream was made", "stream", f.name)
 			return streamOf(s.CachedInfo()), nil
 		}
-		// Another process may be faster. While it makes the stream, the servers have set the room for it aside, and may have none left
-		// for the same again.
-		var refused *jetstream.APIError
-		full := errors.As(err, &refused) && refused.ErrorCode == noRoom
-		if st, there := f.ask(ctx); there == nil || errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) {
-			return st, there
+		if errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) { // another process was faster
+			return f.ask(ctx)
 		}
-		if !full || try == makeTries {
+		// While another process makes the stream, the servers have set the room for it aside, and may have none left for the same again.
+		var refused *jetstream.APIError
+		if !errors.As(err, &refused) || refused.ErrorCode != noRoom || try == makeTries {
 			return stream{}, err
 		}
+		if st, there := f.ask(ctx); there == nil {
+			return st, nil
+		}
 		select {
-		case <-time.After(f.times.attempt / makeTries):
+		case <-time.After(time.Second / makeTries):
 		case <-ctx.Done():
 			return stream{}, err
 		}
@@ -174,7 +176,7 @@ func (f *Feed) create(ctx context.Context) (stream, error) {
 // makeTries is how often the stream is tried to be made while there is no room for it and nobody else has made it, and noRoom is the
 // servers' word for that (JSStorageResourcesExceededErr).
 const (
-	makeTries = 5
+	makeTries = 4
 	noRoom    = 10047
 )
 
