@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"net/http"
 	"os"
 	"time"
 
@@ -15,6 +16,7 @@ import (
 	identitystore "github.com/coaphub/coaphub/identity-store"
 	"github.com/coaphub/coaphub/internal/bus"
 	"github.com/coaphub/coaphub/internal/run"
+	"github.com/coaphub/coaphub/internal/store/mongostore"
 	oauthserver "github.com/coaphub/coaphub/oauth-server"
 	resourcedirectory "github.com/coaphub/coaphub/resource-directory"
 )
@@ -98,6 +100,13 @@ func (a *assembly) connect() (err error) {
 		return err
 	}
 	a.health.Check("bus", a.bus.Health)
+	a.members = map[string]*bus.Members{}
+	for _, target := range Targets() {
+		if a.cfg.Runs(target) && (target != TargetOAuthServer || a.cfg.Embedded()) {
+			m := bus.Member{Part: target, Instance: a.instance, Name: a.processName()}
+			a.members[target] = a.bus.Members(m, a.load(target), a.log.With("part", "bus"))
+		}
+	}
 	return nil
 }
 
@@ -110,14 +119,19 @@ func (a *assembly) processName() string {
 	return name
 }
 
-// member makes the process a member as a part.
-func (a *assembly) member(part string) *bus.Members {
-	var load func() bus.Load
-	switch part {
+// load is what a part that runs here is at.
+func (a *assembly) load(target string) func() bus.Load {
+	behind := func() int {
+		if s, shared := a.store.(*mongostore.Store); shared {
+			return s.Behind()
+		}
+		return 0
+	}
+	switch target {
 	case TargetResourceDirectory:
-		load = func() bus.Load { return bus.Load{Partitions: a.directories.Partitions()} }
+		return func() bus.Load { return bus.Load{Partitions: a.directories.Partitions(), Behind: behind()} }
 	case TargetCoAPGateway:
-		load = func() bus.Load {
+		return func() bus.Load {
 			sessions := 0
 			for _, n := range a.devices.Security() {
 				sessions += n
@@ -125,16 +139,82 @@ func (a *assembly) member(part string) *bus.Members {
 			return bus.Load{Sessions: sessions}
 		}
 	}
-	m := a.bus.Members(bus.Member{Part: part, Instance: a.instance, Name: a.processName()}, load, a.log.With("part", "bus"))
-	a.members = append(a.members, m)
-	return m
+	return nil
 }
 
-// membership is the parts that tell others of those that run here. They begin before them and end after them.
+// membership is what tells others of the parts that run here. It begins before them and ends after them.
 func (a *assembly) membership() []run.Part {
 	var ps []run.Part
-	for _, m := range a.members {
-		ps = append(ps, run.Part{Name: "membership", Run: m.Run})
+	for _, target := range Targets() {
+		if m := a.members[target]; m != nil {
+			ps = append(ps, run.Part{Name: "membership", Run: m.Run})
+		}
 	}
 	return ps
+}
+
+// heard is the membership as it is heard here; nil without a bus.
+func (a *assembly) heard() *bus.Members {
+	for _, m := range a.members {
+		return m
+	}
+	return nil
+}
+
+// Part is an instance of a part of the hub.
+type Part struct {
+	Target   string    `json:"target"`
+	Name     string    `json:"name"`     // of its process, for people
+	Instance string    `json:"instance"` // of this run of it
+	Version  string    `json:"version"`
+	Started  time.Time `json:"started"`
+	Heard    time.Time `json:"heard"` // when it last said that it lives
+	State    string    `json:"state"` // serves, leaves, silent
+	// What it is at; 0 for what it has none of. Behind is events that are stored and that subscribers or documents do not have yet.
+	Partitions int `json:"partitions,omitempty"`
+	Sessions   int `json:"sessions,omitempty"`
+	Behind     int `json:"behind,omitempty"`
+}
+
+// The states of a Part.
+const (
+	PartServes = "serves"
+	PartLeaves = "leaves"
+	PartSilent = "silent" // nothing was heard of it for ten seconds
+)
+
+// parts lists the parts of the hub that were heard of in the last hour, by target.
+func (a *assembly) listParts(context.Context, struct{}) ([]Part, error) {
+	m := a.heard()
+	if m == nil { // all are here
+		out := []Part{}
+		for _, t := range Targets() {
+			out = append(out, Part{
+				Target: t, Name: a.processName(), Instance: a.instance, Version: a.build.Version, Started: a.started.UTC(), Heard: time.Now().UTC(), State: PartServes,
+			})
+		}
+		return out, nil
+	}
+	all, at := m.All()
+	out := make([]Part, 0, len(all))
+	for i, o := range all {
+		p := Part{
+			Target: o.Part, Name: o.Name, Instance: o.Instance, Version: o.Build, Started: o.Started, Heard: at[i].UTC(), State: PartServes,
+			Partitions: o.Load.Partitions, Sessions: o.Load.Sessions, Behind: o.Load.Behind,
+		}
+		switch {
+		case time.Since(at[i]) > bus.Sure:
+			p.State = PartSilent
+		case o.Leaving:
+			p.State = PartLeaves
+		}
+		out = append(out, p)
+	}
+	return out, nil
+}
+
+// Parts lists the parts of the hub, by target.
+func (c *Control) Parts(ctx context.Context) (ps []Part, err error) {
+	err = c.call(ctx, http.MethodGet, "/parts", nil, &ps)
+	return ps, err
 }

@@ -16,6 +16,7 @@ import (
 func (a *assembly) calls() *http.ServeMux {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /status", call(a.countedStatus, a.log))
+	mux.HandleFunc("GET /parts", call(a.listParts, a.log))
 	mux.HandleFunc("GET /refused", call(a.refused, a.log))
 	mux.HandleFunc("POST /device", call(a.device, a.log))
 	mux.HandleFunc("POST /devices/access", call(a.deviceAccess, a.log))

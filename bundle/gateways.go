@@ -130,7 +130,7 @@ func scatter[Req, Resp any](ctx context.Context, g gateways, m bus.Method[Req, R
 	var mu sync.Mutex // guards out
 	var out []Resp
 	var all sync.WaitGroup
-	for _, instance := range g.a.members[0].Living(resourcedirectory.GatewayPart) {
+	for _, instance := range g.a.heard().Living(resourcedirectory.GatewayPart) {
 		if g.a.devices != nil && instance == g.a.instance {
 			continue
 		}

@@ -62,8 +62,8 @@ type assembly struct {
 	closers   []io.Closer     // of the store, what was opened first in front
 	documents store.Documents // of the store, but secrets are files, or sealed
 	audit     *audit.Log
-	bus       *bus.Bus       // nil: the parts call each other
-	members   []*bus.Members // of the parts that run here
+	bus       *bus.Bus                // nil: the parts call each other
+	members   map[string]*bus.Members // of the parts that run here
 
 	// The parts that others ask: as they run here, what answers for them on the bus and asks there, and which of the two others have.
 	directories        *resourcedirectory.Directory
@@ -271,7 +271,7 @@ func (a *assembly) wireDirectory(context.Context) (err error) {
 		return nil
 	}
 	if a.directories != nil {
-		a.directories.Apart(a.bus, a.member(TargetResourceDirectory), a.instance)
+		a.directories.Apart(a.bus, a.members[TargetResourceDirectory], a.instance)
 	}
 	sessions := ""
 	if a.cfg.Runs(TargetCoAPGateway) {
@@ -426,9 +426,6 @@ func (a *assembly) wireDevices(context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	if a.bus != nil {
-		a.member(TargetCoAPGateway)
-	}
 	a.certificates.Ended(a.devices.EndCertificate)
 	a.identities.Barred(a.devices.EndDenied)
 	return nil
@@ -488,9 +485,6 @@ func (a *assembly) wireApps(ctx context.Context) error {
 	cursors, err := secretKey(ctx, a.documents, "cursor")
 	if err != nil {
 		return err
-	}
-	if a.bus != nil {
-		a.member(TargetGRPCGateway)
 	}
 	a.apps, err = grpcgateway.New(a.cfg.GRPCGateway, grpcgateway.Deps{
 		Directory: a.directory, Identities: a.identities, Verifier: a.verifier, HubID: a.hubID, HubInfo: a.hubInfo,

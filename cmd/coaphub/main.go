@@ -161,7 +161,7 @@ func newRoot(p process) *cobra.Command {
 	root.PersistentFlags().String("data", data, "data folder; also "+bundle.EnvData)
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(
-		newServe(p), newStatus(p), newAudit(p), newOnboard(p), newToken(p), newUser(p), newCA(p), newCerts(p), newDeny(p), newEnroll(p), newAgent(p), newDevices(p), newGet(p), newWatch(p),
+		newServe(p), newStatus(p), newParts(p), newAudit(p), newOnboard(p), newToken(p), newUser(p), newCA(p), newCerts(p), newDeny(p), newEnroll(p), newAgent(p), newDevices(p), newGet(p), newWatch(p),
 		newSet(p), newCreate(p), newDelete(p), newCommands(p),
 		newThings(p), newCall(p), newLogin(p), newLogout(p),
 		newHistory(p), newSimulate(p), newLoad(p), newConfig(p), newVerify(p), newBackup(p), newRestore(p), newVersion(p),

@@ -197,6 +197,11 @@ func TestAgainstARunningHub(t *testing.T) {
 	if s := as[bundle.Status](t, on("status", "--json")); s.HubID != h.ID || s.Endpoints.HTTP != h.HTTP {
 		t.Errorf("%+v", s)
 	}
+	on("parts").want(t, exitOK, `(?s)^PART +PROCESS.*coap-gateway .*serves.*resource-directory`, "^$")
+	ps := as[[]bundle.Part](t, on("parts", "--json"))
+	if len(ps) != len(bundle.Targets()) || slices.ContainsFunc(ps, func(p bundle.Part) bool { return p.State != bundle.PartServes || p.Started.IsZero() }) {
+		t.Errorf("the parts of a hub in one process are %+v", ps)
+	}
 	on("status", "--refused").want(t, exitOK, "^TIME +FROM +WHAT", "^nothing was refused")
 	if rs := as[[]bundle.Refusal](t, on("status", "--refused", "--json")); rs == nil || len(rs) != 0 {
 		t.Errorf("%v", rs)

@@ -372,3 +372,10 @@ func (s *Store) remove(ctx context.Context, models []mongo.WriteModel) {
 		s.log.Debug("old versions of documents were not removed", "error", err)
 	}
 }
+
+// Behind is how many events are stored that the feed or the documents do not have yet.
+func (s *Store) Behind() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.lag.events
+}
