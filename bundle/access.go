@@ -73,7 +73,10 @@ func (a *assembly) listQuarantine(ctx context.Context, _ struct{}) ([]InQuaranti
 		if err != nil {
 			return nil, err
 		}
-		n, dropped := a.quarantine.Count(dev)
+		n, dropped, err := a.quarantine.Count(ctx, dev)
+		if err != nil {
+			return nil, err
+		}
 		out = append(out, InQuarantine{DeviceAccess{string(dev), access}, n, dropped})
 	}
 	return out, nil
