@@ -73,7 +73,10 @@ func (a *assembly) listQuarantine(ctx context.Context, _ struct{}) ([]InQuaranti
 		if err != nil {
 			return nil, err
 		}
-		n, dropped := a.quarantine.Count(dev)
+		n, dropped, err := a.quarantine.Count(ctx, dev)
+		if err != nil {
+			return nil, err
+		}
 		out = append(out, InQuarantine{DeviceAccess{string(dev), access}, n, dropped})
 	}
 	return out, nil
@@ -87,6 +90,8 @@ func (a *assembly) showQuarantine(ctx context.Context, q accessRequest) (hub.Kep
 	return keptWrites{a}.Kept(ctx, dev, "")
 }
 
+var errNotOwned = hub.NewError(hub.NotFound, "device-not-owned", "the device has no owner, or another one")
+
 // keptWrites is grpcgateway.Quarantine.
 type keptWrites struct{ a *assembly }
 
@@ -94,7 +99,7 @@ type keptWrites struct{ a *assembly }
 func (k keptWrites) Kept(ctx context.Context, dev hub.DeviceID, owner hub.Owner) (hub.Kept, error) {
 	own, err := k.a.identities.Owner(ctx, dev)
 	if err == nil && owner != "" && own.Owner != owner {
-		err = hub.NewError(hub.NotFound, "device-not-owned", "the device has no owner, or another one")
+		err = errNotOwned
 	}
 	if err != nil {
 		return hub.Kept{}, err

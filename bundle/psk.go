@@ -1,12 +1,14 @@
 package bundle
 
 import (
+	"bytes"
 	"context"
 	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"time"
 
@@ -27,7 +29,8 @@ type pskRecord struct {
 	Owner   hub.Owner `json:"owner,omitempty"` // who was shown it; "" if an operator was, for whoever has the device
 }
 
-// preShared has the pre-shared keys of devices. The identity that goes with a key is the device's ID.
+// preShared has the pre-shared keys of devices. The identity that goes with a key is the device's ID. Nothing is remembered: several
+// processes may make keys on the same documents, and with the same secret.
 type preShared struct {
 	docs   store.Documents
 	secret []byte
@@ -67,28 +70,60 @@ func (p *preShared) key(ctx context.Context, dev hub.DeviceID) ([]byte, error) {
 }
 
 // record is what is known of a device's key; without salt if it has none.
-func (p *preShared) record(ctx context.Context, dev hub.DeviceID) (rec pskRecord, err error) {
+func (p *preShared) record(ctx context.Context, dev hub.DeviceID) (pskRecord, error) {
+	rec, _, err := p.read(ctx, dev)
+	return rec, err
+}
+
+func (p *preShared) read(ctx context.Context, dev hub.DeviceID) (rec pskRecord, rev uint64, err error) {
 	doc, err := p.docs.Get(ctx, pskCollection, string(dev))
 	if err != nil {
-		return rec, fmt.Errorf("read the salt of a pre-shared key: %w", err)
+		return rec, 0, fmt.Errorf("read the salt of a pre-shared key: %w", err)
 	}
 	if doc.Rev == 0 {
-		return rec, nil
+		return rec, 0, nil
 	}
 	if err := json.Unmarshal(doc.Value, &rec); err != nil {
-		return rec, fmt.Errorf("the salt of a pre-shared key: %w", err)
+		return rec, 0, fmt.Errorf("the salt of a pre-shared key: %w", err)
 	}
-	return rec, nil
+	return rec, doc.Rev, nil
+}
+
+// give makes a key for whoever has the device, whom owner finds out, in place of the one it may have had. Nobody is shown a key who has
+// the device no more: whoever hands it over or removes it while the key is made has not seen it, and it goes.
+func (p *preShared) give(ctx context.Context, dev hub.DeviceID, user string, owner func() (hub.Ownership, error)) (string, pskRecord, error) {
+	own, err := owner()
+	if err != nil {
+		return "", pskRecord{}, err
+	}
+	text, rec, err := p.replace(ctx, dev, own.Owner, user)
+	if err != nil {
+		return "", pskRecord{}, err
+	}
+	now, err := owner()
+	if err == nil && (now.Owner != own.Owner || now.Generation != own.Generation) {
+		err = errNotOwned
+	}
+	if err != nil {
+		mine := func(r pskRecord) bool { return bytes.Equal(r.Salt, rec.Salt) }
+		return "", pskRecord{}, errors.Join(err, p.forgetIf(context.WithoutCancel(ctx), dev, mine))
+	}
+	return text, rec, nil
 }
 
 // forget makes a device's key useless, if it has one.
 func (p *preShared) forget(ctx context.Context, dev hub.DeviceID) error {
+	return p.forgetIf(ctx, dev, func(pskRecord) bool { return true })
+}
+
+// forgetIf makes a device's key useless if it is the one, and no other that was made meanwhile.
+func (p *preShared) forgetIf(ctx context.Context, dev hub.DeviceID, is func(pskRecord) bool) error {
 	for {
-		doc, err := p.docs.Get(ctx, pskCollection, string(dev))
-		if err == nil && doc.Rev != 0 {
-			err = p.docs.Delete(ctx, pskCollection, string(dev), doc.Rev)
+		rec, rev, err := p.read(ctx, dev)
+		if err != nil || rev == 0 || !is(rec) {
+			return err
 		}
-		if !hub.IsKind(err, hub.Conflict) {
+		if err = p.docs.Delete(ctx, pskCollection, string(dev), rev); !hub.IsKind(err, hub.Conflict) {
 			return err
 		}
 	}
@@ -96,11 +131,7 @@ func (p *preShared) forget(ctx context.Context, dev hub.DeviceID) error {
 
 // handOver makes a key useless that an owner was shown who has the device no more.
 func (p *preShared) handOver(ctx context.Context, dev hub.DeviceID, owner hub.Owner) error {
-	rec, err := p.record(ctx, dev)
-	if err != nil || rec.Owner == "" || rec.Owner == owner {
-		return err
-	}
-	return p.forget(ctx, dev)
+	return p.forgetIf(ctx, dev, func(rec pskRecord) bool { return rec.Owner != "" && rec.Owner != owner })
 }
 
 func (p *preShared) make(dev hub.DeviceID, rec pskRecord) string {
@@ -130,11 +161,7 @@ func (k deviceKeys) NewKey(ctx context.Context, dev hub.DeviceID, user string) (
 	if err := k.a.takesKeys(); err != nil {
 		return grpcgateway.PreSharedKey{}, err
 	}
-	own, err := k.a.identities.Owner(ctx, dev)
-	if err != nil {
-		return grpcgateway.PreSharedKey{}, err
-	}
-	text, rec, err := k.a.psk.replace(ctx, dev, own.Owner, user)
+	text, rec, err := k.a.psk.give(ctx, dev, user, func() (hub.Ownership, error) { return k.a.identities.Owner(ctx, dev) })
 	if err != nil {
 		return grpcgateway.PreSharedKey{}, err
 	}

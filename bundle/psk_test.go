@@ -2,10 +2,13 @@ package bundle
 
 import (
 	"bytes"
+	"context"
 	"sync"
 	"testing"
 
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/store"
+	"github.com/coaphub/coaphub/internal/store/storetest"
 )
 
 func TestPreSharedKeys(t *testing.T) {
@@ -80,4 +83,106 @@ func TestAFormerOwnersKey(t *testing.T) {
 			t.Errorf("the key that %q was shown is bob's device's still: %v, %v", shown, k != nil, err)
 		}
 	}
+}
+
+// meanwhile is documents to which something happens after they were first read.
+type meanwhile struct {
+	store.Documents
+	happens func()
+}
+
+func (m *meanwhile) Get(ctx context.Context, collection, key string) (store.Doc, error) {
+	doc, err := m.Documents.Get(ctx, collection, key)
+	if happens := m.happens; happens != nil {
+		m.happens = nil
+		happens()
+	}
+	return doc, err
+}
+
+// TestPreSharedKeysOfTwoProcesses: what one does to a device's key while the other does something, too.
+func TestPreSharedKeysOfTwoProcesses(t *testing.T) {
+	t.Parallel()
+	const lamp hub.DeviceID = "d0000000-0000-4000-8000-000000000001"
+	ctx := t.Context()
+	pair := func() (a, b *preShared, between *meanwhile) {
+		docs := storetest.NewMemory()
+		between = &meanwhile{Documents: docs}
+		return &preShared{between, []byte("the secret of this hub")}, &preShared{docs, []byte("the secret of this hub")}, between
+	}
+	put := func(p *preShared, owner hub.Owner) string {
+		t.Helper()
+		text, _, err := p.replace(ctx, lamp, owner, "somebody")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return text
+	}
+	is := func(what string, p *preShared, want string) {
+		t.Helper()
+		if k, err := p.key(ctx, lamp); string(k) != want || err != nil {
+			t.Errorf("%s: the key is %q, want %q, %v", what, k, want, err)
+		}
+	}
+
+	a, b, between := pair()
+	put(a, "alice")
+	bobs := ""
+	between.happens = func() { bobs = put(b, "bob") }
+	if err := a.handOver(ctx, lamp, "bob"); err != nil {
+		t.Fatal(err)
+	}
+	is("handed over, while the new owner makes a key", b, bobs)
+
+	a, b, between = pair()
+	between.happens = func() { put(b, "alice") }
+	last := put(a, "alice")
+	is("both make one", b, last)
+
+	a, b, between = pair()
+	put(a, "alice")
+	between.happens = func() {
+		if err := b.forget(ctx, lamp); err != nil {
+			t.Error(err)
+		}
+	}
+	last = put(a, "alice")
+	is("one makes one that the other forgets", b, last)
+	between.happens = func() {
+		if err := b.forget(ctx, lamp); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := a.forget(ctx, lamp); err != nil {
+		t.Error(err)
+	}
+	is("both forget it", b, "")
+
+	// The device gets another owner, or none, between the look at whose it is and the key.
+	for name, next := range map[string]func() (hub.Ownership, error){
+		"another owner":   func() (hub.Ownership, error) { return hub.Ownership{Owner: "bob", Generation: 2}, nil },
+		"the same, again": func() (hub.Ownership, error) { return hub.Ownership{Owner: "alice", Generation: 2}, nil },
+		"nobody": func() (hub.Ownership, error) {
+			return hub.Ownership{}, hub.NewError(hub.NotFound, "device-not-owned", "no")
+		},
+	} {
+		a, b, _ = pair()
+		asked := 0
+		owner := func() (hub.Ownership, error) {
+			if asked++; asked == 1 {
+				return hub.Ownership{Owner: "alice", Generation: 1}, nil
+			}
+			return next()
+		}
+		if text, _, err := a.give(ctx, lamp, "alice", owner); text != "" || !hub.IsKind(err, hub.NotFound) {
+			t.Errorf("%s: the former owner is shown a key, %v", name, err)
+		}
+		is(name, b, "")
+	}
+	a, b, _ = pair()
+	text, _, err := a.give(ctx, lamp, "alice", func() (hub.Ownership, error) { return hub.Ownership{Owner: "alice", Generation: 1}, nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	is("given", b, text)
 }

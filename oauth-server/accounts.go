@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/base32"
+	"errors"
 	"slices"
 	"strings"
 	"time"
@@ -183,11 +184,14 @@ func (s *Server) SetPassword(ctx context.Context, name, password string) (oneTim
 	} else if err := checkNew(password); err != nil {
 		return "", err
 	}
-	return oneTime, s.setPassword(ctx, name, password, oneTime != "")
+	return oneTime, s.setPassword(ctx, name, password, oneTime != "", "")
 }
 
-// setPassword stores a password; oneTime says that newPassword made it, and that it must be changed at its first use.
-func (s *Server) setPassword(ctx context.Context, name, password string, oneTime bool) error {
+var errChanged = errors.New("the password was changed meanwhile")
+
+// setPassword stores a password; oneTime says that newPassword made it, and that it must be changed at its first use. was is the
+// fingerprint of the hash that it replaces, "" for any; errChanged if it is another by now.
+func (s *Server) setPassword(ctx context.Context, name, password string, oneTime bool, was string) error {
 	if _, err := s.account(ctx, name); err != nil {
 		return err // before the work of hashing
 	}
@@ -196,6 +200,9 @@ func (s *Server) setPassword(ctx context.Context, name, password string, oneTime
 		return err
 	}
 	err = s.changeAccount(ctx, name, func(a *account) error {
+		if was != "" && fingerprint(a.Password) != was {
+			return errChanged
+		}
 		a.Password, a.MustChange, a.Initial = phc, oneTime, false
 		return nil
 	})
@@ -215,16 +222,38 @@ func (s *Server) SetRoles(ctx context.Context, name string, roles []string) erro
 	if roles, err = checkRoles(roles); err != nil {
 		return err
 	}
-	if !slices.Contains(roles, RoleAdmin) {
-		all, err := s.ListUsers(ctx)
-		if err != nil {
-			return err
-		}
-		if !slices.ContainsFunc(all, func(a Account) bool { return a.Name != name && slices.Contains(a.Roles, RoleAdmin) }) {
-			return hub.NewError(hub.Precondition, "last-administrator", "no administrator would be left")
-		}
+	var before []string
+	set := func() error {
+		return s.changeAccount(ctx, name, func(a *account) error { before, a.Roles = a.Roles, roles; return nil })
 	}
-	return s.changeAccount(ctx, name, func(a *account) error { a.Roles = roles; return nil })
+	if slices.Contains(roles, RoleAdmin) {
+		return set()
+	}
+	if err := s.othersAdminister(ctx, name); err != nil {
+		return err
+	}
+	if err := set(); err != nil {
+		return err
+	}
+	// Of two that are taken the role at the same time each was the other's reason: who finds nobody puts it back.
+	err = s.othersAdminister(ctx, name)
+	if hub.IsKind(err, hub.Precondition) {
+		roles = before
+		err = errors.Join(err, set())
+	}
+	return err
+}
+
+// othersAdminister is Precondition ("last-administrator") if no account but that one has the role admin.
+func (s *Server) othersAdminister(ctx context.Context, name string) error {
+	all, err := s.ListUsers(ctx)
+	if err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(all, func(a Account) bool { return a.Name != name && slices.Contains(a.Roles, RoleAdmin) }) {
+		return hub.NewError(hub.Precondition, "last-administrator", "no administrator would be left")
+	}
+	return nil
 }
 
 func (s *Server) changeAccount(ctx context.Context, name string, do func(*account) error) error {
@@ -255,7 +284,7 @@ func (s *Server) firstLogin(ctx context.Context) error {
 		}
 		a = account{Name: firstAccount, Roles: []string{RoleAdmin}, Created: time.Now().UTC(), Initial: true, MustChange: true}
 	}
-	if !a.Initial {
+	if !a.Initial || rev != 0 && s.cfg.Several && !known {
 		return nil
 	}
 	if !known {

@@ -44,8 +44,11 @@ type Config struct {
 	// BaseURL is where the hub's HTTP listener is reached now; set by whoever wires the parts. Endpoints are published below
 	// it, at the issuer's path.
 	BaseURL string `yaml:"-"`
-	// Ended is told that the tokens of a grant (GrantOf) ended before their time, once that is stored; for one grant maybe more
-	// than once. It must not block. Nil: nobody wants to know.
+	// Several says that other processes serve the same documents at the same time. Then a start leaves the one-time password of the first
+	// account as another one has set and shown it.
+	Several bool `yaml:"-"`
+	// Ended is told that the tokens of a grant (GrantOf) were ended here before their time, once that is stored; for one grant maybe
+	// more than once. It must not block. Nil: nobody wants to know. See Follow for what others end.
 	Ended func(grant string) `yaml:"-"`
 }
 

@@ -40,8 +40,9 @@ type grant struct {
 	AMR      []string     `json:"amr,omitempty"`
 	// Expires is when the grant can be forgotten: nothing issued on it is good any more. A moment that the clock leapt over comes
 	// later (see clock.Watch), and the next refresh moves it on.
-	Expires time.Time `json:"expires"`
-	Revoked bool      `json:"revoked,omitempty"`
+	Expires   time.Time `json:"expires"`
+	Revoked   bool      `json:"revoked,omitempty"`
+	RevokedAt time.Time `json:"revokedAt,omitzero"` // about
 	// Fingerprints of refresh tokens: the one to use next, the one before, which works until the next one was used, and older
 	// ones, whose use means that somebody has a copy.
 	Current       string    `json:"current,omitempty"`
@@ -50,7 +51,13 @@ type grant struct {
 	Older         []string  `json:"older,omitempty"`
 }
 
-func grantIndex(g grant) []string { return []string{"subject=" + g.Subject} }
+func grantIndex(g grant) []string {
+	index := []string{"subject=" + g.Subject}
+	if !g.RevokedAt.IsZero() {
+		index = append(index, revokedIn(g.RevokedAt))
+	}
+	return index
+}
 
 func (s *Server) ended(g grant) bool { return g.Revoked || s.clock.Ended(g.Expires) }
 
@@ -180,7 +187,8 @@ func (s *Server) rotate(ctx context.Context, token string, check func(grant) err
 			return unchanged
 		case slices.Contains(stored.Older, mark):
 			// RFC 9700, Section 4.14.2: a used-up token that comes back means that two hold it, and nobody knows who is who.
-			replayed, stored.Revoked = true, true
+			replayed = true
+			s.end(stored)
 			return nil
 		}
 		return errRefresh.With(op, errors.New("used up, or not this grant's"))
@@ -189,7 +197,7 @@ func (s *Server) rotate(ctx context.Context, token string, check func(grant) err
 	case errors.Is(err, unchanged):
 		err = nil
 	case err == nil && replayed:
-		s.tellEnded(id)
+		s.tellEnded(ctx, id)
 		s.metrics.replays.Inc()
 		s.log.WarnContext(ctx, "a used-up refresh token came back, its grant is revoked", "owner", g.Subject, "client", g.Client)
 		err = errRefresh.With(op, errors.New("replayed"))
@@ -209,7 +217,7 @@ func (s *Server) revokeGrant(ctx context.Context, id string, may func(grant) boo
 		if !over || g.Revoked {
 			return unchanged
 		}
-		g.Revoked = true
+		s.end(g)
 		return nil
 	}, grantIndex)
 	if errors.Is(err, unchanged) {
@@ -217,16 +225,9 @@ func (s *Server) revokeGrant(ctx context.Context, id string, may func(grant) boo
 	}
 	if err == nil && over {
 		// Also if it had ended before: that may have been stored by a call that failed after it, and told nobody.
-		s.tellEnded(id)
+		s.tellEnded(ctx, id)
 	}
 	return err
-}
-
-// tellEnded says that a grant's tokens are good no more, after that was stored.
-func (s *Server) tellEnded(id string) {
-	if s.cfg.Ended != nil {
-		s.cfg.Ended(id)
-	}
 }
 
 // revokeSubject ends the subject's grants that which names.

@@ -23,7 +23,7 @@ import (
 // publishedAhead is how long a key is in the key set before it signs: longer than any verifier keeps a key set.
 const publishedAhead = 24 * time.Hour
 
-// keysFresh is how long this process trusts its copy of the keys; another process may rotate, but publishes long ahead.
+// keysFresh is how long this process signs with its copy of the keys. Another process may rotate, but the older key is still good.
 const keysFresh = 5 * time.Minute
 
 // signingKey is an ES256 key. It is published from its creation, signs between From and To, and is forgotten when the last
@@ -50,6 +50,7 @@ type keys struct {
 
 	mu   sync.Mutex // guards the copy; held while it is renewed, so that a rotation is decided once
 	ring []signingKey
+	rev  uint64 // of the document that the copy is of; 0 is unknown
 	at   time.Time
 }
 
@@ -73,6 +74,22 @@ func (k *keys) current(ctx context.Context) (signingKey, []signingKey, error) {
 	return key, k.ring, nil
 }
 
+// published returns all keys that are published, also one that another process has made just now: it may sign at once, if there was no
+// other any more or a clock leapt, and who asks here for it and does not find it refuses its tokens.
+func (k *keys) published(ctx context.Context) ([]signingKey, error) {
+	doc, err := k.docs.Get(ctx, collSecrets, "signing")
+	if err != nil {
+		return nil, trouble("read "+collSecrets, err)
+	}
+	k.mu.Lock()
+	if doc.Rev != k.rev {
+		k.at = time.Time{}
+	}
+	k.mu.Unlock()
+	_, ring, err := k.current(ctx)
+	return ring, err
+}
+
 // renew reads the keys, makes the next one if it is time, and forgets those that nobody needs any more.
 func (k *keys) renew(ctx context.Context, now time.Time) error {
 	var ring keyring
@@ -91,6 +108,7 @@ func (k *keys) renew(ctx context.Context, now time.Time) error {
 			} else if err != nil {
 				return err
 			}
+			rev = 0
 		}
 		for i := range ring.Keys {
 			key, err := x509.ParsePKCS8PrivateKey(ring.Keys[i].Private)
@@ -102,7 +120,7 @@ func (k *keys) renew(ctx context.Context, now time.Time) error {
 				return &hub.Error{Kind: hub.Internal, Op: "parse signing key", Err: errors.New("not ECDSA")}
 			}
 		}
-		k.ring, k.at = ring.Keys, now
+		k.ring, k.rev, k.at = ring.Keys, rev, now
 		return nil
 	}
 	return trouble("rotate signing keys", nil)
@@ -153,7 +171,7 @@ func signer(ring []signingKey, now time.Time) (signingKey, bool) {
 
 // Keys returns the public keys of all tokens that may be good, for verifiers in this process.
 func (s *Server) Keys(ctx context.Context) (jose.JSONWebKeySet, error) {
-	_, ring, err := s.keys.current(ctx)
+	ring, err := s.keys.published(ctx)
 	if err != nil {
 		return jose.JSONWebKeySet{}, err
 	}

@@ -79,7 +79,9 @@ func (l *limits) makeRoom(now time.Time) {
 	}
 }
 
-// serverLimits are all limits of a server, each with its own reason.
+// serverLimits are all limits of a server, each with its own reason. They are of this process: in a cluster, who is led to another one
+// each time has as many times more tries as there are. A count in the store would cost each sign-in a write, and whoever guesses would
+// have the store to fill.
 type serverLimits struct {
 	accounts       *limits // wrong passwords of one account: ten, then two a minute
 	sources        *limits // wrong passwords from one source: thirty, then one every two seconds

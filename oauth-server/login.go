@@ -6,6 +6,7 @@ import (
 	"crypto/hmac"
 	"embed"
 	"encoding/base64"
+	"errors"
 	"html/template"
 	"net/http"
 	"net/url"
@@ -296,8 +297,11 @@ func (s *Server) password(w http.ResponseWriter, r *http.Request) {
 		fail(err)
 		return
 	}
-	if fingerprint(a.Password) != c.Password {
+	changed := func() {
 		s.failPage(w, r, http.StatusBadRequest, "The password was changed meanwhile. Go back to the application and sign in.", 0)
+	}
+	if fingerprint(a.Password) != c.Password {
+		changed()
 		return
 	}
 	same, err := s.hasher.check(r.Context(), a.Password, password)
@@ -309,7 +313,12 @@ func (s *Server) password(w http.ResponseWriter, r *http.Request) {
 		again(http.StatusBadRequest, "This is the old password. Choose another.")
 		return
 	}
-	if err := s.setPassword(r.Context(), c.Subject, password, false); err != nil {
+	// The form may have been sent twice at the same time, here or to another process: one of them is taken.
+	switch err := s.setPassword(r.Context(), c.Subject, password, false, c.Password); {
+	case errors.Is(err, errChanged):
+		changed()
+		return
+	case err != nil:
 		fail(err)
 		return
 	}

@@ -503,7 +503,7 @@ func TestEndedGrantsAreTold(t *testing.T) {
 
 	_, id = device()
 	text := must[string](t)(s.IssueToken(t.Context(), "vera", nil, time.Hour))
-	if err := s.setPassword(t.Context(), "vera", "another password", false); err != nil {
+	if err := s.setPassword(t.Context(), "vera", "another password", false, ""); err != nil {
 		t.Fatal(err)
 	}
 	want("a password", GrantOf(verify(t, s, text)["jti"].(string)))

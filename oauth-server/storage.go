@@ -326,7 +326,7 @@ func (st storage) SignatureAlgorithms(context.Context) ([]jose.SignatureAlgorith
 }
 
 func (st storage) KeySet(ctx context.Context) ([]op.Key, error) {
-	_, ring, err := st.s.keys.current(ctx)
+	ring, err := st.s.keys.published(ctx)
 	if err != nil {
 		return nil, refuse(ctx, err, oidc.ErrServerError())
 	}

@@ -12,7 +12,7 @@ func newMetrics(reg prometheus.Registerer, s *Store) *metrics {
 	})}
 	reg.MustRegister(m.dropped, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "coaphub_quarantine_writes",
-		Help: "Writes of devices in quarantine that are kept apart. Above 0 a person is to decide: coaphub devices quarantine list.",
-	}, s.count))
+		Help: "Writes of devices in quarantine that are kept apart, as this process counted them last. Above 0 a person is to decide: coaphub devices quarantine list.",
+	}, s.all))
 	return m
 }

@@ -3,9 +3,11 @@ package quarantine
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -85,6 +87,33 @@ func content(t *testing.T, s *Store, o hub.Ownership) string {
 	return fmt.Sprintf("%sdropped %d", b.String(), k.Dropped)
 }
 
+// countOf is how many writes of a device are kept.
+func countOf(t *testing.T, s *Store, dev hub.DeviceID) string {
+	t.Helper()
+	n, dropped, err := s.Count(t.Context(), dev)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprintf("%d dropped %d", n, dropped)
+}
+
+// stay are the devices that have documents.
+func stay(t *testing.T, docs store.Documents) string {
+	t.Helper()
+	var devs []string
+	for _, c := range []string{collection, collBooks} {
+		for doc, err := range docs.Range(t.Context(), c, "", "") {
+			if err != nil {
+				t.Fatal(err)
+			}
+			dev, _, _ := strings.Cut(doc.Key, "/")
+			devs = append(devs, dev)
+		}
+	}
+	slices.Sort(devs)
+	return strings.Join(slices.Compact(devs), " ")
+}
+
 func want(t *testing.T, what, got, want string) {
 	t.Helper()
 	if got != want {
@@ -117,10 +146,17 @@ func TestKeptSurvivesARestart(t *testing.T) {
 	s = opened(t, docs, w, bounds)
 	want(t, "the next owner", content(t, s, hub.Ownership{Device: lamp, Owner: "bob", Generation: 2}), "dropped 0")
 	want(t, "fan", content(t, s, own(fan)), "b1 dropped 0")
-	for doc, err := range docs.Range(t.Context(), collection, "", "") {
-		if err != nil || deviceOf(doc.Key) != fan {
-			t.Errorf("left: %s, %v", doc.Key, err)
-		}
+	next := change("b", 1, 1, 10)
+	if _, err := s.Keep(t.Context(), own(lamp), next); !hub.IsKind(err, hub.Precondition) {
+		t.Errorf("a write of the former owner's device: %v", err)
+	}
+	if n, err := s.Keep(t.Context(), hub.Ownership{Device: lamp, Owner: "bob", Generation: 2}, next); n != 4 || err != nil {
+		t.Errorf("number %d, %v", n, err)
+	}
+	want(t, "the former owner's", content(t, s, own(lamp)), "dropped 0")
+	want(t, "the next owner's", content(t, s, hub.Ownership{Device: lamp, Owner: "bob", Generation: 2}), "b4 dropped 0")
+	for doc, err := range docs.Range(t.Context(), collection, string(lamp), string(lamp)+"/0000000000000004") {
+		t.Errorf("left: %s, %v", doc.Key, err)
 	}
 }
 
@@ -142,9 +178,7 @@ func TestBounds(t *testing.T) {
 	}
 	want(t, "in all, of the one with the most", content(t, s, own(lamp)), "b7 b8 b9 dropped 6")
 	want(t, "the other", content(t, s, own(fan)), "c1 c2 c3 dropped 0")
-	if n, dropped := s.Count(lamp); n != 3 || dropped != 6 {
-		t.Errorf("counted %d, dropped %d", n, dropped)
-	}
+	want(t, "counted", countOf(t, s, lamp), "3 dropped 6")
 	s = opened(t, docs, w, limits{writes: 100, bytes: 3000, allWrites: 100, allBytes: 1 << 20})
 	for i := range uint64(4) {
 		keep(t, s, lamp, change("b", 4, i+1, 900)) // base64 makes 1200 of them
@@ -210,9 +244,9 @@ func TestDiscard(t *testing.T) {
 			}
 		})
 	}
-	for {
-		if n, _ := s.Count(lamp); n > 20 {
-			break
+	for deadline := time.Now().Add(30 * time.Second); !strings.HasPrefix(countOf(t, s, lamp), "256 "); {
+		if time.Now().After(deadline) {
+			t.Fatalf("they have not kept 256 writes: %s", countOf(t, s, lamp))
 		}
 	}
 	w.set(lamp, 0)
@@ -221,7 +255,7 @@ func TestDiscard(t *testing.T) {
 	}
 	writers.Wait()
 	for doc, err := range docs.Range(t.Context(), collection, "", "") {
-		if err != nil || deviceOf(doc.Key) != fan {
+		if err != nil || !strings.HasPrefix(doc.Key, string(fan)) {
 			t.Errorf("left: %s, %v", doc.Key, err)
 		}
 	}
@@ -229,6 +263,188 @@ func TestDiscard(t *testing.T) {
 		t.Error(err)
 	}
 	w.set(lamp, 1)
+	n := keep(t, s, lamp, change("a", 1, 1, 1))
+	want(t, "begun anew", content(t, s, own(lamp)), fmt.Sprintf("a%d dropped 0", n))
+}
+
+// TestTwoProcesses keep writes of one device under one count and one bound, and either may forget them all.
+func TestTwoProcesses(t *testing.T) {
+	t.Parallel()
+	docs, w := storetest.NewMemory(), &ward{has: map[hub.DeviceID]uint64{lamp: 1, fan: 1}}
+	small := limits{writes: 8, bytes: 1 << 20, allWrites: 12, allBytes: 1 << 20}
+	a, b := opened(t, docs, w, small), opened(t, docs, w, small)
+	if n := keep(t, a, lamp, change("a", 1, 1, 1)); n != 1 {
+		t.Errorf("the first has number %d", n)
+	}
+	if n := keep(t, b, lamp, change("b", 2, 1, 1)); n != 2 {
+		t.Errorf("the other's has number %d", n)
+	}
+	if n := keep(t, a, lamp, change("b", 2, 1, 1)); n != 2 {
+		t.Errorf("the same message again has number %d", n)
+	}
+	for _, s := range []*Store{a, b} {
+		want(t, "kept by both", content(t, s, own(lamp)), "a1 b2 dropped 0")
+		want(t, "counted by both", countOf(t, s, lamp), "2 dropped 0")
+	}
+	var writers sync.WaitGroup
+	var mu sync.Mutex
+	numbers := map[uint64]bool{1: true, 2: true}
+	for i, s := range []*Store{a, b} {
+		for j := range 2 {
+			writers.Go(func() {
+				for n := range uint64(25) {
+					number, err := s.Keep(context.Background(), own(lamp), change("c", uint64(10*i+j+10), n+1, 1))
+					mu.Lock()
+					if err != nil || numbers[number] {
+						t.Errorf("number %d (given before: %v), %v", number, numbers[number], err)
+					}
+					numbers[number] = true
+					mu.Unlock()
+				}
+			})
+		}
+	}
+	writers.Wait()
+	// One that was dropped before its own process had entered it was entered twice.
+	k, err := a.Kept(t.Context(), own(lamp))
+	if err != nil || len(k.Writes) != 8 || k.Dropped < 94 || k.Writes[7].Number != 8+k.Dropped {
+		t.Fatalf("the bound of one: %+v, %v", k, err)
+	}
+	for _, s := range []*Store{a, b} {
+		want(t, "counted by both", countOf(t, s, lamp), fmt.Sprintf("8 dropped %d", k.Dropped))
+	}
+	for i := range uint64(4) {
+		keep(t, []*Store{a, b}[i%2], fan, change("d", 1, i+1, 1))
+	}
+	want(t, "there is still room", countOf(t, a, lamp), fmt.Sprintf("8 dropped %d", k.Dropped))
+	keep(t, b, fan, change("d", 1, 5, 1))
+	want(t, "the bound of all", countOf(t, a, lamp), fmt.Sprintf("7 dropped %d", k.Dropped+1))
+
+	w.set(lamp, 0)
+	if err := b.Discard(t.Context(), lamp); err != nil {
+		t.Fatal(err)
+	}
+	w.set(lamp, 1)
+	for _, s := range []*Store{a, b} {
+		want(t, "discarded by the other", content(t, s, own(lamp)), "dropped 0")
+	}
+	if n := keep(t, a, lamp, change("a", 1, 1, 1)); n != 9+k.Dropped {
+		t.Errorf("after that number %d is given", n)
+	}
+	want(t, "the other's device", countOf(t, a, fan), "5 dropped 0")
+}
+
+// TestAProcessDiesWhileItKeeps a write, between the document and the book: the others find it.
+func TestAProcessDiesWhileItKeeps(t *testing.T) {
+	t.Parallel()
+	docs, w := storetest.NewMemory(), &ward{has: map[hub.DeviceID]uint64{lamp: 1}}
+	a, b := opened(t, docs, w, bounds), opened(t, docs, w, bounds)
+	keep(t, a, lamp, change("a", 1, 1, 1))
+	docs.Fail = func(op, collection, _ string) error {
+		if op == "put" && collection == collBooks {
+			return &hub.Error{Kind: hub.Unavailable}
+		}
+		return nil
+	}
+	if _, err := a.Keep(t.Context(), own(lamp), change("a", 1, 2, 1)); !hub.IsKind(err, hub.Unavailable) {
+		t.Fatal(err)
+	}
+	docs.Fail = nil
+	want(t, "it is there", content(t, b, own(lamp)), "a1 a2 dropped 0")
+	if n := keep(t, b, lamp, change("b", 2, 1, 1)); n != 3 {
+		t.Errorf("the next has number %d", n)
+	}
+	want(t, "and stays", content(t, b, own(lamp)), "a1 a2 b3 dropped 0")
+	want(t, "and counts", countOf(t, b, lamp), "3 dropped 0")
+}
+
+// TestWithoutABook: writes of before there were books are kept, and counted, with what comes.
+func TestWithoutABook(t *testing.T) {
+	t.Parallel()
+	docs, w := storetest.NewMemory(), &ward{has: map[hub.DeviceID]uint64{lamp: 1}}
+	s := opened(t, docs, w, bounds)
+	for i := range uint64(3) {
+		keep(t, s, lamp, change("a", 1, i+1, 1))
+	}
+	delete(docs.Docs[collection], key(lamp, 1))
+	delete(docs.Docs, collBooks)
+	want(t, "kept", content(t, s, own(lamp)), "a2 a3 dropped 0")
+	keep(t, s, lamp, change("a", 1, 4, 1))
+	want(t, "kept with what comes", content(t, s, own(lamp)), "a2 a3 a4 dropped 1")
+}
+
+// TestSweep: what a process kept after the quarantine was over goes once it was there for a minute, and never what is of a quarantine
+// that others have heard of and this one has not.
+func TestSweep(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		docs := storetest.NewMemory()
+		here, there := &ward{has: map[hub.DeviceID]uint64{lamp: 1}}, &ward{has: map[hub.DeviceID]uint64{lamp: 1, fan: 1}}
+		a, b := opened(t, docs, here, bounds), opened(t, docs, there, bounds)
+		keep(t, b, lamp, change("b", 1, 1, 1))
+		here.set(lamp, 0)
+		if err := a.Discard(t.Context(), lamp); err != nil {
+			t.Fatal(err)
+		}
+		keep(t, b, lamp, change("b", 1, 2, 1)) // it has not heard
+		keep(t, b, fan, change("b", 1, 1, 1))  // and of this one only it has
+		known := errOver.With("not yet", nil)
+		var mu sync.Mutex // guards known
+		says := func(err *hub.Error) {
+			mu.Lock()
+			defer mu.Unlock()
+			known = err
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		var run sync.WaitGroup
+		run.Go(func() {
+			_ = a.Run(ctx, func() error {
+				mu.Lock()
+				defer mu.Unlock()
+				if known != nil {
+					return known
+				}
+				return nil
+			}, func() {})
+		})
+		pass := func(d time.Duration) {
+			time.Sleep(d)
+			synctest.Wait()
+		}
+		both := string(lamp) + " " + string(fan)
+		pass(5 * sweepEvery)
+		want(t, "as long as it does not know", stay(t, docs), both)
+		says(nil)
+		there.set(lamp, 0)
+		pass(sweepEvery)
+		want(t, "found for the first time", stay(t, docs), both)
+		here.set(fan, 1)
+		pass(sweepEvery)
+		want(t, "found for the second time", stay(t, docs), string(fan))
+		// A quarantine that ended and began again here while the other has not heard of either.
+		here.set(fan, 0)
+		pass(sweepEvery)
+		keep(t, b, fan, change("b", 1, 2, 1))
+		pass(sweepEvery)
+		want(t, "somebody keeps writes yet", content(t, b, own(fan)), "b1 b2 dropped 0")
+		here.set(fan, 1)
+		pass(10 * sweepEvery)
+		want(t, "it is in quarantine", content(t, b, own(fan)), "b1 b2 dropped 0")
+		here.set(fan, 2)
+		there.set(fan, 2)
+		pass(3 * sweepEvery)
+		want(t, "of a former owner", stay(t, docs), "")
+		cancel()
+		run.Wait()
+	})
+}
+
+// TestNothingStaysInMemory of a device that is quiet.
+func TestNothingStaysInMemory(t *testing.T) {
+	t.Parallel()
+	s := opened(t, storetest.NewMemory(), &ward{has: map[hub.DeviceID]uint64{lamp: 1}}, bounds)
 	keep(t, s, lamp, change("a", 1, 1, 1))
-	want(t, "begun anew", content(t, s, own(lamp)), "a1 dropped 0")
+	if len(s.turns) != 0 {
+		t.Errorf("%d devices are remembered", len(s.turns))
+	}
 }
