@@ -31,6 +31,7 @@ func (a *assembly) authorization(ctx context.Context) ([]coapgateway.NamedProvid
 		cfg.BaseURL = a.httpURL
 		// No request comes before all parts are there, and with none of them nothing is revoked.
 		cfg.Ended = func(grant string) { a.doors.endGrant(a.provider.Issuer(), grant) }
+		cfg.Several = a.bus != nil
 		var err error
 		if a.provider, err = oauthserver.Open(ctx, cfg, a.documents, a.identities, a.log.With("part", "oauth-server"), a.registry); err != nil {
 			return nil, err

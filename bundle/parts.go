@@ -41,6 +41,14 @@ func (a *assembly) parts() []run.Part {
 	if a.identityClient != nil {
 		add("identities", a.identityClient.Run)
 	}
+	if a.quarantine != nil {
+		// It asks who is in quarantine of what was known when it was opened.
+		known := func() error { return a.identities.Denied("", nil) }
+		if a.identityStore != nil {
+			known = func() error { return a.identityStore.Denied("", nil) }
+		}
+		add("quarantine", func(ctx context.Context, ready func()) error { return a.quarantine.Run(ctx, known, ready) })
+	}
 	if a.certificateService != nil {
 		add(TargetCertificateAuthority, a.certificateService.Run)
 	}
@@ -59,6 +67,11 @@ func (a *assembly) parts() []run.Part {
 	if a.devices != nil {
 		add(TargetCoAPGateway, a.runDevices)
 		ps = append(ps, a.doorsOnBus()...)
+		if a.bus != nil && a.provider != nil {
+			add("grants", func(ctx context.Context, ready func()) error {
+				return a.provider.Follow(ctx, func(grant string) { a.devices.EndGrant(a.provider.Issuer(), grant) }, ready)
+			})
+		}
 	}
 	if a.enrol != nil {
 		add(TargetEnrolmentGateway, a.enrol.Run)

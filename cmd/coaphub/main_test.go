@@ -197,7 +197,7 @@ func TestAgainstARunningHub(t *testing.T) {
 	if s := as[bundle.Status](t, on("status", "--json")); s.HubID != h.ID || s.Endpoints.HTTP != h.HTTP {
 		t.Errorf("%+v", s)
 	}
-	on("parts").want(t, exitOK, `(?s)^PART +PROCESS.*coap-gateway .*serves.*resource-directory`, "^$")
+	on("parts").want(t, exitOK, `(?s)^PART +PROCESS.*resource-directory .*serves.*coap-gateway`, "^$")
 	ps := as[[]bundle.Part](t, on("parts", "--json"))
 	if len(ps) != len(bundle.Targets()) || slices.ContainsFunc(ps, func(p bundle.Part) bool { return p.State != bundle.PartServes || p.Started.IsZero() }) {
 		t.Errorf("the parts of a hub in one process are %+v", ps)
