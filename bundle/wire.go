@@ -277,7 +277,7 @@ func (a *assembly) wireDirectory(context.Context) (err error) {
 	if a.cfg.Runs(TargetCoAPGateway) {
 		sessions = a.instance
 	}
-	a.sessions = resourcedirectory.NewClient(a.bus, reader, sessions, log)
+	a.sessions = resourcedirectory.NewClient(a.bus, reader, sessions, a.members[TargetCoAPGateway], log)
 	a.directory = a.sessions
 	return nil
 }

@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -58,8 +60,13 @@ type process struct {
 // start starts a process of a part.
 func (w *town) start(part, name string) *process {
 	w.t.Helper()
+	return w.startAt(w.url, part, name)
+}
+
+func (w *town) startAt(url, part, name string) *process {
+	w.t.Helper()
 	reg := prometheus.NewRegistry()
-	b, err := bus.Connect(bus.Config{URLs: []string{w.url}}, "00000000-0000-4000-8000-00000000000b", "v1", name, quiet, reg)
+	b, err := bus.Connect(bus.Config{URLs: []string{url}}, "00000000-0000-4000-8000-00000000000b", "v1", name, quiet, reg)
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -76,7 +83,7 @@ func (w *town) start(part, name string) *process {
 		if err != nil {
 			w.t.Fatal(err)
 		}
-		p.c = NewClient(b, reader, name, quiet)
+		p.c = NewClient(b, reader, name, p.members, quiet)
 		run = p.c.Run
 	}
 	ctx, cancel := context.WithCancel(context.Background())
@@ -424,6 +431,110 @@ func TestGoneGatewaysAndDirectories(t *testing.T) {
 	if d := w.device(stays, other); !d.Metadata.Connection.Online {
 		t.Error("a device of a gateway that lives is offline")
 	}
+}
+
+// A gateway that nobody heard for a while has its devices offline, and online again in the same sessions once it is back; a session that
+// another took over meanwhile is closed.
+func TestGatewayIsBack(t *testing.T) {
+	t.Parallel()
+	w := newTown(t)
+	w.directories(2)
+	line := newLine(t, w.url)
+	away, other := w.startAt(line.url, GatewayPart, "gw-1"), w.start(GatewayPart, "gw-2")
+	stays, moves := testID(1), testID(2)
+	for _, dev := range []hub.DeviceID{stays, moves} {
+		w.must(other.c.Register(t.Context(), own(dev, alice, 1), "user-1"))
+	}
+	x, y := w.signIn(away, "gw-1", stays, "conn-1"), w.signIn(away, "gw-1", moves, "conn-2")
+	w.must(away.c.SetTwin(t.Context(), x.stamp(), hub.TwinInSync))
+	line.cut()
+	offline := func(dev hub.DeviceID) bool { return !w.device(other, dev).Metadata.Connection.Online }
+	w.eventually("both are offline", func() bool { return offline(stays) && offline(moves) })
+	w.signIn(other, "gw-2", moves, "conn-3")
+	line.mend()
+	w.eventually("it is online again", func() bool { return !offline(stays) })
+	d := w.device(other, stays)
+	if d.Metadata.Connection.ID != "conn-1" || d.Metadata.Connection.Service != "gw-1" || d.Metadata.Twin.State != hub.TwinInSync {
+		t.Errorf("it is back as %+v", d.Metadata)
+	}
+	if why := y.end.why(t); why != "second-session" {
+		t.Errorf("the session that another took over is closed for %q", why)
+	}
+	w.must(away.c.Notify(t.Context(), x.stamp(), []hub.Change{value("/light", 7)}))
+	if got := twinOf(t, w.device(other, stays), "/light"); got != "7" {
+		t.Errorf("the session goes on, and the twin is %s", got)
+	}
+	if d := w.device(other, moves); d.Metadata.Connection.Service != "gw-2" {
+		t.Errorf("the other is at %s", d.Metadata.Connection.Service)
+	}
+}
+
+// line is a connection to a server that can be cut.
+type line struct {
+	url, to string
+	mu      sync.Mutex // guards all below
+	down    bool
+	conns   []net.Conn
+}
+
+func newLine(t *testing.T, url string) *line {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := &line{url: "nats://" + ln.Addr().String(), to: strings.TrimPrefix(url, "nats://")}
+	var all sync.WaitGroup
+	t.Cleanup(func() { _ = ln.Close(); l.cut(); all.Wait() })
+	all.Go(func() {
+		for {
+			in, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			out, err := net.Dial("tcp", l.to)
+			if err != nil || !l.take(in, out) {
+				_ = in.Close()
+				if err == nil {
+					_ = out.Close()
+				}
+				continue
+			}
+			for _, pair := range [][2]net.Conn{{in, out}, {out, in}} {
+				all.Go(func() {
+					_, _ = io.Copy(pair[0], pair[1])
+					_, _ = pair[0].Close(), pair[1].Close()
+				})
+			}
+		}
+	})
+	return l
+}
+
+func (l *line) take(conns ...net.Conn) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.down {
+		return false
+	}
+	l.conns = append(l.conns, conns...)
+	return true
+}
+
+func (l *line) cut() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.down = true
+	for _, c := range l.conns {
+		_ = c.Close()
+	}
+	l.conns = nil
+}
+
+func (l *line) mend() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.down = false
 }
 
 func orderFor(dev hub.DeviceID, v any) hub.Order {

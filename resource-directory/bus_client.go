@@ -35,8 +35,10 @@ type Client struct {
 	log     *slog.Logger
 	changed atomic.Uint64
 
+	members *bus.Members // nil where no sessions are
+
 	mu       sync.Mutex // guards all below
-	sessions map[sessionKey]hub.Deliverer
+	sessions map[sessionKey]*held
 	// ends are sessions of this process that are over and not known to be stored as such: bounded by the sessions that it had.
 	ends map[sessionKey]hub.Stamp
 	// doubts are connections whose sign-in was not answered: there may be a session of them that nobody holds.
@@ -46,17 +48,25 @@ type Client struct {
 	early   map[sessionKey]sessionTold
 }
 
+// held is a session of this process.
+type held struct {
+	to   hub.Deliverer
+	conn hub.Connection
+	user string
+	twin hub.TwinState // as it was told last
+}
+
 type sessionKey struct {
 	dev    hub.DeviceID
 	number uint64
 }
 
-// NewClient makes a client; feed is read by itself. service is the instance of the gateway in this process, as its connections have it, ""
-// where no sessions are.
-func NewClient(b *bus.Bus, feed *Reader, service string, log *slog.Logger) *Client {
+// NewClient makes a client; feed is read by itself. service is the instance of the gateway in this process, as its connections have it, and
+// members what it is a member by; "" and nil where no sessions are.
+func NewClient(b *bus.Bus, feed *Reader, service string, members *bus.Members, log *slog.Logger) *Client {
 	return &Client{
-		Reader: feed, bus: b, service: service, log: log,
-		sessions: map[sessionKey]hub.Deliverer{}, ends: map[sessionKey]hub.Stamp{}, doubts: map[string]hub.DeviceID{},
+		Reader: feed, bus: b, service: service, members: members, log: log,
+		sessions: map[sessionKey]*held{}, ends: map[sessionKey]hub.Stamp{}, doubts: map[string]hub.DeviceID{},
 		signing: map[hub.DeviceID]int{}, early: map[sessionKey]sessionTold{},
 	}
 }
@@ -78,10 +88,17 @@ func (c *Client) Run(ctx context.Context, ready func()) error {
 	again.Go(func() {
 		tick := time.NewTicker(endAgain)
 		defer tick.Stop()
+		since := c.members.Since()
 		for {
 			select {
 			case <-tick.C:
 				c.endAgain(ctx)
+				if now := c.members.Since(); now != since {
+					if !since.IsZero() {
+						c.announce(ctx)
+					}
+					since = now
+				}
 			case <-ctx.Done():
 				return
 			}
@@ -94,7 +111,7 @@ func (c *Client) Run(ctx context.Context, ready func()) error {
 func (c *Client) told(q sessionTold) {
 	key := sessionKey{q.Device, q.Session}
 	c.mu.Lock()
-	to := c.sessions[key]
+	to := c.sessions[key].deliverer()
 	switch {
 	case to != nil && q.Close:
 		delete(c.sessions, key)
@@ -146,6 +163,42 @@ func (c *Client) endAgain(ctx context.Context) {
 	_ = all.Wait()
 }
 
+func (h *held) deliverer() hub.Deliverer {
+	if h == nil {
+		return nil
+	}
+	return h.to
+}
+
+// announce tells of all sessions again, since this process was not heard for a while: directories may have taken it for gone. A session
+// that is not its device's any more is closed.
+func (c *Client) announce(ctx context.Context) {
+	c.mu.Lock()
+	all := maps.Clone(c.sessions)
+	c.mu.Unlock()
+	c.log.Info("nobody heard of this gateway for a while, it tells of its sessions again", "sessions", len(all))
+	var under errgroup.Group
+	under.SetLimit(readers)
+	for key, h := range all {
+		under.Go(func() error {
+			c.mu.Lock()
+			q := announced{hub.Stamp{Device: key.dev, Session: key.number, User: h.user}, h.conn, h.twin}
+			c.mu.Unlock()
+			is, err := change(ctx, c, callAnnounce, key.dev, q)
+			switch {
+			case err != nil && ctx.Err() == nil:
+				// The device comes again, and then it is known.
+				c.log.Warn("a session cannot be told of again, it is closed", "device", key.dev, "error", err)
+				h.to.Close("directory-away")
+			case err == nil && !is:
+				h.to.Close("second-session")
+			}
+			return nil
+		})
+	}
+	_ = under.Wait()
+}
+
 // change makes a call that may be repeated when no answer comes.
 func change[Req, Resp any](ctx context.Context, c *Client, m bus.Method[Req, Resp], dev hub.DeviceID, q Req) (resp Resp, err error) {
 	return repeated(ctx, c, m, writesOf(partitionOf(dev)), q)
@@ -194,7 +247,7 @@ func (c *Client) SignIn(ctx context.Context, own hub.Ownership, conn hub.Connect
 	c.mu.Lock()
 	switch {
 	case err == nil:
-		c.sessions[key] = to
+		c.sessions[key] = &held{to: to, conn: conn, user: user, twin: outOfSync(hub.Twin{Enabled: got.TwinEnabled})}
 	case unknown(err):
 		c.doubts[conn.ID] = own.Device
 	}
@@ -261,6 +314,13 @@ func (c *Client) Notify(ctx context.Context, from hub.Stamp, changes []hub.Chang
 // SetTwin implements what gateways need.
 func (c *Client) SetTwin(ctx context.Context, from hub.Stamp, to hub.TwinState) error {
 	_, err := change(ctx, c, callSetTwin, from.Device, twinSet{from, to})
+	if err == nil {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if h := c.sessions[sessionKey{from.Device, from.Session}]; h != nil {
+			h.twin = to
+		}
+	}
 	return err
 }
 

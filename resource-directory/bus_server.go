@@ -15,6 +15,7 @@ import (
 // answer came: session and message number, generation or the connection's ID say that it was done.
 const (
 	callSignIn         = bus.Method[signInAsked, hub.Session]("rd.signIn")
+	callAnnounce       = bus.Method[announced, bool]("rd.announce")
 	callAbandon        = bus.Method[abandoned, struct{}]("rd.abandon")
 	callSignOut        = bus.Method[hub.Stamp, struct{}]("rd.signOut")
 	callEndSession     = bus.Method[endSessionAsked, struct{}]("rd.endSession")
@@ -48,6 +49,11 @@ type (
 		Own  hub.Ownership
 		Conn hub.Connection
 		User string
+	}
+	announced struct {
+		From       hub.Stamp // Message is not used
+		Connection hub.Connection
+		Twin       hub.TwinState
 	}
 	abandoned struct {
 		Device     hub.DeviceID
@@ -225,6 +231,7 @@ func (d *Directory) servers() *servers {
 	bus.Handle(w, callSignIn, func(ctx context.Context, q signInAsked) (hub.Session, error) {
 		return d.SignIn(ctx, q.Own, q.Conn, q.User, nil)
 	})
+	bus.Handle(w, callAnnounce, d.announce)
 	handle(w, callAbandon, func(ctx context.Context, q abandoned) error { return d.do(ctx, abandon(q.Device, q.Connection)) })
 	handle(w, callSignOut, d.SignOut)
 	handle(w, callEndSession, func(ctx context.Context, q endSessionAsked) error {
@@ -271,6 +278,31 @@ func (d *Directory) servers() *servers {
 // handle is bus.Handle for what answers with nothing but its success.
 func handle[Req any](s *bus.Server, m bus.Method[Req, struct{}], f func(context.Context, Req) error) {
 	bus.Handle(s, m, func(ctx context.Context, q Req) (struct{}, error) { return struct{}{}, f(ctx, q) })
+}
+
+// announce brings a session online again that goes on although its gateway was taken for gone, and reports whether the session is the
+// device's. It keeps its number: nobody else had the device meanwhile.
+func (d *Directory) announce(ctx context.Context, q announced) (is bool, _ error) {
+	const op = "directory.announce"
+	if err := d.mark(ctx, onlineIndex, q.From.Device, d.keeper(q.Connection.Service)); err != nil {
+		return false, wrap(op, err)
+	}
+	r := &request{dev: q.From.Device, op: op}
+	r.decide = func(s *state, _ int64) ([]hub.Event, error) {
+		if is = s.session == q.From.Session; !is || s.meta.Connection.Online {
+			return nil, nil
+		}
+		meta := s.meta
+		meta.Connection.Online, meta.Connection.Service = true, q.Connection.Service
+		if meta.Twin.Enabled {
+			meta.Twin.State = q.Twin
+		}
+		return []hub.Event{{
+			Kind: hub.MetadataUpdated, Session: s.session, Connection: meta.Connection.ID, User: q.From.User, Metadata: &meta,
+		}}, nil
+	}
+	err := d.do(ctx, r)
+	return is, err
 }
 
 // abandon sets a device offline that is online on a connection whose gateway was not told of the session.

@@ -166,6 +166,13 @@ func (m *Members) Moved() <-chan struct{} {
 	return m.moved
 }
 
+// Since is since when the instance has heard itself without a gap: when it changes, others may have taken it for gone meanwhile.
+func (m *Members) Since() time.Time {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.since
+}
+
 // All is who was heard of in the last hour, and when, by part and instance.
 func (m *Members) All() (all []Member, at []time.Time) {
 	m.mu.Lock()

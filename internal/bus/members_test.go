@@ -83,10 +83,14 @@ func TestSilence(t *testing.T) {
 		}
 	}
 	// The bus was away, or this process stood still: what the others said then is lost.
+	since := m.Since()
 	expect(60, "other", false)
 	for s := 60.0; s <= 71; s++ {
 		m.heard(self, at(s))
 		expect(s, "nobody", s > 70)
+	}
+	if m.Since() == since {
+		t.Error("nobody can tell that it did not hear itself for half a minute")
 	}
 	moved := m.Moved()
 	m.heard(other, at(71))
