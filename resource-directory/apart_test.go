@@ -559,3 +559,39 @@ func TestNoDirectory(t *testing.T) {
 	w.directories(1)
 	w.must(<-done)
 }
+
+// Each device's history is trimmed by the directory that serves it, and by no other.
+func TestEachTrimsItsOwn(t *testing.T) {
+	t.Parallel()
+	w := newTown(t)
+	rds := w.directories(2)
+	gw := w.start(GatewayPart, "gw")
+	later := time.Now().Add(2 * Default().History.Retention)
+	for i, rd := range rds {
+		dev := w.at(rd)
+		w.must(gw.c.Register(t.Context(), own(dev, alice, 1), "user-1"))
+		x := w.signIn(gw, "gw", dev, "conn-1")
+		for n := range 64 {
+			w.must(gw.c.Notify(t.Context(), x.stamp(), []hub.Change{value("/light", n)}))
+		}
+		commits := func() (n int) {
+			for _, err := range w.st.Commits(t.Context(), dev, 0) {
+				w.must(err)
+				n++
+			}
+			return n
+		}
+		before := commits()
+		for _, who := range []*process{rds[1-i], rd} {
+			// Made anew, so that it believes the clock.
+			trim := &trimmer{d: who.d, keep: who.d.cfg.History.Retention}
+			w.must(trim.step(t.Context(), later, 0))
+			switch now := commits(); {
+			case who != rd && now != before:
+				t.Errorf("%d of %d commits are left after a step of a directory that does not serve the device", now, before)
+			case who == rd && now >= before:
+				t.Errorf("none of %d commits was trimmed", before)
+			}
+		}
+	}
+}

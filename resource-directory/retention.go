@@ -91,6 +91,9 @@ func (t *trimmer) step(ctx context.Context, now time.Time, up time.Duration) err
 			return nil
 		}
 		t.next = dev // also when it fails: one damaged device must not stop the others
+		if !t.d.serves(dev) { // whoever does trims it
+			continue
+		}
 		if _, err := t.d.trimDevice(ctx, dev, now, t.keep); err != nil {
 			return err
 		}
