@@ -137,6 +137,10 @@ func userFrom(acc grpcgateway.Account) User {
 // checkpoint makes a consistent copy of the store below the scratch folder, which is on the same disk, so that it costs
 // little; whoever asked copies it elsewhere and releases it. What nobody releases is removed at the next start.
 func (a *assembly) checkpoint(ctx context.Context, _ struct{}) (string, error) {
+	if a.pebble == nil {
+		return "", hub.NewError(hub.Unsupported, "backup-elsewhere",
+			"this hub is kept in MongoDB: back that up with MongoDB's tools, and the keys of the certificate authority beside it")
+	}
 	if err := os.MkdirAll(a.folder.sub(scratchFolder), 0o700); err != nil {
 		return "", fmt.Errorf("make the scratch folder: %w", err)
 	}

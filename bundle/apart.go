@@ -186,7 +186,7 @@ const (
 // parts lists the parts of the hub that were heard of in the last hour, by target.
 func (a *assembly) listParts(context.Context, struct{}) ([]Part, error) {
 	m := a.heard()
-	if m == nil { // all are here
+	if a.bus == nil { // all are here
 		out := []Part{}
 		for _, t := range Targets() {
 			out = append(out, Part{
@@ -194,6 +194,9 @@ func (a *assembly) listParts(context.Context, struct{}) ([]Part, error) {
 			})
 		}
 		return out, nil
+	}
+	if m == nil {
+		return nil, hub.NewError(hub.Precondition, "parts-unknown", "this process runs no part that hears of others; ask another one")
 	}
 	all, at := m.All()
 	out := make([]Part, 0, len(all))
@@ -203,7 +206,7 @@ func (a *assembly) listParts(context.Context, struct{}) ([]Part, error) {
 			Partitions: o.Load.Partitions, Sessions: o.Load.Sessions, Behind: o.Load.Behind,
 		}
 		switch {
-		case time.Since(at[i]) > bus.Sure:
+		case time.Since(at[i]) > bus.Patience:
 			p.State = PartSilent
 		case o.Leaving:
 			p.State = PartLeaves

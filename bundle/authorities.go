@@ -87,6 +87,8 @@ func (a *assembly) rolled(ctx context.Context, change func() error) ([]Authority
 
 // trust has the gateway here believe the authorities that there are now.
 func (a *assembly) trust() error {
+	a.trusting.Lock() // what is read last is what stays
+	defer a.trusting.Unlock()
 	return a.devices.Trust(a.authority.DevicePool(), a.authority.DeviceIntermediates(), a.authority.DeviceRoots())
 }
 

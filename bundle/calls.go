@@ -18,6 +18,12 @@ func (a *assembly) calls() *http.ServeMux {
 	mux.HandleFunc("GET /status", call(a.countedStatus, a.log))
 	mux.HandleFunc("GET /parts", call(a.listParts, a.log))
 	mux.HandleFunc("GET /refused", call(a.refused, a.log))
+	if a.identities == nil { // a resource-directory by itself
+		mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
+			refuse(w, hub.NewError(hub.Unsupported, "call-elsewhere", "this process has the resource directory only; ask another one of the hub's"))
+		})
+		return mux
+	}
 	mux.HandleFunc("POST /device", call(a.device, a.log))
 	mux.HandleFunc("POST /devices/access", call(a.deviceAccess, a.log))
 	mux.HandleFunc("POST /devices/disable", call(a.disableDevice, a.log))

@@ -176,6 +176,9 @@ func (c Config) shared() (ps conf.Problems) {
 	if len(c.Bus.URLs) == 0 {
 		bad("bus.urls", "with MongoDB the feed and the parts need NATS servers; write their addresses")
 	}
+	if c.ExternalAddress == "" {
+		bad("externalAddress", "processes on several machines need to be told under which name or address devices and people reach the hub")
+	}
 	if _, err := hub.ParseDeviceID(c.Cluster.HubID); err != nil {
 		bad("cluster.hubId", "it is no UUID; make one with uuidgen, once, for all processes of the hub")
 	}

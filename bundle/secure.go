@@ -64,17 +64,22 @@ func (a *assembly) renewed(r certificateauthority.Root, made func() (tls.Certifi
 		mu       sync.Mutex // guards all below
 		cert     *tls.Certificate
 		restaple time.Time
+		warned   time.Time
 	)
 	get := func() (*tls.Certificate, error) {
 		mu.Lock()
 		defer mu.Unlock()
 		now := time.Now()
 		if cert == nil || cert.Leaf.NotAfter.Sub(now) <= renewBefore || !a.authority.Signs(r, cert.Leaf) {
-			c, err := made()
-			if err != nil {
+			switch c, err := made(); {
+			case err == nil:
+				cert, restaple = &c, now
+			case cert == nil || now.After(cert.Leaf.NotAfter):
 				return nil, fmt.Errorf("the hub's certificate: %w", err)
+			case now.After(warned.Add(time.Minute)): // the authority is away, and this one is good for a while
+				a.log.Warn("the hub's certificate cannot be made anew", "until", cert.Leaf.NotAfter, "error", err)
+				warned = now
 			}
-			cert, restaple = &c, now
 		}
 		if now.Before(restaple) {
 			return cert, nil

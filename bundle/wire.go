@@ -79,6 +79,7 @@ type assembly struct {
 	authority          authority
 	certificates       certificates
 	factories          *revocation.Checker // nil where the door for enrolment has it
+	trusting           sync.Mutex          // held by who has the gateway believe the authority
 	rolling            sync.Mutex          // held by who changes the authority, until all use what there is then
 
 	background sync.WaitGroup // what runs before the parts do, until stop
@@ -210,7 +211,11 @@ func (a *assembly) openOwn(ctx context.Context) (err error) {
 
 // openShared opens the store of a cluster. It waits for its servers, and says so.
 func (a *assembly) openShared(ctx context.Context) (err error) {
-	a.hubID = a.cfg.Cluster.HubID
+	id, err := hub.ParseDeviceID(a.cfg.Cluster.HubID)
+	if err != nil {
+		return err
+	}
+	a.hubID = string(id)
 	if err := a.connect(); err != nil {
 		return err
 	}
@@ -327,14 +332,22 @@ func (a *assembly) wireCertificates(ctx context.Context) error {
 	log := a.log.With("part", "certificate-authority")
 	if a.certificateService != nil {
 		// The parts of this process need certificates before they run.
-		server := certificateauthority.NewServer(a.bus, a.certificateService, []string{a.external}, log)
+		if err := a.wireFactories(); err != nil { // before anybody can ask
+			return err
+		}
+		hosts := []string{a.external}
+		if h, _, err := net.SplitHostPort(a.cfg.CoAPGateway.API.CoAP.ExternalAddress); err == nil && h != "" {
+			hosts = append(hosts, h)
+		}
+		server := certificateauthority.NewServer(a.bus, a.certificateService, hosts, log)
 		ready := make(chan struct{})
-		a.inBackground(func(ctx context.Context) {
-			if err := server.Run(ctx, func() { close(ready) }); err != nil {
-				log.Error("the authority cannot be asked", "error", err)
-			}
-		})
-		<-ready
+		failed := make(chan error, 1)
+		a.inBackground(func(ctx context.Context) { failed <- server.Run(ctx, func() { close(ready) }) })
+		select {
+		case <-ready:
+		case err := <-failed:
+			return fmt.Errorf("the authority cannot be asked: %w", err)
+		}
 	}
 	c, err := waited(ctx, log, "a certificate-authority", func(ctx context.Context) (*certificateauthority.Client, error) {
 		ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
@@ -433,7 +446,7 @@ func (a *assembly) wireDevices(context.Context) (err error) {
 
 func (a *assembly) wireEnrolment(context.Context) (err error) {
 	if !a.cfg.Runs(TargetEnrolmentGateway) {
-		return a.wireFactories()
+		return nil
 	}
 	a.enrol, err = enrolmentgateway.New(a.cfg.EnrolmentGateway, enrolmentgateway.Deps{
 		Authority: a.certificates, Registrar: a.authority.Registrar(), Certificate: a.certificate, PSK: a.psk.key, EngineMetrics: a.engine,
@@ -448,23 +461,23 @@ func (a *assembly) wireEnrolment(context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	if a.certificateService != nil {
+	if a.certificateService != nil && a.bus == nil {
 		a.certificateService.Factories(a.enrol.Revocation())
 	}
 	return nil
 }
 
-// wireFactories gives the authority what manufacturers have revoked, where the door that asks it too is in another process.
+// wireFactories gives the authority what manufacturers have revoked, where the door that asks it, too, may be in another process.
 func (a *assembly) wireFactories() error {
 	sources := a.cfg.EnrolmentGateway.TLS.CASets
-	if a.certificateService == nil || len(sources) == 0 {
+	if len(sources) == 0 {
 		return nil
 	}
 	sets, err := revocation.ReadSets(sources)
 	if err != nil {
 		return fmt.Errorf("enrolmentGateway.tls.caSets: %w", err)
 	}
-	a.factories, err = revocation.New(sets, a.folder.sub(filepath.Join(listsFolder, "enrolment")), a.log.With("part", "certificate-authority"),
+	a.factories, err = revocation.New(sets, a.folder.sub(filepath.Join(listsFolder, "authority")), a.log.With("part", "certificate-authority"),
 		prometheus.WrapRegistererWith(prometheus.Labels{"part": TargetCertificateAuthority}, a.registry))
 	if err != nil {
 		return fmt.Errorf("enrolmentGateway.tls.caSets: %w", err)

@@ -31,6 +31,8 @@ const (
 	handover = time.Second
 	// telling is to how many sessions something is being told at a time, and tellFor how long it is tried.
 	telling, tellFor = 1024, 10 * time.Second
+	// tellTry is how long one answer is waited for.
+	tellTry = time.Second
 	// closeWait is how long a device's end waits for its session's.
 	closeWait = time.Second
 )
@@ -55,18 +57,31 @@ type apart struct {
 	self    string // its instance
 	log     *slog.Logger
 	mine    atomic.Pointer[[partitions]bool]
-	left    atomic.Bool // it has said that it leaves
 
 	life    context.Context // ends with Run
 	end     context.CancelFunc
 	under   sync.WaitGroup
 	telling *semaphore.Weighted
+
+	mu    sync.Mutex          // guards words
+	words map[spoken]struct{} // being told; a second wake of a session is the same word
+}
+
+type spoken struct {
+	service string
+	what    sessionTold
+}
+
+func (a *apart) told(word spoken) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.words, word)
 }
 
 // Apart makes the directory one of several, as which members has it under the instance's name; it serves on b once it runs, and cannot
 // be asked before that. It must be called before Run.
 func (d *Directory) Apart(b *bus.Bus, members *bus.Members, instance string) {
-	a := &apart{bus: b, members: members, self: instance, log: d.log, telling: semaphore.NewWeighted(telling)}
+	a := &apart{bus: b, members: members, self: instance, log: d.log, telling: semaphore.NewWeighted(telling), words: map[spoken]struct{}{}}
 	a.mine.Store(new([partitions]bool))
 	a.life, a.end = context.WithCancel(context.Background())
 	d.apart = a
@@ -102,6 +117,9 @@ func (d *Directory) gone(keeper string) bool {
 	}
 	return d.apart.members.Silent(GatewayPart, keeper)
 }
+
+// sure reports whether gone knows.
+func (d *Directory) sure() bool { return d.apart == nil || d.apart.members.Sure() }
 
 // serves reports whether a device is one of the directory's.
 func (d *Directory) serves(dev hub.DeviceID) bool {
@@ -203,8 +221,18 @@ func unknown(err error) bool {
 // It does not block; what it returns is closed when it is done with that.
 func (a *apart) tell(service string, what sessionTold) <-chan struct{} {
 	done := make(chan struct{})
+	word := spoken{service, what}
 	if !a.telling.TryAcquire(1) {
 		a.log.Warn("a session is not told: too many others are being told", "gateway", service, "device", what.Device)
+		close(done)
+		return done
+	}
+	a.mu.Lock()
+	_, is := a.words[word]
+	a.words[word] = struct{}{}
+	a.mu.Unlock()
+	if is && !what.Close { // it is being told
+		a.telling.Release(1)
 		close(done)
 		return done
 	}
@@ -213,7 +241,11 @@ func (a *apart) tell(service string, what sessionTold) <-chan struct{} {
 		defer a.telling.Release(1)
 		ctx, cancel := context.WithTimeout(a.life, tellFor)
 		defer cancel()
+		defer a.told(word)
 		err := persist(ctx, unknown, func(ctx context.Context) error {
+			// What got lost with the connection is said again.
+			ctx, cancel := context.WithTimeout(ctx, tellTry)
+			defer cancel()
 			_, err := tellSession.Call(ctx, a.bus, gatewayOf(service), what)
 			if err != nil && a.members.Silent(GatewayPart, service) {
 				return nil // its sessions are set offline
@@ -244,12 +276,12 @@ func (d *Directory) watch(ctx context.Context, s *servers, ready func()) {
 		living := a.members.Living(Part)
 		changed := a.share(living)
 		if changed != nil {
-			if err := s.serve(a.mine.Load()); err != nil {
-				a.log.Error("partitions cannot be served", "error", err)
-			}
 			d.marked.forget()
 			for _, w := range d.workers {
 				w.leave(changed)
+			}
+			if err := s.serve(a.mine.Load()); err != nil {
+				a.log.Error("partitions cannot be served", "error", err)
 			}
 			commands.start(ctx, &passes, func(ctx context.Context) {
 				d.former(ctx, commandIndex, d.metrics.formerCommands, "commands of other directories cannot be looked up, trying again",
@@ -278,8 +310,10 @@ func (d *Directory) watch(ctx context.Context, s *servers, ready func()) {
 
 // share takes what of the partitions belongs to the directory among those that live, and returns which are new or lost; nil: none.
 func (a *apart) share(living []string) *[partitions]bool {
-	if !slices.Contains(living, a.self) && !a.left.Load() {
-		return nil // it does not hear itself, so what it hears of others is as little worth; nobody minds what it goes on to serve
+	if !slices.Contains(living, a.self) {
+		// It does not hear itself, so what it hears of others is as little worth; or it leaves, and serves until others do. Nobody minds
+		// that two serve a partition.
+		return nil
 	}
 	now, old := new([partitions]bool), a.mine.Load()
 	changed, any := new([partitions]bool), false
@@ -303,6 +337,9 @@ func (a *apart) silent(judged map[string]bool) bool {
 		is := a.members.Silent(GatewayPart, instance)
 		if is && !judged[instance] {
 			more = true
+		}
+		if !is && judged[instance] && instance != "" && slices.Contains(a.members.Living(GatewayPart), instance) {
+			a.tell(instance, sessionTold{}) // its devices were set offline, and it may not know
 		}
 		judged[instance] = is
 	}

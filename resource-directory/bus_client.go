@@ -24,6 +24,9 @@ const (
 	window, readers = 256, 16
 	// endAgain is when the end of a session is told again that no directory took.
 	endAgain = 2 * time.Second
+	// maxDoubts bounds the sign-ins of which nobody knows what became of them; beyond it such a device is shown online until it comes
+	// again or the gateway ends.
+	maxDoubts = 1 << 16
 )
 
 // Client is a Directory that runs elsewhere, with its contracts. While nobody serves a device's partition its calls wait for that, to the
@@ -35,7 +38,8 @@ type Client struct {
 	log     *slog.Logger
 	changed atomic.Uint64
 
-	members *bus.Members // nil where no sessions are
+	members *bus.Members  // nil where no sessions are
+	silent  chan struct{} // one place: a directory says that it did not hear of this gateway
 
 	mu       sync.Mutex // guards all below
 	sessions map[sessionKey]*held
@@ -66,7 +70,7 @@ type sessionKey struct {
 func NewClient(b *bus.Bus, feed *Reader, service string, members *bus.Members, log *slog.Logger) *Client {
 	return &Client{
 		Reader: feed, bus: b, service: service, members: members, log: log,
-		sessions: map[sessionKey]*held{}, ends: map[sessionKey]hub.Stamp{}, doubts: map[string]hub.DeviceID{},
+		silent: make(chan struct{}, 1), sessions: map[sessionKey]*held{}, ends: map[sessionKey]hub.Stamp{}, doubts: map[string]hub.DeviceID{},
 		signing: map[hub.DeviceID]int{}, early: map[sessionKey]sessionTold{},
 	}
 }
@@ -91,6 +95,8 @@ func (c *Client) Run(ctx context.Context, ready func()) error {
 		since := c.members.Since()
 		for {
 			select {
+			case <-c.silent:
+				c.announce(ctx)
 			case <-tick.C:
 				c.endAgain(ctx)
 				if now := c.members.Since(); now != since {
@@ -109,6 +115,13 @@ func (c *Client) Run(ctx context.Context, ready func()) error {
 
 // told does what a directory says of a session. One that is not known has ended, and its end is told, or on its way.
 func (c *Client) told(q sessionTold) {
+	if q.Device == "" { // directories did not hear of this gateway for a while
+		select {
+		case c.silent <- struct{}{}:
+		default:
+		}
+		return
+	}
 	key := sessionKey{q.Device, q.Session}
 	c.mu.Lock()
 	to := c.sessions[key].deliverer()
@@ -181,11 +194,23 @@ func (c *Client) announce(ctx context.Context) {
 	under.SetLimit(readers)
 	for key, h := range all {
 		under.Go(func() error {
+			holds := func() bool {
+				c.mu.Lock()
+				defer c.mu.Unlock()
+				return c.sessions[key] == h
+			}
+			if !holds() {
+				return nil
+			}
 			c.mu.Lock()
 			q := announced{hub.Stamp{Device: key.dev, Session: key.number, User: h.user}, h.conn, h.twin}
 			c.mu.Unlock()
 			is, err := change(ctx, c, callAnnounce, key.dev, q)
 			switch {
+			case !holds():
+				if is || err != nil { // it ended meanwhile, and may be shown online again now
+					_ = c.Offline(ctx, q.From) // it is tried until it is stored
+				}
 			case err != nil && ctx.Err() == nil:
 				// The device comes again, and then it is known.
 				c.log.Warn("a session cannot be told of again, it is closed", "device", key.dev, "error", err)
@@ -211,12 +236,19 @@ func read[Req, Resp any](ctx context.Context, c *Client, m bus.Method[Req, Resp]
 func repeated[Req, Resp any](ctx context.Context, c *Client, m bus.Method[Req, Resp], subject string, q Req) (resp Resp, err error) {
 	ctx, cancel := bounded(ctx)
 	defer cancel()
+	var doubt error // an attempt of which nobody knows what became of it
 	err = persist(ctx, unknown, func(ctx context.Context) (err error) {
 		ctx, cancel := context.WithTimeout(ctx, attempt)
 		defer cancel()
 		resp, err = m.Call(ctx, c.bus, subject, q)
+		if unknown(err) && !bus.NotDone(err) {
+			doubt = err
+		}
 		return err
 	})
+	if doubt != nil && bus.NotDone(err) {
+		err = doubt
+	}
 	return resp, err
 }
 
@@ -248,7 +280,7 @@ func (c *Client) SignIn(ctx context.Context, own hub.Ownership, conn hub.Connect
 	switch {
 	case err == nil:
 		c.sessions[key] = &held{to: to, conn: conn, user: user, twin: outOfSync(hub.Twin{Enabled: got.TwinEnabled})}
-	case unknown(err):
+	case unknown(err) && !bus.NotDone(err) && len(c.doubts) < maxDoubts:
 		c.doubts[conn.ID] = own.Device
 	}
 	early, is := c.early[key]
@@ -280,7 +312,7 @@ func (c *Client) Offline(ctx context.Context, from hub.Stamp) error {
 	c.ends[key] = from
 	c.mu.Unlock()
 	_, err := change(ctx, c, callOffline, from.Device, from)
-	if !unknown(err) {
+	if err == nil {
 		c.over(from)
 	}
 	return err

@@ -155,7 +155,7 @@ type (
 	sessionTold struct {
 		Device  hub.DeviceID
 		Session uint64
-		Close   bool // else: commands wait
+		Close   bool // else: commands wait; without a device, the gateway is to tell of all its sessions again
 		Reason  string
 	}
 )
@@ -391,13 +391,10 @@ func (d *Directory) serveApart(ctx context.Context, ready func()) {
 	}
 	all.Go(func() { d.watch(serving, s, ready) })
 	<-ctx.Done()
-	a.left.Store(true)
 	a.members.Leave()
 	if others := a.members.Living(Part); len(others) > 1 || len(others) == 1 && others[0] != a.self {
 		time.Sleep(handover)
 	}
 	stop()
 	all.Wait()
-	a.end()
-	a.under.Wait()
 }

@@ -99,6 +99,10 @@ func (d *Directory) Run(ctx context.Context, ready func()) error {
 	close(d.closing)
 	workers.Wait()
 	close(d.stopped)
+	if d.apart != nil {
+		d.apart.end()
+		d.apart.under.Wait()
+	}
 	return nil
 }
 

@@ -3,6 +3,7 @@ package resourcedirectory
 import (
 	"container/heap"
 	"context"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -77,6 +78,13 @@ func (w *waiters) tell(dev hub.DeviceID, id string, out hub.Outcome) {
 		x.ch <- out // one place, and who got something is forgotten
 		return false
 	})
+}
+
+// devices is those for whose commands somebody waits.
+func (w *waiters) devices() []hub.DeviceID {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Collect(maps.Keys(w.of))
 }
 
 // look sends those to the log whose commands a state that was loaded anew does not have: somebody else wrote their end.

@@ -105,6 +105,9 @@ func (d *Directory) former(
 			}
 		}
 		flush()
+		if index == onlineIndex && !d.sure() {
+			left++ // some may have been passed over because nobody could say who is gone
+		}
 		waiting.Set(float64(left))
 		switch {
 		case ctx.Err() != nil, err == nil && left == 0:

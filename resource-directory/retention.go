@@ -90,7 +90,7 @@ func (t *trimmer) step(ctx context.Context, now time.Time, up time.Duration) err
 		if n++; n > trimDevices || time.Since(begin) > trimBudget {
 			return nil
 		}
-		t.next = dev // also when it fails: one damaged device must not stop the others
+		t.next = dev          // also when it fails: one damaged device must not stop the others
 		if !t.d.serves(dev) { // whoever does trims it
 			continue
 		}

@@ -558,6 +558,14 @@ func (w *worker) sweep(now time.Time) {
 		}
 	}
 	w.evict()
+	if w.d.apart != nil {
+		// Whoever waits here for a command of a device that another directory has by now learns of its end from the log.
+		for _, dev := range w.d.waiters.devices() {
+			if w.d.worker(dev) == w && !w.d.serves(dev) {
+				w.fetch(w.entry(dev))
+			}
+		}
+	}
 	w.takeLost()
 	w.retryOffline()
 }

@@ -14,8 +14,8 @@ import (
 const (
 	// beat is how often a part says that it lives, and lost after how long without a word it is taken for gone.
 	beat, lost = time.Second, 5 * time.Second
-	// Sure is how long a part has heard itself without a gap before it says of others that they are silent.
-	Sure = 10 * time.Second
+	// Patience is how long a part has heard itself without a gap before it says of others that they are silent.
+	Patience = 10 * time.Second
 	// maxMembers bounds who is remembered; more instances than this are not told apart from noise.
 	maxMembers = 4096
 )
@@ -144,11 +144,11 @@ func (m *Members) sweep(now time.Time) {
 		switch quiet := now.Sub(h.at); {
 		case quiet > time.Hour:
 			delete(m.seen, key)
-		case quiet > lost && quiet <= lost+2*beat, quiet > Sure && quiet <= Sure+2*beat:
+		case quiet > lost && quiet <= lost+2*beat, quiet > Patience && quiet <= Patience+2*beat:
 			m.move()
 		}
 	}
-	if sure := now.Sub(m.since); sure > Sure && sure <= Sure+2*beat {
+	if sure := now.Sub(m.since); sure > Patience && sure <= Patience+2*beat {
 		m.move()
 	}
 }
@@ -208,7 +208,7 @@ func (m *Members) Silent(part, instance string) bool { return m.silent(part, ins
 func (m *Members) silent(part, instance string, now time.Time) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if now.Sub(m.own) > 2*beat || now.Sub(m.since) <= Sure {
+	if !m.sure(now) {
 		return false
 	}
 	h, known := m.seen[memberKey{part, instance}]
@@ -218,7 +218,19 @@ func (m *Members) silent(part, instance string, now time.Time) bool {
 	case h.Leaving:
 		return now.Sub(h.at) > lost
 	}
-	return now.Sub(h.at) > Sure
+	return now.Sub(h.at) > Patience
+}
+
+// Sure reports whether the instance has heard itself for long enough to say who is silent.
+func (m *Members) Sure() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.sure(time.Now())
+}
+
+// sure is Sure. m.mu is held.
+func (m *Members) sure(now time.Time) bool {
+	return now.Sub(m.own) <= 2*beat && now.Sub(m.since) > Patience
 }
 
 // Home is which of the instances a partition belongs to, "" without any: the one with the highest score for it (rendezvous hashing), so
