@@ -548,6 +548,26 @@ func checkPod(t *testing.T, name string, pod, c map[string]any) {
 	}
 }
 
+// TestDocumentedValues renders the file that docs/operations.md has people write for a cluster.
+func TestDocumentedValues(t *testing.T) {
+	b, err := os.ReadFile("../../docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(b), "`cluster.yaml`:\n\n```yaml\n")
+	text, _, ok := strings.Cut(rest, "```\n")
+	if !ok {
+		t.Fatal("there is no cluster.yaml")
+	}
+	files, err := render(t, overCluster+"\n"+text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := len(objects(t, files)); n < 20 {
+		t.Errorf("there are only %d objects", n)
+	}
+}
+
 // TestParts looks at what a cluster is asked for besides pods: that parts with several are spread and kept, scaled by one of the two
 // ways, and that each pod has its own account at NATS and no other's.
 func TestParts(t *testing.T) {
