@@ -130,7 +130,7 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 		a.openStore,
 		a.wireDirectory,
 	}
-	if !slices.Equal(cfg.Target, []string{TargetResourceDirectory}) { // which asks nobody
+	if !slices.Equal(cfg.Target, []string{TargetResourceDirectory}) {
 		steps = append(steps,
 			a.wireIdentities,
 			a.wireCertificates,
@@ -140,6 +140,9 @@ func wire(ctx context.Context, cfg Config, folder *Folder, o Options, log *slog.
 			a.wireEnrolment,
 			a.wireApps,
 		)
+	} else if admin := cfg.Admin.API.HTTP.Address; admin != "" && !loopback(admin) {
+		// It asks nobody, but for the certificate of its probes.
+		steps = append(steps, a.wireCertificates)
 	}
 	for _, step := range steps {
 		if err := step(ctx); err != nil {

@@ -82,6 +82,7 @@ type process struct {
 	line  string            // the ready line
 	ready map[string]string // endpoint name -> address, from it
 	log   *lockedBuffer
+	first chan string // gets the ready line
 	ended chan error
 }
 
@@ -110,7 +111,15 @@ var loopback = []string{
 // serve starts the binary on the data folder and waits for its ready line.
 func serve(t *testing.T, data string, args ...string) *process {
 	t.Helper()
-	p := &process{t: t, data: data, log: &lockedBuffer{}, ended: make(chan error, 1)}
+	p := launch(t, data, args...)
+	p.await()
+	return p
+}
+
+// launch starts the binary on the data folder.
+func launch(t *testing.T, data string, args ...string) *process {
+	t.Helper()
+	p := &process{t: t, data: data, log: &lockedBuffer{}, first: make(chan string, 1), ended: make(chan error, 1)}
 	p.cmd = exec.Command(hubProgram(t), append(append([]string{"serve", "--data", data}, loopback...), args...)...)
 	p.cmd.Stderr = p.log
 	out, err := p.cmd.StdoutPipe()
@@ -120,19 +129,25 @@ func serve(t *testing.T, data string, args ...string) *process {
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	line := make(chan string, 1)
 	go func() {
 		sc := bufio.NewScanner(io.TeeReader(out, p.log))
 		for sc.Scan() {
 			if strings.HasPrefix(sc.Text(), "ready") {
-				line <- sc.Text()
+				p.first <- sc.Text()
 			}
 		}
 		p.ended <- p.cmd.Wait()
 	}()
 	t.Cleanup(p.kill)
+	return p
+}
+
+// await waits for the ready line.
+func (p *process) await() {
+	t := p.t
+	t.Helper()
 	select {
-	case l := <-line:
+	case l := <-p.first:
 		p.line, p.ready = l, map[string]string{}
 		for _, f := range strings.Fields(l) {
 			if k, v, ok := strings.Cut(f, "="); ok {
@@ -145,7 +160,6 @@ func serve(t *testing.T, data string, args ...string) *process {
 	case <-time.After(30 * time.Second):
 		t.Fatalf("the hub is not ready after 30 s\n%s", p.log)
 	}
-	return p
 }
 
 // kill is kill -9; the process is gone on return.

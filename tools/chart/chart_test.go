@@ -65,7 +65,60 @@ config:
   enrolmentGateway: {api: {coap: {address: ""}, http: {address: ""}}}
 devices: {type: NodePort, externalTrafficPolicy: Cluster}
 `,
+	"cluster": cluster,
+	"cluster-full": overCluster + `
+image: {repository: registry.example.com/coaphub, tag: v1.2.3}
+config:
+  externalAddress: hub.example.com
+  cluster: {hubId: 7f8c3a52-3d1c-4b7e-9a41-0c9b8e7d6f5a}
+  bus: {urls: ["tls://nats-0.nats:4222", "tls://nats-1.nats:4222"], tls: {caFiles: [/etc/coaphub/secrets/nats-ca/ca.crt]}}
+  store:
+    mongodb: {uri: "mongodb://mongo-0.mongo,mongo-1.mongo/?replicaSet=rs0", user: coaphub, tls: {enabled: true}}
+    feed: {replicas: 1}
+  coapGateway:
+    api: {coap: {externalAddress: "devices.example.com:5684", tls: {clientCertificateRequired: true}, authorization: {deviceIDClaim: device, providers: [{name: idp, authority: "https://idp.example.com", clientID: hub, clientSecretFile: /etc/coaphub/secrets/first/password}]}}}
+  authorization: {ownerClaim: owner, deviceIDClaim: device, audience: [hub], issuers: [{authority: "https://idp.example.com"}]}
+secrets: [nats-ca, first]
+cluster: {existingSecret: "", secret: a text of the cluster's}
+mongodb: {password: a password}
+nats: {kind: creds, identities: {resource-directory: a, identity-store: b, certificate-authority: c, grpc-gateway: d, coap-gateway: e, enrolment-gateway: f}}
+parts:
+  oauth-server: null
+  coap-gateway: {autoscaling: {minReplicas: 2, maxReplicas: 10, cpu: 60}}
+  grpc-gateway: {replicas: 3, autoscaling: {minReplicas: 1, maxReplicas: 3, cpu: 70}}
+storage: {className: fast}
+devices: {applications: true, split: true, annotations: {external-dns.alpha.kubernetes.io/hostname: devices.example.com}}
+doors: {annotations: {external-dns.alpha.kubernetes.io/hostname: hub.example.com}}
+ingress: {enabled: true, className: nginx, host: api.example.com, grpc: {host: grpc.example.com, annotations: {nginx.ingress.kubernetes.io/backend-protocol: GRPCS}, tlsSecret: grpc-cert}}
+serviceMonitor: {enabled: true}
+networkPolicy:
+  enabled: true
+  applications: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: apps}}}]
+  monitoring: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: monitoring}}}]
+podLabels: {team: iot}
+`,
+	"cluster-one-address": cluster + `
+devices: {externalTrafficPolicy: Cluster}
+config: {store: {mongodb: {user: coaphub}}, coapGateway: {api: {coap: {externalAddress: ""}}}}
+nats: {existingSecret: coaphub-nats}
+mongodb: {existingSecret: coaphub-mongodb}
+networkPolicy: {enabled: true}
+`,
 }
+
+// overCluster begins values that are put over values-cluster.yaml, and cluster is the least that must be said then. Several documents
+// are put over each other.
+const (
+	overCluster = "# over values-cluster.yaml"
+	cluster     = overCluster + `
+config:
+  externalAddress: hub.example.com
+  cluster: {hubId: 7f8c3a52-3d1c-4b7e-9a41-0c9b8e7d6f5a}
+  bus: {urls: ["nats://nats.nats.svc:4222"]}
+  store: {mongodb: {uri: "mongodb://mongo.mongo.svc/?replicaSet=rs0"}}
+  coapGateway: {api: {coap: {externalAddress: "devices.example.com:5684"}}}
+---`
+)
 
 func load(t *testing.T) *helmchart.Chart {
 	t.Helper()
@@ -78,11 +131,34 @@ func load(t *testing.T) *helmchart.Chart {
 
 func valuesOf(t *testing.T, text string) map[string]any {
 	t.Helper()
+	if strings.HasPrefix(text, overCluster) {
+		b, err := os.ReadFile(folder + "/values-cluster.yaml")
+		if err != nil {
+			t.Fatal(err)
+		}
+		text = string(b) + "\n---\n" + text
+	}
 	v := map[string]any{}
-	if err := yaml.Unmarshal([]byte(text), &v); err != nil {
-		t.Fatal(err)
+	for part := range strings.SplitSeq(text, "\n---") {
+		over := map[string]any{}
+		if err := yaml.UnmarshalStrict([]byte(part), &over); err != nil {
+			t.Fatal(err)
+		}
+		merge(v, over)
 	}
 	return v
+}
+
+// merge puts values over others as helm -f does, which keeps null.
+func merge(v, over map[string]any) {
+	for k, o := range over {
+		below, isTable := v[k].(map[string]any)
+		if above, ok := o.(map[string]any); ok && isTable {
+			merge(below, above)
+		} else {
+			v[k] = o
+		}
+	}
 }
 
 // render is helm template: the files by their name.
@@ -273,7 +349,10 @@ func TestConfigReachesTheHub(t *testing.T) {
 		}
 		file := filepath.Join(t.TempDir(), "coaphub.yaml")
 		// Files that the configuration names are in the cluster's Secrets.
-		text := strings.ReplaceAll(config["coaphub.yaml"].(string), "/etc/coaphub/secrets", secretsFolder(t))
+		folder := secretsFolder(t)
+		identityFolder := folder + "/identity"
+		text := strings.ReplaceAll(config["coaphub.yaml"].(string), "/etc/coaphub/secrets", folder)
+		text = strings.ReplaceAll(text, "/etc/coaphub/identity", identityFolder)
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -287,7 +366,18 @@ func TestConfigReachesTheHub(t *testing.T) {
 				"coapGateway.limits.device.rate": "1e+06", "grpcGateway.api.http.hosts": "[api.example.com]", "oauthServer.issuer": "https://api.example.com/oauth",
 				"store.minFree": "256MiB",
 			},
-			"closed-doors": {"enrolmentGateway.api.http.address": "", "coapGateway.api.coap.address": "[::]:5684"},
+			"cluster": {
+				"cluster.hubId": "7f8c3a52-3d1c-4b7e-9a41-0c9b8e7d6f5a", "cluster.secret": "***", "bus.urls": "[nats://nats.nats.svc:4222]",
+				"store.mongodb.uri": "mongodb://mongo.mongo.svc/?replicaSet=rs0", "store.feed.replicas": "3", "bus.nkeyFile": "",
+				"coapGateway.api.coap.externalAddress": "devices.example.com:5684", "store.mongodb.password": "",
+			},
+			"cluster-full": {
+				"bus.credentialsFile": identityFolder + "/nats", "store.mongodb.password": "***", "store.mongodb.user": "coaphub", "store.mongodb.tls.enabled": "true",
+				"coapGateway.api.coap.tls.clientCertificateRequired": "true", "coapGateway.api.coap.authorization.deviceIDClaim": "device",
+				"authorization.ownerClaim": "owner", "authorization.audience": "[hub]", "grpcGateway.api.http.hosts": "[api.example.com]",
+			},
+			"cluster-one-address": {"bus.nkeyFile": identityFolder + "/nats", "coapGateway.api.coap.externalAddress": ""},
+			"closed-doors":        {"enrolmentGateway.api.http.address": "", "coapGateway.api.coap.address": "[::]:5684"},
 		}[name] {
 			if g := fmt.Sprint(at(got, strings.Split(key, ".")...)); g != want {
 				t.Errorf("%s: %s is %s, not %s", name, key, g, want)
@@ -313,7 +403,7 @@ func TestConfigReachesTheHub(t *testing.T) {
 func secretsFolder(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
-	for _, f := range []string{"hub-cert/tls.crt", "hub-cert/tls.key", "first/password"} {
+	for _, f := range []string{"hub-cert/tls.crt", "hub-cert/tls.key", "first/password", "nats-ca/ca.crt", "identity/cluster-secret", "identity/mongodb-password", "identity/nats"} {
 		file := filepath.Join(dir, f)
 		if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
 			t.Fatal(err)
@@ -325,61 +415,198 @@ func secretsFolder(t *testing.T) string {
 	return dir
 }
 
-// TestPod looks at what must hold in any case: who the hub runs as, that ports and probes meet, and that what it names is mounted.
+// TestPod looks at what must hold of every pod: who the hub runs as, that ports and probes meet, that what it names is mounted, and that
+// every Service's port leads to a pod.
 func TestPod(t *testing.T) {
 	for name, values := range cases {
 		files, err := render(t, values)
 		if err != nil {
 			t.Fatal(err)
 		}
-		var pod, c map[string]any
-		os := objects(t, files)
-		for _, o := range os {
-			if o["kind"] == "StatefulSet" {
-				pod = at(o, "spec", "template").(map[string]any)
-				c = at(pod, "spec", "containers").([]any)[0].(map[string]any)
+		all := objects(t, files)
+		pods := map[string]map[string]any{} // by target; "": the whole hub
+		for _, o := range all {
+			if o["kind"] != "StatefulSet" && o["kind"] != "Deployment" {
+				continue
+			}
+			pod := at(o, "spec", "template").(map[string]any)
+			c := at(pod, "spec", "containers").([]any)[0].(map[string]any)
+			target := targetOf(c)
+			pods[target] = pod
+			checkPod(t, name+"/"+target, pod, c)
+			mounts := mountsOf(c)
+			if name == "full" && (!mounts["/etc/coaphub/secrets/first"] || !mounts["/backup"]) {
+				t.Errorf("the mounts are %v", mounts)
+			}
+			if kept := o["kind"] == "StatefulSet"; kept != (target == "" || target == "certificate-authority") {
+				t.Errorf("%s: %s is a %v", name, target, o["kind"])
+			}
+			for k, v := range at(o, "spec", "selector", "matchLabels").(map[string]any) {
+				if at(pod, "metadata", "labels").(map[string]any)[k] != v {
+					t.Errorf("%s: %s does not find its pods", name, target)
+				}
 			}
 		}
-		if at(pod, "spec", "securityContext", "runAsNonRoot") != true || at(c, "securityContext", "readOnlyRootFilesystem") != true ||
-			at(c, "securityContext", "allowPrivilegeEscalation") != false || fmt.Sprint(at(c, "securityContext", "capabilities", "drop")) != "[ALL]" {
-			t.Errorf("%s: the container may too much: %v", name, c["securityContext"])
-		}
-		ports := map[string]bool{}
-		for _, p := range c["ports"].([]any) {
-			ports[at(p, "name").(string)] = true
-		}
-		for _, probe := range []string{"startupProbe", "livenessProbe", "readinessProbe"} {
-			if !ports[at(c, probe, "httpGet", "port").(string)] || at(c, probe, "httpGet", "scheme") != "HTTPS" {
-				t.Errorf("%s: the %s is %v", name, probe, c[probe])
+		want := []string{""}
+		if strings.HasPrefix(values, overCluster) {
+			want = targets
+			if name == "cluster-full" {
+				want = slices.DeleteFunc(slices.Clone(targets), func(s string) bool { return s == "oauth-server" })
 			}
 		}
-		mounts := map[string]bool{}
-		for _, m := range c["volumeMounts"].([]any) {
-			mounts[at(m, "mountPath").(string)] = true
+		if got := slices.Sorted(maps.Keys(pods)); !slices.Equal(got, slices.Sorted(slices.Values(want))) {
+			t.Errorf("%s: the pods are %v", name, got)
 		}
-		for _, s := range []string{"/data", "/etc/coaphub/coaphub.yaml"} {
-			if !mounts[s] {
-				t.Errorf("%s: nothing is mounted at %s", name, s)
-			}
-		}
-		if name == "full" && (!mounts["/etc/coaphub/secrets/first"] || !mounts["/backup"]) {
-			t.Errorf("the mounts are %v", mounts)
-		}
-		labels := at(pod, "metadata", "labels").(map[string]any)
-		for _, o := range os {
+		for _, o := range all {
 			if o["kind"] != "Service" {
 				continue
 			}
-			for k, v := range at(o, "spec", "selector").(map[string]any) {
-				if labels[k] != v {
-					t.Errorf("%s: the Service %v does not find the pod", name, at(o, "metadata", "name"))
-				}
-			}
 			for _, p := range at(o, "spec", "ports").([]any) {
-				if !ports[at(p, "targetPort").(string)] {
-					t.Errorf("%s: the pod has no port for %v", name, p)
+				var there []string
+				for target, pod := range pods {
+					if finds(at(o, "spec", "selector"), pod) && portsOf(at(pod, "spec", "containers").([]any)[0])[at(p, "targetPort").(string)] {
+						there = append(there, target)
+					}
+				}
+				// The parts have a port admin each, in Services of their own.
+				if len(there) != 1 {
+					t.Errorf("%s: the Service %v leads %v to %v", name, at(o, "metadata", "name"), p, there)
 				}
 			}
+			if at(o, "spec", "externalTrafficPolicy") == "Local" {
+				found := 0
+				for _, pod := range pods {
+					if finds(at(o, "spec", "selector"), pod) {
+						found++
+					}
+				}
+				if found != 1 {
+					t.Errorf("%s: behind %v with Local are pods of %d kinds", name, at(o, "metadata", "name"), found)
+				}
+			}
+		}
+	}
+}
+
+var targets = []string{"certificate-authority", "coap-gateway", "enrolment-gateway", "grpc-gateway", "identity-store", "oauth-server", "resource-directory"}
+
+// targetOf is what a container is told to run, "" for all.
+func targetOf(c any) string {
+	args := at(c, "args").([]any)
+	if i := slices.Index(args, any("--target")); i >= 0 {
+		return args[i+1].(string)
+	}
+	return ""
+}
+
+func finds(selector any, pod map[string]any) bool {
+	labels := at(pod, "metadata", "labels").(map[string]any)
+	for k, v := range selector.(map[string]any) {
+		if labels[k] != v {
+			return false
+		}
+	}
+	return true
+}
+
+func portsOf(c any) map[string]bool {
+	ports := map[string]bool{}
+	for _, p := range at(c, "ports").([]any) {
+		ports[at(p, "name").(string)] = true
+	}
+	return ports
+}
+
+func mountsOf(c any) map[string]bool {
+	mounts := map[string]bool{}
+	for _, m := range at(c, "volumeMounts").([]any) {
+		mounts[at(m, "mountPath").(string)] = true
+	}
+	return mounts
+}
+
+func checkPod(t *testing.T, name string, pod, c map[string]any) {
+	t.Helper()
+	if at(pod, "spec", "securityContext", "runAsNonRoot") != true || at(c, "securityContext", "readOnlyRootFilesystem") != true ||
+		at(c, "securityContext", "allowPrivilegeEscalation") != false || fmt.Sprint(at(c, "securityContext", "capabilities", "drop")) != "[ALL]" {
+		t.Errorf("%s: the container may too much: %v", name, c["securityContext"])
+	}
+	if at(c, "resources", "requests", "memory") == nil || at(c, "resources", "requests", "cpu") == nil {
+		t.Errorf("%s: it asks for no memory, or no CPU", name)
+	}
+	ports := portsOf(c)
+	for _, probe := range []string{"startupProbe", "livenessProbe", "readinessProbe"} {
+		if !ports[at(c, probe, "httpGet", "port").(string)] || at(c, probe, "httpGet", "scheme") != "HTTPS" {
+			t.Errorf("%s: the %s is %v", name, probe, c[probe])
+		}
+	}
+	mounts := mountsOf(c)
+	for _, s := range []string{"/data", "/etc/coaphub/coaphub.yaml"} {
+		if !mounts[s] {
+			t.Errorf("%s: nothing is mounted at %s", name, s)
+		}
+	}
+}
+
+// TestDocumentedValues renders the file that docs/operations.md has people write for a cluster.
+func TestDocumentedValues(t *testing.T) {
+	b, err := os.ReadFile("../../docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(b), "`cluster.yaml`:\n\n```yaml\n")
+	text, _, ok := strings.Cut(rest, "```\n")
+	if !ok {
+		t.Fatal("there is no cluster.yaml")
+	}
+	files, err := render(t, overCluster+"\n"+text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := len(objects(t, files)); n < 20 {
+		t.Errorf("there are only %d objects", n)
+	}
+}
+
+// TestParts looks at what a cluster is asked for besides pods: that parts with several are spread and kept, scaled by one of the two
+// ways, and that each pod has its own account at NATS and no other's.
+func TestParts(t *testing.T) {
+	files, err := render(t, cases["cluster-full"])
+	if err != nil {
+		t.Fatal(err)
+	}
+	kinds := map[string][]string{}
+	for _, o := range objects(t, files) {
+		target, _ := at(o, "metadata", "labels", "app.kubernetes.io/component").(string)
+		kind := o["kind"].(string)
+		kinds[kind] = append(kinds[kind], target)
+		if kind != "Deployment" && kind != "StatefulSet" {
+			continue
+		}
+		if scaled := slices.Contains([]string{"coap-gateway", "grpc-gateway"}, target); scaled == (at(o, "spec", "replicas") != nil) {
+			t.Errorf("%s is scaled by %v", target, at(o, "spec", "replicas"))
+		}
+		pod := at(o, "spec", "template", "spec")
+		if at(pod, "topologySpreadConstraints") == nil {
+			t.Errorf("%s is not spread", target)
+		}
+		identity := ""
+		for _, v := range at(pod, "volumes").([]any) {
+			if at(v, "name") == "identity" {
+				identity = fmt.Sprint(at(v, "projected", "sources"))
+			}
+		}
+		if !strings.Contains(identity, "key:"+target+".creds") || strings.Count(identity, ".creds") != 1 || !strings.Contains(identity, "key:secret") {
+			t.Errorf("%s is %s", target, identity)
+		}
+	}
+	for kind, want := range map[string][]string{
+		"HorizontalPodAutoscaler": {"coap-gateway", "grpc-gateway"},
+		"PodDisruptionBudget":     {"coap-gateway", "enrolment-gateway", "identity-store", "resource-directory"},
+		"NetworkPolicy":           {"certificate-authority", "coap-gateway", "enrolment-gateway", "grpc-gateway", "identity-store", "resource-directory"},
+	} {
+		if got := slices.Sorted(slices.Values(kinds[kind])); !slices.Equal(got, want) {
+			t.Errorf("there are %ss of %v", kind, got)
 		}
 	}
 }
@@ -390,17 +617,43 @@ func TestMistakesAreRefused(t *testing.T) {
 		`replicas: 3`:               "replicas",
 		`replicaCount: 3`:           "replicaCount",
 		`config: {coapgateway: {}}`: "coapgateway",
-		`config: {grpcGateway: {api: {grpc: {address: ""}}}}`:               "grpc",
-		`config: {externalAddress: https://x/}`:                             "externalAddress",
-		`image: {pullPolicy: Sometimes}`:                                    "pullPolicy",
-		`storage: {size: much}`:                                             "size",
-		`devices: {type: Loadbalancer}`:                                     "type",
-		`ingress: {enabled: true}`:                                          "host",
-		`secrets: [A_B]`:                                                    "secrets",
-		`resources: {request: {cpu: 1}}`:                                    "request",
-		`config: {admin: {api: {http: {address: "127.0.0.1:8081"}}}}`:       "nobody would reach it",
-		`config: {admin: {api: {http: {address: ""}}}}`:                     "address",
-		`config: {grpcGateway: {api: {http: {address: "localhost:8080"}}}}`: "nobody would reach it",
+		`config: {grpcGateway: {api: {grpc: {address: ""}}}}`:                          "grpc",
+		`config: {externalAddress: https://x/}`:                                        "externalAddress",
+		`image: {pullPolicy: Sometimes}`:                                               "pullPolicy",
+		`storage: {size: much}`:                                                        "size",
+		`devices: {type: Loadbalancer}`:                                                "type",
+		`ingress: {enabled: true}`:                                                     "host",
+		`secrets: [A_B]`:                                                               "secrets",
+		`resources: {request: {cpu: 1}}`:                                               "request",
+		`config: {admin: {api: {http: {address: "127.0.0.1:8081"}}}}`:                  "nobody would reach it",
+		`config: {admin: {api: {http: {address: ""}}}}`:                                "address",
+		`config: {grpcGateway: {api: {http: {address: "localhost:8080"}}}}`:            "nobody would reach it",
+		`config: {cluster: {secret: in the open}}`:                                     "secret",
+		`config: {store: {mongodb: {password: in the open}}}`:                          "password",
+		`config: {target: [coap-gateway]}`:                                             "target",
+		`parts: {coap-gateway: {}}`:                                                    "resource-directory",
+		overCluster:                                                                    "hubId",
+		cluster + "\nconfig: {cluster: {hubId: one}}":                                  "hubId",
+		cluster + "\nconfig: {bus: {urls: []}}":                                        "urls",
+		cluster + "\nconfig: {bus: {urls: [\"nats://user:password@nats\"]}}":           "urls",
+		cluster + "\nconfig: {store: {mongodb: {uri: \"mongodb://u:p@mongo\"}}}":       "uri",
+		cluster + "\nconfig: {store: {mongodb: {uri: \"\"}}}":                          "uri",
+		cluster + "\ncluster: {existingSecret: \"\"}":                                  "cluster",
+		cluster + "\ncluster: {existingSecret: \"\", secret: short}":                   "secret",
+		cluster + "\ncluster: {secret: one of two that are given}":                     "cluster",
+		cluster + "\nnats: {kind: password}":                                           "kind",
+		cluster + "\nnats: {identities: {toaster: x}}":                                 "toaster",
+		cluster + "\nnats: {identities: {coap-gateway: x}}":                            "has none",
+		cluster + "\nmongodb: {existingSecret: x}":                                     "user",
+		cluster + "\nparts: {toaster: {}}":                                             "toaster",
+		cluster + "\nparts: {certificate-authority: {replicas: 2}}":                    "certificate-authority",
+		cluster + "\nparts: {certificate-authority: {autoscaling: {}}}":                "autoscaling",
+		cluster + "\nparts: {coap-gateway: {replicas: 0}}":                             "replicas",
+		cluster + "\nparts: {coap-gateway: {autoscaling: {maxReplicas: 3}}}":           "minReplicas",
+		cluster + "\nparts: {identity-store: null}":                                    "identity-store",
+		cluster + "\nparts: {oauth-server: null}":                                      "without an oauth-server",
+		cluster + "\nconfig: {coapGateway: {api: {coap: {externalAddress: \"\"}}}}":    "Give gateways for devices an address of their own",
+		cluster + "\nconfig: {coapGateway: {api: {coap: {externalAddress: devices}}}}": "externalAddress",
 	} {
 		if _, err := render(t, values); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", values, err)
@@ -426,7 +679,11 @@ func TestNotes(t *testing.T) {
 				continue
 			}
 			n++
-			if !strings.Contains(line, "-n iot exec coaphub-0 ") {
+			pod := "coaphub-0"
+			if strings.HasPrefix(values, overCluster) {
+				pod = "deployment/coaphub-grpc-gateway"
+			}
+			if !strings.Contains(line, "-n iot exec "+pod+" ") {
 				t.Errorf("%s: no such pod: %s", name, line)
 			}
 			words := slices.DeleteFunc(strings.Fields(command), func(w string) bool { return path.Base(w) != w || w == "admin" || w == "--help" })
