@@ -21,7 +21,7 @@ const (
 	working, talking = 1024, 256
 	// talkTime is how long a talk waits for its next part, and leaving how long questions have to be answered when the server ends: a
 	// process has five seconds for all that it does then.
-	talkTime, leaving = 10 * time.Second, 3 * time.Second
+	talkTime, leaving = 10 * time.Second, 2 * time.Second
 	// longest is for how long a question is worked on, whatever it says.
 	longest = 10 * time.Minute
 )
