@@ -223,6 +223,8 @@ func (a *assembly) openShared(ctx context.Context) (err error) {
 		return err
 	}
 	feed, err := waited(ctx, a.log, "the NATS servers with JetStream", func(ctx context.Context) (*jetfeed.Feed, error) {
+		ctx, cancel := context.WithTimeout(ctx, 5*time.Second) // it waits as long as it may, and does not say so
+		defer cancel()
 		return jetfeed.Open(ctx, a.cfg.Store.Feed, jetfeed.Options{
 			Bus: a.cfg.Bus, HubID: a.hubID, Name: a.processName(), Log: a.log.With("part", "feed"), Registerer: a.registry,
 		})

@@ -57,6 +57,8 @@ type apart struct {
 	self    string // its instance
 	log     *slog.Logger
 	mine    atomic.Pointer[[partitions]bool]
+	// gone is closed when others have taken over: what waits for a device here waits no longer.
+	gone chan struct{}
 
 	life    context.Context // ends with Run
 	end     context.CancelFunc
@@ -81,7 +83,7 @@ func (a *apart) told(word spoken) {
 // Apart makes the directory one of several, as which members has it under the instance's name; it serves on b once it runs, and cannot
 // be asked before that. It must be called before Run.
 func (d *Directory) Apart(b *bus.Bus, members *bus.Members, instance string) {
-	a := &apart{bus: b, members: members, self: instance, log: d.log, telling: semaphore.NewWeighted(telling), words: map[spoken]struct{}{}}
+	a := &apart{bus: b, members: members, self: instance, log: d.log, telling: semaphore.NewWeighted(telling), words: map[spoken]struct{}{}, gone: make(chan struct{})}
 	a.mine.Store(new([partitions]bool))
 	a.life, a.end = context.WithCancel(context.Background())
 	d.apart = a
@@ -99,6 +101,14 @@ func (d *Directory) Partitions() int {
 		}
 	}
 	return n
+}
+
+// overtaken is closed when the directory stops and others have taken over; nil: there are none.
+func (d *Directory) overtaken() <-chan struct{} {
+	if d.apart == nil {
+		return nil
+	}
+	return d.apart.gone
 }
 
 // keeper is by what the index of online devices knows who ends a session when its process is gone: the gateway that holds it, or, in

@@ -2,6 +2,7 @@ package resourcedirectory
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -535,6 +536,40 @@ func (l *line) mend() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.down = false
+}
+
+// A directory that stops does not wait for commands that wait for devices: their callers hear of it at once, and those that may ask again
+// do so where the device is now.
+func TestCommandsOfADirectoryThatStops(t *testing.T) {
+	t.Parallel()
+	w := newTown(t)
+	rds := w.directories(2)
+	gw := w.start(GatewayPart, "gw")
+	dev := w.at(rds[0])
+	w.must(gw.c.Register(t.Context(), own(dev, alice, 1), "user-1"))
+	answers := map[string]chan error{"": make(chan error, 1), "a key": make(chan error, 1)}
+	for key, answer := range answers {
+		o := orderFor(dev, 1)
+		o.TTL, o.Key, o.Force = time.Minute, key, true
+		go func() {
+			_, err := gw.c.Command(t.Context(), alice, o)
+			answer <- err
+		}()
+	}
+	commands := func() []hub.Command { return w.device(gw, dev).Commands }
+	w.eventually("the commands wait", func() bool { return len(commands()) == 2 })
+	rds[0].stop()
+	var e *hub.Error
+	if err := <-answers[""]; !errors.As(err, &e) || e.Code != errStopping.Code {
+		t.Errorf("a caller without a key was told %v", err)
+	}
+	x := w.signIn(gw, "gw", dev, "conn-1")
+	taken, _, err := gw.c.TakeCommands(t.Context(), x.stamp(), nil, 4)
+	w.must(err)
+	for _, c := range taken {
+		w.must(gw.c.EndCommand(t.Context(), x.stamp(), c.ID, hub.Answer{End: hub.CommandCompleted, Status: hub.StatusOK, Code: 0x44}))
+	}
+	w.must(<-answers["a key"])
 }
 
 func orderFor(dev hub.DeviceID, v any) hub.Order {

@@ -413,13 +413,23 @@ func (c *Client) SetLabels(ctx context.Context, owner hub.Owner, dev hub.DeviceI
 }
 
 // Command implements what doors need.
-func (c *Client) Command(ctx context.Context, owner hub.Owner, o hub.Order) (hub.Outcome, error) {
+func (c *Client) Command(ctx context.Context, owner hub.Owner, o hub.Order) (out hub.Outcome, err error) {
 	if _, ok := ctx.Deadline(); !ok { // the command has an end, and the caller no other
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, max(o.TTL, 10*time.Second)+attempt)
 		defer cancel()
 	}
-	return once(ctx, c, callCommand, commandsOf(partitionOf(o.Device)), commandAsked{owner, o})
+	// A directory that stops waits no longer for the device. With a key the next one is asked for the outcome; without, the command would
+	// be another one.
+	again := func(err error) bool {
+		code, _ := hub.Public(err)
+		return bus.NotDone(err) || o.Key != "" && code == errStopping.Code
+	}
+	err = persist(ctx, again, func(ctx context.Context) (err error) {
+		out, err = callCommand.Call(ctx, c.bus, commandsOf(partitionOf(o.Device)), commandAsked{owner, o})
+		return err
+	})
+	return out, err
 }
 
 // Changes implements what doors need: nobody here knows of changes before they ask, so whatever was read is to be read again.

@@ -395,6 +395,7 @@ func (d *Directory) serveApart(ctx context.Context, ready func()) {
 	if others := a.members.Living(Part); len(others) > 1 || len(others) == 1 && others[0] != a.self {
 		time.Sleep(handover)
 	}
+	close(a.gone)
 	stop()
 	all.Wait()
 }

@@ -363,6 +363,8 @@ func (d *Directory) Command(ctx context.Context, owner hub.Owner, o hub.Order) (
 		return ended(out)
 	case <-ctx.Done():
 		return hub.Outcome{}, wrap(op, ctx.Err())
+	case <-d.overtaken():
+		return hub.Outcome{}, errStopping.With(op, nil)
 	case <-d.stopped:
 		return hub.Outcome{}, errStopping.With(op, nil)
 	}

@@ -19,8 +19,9 @@ import (
 const (
 	// working is how many questions of a server are worked on at a time, and talking how many that come or go in parts wait for the next.
 	working, talking = 1024, 256
-	// talkTime is how long a talk waits for its next part, and leaving how long questions have to be answered when the server ends.
-	talkTime, leaving = 10 * time.Second, 5 * time.Second
+	// talkTime is how long a talk waits for its next part, and leaving how long questions have to be answered when the server ends: a
+	// process has five seconds for all that it does then.
+	talkTime, leaving = 10 * time.Second, 2 * time.Second
 	// longest is for how long a question is worked on, whatever it says.
 	longest = 10 * time.Minute
 )
@@ -146,9 +147,9 @@ func (s *Server) Run(ctx context.Context, ready func()) error {
 	}
 	ready()
 	<-ctx.Done()
-	s.end()
 	over := time.AfterFunc(leaving, stop)
 	defer over.Stop()
+	s.end(work)
 	s.under.Wait()
 	return nil
 }
@@ -165,8 +166,8 @@ func (s *Server) start(take func(*nats.Msg)) error {
 	return nil
 }
 
-// end takes no more questions than were sent before.
-func (s *Server) end() {
+// end takes no more questions than were sent before, and waits for these as long as there is work.
+func (s *Server) end(work context.Context) {
 	s.mu.Lock()
 	s.take = nil
 	var gone []<-chan nats.SubStatus
@@ -181,11 +182,10 @@ func (s *Server) end() {
 		}
 	}
 	s.mu.Unlock()
-	over := time.After(leaving)
 	for _, closed := range gone {
 		select {
 		case <-closed:
-		case <-over:
+		case <-work.Done():
 			return
 		}
 	}

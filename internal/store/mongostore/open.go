@@ -232,8 +232,11 @@ func (s *Store) explain(err error) error {
 		return configError("store-read-only",
 			fmt.Sprintf("the database at %s takes no writes: name the whole replica set in the URI, without directConnection", at), err)
 	case notSent(err):
-		return configError("store-unreachable",
-			fmt.Sprintf("no primary of the database answers at %s: check the URI, the replica set's name, the network and TLS", at), err)
+		// It may be on its way: whoever opens the store decides whether to wait.
+		return &hub.Error{
+			Kind: hub.Unavailable, Op: "mongostore.Open", Code: errUnreachable.Code, Err: err,
+			Text: fmt.Sprintf("no primary of the database answers at %s: check the URI, the replica set's name, the network and TLS", at),
+		}
 	}
 	return fmt.Errorf("open the database at %s: %w", at, err)
 }

@@ -31,14 +31,15 @@ import (
 // refused opens a store that must not come up.
 func refused(t *testing.T, what string, cfg mongostore.Config, o mongostore.Options, tuning mongostore.Tuning, code string) {
 	t.Helper()
-	if code == "store-unreachable" {
-		cfg.SelectTimeout = 100 * time.Millisecond
+	kind := hub.Precondition
+	if code == "store-unreachable" { // who starts waits for it
+		kind, cfg.SelectTimeout = hub.Unavailable, 100*time.Millisecond
 	}
 	s, err := mongostore.OpenTuned(t.Context(), cfg, o, tuning)
 	if err == nil {
 		s.Kill()
 	}
-	wantError(t, what, err, hub.Precondition, code)
+	wantError(t, what, err, kind, code)
 }
 
 // What stands between the hub and its database is said when it starts, and the same start works once it is put right.

@@ -1,0 +1,63 @@
+package cluster_test
+
+import (
+	"context"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/coaphub/coaphub/bundle"
+)
+
+// TestStartInAnyOrder: parts that start before their servers wait, say for what, and come up. Who does not belong to the hub is refused,
+// and told why.
+func TestStartInAnyOrder(t *testing.T) {
+	w := prepare(t)
+	w.begin()
+	waits := func(what string) func() bool {
+		return func() bool {
+			for _, name := range w.order {
+				if !strings.Contains(w.parts[name].log.String(), "the start waits for "+what) {
+					return false
+				}
+			}
+			return true
+		}
+	}
+	until(t, 30*time.Second, "all to say that they wait for NATS", waits("the NATS servers with JetStream"))
+	w.startNATS()
+	until(t, 30*time.Second, "all to say that they wait for MongoDB", waits("MongoDB"))
+	w.startMongo()
+	w.ready()
+	for _, name := range []string{"is", "ca", "app-1", "app-2", "gw-1", "gw-2"} {
+		until(t, patience, name+" to answer", func() bool {
+			_, err := w.parts[name].control.Onboard(t.Context(), bundle.OnboardRequest{DeviceID: "00000000-0000-4000-8000-000000000001", Certificate: true})
+			return err == nil
+		})
+	}
+	for _, c := range []struct{ name, target, env, says string }{
+		{"another secret", "identity-store", "COAPHUB_CLUSTER_SECRET=another secret of the hub", "store-of-another-cluster"},
+		{"another hub", "resource-directory", "COAPHUB_CLUSTER_HUBID=7f8c3a52-3d1c-4b7e-9a41-0c9b8e7d6f5b", "store-of-another-hub"},
+		{"no URI", "resource-directory", "COAPHUB_STORE_MONGODB_URI=mongo:27017", "store.mongodb.uri"},
+		{"no user", "resource-directory", "COAPHUB_STORE_MONGODB_URI=mongodb://nobody:wrong@" + w.store.addr() + "/", "password"},
+		{"no part", "resource-directories", "", "there is no part \"resource-directories\""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			defer cancel()
+			cmd := exec.CommandContext(ctx, filepath.Join(programs, "coaphub"), "serve", "--config", w.config, "--data", t.TempDir(), "--target", c.target)
+			cmd.Env = append(os.Environ(), c.env)
+			began := time.Now()
+			out, err := cmd.CombinedOutput()
+			if err == nil || ctx.Err() != nil || !strings.Contains(string(out), c.says) {
+				t.Errorf("after %v: %v\n%s", time.Since(began), err, out)
+			}
+			if strings.Contains(string(out), "another secret of") || strings.Contains(string(out), ":wrong@") {
+				t.Errorf("it tells a secret:\n%s", out)
+			}
+		})
+	}
+}
