@@ -33,6 +33,8 @@ const (
 	telling, tellFor = 1024, 10 * time.Second
 	// tellTry is how long one answer is waited for.
 	tellTry = time.Second
+	// settled is how long after that nobody else serves a partition of the directory's any more.
+	settled = 15 * time.Second
 	// closeWait is how long a device's end waits for its session's.
 	closeWait = time.Second
 )
@@ -57,6 +59,7 @@ type apart struct {
 	self    string // its instance
 	log     *slog.Logger
 	mine    atomic.Pointer[[partitions]bool]
+	moved   atomic.Int64 // Unix nanoseconds: when partitions moved last, or it had not heard itself for a while
 	// gone is closed when others have taken over: what waits for a device here waits no longer.
 	gone chan struct{}
 
@@ -280,12 +283,22 @@ func (d *Directory) watch(ctx context.Context, s *servers, ready func()) {
 	var passes sync.WaitGroup
 	defer passes.Wait()
 	var sessions, commands pass
+	everything := new([partitions]bool)
+	for p := range everything {
+		everything[p] = true
+	}
+	var since time.Time
 	judged := map[string]bool{} // gateways that were found silent
 	for {
 		moved := a.members.Moved()
 		living := a.members.Living(Part)
 		changed := a.share(living)
+		if now := a.members.Since(); now != since {
+			// It stood still, or was away, and others may have had its partitions meanwhile.
+			since, changed = now, everything
+		}
 		if changed != nil {
+			a.moved.Store(time.Now().UnixNano())
 			d.marked.forget()
 			for _, w := range d.workers {
 				w.leave(changed)
@@ -421,6 +434,22 @@ func (w *worker) forget() {
 			w.drop(e)
 		}
 	}
+}
+
+// doubts has a request decided once more that wrote nothing, on what the store has, if the picture that it was decided on may be old: only
+// what is written is checked against what others have written.
+func (w *worker) doubts(r *request, err error) bool {
+	a := w.d.apart
+	if a == nil || r.reread || err == nil && w.d.serves(r.dev) && time.Since(time.Unix(0, a.moved.Load())) > settled {
+		return false
+	}
+	r.reread = true
+	if e := w.devices[r.dev]; e != nil {
+		e.stale = true
+		e.public.Store(nil)
+	}
+	w.ready = append(w.ready, r)
+	return true
 }
 
 // persist repeats do while again says so of its error, for as long as ctx lasts.

@@ -630,3 +630,28 @@ func TestEachTrimsItsOwn(t *testing.T) {
 		}
 	}
 }
+
+// A directory that others have written behind refuses nothing, and takes nothing for done, because of what it remembers: it looks first.
+func TestOldPictureDecidesNothing(t *testing.T) {
+	t.Parallel()
+	w := newTown(t)
+	one := w.directories(1)[0]
+	gw := w.start(GatewayPart, "gw")
+	dev := w.at(one)
+	w.must(gw.c.Register(t.Context(), own(dev, alice, 1), "user-1"))
+	first := w.signIn(gw, "gw", dev, "conn-1")
+	w.must(gw.c.Notify(t.Context(), first.stamp(), []hub.Change{value("/light", 1)}))
+	// Another that serves nothing here writes the device behind its back: a sign-in, and another value.
+	other, stop := run(t, Default(), w.st, &logBuffer{})
+	defer stop()
+	sess, err := other.SignIn(t.Context(), own(dev, alice, 1), conn("conn-2"), "user-1", newEnd())
+	w.must(err)
+	from := hub.Stamp{Device: dev, Session: sess.Number, User: "user-1"}
+	from.Message++
+	w.must(other.Notify(t.Context(), from, []hub.Change{value("/light", 2)}))
+	from.Message++
+	w.must(gw.c.Notify(t.Context(), from, []hub.Change{value("/light", 1)})) // as it remembers it, in a session that it does not know
+	if got := twinOf(t, w.device(gw, dev), "/light"); got != "1" {
+		t.Errorf("the last value was 1, and the twin has %s", got)
+	}
+}

@@ -128,6 +128,7 @@ type request struct {
 	answer  chan error  // one place, so that the worker never waits
 	settled atomic.Bool // the answer was given or the caller went: whoever sets it first decides which
 	tries   int
+	reread  bool   // it was decided once more on what the store has
 	holds   *entry // the device that was loaded for this request and waits in memory for its decision
 }
 

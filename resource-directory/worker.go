@@ -104,6 +104,8 @@ type resting struct {
 	r   *request
 	err error
 	n   int
+	// wrote: it made events, so that the store has found that the picture was right.
+	wrote bool
 }
 
 type draft struct {
@@ -181,7 +183,7 @@ func (w *worker) run(ctx context.Context) {
 				more = false
 			}
 		}
-		if w.under == nil && len(w.ready) > 0 {
+		for w.under == nil && len(w.ready) > 0 {
 			w.round(ctx, helpers.Go)
 		}
 	}
@@ -264,7 +266,7 @@ func (w *worker) round(ctx context.Context, start func(func())) {
 	for _, b := range order {
 		if len(b.commits) == 0 {
 			for _, q := range b.reqs {
-				w.finish(q.r, q.err)
+				w.finish(q.r, q.err, false)
 			}
 			continue
 		}
@@ -298,7 +300,7 @@ func (w *worker) decide(b *build, r *request, now int64) int {
 	events, err := r.decide(b.tip, now)
 	if err != nil || len(events) == 0 {
 		// The answer may rest on commits that are not stored yet, so it waits for them.
-		b.reqs = append(b.reqs, resting{r, err, len(b.commits)})
+		b.reqs = append(b.reqs, resting{r, err, len(b.commits), false})
 		return 0
 	}
 	total := 0
@@ -334,7 +336,7 @@ func (w *worker) decide(b *build, r *request, now int64) int {
 		events = events[piece:]
 		b.open = len(events) == 0
 	}
-	b.reqs = append(b.reqs, resting{r, nil, len(b.commits)})
+	b.reqs = append(b.reqs, resting{r, nil, len(b.commits), true})
 	return total
 }
 
@@ -411,7 +413,7 @@ func (w *worker) settle(errs []error) {
 		for _, q := range b.reqs {
 			switch {
 			case q.n <= n:
-				w.finish(q.r, q.err)
+				w.finish(q.r, q.err, q.wrote)
 			case hub.IsKind(failed, hub.Conflict) && q.r.tries < maxTries:
 				q.r.tries++
 				again = append(again, q.r)
@@ -435,7 +437,10 @@ func (w *worker) settle(errs []error) {
 
 var errContended = hub.NewError(hub.Unavailable, "device-contended", "several parts of the hub write this device, try again later")
 
-func (w *worker) finish(r *request, err error) {
+func (w *worker) finish(r *request, err error, wrote bool) {
+	if !wrote && w.doubts(r, err) {
+		return
+	}
 	if err == nil && r.stored != nil {
 		r.stored(w)
 	}

@@ -436,7 +436,9 @@ func (w *world) app(i int, token string) *client.Client {
 	w.t.Helper()
 	hosts := []string{"127.0.0.1:" + w.http, "127.0.0.2:" + w.http}
 	d := open(w.t, hosts[i], hosts[1-i])
+	d.mu.Lock()
 	d.inTurn = false
+	d.mu.Unlock()
 	c, err := client.New(client.Config{Server: "http://" + d.addr(), Token: client.Static(token)})
 	if err != nil {
 		w.t.Fatal(err)
