@@ -564,10 +564,12 @@ func TestCommandsOfADirectoryThatStops(t *testing.T) {
 		t.Errorf("a caller without a key was told %v", err)
 	}
 	x := w.signIn(gw, "gw", dev, "conn-1")
-	taken, _, err := gw.c.TakeCommands(t.Context(), x.stamp(), nil, 4)
-	w.must(err)
-	for _, c := range taken {
-		w.must(gw.c.EndCommand(t.Context(), x.stamp(), c.ID, hub.Answer{End: hub.CommandCompleted, Status: hub.StatusOK, Code: 0x44}))
+	for range answers { // one at a time for an href, whichever came first
+		taken, _, err := gw.c.TakeCommands(t.Context(), x.stamp(), nil, 4)
+		w.must(err)
+		for _, c := range taken {
+			w.must(gw.c.EndCommand(t.Context(), x.stamp(), c.ID, hub.Answer{End: hub.CommandCompleted, Status: hub.StatusOK, Code: 0x44}))
+		}
 	}
 	w.must(<-answers["a key"])
 }
