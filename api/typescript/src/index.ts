@@ -84,27 +84,35 @@ export class Hub {
 
   /** Reads a list, page by page: each page is read whole before its first element is given. */
   async *list<P extends Lists>(path: P, parameters?: ParametersOf<P>): AsyncGenerator<Element<P>, void, undefined> {
-    const given = (parameters ?? {}) as { query?: Record<string, unknown>; path?: Record<string, unknown> };
-    const get = this.api.GET as unknown as (path: string, init: object) => Promise<{ response: Response; data?: ReadableStream<Uint8Array> }>;
+    const given = (parameters ?? {}) as { query?: Record<string, unknown> };
     for (let cursor: string | undefined; ; ) {
       const query = { limit: pageSize, ...given.query, ...(cursor ? { cursor } : {}) };
-      const { data } = await get(path, { params: { ...given, query }, parseAs: "stream" });
-      const page: (Element<P> & { cursor?: string })[] = [];
-      for await (const line of data ? lines(data) : []) {
-        if (line.trim() === "") continue;
-        const { result, error } = JSON.parse(line) as { result?: Element<P>; error?: Status };
-        if (error) {
-          yield* page;
-          throw HubError.of(0, error);
-        }
-        page.push(result as Element<P>);
-      }
-      const last = page.at(-1);
-      cursor = last?.cursor;
-      delete last?.cursor;
-      yield* page;
+      const page = await this.page(path, { ...given, query } as unknown as ParametersOf<P>);
+      yield* page.elements;
+      if (page.error) throw page.error;
+      cursor = page.cursor;
       if (!cursor || given.query?.["limit"]) return; // whoever asks for so many gets so many
     }
+  }
+
+  /**
+   * Reads one page of a list: what `query.limit` and `query.cursor` say, the whole list without. `cursor` is where the next page
+   * begins, absent behind the last; `error` is what broke the list off behind these elements.
+   */
+  async page<P extends Lists>(path: P, parameters?: ParametersOf<P>): Promise<{ elements: Element<P>[]; cursor?: string; error?: HubError }> {
+    const get = this.api.GET as unknown as (path: string, init: object) => Promise<{ response: Response; data?: ReadableStream<Uint8Array> }>;
+    const { data } = await get(path, { params: parameters ?? {}, parseAs: "stream" });
+    const elements: (Element<P> & { cursor?: string })[] = [];
+    for await (const line of data ? lines(data) : []) {
+      if (line.trim() === "") continue;
+      const { result, error } = JSON.parse(line) as { result?: Element<P>; error?: Status };
+      if (error) return { elements, error: HubError.of(0, error) };
+      elements.push(result as Element<P>);
+    }
+    const last = elements.at(-1);
+    const cursor = last?.cursor;
+    delete last?.cursor;
+    return { elements, ...(cursor ? { cursor } : {}) };
   }
 
   /**

@@ -1,0 +1,1 @@
+export function SystemPage() { return <p>…</p>; }
