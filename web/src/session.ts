@@ -88,17 +88,16 @@ export class Session {
     return () => this.#heard.delete(f);
   };
 
-  /** A token that is good for a while. Waits for as long as the person has to sign in again. */
-  token = async (): Promise<string> => {
-    if (this.#tokens.ends - Date.now() > renewBefore) return this.#tokens.access;
-    return this.renew();
+  /** A token that is good for a while, and another one if that was refused. Waits for as long as the person has to sign in again. */
+  token = async (refused = false): Promise<string> => {
+    if (!refused && this.#state === "in" && this.#tokens.ends - Date.now() > renewBefore) return this.#tokens.access;
+    return this.#renewed();
   };
 
-  /** A new token; also when the hub refused the one there is. */
-  renew = (): Promise<string> => {
+  #renewed(): Promise<string> {
     this.#renewing ??= this.#renew().finally(() => (this.#renewing = undefined));
     return this.#renewing;
-  };
+  }
 
   async #renew(): Promise<string> {
     if (this.#state === "in" && this.#tokens.refresh) {

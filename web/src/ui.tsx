@@ -71,8 +71,8 @@ export function Window({ title, open, onClose, children, wide }: { title: string
 }
 
 /** Asks before something that cannot be undone: the person types a word, a name for one. */
-export function Confirm({ title, text, word, action, open, onClose, run }: {
-  title: string; text: string; word: string; action: string; open: boolean; onClose: () => void; run: () => Promise<void>;
+export function Confirm({ title, text, word, action, open, onClose, run, more }: {
+  title: string; text: string; word: string; action: string; open: boolean; onClose: () => void; run: () => Promise<void>; more?: ReactNode;
 }) {
   const [typed, setTyped] = useState("");
   const [error, setError] = useState<unknown>();
@@ -98,6 +98,7 @@ export function Confirm({ title, text, word, action, open, onClose, run }: {
           <Label className="hidden">{text}</Label>
           <Input autoComplete="off" spellCheck={false} />
         </TextField>
+        {more}
         <Failure error={error} />
         <p className="buttons">
           <Button onPress={done}>{texts.cancel}</Button>
