@@ -3,6 +3,7 @@ package grpcgateway
 import (
 	"context"
 	"iter"
+	"net/http"
 	"strings"
 	"sync"
 
@@ -171,4 +172,24 @@ func (g *Gateway) candidate(ctx context.Context, owner hub.Owner, id hub.DeviceI
 	}
 	g.index.put(id, indexed{changes, owner, d.summary})
 	return d, nil
+}
+
+// deviceCounts is how many devices a caller's list of devices has, and how many of them are online.
+type deviceCounts struct {
+	Devices int `json:"devices"`
+	Online  int `json:"online"`
+}
+
+func (g *Gateway) getDevicesCounts(w http.ResponseWriter, r *request) error {
+	var n deviceCounts
+	for d, err := range g.summaries(r.Context(), r.claims.Owner, &filter{online: true, offline: true}) {
+		if err != nil {
+			return err
+		}
+		n.Devices++
+		if d.online {
+			n.Online++
+		}
+	}
+	return writeJSON(w, r, n)
 }

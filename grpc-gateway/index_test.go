@@ -197,3 +197,37 @@ func BenchmarkSearch(b *testing.B) {
 		find()
 	}
 }
+
+// The numbers are those of the list of devices: what is in no list counts nowhere.
+func TestDevicesCounts(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	const path = "/api/v1/devices-counts"
+	online := 0
+	list := w.get(t, "/api/v1/devices").results()
+	for range w.get(t, "/api/v1/devices?statusFilter=ONLINE").results() {
+		online++
+	}
+	want(t, "alice's", w.get(t, path).Body.String(), fmt.Sprintf(`{"devices":%d,"online":%d}`+"\n", len(list), online))
+	want(t, "some are here, some not", online > 0 && online < len(list), true)
+	w.do(t, "alice", "DELETE", "/api/v1/devices/"+string(lampB))
+	want(t, "one less", w.get(t, path).Body.String(), fmt.Sprintf(`{"devices":%d,"online":%d}`+"\n", len(list)-1, online))
+	want(t, "who has none", w.do(t, "reader", "GET", path).Code, 200)
+	want(t, "a token is needed", w.do(t, "", "GET", path).reason(), "token-missing")
+}
+
+// Counting 100 000 devices that did not change since they were counted.
+func BenchmarkDevicesCounts(b *testing.B) {
+	w := newWorld(b)
+	w.identities.devices = manyLamps(w, 100_000)
+	w.directory.changes = func(hub.DeviceID) uint64 { return 1 }
+	ask := func() {
+		if a := w.get(b, "/api/v1/devices-counts"); a.Body.String() != `{"devices":100000,"online":100000}`+"\n" {
+			b.Fatal(a.Body)
+		}
+	}
+	ask()
+	for b.Loop() {
+		ask()
+	}
+}
