@@ -289,7 +289,9 @@ func TestSystemOverTheAPI(t *testing.T) {
 		t.Errorf("of the machine: %s", text)
 	}
 
-	same := func(a, b bundle.Part) bool { return a.Target == b.Target && a.Instance == b.Instance && a.State == b.State }
+	same := func(a, b bundle.Part) bool {
+		return a.Target == b.Target && a.Instance == b.Instance && a.State == b.State
+	}
 	eventually(t, "all parts were heard of", func() bool { // over a bus each says by itself that it lives
 		parts, err := h.Control.Parts(t.Context())
 		_, text := admin.ask(t, http.MethodGet, "/api/v1/system/parts", "")
