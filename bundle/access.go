@@ -215,11 +215,10 @@ func (a *assembly) logRevoked(ctx context.Context, cs []hub.Certificate) {
 func (a *assembly) readmit(ctx context.Context, dev hub.DeviceID, owner hub.Owner) error {
 	err := a.identities.Admits(ctx, dev, nil)
 	if code, _ := hub.Public(err); err != nil && code == "device-removed" {
-		removed := err
-		if err = a.identities.Enable(ctx, dev, owner); hub.IsKind(err, hub.NotFound) {
-			err = nil // somebody was faster
+		if err = a.identities.Enable(ctx, dev, owner); hub.IsKind(err, hub.NotFound) { // somebody was faster, or it was another owner's
+			err = nil
 			if owner != "" {
-				err = removed // or it was another's
+				err = a.identities.Admits(ctx, dev, nil)
 			}
 		}
 	}

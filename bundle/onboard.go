@@ -61,6 +61,9 @@ func (a *assembly) makeOnboarding(ctx context.Context, named string, anyDevice b
 		}
 	}
 	o = Onboarding{HubID: a.hubID, DeviceID: string(m.dev), Endpoints: a.endpoints(), CA: a.deviceRoots()}
+	if !m.operator {
+		o.Endpoints.Admin = "" // it is nobody's but the operator's
+	}
 	if err := a.authorizeDevice(ctx, m, &o); err != nil {
 		return Onboarding{}, err
 	}

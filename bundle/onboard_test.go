@@ -2,6 +2,7 @@ package bundle_test
 
 import (
 	"encoding/json"
+	"errors"
 	"io"
 	"net/http"
 	"regexp"
@@ -74,11 +75,14 @@ func owner(t *testing.T, h *hubtest.Hub, name string) caller {
 // comes connects a device with what it was given.
 func comes(t *testing.T, o bundle.Onboarding) *device.Device {
 	t.Helper()
-	conf, err := device.TLS([]byte(o.CA), []byte(o.Identity.Chain), []byte(o.Identity.Key), o.HubID)
-	if err != nil {
+	cfg := device.Config{ID: o.DeviceID, HubAddr: o.Endpoints.CoAPSTCP, Provider: o.AuthorizationProvider}
+	var err error
+	if o.Identity == nil {
+		cfg.HubAddr, cfg.PSK = o.Endpoints.CoAPS, &device.PSK{Identity: o.PSKIdentity, Key: []byte(o.PSK)}
+	} else if cfg.TLS, err = device.TLS([]byte(o.CA), []byte(o.Identity.Chain), []byte(o.Identity.Key), o.HubID); err != nil {
 		t.Fatal(err)
 	}
-	d, err := device.New(device.Config{ID: o.DeviceID, HubAddr: o.Endpoints.CoAPSTCP, TLS: conf, Provider: o.AuthorizationProvider})
+	d, err := device.New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -118,6 +122,9 @@ func TestOwnersOnboardTheirDevices(t *testing.T) {
 	if o.HubID != h.ID || o.Owner != "alice" || o.DeviceID != lamp || o.AuthorizationProvider != "coaphub" || o.ExpiresAt.IsZero() || o.PSKIdentity != lamp || o.PSK == "" {
 		t.Errorf("onboarded: %+v", o)
 	}
+	if want := h.Endpoints; o.Endpoints.CoAPSTCP != want.CoAPSTCP || o.Endpoints.HTTP != want.HTTP || o.Endpoints.Admin != "" {
+		t.Errorf("endpoints: %+v", o.Endpoints)
+	}
 	d := enters(t, o)
 	path := "/api/v1/devices/" + lamp
 	if code, text := alice.ask(t, http.MethodGet, path+"/connection", ""); code != http.StatusOK || !strings.Contains(text, `"online":true,"protocol":"coaps+tcp","tls":"TLS 1.3"`) {
@@ -154,9 +161,13 @@ func TestOwnersOnboardTheirDevices(t *testing.T) {
 
 	// Devices that nobody has are kept for who came first.
 	alice.onboards(t, `{"deviceId":"`+free+`","preSharedKey":true}`)
-	alice.onboards(t, `{"deviceId":"`+free+`","preSharedKey":true}`)
+	keyed := alice.onboards(t, `{"deviceId":"`+free+`","preSharedKey":true}`)
 	bob.refused(t, "an ID that is kept for alice, by a key", `{"deviceId":"`+free+`","preSharedKey":true}`, "device-owned-by-other")
 	bob.refused(t, "the same, a certificate", `{"deviceId":"`+free+`","certificate":true}`, "device-owned-by-other")
+	enters(t, keyed).Close()
+	if !alice.sees(t, "/api/v1/devices/"+free+"/connection", `"protocol":"coaps","tls":"DTLS 1.2"`) {
+		t.Error("a device with a pre-shared key did not come")
+	}
 	h.PSK(t, operators)
 	bob.refused(t, "a key that an operator gave", `{"deviceId":"`+operators+`","preSharedKey":true}`, "psk-of-other")
 	bob.onboards(t, `{"deviceId":"`+kept+`","certificate":true}`)
@@ -278,21 +289,18 @@ func TestSystemOverTheAPI(t *testing.T) {
 		t.Errorf("of the machine: %s", text)
 	}
 
-	parts, err := h.Control.Parts(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, text = admin.ask(t, http.MethodGet, "/api/v1/system/parts", "")
-	var ps []bundle.Part
-	if err := json.Unmarshal([]byte(text), &ps); err != nil {
-		t.Fatal(err)
-	}
 	same := func(a, b bundle.Part) bool {
 		return a.Target == b.Target && a.Instance == b.Instance && a.State == b.State
 	}
-	if len(ps) == 0 || !slices.EqualFunc(ps, parts, same) {
-		t.Errorf("parts: %s, over the socket: %+v", text, parts)
-	}
+	eventually(t, "all parts were heard of", func() bool { // over a bus each says by itself that it lives
+		parts, err := h.Control.Parts(t.Context())
+		_, text := admin.ask(t, http.MethodGet, "/api/v1/system/parts", "")
+		var ps []bundle.Part
+		if err = errors.Join(err, json.Unmarshal([]byte(text), &ps)); err != nil {
+			t.Fatal(err)
+		}
+		return len(ps) == len(bundle.Targets()) && slices.EqualFunc(ps, parts, same)
+	})
 
 	names := func(samples string) []string {
 		return slices.Compact(regexp.MustCompile(`(?m)^# (HELP|TYPE) .*$`).FindAllString(samples, -1))
