@@ -136,8 +136,8 @@ export class Visitor {
   #watch(page: Page): void {
     page.on("pageerror", (e) => this.complaints.push(e.message));
     page.on("console", (m) => {
-      // A connection that is refused while the hub is away is what the tests of that want.
-      if (m.type() === "error" && !/ERR_CONNECTION_REFUSED|WebSocket connection|ERR_INCOMPLETE|status of (404|401|503)/.test(m.text())) this.complaints.push(m.text());
+      // What the hub or the provider refuses, or a hub that is away, is what the tests of that want.
+      if (m.type() === "error" && !/ERR_CONNECTION_REFUSED|WebSocket connection|ERR_INCOMPLETE|status of (400|401|404|503)/.test(m.text())) this.complaints.push(m.text());
     });
     page.on("request", (r) => {
       if (!r.url().startsWith(this.world.url) && !/^(blob|data|about):/.test(r.url())) this.complaints.push(`asks ${r.url()}`);
