@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"sync"
@@ -199,6 +200,9 @@ func (s *Server) accept(ctx context.Context, msg *nats.Msg, talk string) {
 		s.log.Error("a question that cannot be read", "subject", msg.Subject, "error", err)
 		s.answer(msg, answer{Failure: failureOf(err)})
 		return
+	case q.Version == batchVersion && talk == "":
+		s.batch(ctx, msg, q)
+		return
 	case q.Version != version:
 		err := strangers(s.bus.build, q.Build, q.Version)
 		s.log.Error("a part of another version asks", "error", err)
@@ -215,6 +219,85 @@ func (s *Server) accept(ctx context.Context, msg *nats.Msg, talk string) {
 		defer func() { <-s.slots }()
 		s.answer(msg, s.turn(ctx, talk, q))
 	})
+}
+
+// batch has the questions of a message worked on, each for itself. It must not block.
+func (s *Server) batch(ctx context.Context, msg *nats.Msg, q question) {
+	r := &outcomes{s: s, msg: msg}
+	for _, i := range q.Batch {
+		if !s.serves(msg, i.Subject) {
+			r.add(outcome{At: i.At, Failure: failureOf(partAway)})
+			continue
+		}
+		select {
+		case s.slots <- struct{}{}:
+		default:
+			r.add(outcome{At: i.At, Failure: failureOf(partBusy)})
+			continue
+		}
+		s.under.Go(func() {
+			defer func() { <-s.slots }()
+			a := s.turn(ctx, "", question{Build: q.Build, Method: i.Method, Within: i.Within, Part: i.Body})
+			r.add(outcome{At: i.At, Part: a.Part, Next: a.Next, Failure: a.Failure})
+		})
+	}
+}
+
+// serves reports whether a question that came with a message is for this server.
+func (s *Server) serves(msg *nats.Msg, subject string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, is := s.subs[subject]
+	return is || msg.Subject == s.bus.prefix+subject
+}
+
+// outcomes is what is known of a batch and not answered. What becomes known at the same time goes into one message, and nothing waits for
+// what is not known.
+type outcomes struct {
+	s   *Server
+	msg *nats.Msg
+
+	mu      sync.Mutex // guards all below
+	known   []outcome
+	sending bool
+}
+
+func (r *outcomes) add(o outcome) {
+	r.mu.Lock()
+	r.known = append(r.known, o)
+	sending := r.sending
+	r.sending = true
+	r.mu.Unlock()
+	if sending {
+		return
+	}
+	for {
+		runtime.Gosched() // to those that are awake with an outcome, too: one append has ended for all of them
+		some := r.some()
+		if some == nil {
+			return
+		}
+		r.s.answer(r.msg, answer{Batch: some})
+	}
+}
+
+// some takes outcomes for a message; nil: there are none, and whoever has the next one sends.
+func (r *outcomes) some() []outcome {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	n, size := 0, 0
+	for ; n < len(r.known); n++ {
+		if size += len(r.known[n].Part) + 64; n > 0 && size > maxPart {
+			break
+		}
+	}
+	out := r.known[:n:n]
+	r.known = r.known[n:]
+	r.sending = n > 0
+	if n == 0 {
+		return nil
+	}
+	return out
 }
 
 // turn is one message's part in the conversation: it takes what came and says what goes back.
@@ -307,6 +390,9 @@ func (s *Server) work(ctx context.Context, q question, body []byte) (out []byte,
 
 func (s *Server) answer(msg *nats.Msg, a answer) {
 	a.Version, a.Build = version, s.bus.build
+	if a.Batch != nil {
+		a.Version = batchVersion
+	}
 	data, err := encoding.Marshal(a)
 	if err == nil {
 		err = msg.Respond(data)
