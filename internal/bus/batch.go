@@ -33,9 +33,9 @@ type Batches struct {
 
 	mu    sync.Mutex // guards all below
 	sub   *nats.Subscription
-	lanes map[string]*lane // that wait, or have something to send
+	lanes map[string]*lane     // that wait, or have something to send
 	solo  map[string]time.Time // lanes whose questions go alone, until when
-	sent  map[uint64]*batch // by token: not all is answered
+	sent  map[uint64]*batch    // by token: not all is answered
 	token uint64
 }
 

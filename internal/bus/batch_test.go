@@ -19,7 +19,7 @@ import (
 // counted is a part that asks in batches, with how many questions each of its messages to a subject had.
 type counted struct {
 	*Batches
-	stop  func() // counting
+	stop  func()     // counting
 	mu    sync.Mutex // guards sizes
 	sizes []int
 }
@@ -82,7 +82,9 @@ func TestBatches(t *testing.T) {
 	const gate, fail = Method[text, text]("gate"), Method[hub.Kind, text]("fail")
 	Handle(s, gate, func(_ context.Context, q text) (text, error) { close(in); <-out; return q, nil })
 	Handle(s, echo, func(_ context.Context, q text) (text, error) { return q, nil })
-	Handle(s, fail, func(_ context.Context, k hub.Kind) (text, error) { return text{}, hub.NewError(k, "the-code", "the text") })
+	Handle(s, fail, func(_ context.Context, k hub.Kind) (text, error) {
+		return text{}, hub.NewError(k, "the-code", "the text")
+	})
 	stop := serve(t, s)
 	c := batches(t, ask, "a")
 	c.linger = time.Hour // the first answer lets the next message go

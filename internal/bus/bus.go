@@ -117,12 +117,14 @@ func (b *Bus) talk(ctx context.Context, subject, method string, body, out []byte
 		q.Part, body = cut(body)
 		q.More = len(body) > 0
 		a, err := b.send(ctx, subject, q)
-		if err != nil {
-			return nil, err
+		if err == nil && a.Failure != nil {
+			err = a.Failure.err(method)
 		}
 		switch {
-		case a.Failure != nil:
-			return nil, a.Failure.err(method)
+		case len(out) > 0 && NotDone(err):
+			return nil, partSilent.With(method, err) // it was done, and the rest of what became of it is lost
+		case err != nil:
+			return nil, err
 		case q.More && a.Next == "":
 			return nil, fmt.Errorf("%s: the other side took a part of the question for all of it", method)
 		case q.More:
