@@ -106,6 +106,11 @@ type PublishedFeed interface {
 	// Publish adds commits that are stored, durably on return, each by itself: the slice is as long as commits. A device's
 	// commits are added in their order, and if one of them fails the later ones of the call are not added.
 	Publish(ctx context.Context, commits []hub.Commit) []error
+	// Known is how far the feed is known to have come, by what this process has read or published; it asks nobody.
+	Known() hub.Position
+	// Remember tells how far it had come, as Known said to some process: a feed that is not as far has lost commits and would give
+	// their places to others. It becomes another log.
+	Remember(ctx context.Context, known hub.Position) error
 }
 
 // Doc is a document of a typed collection.
