@@ -180,7 +180,7 @@ func TestHistoryTakesATenthOfTheDisk(t *testing.T) {
 	if err := unix.Statfs(a.folder.Path, &disk); err != nil {
 		t.Fatal(err)
 	}
-	if got, want := a.directoryConfig().History.MaxBytes, int64(disk.Blocks)*disk.Bsize/10; got != want || got == 0 {
+	if got, want := a.directoryConfig().History.MaxBytes, int64(disk.Blocks)*int64(disk.Bsize)/10; got != want || got == 0 {
 		t.Errorf("at most %d bytes, want %d", got, want)
 	}
 	a.cfg.ResourceDirectory.History.MaxBytes = 4711

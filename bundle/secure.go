@@ -106,7 +106,7 @@ func (a *assembly) directoryConfig() resourcedirectory.Config {
 	cfg := a.cfg.ResourceDirectory
 	var disk unix.Statfs_t
 	if cfg.History.MaxBytes == 0 && unix.Statfs(a.folder.Path, &disk) == nil {
-		cfg.History.MaxBytes = int64(disk.Blocks) * disk.Bsize / historyShare
+		cfg.History.MaxBytes = int64(disk.Blocks) * int64(disk.Bsize) / historyShare
 	}
 	return cfg
 }
