@@ -11,6 +11,7 @@ import (
 
 	certificateauthority "github.com/coaphub/coaphub/certificate-authority"
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/store/mongostore"
 	resourcedirectory "github.com/coaphub/coaphub/resource-directory"
 )
 
@@ -101,9 +102,12 @@ func (a *assembly) renewed(r certificateauthority.Root, made func() (tls.Certifi
 // historyShare is the part of the disk that history takes at most when nobody says how much.
 const historyShare = 10
 
-// directoryConfig fills in what only the process can know: how large the disk is.
+// directoryConfig fills in what only the process can know: how large the disk is. That of a database elsewhere nobody knows.
 func (a *assembly) directoryConfig() resourcedirectory.Config {
 	cfg := a.cfg.ResourceDirectory
+	if _, shared := a.store.(*mongostore.Store); shared {
+		return cfg
+	}
 	var disk unix.Statfs_t
 	if cfg.History.MaxBytes == 0 && unix.Statfs(a.folder.Path, &disk) == nil {
 		cfg.History.MaxBytes = int64(disk.Blocks) * int64(disk.Bsize) / historyShare
