@@ -72,8 +72,9 @@ type Log interface {
 
 // Sizer is implemented by back ends that know what they take on disk. Without it history.maxBytes has no effect.
 type Sizer interface {
-	// DiskBytes returns about how many bytes log, feed and documents take on disk.
-	DiskBytes() uint64
+	// DiskBytes returns about how many bytes log and documents take on disk, and the feed where it is kept with them. Space that was
+	// given back for others of them to use does not count, whether or not the disk has it again.
+	DiskBytes(ctx context.Context) (uint64, error)
 }
 
 // FeedEntry is a commit with its place in the feed.

@@ -92,7 +92,10 @@ type Store struct {
 	done sync.WaitGroup // of the store's own goroutines, work and beats
 }
 
-var _ store.Store = (*Store)(nil)
+var (
+	_ store.Store = (*Store)(nil)
+	_ store.Sizer = (*Store)(nil)
+)
 
 // lag is what is stored and not yet published and folded.
 type lag struct {

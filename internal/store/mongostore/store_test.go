@@ -3,6 +3,7 @@ package mongostore_test
 import (
 	"bufio"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"net/url"
@@ -178,6 +179,30 @@ func TestConformance(t *testing.T) {
 		s := open(t, config(uri, database(t)), opts(storetest.NewFeed()), mongostore.Tuning{})
 		t.Cleanup(func() { closeStore(t, s) })
 		return s
+	})
+}
+
+// TestDiskBytes: what is trimmed no longer counts, whether or not the files get smaller.
+func TestDiskBytes(t *testing.T) {
+	t.Parallel()
+	s := open(t, config(uri, database(t)), opts(storetest.NewFeed()), fast)
+	defer closeStore(t, s)
+	const dev, commits, size = hub.DeviceID("d0000000-0000-4000-8000-000000000001"), 20, 100_000
+	for seq := range uint64(commits) {
+		e := entry(dev, seq+1)
+		e.Commit.Events[0].Content.Data = make([]byte, size)
+		_, _ = rand.Read(e.Commit.Events[0].Content.Data) // nothing to compress
+		must(t, s.Append(t.Context(), []store.Entry{e})[0])
+	}
+	takes := func() uint64 {
+		n, err := s.DiskBytes(t.Context())
+		must(t, err)
+		return n
+	}
+	eventually(t, "all is on disk", func() bool { return takes() > commits*size })
+	eventually(t, "all but the newest commit is trimmed", func() bool {
+		must(t, s.Trim(t.Context(), dev, commits, nil))
+		return takes() < commits*size/2
 	})
 }
 
