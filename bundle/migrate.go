@@ -606,6 +606,7 @@ func (e *databaseEnd) close() error                              { return e.Clos
 func (e *databaseEnd) mark(ctx context.Context, name string) ([]byte, error) {
 	return e.Mark(ctx, name)
 }
+
 func (e *databaseEnd) setMark(ctx context.Context, name string, note []byte) error {
 	return e.SetMark(ctx, name, note)
 }

@@ -209,7 +209,7 @@ func (s *Store) Collections(ctx context.Context) ([]string, error) {
 		if err != nil || len(found) == 0 {
 			return out, err
 		}
-		name, _, ok := strings.Cut(found[0].ID, separator)
+		name, _, ok := cutText(found[0].ID)
 		collection, good := decodeText(name)
 		if !ok || !good {
 			return nil, damaged(found[0].ID)
