@@ -59,18 +59,6 @@ func withServer(f func() int) (code int, err error) {
 		uri = u.String()
 		return f(), nil
 	}
-	// The tests' results count until one of these changes: go test notes which files are read.
-	for _, pattern := range []string{"../../../test/mongo/*.*", "../../../test/mongo/build/*"} {
-		sources, err := filepath.Glob(pattern)
-		for _, file := range sources {
-			if _, readErr := os.ReadFile(file); readErr != nil {
-				err = readErr
-			}
-		}
-		if err != nil {
-			return 0, err
-		}
-	}
 	dir, err := os.MkdirTemp("", "coaphub-mongo-")
 	if err != nil {
 		return 0, err
@@ -111,6 +99,15 @@ var databases atomic.Int32
 // database returns the name of an empty database, which is dropped afterwards.
 func database(tb testing.TB) string {
 	tb.Helper()
+	// The tests' results count until one of these changes: go test notes which files a test reads.
+	for _, pattern := range []string{"../../../test/mongo/*.*", "../../../test/mongo/build/*"} {
+		sources, err := filepath.Glob(pattern)
+		for _, file := range sources {
+			_, readErr := os.ReadFile(file)
+			err = errors.Join(err, readErr)
+		}
+		must(tb, err)
+	}
 	name := fmt.Sprintf("coaphub-test-%d-%d", os.Getpid(), databases.Add(1))
 	tb.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)

@@ -1,10 +1,11 @@
 // Command build builds the MongoDB server of the folder above into the file that its argument names.
 //
-// FerretDB 1.24 hands to SQLite only what asks for one `_id` and for nothing else. All other commands read and decode the whole table:
-// each write of one device then costs as much as all devices have, and no cluster with a few of them gets anywhere. So the program is built
-// with one function of FerretDB's changed: it has SQLite leave out documents whose `_id` cannot be meant (pushdown.go.txt). FerretDB still
-// filters what it gets as before, so what commands mean stays as it is. The change is made in a copy of FerretDB's module that is gone
-// after the build; when another version of FerretDB has other text in that place, the build says so.
+// FerretDB 1.24 on SQLite reads, and decodes, the whole table for every command, so each write of one device costs as much as all devices
+// have, and a cluster with a few dozen of them gets nowhere. It has two reasons: SQLite has an index of `_id`, but is asked with another
+// expression than the index is made of, so never uses it; and only what asks for one `_id` and nothing else is handed on to SQLite at all. So
+// the program is built with both changed: the expression is the index's, and SQLite leaves out documents whose `_id` cannot be meant
+// (pushdown.go.txt). FerretDB still filters what it gets as before, so what commands mean stays as it is. The changes are made in a copy of
+// FerretDB's module that is gone after the build; when another version of FerretDB has other text in these places, the build says so.
 //
 // It must not know the hub.
 package main
@@ -24,9 +25,10 @@ var pushdown []byte
 
 const ferret = "github.com/FerretDB/FerretDB"
 
-// In FerretDB's file, what a query does with its filter, and what it is to do.
-const (
-	before = `	if params.Filter.Len() == 1 {
+// changes are what is changed: a file below the folder of SQLite's back end, what it has, and what it is to have.
+var changes = []struct{ file, before, after string }{
+	{"metadata/metadata.go", "IDColumn = DefaultColumn + \"->'$._id'\"", "IDColumn = DefaultColumn + `->\"_id\"`"},
+	{"collection.go", `	if params.Filter.Len() == 1 {
 		v, _ := params.Filter.Get("_id")
 		switch v.(type) {
 		case string, types.ObjectID:
@@ -36,12 +38,11 @@ const (
 	}
 
 	q += whereClause
-`
-	after = `	whereClause, args = meant(params.Filter)
+`, `	whereClause, args = meant(params.Filter)
 
 	q += whereClause
-`
-)
+`},
+}
 
 func main() {
 	if err := run(); err != nil {
@@ -79,18 +80,20 @@ func change(from, to string) error {
 		return err
 	}
 	folder := filepath.Join(to, "internal", "backends", "sqlite")
-	file := filepath.Join(folder, "collection.go")
-	text, err := os.ReadFile(file)
-	if err != nil {
-		return err
+	for _, c := range changes {
+		file := filepath.Join(folder, filepath.FromSlash(c.file))
+		text, err := os.ReadFile(file)
+		if err != nil {
+			return err
+		}
+		if strings.Count(string(text), c.before) != 1 {
+			return fmt.Errorf("FerretDB's %s is not as it was: see whether SQLite finds documents by their _id now", c.file)
+		}
+		if err := os.WriteFile(file, []byte(strings.Replace(string(text), c.before, c.after, 1)), 0o600); err != nil {
+			return err
+		}
 	}
-	if strings.Count(string(text), before) != 1 {
-		return fmt.Errorf("%s is not as it was: see what its Query does with its filter now", file)
-	}
-	return errors.Join(
-		os.WriteFile(file, []byte(strings.Replace(string(text), before, after, 1)), 0o600),
-		os.WriteFile(filepath.Join(folder, "pushdown.go"), pushdown, 0o600),
-	)
+	return os.WriteFile(filepath.Join(folder, "pushdown.go"), pushdown, 0o600)
 }
 
 // use writes this module's go.mod and go.sum into tmp, with another folder for FerretDB.
