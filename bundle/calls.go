@@ -124,14 +124,11 @@ func (a *assembly) owned(ctx context.Context) (n int, err error) {
 
 // count is how many devices have an owner, and how many sessions there are now, at all gateways.
 func (a *assembly) count(ctx context.Context) (devices, online int) {
-	var err error
-	if devices, err = a.owned(ctx); err != nil {
+	devices, err := a.owned(ctx)
+	if err != nil {
 		a.log.WarnContext(ctx, "devices could not be counted", "error", err)
 	}
-	for _, n := range a.doors.security(ctx) {
-		online += n
-	}
-	return devices, online
+	return devices, a.doors.signedIn()
 }
 
 func (a *assembly) endpoints() (e Endpoints) {
