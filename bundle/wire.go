@@ -200,6 +200,9 @@ func (a *assembly) openStore(ctx context.Context) (err error) {
 
 // openOwn opens the store in the data folder.
 func (a *assembly) openOwn(ctx context.Context) (err error) {
+	if err := removeFile(a.folder.sub(fromFile)); err != nil { // whoever was copying it has an old picture from here on
+		return err
+	}
 	if a.pebble, err = openPebble(a.folder, a.cfg.Store, a.log.With("part", "store"), a.registry); err != nil {
 		return err
 	}
