@@ -36,6 +36,7 @@ export function catalogue(markdown: string): string {
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Errors of the hub</title>
+<link rel="icon" href="/console/icon.svg">
 <link rel="stylesheet" href="/console/errors.css">
 </head>
 <body><main>

@@ -1,10 +1,10 @@
 /** How the hub itself is: its parts, its rates and latencies, its configuration, and where more is written. */
 import { useNavigate, useSearch } from "@tanstack/react-router";
 import { useQuery } from "@tanstack/react-query";
-import { useEffect, useMemo, useState } from "react";
+import { useEffect, useMemo, useRef, useState } from "react";
 import { Tab, TabList, TabPanel, Tabs } from "react-aria-components";
 import { useApp } from "./api";
-import { Chart, type Series } from "./chart";
+import { Chart } from "./chart";
 import { count } from "./format";
 import { parse, quantile, rate, sum, type Picture } from "./metrics";
 import { texts } from "./texts";
@@ -109,9 +109,43 @@ function Rates() {
     <>
       <p>{t.ratesHint}</p>
       <Failure error={metrics.error} />
-      {at.length === 0 ? <Loading what={t.collecting} /> : <div className="charts">{charts.map((c) => <Chart key={c.title} title={c.title} at={at} unit={c.unit} series={c.series} />)}</div>}
+      {at.length === 0 ? <Loading what={t.collecting} /> : <div className="charts">{charts.map((c) => <Rate key={c.title} title={c.title} at={at} unit={c.unit} series={c.series} />)}</div>}
     </>
   );
+}
+
+interface Series {
+  label: string;
+  values: (number | null)[];
+}
+
+/** A few numbers over time, with what each is now. */
+function Rate({ title, at, series, unit }: { title: string; at: number[]; series: Series[]; unit: string }) {
+  const [colours, setColours] = useState<(HTMLElement | null)[]>([]);
+  const legend = useRef<HTMLUListElement>(null);
+  useEffect(() => setColours([...(legend.current?.children ?? [])] as HTMLElement[]), []);
+  const now = series.map((s) => [s.label, `${short(s.values.findLast((v) => v !== null) ?? 0)}${unit}`] as const);
+  return (
+    <figure className="rate">
+      <figcaption>{title}</figcaption>
+      <ul className="legend" ref={legend}>{now.map(([label, value], i) => <li key={label} className={`series-${i}`}><span>{label} <b>{value}</b></span></li>)}</ul>
+      {colours.length > 0 && (
+        <Chart
+          label={`${title}: ${now.map((n) => n.join(" ")).join(", ")}`} lines={series.map((s, i) => ({ label: s.label, steps: false, colour: colours[i] ?? null }))}
+          data={[at.map((ms) => ms / 1000), ...series.map((s) => s.values)]} range={{ min: at[0]! / 1000, max: Math.max(at.at(-1)! / 1000, at[0]! / 1000 + 10) }} onRange={() => undefined}
+        />
+      )}
+    </figure>
+  );
+}
+
+/** Three significant digits. */
+export function short(n: number): string {
+  const a = Math.abs(n);
+  if (a >= 1e9) return `${+(n / 1e9).toPrecision(3)} G`;
+  if (a >= 1e6) return `${+(n / 1e6).toPrecision(3)} M`;
+  if (a >= 1e4) return `${+(n / 1e3).toPrecision(3)} k`;
+  return String(+n.toPrecision(3));
 }
 
 function Configuration() {
