@@ -69,6 +69,7 @@ type Store struct {
 	name     string
 	feed     store.PublishedFeed
 	limits   limits
+	noted    uint64 // how far the feed had come by what was written down last; of the goroutine that beats, and then of Close
 
 	// room bounds what callers are just writing, in bytes.
 	room *semaphore.Weighted
@@ -93,7 +94,10 @@ type Store struct {
 	done sync.WaitGroup // of the store's own goroutines, work and beats
 }
 
-var _ store.Store = (*Store)(nil)
+var (
+	_ store.Store = (*Store)(nil)
+	_ store.Sizer = (*Store)(nil)
+)
 
 // lag is what is stored and not yet published and folded.
 type lag struct {
@@ -202,7 +206,10 @@ func (s *Store) start(ctx context.Context, opts Options, steps []func(context.Co
 		}
 	}
 	if !s.offline {
-		err := s.checkFeeds(ctx)
+		err := s.remember(ctx)
+		if err == nil {
+			err = s.checkFeeds(ctx)
+		}
 		if err == nil {
 			err = s.beat(ctx, 0)
 		}
