@@ -89,6 +89,7 @@ type Gateway struct {
 	refused    refusals
 	devices    *diagnostics
 	live       *live
+	absences   absences
 	quiet      *quietQueue
 	watches    *watches
 	renewals   *renewals
@@ -177,7 +178,7 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 }
 
 // Run listens, calls ready once, and serves until ctx ends; then every connection is released, every device recorded
-// offline, and everything it started has ended. A listener that cannot be opened is an error.
+// offline, unless Drain was called, and everything it started has ended. A listener that cannot be opened is an error.
 func (g *Gateway) Run(ctx context.Context, ready func()) error {
 	group, ctx := errgroup.WithContext(ctx)
 	co := &g.cfg.API.CoAP
@@ -221,6 +222,7 @@ func (g *Gateway) Run(ctx context.Context, ready func()) error {
 	ready()
 	err = group.Wait()
 	g.watches.done.Wait() // they ended with the sessions
+	g.absences.end()
 	if err != nil && !errors.Is(err, context.Canceled) {
 		return fmt.Errorf("serve CoAP: %w", err)
 	}

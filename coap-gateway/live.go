@@ -35,6 +35,16 @@ func newLive() *live {
 	return &live{grants: map[grant]sessions{}, keys: map[hub.DeviceID]sessions{}, certs: map[string]sessions{}, devs: map[hub.DeviceID]sessions{}}
 }
 
+// count is how many sessions there are.
+func (l *live) count() (n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, ss := range l.devs {
+		n += len(ss)
+	}
+	return n
+}
+
 // withCertificate are the sessions that came with one.
 func (l *live) withCertificate() (out []*session) {
 	l.mu.Lock()

@@ -260,6 +260,7 @@ func (s *Server) ServeDTLS(ctx context.Context, conn net.PacketConn, conf DTLSCo
 		fresh: make(map[endpoints]*association), shaking: make(map[endpoints]*association),
 	}
 	l.ctx, l.stop = context.WithCancel(context.WithoutCancel(ctx))
+	defer s.list(l.sessions)()
 	ended := make(chan error, 1)
 	go func() { ended <- l.srv.readDatagrams(l.sock, l.route) }()
 	select {

@@ -181,6 +181,10 @@ func opensHandshake(r record) bool {
 func (l *dtlsListener) deliver(recs []record, e endpoints) {
 	r := recs[0]
 	if opensHandshake(r) {
+		if l.srv.draining.Err() != nil { // its next one goes to another server
+			l.drop("closing")
+			return
+		}
 		l.hello(recs[:1], e)
 		return
 	}

@@ -189,6 +189,7 @@ func (s *Server) ServeUDP(ctx context.Context, conn net.PacketConn) error {
 	s.enter()
 	defer s.leave()
 	l := &udpListener{srv: s, sock: sock, sessions: s.newSessions(), peers: make(map[endpoints]*udpLink)}
+	defer s.list(l.sessions)()
 	ended := make(chan error, 1)
 	go func() { ended <- l.srv.readDatagrams(l.sock, l.route) }()
 	select {
@@ -239,6 +240,10 @@ func (l *udpListener) route(b []byte, e endpoints) {
 	k := l.peers[e]
 	l.mu.Unlock()
 	if k != nil && k.session.deliver(b) {
+		return
+	}
+	if l.srv.draining.Err() != nil { // said by nobody: the next attempt goes to another server
+		l.srv.metrics.dropped.WithLabelValues("closing").Inc()
 		return
 	}
 	if !l.opens(b, e) {
