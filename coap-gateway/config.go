@@ -103,7 +103,8 @@ type DTLSConfig struct {
 	// MaxHandshakesPerNetwork is the same for one network (IPv4 /24, IPv6 /56), whose oldest goes on for nine seconds all the same:
 	// whoever begins meanwhile waits until others are done.
 	MaxHandshakesPerNetwork int `yaml:"maxHandshakesPerNetwork"`
-	// Gateway is the first part of connection IDs, by which a load balancer can tell gateways apart.
+	// Gateway is the first part of connection IDs, by which a load balancer, and gateways among each other, can tell whose they are. Of
+	// several gateways each needs another one; 0: one by chance at each start.
 	Gateway uint16 `yaml:"gateway"`
 }
 

@@ -49,7 +49,7 @@ type outbox struct {
 	out     []underway    // begun, and their ends are not stored; at most Conn.Window, and the hrefs all differ
 	tries   int           // how often the device was asked something beside a command
 	timer   *time.Timer   // for the next try; set only while the goroutine does not run and commands wait
-	gone    func()      // set when the device is to go elsewhere: nothing is taken any more, and it is called when nothing is under way
+	gone    func()        // set when the device is to go elsewhere: nothing is taken any more, and it is called when nothing is under way
 }
 
 // underway is a command that is being carried out.

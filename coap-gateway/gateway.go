@@ -17,6 +17,7 @@ import (
 
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/admission"
+	"github.com/coaphub/coaphub/internal/bus"
 	"github.com/coaphub/coaphub/internal/coap"
 	"github.com/coaphub/coaphub/internal/revocation"
 )
@@ -69,6 +70,8 @@ type Deps struct {
 	EngineMetrics *coap.Metrics
 	// Service names this gateway in the connections it records.
 	Service string
+	// Bus reaches other gateways behind the same address. Nil: there are none.
+	Bus *bus.Bus
 	// Reach returns host and port under which devices reach the listener of an address. Nil: under that address.
 	Reach func(address string) string
 }
@@ -81,6 +84,7 @@ type Gateway struct {
 	metrics *metrics
 	engine  *coap.Server
 	web     *coap.WebSocket         // nil when it is off
+	relay   *coap.Relay             // nil without a bus
 	tls     *tls.Config             // nil when there is no secure listener
 	trusted atomic.Pointer[trusted] // who vouches for devices there; nil with tls
 	// revocation knows what other authorities have revoked, sets who they are; nil where nobody is to be asked.
@@ -171,6 +175,9 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 		deps.EngineMetrics = coap.NewMetrics(reg)
 	}
 	g.engine = coap.NewServer(ec, g, log, deps.EngineMetrics)
+	if deps.Bus != nil {
+		g.relay = newRelay(cfg.API.CoAP.DTLS.Gateway)
+	}
 	if ws := cfg.API.CoAP.WebSocket; ws.Enabled {
 		g.web = g.engine.NewWebSocket(ws.Origins)
 	}
@@ -180,6 +187,11 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 // Run listens, calls ready once, and serves until ctx ends; then every connection is released, every device recorded
 // offline, unless Drain was called, and everything it started has ended. A listener that cannot be opened is an error.
 func (g *Gateway) Run(ctx context.Context, ready func()) error {
+	stopRelay, err := g.relayRecords()
+	if err != nil {
+		return err
+	}
+	defer stopRelay()
 	group, ctx := errgroup.WithContext(ctx)
 	co := &g.cfg.API.CoAP
 	secure, err := listen(ctx, co, co.Address)

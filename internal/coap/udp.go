@@ -24,6 +24,7 @@ type endpoints struct {
 	local  netip.Addr
 	ifc    int // the interface, for link-local addresses
 	remote netip.AddrPort
+	via    uint32 // the number of the gateway to whose socket the remote end speaks, plus one; 0: to ours
 }
 
 // socket reads and writes datagrams and knows which of our addresses each was for, so that the answer leaves from there: a
