@@ -48,6 +48,7 @@ nightly: others ## the long doses: 200 rounds of kill -9, the ten-minute fleet, 
 .PHONY: lint
 lint: ## bug finders, import arrows, and whether generated files are up to date
 	$(TOOL) golangci-lint run --allow-parallel-runners ./...
+	GOOS=linux GOARCH=arm GOARM=7 CGO_ENABLED=0 go vet ./... # numbers that do not fit 32 bits
 	@before=$$(git status --porcelain; git diff | cksum); $(MAKE) --no-print-directory gen; \
 	after=$$(git status --porcelain; git diff | cksum); \
 	if [ "$$before" != "$$after" ]; then git status --short; echo "make gen changed files: commit what it made"; exit 1; fi

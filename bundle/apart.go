@@ -131,13 +131,7 @@ func (a *assembly) load(target string) func() bus.Load {
 	case TargetResourceDirectory:
 		return func() bus.Load { return bus.Load{Partitions: a.directories.Partitions(), Behind: behind()} }
 	case TargetCoAPGateway:
-		return func() bus.Load {
-			sessions := 0
-			for _, n := range a.devices.Security() {
-				sessions += n
-			}
-			return bus.Load{Sessions: sessions}
-		}
+		return func() bus.Load { return bus.Load{Sessions: a.devices.Sessions()} }
 	}
 	return nil
 }

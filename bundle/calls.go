@@ -121,20 +121,11 @@ func (a *assembly) owned(ctx context.Context) (n int, err error) {
 
 // count is how many devices have an owner, and how many are signed in now.
 func (a *assembly) count(ctx context.Context) (devices, online int) {
-	var err error
-	if devices, err = a.owned(ctx); err != nil {
+	devices, err := a.owned(ctx)
+	if err != nil {
 		a.log.WarnContext(ctx, "devices could not be counted", "error", err)
 	}
-	families, err := a.registry.Gather()
-	if err != nil {
-		a.log.WarnContext(ctx, "metrics could not be gathered", "error", err)
-	}
-	for _, f := range families {
-		if f.GetName() == "coaphub_coap_gateway_sessions" && len(f.GetMetric()) == 1 {
-			online = int(f.GetMetric()[0].GetGauge().GetValue())
-		}
-	}
-	return devices, online
+	return devices, a.doors.signedIn()
 }
 
 func (a *assembly) endpoints() (e Endpoints) {

@@ -72,8 +72,9 @@ type Log interface {
 
 // Sizer is implemented by back ends that know what they take on disk. Without it history.maxBytes has no effect.
 type Sizer interface {
-	// DiskBytes returns about how many bytes log, feed and documents take on disk.
-	DiskBytes() uint64
+	// DiskBytes returns about how many bytes log and documents take on disk, and the feed where it is kept with them. Space that was
+	// given back for others of them to use does not count, whether or not the disk has it again.
+	DiskBytes(ctx context.Context) (uint64, error)
 }
 
 // FeedEntry is a commit with its place in the feed.
@@ -106,6 +107,11 @@ type PublishedFeed interface {
 	// Publish adds commits that are stored, durably on return, each by itself: the slice is as long as commits. A device's
 	// commits are added in their order, and if one of them fails the later ones of the call are not added.
 	Publish(ctx context.Context, commits []hub.Commit) []error
+	// Known is how far the feed is known to have come, by what this process has read or published; it asks nobody.
+	Known() hub.Position
+	// Remember tells how far it had come, as Known said to some process: a feed that is not as far has lost commits and would give
+	// their places to others. It becomes another log.
+	Remember(ctx context.Context, known hub.Position) error
 }
 
 // Doc is a document of a typed collection.

@@ -140,6 +140,16 @@ func TestEndOfTrustInACluster(t *testing.T) {
 	for i, e := range ends {
 		guests = append(guests, w.enters(name("guest", i), 1+i%2, e.psk, ""))
 	}
+	for _, part := range w.order { // whoever is asked knows of all
+		var s bundle.Status
+		until(t, patience, part+" to count all devices", func() bool {
+			s, _ = told(part).Status(ctx)
+			return s.Online == len(guests)+len(bystanders)
+		})
+		if s.Devices != s.Online {
+			t.Errorf("%s says that of %d devices %d are online", part, s.Devices, s.Online)
+		}
+	}
 	for i, e := range ends {
 		g, watch := guests[i], told("app-2")
 		began := time.Now() // the processes have the same clock

@@ -67,6 +67,7 @@ type Store struct {
 	name     string
 	feed     store.PublishedFeed
 	limits   limits
+	noted    uint64 // how far the feed had come by what was written down last; of the goroutine that beats, and then of Close
 
 	// room bounds what callers are just writing, in bytes.
 	room *semaphore.Weighted
@@ -91,7 +92,10 @@ type Store struct {
 	done sync.WaitGroup // of the store's own goroutines, work and beats
 }
 
-var _ store.Store = (*Store)(nil)
+var (
+	_ store.Store = (*Store)(nil)
+	_ store.Sizer = (*Store)(nil)
+)
 
 // lag is what is stored and not yet published and folded.
 type lag struct {
@@ -195,6 +199,9 @@ func (s *Store) start(ctx context.Context, opts Options, steps []func(context.Co
 		return s.explain(err)
 	}
 	if err := s.again(ctx, "Open", s.makeIndexes); err != nil {
+		return s.explain(err)
+	}
+	if err := s.remember(ctx); err != nil {
 		return s.explain(err)
 	}
 	if err := s.checkFeeds(ctx); err != nil {
