@@ -95,7 +95,7 @@ func (a *assembly) onboard(ctx context.Context, q OnboardRequest) (Onboarding, e
 		if o.PSK, _, err = a.psk.replace(ctx, dev, "", callerOf(ctx)); err != nil {
 			return Onboarding{}, err
 		}
-		a.doors.endKey(dev) // whoever has the former one
+		a.doors.endKey(ctx, dev) // whoever has the former one
 		o.PSKIdentity = string(dev)
 	}
 	return o, nil

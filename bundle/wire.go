@@ -446,6 +446,7 @@ func (a *assembly) wireDevices(context.Context) (err error) {
 	}
 	a.certificates.Ended(a.devices.EndCertificate)
 	a.identities.Barred(a.devices.EndDenied)
+	a.identities.KeysEnded(a.devices.EndKey)
 	return nil
 }
 

@@ -94,6 +94,7 @@ type Gateway struct {
 	devices    *diagnostics
 	live       *live
 	absences   absences
+	keys       keyChecks
 	quiet      *quietQueue
 	watches    *watches
 	renewals   *renewals
@@ -136,6 +137,7 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 		signIns: cfg.Limits.SignIns.queue(), exchanges: map[string]*admission.Queue{},
 		discoveries: admission.NewQueue(discoveriesUnderWay, discoveriesWaiting, discoveryMaxWait),
 		quiet:       newQuietQueue(cfg.DeviceTwin.AskQuietAfter),
+		keys:        keyChecks{wake: make(chan struct{}, 1), waiting: sessions{}},
 		// Devices wait 4 s for a Pong and reconnect then (iotivity-lite); whatever is not stored by 3 s is better sent again.
 		patience: 3 * time.Second,
 	}
@@ -223,6 +225,7 @@ func (g *Gateway) Run(ctx context.Context, ready func()) error {
 	}
 	group.Go(func() error { g.quiet.run(ctx); return nil })
 	group.Go(func() error { g.renewals.run(ctx); return nil })
+	group.Go(func() error { g.checkKeys(ctx); return nil })
 	if g.revocation != nil {
 		group.Go(func() error { return g.revocation.Run(ctx, func() {}) })
 	}

@@ -2,6 +2,7 @@ package coapgateway
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/x509"
 	"errors"
 	"log/slog"
@@ -33,6 +34,8 @@ type session struct {
 	timer   *time.Timer  // closes the connection when the credential expires
 	grant   grant        // what live has it under; live guards both
 	key     hub.DeviceID // "": it did not come with a pre-shared key
+	// keyHash is of that key; it does not change.
+	keyHash [sha256.Size]byte
 	// cert is what it came with, nil if it did not come with one; it does not change.
 	cert  *x509.Certificate
 	chain []*x509.Certificate // from cert up
