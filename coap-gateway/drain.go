@@ -37,12 +37,16 @@ func (a *absences) begin() {
 	a.draining, a.waiting = true, map[*deliverer]*time.Timer{}
 }
 
-// add has the end of a session wait for its device to come back, and record calls if it does not; false if it is to be recorded at once.
+// add has the end of a session wait for its device to come back, and record called if it does not. It returns false if the end is to be
+// recorded at once. Of a device that is back already there is nothing to record, and the directories have enough to do with the others.
 func (a *absences) add(s *session, record func()) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if !a.draining || s.apart || s.to.closed.Load() {
+	switch {
+	case !a.draining || s.apart:
 		return false
+	case s.to.succeeded.Load():
+		return true
 	}
 	a.waiting[s.to] = time.AfterFunc(comeBackTime, func() {
 		if a.take(s.to) {
@@ -65,7 +69,7 @@ func (a *absences) take(to *deliverer) bool {
 	return true
 }
 
-// back says that the directory knows that a session is over.
+// back says that the device of a session has another one.
 func (a *absences) back(to *deliverer) {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -23,7 +23,7 @@ func (h *hall) beside(t *testing.T) *hall {
 
 // presence is what of the log says who is there.
 func (w *world) presence() []string {
-	return slices.DeleteFunc(w.soFar(), func(s string) bool { return !strings.HasPrefix(s, "online ") && !strings.HasPrefix(s, "offline ") })
+	return slices.DeleteFunc(w.soFar(), func(s string) bool { return !strings.Contains(s, "online ") && !strings.Contains(s, "offline ") })
 }
 
 // A device that is sent elsewhere, and comes back there, is never shown offline.

@@ -79,14 +79,17 @@ type deliverer struct {
 	// detached is set while the session itself asks for its device's deletion: the answer must still go out, and the
 	// connection stays open after it.
 	detached atomic.Bool
-	closed   atomic.Bool // the directory knows that the session is over
-	absences *absences
+	// succeeded is that the device has another session since.
+	succeeded atomic.Bool
+	absences  *absences
 }
 
 // Close implements hub.Deliverer.
 func (d *deliverer) Close(reason string) {
-	d.closed.Store(true)
-	d.absences.back(d)
+	if reason == "second-session" { // it is stored
+		d.succeeded.Store(true)
+		d.absences.back(d)
+	}
 	if d.detached.Load() {
 		return
 	}
