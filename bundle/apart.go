@@ -59,6 +59,8 @@ type identities interface {
 	Deny(ctx context.Context, d hub.Denial) (hub.Denial, error)
 	Undeny(ctx context.Context, of hub.DenialOf, value string) error
 	Barred(f func(hub.DeviceID))
+	EndKey(ctx context.Context, dev hub.DeviceID) error
+	KeysEnded(f func(hub.DeviceID))
 }
 
 // certificates is what the other parts have of the certificate authority, and authority what of its keys' certificates, likewise.

@@ -20,12 +20,11 @@ type gateways struct {
 	a *assembly
 }
 
-// The words on the bus about gateways. What ends is stored before it is told; a gateway that missed the word finds it at the session's
-// next token or certificate.
+// The words on the bus about gateways. What ends is stored before it is told; a gateway that missed the word finds it where it looks
+// what ended, as the embedded provider's Follow does.
 const (
 	gatewaysSubject = "gateways"
 
-	keyEnded   = bus.Note[hub.DeviceID]("gateways.keyEnded")
 	grantEnded = bus.Note[endedGrant]("gateways.grantEnded")
 
 	callRefused     = bus.Method[struct{}, []coapgateway.Refusal]("door.refused")
@@ -50,14 +49,10 @@ type (
 	}
 )
 
-// endKey ends the sessions that came with a device's former pre-shared key.
-func (g gateways) endKey(dev hub.DeviceID) {
-	if g.a.devices != nil {
-		g.a.devices.EndKey(dev)
-	}
-	if g.a.bus != nil {
-		g.told(keyEnded.Send(g.a.bus, gatewaysSubject, dev))
-	}
+// endKey ends the sessions that came with a device's former pre-shared key. It is among what identity stores tell, so a gateway that misses
+// the word catches up.
+func (g gateways) endKey(ctx context.Context, dev hub.DeviceID) {
+	g.told(g.a.identities.EndKey(context.WithoutCancel(ctx), dev))
 }
 
 // endGrant ends the sessions that stand on a grant of the embedded provider.
@@ -195,11 +190,6 @@ func (a *assembly) doorsOnBus() []run.Part {
 		return out, nil
 	})
 	return []run.Part{{Name: "doors", Run: func(ctx context.Context, ready func()) error {
-		stopKeys, err := keyEnded.Listen(a.bus, gatewaysSubject, a.devices.EndKey)
-		if err != nil {
-			return err
-		}
-		defer stopKeys()
 		stopGrants, err := grantEnded.Listen(a.bus, gatewaysSubject, func(e endedGrant) { a.devices.EndGrant(e.Issuer, e.Grant) })
 		if err != nil {
 			return err

@@ -158,7 +158,7 @@ func (a *assembly) credentials(ctx context.Context, m onboarding, o *Onboarding)
 		if err != nil {
 			return err
 		}
-		a.doors.endKey(m.dev) // whoever has the former one
+		a.doors.endKey(ctx, m.dev) // whoever has the former one
 		o.PSK, o.PSKIdentity = text, string(m.dev)
 	}
 	return nil

@@ -307,7 +307,7 @@ func (k deviceKeys) NewKey(ctx context.Context, dev hub.DeviceID, user string) (
 	if err != nil {
 		return grpcgateway.PreSharedKey{}, err
 	}
-	k.a.doors.endKey(dev) // whoever has the former one
+	k.a.doors.endKey(ctx, dev) // whoever has the former one
 	return grpcgateway.PreSharedKey{Identity: string(dev), Key: text, Created: rec.Created, User: user}, nil
 }
 
@@ -319,7 +319,7 @@ func (k deviceKeys) ForgetKey(ctx context.Context, dev hub.DeviceID) error {
 	if err := k.a.psk.forget(ctx, dev); err != nil {
 		return err
 	}
-	k.a.doors.endKey(dev)
+	k.a.doors.endKey(ctx, dev)
 	return nil
 }
 

@@ -440,7 +440,7 @@ func (a *assembly) wireDevices(context.Context) (err error) {
 		Directory: a.directory, Identities: a.identities, Verifier: a.verifier, Providers: a.providers,
 		Certificate: a.certificate, ClientCAs: a.authority.DevicePool(), ClientIntermediates: a.authority.DeviceIntermediates(),
 		ClientRoots: a.authority.DeviceRoots(), PSK: a.psk.key, Revoked: a.certificates.Revoked, Denied: a.denied, Quarantine: a.quarantine, HandedOver: a.handedOver, Rivals: a.rivals,
-		HubID: hub.DeviceID(a.hubID), Service: a.instance, EngineMetrics: a.engine, Renewals: a.certificates,
+		HubID: hub.DeviceID(a.hubID), Service: a.instance, Bus: a.bus, EngineMetrics: a.engine, Renewals: a.certificates,
 		Lists: a.folder.sub(listsFolder),
 		Reach: func(address string) string { return reach(address, a.external) },
 	}, a.log.With("part", "coap-gateway"), a.registry)
@@ -449,6 +449,7 @@ func (a *assembly) wireDevices(context.Context) (err error) {
 	}
 	a.certificates.Ended(a.devices.EndCertificate)
 	a.identities.Barred(a.devices.EndDenied)
+	a.identities.KeysEnded(a.devices.EndKey)
 	return nil
 }
 

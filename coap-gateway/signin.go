@@ -93,7 +93,7 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 		return claims, dev, p.entered(ctx, p.sess, body.Token)
 	}
 	s := &session{
-		gw: p.gw, conn: p.conn, cert: p.cred.cert, chain: p.cred.chain, uid: body.UID, to: &deliverer{conn: p.conn},
+		gw: p.gw, conn: p.conn, cert: p.cred.cert, chain: p.cred.chain, keyHash: p.cred.key, uid: body.UID, to: &deliverer{conn: p.conn, absences: &p.gw.absences},
 		turn: make(chan struct{}, 1), early: map[*coap.Observation]map[hub.Href]bool{},
 	}
 	conn := hub.Connection{

@@ -55,9 +55,14 @@ func (w *WebSocket) Serve(ctx context.Context, ready func()) {
 	defer w.srv.leave()
 	l := &listener{srv: w.srv, open: make(map[*Conn]struct{})}
 	w.set(l)
+	defer w.srv.list(l)()
 	ready()
-	<-ctx.Done()
+	select {
+	case <-ctx.Done():
+	case <-w.srv.draining.Done():
+	}
 	w.set(nil)
+	<-ctx.Done()
 	l.release()
 	l.wg.Wait()
 }

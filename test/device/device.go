@@ -67,6 +67,8 @@ type Device struct {
 	addr  string // host:port
 	lost  string // code of a sign-up without answer; of Run's goroutine
 
+	released atomic.Bool // the hub released the connection
+
 	// Of UDP and DTLS: the ID of the message that the hub rejected last, and who sends again what it did not acknowledge.
 	rejected atomic.Int32
 	runners  sync.WaitGroup
