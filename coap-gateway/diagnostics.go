@@ -16,6 +16,7 @@ const maxEnded = 10_000
 // Diagnostics is what the gateway knows of a device's attachment, for people.
 type Diagnostics struct {
 	Device         hub.DeviceID
+	Owner          hub.Owner // whose the current or last session was
 	Online         bool
 	ConnectedSince time.Time // of the current or last session
 	Protocol       hub.Protocol
@@ -63,7 +64,9 @@ func (d *diagnostics) begin(x Diagnostics, stats func() coap.Stats, elsewhere bo
 	defer d.mu.Unlock()
 	var r rivalry
 	if old := d.byDev[x.Device]; old != nil {
-		x.EndedAt, x.EndReason, x.Rivals, x.RivalsAt = old.EndedAt, old.EndReason, old.Rivals, old.RivalsAt
+		if old.Owner == x.Owner { // where a device was is its owner's to know
+			x.EndedAt, x.EndReason, x.Rivals, x.RivalsAt = old.EndedAt, old.EndReason, old.Rivals, old.RivalsAt
+		}
 		r = old.rivalry
 		now := time.Now()
 		if x.Quarantined { // both may be here then; what they did to each other counts anew when it is over
@@ -101,7 +104,7 @@ func (d *diagnostics) turns(dev hub.DeviceID) Turns {
 		return Turns{}
 	}
 	return Turns{
-		Host: hostOf(a.Remote), TakenOver: a.takenOver(time.Now()), Thrown: a.thrown, Turns: a.rivalry.turns, Last: a.last, Told: a.told,
+		Owner: a.Owner, Host: hostOf(a.Remote), TakenOver: a.takenOver(time.Now()), Thrown: a.thrown, Turns: a.rivalry.turns, Last: a.last, Told: a.told,
 	}
 }
 
@@ -110,7 +113,7 @@ func (d *diagnostics) tookOver(dev hub.DeviceID, session uint64, from Turns) (ri
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	x := d.byDev[dev]
-	if x == nil || x.Session != session || !from.TakenOver {
+	if x == nil || x.Session != session || x.Owner != from.Owner || !from.TakenOver {
 		return "", false
 	}
 	if from.Last.After(x.last) {

@@ -63,8 +63,9 @@ func (r *rivalry) found(from, to string, now time.Time) bool {
 // Turns is what a gateway knows of a device's last session there, and of what the device's sessions have done to each other until then. Each
 // gateway that takes a session over from another asks for it, so that what is known of a rivalry is where the device is.
 type Turns struct {
-	Host      string // where the session came from
-	TakenOver bool   // it is there, or its place was taken just now
+	Owner     hub.Owner // whose the device was
+	Host      string    // where the session came from
+	TakenOver bool      // it is there, or its place was taken just now
 	Thrown    []string
 	Turns     int
 	Last      time.Time
