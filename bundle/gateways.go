@@ -29,6 +29,7 @@ const (
 
 	callRefused     = bus.Method[struct{}, []coapgateway.Refusal]("door.refused")
 	callDiagnostics = bus.Method[hub.DeviceID, diagnosed]("door.diagnostics")
+	callTurns       = bus.Method[hub.DeviceID, coapgateway.Turns]("door.turns")
 	callSecurity    = bus.Method[struct{}, []secured]("door.security")
 
 	// scatterTime is how long answers of other gateways are waited for.
@@ -121,6 +122,11 @@ func (g gateways) signedIn() (n int) {
 	return n
 }
 
+// turns asks the gateway of another process what it knows of a device's session there.
+func (g gateways) turns(ctx context.Context, instance string, dev hub.DeviceID) (coapgateway.Turns, error) {
+	return callTurns.Call(ctx, g.a.bus, doorOf(instance), dev)
+}
+
 // security counts the sessions of all gateways, by how they are encrypted.
 func (g gateways) security(ctx context.Context) map[coapgateway.Security]int {
 	all := map[coapgateway.Security]int{}
@@ -183,6 +189,7 @@ func (a *assembly) doorsOnBus() []run.Part {
 		d, ok := a.devices.Diagnostics(dev)
 		return diagnosed{ok, d}, nil
 	})
+	bus.Handle(s, callTurns, func(_ context.Context, dev hub.DeviceID) (coapgateway.Turns, error) { return a.devices.Turns(dev), nil })
 	bus.Handle(s, callSecurity, func(context.Context, struct{}) (out []secured, _ error) {
 		for k, n := range a.devices.Security() {
 			out = append(out, secured{k, n})

@@ -436,10 +436,14 @@ func (a *assembly) wireDevices(context.Context) (err error) {
 	if cfg.API.CoAP.Authorization.DeviceIDClaim == "" && !a.cfg.Embedded() {
 		cfg.API.CoAP.Authorization.DeviceIDClaim = a.cfg.Authorization.DeviceIDClaim
 	}
+	var turns func(context.Context, string, hub.DeviceID) (coapgateway.Turns, error)
+	if a.bus != nil {
+		turns = a.doors.turns
+	}
 	a.devices, err = coapgateway.New(cfg, coapgateway.Deps{
 		Directory: a.directory, Identities: a.identities, Verifier: a.verifier, Providers: a.providers,
 		Certificate: a.certificate, ClientCAs: a.authority.DevicePool(), ClientIntermediates: a.authority.DeviceIntermediates(),
-		ClientRoots: a.authority.DeviceRoots(), PSK: a.psk.key, Revoked: a.certificates.Revoked, Denied: a.denied, Quarantine: a.quarantine, HandedOver: a.handedOver, Rivals: a.rivals,
+		ClientRoots: a.authority.DeviceRoots(), PSK: a.psk.key, Revoked: a.certificates.Revoked, Denied: a.denied, Quarantine: a.quarantine, HandedOver: a.handedOver, Rivals: a.rivals, Turns: turns,
 		HubID: hub.DeviceID(a.hubID), Service: a.instance, Bus: a.bus, EngineMetrics: a.engine, Renewals: a.certificates,
 		Lists: a.folder.sub(listsFolder),
 		Reach: func(address string) string { return reach(address, a.external) },

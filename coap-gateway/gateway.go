@@ -59,6 +59,8 @@ type Deps struct {
 	HandedOver func(ctx context.Context, dev hub.DeviceID, owner hub.Owner, cert *x509.Certificate) error
 	// Rivals is told of a device that is in two places at once, and of where. Nil: nobody is.
 	Rivals func(ctx context.Context, dev hub.DeviceID, where string)
+	// Turns asks another gateway, by its Service, for what Gateway.Turns says there. Nil: there are no others.
+	Turns func(ctx context.Context, gateway string, dev hub.DeviceID) (Turns, error)
 	// Lists is the folder in which revocation lists of other authorities are kept for the next start. "": they are not kept.
 	Lists string
 	// PSK returns the pre-shared key of a device, nil if it has none. Nil: devices have certificates only.

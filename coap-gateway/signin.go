@@ -135,15 +135,19 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 	if !info.Stream {
 		d.Contact = got.Contact
 	}
-	where, rivals := p.gw.devices.begin(d, p.conn.Stats)
+	elsewhere := got.Former != "" && got.Former != p.gw.deps.Service
+	where, rivals := p.gw.devices.begin(d, p.conn.Stats, elsewhere)
 	s.log.Info("device came", "protocol", conn.Protocol.String()) // JSON would have its number
 	s.rhythm = newRhythm(info.Stream, got.Contact, time.Now())
 	s.twin = newTwin(s, got.TwinEnabled)
 	p.listening.Store(s)
 	s.twin.resync()
 	p.gw.quiet.watch(s.twin)
-	if rivals {
+	switch {
+	case rivals:
 		p.rivals(ctx, s, where)
+	case elsewhere && !s.apart && p.gw.deps.Turns != nil:
+		p.helpers.Go(func() { p.tookOver(s, got.Former) }) // it must not hold up the sign-in
 	}
 	if err := p.entered(ctx, s, body.Token); err != nil {
 		return claims, dev, err
