@@ -140,6 +140,16 @@ func (a *assembly) load(target string) func() bus.Load {
 // membership is what tells others of the parts that run here. It begins before them and ends after them.
 func (a *assembly) membership() []run.Part {
 	var ps []run.Part
+	if m := a.heard(); m != nil {
+		ps = append(ps, run.Part{Name: "versions", Run: func(ctx context.Context, ready func()) error {
+			if err := m.Meet(ctx); err != nil {
+				return err
+			}
+			ready()
+			<-ctx.Done()
+			return nil
+		}})
+	}
 	for _, target := range Targets() {
 		if m := a.members[target]; m != nil {
 			ps = append(ps, run.Part{Name: "membership", Run: m.Run})

@@ -244,7 +244,7 @@ func pictures(t *testing.T, c *client.Client, ids []string) map[string]picture {
 // TestMigrate: a hub with devices, history, commands, accounts, keys and certificates moves to a cluster and back, broken off again and
 // again, and nobody but its operator notices.
 func TestMigrate(t *testing.T) {
-	w := prepare(t)
+	w := prepare(t, nil)
 	ctx := t.Context()
 	w.startNATS()
 	w.startMongo()

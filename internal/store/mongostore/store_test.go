@@ -60,16 +60,6 @@ func withServer(f func() int) (code int, err error) {
 		uri = u.String()
 		return f(), nil
 	}
-	// The tests' results count until one of these changes: go test notes which files are read.
-	sources, err := filepath.Glob("../../../test/mongo/*")
-	for _, file := range sources {
-		if _, readErr := os.ReadFile(file); readErr != nil {
-			err = readErr
-		}
-	}
-	if err != nil {
-		return 0, err
-	}
 	dir, err := os.MkdirTemp("", "coaphub-mongo-")
 	if err != nil {
 		return 0, err
@@ -80,7 +70,7 @@ func withServer(f func() int) (code int, err error) {
 		return 0, err
 	}
 	program := filepath.Join(dir, "mongo")
-	build := exec.Command("go", "build", "-C", "../../../test/mongo", "-o", program, ".")
+	build := exec.Command("go", "run", "-C", "../../../test/mongo", "./build", program)
 	if out, err := build.CombinedOutput(); err != nil {
 		return 0, fmt.Errorf("build test/mongo: %w\n%s", err, out)
 	}
@@ -110,6 +100,15 @@ var databases atomic.Int32
 // database returns the name of an empty database, which is dropped afterwards.
 func database(tb testing.TB) string {
 	tb.Helper()
+	// The tests' results count until one of these changes: go test notes which files a test reads.
+	for _, pattern := range []string{"../../../test/mongo/*.*", "../../../test/mongo/build/*"} {
+		sources, err := filepath.Glob(pattern)
+		for _, file := range sources {
+			_, readErr := os.ReadFile(file)
+			err = errors.Join(err, readErr)
+		}
+		must(tb, err)
+	}
 	name := fmt.Sprintf("coaphub-test-%d-%d", os.Getpid(), databases.Add(1))
 	tb.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
