@@ -150,11 +150,11 @@ func (w *world) verified(args ...string) (v bundle.Verified) {
 
 // The ways in which a migration is broken off.
 const (
-	never   = iota
-	killed  // kill -9
-	stopped // Ctrl-C
-	lost    // the connection to the database
-	asleep  // it stands still until somebody wakes it
+	never       = iota
+	killed      // kill -9
+	interrupted // Ctrl-C
+	lost        // the connection to the database
+	asleep      // it stands still until somebody wakes it
 )
 
 // begin runs a migration that is broken off after some bytes.
@@ -165,7 +165,7 @@ func (m *move) begin(how int, limit int64, to, data string) (cmd *exec.Cmd, stdo
 	cmd.Stdout, cmd.Stderr = stdout, stderr
 	event := func() {
 		defer close(happened)
-		if s := map[int]os.Signal{killed: syscall.SIGKILL, stopped: syscall.SIGINT, asleep: syscall.SIGSTOP}[how]; s != nil {
+		if s := map[int]os.Signal{killed: syscall.SIGKILL, interrupted: syscall.SIGINT, asleep: syscall.SIGSTOP}[how]; s != nil {
 			_ = cmd.Process.Signal(s)
 		}
 	}
@@ -187,7 +187,7 @@ func (m *move) half(how int, limit int64, to, data string) string {
 		m.t.Fatalf("it was not broken off: %d bytes were enough", m.meter.bytes.Load())
 	}
 	said := stderr.String()
-	if want := map[int]string{stopped: "run the same again to go on", lost: "[store-unreachable]"}[how]; !strings.Contains(said, want) {
+	if want := map[int]string{interrupted: "run the same again to go on", lost: "[store-unreachable]"}[how]; !strings.Contains(said, want) {
 		m.t.Errorf("a migration that was broken off says\n%s", said)
 	}
 	return said
@@ -513,7 +513,7 @@ func TestMovingAsWritten(t *testing.T) {
 	if !ok || !ok2 || yaml == nil {
 		t.Fatal("docs/operations.md has no section about moving, or no configuration in it")
 	}
-	w := prepare(t)
+	w := prepare(t, nil)
 	w.startNATS()
 	w.startMongo()
 	for _, dir := range []string{"etc/coaphub", "var/lib/private"} {
