@@ -376,7 +376,7 @@ store:
 	if said := m.half(killed, 30_000, "to-cluster", data); !strings.Contains(said, "begins anew") {
 		t.Errorf("after the hub ran: %s", said)
 	}
-	moved := m.migrate("to-cluster", data, 20_000)
+	moved := m.migrate("to-cluster", data, 10_000)
 	if !moved.Resume || moved.Digest != whole.Digest || moved.Tally != whole.Tally || moved.Keys != filepath.Join(data, "keys") {
 		t.Errorf("moved %+v, the folder has %+v", moved, whole)
 	}
@@ -432,7 +432,7 @@ store:
 	w.refused("keys-missing", "migrate", "from-cluster", "--config", w.config, "--data", back)
 	copyKeys(t, filepath.Join(clusterData, "keys"), filepath.Join(back, "keys"))
 	m.startedMeanwhile(hub, back)
-	moved = m.migrate("from-cluster", back, 6_000)
+	moved = m.migrate("from-cluster", back, 4_000)
 	whole = w.verified("--config", w.config)
 	if v := w.verified("--data", back); v != whole || moved.Digest != whole.Digest {
 		t.Errorf("the database has %+v, the folder %+v, moved %+v", whole, v, moved)
