@@ -51,6 +51,7 @@ func newMigration(p process, toCluster bool, name, short, long string) *cobra.Co
 			if err != nil {
 				if cmd.Context().Err() != nil {
 					say("broken off; run the same again to go on")
+					return errSaid
 				}
 				return err
 			}

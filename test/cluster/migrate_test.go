@@ -24,14 +24,14 @@ import (
 	"github.com/coaphub/coaphub/client"
 )
 
-// meter is what a migration reaches the database through. After so many bytes it has the migration killed.
+// meter is what a migration reaches the database through. After so many bytes something happens.
 type meter struct {
 	l     net.Listener
 	to    string
 	bytes atomic.Int64
-	limit atomic.Int64 // 0: none
-	kill  atomic.Pointer[func()]
-	stop  atomic.Pointer[func()] // in place of kill: what follows still gets through
+	limit atomic.Int64           // 0: none
+	event atomic.Pointer[func()] // once
+	cut   atomic.Bool            // and nothing gets through any more
 }
 
 func newMeter(t *testing.T, to string) *meter {
@@ -70,13 +70,10 @@ func (m *meter) serve(front net.Conn) {
 			return
 		}
 		if limit := m.limit.Load(); m.bytes.Add(int64(n)) > limit && limit > 0 {
-			if stop := m.stop.Swap(nil); stop != nil {
-				m.limit.Store(0)
-				(*stop)()
-			} else {
-				if kill := m.kill.Swap(nil); kill != nil {
-					(*kill)()
-				}
+			if event := m.event.Swap(nil); event != nil {
+				(*event)()
+			}
+			if m.cut.Load() {
 				return
 			}
 		}
@@ -151,33 +148,71 @@ func (w *world) verified(args ...string) (v bundle.Verified) {
 	return v
 }
 
-// migrate runs a migration, which is killed after some bytes, and then again with more, until it has its way.
-func (m *move) migrate(to string, data string, steps ...int64) (out bundle.Migrated) {
+// The ways in which a migration is broken off.
+const (
+	never       = iota
+	killed      // kill -9
+	interrupted // Ctrl-C
+	lost        // the connection to the database
+	asleep      // it stands still until somebody wakes it
+)
+
+// begin runs a migration that is broken off after some bytes.
+func (m *move) begin(how int, limit int64, to, data string) (cmd *exec.Cmd, stdout, stderr *bytes.Buffer, happened chan struct{}) {
 	m.t.Helper()
-	for _, limit := range append(steps, 0) {
-		cmd := exec.CommandContext(m.t.Context(), filepath.Join(programs, "coaphub"), "migrate", to, "--json", "--config", m.through, "--data", data)
-		var stdout, stderr bytes.Buffer
-		cmd.Stdout, cmd.Stderr = &stdout, &stderr
-		kill := func() { _ = cmd.Process.Kill() }
-		m.meter.kill.Store(&kill)
-		m.meter.bytes.Store(0)
-		m.meter.limit.Store(limit)
-		err := cmd.Run()
-		m.t.Logf("%s, after %d bytes of %d: %v %s", to, m.meter.bytes.Load(), limit, err, stderr.String())
-		if err == nil {
-			if limit != 0 && limit == steps[0] {
-				m.t.Errorf("nothing was broken off: %d bytes were enough", m.meter.bytes.Load())
-			}
-			if err := json.Unmarshal(stdout.Bytes(), &out); err != nil {
-				m.t.Fatalf("%v\n%s", err, stdout.String())
-			}
-			return out
-		}
-		if limit == 0 {
-			m.t.Fatalf("migrate %s: %v\n%s", to, err, stderr.String())
+	cmd = exec.CommandContext(m.t.Context(), filepath.Join(programs, "coaphub"), "migrate", to, "--json", "--config", m.through, "--data", data)
+	stdout, stderr, happened = &bytes.Buffer{}, &bytes.Buffer{}, make(chan struct{})
+	cmd.Stdout, cmd.Stderr = stdout, stderr
+	event := func() {
+		defer close(happened)
+		if s := map[int]os.Signal{killed: syscall.SIGKILL, interrupted: syscall.SIGINT, asleep: syscall.SIGSTOP}[how]; s != nil {
+			_ = cmd.Process.Signal(s)
 		}
 	}
-	return out
+	m.meter.event.Store(&event)
+	m.meter.cut.Store(how == killed || how == lost)
+	m.meter.bytes.Store(0)
+	m.meter.limit.Store(limit)
+	if err := cmd.Start(); err != nil {
+		m.t.Fatal(err)
+	}
+	return cmd, stdout, stderr, happened
+}
+
+// half breaks a migration off, and returns what it said.
+func (m *move) half(how int, limit int64, to, data string) string {
+	m.t.Helper()
+	cmd, _, stderr, _ := m.begin(how, limit, to, data)
+	if err := cmd.Wait(); err == nil {
+		m.t.Fatalf("it was not broken off: %d bytes were enough", m.meter.bytes.Load())
+	}
+	said := stderr.String()
+	if want := map[int]string{interrupted: "run the same again to go on", lost: "[store-unreachable]"}[how]; !strings.Contains(said, want) {
+		m.t.Errorf("a migration that was broken off says\n%s", said)
+	}
+	return said
+}
+
+// migrate runs a migration that is broken off in all ways, later each time, until it has its way.
+func (m *move) migrate(to, data string, step int64) (out bundle.Migrated) {
+	m.t.Helper()
+	for n := int64(1); ; n++ {
+		cmd, stdout, stderr, _ := m.begin(int((n-1)%3)+killed, n*step, to, data)
+		err := cmd.Wait()
+		m.t.Logf("%s, after %d bytes of %d: %v %s", to, m.meter.bytes.Load(), n*step, err, stderr)
+		switch {
+		case err == nil && n < 4:
+			m.t.Errorf("it was broken off %d times only: %d bytes were enough", n-1, m.meter.bytes.Load())
+		case err != nil && n < 20:
+			continue
+		case err != nil:
+			m.t.Fatalf("migrate %s: %v\n%s", to, err, stderr)
+		}
+		if err := json.Unmarshal(stdout.Bytes(), &out); err != nil {
+			m.t.Fatalf("%v\n%s", err, stdout)
+		}
+		return out
+	}
 }
 
 // picture is what an application sees of a device.
@@ -286,6 +321,35 @@ store:
 		t.Fatal(err)
 	}
 	before := pictures(t, app, ids)
+	resume := ""
+	for ev, err := range app.Watch(ctx, client.EventFilter{State: true}) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ev.ResumeToken != "" && ev.Kind != client.Live {
+			resume = ev.ResumeToken
+			break
+		}
+	}
+	books := func(c *bundle.Control) string {
+		t.Helper()
+		users, err := c.Users(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		certs, err := c.Certificates(ctx, bundle.CertificatesRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		issued := map[string]bool{} // the hub's own come and go
+		for _, c := range certs {
+			if slices.Contains(ids, c.DeviceID) {
+				issued[c.Serial+c.DeviceID] = true
+			}
+		}
+		return fmt.Sprintf("%+v %v", users, issued)
+	}
+	inBooks := books(one.control)
 
 	// Nobody moves a hub that runs, to where something is, or to somewhere else than is meant.
 	w.refused("data-folder-in-use", "migrate", "to-cluster", "--config", w.config, "--data", data)
@@ -301,21 +365,7 @@ store:
 	w.refused("database-empty", "verify", "--config", w.config)
 
 	// Half a hub is no hub, on either side.
-	half := func(limit int64) string {
-		t.Helper()
-		var said bytes.Buffer
-		cmd := exec.CommandContext(ctx, filepath.Join(programs, "coaphub"), "migrate", "to-cluster", "--config", m.through, "--data", data)
-		cmd.Stderr = &said
-		kill := func() { _ = cmd.Process.Kill() }
-		m.meter.kill.Store(&kill)
-		m.meter.bytes.Store(0)
-		m.meter.limit.Store(limit)
-		if err := cmd.Run(); err == nil {
-			t.Fatal("it was not broken off")
-		}
-		return said.String()
-	}
-	half(30_000)
+	m.half(killed, 30_000, "to-cluster", data)
 	w.refused("migration-unfinished", "serve", "--config", w.config, "--data", filepath.Join(w.dir, "cluster"))
 	w.refused("migration-unfinished", "verify", "--config", w.config)
 	// A hub that runs on the source meanwhile makes what was copied an old picture.
@@ -323,10 +373,10 @@ store:
 	one.p.ready(t, patience)
 	one.p.end(syscall.SIGTERM)
 	whole := w.verified("--data", data)
-	if said := half(30_000); !strings.Contains(said, "begins anew") {
+	if said := m.half(killed, 30_000, "to-cluster", data); !strings.Contains(said, "begins anew") {
 		t.Errorf("after the hub ran: %s", said)
 	}
-	moved := m.migrate("to-cluster", data, 20_000, 40_000, 60_000, 80_000, 120_000, 200_000)
+	moved := m.migrate("to-cluster", data, 10_000)
 	if !moved.Resume || moved.Digest != whole.Digest || moved.Tally != whole.Tally || moved.Keys != filepath.Join(data, "keys") {
 		t.Errorf("moved %+v, the folder has %+v", moved, whole)
 	}
@@ -342,6 +392,9 @@ store:
 	w.parts["app-1"] = hub
 	same := func() {
 		t.Helper()
+		if now := books(w.parts["app-1"].control); now != inBooks {
+			t.Errorf("accounts and certificates were\n%s, and are\n%s", inBooks, now)
+		}
 		now := pictures(t, app, ids)
 		for id, was := range before { // a device that went is another event
 			is := now[id]
@@ -354,6 +407,14 @@ store:
 		}
 	}
 	same()
+	for ev, err := range app.Watch(ctx, client.EventFilter{Resume: resume}) {
+		if err != nil || ev.Kind != client.Live && ev.Kind != client.Lagged {
+			t.Errorf("a subscriber of the former log hears %+v, %v", ev, err)
+		}
+		if ev.Kind != client.Live {
+			break
+		}
+	}
 	values(21, 40)
 	before = pictures(t, app, ids)
 	w.refused("database-in-use", "migrate", "from-cluster", "--config", w.config, "--data", filepath.Join(w.dir, "nowhere"))
@@ -371,7 +432,7 @@ store:
 	w.refused("keys-missing", "migrate", "from-cluster", "--config", w.config, "--data", back)
 	copyKeys(t, filepath.Join(clusterData, "keys"), filepath.Join(back, "keys"))
 	m.startedMeanwhile(hub, back)
-	moved = m.migrate("from-cluster", back, 5_000, 10_000, 20_000, 30_000, 50_000)
+	moved = m.migrate("from-cluster", back, 4_000)
 	whole = w.verified("--config", w.config)
 	if v := w.verified("--data", back); v != whole || moved.Digest != whole.Digest {
 		t.Errorf("the database has %+v, the folder %+v, moved %+v", whole, v, moved)
@@ -385,21 +446,8 @@ store:
 // startedMeanwhile has a migration from the cluster stand still in the middle, and the hub start on the database.
 func (m *move) startedMeanwhile(hub *part, data string) {
 	m.t.Helper()
-	cmd := exec.CommandContext(m.t.Context(), filepath.Join(programs, "coaphub"), "migrate", "from-cluster", "--config", m.through, "--data", data)
-	var said bytes.Buffer
-	cmd.Stderr = &said
-	stopped := make(chan struct{})
-	stop := func() {
-		_ = cmd.Process.Signal(syscall.SIGSTOP)
-		close(stopped)
-	}
-	m.meter.stop.Store(&stop)
-	m.meter.bytes.Store(0)
-	m.meter.limit.Store(10_000)
-	if err := cmd.Start(); err != nil {
-		m.t.Fatal(err)
-	}
-	<-stopped
+	cmd, _, said, happened := m.begin(asleep, 10_000, "from-cluster", data)
+	<-happened
 	hub.begin()
 	hub.p.ready(m.t, patience)
 	hub.p.end(syscall.SIGTERM)
@@ -465,7 +513,7 @@ func TestMovingAsWritten(t *testing.T) {
 	if !ok || !ok2 || yaml == nil {
 		t.Fatal("docs/operations.md has no section about moving, or no configuration in it")
 	}
-	w := prepare(t)
+	w := prepare(t, nil)
 	w.startNATS()
 	w.startMongo()
 	for _, dir := range []string{"etc/coaphub", "var/lib/private"} {
