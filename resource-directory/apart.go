@@ -287,15 +287,30 @@ func (d *Directory) watch(ctx context.Context, s *servers, ready func()) {
 	for p := range everything {
 		everything[p] = true
 	}
-	var since time.Time
+	var since, again time.Time
+	var lived []string
 	judged := map[string]bool{} // gateways that were found silent
 	for {
 		moved := a.members.Moved()
-		living := a.members.Living(Part)
+		var living []string
+		if a.members.Acquainted() { // else it would take all that belongs to those it has not heard of yet
+			living = a.members.Living(Part)
+		}
 		changed := a.share(living)
 		if now := a.members.Since(); now != since {
 			// It stood still, or was away, and others may have had its partitions meanwhile.
 			since, changed = now, everything
+		}
+		if !slices.Equal(living, lived) || changed != nil {
+			// Somebody who knew less, or had not given up a partition yet, may just be writing a device of this directory's, which would not
+			// hear of it until it wrote that, too: later it looks once more.
+			lived, again = living, time.Now().Add(settled)
+		}
+		if !again.IsZero() && time.Now().After(again) {
+			again = time.Time{}
+			for _, w := range d.workers {
+				w.leave(everything)
+			}
 		}
 		if changed != nil {
 			a.moved.Store(time.Now().UnixNano())

@@ -657,3 +657,20 @@ func TestOldPictureDecidesNothing(t *testing.T) {
 		t.Errorf("the last value was 1, and the twin has %s", got)
 	}
 }
+
+// A directory that comes does not take what belongs to others before it has heard of them: two would write the same devices, and one of
+// them show an old picture until it wrote again.
+func TestNewDirectoryTakesItsShare(t *testing.T) {
+	t.Parallel()
+	w := newTown(t)
+	w.directories(2)
+	all := 0
+	for i := range 3 {
+		if w.start(Part, fmt.Sprintf("late-%d", i)).d.Partitions() == partitions {
+			all++ // on a busy machine it may be told too late
+		}
+	}
+	if all == 3 {
+		t.Error("beside others it starts with all partitions")
+	}
+}

@@ -19,6 +19,9 @@ const (
 	beat, lost = time.Second, 5 * time.Second
 	// Patience is how long a part has heard itself without a gap before it says of others that they are silent.
 	Patience = 10 * time.Second
+	// answerIn is how soon a part says to one that has just come that it lives: once, if several come together. Who has heard itself for
+	// acquaint has heard of all who live.
+	answerIn, acquaint = 20 * time.Millisecond, 300 * time.Millisecond
 	// maxMembers bounds who is remembered; more instances than this are not told apart from noise.
 	maxMembers = 4096
 )
@@ -52,15 +55,14 @@ type Members struct {
 	load func() Load
 	log  *slog.Logger
 
-	mu    sync.Mutex // guards all below
-	seen  map[memberKey]heard
-	own   time.Time     // when it last heard itself
-	since time.Time     // since when it has heard itself without a gap
-	moved chan struct{} // closed when somebody came, left or went silent
-	left  bool
-	// strangers is the programs' versions of those that this one cannot read, and when one was last answered.
-	strangers map[string]struct{}
-	answered  time.Time
+	mu        sync.Mutex // guards all below
+	seen      map[memberKey]heard
+	own       time.Time     // when it last heard itself
+	since     time.Time     // since when it has heard itself without a gap
+	moved     chan struct{} // closed when somebody came, left or went silent
+	left      bool
+	strangers map[string]struct{} // the programs' versions of those that this one cannot read
+	answering bool                // it is about to say that it lives
 }
 
 // memberKey tells members apart: a process may have several parts, under the same name.
@@ -128,23 +130,33 @@ func strangersAt(build string, n note) error {
 }
 
 // stranger takes note of one whose version this one cannot read: it says so once, and that it lives itself, so that a newcomer finds out.
-func (m *Members) stranger(n note, now time.Time) {
+func (m *Members) stranger(n note) {
 	m.mu.Lock()
 	_, known := m.strangers[n.Build]
 	if known = known || len(m.strangers) >= maxStrangers; !known {
 		m.strangers[n.Build] = struct{}{}
 	}
-	answer := now.Sub(m.answered) > beat/10
-	if answer {
-		m.answered = now
+	if n.Name == string(who) {
+		m.answer()
 	}
 	m.mu.Unlock()
 	if !known {
 		m.log.Error("a part of another version lives, and cannot be talked to", "error", strangers(m.bus.build, n.Build, n.Version))
 	}
-	if answer && n.Name == string(who) {
-		m.say()
+}
+
+// answer has it say soon that it lives. m.mu is held.
+func (m *Members) answer() {
+	if m.answering {
+		return
 	}
+	m.answering = true
+	time.AfterFunc(answerIn, func() {
+		m.mu.Lock()
+		m.answering = false
+		m.mu.Unlock()
+		m.say()
+	})
 }
 
 // maxStrangers bounds the versions that are remembered.
@@ -152,7 +164,13 @@ const maxStrangers = 64
 
 // Run says that the instance lives, and listens to the others, until ctx ends; then it says that it is gone.
 func (m *Members) Run(ctx context.Context, ready func()) error {
-	stop, err := alive.listen(m.bus, "alive.>", func(o Member) { m.heard(o, time.Now()) }, func(n note) { m.stranger(n, time.Now()) })
+	stop, err := alive.listen(m.bus, "alive.>", func(o Member) {
+		if m.heard(o, time.Now()) {
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			m.answer()
+		}
+	}, m.stranger)
 	if err != nil {
 		return err
 	}
@@ -191,25 +209,32 @@ func (m *Members) say() {
 	}
 }
 
-// heard takes what a member said at now.
-func (m *Members) heard(o Member, now time.Time) {
+// heard takes what a member said at now. came: it may not have heard of this one.
+func (m *Members) heard(o Member, now time.Time) (came bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if o.Instance == m.self.Instance && o.Part == m.self.Part {
 		if now.Sub(m.own) > lost {
 			m.since = now
+			time.AfterFunc(acquaint, func() {
+				m.mu.Lock()
+				defer m.mu.Unlock()
+				m.move()
+			})
 		}
 		m.own = now
 	}
 	key := memberKey{o.Part, o.Instance}
 	old, known := m.seen[key]
 	if !known && len(m.seen) >= maxMembers {
-		return
+		return false
 	}
 	m.seen[key] = heard{o, now}
 	if !known || old.Leaving != o.Leaving || now.Sub(old.at) > lost {
 		m.move()
+		return key != (memberKey{m.self.Part, m.self.Instance})
 	}
+	return false
 }
 
 // sweep tells of those that went silent, and forgets them after an hour.
@@ -295,6 +320,14 @@ func (m *Members) silent(part, instance string, now time.Time) bool {
 		return now.Sub(h.at) > lost
 	}
 	return now.Sub(h.at) > Patience
+}
+
+// Acquainted reports whether the instance has heard itself for long enough to have heard of all who live.
+func (m *Members) Acquainted() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	now := time.Now()
+	return now.Sub(m.own) <= lost && now.Sub(m.since) >= acquaint
 }
 
 // Sure reports whether the instance has heard itself for long enough to say who is silent.
