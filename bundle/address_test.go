@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	certificateauthority "github.com/coaphub/coaphub/certificate-authority"
+	"github.com/coaphub/coaphub/internal/store/mongostore"
 	"github.com/coaphub/coaphub/internal/store/storetest"
 )
 
@@ -263,8 +264,11 @@ func TestHistoryTakesATenthOfTheDisk(t *testing.T) {
 	if err := unix.Statfs(a.folder.Path, &disk); err != nil {
 		t.Fatal(err)
 	}
-	if got, want := a.directoryConfig().History.MaxBytes, int64(disk.Blocks)*disk.Bsize/10; got != want || got == 0 {
+	if got, want := a.directoryConfig().History.MaxBytes, int64(disk.Blocks)*int64(disk.Bsize)/10; got != want || got == 0 {
 		t.Errorf("at most %d bytes, want %d", got, want)
+	}
+	if got := (&assembly{folder: a.folder, store: &mongostore.Store{}}).directoryConfig().History.MaxBytes; got != 0 {
+		t.Errorf("a database elsewhere may take %d bytes by the size of the disk here", got)
 	}
 	a.cfg.ResourceDirectory.History.MaxBytes = 4711
 	if got := a.directoryConfig().History.MaxBytes; got != 4711 {

@@ -12,6 +12,7 @@ import (
 
 	certificateauthority "github.com/coaphub/coaphub/certificate-authority"
 	"github.com/coaphub/coaphub/hub"
+	"github.com/coaphub/coaphub/internal/store/mongostore"
 	resourcedirectory "github.com/coaphub/coaphub/resource-directory"
 )
 
@@ -163,12 +164,15 @@ func (s *shown) renew(is *showing, anew bool, now time.Time) error {
 // historyShare is the part of the disk that history takes at most when nobody says how much.
 const historyShare = 10
 
-// directoryConfig fills in what only the process can know: how large the disk is.
+// directoryConfig fills in what only the process can know: how large the disk is. That of a database elsewhere nobody knows.
 func (a *assembly) directoryConfig() resourcedirectory.Config {
 	cfg := a.cfg.ResourceDirectory
+	if _, shared := a.store.(*mongostore.Store); shared {
+		return cfg
+	}
 	var disk unix.Statfs_t
 	if cfg.History.MaxBytes == 0 && unix.Statfs(a.folder.Path, &disk) == nil {
-		cfg.History.MaxBytes = int64(disk.Blocks) * disk.Bsize / historyShare
+		cfg.History.MaxBytes = int64(disk.Blocks) * int64(disk.Bsize) / historyShare
 	}
 	return cfg
 }

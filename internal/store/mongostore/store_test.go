@@ -3,6 +3,7 @@ package mongostore_test
 import (
 	"bufio"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"net/url"
@@ -59,16 +60,6 @@ func withServer(f func() int) (code int, err error) {
 		uri = u.String()
 		return f(), nil
 	}
-	// The tests' results count until one of these changes: go test notes which files are read.
-	sources, err := filepath.Glob("../../../test/mongo/*")
-	for _, file := range sources {
-		if _, readErr := os.ReadFile(file); readErr != nil {
-			err = readErr
-		}
-	}
-	if err != nil {
-		return 0, err
-	}
 	dir, err := os.MkdirTemp("", "coaphub-mongo-")
 	if err != nil {
 		return 0, err
@@ -79,7 +70,7 @@ func withServer(f func() int) (code int, err error) {
 		return 0, err
 	}
 	program := filepath.Join(dir, "mongo")
-	build := exec.Command("go", "build", "-C", "../../../test/mongo", "-o", program, ".")
+	build := exec.Command("go", "run", "-C", "../../../test/mongo", "./build", program)
 	if out, err := build.CombinedOutput(); err != nil {
 		return 0, fmt.Errorf("build test/mongo: %w\n%s", err, out)
 	}
@@ -109,6 +100,15 @@ var databases atomic.Int32
 // database returns the name of an empty database, which is dropped afterwards.
 func database(tb testing.TB) string {
 	tb.Helper()
+	// The tests' results count until one of these changes: go test notes which files a test reads.
+	for _, pattern := range []string{"../../../test/mongo/*.*", "../../../test/mongo/build/*"} {
+		sources, err := filepath.Glob(pattern)
+		for _, file := range sources {
+			_, readErr := os.ReadFile(file)
+			err = errors.Join(err, readErr)
+		}
+		must(tb, err)
+	}
 	name := fmt.Sprintf("coaphub-test-%d-%d", os.Getpid(), databases.Add(1))
 	tb.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
@@ -178,6 +178,30 @@ func TestConformance(t *testing.T) {
 		s := open(t, config(uri, database(t)), opts(storetest.NewFeed()), mongostore.Tuning{})
 		t.Cleanup(func() { closeStore(t, s) })
 		return s
+	})
+}
+
+// TestDiskBytes: what is trimmed no longer counts, whether or not the files get smaller.
+func TestDiskBytes(t *testing.T) {
+	t.Parallel()
+	s := open(t, config(uri, database(t)), opts(storetest.NewFeed()), fast)
+	defer closeStore(t, s)
+	const dev, commits, size = hub.DeviceID("d0000000-0000-4000-8000-000000000001"), 20, 100_000
+	for seq := range uint64(commits) {
+		e := entry(dev, seq+1)
+		e.Commit.Events[0].Content.Data = make([]byte, size)
+		_, _ = rand.Read(e.Commit.Events[0].Content.Data) // nothing to compress
+		must(t, s.Append(t.Context(), []store.Entry{e})[0])
+	}
+	takes := func() uint64 {
+		n, err := s.DiskBytes(t.Context())
+		must(t, err)
+		return n
+	}
+	eventually(t, "all is on disk", func() bool { return takes() > commits*size })
+	eventually(t, "all but the newest commit is trimmed", func() bool {
+		must(t, s.Trim(t.Context(), dev, commits, nil))
+		return takes() < commits*size/2
 	})
 }
 
