@@ -5,7 +5,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"net"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -449,14 +448,14 @@ func TestEndedKeys(t *testing.T) {
 func TestTheBusComesBack(t *testing.T) {
 	t.Parallel()
 	docs, dir := storetest.NewMemory(), newDirectory()
-	first := bustest.Server(t, nil)
+	port := bustest.Port(t)
+	first := bustest.Server(t, func(o *server.Options) { o.Port = port })
 	s, _ := served(t, first.ClientURL(), docs, dir)
 	c := client(t, first.ClientURL())
 	signUp(t, s, lamp, alice)
 	if ids, err := c.Devices(t.Context(), alice); err != nil || len(ids) != 1 {
 		t.Fatalf("%v, %v", ids, err)
 	}
-	port := first.Addr().(*net.TCPAddr).Port
 	first.Shutdown()
 	first.WaitForShutdown()
 	await(t, "the bus to be away", func() bool { return c.bus.Health(t.Context()) != nil })

@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -208,12 +207,8 @@ func await(t *testing.T, what string, is func() bool) {
 
 // Parts start in any order, and a bus that comes back is used again, by those who ask and by those who answer.
 func TestTheBusComesLaterAndAgain(t *testing.T) {
-	first := bustest.Server(t, nil)
-	port := first.Addr().(*net.TCPAddr).Port
-	cfg := Config{URLs: []string{first.ClientURL()}}
-	first.Shutdown()
-	first.WaitForShutdown()
-
+	port := bustest.Port(t)
+	cfg := Config{URLs: []string{fmt.Sprintf("nats://127.0.0.1:%d", port)}}
 	ask, answer := connect(t, cfg, "v1"), connect(t, cfg, "v1")
 	s := answer.Server(true, slog.New(slog.DiscardHandler), "echo")
 	Handle(s, echo, func(_ context.Context, q text) (text, error) { return q, nil })
