@@ -123,7 +123,7 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 	p.sess = s
 	p.gw.metrics.signedIn.Add(1)
 	d := Diagnostics{
-		Device: dev, ConnectedSince: time.Unix(0, conn.ConnectedAt), Protocol: conn.Protocol, Remote: info.Remote.String(),
+		Device: dev, Owner: own.Owner, ConnectedSince: time.Unix(0, conn.ConnectedAt), Protocol: conn.Protocol, Remote: info.Remote.String(),
 		Session: got.Number, Quarantined: s.apart,
 	}
 	switch {
