@@ -3,8 +3,7 @@
 // own, so that FerretDB does not lift the product's versions.
 //
 // It is built by build, which says why, and proves what commands mean, not how long they take. Where FerretDB does not mean what MongoDB
-// does, a relay in front of it makes up for that; see relay.go. With -memory it is a server of our own that keeps all in memory, for
-// measurements; see memory.go.
+// does, a relay in front of it makes up for that; see relay.go.
 //
 // It must not know the hub.
 package main
@@ -31,10 +30,7 @@ func main() {
 
 func run() error {
 	if len(os.Args) != 2 {
-		return errors.New("usage: mongo FOLDER, or mongo -memory")
-	}
-	if os.Args[1] == "-memory" {
-		return inMemory()
+		return errors.New("usage: mongo FOLDER")
 	}
 	f, err := ferretdb.New(&ferretdb.Config{
 		Listener: ferretdb.ListenerConfig{TCP: "127.0.0.1:0"},
@@ -63,17 +59,4 @@ func run() error {
 		stop()
 	}()
 	return f.Run(ctx)
-}
-
-func inMemory() error {
-	ctx, stop := context.WithCancel(context.Background())
-	defer stop()
-	l, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
-	if err != nil {
-		return err
-	}
-	go serveMemory(ctx, l) // ends with the process
-	fmt.Printf("mongodb://%s/\n", l.Addr())
-	_, err = io.Copy(io.Discard, os.Stdin)
-	return err
 }

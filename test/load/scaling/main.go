@@ -3,7 +3,7 @@
 // what was done. It builds all from this checkout, and keeps everything on loopback and in a folder below the system's temporary
 // directory, which it removes.
 //
-// The stand-in for MongoDB (test/mongo -memory) has the commands and neither disk nor copies, and what it takes itself is left out. So how
+// The stand-in for MongoDB (the command mongo beside this one) has the commands and neither disk nor copies, and what it takes itself is left out. So how
 // many operations there are in a second says nothing here: what one costs the parts does.
 package main
 
@@ -15,7 +15,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"io/fs"
 	"net"
 	"os"
 	"os/exec"
@@ -34,8 +33,8 @@ import (
 func main() {
 	var s scaling
 	flag.IntVar(&s.rounds, "rounds", 3, "how often everything is measured, each time with a fresh cluster")
-	flag.IntVar(&s.devices, "devices", 500, "devices of the hub")
-	flag.DurationVar(&s.during, "for", 5*time.Second, "how long each phase takes that has no end of its own")
+	flag.IntVar(&s.devices, "devices", 200, "devices of the hub")
+	flag.DurationVar(&s.during, "for", 3*time.Second, "how long each phase takes that has no end of its own")
 	flag.StringVar(&s.schemes, "schemes", "coaps+tcp,coaps", "how the devices come, in turns")
 	write := flag.String("write", "", "file in which the tables take the place of the last ones")
 	flag.Parse()
@@ -94,15 +93,10 @@ func (s *scaling) run(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(s.dir)) }()
-	for _, args := range [][]string{
-		{"build", "-ldflags", "-s -w", "-o", s.dir, "./cmd/coaphub", "./test/nats"},
-		{"build", "-C", "test/mongo", "-ldflags", "-s -w", "-o", filepath.Join(s.dir, "mongo"), "."},
-	} {
-		cmd := exec.CommandContext(ctx, "go", args...)
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0") // as in the image
-		if out, err := cmd.CombinedOutput(); err != nil {
-			return fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), err, out)
-		}
+	cmd := exec.CommandContext(ctx, "go", "build", "-ldflags", "-s -w", "-o", s.dir, "./cmd/coaphub", "./test/nats", "./test/load/scaling/mongo")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0") // as in the image
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("build: %w\n%s", err, out)
 	}
 	for round := range s.rounds {
 		for scheme := range strings.SplitSeq(s.schemes, ",") {
@@ -183,7 +177,7 @@ func (s *scaling) begin() (c *cluster, err error) {
 			c.ended()
 		}
 	}()
-	mongo, uri, err := s.start("MongoDB", "mongodb://", "mongo", "-memory")
+	mongo, uri, err := s.start("MongoDB", "mongodb://", "mongo")
 	if err != nil {
 		return nil, err
 	}
@@ -340,32 +334,8 @@ func (s *scaling) round(ctx context.Context, scheme string) error {
 				idle[p.name] = (now.cpu[p.name] - last.cpu[p.name]) / now.at.Sub(last.at).Seconds()
 			}
 		}
-		if r.Phase == "list" {
-			err = errors.Join(err, s.feed(ctx, c, scheme))
-		}
 		last, _ = c.taken() // without what was just done
 	}), err)
-}
-
-// feed notes what a commit takes in the feed's stream: nothing in it was dropped yet.
-func (s *scaling) feed(ctx context.Context, c *cluster, scheme string) error {
-	st, err := c.control.Status(ctx)
-	if err != nil || st.Feed.N == 0 {
-		return err
-	}
-	var size int64
-	err = filepath.WalkDir(filepath.Join(c.dir, "nats"), func(_ string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() || !strings.HasSuffix(d.Name(), ".blk") {
-			return err
-		}
-		info, err := d.Info()
-		if err == nil {
-			size += info.Size()
-		}
-		return err
-	})
-	s.note(key{scheme, "feed", "NATS", "commit"}, float64(size)/float64(st.Feed.N))
-	return err
 }
 
 // tables are the figures in Markdown.
@@ -403,9 +373,6 @@ func (s *scaling) tables() string {
 		row("of that for a device, KiB", "idle", "device", 1<<10)
 		row("resident at the end of a phase, MiB", "most", "bytes", 1<<20)
 		row("percent of a core while devices are idle", "idle", "share", 0.01)
-		if f := s.figures[key{scheme, "feed", "NATS", "commit"}]; len(f) > 0 {
-			p("\nA commit in the feed's stream takes %s bytes.\n", cell(f, 1))
-		}
 	}
 	return out.String()
 }

@@ -1,3 +1,9 @@
+// Command mongo is a server that keeps all in memory and has the few commands of MongoDB that the hub uses: for measurements, in which
+// FerretDB would take most of the machine. It listens on a loopback port, prints its URI on one line, and ends when its standard input
+// does. Whether the commands mean what MongoDB means is FerretDB's business (test/mongo); that these do is shown by the conformance suite
+// of internal/store with COAPHUB_TEST_MONGODB_URI. What is written is nowhere but in memory.
+//
+// It must not know the hub.
 package main
 
 import (
@@ -9,24 +15,34 @@ import (
 	"io"
 	"math"
 	"net"
+	"os"
 	"slices"
 	"strings"
 	"sync"
 )
 
-// memory is a server that keeps all in memory and has the few commands that the hub uses: for measurements, in which FerretDB would take
-// most of the machine. Whether they mean what MongoDB means is not its business, that is FerretDB's. What it keeps is gone with it, and
-// writes that it acknowledges are nowhere.
+func main() {
+	l, err := new(net.ListenConfig).Listen(context.Background(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "mongo:", err)
+		os.Exit(1)
+	}
+	go serve(l) // ends with the process
+	fmt.Printf("mongodb://%s/\n", l.Addr())
+	_, _ = io.Copy(io.Discard, os.Stdin)
+}
+
+// memory is all collections.
 type memory struct {
 	mu     sync.Mutex // guards all below
 	tables map[string]*table
 }
 
-func serveMemory(ctx context.Context, l net.Listener) {
+func serve(l net.Listener) {
 	m := &memory{tables: map[string]*table{}}
 	for {
 		c, err := l.Accept()
-		if err != nil || ctx.Err() != nil {
+		if err != nil {
 			return
 		}
 		go m.serve(c)
@@ -560,4 +576,25 @@ func (m *memory) reply(msg []byte) ([]byte, error) {
 		}
 	}
 	return append(out, m.answer(cmd, args)...), nil
+}
+
+const (
+	headerSize = 16 // of a message: length, request, response to, op code, 32 bits each in little endian
+	maxMessage = 48 << 20
+	opMsg      = 2013
+)
+
+func message(from io.Reader) ([]byte, error) {
+	var size [4]byte
+	if _, err := io.ReadFull(from, size[:]); err != nil {
+		return nil, err
+	}
+	n := binary.LittleEndian.Uint32(size[:])
+	if n < headerSize+5 || n > maxMessage {
+		return nil, errMessage
+	}
+	msg := make([]byte, n)
+	copy(msg, size[:])
+	_, err := io.ReadFull(from, msg[len(size):])
+	return msg, err
 }
