@@ -884,6 +884,16 @@ func TestAnExternalProvider(t *testing.T) {
 		!strings.Contains(o.AuthorizeURL, "client_id=cloud") || !strings.Contains(o.AuthorizeURL, "response_type=code") {
 		t.Errorf("onboard: %+v, %v", o, err)
 	}
+	alice := caller{h, op.Mint(map[string]any{"sub": "alice", "aud": "hub", "scope": "devices:read devices:write"})}
+	bob := caller{h, op.Mint(map[string]any{"sub": "bob", "aud": "hub", "scope": "devices:read devices:write"})}
+	a := alice.onboards(t, `{"deviceId":"`+lamp+`","certificate":true}`)
+	if a.AuthorizationCode != "" || !a.ExpiresAt.IsZero() || a.AuthorizationProvider != "op" || a.AuthorizeURL != o.AuthorizeURL || a.Identity == nil {
+		t.Errorf("over the API: %+v", a)
+	}
+	bob.refused(t, "an ID that is kept for alice", `{"deviceId":"`+lamp+`","certificate":true}`, "device-owned-by-other")
+	if code, text := alice.ask(t, http.MethodGet, "/api/v1/refusals", ""); code != http.StatusOK || text != "" {
+		t.Errorf("alice's refusals: %d %s", code, text)
+	}
 	var e *hub.Error
 	if _, err := h.Control.Token(t.Context(), bundle.TokenRequest{}); !errors.As(err, &e) || e.Code != "no-embedded-provider" {
 		t.Errorf("token: %v", err)

@@ -97,10 +97,14 @@ func Migrate(ctx context.Context, m Migration) (out Migrated, err error) {
 	if err := r.begin(ctx); err != nil {
 		return out, err
 	}
-	if err := r.copy(ctx); err != nil {
-		return out, err
+	digest := ""
+	if err = r.copy(ctx); err == nil {
+		digest, err = r.compare(ctx)
 	}
-	digest, err := r.compare(ctx)
+	// A hub that started on the source may be why there was something wrong with it. If there was not, the copy is of no moment in its life.
+	if changed := r.unchanged(ctx); changed != nil && (err == nil || hub.IsKind(changed, hub.Conflict)) {
+		return out, errors.Join(changed, err)
+	}
 	if err != nil {
 		return out, err
 	}
@@ -458,21 +462,20 @@ func (r *migrationRun) compare(ctx context.Context) (string, error) {
 	return digests[0], nil
 }
 
-// finish makes the target a hub's. If one ran on the source meanwhile the copy is of no moment in its life.
-func (r *migrationRun) finish(ctx context.Context) error {
+// unchanged refuses, as a conflict, when a hub has started on the source since the migration began.
+func (r *migrationRun) unchanged(ctx context.Context) error {
 	source, err := readNote(ctx, r.from, mongostore.MarkFrom)
-	if err != nil {
-		return err
-	}
-	if source == nil || source.ID != r.note.ID {
-		return &hub.Error{
+	if err == nil && (source == nil || source.ID != r.note.ID) {
+		err = &hub.Error{
 			Kind: hub.Conflict, Code: "migration-source-changed",
 			Text: "a hub started on " + r.from.where() + " while it was copied: stop it and run the same again, which begins anew",
 		}
 	}
-	if err := r.from.alone(ctx); err != nil {
-		return err
-	}
+	return err
+}
+
+// finish makes the target a hub's.
+func (r *migrationRun) finish(ctx context.Context) error {
 	if err := r.to.setMark(ctx, mongostore.MarkInto, nil); err != nil {
 		return err
 	}

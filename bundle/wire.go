@@ -507,10 +507,14 @@ func (a *assembly) wireApps(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	pages, err := a.pages()
+	if err != nil {
+		return err
+	}
 	a.apps, err = grpcgateway.New(a.cfg.GRPCGateway, grpcgateway.Deps{
 		Directory: a.directory, Identities: a.identities, Verifier: a.verifier, HubID: a.hubID, HubInfo: a.hubInfo,
 		Administration: administration{a}, Onboarding: onboarder{a}, Connections: connections{a}, System: system{a}, Certificates: a.certificates, Enrolments: enrolments{a.certificates, a}, PreSharedKeys: deviceKeys{a}, Quarantine: keptWrites{a}, Audit: a.audit,
-		Hosts: []string{a.external}, Pages: a.pages(), TLS: https, Listen: a.opened, CursorKey: cursors,
+		Hosts: []string{a.external}, Pages: pages, TLS: https, Listen: a.opened, CursorKey: cursors,
 	}, a.log.With("part", "grpc-gateway"), a.registry)
 	return err
 }

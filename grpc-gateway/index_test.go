@@ -246,18 +246,32 @@ func TestCountingReadsWhatChanged(t *testing.T) {
 	ask("after a search", `{"devices":49,"online":48}`, 0)
 }
 
-// Counting 100 000 devices that did not change since they were counted.
+// Counting 100 000 devices: at first, after 1 000 changed, and when none did.
 func BenchmarkDevicesCounts(b *testing.B) {
-	w := newWorld(b)
-	w.identities.devices = manyLamps(w, 100_000)
-	w.directory.changes = func(hub.DeviceID) uint64 { return 1 }
-	ask := func() {
-		if a := w.get(b, "/api/v1/devices-counts"); a.Body.String() != `{"devices":100000,"online":100000}`+"\n" {
-			b.Fatal(a.Body)
-		}
-	}
-	ask()
-	for b.Loop() {
-		ask()
+	const all = 100_000
+	for _, changed := range []int{0, 1_000, all} {
+		b.Run(fmt.Sprintf("changed=%d", changed), func(b *testing.B) {
+			w := newWorld(b)
+			w.identities.devices = manyLamps(w, all)
+			ids, err := w.identities.devices(b.Context(), alice)
+			if err != nil {
+				b.Fatal(err)
+			}
+			number, round := map[hub.DeviceID]uint64{}, uint64(0)
+			w.directory.changes = func(id hub.DeviceID) uint64 { return number[id] }
+			ask := func() {
+				if a := w.get(b, "/api/v1/devices-counts"); a.Body.String() != `{"devices":100000,"online":100000}`+"\n" {
+					b.Fatal(a.Body)
+				}
+			}
+			ask()
+			for b.Loop() {
+				round++
+				for _, id := range ids[:changed] {
+					number[id] = round
+				}
+				ask()
+			}
+		})
 	}
 }

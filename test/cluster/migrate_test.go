@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -30,6 +31,7 @@ type meter struct {
 	bytes atomic.Int64
 	limit atomic.Int64 // 0: none
 	kill  atomic.Pointer[func()]
+	stop  atomic.Pointer[func()] // in place of kill: what follows still gets through
 }
 
 func newMeter(t *testing.T, to string) *meter {
@@ -68,10 +70,15 @@ func (m *meter) serve(front net.Conn) {
 			return
 		}
 		if limit := m.limit.Load(); m.bytes.Add(int64(n)) > limit && limit > 0 {
-			if kill := m.kill.Swap(nil); kill != nil {
-				(*kill)()
+			if stop := m.stop.Swap(nil); stop != nil {
+				m.limit.Store(0)
+				(*stop)()
+			} else {
+				if kill := m.kill.Swap(nil); kill != nil {
+					(*kill)()
+				}
+				return
 			}
-			return
 		}
 		if _, err := back.Write(b[:n]); err != nil {
 			return
@@ -294,7 +301,6 @@ store:
 	w.refused("database-empty", "verify", "--config", w.config)
 
 	// Half a hub is no hub, on either side.
-	whole := w.verified("--data", data)
 	half := func(limit int64) string {
 		t.Helper()
 		var said bytes.Buffer
@@ -316,7 +322,7 @@ store:
 	one.begin()
 	one.p.ready(t, patience)
 	one.p.end(syscall.SIGTERM)
-	whole = w.verified("--data", data)
+	whole := w.verified("--data", data)
 	if said := half(30_000); !strings.Contains(said, "begins anew") {
 		t.Errorf("after the hub ran: %s", said)
 	}
@@ -351,6 +357,7 @@ store:
 	values(21, 40)
 	before = pictures(t, app, ids)
 	w.refused("database-in-use", "migrate", "from-cluster", "--config", w.config, "--data", filepath.Join(w.dir, "nowhere"))
+	w.refused("database-in-use", "migrate", "to-cluster", "--config", w.config, "--data", data)
 	if v := w.verified("--config", w.config); v.Digest != "" || v.Devices != 4 {
 		t.Errorf("of a cluster that runs: %+v", v)
 	}
@@ -363,6 +370,7 @@ store:
 	back := filepath.Join(w.dir, "back")
 	w.refused("keys-missing", "migrate", "from-cluster", "--config", w.config, "--data", back)
 	copyKeys(t, filepath.Join(clusterData, "keys"), filepath.Join(back, "keys"))
+	m.startedMeanwhile(hub, back)
 	moved = m.migrate("from-cluster", back, 5_000, 10_000, 20_000, 30_000, 50_000)
 	whole = w.verified("--config", w.config)
 	if v := w.verified("--data", back); v != whole || moved.Digest != whole.Digest {
@@ -372,6 +380,33 @@ store:
 	w.parts["app-1"] = one
 	same()
 	values(41, 42)
+}
+
+// startedMeanwhile has a migration from the cluster stand still in the middle, and the hub start on the database.
+func (m *move) startedMeanwhile(hub *part, data string) {
+	m.t.Helper()
+	cmd := exec.CommandContext(m.t.Context(), filepath.Join(programs, "coaphub"), "migrate", "from-cluster", "--config", m.through, "--data", data)
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	stopped := make(chan struct{})
+	stop := func() {
+		_ = cmd.Process.Signal(syscall.SIGSTOP)
+		close(stopped)
+	}
+	m.meter.stop.Store(&stop)
+	m.meter.bytes.Store(0)
+	m.meter.limit.Store(10_000)
+	if err := cmd.Start(); err != nil {
+		m.t.Fatal(err)
+	}
+	<-stopped
+	hub.begin()
+	hub.p.ready(m.t, patience)
+	hub.p.end(syscall.SIGTERM)
+	_ = cmd.Process.Signal(syscall.SIGCONT)
+	if err := cmd.Wait(); err == nil || !strings.Contains(said.String(), "[migration-source-changed]") {
+		m.t.Errorf("a hub started on what was copied: %v\n%s", err, said.String())
+	}
 }
 
 // again has a device sign in with what it had.
@@ -414,5 +449,90 @@ func copyKeys(t *testing.T, from, to string) {
 		if err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// TestMovingAsWritten types the commands of the section about moving in docs/operations.md. What they do to /etc and /var happens in a
+// folder, and systemd is played.
+func TestMovingAsWritten(t *testing.T) {
+	b, err := os.ReadFile("../../docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, ok := strings.Cut(string(b), "\n## Moving to a cluster and back\n")
+	section, _, ok2 := strings.Cut(section, "\n## ")
+	yaml := regexp.MustCompile("(?s)```yaml\n(.*?)```").FindStringSubmatch(section)
+	if !ok || !ok2 || yaml == nil {
+		t.Fatal("docs/operations.md has no section about moving, or no configuration in it")
+	}
+	w := prepare(t)
+	w.startNATS()
+	w.startMongo()
+	for _, dir := range []string{"etc/coaphub", "var/lib/private"} {
+		if err := os.MkdirAll(filepath.Join(w.dir, dir), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Where it runs is not written there.
+	here := fmt.Sprintf(`
+coapGateway: {api: {coap: {address: "127.0.0.1:%s"}}}
+enrolmentGateway: {api: {coap: {address: ""}, http: {address: ""}}}
+grpcGateway: {api: {http: {address: "127.0.0.1:%s"}, grpc: {address: "127.0.0.1:0"}}}
+admin: {api: {http: {address: ""}}}
+`, w.coap, w.http)
+	data := filepath.Join(w.dir, "var/lib/private/coaphub")
+	one := w.write("etc/coaphub/coaphub.yaml", "externalAddress: 127.0.0.1\n"+here)
+	h := w.serve("systemd", one, data)
+	status, err := h.control.Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.parts["app-1"] = h
+	dev := w.enters(uuid.NewString(), 1, false, "")
+	config := w.write("etc/coaphub/cluster.yaml", here+strings.NewReplacer(
+		"hub.example.com", "127.0.0.1", "7f8c3a52-3d1c-4b7e-9a41-0c9b8e7d6f5a", status.HubID, "nats.example.com:4222", w.toNATS,
+		"mongo.example.com/?replicaSet=rs0", w.store.to[0]+"/", "store: {", "store: {feed: {replicas: 1, maxBytes: 256MiB}, ",
+	).Replace(yaml[1]))
+
+	n := 0
+	var digests []string
+	for _, block := range regexp.MustCompile("(?s)```sh\n(.*?)```").FindAllStringSubmatch(section, -1) {
+		for line := range strings.Lines(block[1]) {
+			line = strings.TrimSpace(line)
+			n++
+			switch line {
+			case "sudo systemctl disable --now coaphub":
+				h.p.end(syscall.SIGTERM)
+				dev.Close()
+				continue
+			case "sudo systemctl enable --now coaphub":
+				h.begin()
+				h.p.ready(t, patience)
+				continue
+			}
+			line = regexp.MustCompile(`([ '])/(etc|var)\b`).ReplaceAllString(line, "${1}"+w.dir+"/$2")
+			sh := exec.CommandContext(t.Context(), "sh", "-ec", `sudo() { "$@"; }`+"\n"+line)
+			sh.Env = append(os.Environ(), "PATH="+programs+":"+os.Getenv("PATH"))
+			out, err := sh.CombinedOutput()
+			if err != nil {
+				t.Fatalf("%s\n%v\n%s", line, err, out)
+			}
+			if strings.Contains(line, "coaphub verify") {
+				digests = append(digests, regexp.MustCompile("sha256:[0-9a-f]{64}").FindString(string(out)))
+			}
+			if strings.Contains(line, "rm ") { // all is there for the cluster: it serves
+				c := w.serve("cluster", config, filepath.Join(w.dir, "var/lib/private/coaphub-ca"))
+				again(t, w, dev)
+				dev.Close()
+				c.p.end(syscall.SIGTERM)
+			}
+		}
+	}
+	if n < 12 || len(digests) != 3 || digests[0] == "" || digests[0] != digests[1] || digests[2] == "" {
+		t.Errorf("%d commands were typed, the digests are %q", n, digests)
+	}
+	again(t, w, dev)
+	if now, err := h.control.Status(t.Context()); err != nil || now.HubID != status.HubID || now.Devices != 1 {
+		t.Errorf("it came back as %+v, %v", now, err)
 	}
 }

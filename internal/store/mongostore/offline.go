@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -59,46 +60,57 @@ func (o *Offline) Alone(ctx context.Context) error {
 }
 
 // Alive returns the names of the processes that have the database open. Where some may have ended without an orderly end it waits for
-// their next beat.
+// their next beats.
 func (o *Offline) Alive(ctx context.Context) ([]string, error) {
 	s := o.s
-	before := map[string]int64{}
-	all, err := s.allWriters(ctx)
+	before, err := o.doubtful(ctx)
+	// One beat more may have been on its way when its writer ended.
+	for n := 0; err == nil && len(before) > 0; n++ {
+		t := time.NewTimer(2*s.times.beat + s.times.beat/2)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return nil, ctx.Err()
+		}
+		now, err := o.doubtful(ctx)
+		if err != nil {
+			return nil, err
+		}
+		var names []string
+		for id, w := range now {
+			was, waited := before[id]
+			switch {
+			case waited && was.Beat == w.Beat:
+				o.dead[id] = w.Beat
+				delete(now, id)
+			case n > 0 || waited && w.Beat > was.Beat+1:
+				names = append(names, fmt.Sprintf("%q", w.Name))
+			}
+		}
+		if len(names) > 0 {
+			slices.Sort(names)
+			return names, nil
+		}
+		before = now
+	}
+	return nil, err
+}
+
+// doubtful returns the writers that may live, by their IDs: all that are not known to be dead. One that signed off and left something to
+// publish or to fold has a negative beat.
+func (o *Offline) doubtful(ctx context.Context) (map[string]writer, error) {
+	all, err := o.s.allWriters(ctx)
 	if err != nil {
-		return nil, s.explain(err)
+		return nil, o.s.explain(err)
 	}
+	out := map[string]writer{}
 	for _, w := range all {
-		// One that signed off and left something to publish or to fold has a negative beat.
 		if beat, known := o.dead[w.ID]; w.Beat >= 0 && (!known || beat != w.Beat) {
-			before[w.ID] = w.Beat
+			out[w.ID] = w
 		}
 	}
-	if len(before) == 0 {
-		return nil, nil
-	}
-	t := time.NewTimer(2*s.times.beat + s.times.beat/2)
-	defer t.Stop()
-	select {
-	case <-t.C:
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-	if all, err = s.allWriters(ctx); err != nil {
-		return nil, s.explain(err)
-	}
-	var names []string
-	for _, w := range all {
-		was, waited := before[w.ID]
-		dead, known := o.dead[w.ID]
-		switch {
-		case w.Beat < 0, known && dead == w.Beat:
-		case waited && was == w.Beat:
-			o.dead[w.ID] = w.Beat
-		default:
-			names = append(names, fmt.Sprintf("%q", w.Name))
-		}
-	}
-	return names, nil
+	return out, nil
 }
 
 // Marks are notes in the database of those who copy it, which outlive them.

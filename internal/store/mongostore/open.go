@@ -205,11 +205,11 @@ func (s *Store) start(ctx context.Context, opts Options, steps []func(context.Co
 			return s.explain(err)
 		}
 	}
-	if err := s.remember(ctx); err != nil {
-		return s.explain(err)
-	}
 	if !s.offline {
-		err := s.checkFeeds(ctx)
+		err := s.remember(ctx)
+		if err == nil {
+			err = s.checkFeeds(ctx)
+		}
 		if err == nil {
 			err = s.beat(ctx, 0)
 		}

@@ -37,8 +37,10 @@ type whole struct {
 func imported(t *testing.T, a store.Archive, serve func() store.Store) {
 	ctx := deadline(t)
 	all := map[hub.DeviceID]whole{
-		Device(1): {first: 5, last: 12, commit: Commit, bases: []store.StateDoc{{Key: "b1", Value: []byte("base")}, {Key: "b2", Value: []byte{}}},
-			docs: []store.StateDoc{{Key: "a", Value: []byte("A")}, {Key: "z\x00ä", Value: []byte{}}}},
+		Device(1): {
+			first: 5, last: 12, commit: Commit, bases: []store.StateDoc{{Key: "b1", Value: []byte("base")}, {Key: "b2", Value: []byte{}}},
+			docs: []store.StateDoc{{Key: "a", Value: []byte("A")}, {Key: "z\x00ä", Value: []byte{}}},
+		},
 		Device(2): {first: 1, last: 3, commit: FullCommit, docs: []store.StateDoc{{Key: "a", Value: []byte("A2")}}},
 		Device(3): {first: 1 << 40, last: 1<<40 + 600, commit: Commit}, // pages
 	}
