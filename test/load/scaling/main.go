@@ -120,7 +120,7 @@ type process struct {
 
 // start starts a program and returns the rest of the line that begins with prefix.
 func (s *scaling) start(name, prefix, program string, args ...string) (p *process, line string, err error) {
-	p = &process{name: name, cmd: exec.Command(filepath.Join(s.dir, program), args...)}
+	p = &process{name: name, cmd: exec.CommandContext(context.Background(), filepath.Join(s.dir, program), args...)}
 	p.cmd.Stderr = &p.said
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is for us: we end them in order
 	if p.in, err = p.cmd.StdinPipe(); err != nil {
