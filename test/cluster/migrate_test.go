@@ -465,7 +465,7 @@ func TestMovingAsWritten(t *testing.T) {
 	if !ok || !ok2 || yaml == nil {
 		t.Fatal("docs/operations.md has no section about moving, or no configuration in it")
 	}
-	w := prepare(t)
+	w := prepare(t, nil)
 	w.startNATS()
 	w.startMongo()
 	for _, dir := range []string{"etc/coaphub", "var/lib/private"} {

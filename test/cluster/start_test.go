@@ -76,7 +76,7 @@ func TestStartInAnyOrder(t *testing.T) {
 // refusesAnotherVersion starts a part of a program that speaks another version on the bus: it ends, both versions are named, and those who
 // were there go on.
 func (w *world) refusesAnotherVersion(t *testing.T) {
-	const file, is = "../../internal/bus/frame.go", "\nconst version = 1\n"
+	const file, is = "../../internal/bus/frame.go", "\nconst version, batchVersion = 1, 2\n"
 	text, err := os.ReadFile(file)
 	if err != nil || strings.Count(string(text), is) != 1 {
 		t.Fatalf("%s does not have its version where it was: %v", file, err)
@@ -89,7 +89,7 @@ func (w *world) refusesAnotherVersion(t *testing.T) {
 	by, overlay, program := filepath.Join(dir, "frame.go"), filepath.Join(dir, "overlay.json"), filepath.Join(dir, "coaphub")
 	rules, err := json.Marshal(map[string]any{"Replace": map[string]string{replaced: by}})
 	if err := errors.Join(err,
-		os.WriteFile(by, []byte(strings.Replace(string(text), is, "\nconst version = 9\n", 1)), 0o600), os.WriteFile(overlay, rules, 0o600),
+		os.WriteFile(by, []byte(strings.Replace(string(text), is, "\nconst version, batchVersion = 9, 10\n", 1)), 0o600), os.WriteFile(overlay, rules, 0o600),
 	); err != nil {
 		t.Fatal(err)
 	}
