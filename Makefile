@@ -76,6 +76,10 @@ bench-full: ## the same with all phases and transports, five rounds, into docs/p
 growth: ## measure start and lists of a hub with 1 000 000 devices and 10 000 000 events; takes long, and 5 GB of /tmp
 	@go run ./test/load/growth
 
+.PHONY: scaling
+scaling: ## measure what each part of a cluster costs, into docs/scaling.md, in about ten minutes
+	@go run ./test/load/scaling -write docs/scaling.md
+
 .PHONY: microbench
 microbench: ## all benchmarks of the code, five runs each
 	go test -run '^$$' -bench . -benchmem -count 5 ./...

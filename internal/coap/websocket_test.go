@@ -636,7 +636,6 @@ func TestWebSocketMessageLimit(t *testing.T) {
 		p.wantClosed(statusTooBig)
 		wantReason(t, s.reason(t), ErrTooLarge)
 
-		p = s.dial(t)
 		for _, length := range []byte{0x00, 0x7f} { // what an int of 32 bits just holds, and what none holds, beside what is there
 			p = s.dial(t)
 			p.raw(masked(0x02, b[:1000]))

@@ -34,6 +34,14 @@ func TestStartInAnyOrder(t *testing.T) {
 	until(t, 30*time.Second, "all to say that they wait for MongoDB", waits("MongoDB"))
 	w.startMongo()
 	w.ready()
+	for _, name := range w.order { // the first login is no business of whichever process was first
+		if _, err := os.Stat(filepath.Join(w.parts[name].data, "first-login")); err == nil {
+			t.Errorf("%s has put the first login into its folder", name)
+		}
+	}
+	if u, err := w.parts["app-1"].control.SetPassword(t.Context(), bundle.UserRequest{Name: "admin"}); err != nil || u.Password == "" {
+		t.Errorf("a one-time password for the first account: %+v, %v", u, err)
+	}
 	for _, name := range []string{"is", "ca", "app-1", "app-2", "gw-1", "gw-2"} {
 		until(t, patience, name+" to answer", func() bool {
 			_, err := w.parts[name].control.Onboard(t.Context(), bundle.OnboardRequest{DeviceID: "00000000-0000-4000-8000-000000000001", Certificate: true})
@@ -68,7 +76,7 @@ func TestStartInAnyOrder(t *testing.T) {
 // refusesAnotherVersion starts a part of a program that speaks another version on the bus: it ends, both versions are named, and those who
 // were there go on.
 func (w *world) refusesAnotherVersion(t *testing.T) {
-	const file, is = "../../internal/bus/frame.go", "\nconst version = 1\n"
+	const file, is = "../../internal/bus/frame.go", "\nconst version, batchVersion = 1, 2\n"
 	text, err := os.ReadFile(file)
 	if err != nil || strings.Count(string(text), is) != 1 {
 		t.Fatalf("%s does not have its version where it was: %v", file, err)
@@ -81,7 +89,7 @@ func (w *world) refusesAnotherVersion(t *testing.T) {
 	by, overlay, program := filepath.Join(dir, "frame.go"), filepath.Join(dir, "overlay.json"), filepath.Join(dir, "coaphub")
 	rules, err := json.Marshal(map[string]any{"Replace": map[string]string{replaced: by}})
 	if err := errors.Join(err,
-		os.WriteFile(by, []byte(strings.Replace(string(text), is, "\nconst version = 9\n", 1)), 0o600), os.WriteFile(overlay, rules, 0o600),
+		os.WriteFile(by, []byte(strings.Replace(string(text), is, "\nconst version, batchVersion = 9, 10\n", 1)), 0o600), os.WriteFile(overlay, rules, 0o600),
 	); err != nil {
 		t.Fatal(err)
 	}
