@@ -71,7 +71,12 @@ func (w *town) startAt(url, part, name string) *process {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	p := &process{bus: b, members: b.Members(bus.Member{Part: part, Instance: name}, nil, quiet)}
+	p := &process{bus: b}
+	var load func() bus.Load
+	if part == Part {
+		load = func() bus.Load { return p.d.Load() }
+	}
+	p.members = b.Members(bus.Member{Part: part, Instance: name}, load, quiet)
 	var run func(context.Context, func()) error
 	if part == Part {
 		if p.d, err = New(Default(), w.st, quiet, reg, name); err != nil {
@@ -656,4 +661,34 @@ func TestOldPictureDecidesNothing(t *testing.T) {
 	if got := twinOf(t, w.device(gw, dev), "/light"); got != "1" {
 		t.Errorf("the last value was 1, and the twin has %s", got)
 	}
+}
+
+// What another directory wrote, who did not know better or had it under way when it stood still, does not stay hidden behind the picture
+// that a device's home has in memory.
+func TestOthersWritesAreSeen(t *testing.T) {
+	w := newTown(t)
+	both := w.directories(2)
+	home, other := both[0], both[1]
+	w.start(GatewayPart, "gateway-1") // the session's, which goes on
+	dev := w.at(home)
+	if err := home.d.Register(t.Context(), own(dev, alice, 1), "user-1"); err != nil {
+		t.Fatal(err)
+	}
+	sess, err := home.d.SignIn(t.Context(), own(dev, alice, 1), conn("conn-1"), "user-1", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	report := func(p *process, message uint64, v int) {
+		t.Helper()
+		from := hub.Stamp{Device: dev, Session: sess.Number, Message: message, User: "user-1"}
+		if err := p.d.Notify(t.Context(), from, []hub.Change{value("/light", v)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	report(home, 1, 1)
+	report(other, 2, 2)
+	w.eventually("the device's home shows what another directory wrote", func() bool {
+		d, err := home.d.Device(t.Context(), alice, dev)
+		return err == nil && twinOf(t, d, "/light") == "2"
+	})
 }

@@ -387,6 +387,9 @@ func (w *worker) settle(errs []error) {
 			n++
 		}
 		w.d.metrics.commits.Add(float64(n))
+		if n > 0 {
+			w.d.apart.stored(b.e.dev)
+		}
 		for _, c := range b.commits[:n] {
 			w.d.metrics.events.Add(float64(len(c.c.Events)))
 			b.e.state = c.after
@@ -467,7 +470,9 @@ func (w *worker) wake(l loading) {
 		return
 	}
 	e.state = l.s
-	e.public.Store(l.s)
+	if !e.stale { // else it may have been read before what others wrote
+		e.public.Store(l.s)
+	}
 	for _, c := range l.s.commands {
 		w.watch(c)
 	}
