@@ -127,17 +127,22 @@ func newWorker(d *Directory) *worker {
 // run works until the directory closes and all that was taken is answered.
 func (w *worker) run(ctx context.Context) {
 	var helpers sync.WaitGroup
+	over := make(chan struct{})
 	for range loaders {
 		helpers.Go(func() {
 			for e := range w.load {
 				s, err := w.d.codec.loadToAppend(ctx, w.d.store, e.dev)
 				w.d.metrics.loads.Inc()
-				w.loaded <- loading{e, s, err}
+				select {
+				case w.loaded <- loading{e, s, err}:
+				case <-over: // nobody waits for it: it was not loaded for a request
+				}
 			}
 		})
 	}
 	defer helpers.Wait()
 	defer close(w.load)
+	defer close(over)
 	sweep := time.NewTicker(sweepEvery)
 	defer sweep.Stop()
 	w.alarm = time.NewTimer(time.Hour)

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -520,4 +521,32 @@ func TestOfflineSurvivesAFullQueue(t *testing.T) {
 	for _, dev := range []hub.DeviceID{lamp, stove} {
 		h.eventually(string(dev)+" to be offline", func() bool { return !h.device(alice, dev).Metadata.Connection.Online })
 	}
+}
+
+// A directory ends although a device is being loaded that no request waits for, as its sweep does for those who wait for a command.
+func TestEndsWhileLoading(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		begun, goOn := make(chan struct{}), make(chan struct{})
+		f := &fake{load: func(context.Context, hub.DeviceID) (store.State, error) {
+			close(begun)
+			<-goOn
+			return store.State{}, nil
+		}}
+		d, err := New(Default(), f, slog.New(slog.DiscardHandler), prometheus.NewRegistry(), "test")
+		if err != nil {
+			t.Fatal(err)
+		}
+		w := newWorker(d)
+		w.fetch(w.entry(lamp))
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			w.run(t.Context())
+		}()
+		<-begun
+		close(d.closing)
+		synctest.Wait() // the worker has nothing to do and ends
+		close(goOn)
+		<-ended
+	})
 }
