@@ -359,7 +359,6 @@ func (d *Directory) watch(ctx context.Context, s *servers, ready func()) {
 		}
 		if changed != nil {
 			a.moved.Store(time.Now().UnixNano())
-			d.marked.forget()
 			for _, w := range d.workers {
 				w.leave(changed)
 			}

@@ -692,3 +692,23 @@ func TestOthersWritesAreSeen(t *testing.T) {
 		return err == nil && twinOf(t, d, "/light") == "2"
 	})
 }
+
+// Who ends a device's session when its gateway is gone is looked up each time: another directory may have written somebody else down.
+func TestIndexIsNotRemembered(t *testing.T) {
+	w := newTown(t)
+	both := w.directories(2)
+	dev := w.at(both[0])
+	if err := both[0].d.Register(t.Context(), own(dev, alice, 1), "user-1"); err != nil {
+		t.Fatal(err)
+	}
+	for i, at := range []*process{both[0], both[1], both[0]} {
+		c := conn(fmt.Sprint("conn-", i))
+		c.Service = fmt.Sprint("gateway-", i%2)
+		if _, err := at.d.SignIn(t.Context(), own(dev, alice, 1), c, "user-1", nil); err != nil {
+			t.Fatal(err)
+		}
+		if doc, err := w.st.Get(t.Context(), onlineIndex, string(dev)); err != nil || string(doc.Value) != c.Service {
+			t.Errorf("the index has the session on %s as one of %q: %v", c.Service, doc.Value, err)
+		}
+	}
+}
