@@ -11,8 +11,10 @@ import (
 	"github.com/coaphub/coaphub/test/dose"
 )
 
-var only = flag.Uint64("seed", 0, "play this seed alone, and tell its story")
-var story = flag.Bool("story", false, "tell the story of a seed that fails")
+var (
+	only  = flag.Uint64("seed", 0, "play this seed alone, and tell its story")
+	story = flag.Bool("story", false, "tell the story of a seed that fails")
+)
 
 // TestMain has one goroutine run at a time, so that a seed plays out again as far as that goes.
 func TestMain(m *testing.M) {

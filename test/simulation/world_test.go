@@ -334,8 +334,10 @@ func (d *device) ownership() hub.Ownership {
 // play is the whole of a seed. What it finds wrong is in faults.
 func (w *world) play() {
 	w.slots = []*slot{
-		{part: resourcedirectory.Part, base: "dir1"}, {part: resourcedirectory.Part, base: "dir2"},
-		{part: resourcedirectory.GatewayPart, base: "gw1"}, {part: resourcedirectory.GatewayPart, base: "gw2"},
+		{part: resourcedirectory.Part, base: "dir1"},
+		{part: resourcedirectory.Part, base: "dir2"},
+		{part: resourcedirectory.GatewayPart, base: "gw1"},
+		{part: resourcedirectory.GatewayPart, base: "gw2"},
 	}
 	for _, s := range w.slots {
 		s.start(w)

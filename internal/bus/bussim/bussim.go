@@ -31,7 +31,6 @@ type Client struct {
 	s       *Server
 	send    func([]byte)
 	in      []byte
-	verbose bool
 	replies bool // it wants to know when nobody is there to answer
 	subs    []*sub
 	closed  bool
