@@ -174,9 +174,13 @@ func (w *worker) run(ctx context.Context) {
 		case <-w.lefts:
 			w.forget()
 		case now := <-sweep.C:
-			w.sweep(now)
+			if closing != nil { // else what cannot be stored would be tried for ever
+				w.sweep(now)
+			}
 		case now := <-w.alarm.C:
-			w.expire(now)
+			if closing != nil {
+				w.expire(now)
+			}
 		case <-closing:
 			closing = nil
 		}

@@ -550,3 +550,39 @@ func TestEndsWhileLoading(t *testing.T) {
 		<-ended
 	})
 }
+
+// A directory whose store is away ends when it has answered, and begins nothing more by itself that the store will not take either.
+func TestEndsWhileStoreIsAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &fake{load: func(_ context.Context, dev hub.DeviceID) (store.State, error) {
+			wait := 3 * time.Second
+			if dev == stove {
+				wait = 5 * time.Second // so that there is always one of them under way
+			}
+			time.Sleep(wait)
+			return store.State{}, &hub.Error{Kind: hub.Unavailable}
+		}}
+		d, err := New(Default(), f, slog.New(slog.DiscardHandler), prometheus.NewRegistry(), "test")
+		if err != nil {
+			t.Fatal(err)
+		}
+		w := newWorker(d)
+		for _, dev := range []hub.DeviceID{lamp, stove} {
+			w.live[dev] = &live{session: 1}
+			w.gone[dev] = w.live[dev]
+		}
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			w.run(t.Context())
+		}()
+		time.Sleep(sweepEvery + time.Second) // both are being set offline
+		close(d.closing)
+		select {
+		case <-ended:
+		case <-time.After(5 * time.Second):
+			t.Error("it goes on trying")
+			<-ended
+		}
+	})
+}
