@@ -132,7 +132,11 @@ func (a *assembly) load(target string) func() bus.Load {
 	}
 	switch target {
 	case TargetResourceDirectory:
-		return func() bus.Load { return bus.Load{Partitions: a.directories.Partitions(), Behind: behind()} }
+		return func() bus.Load {
+			l := a.directories.Load()
+			l.Behind = behind()
+			return l
+		}
 	case TargetCoAPGateway:
 		return func() bus.Load { return bus.Load{Sessions: a.devices.Sessions()} }
 	}

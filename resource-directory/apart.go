@@ -35,6 +35,8 @@ const (
 	tellTry = time.Second
 	// settled is how long after that nobody else serves a partition of the directory's any more.
 	settled = 15 * time.Second
+	// toldWrites is for how long the others are told where a directory has written: some heartbeats get lost.
+	toldWrites = 5 * time.Second
 	// closeWait is how long a device's end waits for its session's.
 	closeWait = time.Second
 )
@@ -59,7 +61,9 @@ type apart struct {
 	self    string // its instance
 	log     *slog.Logger
 	mine    atomic.Pointer[[partitions]bool]
-	moved   atomic.Int64 // Unix nanoseconds: when partitions moved last, or it had not heard itself for a while
+	moved   atomic.Int64             // Unix nanoseconds: when partitions moved last, or others wrote in them, or it had not heard itself for a while
+	wrote   [partitions]atomic.Int64 // Unix nanoseconds: when something was stored last
+	heard   time.Time                // up to when others' words of where they wrote are dealt with; only watch uses it
 	// gone is closed when others have taken over: what waits for a device here waits no longer.
 	gone chan struct{}
 
@@ -90,6 +94,56 @@ func (d *Directory) Apart(b *bus.Bus, members *bus.Members, instance string) {
 	a.mine.Store(new([partitions]bool))
 	a.life, a.end = context.WithCancel(context.Background())
 	d.apart = a
+}
+
+// Load is what the directory tells others of itself, as a member.
+func (d *Directory) Load() bus.Load {
+	l := bus.Load{Partitions: d.Partitions()}
+	if d.apart == nil {
+		return l
+	}
+	l.Wrote = make([]byte, partitions/8)
+	recent := time.Now().Add(-toldWrites).UnixNano()
+	for p := range d.apart.wrote {
+		if d.apart.wrote[p].Load() > recent {
+			l.Wrote[p/8] |= 1 << (p % 8)
+		}
+	}
+	return l
+}
+
+// stored notes that something of a device was stored here.
+func (a *apart) stored(dev hub.DeviceID) {
+	if a != nil {
+		a.wrote[partitionOf(dev)].Store(time.Now().UnixNano())
+	}
+}
+
+// meddled returns the directory's partitions in which others say that they wrote, since it was asked before; nil: none. That happens
+// while they disagree about who serves them (one that has just come hears itself before it hears the others), and when somebody stood
+// still with a write under way: all that its own memory has of these devices may be old, and nothing else would show it.
+func (a *apart) meddled() *[partitions]bool {
+	mine, which, any := a.mine.Load(), new([partitions]bool), false
+	all, at := a.members.All()
+	newest := a.heard
+	for i, m := range all {
+		if m.Part != Part || m.Instance == a.self || !at[i].After(a.heard) || len(m.Load.Wrote) != partitions/8 {
+			continue
+		}
+		if at[i].After(newest) {
+			newest = at[i]
+		}
+		for p := range which {
+			if mine[p] && m.Load.Wrote[p/8]&(1<<(p%8)) != 0 {
+				which[p], any = true, true
+			}
+		}
+	}
+	a.heard = newest
+	if !any {
+		return nil
+	}
+	return which
 }
 
 // Partitions is how many partitions the directory serves: all that there are if it is the only one.
@@ -287,8 +341,7 @@ func (d *Directory) watch(ctx context.Context, s *servers, ready func()) {
 	for p := range everything {
 		everything[p] = true
 	}
-	var since, again time.Time
-	var lived []string
+	var since time.Time
 	judged := map[string]bool{} // gateways that were found silent
 	for {
 		moved := a.members.Moved()
@@ -301,20 +354,14 @@ func (d *Directory) watch(ctx context.Context, s *servers, ready func()) {
 			// It stood still, or was away, and others may have had its partitions meanwhile.
 			since, changed = now, everything
 		}
-		if !slices.Equal(living, lived) || changed != nil {
-			// Somebody who knew less, or had not given up a partition yet, may just be writing a device of this directory's, which would not
-			// hear of it until it wrote that, too: later it looks once more.
-			lived, again = living, time.Now().Add(settled)
-		}
-		if !again.IsZero() && time.Now().After(again) {
-			again = time.Time{}
+		if which := a.meddled(); which != nil {
+			a.moved.Store(time.Now().UnixNano())
 			for _, w := range d.workers {
-				w.leave(everything)
+				w.leave(which)
 			}
 		}
 		if changed != nil {
 			a.moved.Store(time.Now().UnixNano())
-			d.marked.forget()
 			for _, w := range d.workers {
 				w.leave(changed)
 			}

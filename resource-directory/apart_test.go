@@ -71,7 +71,12 @@ func (w *town) startAt(url, part, name string) *process {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	p := &process{bus: b, members: b.Members(bus.Member{Part: part, Instance: name}, nil, quiet)}
+	p := &process{bus: b}
+	var load func() bus.Load
+	if part == Part {
+		load = func() bus.Load { return p.d.Load() }
+	}
+	p.members = b.Members(bus.Member{Part: part, Instance: name}, load, quiet)
 	var run func(context.Context, func()) error
 	if part == Part {
 		if p.d, err = New(Default(), w.st, quiet, reg, name); err != nil {
@@ -672,5 +677,55 @@ func TestNewDirectoryTakesItsShare(t *testing.T) {
 	}
 	if all == 3 {
 		t.Error("beside others it starts with all partitions")
+	}
+}
+
+// What another directory wrote, who did not know better or had it under way when it stood still, does not stay hidden behind the picture
+// that a device's home has in memory.
+func TestOthersWritesAreSeen(t *testing.T) {
+	w := newTown(t)
+	both := w.directories(2)
+	home, other := both[0], both[1]
+	w.start(GatewayPart, "gateway-1") // the session's, which goes on
+	dev := w.at(home)
+	if err := home.d.Register(t.Context(), own(dev, alice, 1), "user-1"); err != nil {
+		t.Fatal(err)
+	}
+	sess, err := home.d.SignIn(t.Context(), own(dev, alice, 1), conn("conn-1"), "user-1", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	report := func(p *process, message uint64, v int) {
+		t.Helper()
+		from := hub.Stamp{Device: dev, Session: sess.Number, Message: message, User: "user-1"}
+		if err := p.d.Notify(t.Context(), from, []hub.Change{value("/light", v)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	report(home, 1, 1)
+	report(other, 2, 2)
+	w.eventually("the device's home shows what another directory wrote", func() bool {
+		d, err := home.d.Device(t.Context(), alice, dev)
+		return err == nil && twinOf(t, d, "/light") == "2"
+	})
+}
+
+// Who ends a device's session when its gateway is gone is looked up each time: another directory may have written somebody else down.
+func TestIndexIsNotRemembered(t *testing.T) {
+	w := newTown(t)
+	both := w.directories(2)
+	dev := w.at(both[0])
+	if err := both[0].d.Register(t.Context(), own(dev, alice, 1), "user-1"); err != nil {
+		t.Fatal(err)
+	}
+	for i, at := range []*process{both[0], both[1], both[0]} {
+		c := conn(fmt.Sprint("conn-", i))
+		c.Service = fmt.Sprint("gateway-", i%2)
+		if _, err := at.d.SignIn(t.Context(), own(dev, alice, 1), c, "user-1", nil); err != nil {
+			t.Fatal(err)
+		}
+		if doc, err := w.st.Get(t.Context(), onlineIndex, string(dev)); err != nil || string(doc.Value) != c.Service {
+			t.Errorf("the index has the session on %s as one of %q: %v", c.Service, doc.Value, err)
+		}
 	}
 }

@@ -18,7 +18,7 @@ const onlineIndex = "online"
 // maxMarked bounds what is remembered of the marks of this run; beyond, they are looked up again.
 const maxMarked = 16 << 10
 
-// marked remembers what the indexes have of which devices: nobody takes them out or changes that while they are the directory's.
+// marked remembers what the indexes have of which devices, in a directory that is the only one: nobody else takes them out or changes that.
 type marked struct {
 	mu sync.Mutex
 	as map[string]string // what was written, by index and device
@@ -40,20 +40,16 @@ func (m *marked) add(key, as string) {
 	m.as[key] = as
 }
 
-func (m *marked) forget() {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.as = nil
-}
-
-// mark puts the device into an index, as somebody's. It is written once, not each time.
+// mark puts the device into an index, as somebody's. It is written once, not each time. One of several directories looks each time: another,
+// who took itself for the device's home, may have changed it a moment ago, and a session that the index has as another gateway's would
+// stay online after its own is gone.
 func (d *Directory) mark(ctx context.Context, index string, dev hub.DeviceID, as string) (err error) {
 	key := index + " " + string(dev)
-	if d.marked.has(key, as) {
+	if d.apart == nil && d.marked.has(key, as) {
 		return nil
 	}
 	defer func() {
-		if err == nil {
+		if err == nil && d.apart == nil {
 			d.marked.add(key, as)
 		}
 	}()

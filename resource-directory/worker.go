@@ -127,17 +127,22 @@ func newWorker(d *Directory) *worker {
 // run works until the directory closes and all that was taken is answered.
 func (w *worker) run(ctx context.Context) {
 	var helpers sync.WaitGroup
+	over := make(chan struct{})
 	for range loaders {
 		helpers.Go(func() {
 			for e := range w.load {
 				s, err := w.d.codec.loadToAppend(ctx, w.d.store, e.dev)
 				w.d.metrics.loads.Inc()
-				w.loaded <- loading{e, s, err}
+				select {
+				case w.loaded <- loading{e, s, err}:
+				case <-over: // nobody waits for it: it was not loaded for a request
+				}
 			}
 		})
 	}
 	defer helpers.Wait()
 	defer close(w.load)
+	defer close(over)
 	sweep := time.NewTicker(sweepEvery)
 	defer sweep.Stop()
 	w.alarm = time.NewTimer(time.Hour)
@@ -169,9 +174,13 @@ func (w *worker) run(ctx context.Context) {
 		case <-w.lefts:
 			w.forget()
 		case now := <-sweep.C:
-			w.sweep(now)
+			if closing != nil { // else what cannot be stored would be tried for ever
+				w.sweep(now)
+			}
 		case now := <-w.alarm.C:
-			w.expire(now)
+			if closing != nil {
+				w.expire(now)
+			}
 		case <-closing:
 			closing = nil
 		}
@@ -387,6 +396,9 @@ func (w *worker) settle(errs []error) {
 			n++
 		}
 		w.d.metrics.commits.Add(float64(n))
+		if n > 0 {
+			w.d.apart.stored(b.e.dev)
+		}
 		for _, c := range b.commits[:n] {
 			w.d.metrics.events.Add(float64(len(c.c.Events)))
 			b.e.state = c.after
@@ -467,7 +479,9 @@ func (w *worker) wake(l loading) {
 		return
 	}
 	e.state = l.s
-	e.public.Store(l.s)
+	if !e.stale { // else it may have been read before what others wrote
+		e.public.Store(l.s)
+	}
 	for _, c := range l.s.commands {
 		w.watch(c)
 	}

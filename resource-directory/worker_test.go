@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -520,4 +521,68 @@ func TestOfflineSurvivesAFullQueue(t *testing.T) {
 	for _, dev := range []hub.DeviceID{lamp, stove} {
 		h.eventually(string(dev)+" to be offline", func() bool { return !h.device(alice, dev).Metadata.Connection.Online })
 	}
+}
+
+// A directory ends although a device is being loaded that no request waits for, as its sweep does for those who wait for a command.
+func TestEndsWhileLoading(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		begun, goOn := make(chan struct{}), make(chan struct{})
+		f := &fake{load: func(context.Context, hub.DeviceID) (store.State, error) {
+			close(begun)
+			<-goOn
+			return store.State{}, nil
+		}}
+		d, err := New(Default(), f, slog.New(slog.DiscardHandler), prometheus.NewRegistry(), "test")
+		if err != nil {
+			t.Fatal(err)
+		}
+		w := newWorker(d)
+		w.fetch(w.entry(lamp))
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			w.run(t.Context())
+		}()
+		<-begun
+		close(d.closing)
+		synctest.Wait() // the worker has nothing to do and ends
+		close(goOn)
+		<-ended
+	})
+}
+
+// A directory whose store is away ends when it has answered, and begins nothing more by itself that the store will not take either.
+func TestEndsWhileStoreIsAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &fake{load: func(_ context.Context, dev hub.DeviceID) (store.State, error) {
+			wait := 3 * time.Second
+			if dev == stove {
+				wait = 5 * time.Second // so that there is always one of them under way
+			}
+			time.Sleep(wait)
+			return store.State{}, &hub.Error{Kind: hub.Unavailable}
+		}}
+		d, err := New(Default(), f, slog.New(slog.DiscardHandler), prometheus.NewRegistry(), "test")
+		if err != nil {
+			t.Fatal(err)
+		}
+		w := newWorker(d)
+		for _, dev := range []hub.DeviceID{lamp, stove} {
+			w.live[dev] = &live{session: 1}
+			w.gone[dev] = w.live[dev]
+		}
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			w.run(t.Context())
+		}()
+		time.Sleep(sweepEvery + time.Second) // both are being set offline
+		close(d.closing)
+		select {
+		case <-ended:
+		case <-time.After(5 * time.Second):
+			t.Error("it goes on trying")
+			<-ended
+		}
+	})
 }

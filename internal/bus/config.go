@@ -3,6 +3,7 @@ package bus
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/url"
 	"strings"
 
@@ -18,7 +19,22 @@ type Config struct {
 	// NKeyFile has this process's NKEY seed, for servers that know its public key by their configuration.
 	NKeyFile string    `yaml:"nkeyFile"`
 	TLS      TLSConfig `yaml:"tls"`
+
+	dial func() (net.Conn, error) // nil: over TCP
 }
+
+// Over is the configuration with connections that dial makes, for tests that have a network of their own. The addresses of the servers
+// must then be IP addresses, so that nobody looks them up.
+func (c Config) Over(dial func() (net.Conn, error)) Config {
+	c.dial = dial
+	return c
+}
+
+// dialer is Config.dial for NATS.
+type dialer func() (net.Conn, error)
+
+// Dial implements nats.CustomDialer.
+func (d dialer) Dial(string, string) (net.Conn, error) { return d() }
 
 // TLSConfig is how a connection to NATS is kept from others; with any of it, and with tls:// in an address, it is over TLS only.
 type TLSConfig struct {
@@ -63,6 +79,9 @@ func (c Config) options() ([]nats.Option, error) {
 			return nil, fmt.Errorf("the NKEY of the bus: %w", err)
 		}
 		opts = append(opts, o)
+	}
+	if c.dial != nil {
+		opts = append(opts, nats.SetCustomDialer(dialer(c.dial)))
 	}
 	if len(c.TLS.CAFiles) > 0 {
 		opts = append(opts, nats.RootCAs(c.TLS.CAFiles...))

@@ -43,6 +43,7 @@ type Member struct {
 // Load is what a part is at; what a part has none of is zero.
 type Load struct {
 	Partitions int    // that it serves
+	Wrote      []byte // a bit for each partition in which it stored something in the last few seconds, whoever serves it
 	Sessions   int    // of devices
 	Behind     int    // events that are stored and not yet where readers find them
 	Position   uint64 // of the feed, up to which it has read

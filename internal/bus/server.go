@@ -147,9 +147,11 @@ func (s *Server) Run(ctx context.Context, ready func()) error {
 		return err
 	}
 	if s.bus.conn.IsConnected() {
-		if err := s.bus.conn.FlushTimeout(patience); err != nil {
+		wait, cancel := context.WithTimeout(ctx, patience)
+		if err := s.bus.conn.FlushWithContext(wait); err != nil {
 			s.log.Warn("the bus does not answer", "error", err)
 		}
+		cancel()
 	}
 	ready()
 	<-ctx.Done()

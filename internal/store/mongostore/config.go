@@ -1,10 +1,12 @@
 package mongostore
 
 import (
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"net"
 	"net/url"
 	"os"
 	"regexp"
@@ -48,6 +50,19 @@ type Config struct {
 	// SettleTimeout is how long the hub asks what became of a write whose answer did not come; who waits for it waits that much longer.
 	// Default 30s.
 	SettleTimeout time.Duration `yaml:"settleTimeout"`
+
+	dial dialer // nil: over TCP
+}
+
+type dialer func(context.Context) (net.Conn, error)
+
+// DialContext implements options.ContextDialer.
+func (d dialer) DialContext(ctx context.Context, _, _ string) (net.Conn, error) { return d(ctx) }
+
+// Over is the configuration with connections that dial makes, for tests that have a network of their own.
+func (c Config) Over(dial func(context.Context) (net.Conn, error)) Config {
+	c.dial = dial
+	return c
 }
 
 // TLSConfig is everything below tls.
@@ -145,6 +160,9 @@ func (c *Config) options() (*options.ClientOptions, error) {
 		SetRetryWrites(false).SetRetryReads(true).
 		SetMaxPoolSize(c.Pool.Max).SetMaxConnIdleTime(c.Pool.Idle).
 		SetConnectTimeout(c.ConnectTimeout).SetServerSelectionTimeout(c.SelectTimeout)
+	if c.dial != nil {
+		o.SetDialer(c.dial)
+	}
 	if c.User != "" {
 		cred := options.Credential{}
 		if o.Auth != nil {
