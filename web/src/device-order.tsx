@@ -6,6 +6,7 @@ import type { Command, DeviceStore } from "./device-store";
 import { texts } from "./texts";
 import { Button, Choice, Failure } from "./ui";
 import { Value } from "./value";
+import { isOpaque } from "./visible";
 
 const t = texts.device.order;
 
@@ -92,7 +93,7 @@ function Waiting({ verb, stored, since }: { verb: string; stored: boolean; since
 }
 
 function Outcome({ title, answer, onClose, good }: { title: string; answer: Answer; onClose: () => void; good?: boolean }) {
-  const empty = answer.content === undefined || answer.content === null || (typeof answer.content === "object" && "contentType" in answer.content && !("data" in answer.content));
+  const empty = answer.content === undefined || answer.content === null || (isOpaque(answer.content) && !answer.content.data);
   return (
     <div className="outcome">
       <p className="row spread">

@@ -84,7 +84,7 @@ export const texts = {
     },
     resources: { none: "The device has published no resource.", search: "Search resources", tree: "Resources", gone: "This resource is not there (any more)." },
     resource: {
-      observable: "observable", discoverable: "discoverable", unpublished: "not published", valueOf: (href: string) => `Value of ${href}`, status: "Status", changed: "Changed", version: "Version",
+      copy: "Copy href", observable: "observable", discoverable: "discoverable", unpublished: "not published", valueOf: (href: string) => `Value of ${href}`, status: "Status", changed: "Changed", version: "Version",
       format: "Content", etag: "ETag", noValue: "The twin has no value of this resource.", edit: "Edit", raw: "Raw", retrieve: "Retrieve", create: "Create", delete: "Delete",
       readOnly: "By its interfaces and type this resource cannot be changed.", moved: "The value changed meanwhile on the device.", takeNew: "Take the new value", discard: "Discard", send: "Send",
       sendAll: "send all members", noInterface: "default", retrieveMore: "Asks the device itself, and not its twin.",
