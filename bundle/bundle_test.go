@@ -178,8 +178,8 @@ func TestADeviceIsSeenAndSurvivesARestart(t *testing.T) {
 		return strings.Contains(b, "OFFLINE")
 	})
 	var far [2]int64
-	if n, err := bundle.Verify(t.Context(), h.Data, func(p string) { t.Error(p) }, func(done, total int64) { far = [2]int64{done, total} }); far != [2]int64{1, 1} || err != nil || n != 1 {
-		t.Errorf("verified %d devices, %v", n, err)
+	if v, err := bundle.Verify(t.Context(), h.Data, func(p string) { t.Error(p) }, func(done, total int64) { far = [2]int64{done, total} }); far != [2]int64{2, 2} || err != nil || v.Devices != 1 || v.Digest == "" {
+		t.Errorf("verified %+v, %v, %v", v, far, err)
 	}
 }
 
@@ -790,8 +790,8 @@ func TestBackupAndRestore(t *testing.T) {
 		t.Errorf("the token from before: %d %s", code, b)
 	}
 	r.Stop(t)
-	if n, err := bundle.Verify(ctx, at("with"), func(p string) { t.Error(p) }, nil); err != nil || n != 1 {
-		t.Errorf("verified %d, %v", n, err)
+	if v, err := bundle.Verify(ctx, at("with"), func(p string) { t.Error(p) }, nil); err != nil || v.Devices != 1 {
+		t.Errorf("verified %+v, %v", v, err)
 	}
 
 	for _, bad := range []string{dir, at("nowhere")} {

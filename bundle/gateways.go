@@ -108,6 +108,24 @@ func online(d coapgateway.Diagnostics) int {
 	return 0
 }
 
+// signedIn is how many devices are signed in at all gateways, those of other processes as they told last: every second, until they are gone.
+func (g gateways) signedIn() (n int) {
+	if g.a.devices != nil {
+		n = g.a.devices.Sessions()
+	}
+	m := g.a.heard()
+	if m == nil {
+		return n
+	}
+	all, at := m.All()
+	for i, o := range all {
+		if o.Part == TargetCoAPGateway && o.Instance != g.a.instance && time.Since(at[i]) <= bus.Patience {
+			n += o.Load.Sessions
+		}
+	}
+	return n
+}
+
 // security counts the sessions of all gateways, by how they are encrypted.
 func (g gateways) security(ctx context.Context) map[coapgateway.Security]int {
 	all := map[coapgateway.Security]int{}

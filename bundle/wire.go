@@ -200,6 +200,9 @@ func (a *assembly) openStore(ctx context.Context) (err error) {
 
 // openOwn opens the store in the data folder.
 func (a *assembly) openOwn(ctx context.Context) (err error) {
+	if err := removeFile(a.folder.sub(fromFile)); err != nil { // whoever was copying it has an old picture from here on
+		return err
+	}
 	if a.pebble, err = openPebble(a.folder, a.cfg.Store, a.log.With("part", "store"), a.registry); err != nil {
 		return err
 	}
@@ -454,7 +457,7 @@ func (a *assembly) wireEnrolment(context.Context) (err error) {
 		return nil
 	}
 	a.enrol, err = enrolmentgateway.New(a.cfg.EnrolmentGateway, enrolmentgateway.Deps{
-		Authority: a.certificates, Registrar: a.authority.Registrar(), Certificate: a.certificate, PSK: a.psk.key, EngineMetrics: a.engine,
+		Authority: a.certificates, Registrar: a.authority.Registrar(), Certificate: a.certificate, PSK: a.enrolmentKey, EngineMetrics: a.engine,
 		HubID: hub.DeviceID(a.hubID), Cloud: a.cloud, Lists: a.folder.sub(filepath.Join(listsFolder, "enrolment")),
 		Refused: func(remote net.Addr, reason string) {
 			if a.devices != nil {
@@ -510,7 +513,7 @@ func (a *assembly) wireApps(ctx context.Context) error {
 	}
 	a.apps, err = grpcgateway.New(a.cfg.GRPCGateway, grpcgateway.Deps{
 		Directory: a.directory, Identities: a.identities, Verifier: a.verifier, HubID: a.hubID, HubInfo: a.hubInfo,
-		Administration: administration{a}, Certificates: a.certificates, Enrolments: enrolments{a.certificates, a}, PreSharedKeys: deviceKeys{a}, Quarantine: keptWrites{a}, Audit: a.audit,
+		Administration: administration{a}, Onboarding: onboarder{a}, Connections: connections{a}, System: system{a}, Certificates: a.certificates, Enrolments: enrolments{a.certificates, a}, PreSharedKeys: deviceKeys{a}, Quarantine: keptWrites{a}, Audit: a.audit,
 		Hosts: []string{a.external}, Pages: pages, TLS: https, Listen: a.opened, CursorKey: cursors,
 	}, a.log.With("part", "grpc-gateway"), a.registry)
 	return err

@@ -16,6 +16,7 @@ const maxEnded = 10_000
 // Diagnostics is what the gateway knows of a device's attachment, for people.
 type Diagnostics struct {
 	Device         hub.DeviceID
+	Owner          hub.Owner // whose the current or last session was
 	Online         bool
 	ConnectedSince time.Time // of the current or last session
 	Protocol       hub.Protocol
@@ -62,7 +63,9 @@ func (d *diagnostics) begin(x Diagnostics, stats func() coap.Stats) (rivals stri
 	defer d.mu.Unlock()
 	var r rivalry
 	if old := d.byDev[x.Device]; old != nil {
-		x.EndedAt, x.EndReason, x.Rivals, x.RivalsAt = old.EndedAt, old.EndReason, old.Rivals, old.RivalsAt
+		if old.Owner == x.Owner { // where a device was is its owner's to know
+			x.EndedAt, x.EndReason, x.Rivals, x.RivalsAt = old.EndedAt, old.EndReason, old.Rivals, old.RivalsAt
+		}
 		r = old.rivalry
 		now := time.Now()
 		if x.Quarantined { // both may be here then; what they did to each other counts anew when it is over

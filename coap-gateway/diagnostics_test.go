@@ -91,3 +91,25 @@ func TestDiagnosticsOfQuarantine(t *testing.T) {
 	d.end(lampID, 78, "peer-closed", now)
 	want("all went", false, 78, 0)
 }
+
+// Where a device was is its owner's to know: of sessions of a former one nothing is left.
+func TestDiagnosticsOfAnotherOwner(t *testing.T) {
+	t.Parallel()
+	const dev hub.DeviceID = "d0000000-0000-4000-8000-000000000001"
+	d := newDiagnostics()
+	begin := func(owner hub.Owner, session uint64) {
+		d.begin(Diagnostics{Device: dev, Owner: owner, Session: session, Remote: "192.0.2.1:5684"}, func() coap.Stats { return coap.Stats{} })
+	}
+	at := time.Unix(1700000000, 0)
+	begin("alice", 1)
+	d.end(dev, 1, "deleted", at)
+	begin("bob", 2)
+	if x, _ := d.get(dev); x.Owner != "bob" || x.EndReason != "" || !x.EndedAt.IsZero() {
+		t.Errorf("bob's device is %+v", x)
+	}
+	d.end(dev, 2, "idle", at)
+	begin("bob", 3)
+	if x, _ := d.get(dev); x.EndReason != "idle" || !x.EndedAt.Equal(at) {
+		t.Errorf("bob's device, once more: %+v", x)
+	}
+}

@@ -288,6 +288,9 @@ func (g *Gateway) Refused() []Refusal { return g.refused.newest() }
 // Diagnostics returns what is known of a device's attachment; false if it has not been here lately.
 func (g *Gateway) Diagnostics(dev hub.DeviceID) (Diagnostics, bool) { return g.devices.get(dev) }
 
+// Sessions is how many devices are signed in here.
+func (g *Gateway) Sessions() int { return int(g.metrics.signedIn.Load()) }
+
 // Security counts the sessions that there are, by how they are encrypted.
 func (g *Gateway) Security() map[Security]int { return g.devices.security() }
 

@@ -181,7 +181,7 @@ func (p *peer) endSession(reason string, offline bool) {
 		}
 	}
 	s.twin.forget(p)
-	p.gw.metrics.sessions.Dec()
+	p.gw.metrics.signedIn.Add(-1)
 	p.gw.metrics.sessionsEnded.WithLabelValues(reason).Inc()
 	p.gw.devices.end(s.own.Device, s.number, reason, time.Now())
 	s.log.Info("device went", "reason", reason)

@@ -121,9 +121,9 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 	s.ctx, s.cancel = context.WithCancel(p.conn.Context())
 	p.renew(s, claims)
 	p.sess = s
-	p.gw.metrics.sessions.Inc()
+	p.gw.metrics.signedIn.Add(1)
 	d := Diagnostics{
-		Device: dev, ConnectedSince: time.Unix(0, conn.ConnectedAt), Protocol: conn.Protocol, Remote: info.Remote.String(),
+		Device: dev, Owner: own.Owner, ConnectedSince: time.Unix(0, conn.ConnectedAt), Protocol: conn.Protocol, Remote: info.Remote.String(),
 		Session: got.Number, Quarantined: s.apart,
 	}
 	switch {

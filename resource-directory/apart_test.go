@@ -24,12 +24,12 @@ import (
 
 // town is directories and gateways in processes of their own, but for the store that they share.
 type town struct {
-	t   *testing.T
+	t   testing.TB
 	url string
 	st  store.Store
 }
 
-func newTown(t *testing.T) *town {
+func newTown(t testing.TB) *town {
 	s, err := pebblestore.Open(t.TempDir(), pebblestore.Options{MinFree: -1})
 	if err != nil {
 		t.Fatal(err)

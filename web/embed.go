@@ -113,9 +113,6 @@ func (c *Console) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.Set("Content-Security-Policy", c.policy)
 	h.Set("Referrer-Policy", "no-referrer")
 	h.Set("X-Content-Type-Options", "nosniff")
-	// A window opened to sign in again comes back to this origin and tells its opener's tab (RFC 6749's redirect passes through
-	// the provider, so the opener is not kept).
-	h.Set("Cross-Origin-Opener-Policy", "same-origin")
 	h.Set("Content-Type", f.kind)
 	h.Set("Vary", "Accept-Encoding")
 	h.Set("Cache-Control", "no-cache") // an update of the hub is seen at once

@@ -3,12 +3,15 @@ package bus
 import (
 	"cmp"
 	"context"
+	"fmt"
 	"hash/fnv"
 	"log/slog"
 	"maps"
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/coaphub/coaphub/hub"
 )
 
 const (
@@ -55,6 +58,9 @@ type Members struct {
 	since time.Time     // since when it has heard itself without a gap
 	moved chan struct{} // closed when somebody came, left or went silent
 	left  bool
+	// strangers is the programs' versions of those that this one cannot read, and when one was last answered.
+	strangers map[string]struct{}
+	answered  time.Time
 }
 
 // memberKey tells members apart: a process may have several parts, under the same name.
@@ -71,12 +77,82 @@ func (b *Bus) Members(self Member, load func() Load, log *slog.Logger) *Members 
 	if load == nil {
 		load = func() Load { return Load{} }
 	}
-	return &Members{bus: b, self: self, load: load, log: log, seen: map[memberKey]heard{}, moved: make(chan struct{})}
+	return &Members{bus: b, self: self, load: load, log: log, seen: map[memberKey]heard{}, moved: make(chan struct{}), strangers: map[string]struct{}{}}
 }
+
+// who asks those who cannot read it to say that they live, which they do at once.
+const who = Note[Member]("who")
+
+// meeting is for how long Meet waits for them.
+const meeting = 300 * time.Millisecond
+
+// Meet returns an error that names both versions if parts live that this one cannot talk to: the two would take each other's questions,
+// and answer them with nothing but that. It is asked before anything is served.
+func (m *Members) Meet(ctx context.Context) error {
+	met := make(chan error, 1)
+	stop, err := alive.listen(m.bus, "alive.>", func(Member) {}, func(n note) {
+		select {
+		case met <- strangersAt(m.bus.build, n):
+		default:
+		}
+	})
+	if err != nil {
+		return err
+	}
+	defer stop()
+	if m.bus.conn.IsConnected() {
+		if err := m.bus.conn.FlushTimeout(patience); err != nil {
+			m.log.Warn("the bus does not answer", "error", err)
+		}
+	}
+	if err := who.Send(m.bus, m.subject(), m.self); err != nil {
+		return nil // nobody can be met; while the bus is away nobody can be disturbed either
+	}
+	t := time.NewTimer(meeting)
+	defer t.Stop()
+	select {
+	case err := <-met:
+		return err
+	case <-t.C:
+	case <-ctx.Done():
+	}
+	return nil
+}
+
+func (m *Members) subject() string { return "alive." + m.self.Part + "." + m.self.Instance }
+
+func strangersAt(build string, n note) error {
+	return hub.NewError(hub.Precondition, "part-version", fmt.Sprintf(
+		"parts of the hub run that this one cannot talk to: this is coaphub %s, which speaks version %d, and they are coaphub %s, which speak version %d; stop them first",
+		build, version, n.Build, n.Version)).With("bus", nil)
+}
+
+// stranger takes note of one whose version this one cannot read: it says so once, and that it lives itself, so that a newcomer finds out.
+func (m *Members) stranger(n note, now time.Time) {
+	m.mu.Lock()
+	_, known := m.strangers[n.Build]
+	if known = known || len(m.strangers) >= maxStrangers; !known {
+		m.strangers[n.Build] = struct{}{}
+	}
+	answer := now.Sub(m.answered) > beat/10
+	if answer {
+		m.answered = now
+	}
+	m.mu.Unlock()
+	if !known {
+		m.log.Error("a part of another version lives, and cannot be talked to", "error", strangers(m.bus.build, n.Build, n.Version))
+	}
+	if answer && n.Name == string(who) {
+		m.say()
+	}
+}
+
+// maxStrangers bounds the versions that are remembered.
+const maxStrangers = 64
 
 // Run says that the instance lives, and listens to the others, until ctx ends; then it says that it is gone.
 func (m *Members) Run(ctx context.Context, ready func()) error {
-	stop, err := alive.Listen(m.bus, "alive.>", func(o Member) { m.heard(o, time.Now()) })
+	stop, err := alive.listen(m.bus, "alive.>", func(o Member) { m.heard(o, time.Now()) }, func(n note) { m.stranger(n, time.Now()) })
 	if err != nil {
 		return err
 	}
@@ -110,7 +186,7 @@ func (m *Members) say() {
 	self.Leaving = m.left
 	m.mu.Unlock()
 	self.Load = m.load()
-	if err := alive.Send(m.bus, "alive."+self.Part+"."+self.Instance, self); err != nil {
+	if err := alive.Send(m.bus, m.subject(), self); err != nil {
 		m.log.Debug("nobody is told that this part lives", "error", err)
 	}
 }

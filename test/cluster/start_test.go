@@ -2,6 +2,8 @@ package cluster_test
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,7 +17,7 @@ import (
 // TestStartInAnyOrder: parts that start before their servers wait, say for what, and come up. Who does not belong to the hub is refused,
 // and told why.
 func TestStartInAnyOrder(t *testing.T) {
-	w := prepare(t)
+	w := prepare(t, nil)
 	w.begin()
 	waits := func(what string) func() bool {
 		return func() bool {
@@ -59,5 +61,46 @@ func TestStartInAnyOrder(t *testing.T) {
 				t.Errorf("it tells a secret:\n%s", out)
 			}
 		})
+	}
+	t.Run("another version", func(t *testing.T) { w.refusesAnotherVersion(t) })
+}
+
+// refusesAnotherVersion starts a part of a program that speaks another version on the bus: it ends, both versions are named, and those who
+// were there go on.
+func (w *world) refusesAnotherVersion(t *testing.T) {
+	const file, is = "../../internal/bus/frame.go", "\nconst version = 1\n"
+	text, err := os.ReadFile(file)
+	if err != nil || strings.Count(string(text), is) != 1 {
+		t.Fatalf("%s does not have its version where it was: %v", file, err)
+	}
+	replaced, err := filepath.Abs(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	by, overlay, program := filepath.Join(dir, "frame.go"), filepath.Join(dir, "overlay.json"), filepath.Join(dir, "coaphub")
+	rules, err := json.Marshal(map[string]any{"Replace": map[string]string{replaced: by}})
+	if err := errors.Join(err,
+		os.WriteFile(by, []byte(strings.Replace(string(text), is, "\nconst version = 9\n", 1)), 0o600), os.WriteFile(overlay, rules, 0o600),
+	); err != nil {
+		t.Fatal(err)
+	}
+	build := exec.CommandContext(t.Context(), "go", "build", "-overlay", overlay, "-ldflags", "-s -w -X main.version=v9.9.9", "-o", program, "github.com/coaphub/coaphub/cmd/coaphub")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build another version: %v\n%s", err, out)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, program, "serve", "--config", w.config, "--data", t.TempDir(), "--target", "resource-directory").CombinedOutput()
+	if err == nil || ctx.Err() != nil || !strings.Contains(string(out), "this is coaphub v9.9.9, which speaks version 9, and they are coaphub "+ours+", which speak version 1") {
+		t.Errorf("%v\n%s", err, out)
+	}
+	for _, name := range w.order {
+		if log := w.parts[name].log.String(); !strings.Contains(log, "a part of another version lives") || !strings.Contains(log, "v9.9.9") {
+			t.Errorf("%s does not say that it heard of it", name)
+		}
+		if _, err := w.parts[name].control.Onboard(t.Context(), bundle.OnboardRequest{DeviceID: "00000000-0000-4000-8000-000000000002", Certificate: true}); err != nil && !strings.HasPrefix(name, "rd") {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }

@@ -77,9 +77,9 @@ func (d *Device) Connect(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("connect to the hub: %w", err)
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.conn, d.observers = cc, map[string]*observer{}
+	d.connMu.Lock()
+	defer d.connMu.Unlock()
+	d.conn = cc
 	return nil
 }
 

@@ -32,7 +32,7 @@ export function useLink(): { link: Live["link"]; state: Session["state"] } {
 export function newApp(session: Session): App {
   const url = `${location.origin.replace(/^http/, "ws")}/api/v1/ws/events`;
   // RFC 6455, Section 4.1: a page cannot set headers, so the token is offered as a subprotocol.
-  const live = new Live((token) => new WebSocket(url, ["Bearer", token]), (fresh) => (fresh ? session.renew() : session.token()));
+  const live = new Live((token) => new WebSocket(url, ["Bearer", token]), session.token);
   return { session, hub: new Hub(location.origin, session.token), live };
 }
 

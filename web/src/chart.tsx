@@ -1,78 +1,56 @@
-/** Numbers over time. What a chart shows is in the table of events too, for whoever does not see it. */
+/** A chart of numbers over time. */
 import { useEffect, useRef } from "react";
 import uPlot from "uplot";
 import "uplot/dist/uPlot.min.css";
 
-export interface Line {
+export interface Series {
   label: string;
-  /** Drawn in steps: what was on stays so until it is off. */
-  steps: boolean;
-  /** An element of which the colour is taken when it is drawn: it is right in the dark too. */
-  colour: () => HTMLElement | undefined;
+  values: (number | null)[];
 }
 
-export interface Range {
-  min: number;
-  max: number;
-}
+const colours = ["--series-1", "--series-2", "--series-3", "--series-4"];
 
-const height = 260;
-
-/** range is what is shown, in seconds; a part of it is chosen by dragging, all of it again by a double click. */
-export function Chart({ lines, data, range, onRange, label }: {
-  lines: readonly Line[]; data: [number[], ...(number | null)[][]]; range: Range; onRange: (range: Range | undefined) => void; label: string;
+export function Chart({ title, at, series, unit = "", height = 200, onZoom }: {
+  title: string; /** Unix milliseconds. */ at: number[]; series: Series[]; unit?: string; height?: number; onZoom?: (from: number, to: number) => void;
 }) {
   const box = useRef<HTMLDivElement>(null);
   const plot = useRef<uPlot>(undefined);
-  const now = useRef({ data, range, onRange });
-  now.current = { data, range, onRange };
-  const made = lines.map((l) => `${l.label}\n${l.steps}`).join("\n\n");
+  const zoom = useRef(onZoom);
+  zoom.current = onZoom;
+  const names = series.map((s) => s.label).join("\n");
   useEffect(() => {
-    const draw = () => {
-      plot.current?.destroy();
-      const style = getComputedStyle(box.current!);
-      const axis = { stroke: style.color, grid: { stroke: style.borderTopColor, width: 1 }, ticks: { stroke: style.borderTopColor, width: 1 } };
-      const stepped = uPlot.paths.stepped!({ align: 1 });
-      plot.current = new uPlot(
-        {
-          width: box.current!.clientWidth || 300, height, legend: { show: false }, cursor: { drag: { x: true, y: false, setScale: false }, points: { size: 7 } },
-          scales: { x: { time: true, range: () => [now.current.range.min, now.current.range.max] } }, axes: [axis, { ...axis, size: 60 }],
-          series: [{}, ...lines.map((l) => ({
-            label: l.label, stroke: getComputedStyle(l.colour() ?? box.current!).color, width: 1.5, spanGaps: false, ...(l.steps ? { paths: stepped } : {}),
-          }))],
-          hooks: {
-            setSelect: [(u) => {
-              if (u.select.width < 5) return;
-              const min = u.posToVal(u.select.left, "x");
-              const max = u.posToVal(u.select.left + u.select.width, "x");
-              u.setSelect({ left: 0, width: 0, top: 0, height: 0 }, false);
-              now.current.onRange({ min, max });
-            }],
-          },
-        },
-        now.current.data as uPlot.AlignedData, box.current!,
-      );
-      plot.current.over.addEventListener("dblclick", () => now.current.onRange(undefined));
-    };
-    draw();
-    const size = new ResizeObserver(() => {
-      const width = box.current?.clientWidth ?? 0;
-      if (width > 0) plot.current?.setSize({ width, height });
-    });
-    size.observe(box.current!);
-    const dark = matchMedia("(prefers-color-scheme: dark)");
-    dark.addEventListener("change", draw);
-    const theme = new MutationObserver(draw);
-    theme.observe(document.documentElement, { attributes: true, attributeFilter: ["style"] });
+    const el = box.current!;
+    const css = getComputedStyle(el);
+    const colour = (name: string) => css.getPropertyValue(name).trim() || "#888";
+    const axis = { stroke: colour("--soft-now"), grid: { stroke: colour("--line-now") }, ticks: { stroke: colour("--line-now") } };
+    const u = new uPlot(
+      {
+        width: el.clientWidth, height, ms: 1,
+        series: [{}, ...series.map((s, i) => ({ label: s.label, stroke: colour(colours[i % colours.length]!), width: 1.5, value: (_: uPlot, v: number | null) => (v === null ? "–" : `${short(v)}${unit}`) }))],
+        axes: [axis, { ...axis, size: 64, values: (_: uPlot, v: number[]) => v.map((n) => `${short(n)}${unit}`) }],
+        hooks: { setSelect: [(u) => u.select.width > 0 && zoom.current?.(u.posToVal(u.select.left, "x"), u.posToVal(u.select.left + u.select.width, "x"))] },
+      },
+      [at, ...series.map((s) => s.values)], el,
+    );
+    plot.current = u;
+    const size = new ResizeObserver(() => u.setSize({ width: el.clientWidth, height }));
+    size.observe(el);
     return () => {
       size.disconnect();
-      theme.disconnect();
-      dark.removeEventListener("change", draw);
-      plot.current?.destroy();
-      plot.current = undefined;
+      u.destroy();
     };
-    // eslint-disable-next-line -- it is made anew when its lines are others; data and range are set below
-  }, [made]);
-  useEffect(() => plot.current?.setData(data as uPlot.AlignedData), [data, range.min, range.max]);
-  return <div className="chart" ref={box} role="img" aria-label={label} />;
+    // What is drawn is set below; a chart with other lines is another chart.
+  }, [names, unit, height]);
+  useEffect(() => plot.current?.setData([at, ...series.map((s) => s.values)]), [at, series]);
+  const last = series.map((s) => `${s.label} ${short(s.values.findLast((v) => v !== null) ?? 0)}${unit}`).join(", ");
+  return <figure className="chart"><figcaption>{title}</figcaption><div ref={box} role="img" aria-label={`${title}: ${last}`} /></figure>;
+}
+
+/** Three significant digits. */
+export function short(n: number): string {
+  const a = Math.abs(n);
+  if (a >= 1e9) return `${+(n / 1e9).toPrecision(3)} G`;
+  if (a >= 1e6) return `${+(n / 1e6).toPrecision(3)} M`;
+  if (a >= 1e4) return `${+(n / 1e3).toPrecision(3)} k`;
+  return String(+n.toPrecision(3));
 }

@@ -3,7 +3,7 @@ import { useVirtualizer } from "@tanstack/react-virtual";
 import { useSearch } from "@tanstack/react-router";
 import { useEffect, useMemo, useRef, useState } from "react";
 import { useApp } from "./api";
-import { Chart, type Range } from "./chart";
+import { Chart, type Range } from "./plot";
 import { Difference } from "./difference";
 import type { DeviceStore, Picture } from "./device-store";
 import { asCsv, asJson, entryOf, mostEvents, read, series, type Entry } from "./events-of";

@@ -20,6 +20,8 @@ export interface Subscription {
   /** From here on events are live: at first, and again after each break. lagged: some were missed and the state was sent. */
   live?: (lagged: boolean) => void;
   refused?: (message: string) => void;
+  /** Each place the subscription gets to, also where nothing happened: to go on from there later. */
+  place?: (resumeToken: string) => void;
 }
 
 export type Link = "connecting" | "live" | "lost";
@@ -39,7 +41,7 @@ const longestPause = 10_000;
 
 export class Live {
   readonly #open: (token: string) => Socket;
-  readonly #token: (fresh: boolean) => Promise<string>;
+  readonly #token: (refused: boolean) => Promise<string>;
   readonly #subs = new Map<string, Kept>();
   readonly #heard = new Set<() => void>();
   #socket: Socket | undefined;
@@ -48,10 +50,10 @@ export class Live {
   #pause = firstPause;
   #timer: ReturnType<typeof setTimeout> | undefined;
   #link: Link = "connecting";
-  #fresh = false;
+  #refused = false;
   #dialling = false;
 
-  constructor(open: (token: string) => Socket, token: (fresh: boolean) => Promise<string>) {
+  constructor(open: (token: string) => Socket, token: (refused: boolean) => Promise<string>) {
     this.#open = open;
     this.#token = token;
   }
@@ -78,7 +80,6 @@ export class Live {
     };
   }
 
-  /** Where a subscription is: to go on from there later. */
   close(): void {
     clearTimeout(this.#timer);
     this.#subs.clear();
@@ -93,9 +94,9 @@ export class Live {
   #dial(): void {
     if (this.#socket || this.#dialling) return;
     this.#dialling = true;
-    void this.#token(this.#fresh).then((token) => {
+    void this.#token(this.#refused).then((token) => {
       this.#dialling = false;
-      this.#fresh = false;
+      this.#refused = false;
       const socket = this.#open(token);
       this.#socket = socket;
       socket.onopen = () => {
@@ -107,7 +108,7 @@ export class Live {
       socket.onmessage = ({ data }) => this.#message(data as string);
       socket.onclose = ({ code }) => {
         // 1008: the token ended, or is refused (RFC 6455, Section 7.4.1); before it was open nobody says why.
-        this.#fresh = code === 1008 || !this.#ready;
+        this.#refused = code === 1008 || !this.#ready;
         this.#socket = undefined;
         this.#ready = false;
         for (const kept of this.#subs.values()) kept.id = undefined;
@@ -130,7 +131,10 @@ export class Live {
       return;
     }
     if (result.subscriptionId) kept.id = result.subscriptionId;
-    if (result.resumeToken) kept.resume = result.resumeToken;
+    if (result.resumeToken) {
+      kept.resume = result.resumeToken;
+      kept.sub.place?.(result.resumeToken);
+    }
     if (result.operationProcessed) {
       const { errorStatus, lagged } = result.operationProcessed;
       if (errorStatus && errorStatus.code !== "OK") kept.sub.refused?.(errorStatus.message ?? errorStatus.code ?? "");

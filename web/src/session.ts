@@ -2,8 +2,8 @@
  * Who is signed in: the authorization code flow with PKCE (RFC 7636, RFC 9700) against the provider that the hub names, silent
  * renewal by refresh token, and signing in again in a window of its own, so that a half-filled form survives the end of a token.
  *
- * Each tab has tokens of its own, in its sessionStorage: refresh tokens are used once, so two tabs cannot share one. A new tab
- * is signed in by the provider's own session, without a question.
+ * All tabs have one session, in localStorage: a new tab asks nobody for a password, and signing out is for all of them. A refresh
+ * token is used once, so tabs take turns at renewing (Web Locks), and whoever comes later finds what the first one got.
  */
 
 export interface Client {
@@ -33,16 +33,18 @@ interface Tokens {
 interface Flow {
   state: string;
   verifier: string;
-  /** Where to go on in the console; "" in a window that only signs in again. */
+  /** Where to go on in the console; "": this window only signs in again. */
   back: string;
   redirect: string;
+  /** Unix milliseconds. */
+  begun: number;
 }
 
 export class SignInError extends Error {}
 
 const tokensKey = "coaphub.tokens";
 const flowKey = "coaphub.flow";
-const channelName = "coaphub.session";
+const lockName = "coaphub.session";
 const renewBefore = 30_000;
 
 type State = "in" | "expired";
@@ -61,13 +63,13 @@ export class Session {
     this.#provider = provider;
     this.#tokens = tokens;
     keep(tokens);
-    const channel = new BroadcastChannel(channelName);
-    channel.onmessage = ({ data }: MessageEvent<{ state: string; tokens: Tokens }>) => {
-      if (data.state === this.#again) this.#take(data.tokens);
-    };
+    addEventListener("storage", ({ key }) => {
+      if (key !== tokensKey) return;
+      const now = read<Tokens>(tokensKey);
+      if (now) this.#take(now);
+      else this.#to("expired"); // signed out elsewhere
+    });
   }
-
-  #again = "";
 
   get user(): string {
     return this.#tokens.user;
@@ -88,43 +90,53 @@ export class Session {
     return () => this.#heard.delete(f);
   };
 
-  /** A token that is good for a while. Waits for as long as the person has to sign in again. */
-  token = async (): Promise<string> => {
-    if (this.#tokens.ends - Date.now() > renewBefore) return this.#tokens.access;
-    return this.renew();
+  /** A token that is good for a while, and another one if that was refused. Waits for as long as the person has to sign in again. */
+  token = async (refused = false): Promise<string> => {
+    if (!refused && this.#state === "in" && this.#tokens.ends - Date.now() > renewBefore) return this.#tokens.access;
+    return this.#renewed();
   };
 
-  /** A new token; also when the hub refused the one there is. */
-  renew = (): Promise<string> => {
+  #renewed(): Promise<string> {
     this.#renewing ??= this.#renew().finally(() => (this.#renewing = undefined));
     return this.#renewing;
-  };
+  }
 
   async #renew(): Promise<string> {
-    if (this.#state === "in" && this.#tokens.refresh) {
-      for (let pause = 500; ; pause = Math.min(2 * pause, 15_000)) {
-        try {
-          this.#tokens = await exchange(this.#provider, { grant_type: "refresh_token", client_id: this.#client.clientId, refresh_token: this.#tokens.refresh! });
-          keep(this.#tokens);
-          return this.#tokens.access;
-        } catch (error) {
-          if (error instanceof SignInError) break; // the provider said no
-          await new Promise((r) => setTimeout(r, pause)); // nobody answered
-        }
-      }
+    if (this.#state === "in") {
+      const renewed = await navigator.locks.request(lockName, () => this.#refresh());
+      if (renewed) return renewed;
     }
     this.#to("expired");
     return new Promise((resolve) => this.#waiting.add(resolve));
   }
 
+  /** Another token, or undefined when the provider gives none. */
+  async #refresh(): Promise<string | undefined> {
+    const kept = read<Tokens>(tokensKey);
+    if (kept && kept.access !== this.#tokens.access && kept.user === this.#tokens.user && kept.ends - Date.now() > renewBefore) {
+      this.#tokens = kept; // another tab was first
+      return kept.access;
+    }
+    const refresh = kept?.refresh;
+    if (!refresh) return undefined;
+    for (let pause = 500; ; pause = Math.min(2 * pause, 15_000)) {
+      try {
+        this.#tokens = await exchange(this.#provider, { grant_type: "refresh_token", client_id: this.#client.clientId, refresh_token: refresh });
+        keep(this.#tokens);
+        return this.#tokens.access;
+      } catch (error) {
+        if (error instanceof SignInError) return undefined; // the provider said no
+        await new Promise((r) => setTimeout(r, pause)); // nobody answered
+      }
+    }
+  }
+
   #take(tokens: Tokens): void {
     if (tokens.user !== this.#tokens.user) {
-      keep(tokens);
       location.assign("/"); // what is on the page belongs to somebody else
       return;
     }
     this.#tokens = tokens;
-    keep(tokens);
     this.#to("in");
     for (const resolve of this.#waiting) resolve(tokens.access);
     this.#waiting.clear();
@@ -137,9 +149,8 @@ export class Session {
 
   /** Opens a window to sign in again; the page stays as it is. To be called by a click, or browsers refuse the window. */
   async signInAgain(): Promise<void> {
-    const window = open("about:blank", "coaphub-sign-in", "popup,width=480,height=640");
-    const { url, flow } = await authorize(this.#client, this.#provider, "");
-    this.#again = flow.state;
+    const window = globalThis.open("about:blank", "coaphub-sign-in", "popup,width=480,height=640");
+    const { url, flow } = await authorize(this.#client, this.#provider, window ? "" : location.pathname + location.search);
     localStorage.setItem(`${flowKey}.${flow.state}`, JSON.stringify(flow));
     if (window) window.location.href = url;
     else location.assign(url);
@@ -147,7 +158,7 @@ export class Session {
 
   async signOut(): Promise<void> {
     const { refresh, id } = this.#tokens;
-    sessionStorage.removeItem(tokensKey);
+    localStorage.removeItem(tokensKey);
     const p = this.#provider;
     if (p.revocation_endpoint && refresh) {
       const body = new URLSearchParams({ client_id: this.#client.clientId, token: refresh, token_type_hint: "refresh_token" });
@@ -166,32 +177,36 @@ export class Session {
   static async begin(client: Client, authority: string): Promise<Session | undefined> {
     const here = new URL(location.href);
     const [code, state, refused] = ["code", "state", "error"].map((p) => here.searchParams.get(p));
-    const kept = read<Tokens>(sessionStorage, tokensKey);
+    const kept = read<Tokens>(tokensKey);
     if (!state && kept && (kept.ends > Date.now() || kept.refresh)) return new Session(client, await discover(authority), kept);
 
     const provider = await discover(authority);
-    const again = state ? read<Flow>(localStorage, `${flowKey}.${state}`) : undefined;
-    const flow = again ?? read<Flow>(sessionStorage, flowKey);
+    const flow = state ? read<Flow>(`${flowKey}.${state}`) : undefined;
     if (state && flow?.state === state) {
-      sessionStorage.removeItem(flowKey);
-      if (again) localStorage.removeItem(`${flowKey}.${state}`);
+      localStorage.removeItem(`${flowKey}.${state}`);
       if (refused) throw new SignInError(here.searchParams.get("error_description") ?? refused);
       const tokens = await exchange(provider, {
         grant_type: "authorization_code", client_id: client.clientId, code: code ?? "", redirect_uri: flow.redirect, code_verifier: flow.verifier,
       });
-      if (again) {
-        new BroadcastChannel(channelName).postMessage({ state, tokens });
+      if (flow.back === "") {
+        keep(tokens); // which the tab that waits hears
         window.close();
         return undefined;
       }
-      history.replaceState(null, "", flow.back || "/");
+      history.replaceState(null, "", flow.back);
       return new Session(client, provider, tokens);
     }
     const { url, flow: begun } = await authorize(client, provider, state ? "/" : here.pathname + here.search + here.hash);
-    sessionStorage.setItem(flowKey, JSON.stringify(begun));
+    for (const key of Object.keys(localStorage)) if (key.startsWith(flowKey) && !open(key)) localStorage.removeItem(key);
+    localStorage.setItem(`${flowKey}.${begun.state}`, JSON.stringify(begun));
     location.replace(url);
     return undefined;
   }
+}
+
+/** Whether a sign-in that was begun may still come back. */
+function open(key: string): boolean {
+  return Date.now() - (read<Flow>(key)?.begun ?? 0) < 3_600_000;
 }
 
 async function discover(authority: string): Promise<Provider> {
@@ -201,7 +216,7 @@ async function discover(authority: string): Promise<Provider> {
 }
 
 async function authorize(client: Client, provider: Provider, back: string): Promise<{ url: string; flow: Flow }> {
-  const flow = { state: random(), verifier: random() + random(), back, redirect: `${location.origin}/` };
+  const flow = { state: random(), verifier: random() + random(), back, redirect: `${location.origin}/`, begun: Date.now() };
   const q = new URLSearchParams({
     response_type: "code", client_id: client.clientId, redirect_uri: flow.redirect, state: flow.state, nonce: random(),
     scope: (client.scopes ?? ["openid", "offline_access"]).join(" "), code_challenge_method: "S256",
@@ -238,12 +253,12 @@ export function claimsOf(token: string): Record<string, unknown> {
 }
 
 function keep(tokens: Tokens): void {
-  sessionStorage.setItem(tokensKey, JSON.stringify(tokens));
+  localStorage.setItem(tokensKey, JSON.stringify(tokens));
 }
 
-function read<T>(from: Storage, key: string): T | undefined {
+function read<T>(key: string): T | undefined {
   try {
-    return (JSON.parse(from.getItem(key) ?? "null") as T | null) ?? undefined;
+    return (JSON.parse(localStorage.getItem(key) ?? "null") as T | null) ?? undefined;
   } catch {
     return undefined;
   }

@@ -57,8 +57,10 @@ function Account() {
 
 /** What is wrong, where everybody sees it; pages mark what they show as old by the class of the document. */
 function Banner() {
-  const { session } = useApp();
+  const { session, live } = useApp();
   const { link, state } = useLink();
+  // Something is listened to on every page, so that each notices when the hub or the session is gone.
+  useEffect(() => live.subscribe({ eventFilter: ["UNREGISTERED"] }, { told: () => undefined }), [live]);
   useEffect(() => {
     document.documentElement.classList.toggle("stale", link === "lost");
   }, [link]);

@@ -1,5 +1,5 @@
 /** What all pages are made of. The accessible widgets are react-aria-components'; here is how this console uses them. */
-import { useEffect, useState, type ReactNode } from "react";
+import { useEffect, useId, useState, type ReactNode } from "react";
 import { Button, Dialog, Heading, Input, Label, Modal, ModalOverlay, TextField, type ButtonProps } from "react-aria-components";
 import { wrong } from "./api";
 import { ago, time } from "./format";
@@ -71,8 +71,8 @@ export function Window({ title, open, onClose, children, wide }: { title: string
 }
 
 /** Asks before something that cannot be undone: the person types a word, a name for one. */
-export function Confirm({ title, text, word, action, open, onClose, run }: {
-  title: string; text: string; word: string; action: string; open: boolean; onClose: () => void; run: () => Promise<void>;
+export function Confirm({ title, text, word, action, open, onClose, run, more }: {
+  title: string; text: string; word: string; action: string; open: boolean; onClose: () => void; run: () => Promise<void>; more?: ReactNode;
 }) {
   const [typed, setTyped] = useState("");
   const [error, setError] = useState<unknown>();
@@ -98,6 +98,7 @@ export function Confirm({ title, text, word, action, open, onClose, run }: {
           <Label className="hidden">{text}</Label>
           <Input autoComplete="off" spellCheck={false} />
         </TextField>
+        {more}
         <Failure error={error} />
         <p className="buttons">
           <Button onPress={done}>{texts.cancel}</Button>
@@ -124,13 +125,14 @@ export function Field({ label, value, onChange, type = "text", required, hint, a
 export function Choice<T extends string>({ label, value, onChange, options, hidden }: {
   label: string; value: T; onChange: (v: T) => void; options: readonly (readonly [T, string])[]; hidden?: boolean;
 }) {
+  const id = useId();
   return (
-    <label className="choice">
-      <span className={hidden ? "hidden" : ""}>{label}</span>
-      <select value={value} onChange={(e) => onChange(e.target.value as T)}>
+    <span className="choice">
+      <label htmlFor={id} className={hidden ? "hidden" : ""}>{label}</label>
+      <select id={id} value={value} onChange={(e) => onChange(e.target.value as T)}>
         {options.map(([v, text]) => <option key={v} value={v}>{text}</option>)}
       </select>
-    </label>
+    </span>
   );
 }
 

@@ -15,8 +15,11 @@ export type Event = Schemas["Event"];
 export type Told = Schemas["Told"];
 type Status = Schemas["Status"];
 
-/** An access token, or what gives one; that is asked before each request. */
-export type Token = string | (() => string | Promise<string>);
+/**
+ * An access token, or what gives one; that is asked before each request, and once more with `refused` when the hub refused the
+ * token it gave: for another one.
+ */
+export type Token = string | ((refused: boolean) => string | Promise<string>);
 
 /** What the hub refused. `code` is stable (docs/errors.md); `status` is that of HTTP, 0 for a failure in the middle of a list. */
 export class HubError extends Error {
@@ -64,20 +67,29 @@ export class Hub {
   /** Every call of the API, typed. An answer of 400 and above rejects with a HubError. */
   readonly api: Client<paths>;
   readonly #server: string;
-  readonly #token: () => Promise<string>;
+  readonly #token: (refused?: boolean) => Promise<string>;
 
   /** @param server base URL of the hub's HTTP API, such as https://hub.example:8080 */
   constructor(server: string, token: Token) {
     this.#server = server.replace(/\/+$/, "");
-    this.#token = async () => (typeof token === "function" ? token() : token);
+    this.#token = async (refused = false) => (typeof token === "function" ? token(refused) : token);
     this.api = createClient<paths>({ baseUrl: this.#server });
+    const copies = new WeakMap<Request, Request>();
     this.api.use({
       onRequest: async ({ request }) => {
         request.headers.set("Authorization", `Bearer ${await this.#token()}`);
+        if (typeof token === "function") copies.set(request, request.clone());
         return request;
       },
-      onResponse: async ({ response }) => {
+      onResponse: async ({ request, response: first }) => {
+        let response = first;
+        const copy = copies.get(request);
+        if (response.status === 401 && copy) { // the hub did nothing: it may be asked again
+          copy.headers.set("Authorization", `Bearer ${await this.#token(true)}`);
+          response = await fetch(copy);
+        }
         if (response.status >= 400) throw HubError.of(response.status, await response.json().catch(() => null));
+        return response;
       },
     });
   }

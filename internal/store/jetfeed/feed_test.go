@@ -550,6 +550,50 @@ func TestStreamSetBack(t *testing.T) {
 	}
 }
 
+// A stream that was set back, or lost, while no process of the hub lived is noticed by the first one that is told how far it had come.
+func TestStreamSetBackWhileNobodyLived(t *testing.T) {
+	t.Parallel()
+	n := startNode(t)
+	short := func(f *Feed) { f.times.confirm = 2 }
+	f := openFeed(t, options(n.url()), short)
+	publish(t, f, 1, 1, 5)
+	n.stop()
+	backup := filepath.Join(t.TempDir(), "backup")
+	if err := os.CopyFS(backup, os.DirFS(n.dir)); err != nil {
+		t.Fatal(err)
+	}
+	n.start()
+	publish(t, f, 1, 6, 20)
+	all, _ := read(t, f, hub.Position{})
+	known, id := f.Known(), f.LogID()
+	for _, c := range [][2]string{{"as it was", n.dir}, {"set back", backup}, {"lost", t.TempDir()}} {
+		what, dir := c[0], c[1]
+		if err := f.Close(); err != nil {
+			t.Fatal(err)
+		}
+		n.stop()
+		n.dir = dir
+		n.start()
+		f = openFeed(t, options(n.url()), short)
+		if err := f.Remember(within(t), known); err != nil {
+			t.Fatal(err)
+		}
+		if what == "as it was" {
+			if rest, _ := read(t, f, all[9].Position); len(rest) != 10 || f.LogID() != id {
+				t.Errorf("%s: %d commits behind the tenth, and the log is %s", what, len(rest), f.LogID())
+			}
+			continue
+		}
+		if f.LogID() == id {
+			t.Errorf("%s: the log's ID is still %s", what, id)
+		}
+		publish(t, f, 2, 1, 40)
+		for _, at := range []hub.Position{all[0].Position, all[4].Position, all[10].Position, known} {
+			wantLagged(t, f, at)
+		}
+	}
+}
+
 // What was dropped while it was on its way is no hole that is passed over: in front of it a page ends, behind it a reader lags.
 func TestDroppedOnTheWay(t *testing.T) {
 	t.Parallel()
