@@ -10,6 +10,9 @@ import { isOpaque } from "./visible";
 
 const t = texts.device.order;
 
+/** How a device says that it did it; what is stored may end otherwise. */
+const fine = new Set(["OK", "CREATED", "ACCEPTED", "NOT_MODIFIED"]);
+
 interface Going {
   order: Order;
   since: number;
@@ -72,7 +75,7 @@ export function Progress({ deviceId, of }: { deviceId: string; of: Ordering }) {
           {waits && <Cancel deviceId={deviceId} command={waits} />}
         </p>
       )}
-      {answer && !stored && <Outcome title={t.answered} answer={answer} onClose={forget} good />}
+      {answer && !stored && <Outcome title={answer.status === "CANCELED" ? t.ended : t.answered} answer={answer} onClose={forget} good={fine.has(answer.status)} />}
       {going.error !== undefined && (
         <>
           <Failure error={going.error} />

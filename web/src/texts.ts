@@ -107,7 +107,7 @@ export const texts = {
     order: {
       doing: { retrieve: "The device is asked…", update: "The device is to change it…", create: "The device is to create it…", delete: "The device is to delete it…" },
       stored: "Stored; the device gets it when it is there, and this page hears of its answer.", seconds: (n: number) => (n < 120 ? `${n} s` : `${Math.floor(n / 60)} min`), cancel: "Cancel",
-      answered: "The device answered:", deviceSaid: "The device's own answer:", timeToLive: "Time to live", interface: "Interface",
+      answered: "The device answered:", ended: "It ended:", deviceSaid: "The device's own answer:", timeToLive: "Time to live", interface: "Interface",
       span: { 10: "10 seconds", 60: "1 minute", 600: "10 minutes", 3600: "1 hour", 86400: "1 day", 604800: "1 week" },
     },
     commands: {
