@@ -7,8 +7,8 @@ export interface Line {
   label: string;
   /** Drawn in steps: what was on stays so until it is off. */
   steps: boolean;
-  /** An element of which the colour is taken: it is right in the dark too. */
-  colour: HTMLElement | null;
+  /** An element of which the colour is taken when it is drawn: it is right in the dark too. */
+  colour: () => HTMLElement | undefined;
 }
 
 export interface Range {
@@ -38,7 +38,7 @@ export function Chart({ lines, data, range, onRange, label }: {
           width: box.current!.clientWidth || 300, height, legend: { show: false }, cursor: { drag: { x: true, y: false, setScale: false }, points: { size: 7 } },
           scales: { x: { time: true, range: () => [now.current.range.min, now.current.range.max] } }, axes: [axis, { ...axis, size: 60 }],
           series: [{}, ...lines.map((l) => ({
-            label: l.label, stroke: l.colour ? getComputedStyle(l.colour).color : style.color, width: 1.5, spanGaps: false, ...(l.steps ? { paths: stepped } : {}),
+            label: l.label, stroke: getComputedStyle(l.colour() ?? box.current!).color, width: 1.5, spanGaps: false, ...(l.steps ? { paths: stepped } : {}),
           }))],
           hooks: {
             setSelect: [(u) => {
@@ -74,5 +74,5 @@ export function Chart({ lines, data, range, onRange, label }: {
     // eslint-disable-next-line -- it is made anew when its lines are others; data and range are set below
   }, [made]);
   useEffect(() => plot.current?.setData(data as uPlot.AlignedData), [data, range.min, range.max]);
-  return <div className="chart" ref={box} role="img" aria-label={label} />;
+  return <div className="plot" ref={box} role="img" aria-label={label} />;
 }

@@ -5,8 +5,8 @@ import { ofDevice, order, type Order } from "./command";
 const update: Order = { verb: "update", href: "/light/1", interface: "oic.if.a", seconds: 60, body: { state: true }, key: "k" };
 
 function app(put: (path: string, init: Record<string, never>) => Promise<unknown>) {
-  const renew = vi.fn(async () => "t");
-  return { app: { hub: { api: { PUT: put, GET: put, POST: put, DELETE: put } }, session: { renew } } as never, renew };
+  const renew = vi.fn(async (_refused?: boolean) => "t");
+  return { app: { hub: { api: { PUT: put, GET: put, POST: put, DELETE: put } }, session: { token: renew } } as never, renew };
 }
 
 describe("an order", () => {
@@ -47,7 +47,7 @@ describe("an order", () => {
       return { data: {} };
     });
     expect(await order(a, "d", update)).toEqual({ status: "", content: undefined });
-    expect(renew).toHaveBeenCalledOnce();
+    expect(renew).toHaveBeenCalledExactlyOnceWith(true);
     const never = app(async () => { throw new HubError(401, "token-expired", "over"); });
     await expect(order(never.app, "d", update)).rejects.toMatchObject({ code: "token-expired" });
   });

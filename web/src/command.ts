@@ -33,7 +33,7 @@ export async function order(app: App, deviceId: string, o: Order): Promise<Answe
     } catch (error) {
       if (error instanceof HubError && error.status === 401 && !renewed) {
         renewed = true;
-        await app.session.renew(); // waits until somebody has signed in again
+        await app.session.token(true); // waits until somebody has signed in again
       } else if (error instanceof TypeError && Date.now() - begun < 1000 * o.seconds) await new Promise((r) => setTimeout(r, pause));
       else throw error;
     }

@@ -16,7 +16,7 @@ export function Commands({ deviceId, picture }: { deviceId: string; picture: Pic
       <section className="card" aria-labelledby="waiting">
         <h2 id="waiting">{t.waiting}</h2>
         {picture.waiting.length === 0 ? <p className="loading">{t.none}</p> : (
-          <div className="scroll" tabIndex={0} role="region" aria-label={t.waiting}>
+          <div className="scroll" tabIndex={0} role="group" aria-label={t.waiting}>
             <table>
               <thead><tr><th>{t.what}</th><th>{t.resource}</th><th>{t.content}</th><th>{t.by}</th><th>{t.since}</th><th>{t.until}</th><th><span className="hidden">{texts.actions}</span></th></tr></thead>
               <tbody>
@@ -39,7 +39,7 @@ export function Commands({ deviceId, picture }: { deviceId: string; picture: Pic
       {picture.ended.length > 0 && (
         <section className="card" aria-labelledby="ended">
           <h2 id="ended">{t.ended}</h2>
-          <div className="scroll" tabIndex={0} role="region" aria-label={t.ended}>
+          <div className="scroll" tabIndex={0} role="group" aria-label={t.ended}>
             <table>
               <thead><tr><th>{t.what}</th><th>{t.resource}</th><th>{t.status}</th><th>{t.answer}</th><th>{t.by}</th><th>{t.at}</th></tr></thead>
               <tbody>

@@ -26,7 +26,7 @@ export function Certificates({ id }: { id: string }) {
       {isPending && <Loading />}
       {data?.length === 0 && <p className="loading">{t.noCertificate}</p>}
       {sorted.length > 0 && (
-        <div className="scroll" tabIndex={0} role="region" aria-label={t.certificates}>
+        <div className="scroll" tabIndex={0} role="group" aria-label={t.certificates}>
           <table>
             <thead><tr><th>{t.serial}</th><th>{t.state}</th><th>{t.issued}</th><th>{t.until}</th><th>{t.by}</th><th><span className="hidden">{texts.actions}</span></th></tr></thead>
             <tbody>

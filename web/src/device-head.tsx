@@ -31,8 +31,10 @@ export function Head({ id, device, picture }: { id: string; device: Device | und
         {maker && <bdi>{line(maker, 120)}</bdi>}
         <code>{id}</code> <Copy text={id} label={t.copyId} />
       </p>
-      <p className="chips">{(device?.types ?? []).map((x) => <code key={x} className="chip">{line(x, 80)}</code>)}</p>
-      {device && <Labels id={id} labels={device.labels ?? {}} />}
+      <div className="chips">
+        {(device?.types ?? []).map((x) => <code key={x} className="chip">{line(x, 80)}</code>)}
+        {device && <Labels id={id} labels={device.labels ?? {}} />}
+      </div>
       <AccessState id={id} />
     </header>
   );

@@ -13,11 +13,11 @@ export function Labels({ id, labels }: { id: string; labels: Readonly<Record<str
   const [open, setOpen] = useState(false);
   const all = Object.entries(labels);
   return (
-    <p className="chips">
+    <>
       {all.map(([k, v]) => <span key={k} className="chip label"><b>{line(k, 63)}</b> <bdi>{line(v, 100)}</bdi></span>)}
       {session.may("write") && <Button className="small" onPress={() => setOpen(true)}>{all.length > 0 ? t.edit : t.add}</Button>}
       {open && <Editor id={id} labels={labels} onClose={() => setOpen(false)} />}
-    </p>
+    </>
   );
 }
 

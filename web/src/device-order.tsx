@@ -6,8 +6,12 @@ import type { Command, DeviceStore } from "./device-store";
 import { texts } from "./texts";
 import { Button, Choice, Failure } from "./ui";
 import { Value } from "./value";
+import { isOpaque } from "./visible";
 
 const t = texts.device.order;
+
+/** How a device says that it did it; what is stored may end otherwise. */
+const fine = new Set(["OK", "CREATED", "ACCEPTED", "NOT_MODIFIED"]);
 
 interface Going {
   order: Order;
@@ -71,7 +75,7 @@ export function Progress({ deviceId, of }: { deviceId: string; of: Ordering }) {
           {waits && <Cancel deviceId={deviceId} command={waits} />}
         </p>
       )}
-      {answer && !stored && <Outcome title={t.answered} answer={answer} onClose={forget} good />}
+      {answer && !stored && <Outcome title={answer.status === "CANCELED" ? t.ended : t.answered} answer={answer} onClose={forget} good={fine.has(answer.status)} />}
       {going.error !== undefined && (
         <>
           <Failure error={going.error} />
@@ -92,7 +96,7 @@ function Waiting({ verb, stored, since }: { verb: string; stored: boolean; since
 }
 
 function Outcome({ title, answer, onClose, good }: { title: string; answer: Answer; onClose: () => void; good?: boolean }) {
-  const empty = answer.content === undefined || answer.content === null || (typeof answer.content === "object" && "contentType" in answer.content && !("data" in answer.content));
+  const empty = answer.content === undefined || answer.content === null || (isOpaque(answer.content) && !answer.content.data);
   return (
     <div className="outcome">
       <p className="row spread">

@@ -11,28 +11,6 @@ import { line } from "./visible";
 
 const t = texts.device.connection;
 
-/** The answer of the call; what the hub knows of this run of it only. */
-interface Connection {
-  deviceId: string;
-  online: boolean;
-  protocol: string;
-  tls?: string;
-  remote: string;
-  session: number;
-  connectedSince: string;
-  lastError?: string;
-  bytesIn: number;
-  bytesOut: number;
-  roundTripSeconds?: number;
-  nextContact?: string;
-  contactIntervalSeconds?: number;
-  endedAt?: string;
-  endReason?: string;
-  quarantined?: boolean;
-  rivalsAt?: string;
-  rivals?: string;
-}
-
 export function Overview({ id, device, picture }: { id: string; device: Device | undefined; picture: Picture }) {
   return (
     <>
@@ -60,10 +38,7 @@ function Attached({ id, device, picture }: { id: string; device: Device | undefi
   const known = metadata?.connection;
   const { data, error, refetch, isPending } = useQuery({
     queryKey: ["device", id, "connection"], refetchInterval: 10_000,
-    queryFn: async () => {
-      const get = hub.api.GET as unknown as (path: string, init: object) => Promise<{ data: Connection }>;
-      return (await get("/api/v1/devices/{deviceId}/connection", { params: { path: { deviceId: id } } })).data;
-    },
+    queryFn: async () => (await hub.api.GET("/api/v1/devices/{deviceId}/connection", { params: { path: { deviceId: id } } })).data!,
   });
   useEffect(() => void refetch(), [known?.id, known?.status, refetch]);
   const unseen = error instanceof HubError && error.code === "device-not-seen";

@@ -5,7 +5,7 @@ import { Tab, TabList, TabPanel, Tabs } from "react-aria-components";
 import { useApp } from "./api";
 import { Interface, Progress, TimeToLive, useOrder } from "./device-order";
 import type { DeviceStore, Link, Twin } from "./device-store";
-import { readOnly, toSend, updateInterfaces } from "./form";
+import { readOnly, rebase, toSend, updateInterfaces } from "./form";
 import { broken, Fields, type Draft } from "./fields";
 import { bytes, time } from "./format";
 import { Raw, jsonOf, parse, type RawDraft } from "./raw";
@@ -53,8 +53,8 @@ export function ResourceView({ deviceId, store, href, link, twin, begun, onBegun
   return (
     <section className="resource" aria-label={line(href, 200)}>
       <div className="row spread">
-        <h2><bdi><code>{line(href, 200)}</code></bdi> <Copy text={href} /></h2>
-        {link?.title && <span>{line(link.title, 100)}</span>}
+        <h2><bdi>{line(href, 200)}</bdi></h2>
+        <span className="row">{link?.title && <bdi>{line(link.title, 100)}</bdi>}<Copy text={href} label={t.copy} /></span>
       </div>
       <p className="chips">
         {types.map((x) => <code key={x} className="chip">{line(x, 80)}</code>)}
@@ -101,9 +101,9 @@ function Acts({ deviceId, store, href, twin, types, interfaces, sent, begun, onB
   const [deleting, setDeleting] = useState(false);
   const value = twin?.content;
   const fixed = readOnly(interfaces, types);
-  const draft: Draft = begun.form ?? { value, typed: {} };
-  const changed = begun.form !== undefined && (broken(begun.form) || !same(begun.form.value, begun.base));
-  const moved = changed && !same(begun.base, value);
+  const { base, draft: now, moved } = useMemo(() => (begun.form ? rebase(begun.base, begun.form.value, value) : { base: value, draft: value, moved: false }), [begun.form, begun.base, value]);
+  const draft: Draft = { value: now, typed: begun.form?.typed ?? {} };
+  const changed = broken(draft) || !same(now, base);
   const raw: RawDraft = begun.raw ?? { as: "json", text: value === undefined || isOpaque(value) ? "" : jsonOf(value) };
   const create: RawDraft = begun.create ?? { as: "json", text: '{\n  "rt": [],\n  "if": ["oic.if.a", "oic.if.baseline"],\n  "rep": {}\n}' };
   const rawParsed = useMemo(() => parse(raw), [raw.as, raw.text]);
@@ -119,14 +119,14 @@ function Acts({ deviceId, store, href, twin, types, interfaces, sent, begun, onB
           <form onSubmit={(e) => {
             e.preventDefault();
             const sentForm = begun.form;
-            void give("update", updateBy, toSend(begun.base ?? value, draft.value, all)).then((done) => {
+            void give("update", updateBy, toSend(base, now, all)).then((done) => {
               // It follows the device again, unless somebody went on typing meanwhile.
               if (done) onBegun(({ form, base, ...rest }) => (form && form !== sentForm ? { ...rest, form, base } : rest));
             });
           }}>
             {fixed && <p><small>{t.readOnly}</small></p>}
             {twin === undefined ? <p className="loading">{t.noValue}</p> : (
-              <Fields draft={draft} types={types} readOnly={fixed} onChange={(form) => onBegun((old) => ({ ...old, form, base: old.form ? old.base : value }))} />
+              <Fields draft={draft} types={types} readOnly={fixed} onChange={(form) => onBegun((old) => ({ ...old, form, base }))} />
             )}
             {moved && <p className="row" role="status"><small>{t.moved}</small><Button className="small" onPress={() => onBegun(unbegun)}>{t.takeNew}</Button></p>}
             {!fixed && twin !== undefined && !isOpaque(value) && (

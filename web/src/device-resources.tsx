@@ -5,8 +5,10 @@ import { useEffect, useMemo, useRef, useState } from "react";
 import { Input, Label, SearchField } from "react-aria-components";
 import { ResourceView, type Begun } from "./device-resource";
 import type { DeviceStore, Picture } from "./device-store";
+import { first } from "./form";
 import { texts } from "./texts";
 import { nodes, type Node } from "./tree";
+import { Loading } from "./ui";
 import { briefly } from "./value";
 import { line } from "./visible";
 
@@ -30,10 +32,9 @@ export function Resources({ deviceId, store, picture }: { deviceId: string; stor
   }, [hrefs, words, picture.links]);
   const list = matching.join("\n");
   const rows = useMemo(() => nodes(matching, closed), [list, closed]); // values change more often than hrefs
-  const own = hrefs.find((h) => !h.startsWith("/oic/")) ?? hrefs[0] ?? "";
-  const href = asked || own;
+  const href = asked || first(hrefs, picture.links);
   const choose = (h: string) => void navigate({ to: "/devices/$id", params: { id: deviceId }, search: (old) => ({ ...old, href: h }), replace: true });
-  if (hrefs.length === 0) return <p className="empty">{t.none}</p>;
+  if (hrefs.length === 0) return picture.ready ? <p className="empty">{t.none}</p> : <Loading />;
   return (
     <div className="resources">
       <div className="chooser">

@@ -59,6 +59,8 @@ export interface Picture {
   /** The device was deleted. */
   gone: boolean;
   refused: string;
+  /** What there is, is told; before, nobody knows whether there is anything. */
+  ready: boolean;
 }
 
 const paintEvery = 100; // ms
@@ -74,11 +76,12 @@ export class DeviceStore {
   #metadata: Metadata | undefined;
   #gone = false;
   #refused = "";
+  #ready = false;
   #timer: ReturnType<typeof setTimeout> | undefined;
   #stop: (() => void) | undefined;
   readonly #heard = new Set<() => void>();
   readonly #events = new Set<(e: Told) => void>();
-  #picture: Picture = { links: new Map(), twins: new Map(), waiting: [], ended: [], metadata: undefined, gone: false, refused: "" };
+  #picture: Picture = { links: new Map(), twins: new Map(), waiting: [], ended: [], metadata: undefined, gone: false, refused: "", ready: false };
 
   constructor(app: App, id: string) {
     this.#app = app;
@@ -118,6 +121,7 @@ export class DeviceStore {
         live: (lagged) => {
           if (lagged) this.#clear(); // the state follows
           this.#refused = "";
+          this.#ready = true;
           this.#changed();
         },
         refused: (message) => {
@@ -170,7 +174,7 @@ export class DeviceStore {
       this.#timer = undefined;
       this.#picture = {
         links: new Map(this.#links), twins: new Map(this.#twins), waiting: [...this.#waiting.values()], ended: this.#ended, metadata: this.#metadata, gone: this.#gone,
-        refused: this.#refused,
+        refused: this.#refused, ready: this.#ready,
       };
       for (const f of this.#heard) f();
     }, paintEvery);

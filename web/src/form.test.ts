@@ -1,5 +1,5 @@
 import { describe, expect, it } from "vitest";
-import { blank, limitsOf, number, readOnly, toSend, updateInterfaces } from "./form";
+import { blank, first, limitsOf, number, readOnly, rebase, toSend, updateInterfaces } from "./form";
 
 describe("what a form may ask for", () => {
   it("knows by the interfaces what nobody sets", () => {
@@ -48,4 +48,20 @@ describe("what is sent", () => {
     expect(blank({ a: 5, b: "x", c: true, d: [1], e: { f: 1 } })).toEqual({ a: 0, b: "", c: false, d: [], e: {} });
     expect(blank(undefined)).toBe(null);
   });
+});
+
+it("shows first what can be changed", () => {
+  const links = new Map([["/a", { interfaces: ["oic.if.s"] }], ["/b", { interfaces: ["oic.if.a"] }], ["/oic/d", { interfaces: ["oic.if.rw"] }]]);
+  expect(first(["/a", "/b", "/oic/d"], links)).toBe("/b");
+  expect(first(["/a", "/oic/d"], links)).toBe("/a");
+  expect(first(["/oic/d"], links)).toBe("/oic/d");
+  expect(first([], links)).toBe("");
+});
+
+it("keeps what was edited upon a newer value, and says when just that moved", () => {
+  expect(rebase({ a: 1, b: 1 }, { a: 5, b: 1 }, { a: 1, b: 9, c: 2 })).toEqual({ base: { a: 1, b: 9, c: 2 }, draft: { a: 5, b: 9, c: 2 }, moved: false });
+  expect(rebase({ a: 1, b: 1 }, { a: 5, b: 1 }, { a: 2, b: 1 })).toEqual({ base: { a: 1, b: 1 }, draft: { a: 5, b: 1 }, moved: true });
+  expect(rebase({ a: 1 }, { a: 1 }, { a: 2 })).toEqual({ base: { a: 2 }, draft: { a: 2 }, moved: false });
+  expect(rebase(1, 5, 2)).toEqual({ base: 1, draft: 5, moved: true });
+  expect(rebase([1], [1, 2], [1])).toEqual({ base: [1], draft: [1, 2], moved: false });
 });

@@ -99,3 +99,29 @@ export function toSend(before: unknown, draft: unknown, all: boolean): unknown {
   const changed = Object.entries(draft).filter(([k, v]) => !Object.hasOwn(before, k) || !same(v, before[k]));
   return changed.length > 0 ? Object.fromEntries(changed) : draft;
 }
+
+/**
+ * A draft upon a newer value: members that nobody edited are the newer ones. base is what the edited ones were when they were
+ * begun; moved, that one of those is another now.
+ */
+export function rebase(base: unknown, draft: unknown, now: unknown): { base: unknown; draft: unknown; moved: boolean } {
+  if (same(base, draft)) return { base: now, draft: now, moved: false };
+  if (![base, draft, now].every((v) => isNested(v) && !Array.isArray(v))) return { base, draft, moved: !same(base, now) };
+  const [b, d, n] = [base, draft, now] as [Record<string, unknown>, Record<string, unknown>, Record<string, unknown>];
+  const [bs, ds] = [new Map(Object.entries(n)), new Map(Object.entries(n))];
+  let moved = false;
+  for (const [k, v] of Object.entries(d)) {
+    if (same(v, member(b, k))) continue;
+    bs.set(k, member(b, k));
+    ds.set(k, v);
+    moved ||= !same(member(b, k), member(n, k));
+  }
+  return { base: Object.fromEntries(bs), draft: Object.fromEntries(ds), moved };
+}
+
+/** The resource to show first: one that can be changed, if there is one, and none of those that every device has. */
+export function first(hrefs: readonly string[], links: ReadonlyMap<string, { interfaces?: string[] | null; resourceTypes?: string[] | null }>): string {
+  const own = hrefs.filter((h) => !h.startsWith("/oic/"));
+  const changeable = own.find((h) => (links.get(h)?.interfaces ?? []).some((i) => actuators.includes(i)));
+  return changeable ?? own[0] ?? hrefs[0] ?? "";
+}

@@ -8,6 +8,7 @@ import { Difference } from "./difference";
 import type { DeviceStore, Picture } from "./device-store";
 import { asCsv, asJson, entryOf, mostEvents, read, series, type Entry } from "./events-of";
 import { count, time } from "./format";
+import { first } from "./form";
 import { Moments } from "./moments";
 import { drawablePaths, named } from "./paths";
 import { texts } from "./texts";
@@ -26,7 +27,7 @@ export function History({ deviceId, store, picture, shown }: { deviceId: string;
   const { href: asked = "" } = useSearch({ from: "/devices/$id" });
   const hrefs = useMemo(() => [...new Set([...picture.links.keys(), ...picture.twins.keys()])].sort(), [picture.links, picture.twins]);
   const [href, setHref] = useState<string | undefined>(undefined);
-  const chosen = href ?? (asked || hrefs.find((h) => !h.startsWith("/oic/")) || "");
+  const chosen = href ?? (asked || first(hrefs, picture.links));
   const [span, setSpan] = useState<Span>("hour");
   const [end, setEnd] = useState<number>(); // Unix milliseconds; none: now, and on with it
   return (
@@ -148,8 +149,6 @@ function Numbers({ entries, range, whole, onRange, zoomed }: {
   const drawn = useMemo(() => (picked ?? paths.slice(0, 1)).filter((p) => paths.includes(p)), [picked, known]);
   const data = useMemo(() => series(entries, drawn), [entries, drawn]);
   const swatches = useRef(new Map<string, HTMLElement>());
-  const [ready, setReady] = useState(false);
-  useEffect(() => setReady(true), []); // the colours are there
   if (paths.length === 0) return <p className="loading">{t.noNumbers}</p>;
   const toggle = (p: string, on: boolean) => setPicked(on ? [...drawn, p].slice(-mostLines) : drawn.filter((x) => x !== p));
   const about = drawn.map((p, i) => {
@@ -182,9 +181,9 @@ function Numbers({ entries, range, whole, onRange, zoomed }: {
           );
         })}
       </fieldset>
-      {ready && drawn.length > 0 && (
+      {drawn.length > 0 && (
         <Chart
-          lines={drawn.map((p) => ({ label: p, steps: switches.has(p), colour: swatches.current.get(p) ?? null }))} data={data} range={range} onRange={onRange}
+          lines={drawn.map((p) => ({ label: p, steps: switches.has(p), colour: () => swatches.current.get(p) }))} data={data} range={range} onRange={onRange}
           label={`${t.chart} ${about.join("; ")}`.slice(0, 1000)}
         />
       )}

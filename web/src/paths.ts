@@ -12,7 +12,7 @@ export function split(path: string): string[] {
 }
 
 export function isNested(value: unknown): value is Record<string, unknown> | unknown[] {
-  return typeof value === "object" && value !== null;
+  return typeof value === "object" && value !== null && !(value instanceof Uint8Array);
 }
 
 /** Members of an object, items of a list; of anything else nothing. */

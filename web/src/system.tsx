@@ -121,20 +121,16 @@ interface Series {
 
 /** A few numbers over time, with what each is now. */
 function Rate({ title, at, series, unit }: { title: string; at: number[]; series: Series[]; unit: string }) {
-  const [colours, setColours] = useState<(HTMLElement | null)[]>([]);
   const legend = useRef<HTMLUListElement>(null);
-  useEffect(() => setColours([...(legend.current?.children ?? [])] as HTMLElement[]), []);
   const now = series.map((s) => [s.label, `${short(s.values.findLast((v) => v !== null) ?? 0)}${unit}`] as const);
   return (
     <figure className="rate">
       <figcaption>{title}</figcaption>
       <ul className="legend" ref={legend}>{now.map(([label, value], i) => <li key={label} className={`series-${i}`}><span>{label} <b>{value}</b></span></li>)}</ul>
-      {colours.length > 0 && (
-        <Chart
-          label={`${title}: ${now.map((n) => n.join(" ")).join(", ")}`} lines={series.map((s, i) => ({ label: s.label, steps: false, colour: colours[i] ?? null }))}
+      <Chart
+          label={`${title}: ${now.map((n) => n.join(" ")).join(", ")}`} lines={series.map((s, i) => ({ label: s.label, steps: false, colour: () => legend.current?.children[i] as HTMLElement | undefined }))}
           data={[at.map((ms) => ms / 1000), ...series.map((s) => s.values)]} range={{ min: at[0]! / 1000, max: Math.max(at.at(-1)! / 1000, at[0]! / 1000 + 10) }} onRange={() => undefined}
-        />
-      )}
+      />
     </figure>
   );
 }

@@ -1,5 +1,6 @@
 /** Values as devices have them, of any size and depth: only what is open and in view is on the page. */
 import { useVirtualizer } from "@tanstack/react-virtual";
+import { decode } from "cborg";
 import { useEffect, useMemo, useRef, useState } from "react";
 import { toHex } from "./cbor";
 import { diff } from "./diff";
@@ -35,7 +36,7 @@ function useChanges(value: unknown): { places: ReadonlySet<string>; n: number } 
 
 /** A value; parts that change are marked for a moment. To be given a key for each thing whose value it shows. */
 export function Value({ value, label }: { value: unknown; label: string }) {
-  if (isOpaque(value)) return <Binary content={value} />;
+  if (isOpaque(value)) return <Binary content={value} label={label} />;
   return <Structure value={value} label={label} />;
 }
 
@@ -100,6 +101,7 @@ function ValueLine({ line: l, flash, style, onToggle, onMore, onWhole }: {
 }
 
 function Scalar({ value, onWhole }: { value: unknown; onWhole: (text: string) => void }) {
+  if (value instanceof Uint8Array) return <code>{`h'${toHex(value.subarray(0, 64)).replace(/ /g, "")}${value.length > 64 ? "…" : ""}'`}</code>;
   if (typeof value !== "string") return <span className={typeof value}>{value === undefined ? t.nothing : String(value)}</span>;
   return (
     <>
@@ -111,7 +113,7 @@ function Scalar({ value, onWhole }: { value: unknown; onWhole: (text: string) =>
 
 const firstBytes = 256;
 
-function Binary({ content }: { content: Opaque }) {
+function Binary({ content, label }: { content: Opaque; label: string }) {
   const [whole, setWhole] = useState(false);
   const data = useMemo(() => {
     try {
@@ -120,9 +122,19 @@ function Binary({ content }: { content: Opaque }) {
       return new Uint8Array();
     }
   }, [content.data]);
+  // The hub decodes no more than so many levels; here it is read all the same.
+  const inside = useMemo(() => {
+    if (data.length === 0 || !/cbor/.test(content.contentType ?? "")) return undefined;
+    try {
+      return { value: decode(data, { allowBigInt: true }) as unknown };
+    } catch {
+      return undefined;
+    }
+  }, [data, content.contentType]);
   if (data.length === 0) return <p className="loading">{t.empty}</p>;
   return (
     <div className="binary">
+      {inside && <Structure value={inside.value} label={label} />}
       <p>{t.binary(bytes(data.length))} {content.contentType && <code>{oneLine(content.contentType, 100)}</code>}</p>
       <pre tabIndex={0} aria-label={t.hex}>{toHex(whole ? data : data.subarray(0, firstBytes), 16)}{!whole && data.length > firstBytes ? "\n…" : ""}</pre>
       <p className="row">
@@ -141,7 +153,7 @@ export function Brief({ value, most = 120 }: { value: unknown; most?: number }) 
 /** No more is looked at than is shown. */
 export function briefly(value: unknown, most: number): string {
   if (value === undefined) return "";
-  if (isOpaque(value)) return `${value.contentType} ${bytes(Math.floor(((value.data ?? "").length * 3) / 4))}`;
+  if (isOpaque(value)) return `${value.contentType ?? ""} ${bytes(Math.floor(((value.data ?? "").length * 3) / 4))}`.trim();
   let out = "";
   const todo: (string | { v: unknown })[] = [{ v: value }];
   while (todo.length > 0 && out.length <= most) {

@@ -10,7 +10,8 @@ it("shows what cannot be seen, and leaves what can", () => {
 
 it("knows a content that was not decoded", () => {
   expect(isOpaque({ contentType: "application/octet-stream", coapContentFormat: 42, data: "AAE=" })).toBe(true);
-  expect(isOpaque({ contentType: "x" })).toBe(false);
-  expect(isOpaque({ contentType: "x", data: "", more: 1 })).toBe(false);
+  expect(isOpaque({ coapContentFormat: -1 })).toBe(true);
+  expect(isOpaque({ contentType: "x", data: "AAE=" })).toBe(false);
+  expect(isOpaque({ coapContentFormat: 42, data: "", more: 1 })).toBe(false);
   expect(isOpaque([])).toBe(false);
 });

@@ -15,19 +15,18 @@ export function line(text: string, most = 200): string {
   return visible(cut).replace(/\n/g, "\\n").replace(/\t/g, "\\t");
 }
 
-/** A content that the hub did not decode. */
+/** A content that the hub did not decode; an empty one has neither type nor data. */
 export interface Opaque {
-  contentType: string;
-  coapContentFormat?: number;
-  data: string;
+  contentType?: string;
+  coapContentFormat: number;
+  data?: string;
 }
 
 /** Whether a value is a content that came undecoded, in base64. */
 export function isOpaque(value: unknown): value is Opaque {
   if (typeof value !== "object" || value === null || Array.isArray(value)) return false;
-  const v = value as Record<string, unknown>;
-  return typeof v["contentType"] === "string" && (v["data"] === undefined || typeof v["data"] === "string") &&
-    Object.keys(v).every((k) => k === "contentType" || k === "coapContentFormat" || k === "data") && ("coapContentFormat" in v || "data" in v);
+  const { contentType = "", coapContentFormat, data = "", ...rest } = value as Record<string, unknown>;
+  return typeof contentType === "string" && typeof coapContentFormat === "number" && typeof data === "string" && Object.keys(rest).length === 0;
 }
 
 export function fromBase64(text: string): Uint8Array<ArrayBuffer> {
