@@ -357,6 +357,7 @@ func (d *Directory) watch(ctx context.Context, s *servers, ready func()) {
 		}
 		if which := a.meddled(); which != nil {
 			a.moved.Store(time.Now().UnixNano())
+			a.names("") // sessions may have begun there at gateways that nobody here has heard of
 			for _, w := range d.workers {
 				w.leave(which)
 			}
