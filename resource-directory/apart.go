@@ -33,6 +33,8 @@ const (
 	telling, tellFor = 1024, 10 * time.Second
 	// tellTry is how long one answer is waited for.
 	tellTry = time.Second
+	// maxNamed bounds the gateways that are remembered for sessions that began there; beyond, they are not without a heartbeat.
+	maxNamed = 4096
 	// settled is how long after that nobody else serves a partition of the directory's any more.
 	settled = 15 * time.Second
 	// toldWrites is for how long the others are told where a directory has written: some heartbeats get lost.
@@ -72,8 +74,10 @@ type apart struct {
 	under   sync.WaitGroup
 	telling *semaphore.Weighted
 
-	mu    sync.Mutex          // guards words
+	mu    sync.Mutex          // guards words and named
 	words map[spoken]struct{} // being told; a second wake of a session is the same word
+	// named are gateways at which sessions began lately, and when the last one did, whether their heartbeat was ever heard or not.
+	named map[string]time.Time
 }
 
 type spoken struct {
@@ -90,7 +94,7 @@ func (a *apart) told(word spoken) {
 // Apart makes the directory one of several, as which members has it under the instance's name; it serves on b once it runs, and cannot
 // be asked before that. It must be called before Run.
 func (d *Directory) Apart(b *bus.Bus, members *bus.Members, instance string) {
-	a := &apart{bus: b, members: members, self: instance, log: d.log, telling: semaphore.NewWeighted(telling), words: map[spoken]struct{}{}, gone: make(chan struct{})}
+	a := &apart{bus: b, members: members, self: instance, log: d.log, telling: semaphore.NewWeighted(telling), words: map[spoken]struct{}{}, named: map[string]time.Time{}, gone: make(chan struct{})}
 	a.mine.Store(new([partitions]bool))
 	a.life, a.end = context.WithCancel(context.Background())
 	d.apart = a
@@ -356,6 +360,7 @@ func (d *Directory) watch(ctx context.Context, s *servers, ready func()) {
 		}
 		if which := a.meddled(); which != nil {
 			a.moved.Store(time.Now().UnixNano())
+			a.names("") // sessions may have begun there at gateways that nobody here has heard of
 			for _, w := range d.workers {
 				w.leave(which)
 			}
@@ -373,7 +378,7 @@ func (d *Directory) watch(ctx context.Context, s *servers, ready func()) {
 					func(run string) bool { return run != d.run }, d.findCommands)
 			})
 		}
-		if more := a.silent(judged); more || changed != nil {
+		if silent, unheard := a.silent(judged), a.unheard(); silent || unheard || changed != nil {
 			sessions.start(ctx, &passes, func(ctx context.Context) {
 				d.former(ctx, onlineIndex, d.metrics.former, "devices of gateways that are gone cannot be set offline, trying again", d.gone, d.endSession)
 			})
@@ -436,6 +441,32 @@ func (a *apart) silent(judged map[string]bool) bool {
 		}
 	}
 	return more
+}
+
+// names notes that a session begins at a gateway.
+func (a *apart) names(gateway string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if _, is := a.named[gateway]; is || len(a.named) < maxNamed {
+		a.named[gateway] = time.Now()
+	}
+}
+
+// unheard reports whether there is a gateway that sessions began at, and that should have been heard since and was not: it was gone before
+// its first heartbeat, so that nobody would notice its silence.
+func (a *apart) unheard() (any bool) {
+	if !a.members.Sure() {
+		return false
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for gateway, at := range a.named {
+		if time.Since(at) > bus.Patience {
+			any = any || a.members.Silent(GatewayPart, gateway)
+			delete(a.named, gateway)
+		}
+	}
+	return any
 }
 
 // pass is work over an index that is done from the start whenever it is started, one at a time.

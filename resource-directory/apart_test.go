@@ -729,3 +729,24 @@ func TestIndexIsNotRemembered(t *testing.T) {
 		}
 	}
 }
+
+// A gateway that takes a device and is gone before anybody has heard of it leaves nobody online.
+func TestUnheardGatewayIsGone(t *testing.T) {
+	w := newTown(t)
+	d := w.directories(1)[0].d
+	for i := range 3 { // the last one when the directory has already looked for all who were never heard of
+		dev := testID(i)
+		if err := d.Register(t.Context(), own(dev, alice, 1), "user-1"); err != nil {
+			t.Fatal(err)
+		}
+		c := conn("conn-1")
+		c.Service = fmt.Sprint("unheard-", i)
+		if _, err := d.SignIn(t.Context(), own(dev, alice, 1), c, "user-1", nil); err != nil {
+			t.Fatal(err)
+		}
+		w.eventually("the device is offline", func() bool {
+			got, err := d.Device(t.Context(), alice, dev)
+			return err == nil && !got.Metadata.Connection.Online
+		})
+	}
+}

@@ -44,6 +44,9 @@ func (m *marked) add(key, as string) {
 // who took itself for the device's home, may have changed it a moment ago, and a session that the index has as another gateway's would
 // stay online after its own is gone.
 func (d *Directory) mark(ctx context.Context, index string, dev hub.DeviceID, as string) (err error) {
+	if d.apart != nil && index == onlineIndex {
+		d.apart.names(as)
+	}
 	key := index + " " + string(dev)
 	if d.apart == nil && d.marked.has(key, as) {
 		return nil
