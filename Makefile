@@ -62,7 +62,7 @@ gen: ## make the generated files (api/gen, api/typescript, docs/api.md, docs/con
 
 .PHONY: screenshots
 screenshots: others ## take the pictures of docs/console.md anew, from a hub with simulated devices
-	@COAPHUB_SCREENSHOTS=$(CURDIR)/docs/console go test -count=1 -run '^TestScreenshots$$' ./test/console
+	@COAPHUB_SCREENSHOTS=$(CURDIR)/docs/console go test -count=1 -tags screenshots -run '^TestScreenshots$$' ./test/console
 
 .PHONY: bench
 bench: ## measure a fresh hub and bare go-coap in turns, in about five minutes

@@ -24,6 +24,12 @@ func (a *assembly) hubInfo() grpcgateway.HubConfiguration {
 	}
 	if a.provider == nil {
 		c.Authority = a.cfg.Authorization.Issuers[0].Authority
+		if w := a.cfg.Authorization.WebClient; w.ID != "" {
+			c.WebClient = &grpcgateway.OAuthClient{ID: w.ID, Audience: w.Audience, Authority: c.Authority, Scopes: w.Scopes}
+			if len(w.Scopes) == 0 {
+				c.WebClient.Scopes = consoleScopes()
+			}
+		}
 		p := a.cfg.CoAPGateway.API.CoAP.Authorization.Providers[0]
 		c.DeviceClient = &grpcgateway.OAuthClient{
 			ID: p.ClientID, Audience: p.Audience, Scopes: p.Scopes, ProviderName: p.Name, Authority: p.Authority, GrantType: p.GrantType,
@@ -34,13 +40,18 @@ func (a *assembly) hubInfo() grpcgateway.HubConfiguration {
 	c.Authority = a.provider.Issuer()
 	c.WebClient = &grpcgateway.OAuthClient{
 		ID: o.Clients.Web.ID, Audience: o.Audience, Authority: c.Authority,
-		Scopes: []string{"openid", "offline_access", hub.ScopeRead, hub.ScopeWrite, hub.ScopeAdmin},
+		Scopes: consoleScopes(),
 	}
 	c.DeviceClient = &grpcgateway.OAuthClient{
 		ID: o.Clients.Device.ID, Audience: o.Audience, Authority: c.Authority, ProviderName: providerName,
 		Scopes: []string{"offline_access", hub.ScopeDevice},
 	}
 	return c
+}
+
+// consoleScopes are what the console asks for; who may less gets less.
+func consoleScopes() []string {
+	return []string{"openid", "offline_access", hub.ScopeRead, hub.ScopeWrite, hub.ScopeAdmin}
 }
 
 // pages are what the HTTP door serves besides the API: the console, the embedded provider, which knows its issuer's path, and

@@ -1,7 +1,7 @@
 import react from "@vitejs/plugin-react";
 import { readFileSync } from "node:fs";
 import { defineConfig, type Plugin } from "vite";
-import { catalogue } from "./catalogue";
+import { catalogue } from "./catalogue.ts";
 
 // In development `npm run dev` serves the pages itself and hands everything else to a hub, by default the one of `make run`.
 const hub = process.env["COAPHUB"] ?? "http://127.0.0.1:8080";

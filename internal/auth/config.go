@@ -32,6 +32,19 @@ type Config struct {
 	ClockSkew time.Duration `yaml:"clockSkew"`
 	// Issuers are external providers. Default empty: only the embedded one.
 	Issuers []IssuerConfig `yaml:"issuers"`
+	// WebClient is the console's client at the first issuer, a public one with PKCE whose redirect URI is the hub's HTTP address with
+	// a slash. Default empty: nobody can sign in to the console. The embedded provider has one of its own.
+	WebClient WebClientConfig `yaml:"webClient"`
+}
+
+// WebClientConfig is a client at an external provider.
+type WebClientConfig struct {
+	// ID is the client_id.
+	ID string `yaml:"id"`
+	// Audience goes into the authorize request, where a provider wants it to give tokens for this API. Default empty: it is not sent.
+	Audience string `yaml:"audience"`
+	// Scopes are what the console asks for. Default empty: openid, offline_access and what the API asks for.
+	Scopes []string `yaml:"scopes"`
 }
 
 // IssuerConfig is one issuer whose tokens are accepted.
@@ -84,6 +97,9 @@ func (c Config) Validate() []error {
 	}
 	if c.ClockSkew < 0 || c.ClockSkew > maxSkew {
 		errs = append(errs, fmt.Errorf("authorization.clockSkew: %v is not between 0 and %v", c.ClockSkew, maxSkew))
+	}
+	if len(c.Issuers) == 0 && c.WebClient.ID != "" {
+		errs = append(errs, errors.New("authorization.webClient.id: is for an external provider (authorization.issuers); the embedded one has oauthServer.clients.web.id"))
 	}
 	if len(c.Issuers) > 0 {
 		errs = append(errs, validate(c.Resolve(c.Issuers...))...)

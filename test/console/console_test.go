@@ -83,12 +83,18 @@ func TestConsoleLogic(t *testing.T) {
 	vitest(t, "")
 }
 
-// The console in Chromium, against a hub with simulated devices.
-func TestConsole(t *testing.T) {
-	installed(t)
+// build makes the hub's program.
+func build(t *testing.T) string {
+	t.Helper()
 	program := filepath.Join(t.TempDir(), "coaphub")
 	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", program, "../../cmd/coaphub").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	vitest(t, "vitest.e2e.config.ts", "COAPHUB_PROGRAM="+program)
+	return program
+}
+
+// The console in Chromium, against a hub with simulated devices.
+func TestConsole(t *testing.T) {
+	installed(t)
+	vitest(t, "vitest.e2e.config.ts", "COAPHUB_PROGRAM="+build(t))
 }

@@ -211,6 +211,99 @@ describe("onboarding", () => {
   });
 });
 
+describe("one device", () => {
+  const light = "/light/1";
+  /** The twin of the light as a person sees it. */
+  const value = (page: Page) => page.getByRole("region", { name: light });
+  let id: string;
+  let stop: () => Promise<void>;
+  beforeAll(async () => {
+    const before = new Set(await w.ids());
+    stop = await w.devices(1, "--seed", "quiet", "--rate", "0.0001"); // it says nothing by itself
+    id = (await w.ids()).find((d) => !before.has(d))!;
+    await w.call("PUT", `/api/v1/devices/${id}/resources${light}`, { power: 10 });
+  });
+  afterAll(() => stop());
+  const at = (tab: string) => `/devices/${id}?tab=${tab}&href=${encodeURIComponent(light)}`;
+
+  test("a value that changes is seen within 300 ms", async () => {
+    const page = await visitor.open(at("resources"));
+    await value(page).getByText("power").first().waitFor();
+    // From the moment that the caller of the API has the device's answer to the text on the page, by the browser's clock.
+    const took: number[] = [];
+    for (let power = 20; power < 40; power++) {
+      const seen = page.evaluate(
+        ([power]) =>
+          new Promise<number>((resolve) => {
+            const there = () => [...document.querySelectorAll("section.resource *")].some((e) => e.children.length === 0 && e.textContent === String(power));
+            const look = () => there() && (watch.disconnect(), resolve(Date.now()));
+            const watch = new MutationObserver(look);
+            watch.observe(document.body, { subtree: true, childList: true, characterData: true });
+            look();
+          }),
+        [power],
+      );
+      await w.call("PUT", `/api/v1/devices/${id}/resources${light}`, { power });
+      const answered = Date.now();
+      took.push((await seen) - answered);
+    }
+    took.sort((a, b) => a - b);
+    expect(took[took.length / 2]!, `${took.join(" ")} ms`).toBeLessThan(300);
+    expect(visitor.complaints).toEqual([]);
+    await page.close();
+  });
+
+  test("a command goes to the device, and its answer is shown", async () => {
+    const page = await visitor.open(at("resources"));
+    const area = value(page);
+    const power = area.getByLabel("power", { exact: true }).last();
+    await power.fill("77");
+    await area.getByRole("button", { name: t.device.resource.send, exact: true }).click();
+    await area.getByText(t.device.order.answered).waitFor();
+    await until(async () => JSON.stringify(await w.call("GET", `/api/v1/devices/${id}/resources${light}`)).includes('"power":77'), 5_000, () => "the twin to follow");
+    expect(visitor.complaints).toEqual([]);
+    await page.close();
+  });
+
+  test("history is a chart, and a table to compare in", async () => {
+    for (const power of [1, 2, 3]) await w.call("PUT", `/api/v1/devices/${id}/resources${light}`, { power });
+    const page = await visitor.open(at("history"));
+    await page.locator(".plot canvas, .chart canvas, figure canvas, canvas").first().waitFor();
+    const picks = page.locator("tbody td.pick input");
+    await picks.nth(1).waitFor();
+    await picks.nth(0).check();
+    await picks.nth(1).check();
+    await page.getByRole("region", { name: t.device.diff.title }).getByText("power").waitFor();
+    expect(visitor.complaints).toEqual([]);
+    await page.close();
+  });
+
+  test("a hostile value is text", async () => {
+    await w.call("PUT", `/api/v1/devices/${id}/resources${light}`, { name: `<img src=x onerror="document.title='run'">` });
+    const page = await visitor.open(at("resources"));
+    await value(page).getByText("<img src=x").first().waitFor();
+    expect(await page.title()).toBe("coaphub");
+    expect(visitor.complaints).toEqual([]);
+    await page.close();
+  });
+
+  test("no part of the page violates WCAG AA, and none is wider than a phone", async () => {
+    for (const options of [{ colorScheme: "light" }, { colorScheme: "dark", viewport: { width: 390, height: 800 } }] as const) {
+      const v = await w.visitor(options);
+      const page = await v.open();
+      for (const tab of ["resources", "overview", "commands", "history"]) {
+        await page.goto(w.url + at(tab));
+        await page.getByRole("tab", { name: t.device.tab.history }).waitFor();
+        await page.waitForLoadState("networkidle").catch(() => undefined);
+        expect(await violations(page), tab).toEqual([]);
+        expect(await page.evaluate(() => document.documentElement.scrollWidth - window.innerWidth), tab).toBeLessThanOrEqual(0);
+      }
+      expect(v.complaints).toEqual([]);
+      await v.end();
+    }
+  });
+});
+
 describe("events", () => {
   test("come as they happen; a pause loses none", async () => {
     const page = await visitor.open("/events");
