@@ -34,6 +34,9 @@ others:
 	@tools/need npm npm
 	@[ test/npm-coap/node_modules -nt test/npm-coap/package-lock.json ] || \
 		npm ci --prefix test/npm-coap --ignore-scripts --no-audit --no-fund --silent || echo "could not install npm's coap" >&2
+	@tools/need chromium chromium
+	@[ web/node_modules/.package-lock.json -nt web/package-lock.json ] || \
+		npm ci --prefix web --ignore-scripts --no-audit --no-fund --silent || echo "could not install the console's packages" >&2
 
 .PHONY: test
 test: others ## run all tests of all modules with the race detector, and say what was left out
@@ -48,13 +51,18 @@ nightly: others ## the long doses: 200 rounds of kill -9, the ten-minute fleet, 
 .PHONY: lint
 lint: ## bug finders, import arrows, and whether generated files are up to date
 	$(TOOL) golangci-lint run --allow-parallel-runners ./...
+	GOOS=linux GOARCH=arm GOARM=7 CGO_ENABLED=0 go vet ./... # numbers that do not fit 32 bits
 	@before=$$(git status --porcelain; git diff | cksum); $(MAKE) --no-print-directory gen; \
 	after=$$(git status --porcelain; git diff | cksum); \
 	if [ "$$before" != "$$after" ]; then git status --short; echo "make gen changed files: commit what it made"; exit 1; fi
 
 .PHONY: gen
-gen: ## make the generated files (api/gen, api/typescript, docs/api.md, docs/config.md), and check that no client of api/proto would break
+gen: ## make the generated files (api/gen, api/typescript, docs/api.md, docs/config.md, web/dist), and check that no client of api/proto would break
 	go generate ./...
+
+.PHONY: screenshots
+screenshots: others ## take the pictures of docs/console.md anew, from a hub with simulated devices
+	@COAPHUB_SCREENSHOTS=$(CURDIR)/docs/console go test -count=1 -run '^TestScreenshots$$' ./test/console
 
 .PHONY: bench
 bench: ## measure a fresh hub and bare go-coap in turns, in about five minutes
@@ -67,6 +75,10 @@ bench-full: ## the same with all phases and transports, five rounds, into docs/p
 .PHONY: growth
 growth: ## measure start and lists of a hub with 1 000 000 devices and 10 000 000 events; takes long, and 5 GB of /tmp
 	@go run ./test/load/growth
+
+.PHONY: scaling
+scaling: ## measure what each part of a cluster costs, into docs/scaling.md, in about ten minutes
+	@go run ./test/load/scaling -write docs/scaling.md
 
 .PHONY: microbench
 microbench: ## all benchmarks of the code, five runs each

@@ -210,12 +210,16 @@ func (a *assembly) logRevoked(ctx context.Context, cs []hub.Certificate) {
 	}
 }
 
-// readmit lets a device that was removed sign up again: somebody onboards it. One that is disabled or denied stays so.
-func (a *assembly) readmit(ctx context.Context, dev hub.DeviceID) error {
+// readmit lets a device that was removed sign up again: somebody onboards it, the owner who had it then, or an operator (""). One that
+// is disabled or denied stays so.
+func (a *assembly) readmit(ctx context.Context, dev hub.DeviceID, owner hub.Owner) error {
 	err := a.identities.Admits(ctx, dev, nil)
 	if code, _ := hub.Public(err); err != nil && code == "device-removed" {
-		if err = a.identities.Enable(ctx, dev, ""); hub.IsKind(err, hub.NotFound) { // somebody was faster
+		if err = a.identities.Enable(ctx, dev, owner); hub.IsKind(err, hub.NotFound) { // somebody was faster, or it was another owner's
 			err = nil
+			if owner != "" {
+				err = a.identities.Admits(ctx, dev, nil)
+			}
 		}
 	}
 	return err

@@ -44,63 +44,6 @@ func (a *assembly) token(ctx context.Context, q TokenRequest) (Token, error) {
 	return Token{text, claims.Expiry.UTC()}, nil
 }
 
-func (a *assembly) onboard(ctx context.Context, q OnboardRequest) (Onboarding, error) {
-	var dev hub.DeviceID
-	var err error
-	switch {
-	case (q.DeviceID == "") == !q.AnyDevice:
-		return Onboarding{}, hub.NewError(hub.Invalid, "device-id-missing", "name a device or ask for any, not both")
-	case q.Certificate && q.AnyDevice:
-		return Onboarding{}, hub.NewError(hub.Invalid, "device-id-missing", "a certificate needs a device ID")
-	case q.PSK && q.AnyDevice:
-		return Onboarding{}, hub.NewError(hub.Invalid, "device-id-missing", "a pre-shared key needs a device ID")
-	case q.PSK && a.takesKeys() != nil:
-		return Onboarding{}, a.takesKeys()
-	case q.DeviceID != "":
-		if dev, err = hub.ParseDeviceID(q.DeviceID); err != nil {
-			return Onboarding{}, err
-		}
-	}
-	o := Onboarding{HubID: a.hubID, DeviceID: string(dev), Endpoints: a.endpoints(), CA: a.deviceRoots()}
-	if a.provider == nil {
-		p := a.cfg.CoAPGateway.API.CoAP.Authorization.Providers[0]
-		o.AuthorizationProvider, o.Owner = p.Name, q.Owner
-		var err error
-		if o.AuthorizeURL, err = authorizeURL(ctx, p); err != nil {
-			return Onboarding{}, err
-		}
-	} else {
-		owner, err := a.owner(ctx, q.Owner)
-		if err != nil {
-			return Onboarding{}, err
-		}
-		o.AuthorizationProvider, o.Owner = providerName, string(owner)
-		if o.AuthorizationCode, o.ExpiresAt, err = a.provider.OnboardCode(ctx, owner, dev, 0); err != nil {
-			return Onboarding{}, err
-		}
-	}
-	if dev != "" {
-		if err := a.readmit(ctx, dev); err != nil {
-			return Onboarding{}, err
-		}
-	}
-	if q.Certificate {
-		id, err := a.issue(ctx, issueRequest{DeviceID: string(dev), owner: hub.Owner(o.Owner)})
-		if err != nil {
-			return Onboarding{}, err
-		}
-		o.Identity = &id
-	}
-	if q.PSK {
-		if o.PSK, _, err = a.psk.replace(ctx, dev, "", callerOf(ctx)); err != nil {
-			return Onboarding{}, err
-		}
-		a.doors.endKey(dev) // whoever has the former one
-		o.PSKIdentity = string(dev)
-	}
-	return o, nil
-}
-
 // The socket's calls about accounts are the API's in other words.
 
 func (a *assembly) users(ctx context.Context, _ struct{}) ([]User, error) {

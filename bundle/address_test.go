@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	certificateauthority "github.com/coaphub/coaphub/certificate-authority"
+	"github.com/coaphub/coaphub/internal/store/mongostore"
 	"github.com/coaphub/coaphub/internal/store/storetest"
 )
 
@@ -173,6 +174,89 @@ func TestTheHubsCertificateIsKnownToBeGood(t *testing.T) {
 	})
 }
 
+// slowAuthority is one whose answers wait for the test.
+type slowAuthority struct {
+	certificates
+	asked  chan struct{}
+	answer chan error
+}
+
+func (s *slowAuthority) HubCertificate(hosts []string) (tls.Certificate, error) {
+	s.asked <- struct{}{}
+	if err := <-s.answer; err != nil {
+		return tls.Certificate{}, err
+	}
+	return s.certificates.HubCertificate(hosts)
+}
+
+// While the authority makes the certificate anew, one handshake waits for it, and the others show the last one; while it cannot, none
+// waits but once a minute.
+func TestHandshakesDoNotWaitForTheAuthority(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		keys, err := certificateauthority.Open(filepath.Join(t.TempDir(), "keys"), "3a8f7a1c-95a1-4a5e-9f0e-3f9f9d7c1b11")
+		if err != nil {
+			t.Fatal(err)
+		}
+		slow := &slowAuthority{certificates: serviceOf(t, keys), asked: make(chan struct{}, 1), answer: make(chan error, 1)}
+		a := &assembly{authority: keys, certificates: slow, external: "192.0.2.9", cfg: Default(), log: slog.New(slog.DiscardHandler)}
+		slow.answer <- nil
+		get, err := a.hubCertificate()
+		if err != nil {
+			t.Fatal(err)
+		}
+		<-slow.asked
+		first, err := get()
+		if err != nil {
+			t.Fatal(err)
+		}
+		same := func(what string, want *tls.Certificate) {
+			t.Helper()
+			if got, err := get(); err != nil || got.Leaf != want.Leaf {
+				t.Errorf("%s: another certificate, %v", what, err)
+			}
+		}
+		first.Leaf.NotAfter = time.Now().Add(renewBefore - time.Hour) // as if it neared its end
+		type got struct {
+			cert *tls.Certificate
+			err  error
+		}
+		ask := func() <-chan got {
+			out := make(chan got, 1)
+			go func() { cert, err := get(); out <- got{cert, err} }()
+			<-slow.asked
+			return out
+		}
+		one := ask()
+		same("while it is made anew", first)
+		slow.answer <- errors.New("away")
+		if g := <-one; g.err != nil || g.cert.Leaf != first.Leaf {
+			t.Errorf("without an authority: %v", g.err)
+		}
+		same("a moment later", first)
+		<-time.After(askAgain)
+		one = ask()
+		slow.answer <- nil
+		second := <-one
+		if second.err != nil || second.cert.Leaf == first.Leaf {
+			t.Errorf("it is not made anew: %v", second.err)
+		}
+		same("made anew", second.cert)
+
+		second.cert.Leaf.NotAfter = time.Now() // as if it were over: there is nothing to show
+		one = ask()
+		two := make(chan got, 1)
+		go func() { cert, err := get(); two <- got{cert, err} }()
+		synctest.Wait()
+		if len(two) > 0 {
+			t.Error("a certificate is shown that is over")
+		}
+		slow.answer <- nil
+		if a, b := <-one, <-two; a.err != nil || b.err != nil || a.cert != b.cert {
+			t.Errorf("who waited: %v, %v", a.err, b.err)
+		}
+	})
+}
+
 func TestHistoryTakesATenthOfTheDisk(t *testing.T) {
 	t.Parallel()
 	a := &assembly{folder: &Folder{Path: t.TempDir()}}
@@ -180,8 +264,11 @@ func TestHistoryTakesATenthOfTheDisk(t *testing.T) {
 	if err := unix.Statfs(a.folder.Path, &disk); err != nil {
 		t.Fatal(err)
 	}
-	if got, want := a.directoryConfig().History.MaxBytes, int64(disk.Blocks)*disk.Bsize/10; got != want || got == 0 {
+	if got, want := a.directoryConfig().History.MaxBytes, int64(disk.Blocks)*int64(disk.Bsize)/10; got != want || got == 0 {
 		t.Errorf("at most %d bytes, want %d", got, want)
+	}
+	if got := (&assembly{folder: a.folder, store: &mongostore.Store{}}).directoryConfig().History.MaxBytes; got != 0 {
+		t.Errorf("a database elsewhere may take %d bytes by the size of the disk here", got)
 	}
 	a.cfg.ResourceDirectory.History.MaxBytes = 4711
 	if got := a.directoryConfig().History.MaxBytes; got != 4711 {

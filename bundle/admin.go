@@ -22,6 +22,59 @@ func (d administration) Refused(ctx context.Context) []grpcgateway.Refusal {
 	return out
 }
 
+func (d administration) RefusedOf(ctx context.Context, owner hub.Owner) ([]grpcgateway.Refusal, error) {
+	all := d.Refused(ctx)
+	mine, err := d.a.identities.Devices(ctx, owner)
+	if err != nil {
+		return nil, err
+	}
+	sees := map[string]bool{"": false}
+	var rest []string
+	for _, r := range all {
+		if _, known := sees[r.Device]; known {
+			continue
+		}
+		_, sees[r.Device] = slices.BinarySearch(mine, hub.DeviceID(r.Device))
+		if !sees[r.Device] {
+			rest = append(rest, r.Device)
+		}
+	}
+	if len(rest) > 0 {
+		awaited, err := d.awaited(ctx, owner)
+		if err != nil {
+			return nil, err
+		}
+		for _, dev := range rest {
+			if !awaited[hub.DeviceID(dev)] {
+				continue
+			}
+			own, err := d.a.ownership(ctx, owner, hub.DeviceID(dev)) // it may be another's meanwhile
+			if err != nil && !hub.IsKind(err, hub.Denied) {
+				return nil, err
+			}
+			sees[dev] = err == nil && (own.Owner == "" || own.Owner == owner)
+		}
+	}
+	return slices.DeleteFunc(all, func(r grpcgateway.Refusal) bool { return !sees[r.Device] }), nil
+}
+
+// awaited are the devices for which an owner has a code of the embedded provider, or an enrolment token, that was not used.
+func (d administration) awaited(ctx context.Context, owner hub.Owner) (out map[hub.DeviceID]bool, err error) {
+	out = map[hub.DeviceID]bool{}
+	if d.a.provider != nil {
+		if out, err = d.a.provider.Awaited(ctx, owner); err != nil {
+			return nil, err
+		}
+	}
+	tokens, err := d.a.certificates.Tokens(ctx, owner)
+	for _, t := range tokens {
+		if t.Used.IsZero() && t.Device != "" {
+			out[t.Device] = true
+		}
+	}
+	return out, err
+}
+
 func (d administration) Accounts(ctx context.Context) ([]grpcgateway.Account, error) {
 	if d.a.provider == nil {
 		return nil, errNoProvider.With("accounts", nil)

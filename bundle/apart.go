@@ -59,6 +59,8 @@ type identities interface {
 	Deny(ctx context.Context, d hub.Denial) (hub.Denial, error)
 	Undeny(ctx context.Context, of hub.DenialOf, value string) error
 	Barred(f func(hub.DeviceID))
+	EndKey(ctx context.Context, dev hub.DeviceID) error
+	KeysEnded(f func(hub.DeviceID))
 }
 
 // certificates is what the other parts have of the certificate authority, and authority what of its keys' certificates, likewise.
@@ -71,6 +73,7 @@ type certificates interface {
 	HTTPSCertificate(hosts []string) (tls.Certificate, error)
 	Staple(cert *tls.Certificate) (hub.CertificateStatus, error)
 	HandOver(ctx context.Context, dev hub.DeviceID, owner hub.Owner, serial string) ([]hub.Certificate, error)
+	Reserve(ctx context.Context, owner hub.Owner, dev hub.DeviceID) error
 	IssueDevice(ctx context.Context, dev hub.DeviceID, validity time.Duration, owner hub.Owner, user string) (certificateauthority.Identity, error)
 	Forget(ctx context.Context, f hub.EnrolmentFilter) ([]hub.Enrolment, error)
 	Ended(f func(serial string))
@@ -135,13 +138,7 @@ func (a *assembly) load(target string) func() bus.Load {
 			return l
 		}
 	case TargetCoAPGateway:
-		return func() bus.Load {
-			sessions := 0
-			for _, n := range a.devices.Security() {
-				sessions += n
-			}
-			return bus.Load{Sessions: sessions}
-		}
+		return func() bus.Load { return bus.Load{Sessions: a.devices.Sessions()} }
 	}
 	return nil
 }
@@ -149,6 +146,16 @@ func (a *assembly) load(target string) func() bus.Load {
 // membership is what tells others of the parts that run here. It begins before them and ends after them.
 func (a *assembly) membership() []run.Part {
 	var ps []run.Part
+	if m := a.heard(); m != nil {
+		ps = append(ps, run.Part{Name: "versions", Run: func(ctx context.Context, ready func()) error {
+			if err := m.Meet(ctx); err != nil {
+				return err
+			}
+			ready()
+			<-ctx.Done()
+			return nil
+		}})
+	}
 	for _, target := range Targets() {
 		if m := a.members[target]; m != nil {
 			ps = append(ps, run.Part{Name: "membership", Run: m.Run})
@@ -166,19 +173,7 @@ func (a *assembly) heard() *bus.Members {
 }
 
 // Part is an instance of a part of the hub.
-type Part struct {
-	Target   string    `json:"target"`
-	Name     string    `json:"name"`     // of its process, for people
-	Instance string    `json:"instance"` // of this run of it
-	Version  string    `json:"version"`
-	Started  time.Time `json:"started"`
-	Heard    time.Time `json:"heard"` // when it last said that it lives
-	State    string    `json:"state"` // serves, leaves, silent
-	// What it is at; 0 for what it has none of. Behind is events that are stored and that subscribers or documents do not have yet.
-	Partitions int `json:"partitions,omitempty"`
-	Sessions   int `json:"sessions,omitempty"`
-	Behind     int `json:"behind,omitempty"`
-}
+type Part = grpcgateway.Part
 
 // The states of a Part.
 const (

@@ -190,14 +190,22 @@ func mustBeFree(path string) error {
 	return &hub.Error{Kind: hub.Precondition, Code: "target-not-empty", Text: path + " is not empty; name a folder that does not exist yet"}
 }
 
+// mustBeData refuses a path that is no data folder.
+func mustBeData(path string) error {
+	switch _, err := os.Stat(filepath.Join(path, formatFile)); {
+	case errors.Is(err, fs.ErrPermission):
+		return notOurs(path, err)
+	case err != nil:
+		return &hub.Error{Kind: hub.NotFound, Code: "data-missing", Text: path + " is no data folder; name one with --data", Err: err}
+	}
+	return nil
+}
+
 // withCheckpoint calls do with a consistent copy of the data folder's store: of the hub that runs on it, else of the folder
 // itself, which is held meanwhile.
 func withCheckpoint(ctx context.Context, data string, do func(dir string) error) (err error) {
-	switch _, err := os.Stat(filepath.Join(data, formatFile)); {
-	case errors.Is(err, fs.ErrPermission):
-		return notOurs(data, err)
-	case err != nil:
-		return &hub.Error{Kind: hub.NotFound, Code: "data-missing", Text: data + " is no data folder; name one with --data", Err: err}
+	if err := mustBeData(data); err != nil {
+		return err
 	}
 	c, err := Dial(data)
 	if err != nil {

@@ -178,8 +178,8 @@ func TestADeviceIsSeenAndSurvivesARestart(t *testing.T) {
 		return strings.Contains(b, "OFFLINE")
 	})
 	var far [2]int64
-	if n, err := bundle.Verify(t.Context(), h.Data, func(p string) { t.Error(p) }, func(done, total int64) { far = [2]int64{done, total} }); far != [2]int64{1, 1} || err != nil || n != 1 {
-		t.Errorf("verified %d devices, %v", n, err)
+	if v, err := bundle.Verify(t.Context(), h.Data, func(p string) { t.Error(p) }, func(done, total int64) { far = [2]int64{done, total} }); far != [2]int64{2, 2} || err != nil || v.Devices != 1 || v.Digest == "" {
+		t.Errorf("verified %+v, %v, %v", v, far, err)
 	}
 }
 
@@ -790,8 +790,8 @@ func TestBackupAndRestore(t *testing.T) {
 		t.Errorf("the token from before: %d %s", code, b)
 	}
 	r.Stop(t)
-	if n, err := bundle.Verify(ctx, at("with"), func(p string) { t.Error(p) }, nil); err != nil || n != 1 {
-		t.Errorf("verified %d, %v", n, err)
+	if v, err := bundle.Verify(ctx, at("with"), func(p string) { t.Error(p) }, nil); err != nil || v.Devices != 1 {
+		t.Errorf("verified %+v, %v", v, err)
 	}
 
 	for _, bad := range []string{dir, at("nowhere")} {
@@ -883,6 +883,16 @@ func TestAnExternalProvider(t *testing.T) {
 	if err != nil || o.AuthorizationCode != "" || o.AuthorizationProvider != "op" || !strings.HasPrefix(o.AuthorizeURL, op.URL()) ||
 		!strings.Contains(o.AuthorizeURL, "client_id=cloud") || !strings.Contains(o.AuthorizeURL, "response_type=code") {
 		t.Errorf("onboard: %+v, %v", o, err)
+	}
+	alice := caller{h, op.Mint(map[string]any{"sub": "alice", "aud": "hub", "scope": "devices:read devices:write"})}
+	bob := caller{h, op.Mint(map[string]any{"sub": "bob", "aud": "hub", "scope": "devices:read devices:write"})}
+	a := alice.onboards(t, `{"deviceId":"`+lamp+`","certificate":true}`)
+	if a.AuthorizationCode != "" || !a.ExpiresAt.IsZero() || a.AuthorizationProvider != "op" || a.AuthorizeURL != o.AuthorizeURL || a.Identity == nil {
+		t.Errorf("over the API: %+v", a)
+	}
+	bob.refused(t, "an ID that is kept for alice", `{"deviceId":"`+lamp+`","certificate":true}`, "device-owned-by-other")
+	if code, text := alice.ask(t, http.MethodGet, "/api/v1/refusals", ""); code != http.StatusOK || text != "" {
+		t.Errorf("alice's refusals: %d %s", code, text)
 	}
 	var e *hub.Error
 	if _, err := h.Control.Token(t.Context(), bundle.TokenRequest{}); !errors.As(err, &e) || e.Code != "no-embedded-provider" {

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	certificateauthority "github.com/coaphub/coaphub/certificate-authority"
+	grpcgateway "github.com/coaphub/coaphub/grpc-gateway"
 	"github.com/coaphub/coaphub/hub"
 )
 
@@ -74,8 +75,10 @@ func (a *assembly) calls() *http.ServeMux {
 // status is that of a hub whose devices nobody counts: a start does not wait for it.
 func (a *assembly) status(ctx context.Context) Status {
 	s := Status{
-		HubID: a.hubID, Version: a.build.Version, Build: a.build, Started: a.started.UTC(), PID: os.Getpid(), Data: a.folder.Path,
-		Endpoints: a.endpoints(), NotReady: a.health.Ready(ctx),
+		SystemStatus: grpcgateway.SystemStatus{
+			HubID: a.hubID, Version: a.build.Version, Build: a.build, Started: a.started.UTC(), Endpoints: a.endpoints(), NotReady: a.health.Ready(ctx),
+		},
+		PID: os.Getpid(), Data: a.folder.Path,
 	}
 	if a.provider != nil {
 		s.Issuer = a.provider.Issuer()
@@ -119,22 +122,13 @@ func (a *assembly) owned(ctx context.Context) (n int, err error) {
 	return n, err
 }
 
-// count is how many devices have an owner, and how many are signed in now.
+// count is how many devices have an owner, and how many sessions there are now, at all gateways.
 func (a *assembly) count(ctx context.Context) (devices, online int) {
-	var err error
-	if devices, err = a.owned(ctx); err != nil {
+	devices, err := a.owned(ctx)
+	if err != nil {
 		a.log.WarnContext(ctx, "devices could not be counted", "error", err)
 	}
-	families, err := a.registry.Gather()
-	if err != nil {
-		a.log.WarnContext(ctx, "metrics could not be gathered", "error", err)
-	}
-	for _, f := range families {
-		if f.GetName() == "coaphub_coap_gateway_sessions" && len(f.GetMetric()) == 1 {
-			online = int(f.GetMetric()[0].GetGauge().GetValue())
-		}
-	}
-	return devices, online
+	return devices, a.doors.signedIn()
 }
 
 func (a *assembly) endpoints() (e Endpoints) {
@@ -198,16 +192,25 @@ func (a *assembly) refused(ctx context.Context, _ struct{}) ([]Refusal, error) {
 	return append([]Refusal{}, administration{a}.Refused(ctx)...), nil // an empty list for scripts, not null
 }
 
-// device says how a device is attached, or was until it went.
+// device says how a device is attached, or was until it went, whoever has it.
 func (a *assembly) device(ctx context.Context, q deviceRequest) (DeviceStatus, error) {
 	dev, err := hub.ParseDeviceID(q.DeviceID)
 	if err != nil {
 		return DeviceStatus{}, err
 	}
+	s, err := a.deviceStatus(ctx, dev, "")
+	if hub.IsKind(err, hub.NotFound) {
+		code, text := hub.Public(err)
+		err = hub.NewError(hub.NotFound, code, text+"; coaphub status --refused lists who was turned away")
+	}
+	return s, err
+}
+
+// deviceStatus says how a device is attached, or was, to the owner who had it then. The owner "" is an operator.
+func (a *assembly) deviceStatus(ctx context.Context, dev hub.DeviceID, owner hub.Owner) (DeviceStatus, error) {
 	d, ok := a.doors.diagnostics(ctx, dev)
-	if !ok {
-		return DeviceStatus{}, hub.NewError(hub.NotFound, "device-not-seen",
-			"the device has not signed in since the hub started; coaphub status --refused lists who was turned away")
+	if !ok || owner != "" && d.Owner != owner {
+		return DeviceStatus{}, hub.NewError(hub.NotFound, "device-not-seen", "the device has not signed in since the hub started")
 	}
 	s := DeviceStatus{
 		DeviceID: string(dev), Online: d.Online, Protocol: d.Protocol.String(), TLS: d.TLSVersion, Remote: d.Remote, Session: d.Session, Quarantined: d.Quarantined,

@@ -16,84 +16,25 @@ import (
 
 	grpcgateway "github.com/coaphub/coaphub/grpc-gateway"
 	"github.com/coaphub/coaphub/hub"
-	"github.com/coaphub/coaphub/internal/obs"
 )
 
-// Endpoints is where a hub listens, as URIs that others can use. Empty: no such listener.
-type Endpoints struct {
-	CoAPSTCP string `json:"coaps+tcp,omitempty"`
-	CoAPS    string `json:"coaps,omitempty"`
-	CoAPTCP  string `json:"coap+tcp,omitempty"`
-	CoAP     string `json:"coap,omitempty"`
-	CoAPSWS  string `json:"coaps+ws,omitempty"`
-	CoAPWS   string `json:"coap+ws,omitempty"`
-	HTTP     string `json:"http,omitempty"`
-	GRPC     string `json:"grpc,omitempty"` // host:port
-	Admin    string `json:"admin,omitempty"`
-	// Enrolment is where devices enrol over CoAP; over TLS it is the same port of TCP.
-	Enrolment     string `json:"enrolment,omitempty"`
-	EnrolmentHTTP string `json:"enrolmentHttp,omitempty"`
-	// OAuth is the embedded provider's base address: its discovery document is below. Tokens name Status.Issuer, which stays
-	// when the hub moves.
-	OAuth string `json:"oauth,omitempty"`
-}
+// What the API has, too.
+type (
+	Endpoints    = grpcgateway.Endpoints
+	Feed         = grpcgateway.Feed
+	Refusal      = grpcgateway.Refusal      // a connection, sign-up or sign-in that was refused
+	DeviceStatus = grpcgateway.DeviceStatus // how a device is attached, or was until it went; of this run of the hub only
+	Onboarding   = grpcgateway.Onboarding   // what a device needs to sign up
+	Identity     = grpcgateway.Identity     // a device's certificate and key, PEM
+)
 
 // Status is what `coaphub status` shows.
 type Status struct {
-	HubID     string    `json:"hubId"`
-	Version   string    `json:"version"`
-	Build     obs.Build `json:"build"`
-	Started   time.Time `json:"started"`
-	PID       int       `json:"pid"`
-	Data      string    `json:"data"`
-	Endpoints Endpoints `json:"endpoints"`
-	Issuer    string    `json:"issuer,omitempty"` // of the embedded provider's tokens
-	Devices   int       `json:"devices"`
-	Online    int       `json:"online"`
-	Feed      Feed      `json:"feed"`
-	// NotReady says what keeps the hub from serving; empty when it serves.
-	NotReady map[string]string `json:"notReady,omitempty"`
-	// ReadOnly says why writes are refused while reads go on; empty when they are not.
-	ReadOnly string `json:"readOnly,omitempty"`
+	grpcgateway.SystemStatus
+	PID  int    `json:"pid"`
+	Data string `json:"data"`
 	// FirstLogin is where the first account's one-time password waits; empty when it was shown on a terminal or used.
 	FirstLogin string `json:"firstLogin,omitempty"`
-}
-
-// Feed is the newest place in the feed of all devices.
-type Feed struct {
-	LogID string `json:"logId"`
-	Day   uint32 `json:"day"`
-	N     uint64 `json:"n"`
-}
-
-// Refusal is a connection, sign-up or sign-in that was refused.
-type Refusal = grpcgateway.Refusal
-
-// DeviceStatus is how a device is attached, or was until it went; of this run of the hub only.
-type DeviceStatus struct {
-	DeviceID       string    `json:"deviceId"`
-	Online         bool      `json:"online"`
-	Protocol       string    `json:"protocol"`      // coap+tcp, coaps+tcp
-	TLS            string    `json:"tls,omitempty"` // its version
-	Remote         string    `json:"remote"`
-	Session        uint64    `json:"session"`
-	ConnectedSince time.Time `json:"connectedSince"` // of the session above, also if it has ended
-	LastError      string    `json:"lastError,omitempty"`
-	BytesIn        uint64    `json:"bytesIn"` // of its connection, CoAP without TLS
-	BytesOut       uint64    `json:"bytesOut"`
-	RoundTrip      float64   `json:"roundTripSeconds,omitempty"` // of the last answered ping
-	// NextContact is when a device that sleeps is expected to say something, ContactInterval how long it usually sleeps; absent
-	// for others.
-	NextContact     *time.Time `json:"nextContact,omitempty"`
-	ContactInterval float64    `json:"contactIntervalSeconds,omitempty"`
-	// EndedAt and EndReason are of the last session that ended: the one above, or the one before it.
-	EndedAt   *time.Time `json:"endedAt,omitempty"`
-	EndReason string     `json:"endReason,omitempty"`
-	// Quarantined is that what it writes in this session is kept apart.
-	Quarantined bool `json:"quarantined,omitempty"`
-	// RivalsAt is when the device was last reported to be in two places at once, Rivals where.
-	RivalsAt *time.Time `json:"rivalsAt,omitempty"`
-	Rivals   string     `json:"rivals,omitempty"`
 }
 
 type deviceRequest struct {
@@ -109,31 +50,6 @@ type OnboardRequest struct {
 	Certificate bool `json:"certificate,omitempty"`
 	// PSK asks for a pre-shared key too; needs DeviceID. A key that the device had before is worth nothing then.
 	PSK bool `json:"psk,omitempty"`
-}
-
-// Onboarding is what a device needs to sign up.
-type Onboarding struct {
-	HubID                 string    `json:"hubId"`
-	DeviceID              string    `json:"deviceId,omitempty"`
-	Owner                 string    `json:"owner"`
-	Endpoints             Endpoints `json:"endpoints"`
-	AuthorizationProvider string    `json:"authorizationProvider"`
-	AuthorizationCode     string    `json:"authorizationCode,omitempty"`
-	// AuthorizeURL replaces the code where an external provider gives codes: open it in a browser.
-	AuthorizeURL string    `json:"authorizeUrl,omitempty"`
-	CA           string    `json:"ca"` // PEM
-	ExpiresAt    time.Time `json:"expiresAt"`
-	Identity     *Identity `json:"identity,omitempty"`
-	// PSKIdentity and PSK are for DTLS (RFC 4279). The bytes of PSK are the key as they stand.
-	PSKIdentity string `json:"pskIdentity,omitempty"`
-	PSK         string `json:"psk,omitempty"`
-}
-
-// Identity is a device's certificate and key, PEM.
-type Identity struct {
-	Chain string `json:"chain"`
-	Key   string `json:"key"`
-	CA    string `json:"ca"`
 }
 
 // TokenRequest asks for an access token for the API.

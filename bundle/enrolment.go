@@ -338,7 +338,7 @@ func (a *assembly) newEnrolmentToken(ctx context.Context, q NewTokenRequest) (En
 		return EnrolmentToken{}, err
 	}
 	if dev != "" {
-		if err := a.readmit(ctx, dev); err != nil {
+		if err := a.readmit(ctx, dev, ""); err != nil {
 			return EnrolmentToken{}, err
 		}
 	}
@@ -454,7 +454,7 @@ func (a *assembly) decideEnrolments(ctx context.Context, q EnrolmentsRequest) ([
 		if !q.Allow {
 			break
 		}
-		if err := a.readmit(ctx, dev); err != nil {
+		if err := a.readmit(ctx, dev, ""); err != nil {
 			return nil, err
 		}
 	}

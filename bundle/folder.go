@@ -18,14 +18,16 @@ import (
 
 // What is in a data folder. Everything of a hub is below it, and nothing of it is anywhere else.
 const (
-	storeFolder    = "store"       // event log and documents; the store's own files
-	keysFolder     = "keys"        // certification authorities
-	listsFolder    = "revocation"  // other authorities' lists, fetched again when they are missing
-	scratchFolder  = "scratch"     // checkpoints under way; emptied at start
-	lockFile       = "lock"        // held while a process uses the folder; its text is the process ID
-	formatFile     = "format"      // version of this layout
-	socketFile     = "hub.sock"    // see socket.go
-	firstLoginFile = "first-login" // the first account's one-time password, when no terminal could show it
+	storeFolder    = "store"               // event log and documents; the store's own files
+	keysFolder     = "keys"                // certification authorities
+	listsFolder    = "revocation"          // other authorities' lists, fetched again when they are missing
+	scratchFolder  = "scratch"             // checkpoints under way; emptied at start
+	lockFile       = "lock"                // held while a process uses the folder; its text is the process ID
+	formatFile     = "format"              // version of this layout
+	socketFile     = "hub.sock"            // see socket.go
+	intoFile       = "migration-into.json" // a hub is being copied to here: none starts; see migrate.go
+	fromFile       = "migration-from.json" // a hub was being copied from here; whoever starts removes it
+	firstLoginFile = "first-login"         // the first account's one-time password, when no terminal could show it
 )
 
 // format is the version of the layout above. The store's contents have a version of their own.
@@ -39,8 +41,23 @@ type Folder struct {
 
 // OpenFolder makes the folder where there is none, and takes hold of it. Before anything is in it nobody but its owner may
 // look inside (0700); a folder that is already there and open to others is closed to them, and refused where that is not
-// possible. Codes: "data-folder-in-use", "data-too-new", "data-folder-not-ours".
+// possible. Codes: "data-folder-in-use", "data-too-new", "data-folder-not-ours", "migration-unfinished".
 func OpenFolder(path string) (*Folder, error) {
+	f, err := takeFolder(path)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := os.Stat(f.sub(intoFile)); !errors.Is(err, fs.ErrNotExist) {
+		return nil, errors.Join(&hub.Error{
+			Kind: hub.Precondition, Code: "migration-unfinished", Err: err,
+			Text: "a hub is being copied into the data folder " + f.Path + ": finish it with coaphub migrate, which goes on where it was",
+		}, f.Close())
+	}
+	return f, nil
+}
+
+// takeFolder is OpenFolder, also of a folder that a hub is being copied into.
+func takeFolder(path string) (*Folder, error) {
 	path, err := filepath.Abs(path)
 	if err != nil {
 		return nil, fmt.Errorf("data folder: %w", err)
@@ -173,6 +190,21 @@ func writeFile(path string, b []byte) error {
 	if err != nil {
 		_ = os.Remove(tmp.Name())
 		return fmt.Errorf("write %s: %w", path, err)
+	}
+	return nil
+}
+
+// removeFile removes a small file, if it is there, for good.
+func removeFile(path string) error {
+	err := os.Remove(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err == nil {
+		err = syncFolder(filepath.Dir(path))
+	}
+	if err != nil {
+		return fmt.Errorf("remove %s: %w", path, err)
 	}
 	return nil
 }

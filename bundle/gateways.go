@@ -20,16 +20,16 @@ type gateways struct {
 	a *assembly
 }
 
-// The words on the bus about gateways. What ends is stored before it is told; a gateway that missed the word finds it at the session's
-// next token or certificate.
+// The words on the bus about gateways. What ends is stored before it is told; a gateway that missed the word finds it where it looks
+// what ended, as the embedded provider's Follow does.
 const (
 	gatewaysSubject = "gateways"
 
-	keyEnded   = bus.Note[hub.DeviceID]("gateways.keyEnded")
 	grantEnded = bus.Note[endedGrant]("gateways.grantEnded")
 
 	callRefused     = bus.Method[struct{}, []coapgateway.Refusal]("door.refused")
 	callDiagnostics = bus.Method[hub.DeviceID, diagnosed]("door.diagnostics")
+	callTurns       = bus.Method[hub.DeviceID, coapgateway.Turns]("door.turns")
 	callSecurity    = bus.Method[struct{}, []secured]("door.security")
 
 	// scatterTime is how long answers of other gateways are waited for.
@@ -50,14 +50,10 @@ type (
 	}
 )
 
-// endKey ends the sessions that came with a device's former pre-shared key.
-func (g gateways) endKey(dev hub.DeviceID) {
-	if g.a.devices != nil {
-		g.a.devices.EndKey(dev)
-	}
-	if g.a.bus != nil {
-		g.told(keyEnded.Send(g.a.bus, gatewaysSubject, dev))
-	}
+// endKey ends the sessions that came with a device's former pre-shared key. It is among what identity stores tell, so a gateway that misses
+// the word catches up.
+func (g gateways) endKey(ctx context.Context, dev hub.DeviceID) {
+	g.told(g.a.identities.EndKey(context.WithoutCancel(ctx), dev))
 }
 
 // endGrant ends the sessions that stand on a grant of the embedded provider.
@@ -106,6 +102,29 @@ func online(d coapgateway.Diagnostics) int {
 		return 1
 	}
 	return 0
+}
+
+// signedIn is how many devices are signed in at all gateways, those of other processes as they told last: every second, until they are gone.
+func (g gateways) signedIn() (n int) {
+	if g.a.devices != nil {
+		n = g.a.devices.Sessions()
+	}
+	m := g.a.heard()
+	if m == nil {
+		return n
+	}
+	all, at := m.All()
+	for i, o := range all {
+		if o.Part == TargetCoAPGateway && o.Instance != g.a.instance && time.Since(at[i]) <= bus.Patience {
+			n += o.Load.Sessions
+		}
+	}
+	return n
+}
+
+// turns asks the gateway of another process what it knows of a device's session there.
+func (g gateways) turns(ctx context.Context, instance string, dev hub.DeviceID) (coapgateway.Turns, error) {
+	return callTurns.Call(ctx, g.a.bus, doorOf(instance), dev)
 }
 
 // security counts the sessions of all gateways, by how they are encrypted.
@@ -170,6 +189,7 @@ func (a *assembly) doorsOnBus() []run.Part {
 		d, ok := a.devices.Diagnostics(dev)
 		return diagnosed{ok, d}, nil
 	})
+	bus.Handle(s, callTurns, func(_ context.Context, dev hub.DeviceID) (coapgateway.Turns, error) { return a.devices.Turns(dev), nil })
 	bus.Handle(s, callSecurity, func(context.Context, struct{}) (out []secured, _ error) {
 		for k, n := range a.devices.Security() {
 			out = append(out, secured{k, n})
@@ -177,11 +197,6 @@ func (a *assembly) doorsOnBus() []run.Part {
 		return out, nil
 	})
 	return []run.Part{{Name: "doors", Run: func(ctx context.Context, ready func()) error {
-		stopKeys, err := keyEnded.Listen(a.bus, gatewaysSubject, a.devices.EndKey)
-		if err != nil {
-			return err
-		}
-		defer stopKeys()
 		stopGrants, err := grantEnded.Listen(a.bus, gatewaysSubject, func(e endedGrant) { a.devices.EndGrant(e.Issuer, e.Grant) })
 		if err != nil {
 			return err

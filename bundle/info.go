@@ -5,11 +5,13 @@ import (
 	"crypto/rand"
 	"fmt"
 	"net/http"
+	"net/url"
 
 	grpcgateway "github.com/coaphub/coaphub/grpc-gateway"
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/coap"
 	"github.com/coaphub/coaphub/internal/store"
+	"github.com/coaphub/coaphub/web"
 )
 
 // hubInfo is what everybody may know: GetHubConfiguration. It is asked often, so it only puts together what is known.
@@ -41,30 +43,38 @@ func (a *assembly) hubInfo() grpcgateway.HubConfiguration {
 	return c
 }
 
-// pages are what the HTTP door serves besides the API: the embedded provider, which knows its issuer's path, and the way in
-// for devices over WebSocket.
-func (a *assembly) pages() http.Handler {
+// pages are what the HTTP door serves besides the API: the console, the embedded provider, which knows its issuer's path, and
+// the way in for devices over WebSocket.
+func (a *assembly) pages() (http.Handler, error) {
 	provider := http.NotFoundHandler()
+	var elsewhere []string
 	if a.provider != nil {
 		provider = a.provider.Handler()
+	} else {
+		u, err := url.Parse(a.cfg.Authorization.Issuers[0].Authority)
+		if err != nil {
+			return nil, fmt.Errorf("authorization.issuers[0].authority: %w", err)
+		}
+		elsewhere = []string{u.Scheme + "://" + u.Host}
+	}
+	console, err := web.New(elsewhere...)
+	if err != nil {
+		return nil, err
 	}
 	var ws *coap.WebSocket
 	if a.devices != nil {
 		ws = a.devices.WebSocket()
 	}
-	switch {
-	case ws == nil && a.provider == nil:
-		return nil
-	case ws == nil:
-		return provider
-	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path == coap.WebSocketPath {
+		switch {
+		case ws != nil && r.URL.Path == coap.WebSocketPath:
 			ws.ServeHTTP(w, r)
-			return
+		case console.Serves(r.URL.Path):
+			console.ServeHTTP(w, r)
+		default:
+			provider.ServeHTTP(w, r)
 		}
-		provider.ServeHTTP(w, r)
-	})
+	}), nil
 }
 
 // secretKey returns a secret of 32 bytes, and makes it in a new hub. It outlives restarts.

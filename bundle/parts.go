@@ -2,6 +2,7 @@ package bundle
 
 import (
 	"context"
+	"slices"
 	"time"
 
 	"github.com/coaphub/coaphub/internal/obs"
@@ -79,7 +80,32 @@ func (a *assembly) parts() []run.Part {
 	ps = append(ps, run.Part{Name: "socket", Run: func(ctx context.Context, ready func()) error {
 		return serveSocket(ctx, a.folder, a.calls(), newSocketMetrics(a.registry), a.audit.Record, a.log.With("part", "socket"), ready)
 	}})
+	if a.devices != nil && a.bus != nil {
+		add("drain", a.drain)
+	}
 	return ps
+}
+
+// drains is how long devices may take to go elsewhere.
+func (a *assembly) drains() time.Duration {
+	if a.devices == nil || a.bus == nil {
+		return 0
+	}
+	return a.cfg.CoAPGateway.Drain.Spread + a.cfg.CoAPGateway.Drain.Commands
+}
+
+// drain is the part that ends first, while all others still do what they do: its end is that the devices have gone to other gateways. A
+// gateway that is the only one has nowhere to send them; it stops at once, as a hub in one process does.
+func (a *assembly) drain(ctx context.Context, ready func()) error {
+	ready()
+	<-ctx.Done()
+	m := a.members[TargetCoAPGateway]
+	if !slices.ContainsFunc(m.Living(TargetCoAPGateway), func(instance string) bool { return instance != a.instance }) {
+		return nil
+	}
+	m.Leave()
+	a.devices.Drain(context.WithoutCancel(ctx)) // bounded by itself
+	return nil
 }
 
 // runDevices names the flag when the gateway cannot listen: it opens its listeners itself.

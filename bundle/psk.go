@@ -39,26 +39,169 @@ type preShared struct {
 // replace makes a key for a device of an owner, "" for whoever has it, in place of the one it may have had. It is text, as people and
 // programs hand it on, and its bytes are the key.
 func (p *preShared) replace(ctx context.Context, dev hub.DeviceID, owner hub.Owner, user string) (string, pskRecord, error) {
+	return p.replaceIf(ctx, dev, owner, user, func(pskRecord) error { return nil })
+}
+
+// replaceIf is replace, if may says nothing against the key that there is, or was. One of a device that nobody has is among those that
+// wait for their devices.
+func (p *preShared) replaceIf(
+	ctx context.Context, dev hub.DeviceID, owner hub.Owner, user string, may func(pskRecord) error, index ...string,
+) (string, pskRecord, error) {
 	for {
-		old, err := p.docs.Get(ctx, pskCollection, string(dev))
+		old, rev, err := p.read(ctx, dev)
+		if err == nil {
+			err = may(old)
+		}
 		if err != nil {
-			return "", pskRecord{}, fmt.Errorf("read the salt of a pre-shared key: %w", err)
+			return "", pskRecord{}, err
 		}
 		rec := pskRecord{Salt: make([]byte, 16), Created: time.Now().UTC(), User: user, Owner: owner}
 		_, _ = rand.Read(rec.Salt) // never fails
-		value, err := json.Marshal(rec)
-		if err != nil {
-			return "", pskRecord{}, fmt.Errorf("encode the salt of a pre-shared key: %w", err)
-		}
-		_, err = p.docs.Put(ctx, pskCollection, store.Doc{Key: string(dev), Value: value, Rev: old.Rev})
+		err = p.write(ctx, dev, rec, rev, index...)
 		if err == nil {
 			return p.make(dev, rec), rec, nil
 		}
 		if !hub.IsKind(err, hub.Conflict) {
-			return "", pskRecord{}, fmt.Errorf("store the salt of a pre-shared key: %w", err)
+			return "", pskRecord{}, err
 		}
 	}
 }
+
+func (p *preShared) write(ctx context.Context, dev hub.DeviceID, rec pskRecord, rev uint64, index ...string) error {
+	value, err := json.Marshal(rec)
+	if err != nil {
+		return fmt.Errorf("encode the salt of a pre-shared key: %w", err)
+	}
+	if _, err = p.docs.Put(ctx, pskCollection, store.Doc{Key: string(dev), Value: value, Rev: rev, Index: index}); err != nil {
+		return fmt.Errorf("store the salt of a pre-shared key: %w", err)
+	}
+	return nil
+}
+
+const (
+	// maxWaitingKeys bounds an owner's keys of devices that nobody has: anybody can name devices that there are none of.
+	maxWaitingKeys = 1000
+	// keptFor is how long such a key counts, if there are many: as long as its device's ID is kept for the owner.
+	keptFor = 24 * time.Hour
+
+	indexWaiting = "waiting=" // with the owner
+)
+
+var (
+	errKeyTaken = hub.NewError(hub.Denied, "psk-of-other", "an operator has given the device ID a pre-shared key")
+	errKeyLimit = hub.NewError(hub.Exhausted, "psk-limit", "the owner has 1000 pre-shared keys of devices that have not signed up; later it may work")
+)
+
+// offered refuses an owner to replace the key of a device that nobody has, if an operator was shown it. One that another owner was
+// shown was worth something for as long as the ID was kept for him.
+func offered(owner hub.Owner) func(pskRecord) error {
+	return func(rec pskRecord) error {
+		if rec.Salt != nil && rec.Owner == "" && owner != "" {
+			return errKeyTaken
+		}
+		return nil
+	}
+}
+
+// offer makes a key for an owner's device, or for one that nobody has and whose ID is kept for the owner, in place of the one it may
+// have had; whose says which of the two, or refuses. As with give, nobody is shown a key of a device that changed hands meanwhile.
+func (p *preShared) offer(
+	ctx context.Context, dev hub.DeviceID, owner hub.Owner, user string, whose func(hub.DeviceID) (hub.Ownership, error),
+) (string, error) {
+	own, err := whose(dev)
+	if err != nil {
+		return "", err
+	}
+	var rec pskRecord
+	text := ""
+	switch {
+	case own.Owner != "":
+		text, rec, err = p.replace(ctx, dev, owner, user)
+	default:
+		if err = p.mayOffer(ctx, dev, owner, whose); err == nil {
+			text, rec, err = p.replaceIf(ctx, dev, owner, user, offered(owner), indexWaiting+string(owner))
+		}
+	}
+	if err != nil {
+		return "", err
+	}
+	now, err := whose(dev)
+	if err == nil && own.Owner != "" && (now.Owner != own.Owner || now.Generation != own.Generation) {
+		err = errNotOwned
+	}
+	if err != nil {
+		return "", errors.Join(err, p.forgetIf(context.WithoutCancel(ctx), dev, rec.same))
+	}
+	return text, nil
+}
+
+// mayOffer says what offer would say about a device that nobody has.
+func (p *preShared) mayOffer(ctx context.Context, dev hub.DeviceID, owner hub.Owner, whose func(hub.DeviceID) (hub.Ownership, error)) error {
+	rec, err := p.record(ctx, dev)
+	if err == nil {
+		err = offered(owner)(rec)
+	}
+	if err != nil {
+		return err
+	}
+	return p.room(ctx, dev, owner, whose)
+}
+
+// room refuses another key of a device that nobody has to an owner who has many. Those whose devices have come, and those that
+// are kept no longer, count no more from then on.
+func (p *preShared) room(ctx context.Context, dev hub.DeviceID, owner hub.Owner, whose func(hub.DeviceID) (hub.Ownership, error)) error {
+	n := 0
+	for key, err := range p.docs.FindKeys(ctx, pskCollection, indexWaiting+string(owner)) {
+		if err != nil {
+			return fmt.Errorf("count pre-shared keys: %w", err)
+		}
+		if hub.DeviceID(key) == dev { // it makes room for itself
+			return nil
+		}
+		n++
+	}
+	if n < maxWaitingKeys {
+		return nil
+	}
+	for doc, err := range p.docs.Find(ctx, pskCollection, indexWaiting+string(owner)) {
+		if err != nil {
+			return fmt.Errorf("look through pre-shared keys: %w", err)
+		}
+		left, err := p.settle(ctx, doc, owner, whose)
+		if err != nil && !hub.IsKind(err, hub.Conflict) {
+			return err
+		}
+		if left {
+			n--
+		}
+	}
+	if n >= maxWaitingKeys {
+		return errKeyLimit
+	}
+	return nil
+}
+
+// settle reports whether a key waits no more: its device is the owner's, or it is kept no longer.
+func (p *preShared) settle(ctx context.Context, doc store.Doc, owner hub.Owner, whose func(hub.DeviceID) (hub.Ownership, error)) (bool, error) {
+	var rec pskRecord
+	if err := json.Unmarshal(doc.Value, &rec); err != nil {
+		return false, fmt.Errorf("the salt of a pre-shared key: %w", err)
+	}
+	dev := hub.DeviceID(doc.Key)
+	own, err := whose(dev)
+	switch {
+	case err == nil && own.Owner == owner:
+		return true, p.write(ctx, dev, rec, doc.Rev)
+	case err != nil && !hub.IsKind(err, hub.Denied):
+		return false, err
+	case time.Since(rec.Created) < keptFor:
+		return false, nil
+	}
+	return true, p.docs.Delete(ctx, pskCollection, doc.Key, doc.Rev)
+}
+
+// same reports whether it is the same key.
+func (rec pskRecord) same(other pskRecord) bool { return bytes.Equal(rec.Salt, other.Salt) }
 
 // key returns a device's key, nil if it has none.
 func (p *preShared) key(ctx context.Context, dev hub.DeviceID) ([]byte, error) {
@@ -105,8 +248,7 @@ func (p *preShared) give(ctx context.Context, dev hub.DeviceID, user string, own
 		err = errNotOwned
 	}
 	if err != nil {
-		mine := func(r pskRecord) bool { return bytes.Equal(r.Salt, rec.Salt) }
-		return "", pskRecord{}, errors.Join(err, p.forgetIf(context.WithoutCancel(ctx), dev, mine))
+		return "", pskRecord{}, errors.Join(err, p.forgetIf(context.WithoutCancel(ctx), dev, rec.same))
 	}
 	return text, rec, nil
 }
@@ -165,7 +307,7 @@ func (k deviceKeys) NewKey(ctx context.Context, dev hub.DeviceID, user string) (
 	if err != nil {
 		return grpcgateway.PreSharedKey{}, err
 	}
-	k.a.doors.endKey(dev) // whoever has the former one
+	k.a.doors.endKey(ctx, dev) // whoever has the former one
 	return grpcgateway.PreSharedKey{Identity: string(dev), Key: text, Created: rec.Created, User: user}, nil
 }
 
@@ -177,8 +319,27 @@ func (k deviceKeys) ForgetKey(ctx context.Context, dev hub.DeviceID) error {
 	if err := k.a.psk.forget(ctx, dev); err != nil {
 		return err
 	}
-	k.a.doors.endKey(dev)
+	k.a.doors.endKey(ctx, dev)
 	return nil
+}
+
+// enrolmentKey is a device's key at the door for enrolment. One that an owner was shown is none there until the device is his: who
+// comes with it gets a certificate for whoever has the device, and that may be somebody else one day.
+func (a *assembly) enrolmentKey(ctx context.Context, dev hub.DeviceID) ([]byte, error) {
+	rec, err := a.psk.record(ctx, dev)
+	if err != nil || rec.Salt == nil {
+		return nil, err
+	}
+	if rec.Owner != "" {
+		own, err := a.identities.Owner(ctx, dev)
+		if hub.IsKind(err, hub.NotFound) || err == nil && own.Owner != rec.Owner {
+			return nil, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	return []byte(a.psk.make(dev, rec)), nil
 }
 
 // takesKeys reports whether devices can come with pre-shared keys.

@@ -3,8 +3,12 @@ package bundle
 import (
 	"bytes"
 	"context"
+	"errors"
+	"fmt"
 	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/store"
@@ -185,4 +189,160 @@ func TestPreSharedKeysOfTwoProcesses(t *testing.T) {
 		t.Fatal(err)
 	}
 	is("given", b, text)
+}
+
+// whoseIn answers from who has which device.
+func whoseIn(own map[hub.DeviceID]hub.Owner, asker hub.Owner) func(hub.DeviceID) (hub.Ownership, error) {
+	return func(dev hub.DeviceID) (hub.Ownership, error) {
+		switch of := own[dev]; of {
+		case "":
+			return hub.Ownership{}, nil
+		case asker:
+			return hub.Ownership{Device: dev, Owner: of, Generation: 1}, nil
+		}
+		return hub.Ownership{}, errOther
+	}
+}
+
+// An owner is shown keys of devices of his own and of free ones, but none that changed hands meanwhile, and none in place of an operator's.
+func TestOfferedKeys(t *testing.T) {
+	t.Parallel()
+	const lamp, fan hub.DeviceID = "d0000000-0000-4000-8000-000000000001", "d0000000-0000-4000-8000-000000000002"
+	ctx, docs := t.Context(), storetest.NewMemory()
+	between := &meanwhile{Documents: docs}
+	keys, own := &preShared{between, []byte("the secret of this hub")}, map[hub.DeviceID]hub.Owner{}
+	offer := func(dev hub.DeviceID, to hub.Owner) (string, error) {
+		return keys.offer(ctx, dev, to, "somebody", whoseIn(own, to))
+	}
+	is := func(what string, dev hub.DeviceID, want string) {
+		t.Helper()
+		if k, err := keys.key(ctx, dev); string(k) != want || err != nil {
+			t.Errorf("%s: the key is %q, want %q, %v", what, k, want, err)
+		}
+	}
+	first, err := offer(lamp, "alice")
+	if err != nil {
+		t.Fatal(err)
+	}
+	is("of a free device", lamp, first)
+	between.happens = func() { own[lamp] = "bob" }
+	if text, err := offer(lamp, "alice"); text != "" || !hub.IsKind(err, hub.Denied) {
+		t.Errorf("bob signs the device up meanwhile: %q, %v", text, err)
+	}
+	is("bob's device", lamp, "")
+	bobs, err := offer(lamp, "bob")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if text, err := offer(lamp, "alice"); text != "" || !hub.IsKind(err, hub.Denied) {
+		t.Errorf("of bob's device: %q, %v", text, err)
+	}
+	is("bob's", lamp, bobs)
+	between.happens = func() { delete(own, lamp) }
+	if text, err := offer(lamp, "bob"); text != "" || !hub.IsKind(err, hub.NotFound) {
+		t.Errorf("bob's device leaves meanwhile: %q, %v", text, err)
+	}
+	is("nobody's device", lamp, "")
+
+	operators, _, err := keys.replace(ctx, fan, "", "root")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if text, err := offer(fan, "alice"); text != "" || !errors.Is(err, errKeyTaken) {
+		t.Errorf("an operator's: %q, %v", text, err)
+	}
+	is("an operator's", fan, operators)
+	own[fan] = "alice"
+	now, err := offer(fan, "alice")
+	if err != nil {
+		t.Errorf("once the device is alice's: %v", err)
+	}
+	is("alice's", fan, now)
+}
+
+// Devices that nobody has are bounded, since anybody can name some; those that came, and those that did not come for a day, count no more.
+func TestKeysThatWaitAreBounded(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		ctx, docs, own := t.Context(), storetest.NewMemory(), map[hub.DeviceID]hub.Owner{}
+		keys := &preShared{docs, []byte("the secret of this hub")}
+		id := func(i int) hub.DeviceID { return hub.DeviceID(fmt.Sprintf("d0000000-0000-4000-8000-%012d", i)) }
+		offer := func(i int, to hub.Owner) error {
+			_, err := keys.offer(ctx, id(i), to, "somebody", whoseIn(own, to))
+			return err
+		}
+		for i := range maxWaitingKeys {
+			if err := offer(i, "alice"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := offer(maxWaitingKeys, "alice"); !errors.Is(err, errKeyLimit) {
+			t.Errorf("one more: %v", err)
+		}
+		if err := offer(0, "alice"); err != nil {
+			t.Errorf("another one for a device that waits: %v", err)
+		}
+		if err := offer(maxWaitingKeys, "bob"); err != nil {
+			t.Errorf("bob's: %v", err)
+		}
+		own[id(1)], own[id(2)] = "alice", "bob"
+		if err := offer(maxWaitingKeys+1, "alice"); err != nil {
+			t.Errorf("after a device came: %v", err)
+		}
+		if k, err := keys.key(ctx, id(1)); k == nil || err != nil {
+			t.Errorf("the key of the device that came is gone: %v", err)
+		}
+		<-time.After(keptFor)
+		if err := offer(maxWaitingKeys+2, "alice"); err != nil {
+			t.Errorf("a day later: %v", err)
+		}
+		if k, err := keys.key(ctx, id(3)); k != nil || err != nil {
+			t.Errorf("the key of a device that did not come is there still: %v", err)
+		}
+		if k, err := keys.key(ctx, id(1)); k == nil || err != nil {
+			t.Errorf("the key of the device that came is gone, a day later: %v", err)
+		}
+	})
+}
+
+// hisDevices is an identity store that knows who has what, and nothing else.
+type hisDevices struct {
+	identities
+	own map[hub.DeviceID]hub.Owner
+}
+
+func (h hisDevices) Owner(_ context.Context, dev hub.DeviceID) (hub.Ownership, error) {
+	if of := h.own[dev]; of != "" {
+		return hub.Ownership{Device: dev, Owner: of, Generation: 1}, nil
+	}
+	return hub.Ownership{}, errNotOwned
+}
+
+// Who enrols with a pre-shared key gets a certificate for whoever has the device: an owner's key is good for that once he is.
+func TestKeysForEnrolment(t *testing.T) {
+	t.Parallel()
+	const lamp hub.DeviceID = "d0000000-0000-4000-8000-000000000001"
+	own := map[hub.DeviceID]hub.Owner{}
+	a := &assembly{psk: &preShared{storetest.NewMemory(), []byte("the secret of this hub")}, identities: hisDevices{own: own}}
+	good := func(what string, want bool) {
+		t.Helper()
+		if k, err := a.enrolmentKey(t.Context(), lamp); (k != nil) != want || err != nil {
+			t.Errorf("%s: there is one: %v, %v", what, k != nil, err)
+		}
+	}
+	shown := func(to hub.Owner) {
+		t.Helper()
+		if _, _, err := a.psk.replace(t.Context(), lamp, to, "somebody"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	good("none", false)
+	shown("")
+	good("an operator's, of a free device", true)
+	shown("alice")
+	good("alice's, of a free device", false)
+	own[lamp] = "bob"
+	good("alice's, of bob's device", false)
+	own[lamp] = "alice"
+	good("alice's, of hers", true)
 }

@@ -23,7 +23,7 @@ type Options struct {
 	Started func(Status)
 }
 
-// grace is how long an orderly stop may take in all.
+// grace is how long an orderly stop may take in all, once the devices have gone elsewhere.
 const grace = 5 * time.Second
 
 // Run is the whole hub: it takes hold of the data folder, starts every part, prints the ready line, and stops in order when
@@ -58,7 +58,7 @@ func Run(ctx context.Context, cfg Config, o Options) error {
 	}
 	log.Info("starting", "version", a.build.Version, "commit", a.build.Commit, "data", folder.Path, "hub", a.hubID)
 	err = run.Run(ctx, run.Options{
-		Grace: grace,
+		Grace: grace + a.drains(),
 		Log:   log,
 		Started: func() {
 			a.health.SetReady(true)

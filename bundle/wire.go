@@ -200,6 +200,9 @@ func (a *assembly) openStore(ctx context.Context) (err error) {
 
 // openOwn opens the store in the data folder.
 func (a *assembly) openOwn(ctx context.Context) (err error) {
+	if err := removeFile(a.folder.sub(fromFile)); err != nil { // whoever was copying it has an old picture from here on
+		return err
+	}
 	if a.pebble, err = openPebble(a.folder, a.cfg.Store, a.log.With("part", "store"), a.registry); err != nil {
 		return err
 	}
@@ -433,11 +436,15 @@ func (a *assembly) wireDevices(context.Context) (err error) {
 	if cfg.API.CoAP.Authorization.DeviceIDClaim == "" && !a.cfg.Embedded() {
 		cfg.API.CoAP.Authorization.DeviceIDClaim = a.cfg.Authorization.DeviceIDClaim
 	}
+	var turns func(context.Context, string, hub.DeviceID) (coapgateway.Turns, error)
+	if a.bus != nil {
+		turns = a.doors.turns
+	}
 	a.devices, err = coapgateway.New(cfg, coapgateway.Deps{
 		Directory: a.directory, Identities: a.identities, Verifier: a.verifier, Providers: a.providers,
 		Certificate: a.certificate, ClientCAs: a.authority.DevicePool(), ClientIntermediates: a.authority.DeviceIntermediates(),
-		ClientRoots: a.authority.DeviceRoots(), PSK: a.psk.key, Revoked: a.certificates.Revoked, Denied: a.denied, Quarantine: a.quarantine, HandedOver: a.handedOver, Rivals: a.rivals,
-		HubID: hub.DeviceID(a.hubID), Service: a.instance, EngineMetrics: a.engine, Renewals: a.certificates,
+		ClientRoots: a.authority.DeviceRoots(), PSK: a.psk.key, Revoked: a.certificates.Revoked, Denied: a.denied, Quarantine: a.quarantine, HandedOver: a.handedOver, Rivals: a.rivals, Turns: turns,
+		HubID: hub.DeviceID(a.hubID), Service: a.instance, Bus: a.bus, EngineMetrics: a.engine, Renewals: a.certificates,
 		Lists: a.folder.sub(listsFolder),
 		Reach: func(address string) string { return reach(address, a.external) },
 	}, a.log.With("part", "coap-gateway"), a.registry)
@@ -446,6 +453,7 @@ func (a *assembly) wireDevices(context.Context) (err error) {
 	}
 	a.certificates.Ended(a.devices.EndCertificate)
 	a.identities.Barred(a.devices.EndDenied)
+	a.identities.KeysEnded(a.devices.EndKey)
 	return nil
 }
 
@@ -454,7 +462,7 @@ func (a *assembly) wireEnrolment(context.Context) (err error) {
 		return nil
 	}
 	a.enrol, err = enrolmentgateway.New(a.cfg.EnrolmentGateway, enrolmentgateway.Deps{
-		Authority: a.certificates, Registrar: a.authority.Registrar(), Certificate: a.certificate, PSK: a.psk.key, EngineMetrics: a.engine,
+		Authority: a.certificates, Registrar: a.authority.Registrar(), Certificate: a.certificate, PSK: a.enrolmentKey, EngineMetrics: a.engine,
 		HubID: hub.DeviceID(a.hubID), Cloud: a.cloud, Lists: a.folder.sub(filepath.Join(listsFolder, "enrolment")),
 		Refused: func(remote net.Addr, reason string) {
 			if a.devices != nil {
@@ -504,10 +512,14 @@ func (a *assembly) wireApps(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	pages, err := a.pages()
+	if err != nil {
+		return err
+	}
 	a.apps, err = grpcgateway.New(a.cfg.GRPCGateway, grpcgateway.Deps{
 		Directory: a.directory, Identities: a.identities, Verifier: a.verifier, HubID: a.hubID, HubInfo: a.hubInfo,
-		Administration: administration{a}, Certificates: a.certificates, Enrolments: enrolments{a.certificates, a}, PreSharedKeys: deviceKeys{a}, Quarantine: keptWrites{a}, Audit: a.audit,
-		Hosts: []string{a.external}, Pages: a.pages(), TLS: https, Listen: a.opened, CursorKey: cursors,
+		Administration: administration{a}, Onboarding: onboarder{a}, Connections: connections{a}, System: system{a}, Certificates: a.certificates, Enrolments: enrolments{a.certificates, a}, PreSharedKeys: deviceKeys{a}, Quarantine: keptWrites{a}, Audit: a.audit,
+		Hosts: []string{a.external}, Pages: pages, TLS: https, Listen: a.opened, CursorKey: cursors,
 	}, a.log.With("part", "grpc-gateway"), a.registry)
 	return err
 }

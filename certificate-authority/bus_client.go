@@ -493,6 +493,12 @@ func (c *Client) SignService(ctx context.Context, owner hub.Owner, user string, 
 	return call(ctx, methodSign, c, signQuestion{hub.ForService, owner, user, hosts, csr})
 }
 
+// Reserve is Service.Reserve.
+func (c *Client) Reserve(ctx context.Context, owner hub.Owner, dev hub.DeviceID) error {
+	_, err := call(ctx, methodReserve, c, reserveQuestion{owner, dev})
+	return err
+}
+
 // IssueDevice is Service.IssueDevice.
 func (c *Client) IssueDevice(ctx context.Context, dev hub.DeviceID, validity time.Duration, owner hub.Owner, user string) (Identity, error) {
 	key, csr, err := newRequest()

@@ -35,6 +35,7 @@ const (
 	methodRevoked = bus.Method[revokedQuestion, revokedAnswer]("ca.revoked")
 
 	methodSign        = bus.Method[signQuestion, []byte]("ca.sign")
+	methodReserve     = bus.Method[reserveQuestion, struct{}]("ca.reserve")
 	methodIssueDevice = bus.Method[issueQuestion, issueAnswer]("ca.issueDevice")
 	methodIssueHub    = bus.Method[hubQuestion, [][]byte]("ca.issueHub")
 	methodStaple      = bus.Method[[]byte, hub.CertificateStatus]("ca.staple")
@@ -115,6 +116,10 @@ type (
 	revokeQuestion struct {
 		Filter hub.CertificateFilter
 		Reason hub.RevocationReason
+	}
+	reserveQuestion struct {
+		Owner  hub.Owner
+		Device hub.DeviceID
 	}
 	handOverQuestion struct {
 		Device hub.DeviceID
@@ -431,6 +436,9 @@ func (v *Server) signing() {
 		case hub.ForHub:
 		}
 		return nil, &hub.Error{Kind: hub.Unsupported, Op: "sign"}
+	})
+	bus.Handle(v.calls, methodReserve, func(ctx context.Context, q reserveQuestion) (struct{}, error) {
+		return struct{}{}, s.Reserve(ctx, q.Owner, q.Device)
 	})
 	bus.Handle(v.calls, methodIssueDevice, func(ctx context.Context, q issueQuestion) (issueAnswer, error) {
 		req, err := parseCSR(q.CSR, s.use)

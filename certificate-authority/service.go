@@ -326,6 +326,29 @@ func (s *Service) Sign(ctx context.Context, owner hub.Owner, user string, csr []
 	return slices.Concat(certPEM(leaf), certPEM(by.issuing)), nil
 }
 
+// Reserve keeps the ID of a device for an owner as a certificate of Sign does, if nobody owns the device: the owner gets something
+// else by which it comes in. Kinds are those of Sign.
+func (s *Service) Reserve(ctx context.Context, owner hub.Owner, dev hub.DeviceID) error {
+	const op = "certificateauthority.Reserve"
+	switch {
+	case owner == "":
+		return hub.NewError(hub.Denied, "owner-missing", "an ID is kept for an owner").With(op, nil)
+	case dev == s.a.hubID:
+		return errOfHub.With(op, nil)
+	}
+	turn := s.turn(string(dev))
+	turn.Lock()
+	defer turn.Unlock()
+	err := s.owners.Admits(ctx, dev, nil)
+	if err == nil {
+		err = s.entitled(ctx, owner, dev, true)
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", op, err)
+	}
+	return nil
+}
+
 // turn is held by who has something made for a device, or under a name.
 func (s *Service) turn(name string) *sync.Mutex {
 	return &s.signing[crc32.ChecksumIEEE([]byte(name))%uint32(len(s.signing))]
@@ -470,7 +493,7 @@ var errCompromised = hub.NewError(hub.Denied, "csr-key-compromised", "a certific
 
 var (
 	errOther    = hub.NewError(hub.Denied, "device-owned-by-other", "the device belongs to another owner")
-	errReserved = hub.NewError(hub.Exhausted, "reservations-limit", "certificates were made for too many devices that have not signed up")
+	errReserved = hub.NewError(hub.Exhausted, "reservations-limit", "too many devices were given certificates or pre-shared keys and have not signed up")
 	errMade     = hub.NewError(hub.Exhausted, "certificates-limit", "too many certificates of the device were made within a day")
 	errLive     = hub.NewError(hub.Exhausted, "certificates-limit", "the device has too many certificates that are good; revoke some")
 )

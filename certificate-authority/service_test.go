@@ -318,6 +318,33 @@ func TestReservations(t *testing.T) {
 	})
 }
 
+// An ID is kept for who gets something else than a certificate, too.
+func TestReserve(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o := newOffice(t)
+		reserve := func(owner hub.Owner, dev hub.DeviceID) error { return o.Reserve(t.Context(), owner, dev) }
+		wantCode(t, "nobody", reserve("", testDev), hub.Denied, "owner-missing")
+		wantCode(t, "the hub's ID", reserve("alice", testHub), hub.Denied, "device-id-of-hub")
+		for range 2 {
+			if err := reserve("alice", testDev); err != nil {
+				t.Fatal(err)
+			}
+		}
+		wantCode(t, "bob", reserve("bob", testDev), hub.Denied, "device-owned-by-other")
+		_, err := o.sign("bob", testDev)
+		wantCode(t, "a certificate for bob", err, hub.Denied, "device-owned-by-other")
+		<-time.After(reservedFor + time.Second)
+		if _, err := o.sign("bob", testDev); err != nil {
+			t.Errorf("bob, a day later: %v", err)
+		}
+		wantCode(t, "alice, then", reserve("alice", testDev), hub.Denied, "device-owned-by-other")
+		o.own[testDev] = "alice"
+		if err := reserve("alice", testDev); err != nil {
+			t.Errorf("alice, as its owner: %v", err)
+		}
+	})
+}
+
 // What the store does not take nobody gets.
 func TestNothingOutsideTheLedger(t *testing.T) {
 	o := newOffice(t)

@@ -19,6 +19,7 @@ type Config struct {
 	DeviceTwin     TwinConfig           `yaml:"deviceTwin"`
 	DeviceToDevice DeviceToDeviceConfig `yaml:"deviceToDevice"`
 	Limits         LimitsConfig         `yaml:"limits"`
+	Drain          DrainConfig          `yaml:"drain"`
 	// Rivals is what becomes of a device that is found to be in two places at once: two addresses that take its session from each
 	// other, several times within ten minutes. report (default): it is in the audit log and in coaphub status --refused, and the
 	// last to sign in has the session. quarantine: its commands stop and what it writes is kept apart, too, until its owner or an
@@ -102,7 +103,8 @@ type DTLSConfig struct {
 	// MaxHandshakesPerNetwork is the same for one network (IPv4 /24, IPv6 /56), whose oldest goes on for nine seconds all the same:
 	// whoever begins meanwhile waits until others are done.
 	MaxHandshakesPerNetwork int `yaml:"maxHandshakesPerNetwork"`
-	// Gateway is the first part of connection IDs, by which a load balancer can tell gateways apart.
+	// Gateway is the first part of connection IDs, by which a load balancer, and gateways among each other, can tell whose they are. Of
+	// several gateways each needs another one; 0: one by chance at each start.
 	Gateway uint16 `yaml:"gateway"`
 }
 
@@ -216,6 +218,17 @@ type SignInsConfig struct {
 	MaxWait time.Duration `yaml:"maxWait"`
 }
 
+// DrainConfig is everything below coapGateway.drain: how a gateway stops while others of the hub go on. One that is alone stops at
+// once, since there is nowhere to go.
+type DrainConfig struct {
+	// Spread is over how much time it tells its devices, one after the other, to come back elsewhere. Short serves everybody soon; a
+	// gateway with many devices needs as many seconds as the others need for that many sign-ins.
+	Spread time.Duration `yaml:"spread"`
+	// Commands is how long after that it waits for devices' answers to commands that they have been sent. A device with such a command
+	// goes when it has answered.
+	Commands time.Duration `yaml:"commands"`
+}
+
 // Values of Config.Rivals.
 const (
 	RivalsReport     = "report"
@@ -257,6 +270,7 @@ func Default() Config {
 			Device:  RateConfig{Rate: 200, Burst: 10_000},
 			SignIns: SignInsConfig{UnderWay: 64, Waiting: 10_000, MaxWait: 10 * time.Second},
 		},
+		Drain: DrainConfig{Spread: 500 * time.Millisecond, Commands: 2 * time.Second},
 	}
 }
 
@@ -397,6 +411,12 @@ func (c Config) Validate() []error {
 	}
 	if d := c.Limits.SignIns.MaxWait; d < 0 || d > time.Minute {
 		bad("coapGateway.limits.signIns.maxWait", "%v is not between 0s and 1m", d)
+	}
+	if d := c.Drain.Spread; d < 0 || d > time.Hour {
+		bad("coapGateway.drain.spread", "%v is not between 0s and 1h", d)
+	}
+	if d := c.Drain.Commands; d < 0 || d > time.Hour {
+		bad("coapGateway.drain.commands", "%v is not between 0s and 1h", d)
 	}
 	return errs
 }

@@ -49,6 +49,7 @@ type outbox struct {
 	out     []underway    // begun, and their ends are not stored; at most Conn.Window, and the hrefs all differ
 	tries   int           // how often the device was asked something beside a command
 	timer   *time.Timer   // for the next try; set only while the goroutine does not run and commands wait
+	gone    func()        // set when the device is to go elsewhere: nothing is taken any more, and it is called when nothing is under way
 }
 
 // underway is a command that is being carried out.
@@ -79,7 +80,7 @@ func (b *outbox) ready(href hub.Href, bound []string) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	switch {
-	case b.s == nil, b.s.over(), b.running, b.waiting:
+	case b.s == nil, b.s.over(), b.running, b.waiting, b.gone != nil:
 		return false
 	case href != "" && !b.s.conn.Free(): // one of the twin has no href, and nothing is sent
 		return false
@@ -165,7 +166,7 @@ func (s *session) over() bool { return s.ctx.Err() != nil || s.conn.Closing() }
 // start runs the goroutine unless it runs. b.mu is held.
 func (b *outbox) start() {
 	s := b.s
-	if s == nil || b.running || !b.waiting && len(b.hand) == 0 && !b.where || s.over() {
+	if s == nil || b.running || !b.waiting && len(b.hand) == 0 && !b.where || b.gone != nil && len(b.hand) == 0 || s.over() {
 		return
 	}
 	b.disarm()
@@ -250,11 +251,12 @@ func (b *outbox) next(turn bool) (_ step, c *hub.Command, beside *coap.Turn) {
 			b.timer = time.AfterFunc(time.Until(again), b.listens)
 		}
 		b.running = false
+		b.settled()
 		return rest, nil, nil
 	}
 	now := time.Now()
 	switch {
-	case b.s.over(), len(b.hand) == 0 && !b.waiting && (!b.where || len(b.out) > 0):
+	case b.s.over(), len(b.hand) == 0 && (b.gone != nil || !b.waiting && (!b.where || len(b.out) > 0)):
 		return end(time.Time{})
 	case len(b.hand) == 0 && !b.waiting:
 		b.where = false
@@ -304,6 +306,23 @@ func (b *outbox) finished(id string) {
 	b.out = slices.DeleteFunc(b.out, func(u underway) bool { return u.ID == id })
 	b.waiting, b.behind = b.waiting || b.behind, false
 	b.start()
+	b.settled()
+}
+
+// leave has nothing further be taken from the directory, and calls gone once nothing is bound to the session any more.
+func (b *outbox) leave(gone func()) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.gone = gone
+	b.disarm()
+	b.settled()
+}
+
+// settled calls gone if it is time. b.mu is held.
+func (b *outbox) settled() {
+	if b.gone != nil && !b.running && len(b.hand) == 0 && len(b.out) == 0 {
+		b.gone()
+	}
 }
 
 // tryBeside asks the device something beside the command that is out. If it answers that first, it takes more than one at a time,

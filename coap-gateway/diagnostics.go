@@ -16,6 +16,7 @@ const maxEnded = 10_000
 // Diagnostics is what the gateway knows of a device's attachment, for people.
 type Diagnostics struct {
 	Device         hub.DeviceID
+	Owner          hub.Owner // whose the current or last session was
 	Online         bool
 	ConnectedSince time.Time // of the current or last session
 	Protocol       hub.Protocol
@@ -56,25 +57,24 @@ func newDiagnostics() *diagnostics {
 	return &diagnostics{byDev: map[hub.DeviceID]*attachment{}, ended: list.New()}
 }
 
-// begin reports true when the device is found to be in two places at once, which x.Rivals then names.
-func (d *diagnostics) begin(x Diagnostics, stats func() coap.Stats) (rivals string, found bool) {
+// begin reports true when the device is found to be in two places at once, which x.Rivals then names. Of a session that it took over from
+// elsewhere, at another gateway, tookOver decides.
+func (d *diagnostics) begin(x Diagnostics, stats func() coap.Stats, elsewhere bool) (rivals string, found bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	var r rivalry
 	if old := d.byDev[x.Device]; old != nil {
-		x.EndedAt, x.EndReason, x.Rivals, x.RivalsAt = old.EndedAt, old.EndReason, old.Rivals, old.RivalsAt
+		if old.Owner == x.Owner { // where a device was is its owner's to know
+			x.EndedAt, x.EndReason, x.Rivals, x.RivalsAt = old.EndedAt, old.EndReason, old.Rivals, old.RivalsAt
+		}
 		r = old.rivalry
 		now := time.Now()
 		if x.Quarantined { // both may be here then; what they did to each other counts anew when it is over
 			r = rivalry{}
 		}
-		// The end of the session that was taken over may have come first.
-		takenOver := old.Online || old.EndReason == "second-session" && now.Sub(old.EndedAt) < takeoverTime
-		if takenOver && !x.Quarantined && !old.Quarantined {
-			if found = r.takeover(hostOf(old.Remote), hostOf(x.Remote), now); found && now.Sub(r.told) < rivalryAgain {
-				found = false
-			} else if found {
-				x.Rivals, x.RivalsAt, r.told = hostOf(old.Remote)+" and "+hostOf(x.Remote), now, now
+		if old.takenOver(now) && !elsewhere && !x.Quarantined && !old.Quarantined {
+			if found = r.found(hostOf(old.Remote), hostOf(x.Remote), now); found {
+				x.Rivals, x.RivalsAt = hostOf(old.Remote)+" and "+hostOf(x.Remote), now
 			}
 		}
 		if old.place != nil {
@@ -87,6 +87,46 @@ func (d *diagnostics) begin(x Diagnostics, stats func() coap.Stats) (rivals stri
 		a.before, old.before = append(old.before, old), nil
 	}
 	d.byDev[x.Device] = a
+	return x.Rivals, found
+}
+
+// takenOver reports whether a session that begins now takes the place of this one, whose end may have come first.
+func (a *attachment) takenOver(now time.Time) bool {
+	return a.Online || a.EndReason == "second-session" && now.Sub(a.EndedAt) < takeoverTime
+}
+
+// turns is Gateway.Turns.
+func (d *diagnostics) turns(dev hub.DeviceID) Turns {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	a := d.byDev[dev]
+	if a == nil || a.Quarantined {
+		return Turns{}
+	}
+	return Turns{
+		Owner: a.Owner, Host: hostOf(a.Remote), TakenOver: a.takenOver(time.Now()), Thrown: a.thrown, Turns: a.rivalry.turns, Last: a.last, Told: a.told,
+	}
+}
+
+// tookOver notes that a session took over that of another gateway, and reports whether the device is found to be in two places at once.
+func (d *diagnostics) tookOver(dev hub.DeviceID, session uint64, from Turns) (rivals string, found bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	x := d.byDev[dev]
+	if x == nil || x.Session != session || x.Owner != from.Owner || !from.TakenOver {
+		return "", false
+	}
+	if from.Last.After(x.last) {
+		told := x.told
+		x.rivalry = rivalry{thrown: from.Thrown, turns: from.Turns, last: from.Last, told: from.Told}
+		if told.After(x.told) {
+			x.told = told
+		}
+	}
+	now := time.Now()
+	if found = x.found(from.Host, hostOf(x.Remote), now); found {
+		x.Rivals, x.RivalsAt = from.Host+" and "+hostOf(x.Remote), now
+	}
 	return x.Rivals, found
 }
 

@@ -17,7 +17,7 @@ func TestDiagnosticsForgetWhoLeftFirst(t *testing.T) {
 	session := uint64(0)
 	visit := func(i int) {
 		session++
-		d.begin(Diagnostics{Device: id(i), Session: session}, func() coap.Stats { return coap.Stats{BytesIn: session} })
+		d.begin(Diagnostics{Device: id(i), Session: session}, func() coap.Stats { return coap.Stats{BytesIn: session} }, false)
 		d.end(id(i), session, "peer-closed", time.Unix(int64(session), 0))
 		d.end(id(i), session, "again", time.Unix(0, 0))
 	}
@@ -43,7 +43,7 @@ func TestDiagnosticsForgetWhoLeftFirst(t *testing.T) {
 		t.Errorf("%d devices are remembered, %d in the list; the one that left first: %v", len(d.byDev), d.ended.Len(), ok)
 	}
 	// Whoever is here is in no danger.
-	d.begin(Diagnostics{Device: id(2), Session: session + 1}, func() coap.Stats { return coap.Stats{BytesOut: 7, RoundTrip: time.Second} })
+	d.begin(Diagnostics{Device: id(2), Session: session + 1}, func() coap.Stats { return coap.Stats{BytesOut: 7, RoundTrip: time.Second} }, false)
 	for i := range maxEnded + 1 {
 		visit(maxEnded + 1 + i)
 	}
@@ -57,7 +57,7 @@ func TestDiagnosticsOfQuarantine(t *testing.T) {
 	t.Parallel()
 	d := newDiagnostics()
 	begin := func(session uint64, quarantined bool) {
-		d.begin(Diagnostics{Device: lampID, Session: session, Quarantined: quarantined, TLSVersion: "TLS 1.3"}, func() coap.Stats { return coap.Stats{BytesIn: session} })
+		d.begin(Diagnostics{Device: lampID, Session: session, Quarantined: quarantined, TLSVersion: "TLS 1.3"}, func() coap.Stats { return coap.Stats{BytesIn: session} }, false)
 	}
 	want := func(what string, online bool, session uint64, sessions int) {
 		t.Helper()
@@ -90,4 +90,26 @@ func TestDiagnosticsOfQuarantine(t *testing.T) {
 	want("its last session went", true, 78, 1)
 	d.end(lampID, 78, "peer-closed", now)
 	want("all went", false, 78, 0)
+}
+
+// Where a device was is its owner's to know: of sessions of a former one nothing is left.
+func TestDiagnosticsOfAnotherOwner(t *testing.T) {
+	t.Parallel()
+	const dev hub.DeviceID = "d0000000-0000-4000-8000-000000000001"
+	d := newDiagnostics()
+	begin := func(owner hub.Owner, session uint64) {
+		d.begin(Diagnostics{Device: dev, Owner: owner, Session: session, Remote: "192.0.2.1:5684"}, func() coap.Stats { return coap.Stats{} }, false)
+	}
+	at := time.Unix(1700000000, 0)
+	begin("alice", 1)
+	d.end(dev, 1, "deleted", at)
+	begin("bob", 2)
+	if x, _ := d.get(dev); x.Owner != "bob" || x.EndReason != "" || !x.EndedAt.IsZero() {
+		t.Errorf("bob's device is %+v", x)
+	}
+	d.end(dev, 2, "idle", at)
+	begin("bob", 3)
+	if x, _ := d.get(dev); x.EndReason != "idle" || !x.EndedAt.Equal(at) {
+		t.Errorf("bob's device, once more: %+v", x)
+	}
 }

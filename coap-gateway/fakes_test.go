@@ -449,6 +449,9 @@ func (w *world) signIn(_ context.Context, own hub.Ownership, c hub.Connection, _
 		Device: own.Device, Owner: own.Owner, Number: w.seq, TwinEnabled: !w.off[own.Device], Commands: len(w.queue) > 0,
 		Contact: w.contacts[own.Device],
 	}
+	if old != nil && len(w.conns) > 1 {
+		s.Former = w.conns[len(w.conns)-2].Service // of one device
+	}
 	unlock()
 	if old != nil {
 		old.Close("second-session")

@@ -22,7 +22,9 @@ type field struct {
 	t       *testing.T
 	gw      *Gateway
 	net     *simnet.Network
+	mu      sync.Mutex // guards key and keys
 	key     []byte
+	keys    error // of looking it up
 	ca      *ca
 	ledger  ledger          // of ca
 	ctx     context.Context // ends with the gateway
@@ -44,7 +46,7 @@ func newField(t *testing.T, w *world, seed uint64, change func(*Config)) *field 
 		Directory: &w.dir, Identities: &w.ids, Verifier: &w.ver, HubID: hubID, Service: "gateway-1",
 		Providers: []NamedProvider{{Name: "main", Provider: &w.prov}}, ClientCAs: f.ca.pool(), Revoked: f.ledger.revoked,
 		Certificate: func() (*tls.Certificate, error) { return &certificate, nil },
-		PSK:         func(context.Context, hub.DeviceID) ([]byte, error) { return f.key, nil },
+		PSK:         func(context.Context, hub.DeviceID) ([]byte, error) { return f.lampKey() },
 	}, slog.New(slog.DiscardHandler), nil)
 	if err != nil {
 		t.Fatal(err)
@@ -63,12 +65,27 @@ func newField(t *testing.T, w *world, seed uint64, change func(*Config)) *field 
 			t.Errorf("the engine ended with %v", err)
 		}
 	})
+	f.running.Go(func() { f.gw.checkKeys(f.ctx) })
 	f.running.Go(func() {
 		if err := f.gw.engine.ServeUDP(f.ctx, plain); err != nil {
 			t.Errorf("the engine ended with %v", err)
 		}
 	})
 	return f
+}
+
+func (f *field) lampKey() ([]byte, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.key, f.keys
+}
+
+// replaceKey gives the lamp another key, and says so.
+func (f *field) replaceKey() {
+	f.mu.Lock()
+	f.key = []byte("another key, 16.")
+	f.mu.Unlock()
+	f.gw.EndKey(lampID)
 }
 
 // end stops the gateway. The devices' sockets must be closed, or be about to be.
@@ -85,7 +102,7 @@ func (f *field) shake(sock net.PacketConn) *dtls.Conn {
 
 func (f *field) shakeAs(sock net.PacketConn, dev hub.DeviceID) *dtls.Conn {
 	f.t.Helper()
-	return f.shakeWith(sock, dtls.WithPSK(func([]byte) ([]byte, error) { return f.key, nil }), dtls.WithPSKIdentityHint([]byte(dev)),
+	return f.shakeWith(sock, dtls.WithPSK(func([]byte) ([]byte, error) { return f.lampKey() }), dtls.WithPSKIdentityHint([]byte(dev)),
 		dtls.WithCipherSuites(dtls.TLS_PSK_WITH_AES_128_CCM_8))
 }
 

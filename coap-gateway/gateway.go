@@ -17,6 +17,7 @@ import (
 
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/admission"
+	"github.com/coaphub/coaphub/internal/bus"
 	"github.com/coaphub/coaphub/internal/coap"
 	"github.com/coaphub/coaphub/internal/revocation"
 )
@@ -58,6 +59,8 @@ type Deps struct {
 	HandedOver func(ctx context.Context, dev hub.DeviceID, owner hub.Owner, cert *x509.Certificate) error
 	// Rivals is told of a device that is in two places at once, and of where. Nil: nobody is.
 	Rivals func(ctx context.Context, dev hub.DeviceID, where string)
+	// Turns asks another gateway, by its Service, for what Gateway.Turns says there. Nil: there are no others.
+	Turns func(ctx context.Context, gateway string, dev hub.DeviceID) (Turns, error)
 	// Lists is the folder in which revocation lists of other authorities are kept for the next start. "": they are not kept.
 	Lists string
 	// PSK returns the pre-shared key of a device, nil if it has none. Nil: devices have certificates only.
@@ -69,6 +72,8 @@ type Deps struct {
 	EngineMetrics *coap.Metrics
 	// Service names this gateway in the connections it records.
 	Service string
+	// Bus reaches other gateways behind the same address. Nil: there are none.
+	Bus *bus.Bus
 	// Reach returns host and port under which devices reach the listener of an address. Nil: under that address.
 	Reach func(address string) string
 }
@@ -81,6 +86,7 @@ type Gateway struct {
 	metrics *metrics
 	engine  *coap.Server
 	web     *coap.WebSocket         // nil when it is off
+	relay   *coap.Relay             // nil without a bus
 	tls     *tls.Config             // nil when there is no secure listener
 	trusted atomic.Pointer[trusted] // who vouches for devices there; nil with tls
 	// revocation knows what other authorities have revoked, sets who they are; nil where nobody is to be asked.
@@ -89,6 +95,8 @@ type Gateway struct {
 	refused    refusals
 	devices    *diagnostics
 	live       *live
+	absences   absences
+	keys       keyChecks
 	quiet      *quietQueue
 	watches    *watches
 	renewals   *renewals
@@ -131,6 +139,7 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 		signIns: cfg.Limits.SignIns.queue(), exchanges: map[string]*admission.Queue{},
 		discoveries: admission.NewQueue(discoveriesUnderWay, discoveriesWaiting, discoveryMaxWait),
 		quiet:       newQuietQueue(cfg.DeviceTwin.AskQuietAfter),
+		keys:        keyChecks{wake: make(chan struct{}, 1), waiting: sessions{}},
 		// Devices wait 4 s for a Pong and reconnect then (iotivity-lite); whatever is not stored by 3 s is better sent again.
 		patience: 3 * time.Second,
 	}
@@ -170,6 +179,9 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 		deps.EngineMetrics = coap.NewMetrics(reg)
 	}
 	g.engine = coap.NewServer(ec, g, log, deps.EngineMetrics)
+	if deps.Bus != nil {
+		g.relay = newRelay(cfg.API.CoAP.DTLS.Gateway)
+	}
 	if ws := cfg.API.CoAP.WebSocket; ws.Enabled {
 		g.web = g.engine.NewWebSocket(ws.Origins)
 	}
@@ -177,8 +189,13 @@ func New(cfg Config, deps Deps, log *slog.Logger, reg prometheus.Registerer) (*G
 }
 
 // Run listens, calls ready once, and serves until ctx ends; then every connection is released, every device recorded
-// offline, and everything it started has ended. A listener that cannot be opened is an error.
+// offline, unless Drain was called, and everything it started has ended. A listener that cannot be opened is an error.
 func (g *Gateway) Run(ctx context.Context, ready func()) error {
+	stopRelay, err := g.relayRecords()
+	if err != nil {
+		return err
+	}
+	defer stopRelay()
 	group, ctx := errgroup.WithContext(ctx)
 	co := &g.cfg.API.CoAP
 	secure, err := listen(ctx, co, co.Address)
@@ -210,6 +227,7 @@ func (g *Gateway) Run(ctx context.Context, ready func()) error {
 	}
 	group.Go(func() error { g.quiet.run(ctx); return nil })
 	group.Go(func() error { g.renewals.run(ctx); return nil })
+	group.Go(func() error { g.checkKeys(ctx); return nil })
 	if g.revocation != nil {
 		group.Go(func() error { return g.revocation.Run(ctx, func() {}) })
 	}
@@ -221,6 +239,7 @@ func (g *Gateway) Run(ctx context.Context, ready func()) error {
 	ready()
 	err = group.Wait()
 	g.watches.done.Wait() // they ended with the sessions
+	g.absences.end()
 	if err != nil && !errors.Is(err, context.Canceled) {
 		return fmt.Errorf("serve CoAP: %w", err)
 	}
@@ -287,6 +306,9 @@ func (g *Gateway) Refused() []Refusal { return g.refused.newest() }
 
 // Diagnostics returns what is known of a device's attachment; false if it has not been here lately.
 func (g *Gateway) Diagnostics(dev hub.DeviceID) (Diagnostics, bool) { return g.devices.get(dev) }
+
+// Sessions is how many devices are signed in here.
+func (g *Gateway) Sessions() int { return int(g.metrics.signedIn.Load()) }
 
 // Security counts the sessions that there are, by how they are encrypted.
 func (g *Gateway) Security() map[Security]int { return g.devices.security() }

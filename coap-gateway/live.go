@@ -7,6 +7,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/coaphub/coaphub/hub"
 )
@@ -33,6 +34,16 @@ type sessions map[*session]struct{}
 
 func newLive() *live {
 	return &live{grants: map[grant]sessions{}, keys: map[hub.DeviceID]sessions{}, certs: map[string]sessions{}, devs: map[hub.DeviceID]sessions{}}
+}
+
+// count is how many sessions there are.
+func (l *live) count() (n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, ss := range l.devs {
+		n += len(ss)
+	}
+	return n
 }
 
 // withCertificate are the sessions that came with one.
@@ -133,10 +144,92 @@ func (g *Gateway) endRevoked() {
 	}
 }
 
-// EndKey ends the sessions of a device that came with its pre-shared key, after another key was stored. It does not block.
+// EndKey ends the sessions that came with a pre-shared key which is the device's no more, after another one was stored, or that it was
+// forgotten; with "" those of all devices: nobody knows whose it was. The word may come late, when the device is back with its new key, so
+// keys are compared first. It does not block.
 func (g *Gateway) EndKey(dev hub.DeviceID) {
-	for _, s := range ended(g.live, g.live.keys, dev) {
-		s.conn.Close(closing{"key-replaced"})
+	if dev != "" {
+		g.keys.check(ended(g.live, g.live.keys, dev))
+		return
+	}
+	g.live.mu.Lock()
+	g.live.told++
+	var on []*session
+	for _, of := range g.live.keys {
+		on = slices.AppendSeq(on, maps.Keys(of))
+	}
+	g.live.mu.Unlock()
+	g.keys.check(on)
+}
+
+const (
+	// keyTime bounds the looking up of one key, and keyAgain is the pause before it is tried again.
+	keyTime, keyAgain = 3 * time.Second, time.Second
+)
+
+// keyChecks are sessions whose pre-shared keys are to be compared with those that their devices have now: no more than there are.
+type keyChecks struct {
+	wake chan struct{} // has one when there are some
+
+	mu      sync.Mutex // guards waiting
+	waiting sessions
+}
+
+func (k *keyChecks) check(on []*session) {
+	if len(on) == 0 {
+		return
+	}
+	k.mu.Lock()
+	for _, s := range on {
+		k.waiting[s] = struct{}{}
+	}
+	k.mu.Unlock()
+	select {
+	case k.wake <- struct{}{}:
+	default:
+	}
+}
+
+// next takes one out, nil when there is none.
+func (k *keyChecks) next() *session {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for s := range k.waiting {
+		delete(k.waiting, s)
+		return s
+	}
+	return nil
+}
+
+// checkKeys does that until ctx ends. While keys cannot be looked up, sessions go on, and it tries again.
+func (g *Gateway) checkKeys(ctx context.Context) {
+	for {
+		select {
+		case <-g.keys.wake:
+		case <-ctx.Done():
+			return
+		}
+		for s := g.keys.next(); s != nil && ctx.Err() == nil; s = g.keys.next() {
+			if s.over() {
+				continue
+			}
+			own, cancel := context.WithTimeout(ctx, keyTime)
+			key, err := g.deps.PSK(own, s.own.Device)
+			cancel()
+			switch {
+			case err != nil:
+				s.log.Warn("whether the device has another pre-shared key now cannot be looked up, trying again", "error", err)
+				again := time.NewTimer(keyAgain)
+				select {
+				case <-again.C:
+				case <-ctx.Done():
+					again.Stop()
+				}
+				g.keys.check([]*session{s})
+			case sha256.Sum256(key) != s.keyHash:
+				s.conn.Close(closing{"key-replaced"})
+			}
+		}
 	}
 }
 

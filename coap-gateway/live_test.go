@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"testing"
 	"testing/synctest"
@@ -288,5 +289,43 @@ func BenchmarkLive(b *testing.B) {
 				b.Fatal("the session is not found")
 			}
 		}
+	})
+}
+
+// The end of a pre-shared key ends whoever came with it, and nobody who is back with another: word of it may come late, or say nothing of
+// whose it was, and the keys may not be there to compare for a while.
+func TestEndedKey(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		f := newField(t, w, 1, nil)
+		defer f.end()
+		d := &day{field: f, w: w}
+		lamp := d.come(2)
+		online := func(want bool, what string) {
+			t.Helper()
+			after(time.Second)
+			if x, _ := f.gw.Diagnostics(lamp.id); x.Online != want {
+				t.Fatalf("%s: online %v, %q", what, x.Online, x.EndReason)
+			}
+		}
+		f.gw.EndKey(lamp.id)
+		f.gw.EndKey("")
+		online(true, "the key is its own")
+		f.mu.Lock()
+		f.keys = errors.New("the store is away")
+		f.mu.Unlock()
+		f.replaceKey()
+		f.gw.EndKey("")
+		online(true, "nobody knows")
+		f.mu.Lock()
+		f.keys = nil
+		f.mu.Unlock()
+		after(keyAgain)
+		online(false, "the key is another one's")
+		if x, _ := f.gw.Diagnostics(lamp.id); x.EndReason != "key-replaced" {
+			t.Errorf("it ended with %q", x.EndReason)
+		}
+		lamp.vanish()
 	})
 }

@@ -1,13 +1,16 @@
 package coapgateway
 
 import (
+	"sync/atomic"
+
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/coaphub/coaphub/internal/admission"
 )
 
 type metrics struct {
-	sessions      prometheus.Gauge
+	signedIn      atomic.Int64 // devices, what sessions tells
+	sessions      prometheus.GaugeFunc
 	requests      *prometheus.CounterVec
 	refused       *prometheus.CounterVec
 	rivals        prometheus.Counter
@@ -32,10 +35,6 @@ func newMetrics(reg prometheus.Registerer, signIns *admission.Queue, exchanges m
 		return prometheus.CounterOpts{Namespace: "coaphub", Subsystem: "coap_gateway", Name: name, Help: help}
 	}
 	m := &metrics{
-		sessions: prometheus.NewGauge(prometheus.GaugeOpts{
-			Namespace: "coaphub", Subsystem: "coap_gateway", Name: "sessions",
-			Help: "Devices that are signed in here. A sudden fall: look at the reasons in coap_gateway_sessions_ended_total.",
-		}),
 		requests: prometheus.NewCounterVec(opts("requests_total",
 			"Requests of devices by route and answer code; refused: by the engine, for options, blocks or size. Rising 4.01: "+
 				"devices with bad credentials, see `coaphub status --refused`; rising 5.03: a part of the hub or a provider is in trouble, see its metrics."), []string{"route", "code"}),
@@ -98,6 +97,10 @@ func newMetrics(reg prometheus.Registerer, signIns *admission.Queue, exchanges m
 				"wait for long: identity store, store, or for exchange the provider is slow, or limits.signIns.underWay is too low.",
 		}, func() float64 { return float64(n()) })
 	}
+	m.sessions = prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Namespace: "coaphub", Subsystem: "coap_gateway", Name: "sessions",
+		Help: "Devices that are signed in here. A sudden fall: look at the reasons in coap_gateway_sessions_ended_total.",
+	}, func() float64 { return float64(m.signedIn.Load()) })
 	if reg != nil {
 		queue := func(kind, provider string, q *admission.Queue) {
 			reg.MustRegister(accounts(kind, provider, "under-way", func() int { n, _ := q.State(); return n }),

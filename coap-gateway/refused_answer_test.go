@@ -20,15 +20,15 @@ func TestRefusedOverDTLSWithALostAnswer(t *testing.T) {
 	t.Parallel()
 	refused := hub.NewError(hub.Unauthenticated, "token-reused", "the token was used before")
 	for name, c := range map[string]struct {
-		during func(gw *Gateway) // before the answer
-		soon   func(gw *Gateway) // after it, but before the connection ends
+		during func(*field) // before the answer
+		soon   func(*field) // after it, but before the connection ends
 		reason string
 	}{
 		"refused":                             {nil, nil, "answered"},
-		"the grant ends by the refresh":       {func(gw *Gateway) { gw.EndGrant("i", "1") }, nil, "revoked"},
-		"the grant ends behind the answer":    {nil, func(gw *Gateway) { gw.EndGrant("i", "1") }, "revoked"},
-		"the key is replaced meanwhile":       {func(gw *Gateway) { gw.EndKey(lampID) }, nil, "key-replaced"},
-		"the key is replaced right behind it": {nil, func(gw *Gateway) { gw.EndKey(lampID) }, "key-replaced"},
+		"the grant ends by the refresh":       {func(f *field) { f.gw.EndGrant("i", "1") }, nil, "revoked"},
+		"the grant ends behind the answer":    {nil, func(f *field) { f.gw.EndGrant("i", "1") }, "revoked"},
+		"the key is replaced meanwhile":       {(*field).replaceKey, nil, "key-replaced"},
+		"the key is replaced right behind it": {nil, (*field).replaceKey, "key-replaced"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -41,7 +41,7 @@ func TestRefusedOverDTLSWithALostAnswer(t *testing.T) {
 				defer f.end()
 				w.prov.refresh = func(context.Context, hub.DeviceID, string) (hub.Tokens, error) {
 					if c.during != nil {
-						c.during(f.gw)
+						c.during(f)
 					}
 					return hub.Tokens{}, refused
 				}
@@ -68,7 +68,7 @@ func TestRefusedOverDTLSWithALostAnswer(t *testing.T) {
 				d.write(m)
 				after(closeDelay / 2)
 				if c.soon != nil {
-					c.soon(f.gw)
+					c.soon(f)
 				}
 				after(2 * time.Second)
 				if x, _ := f.gw.Diagnostics(lampID); x.EndReason != c.reason || w.count("offline "+string(lampID)) != 1 {

@@ -4,6 +4,8 @@ import (
 	"context"
 	"slices"
 	"time"
+
+	"github.com/coaphub/coaphub/hub"
 )
 
 // A device that takes its own session over, because it has rebooted or its network has moved it, looks like a copy of it that
@@ -12,9 +14,11 @@ import (
 const (
 	rivalryTurns = 3 // so many returns, each after being thrown out from elsewhere
 	rivalryTime  = 10 * time.Minute
-	rivalryAgain = time.Hour       // a rivalry that goes on is reported that often
-	takeoverTime = 5 * time.Second // between the end of a session that was taken over and its end being noted, at most
-	maxThrown    = 4               // places that are remembered; the one that was thrown out first is forgotten
+	rivalryAgain = time.Hour        // a rivalry that goes on is reported that often
+	takeoverTime = 5 * time.Second  // between the end of a session that was taken over and its end being noted, at most
+	turnsTime    = 2 * time.Second  // another gateway is waited for so long
+	rivalsTime   = 10 * time.Second // the report of rivals may take so long
+	maxThrown    = 4                // places that are remembered; the one that was thrown out first is forgotten
 )
 
 // rivalry is what a device's sessions have done to each other lately.
@@ -45,6 +49,49 @@ func (r *rivalry) takeover(from, to string, now time.Time) bool {
 	}
 	r.thrown, r.last = thrown, now
 	return r.turns >= rivalryTurns
+}
+
+// found is takeover, and reports a rivalry that goes on no more often than rivalryAgain.
+func (r *rivalry) found(from, to string, now time.Time) bool {
+	if !r.takeover(from, to, now) || now.Sub(r.told) < rivalryAgain {
+		return false
+	}
+	r.told = now
+	return true
+}
+
+// Turns is what a gateway knows of a device's last session there, and of what the device's sessions have done to each other until then. Each
+// gateway that takes a session over from another asks for it, so that what is known of a rivalry is where the device is.
+type Turns struct {
+	Owner     hub.Owner // whose the device was
+	Host      string    // where the session came from
+	TakenOver bool      // it is there, or its place was taken just now
+	Thrown    []string
+	Turns     int
+	Last      time.Time
+	Told      time.Time
+}
+
+// Turns says it of a device, to another gateway where it has signed in.
+func (g *Gateway) Turns(dev hub.DeviceID) Turns { return g.devices.turns(dev) }
+
+// tookOver finds out whether a device that took its session over from another gateway is in two places at once. A gateway that does not
+// answer is gone, and a rivalry that goes on is found a few turns later.
+func (p *peer) tookOver(s *session, gateway string) {
+	ctx, cancel := context.WithTimeout(s.ctx, turnsTime)
+	defer cancel()
+	from, err := p.gw.deps.Turns(ctx, gateway, s.own.Device)
+	if err != nil {
+		s.log.Debug("the gateway where the device was before does not say where from", "gateway", gateway, "error", err)
+		return
+	}
+	from.Thrown = from.Thrown[:min(len(from.Thrown), maxThrown)]
+	if where, found := p.gw.devices.tookOver(s.own.Device, s.number, from); found {
+		// Also when the session ends by it.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(s.ctx), rivalsTime)
+		defer cancel()
+		p.rivals(ctx, s, where)
+	}
 }
 
 // rivals reports a device that is in two places at once. Whoever is told may put it into quarantine, which entered notices.

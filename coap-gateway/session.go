@@ -2,6 +2,7 @@ package coapgateway
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/x509"
 	"errors"
 	"log/slog"
@@ -33,6 +34,8 @@ type session struct {
 	timer   *time.Timer  // closes the connection when the credential expires
 	grant   grant        // what live has it under; live guards both
 	key     hub.DeviceID // "": it did not come with a pre-shared key
+	// keyHash is of that key; it does not change.
+	keyHash [sha256.Size]byte
 	// cert is what it came with, nil if it did not come with one; it does not change.
 	cert  *x509.Certificate
 	chain []*x509.Certificate // from cert up
@@ -76,10 +79,17 @@ type deliverer struct {
 	// detached is set while the session itself asks for its device's deletion: the answer must still go out, and the
 	// connection stays open after it.
 	detached atomic.Bool
+	// succeeded is that the device has another session since.
+	succeeded atomic.Bool
+	absences  *absences
 }
 
 // Close implements hub.Deliverer.
 func (d *deliverer) Close(reason string) {
+	if reason == "second-session" { // it is stored
+		d.succeeded.Store(true)
+		d.absences.back(d)
+	}
 	if d.detached.Load() {
 		return
 	}
@@ -172,19 +182,24 @@ func (p *peer) endSession(reason string, offline bool) {
 	s.stop()
 	p.gw.renewals.leave(s) // after the session's context is over, or it could be watched again
 	s.conn.ForgetAnswers()
-	if offline {
-		// Neither the request's nor the connection's context: this must be recorded although both are over.
-		ctx, cancel := context.WithTimeout(context.Background(), offlineTimeout)
-		defer cancel()
-		if err := s.write(ctx, s.records.Offline); err != nil {
-			s.log.Warn("could not record that the device is offline", "error", err)
-		}
+	if offline && !p.gw.absences.add(s, s.recordOffline) {
+		s.recordOffline()
 	}
 	s.twin.forget(p)
-	p.gw.metrics.sessions.Dec()
+	p.gw.metrics.signedIn.Add(-1)
 	p.gw.metrics.sessionsEnded.WithLabelValues(reason).Inc()
 	p.gw.devices.end(s.own.Device, s.number, reason, time.Now())
 	s.log.Info("device went", "reason", reason)
+}
+
+// recordOffline records that the session is over.
+func (s *session) recordOffline() {
+	// Neither the request's nor the connection's context: this must be recorded although both are over.
+	ctx, cancel := context.WithTimeout(context.Background(), offlineTimeout)
+	defer cancel()
+	if err := s.write(ctx, s.records.Offline); err != nil {
+		s.log.Warn("could not record that the device is offline", "error", err)
+	}
 }
 
 // stop ends everything that runs for the session and waits for it. It may be called twice.

@@ -93,7 +93,7 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 		return claims, dev, p.entered(ctx, p.sess, body.Token)
 	}
 	s := &session{
-		gw: p.gw, conn: p.conn, cert: p.cred.cert, chain: p.cred.chain, uid: body.UID, to: &deliverer{conn: p.conn},
+		gw: p.gw, conn: p.conn, cert: p.cred.cert, chain: p.cred.chain, keyHash: p.cred.key, uid: body.UID, to: &deliverer{conn: p.conn, absences: &p.gw.absences},
 		turn: make(chan struct{}, 1), early: map[*coap.Observation]map[hub.Href]bool{},
 	}
 	conn := hub.Connection{
@@ -121,9 +121,9 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 	s.ctx, s.cancel = context.WithCancel(p.conn.Context())
 	p.renew(s, claims)
 	p.sess = s
-	p.gw.metrics.sessions.Inc()
+	p.gw.metrics.signedIn.Add(1)
 	d := Diagnostics{
-		Device: dev, ConnectedSince: time.Unix(0, conn.ConnectedAt), Protocol: conn.Protocol, Remote: info.Remote.String(),
+		Device: dev, Owner: own.Owner, ConnectedSince: time.Unix(0, conn.ConnectedAt), Protocol: conn.Protocol, Remote: info.Remote.String(),
 		Session: got.Number, Quarantined: s.apart,
 	}
 	switch {
@@ -135,15 +135,19 @@ func (p *peer) signIn(ctx context.Context, body *sessionRequest) (hub.Claims, hu
 	if !info.Stream {
 		d.Contact = got.Contact
 	}
-	where, rivals := p.gw.devices.begin(d, p.conn.Stats)
+	elsewhere := got.Former != "" && got.Former != p.gw.deps.Service
+	where, rivals := p.gw.devices.begin(d, p.conn.Stats, elsewhere)
 	s.log.Info("device came", "protocol", conn.Protocol.String()) // JSON would have its number
 	s.rhythm = newRhythm(info.Stream, got.Contact, time.Now())
 	s.twin = newTwin(s, got.TwinEnabled)
 	p.listening.Store(s)
 	s.twin.resync()
 	p.gw.quiet.watch(s.twin)
-	if rivals {
+	switch {
+	case rivals:
 		p.rivals(ctx, s, where)
+	case elsewhere && !s.apart && p.gw.deps.Turns != nil:
+		p.helpers.Go(func() { p.tookOver(s, got.Former) }) // it must not hold up the sign-in
 	}
 	if err := p.entered(ctx, s, body.Token); err != nil {
 		return claims, dev, err

@@ -111,7 +111,7 @@ func forDTLS(key crypto.PrivateKey) bool {
 func (g *Gateway) dtlsConfig() coap.DTLSConfig {
 	co := &g.cfg.API.CoAP
 	conf := coap.DefaultDTLSConfig()
-	conf.Gateway = co.DTLS.Gateway
+	conf.Gateway, conf.Relay = co.DTLS.Gateway, g.relay
 	conf.HandshakeTimeout, conf.FlightInterval = co.DTLS.HandshakeTimeout, co.DTLS.FlightInterval
 	conf.MaxHandshakes, conf.MaxPerPrefix = co.DTLS.MaxHandshakes, co.DTLS.MaxHandshakesPerNetwork
 	conf.Credentials = func() (tls.Certificate, *x509.CertPool, error) {

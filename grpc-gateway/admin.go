@@ -14,13 +14,16 @@ import (
 	"github.com/coaphub/coaphub/hub"
 )
 
-// What administrators see and do. Their tokens have the scope admin; nothing here looks at the owner. These calls have one
-// form, JSON with times as in RFC 3339, and exist over HTTP only: no other hub has them.
+// What administrators see and do. Their tokens have the scope admin; nothing here looks at the owner, but for refusals, which
+// owners may see, too. These calls have one form, JSON with times as in RFC 3339, and exist over HTTP only: no other hub has them.
 
 // Administration is what the door needs for administrators.
 type Administration interface {
 	// Refused lists the newest refused connections and sign-ups, newest first.
 	Refused(ctx context.Context) []Refusal
+	// RefusedOf lists those of Refused that name a device of the owner's, or one that nobody has and for which the owner has an
+	// onboarding code or an enrolment token that was not used.
+	RefusedOf(ctx context.Context, owner hub.Owner) ([]Refusal, error)
 	// Accounts lists the accounts by name. All calls about accounts are Precondition where the accounts are elsewhere.
 	Accounts(ctx context.Context) ([]Account, error)
 	// AddAccount makes an account. Without a password it gets one that works once, which is returned.
@@ -77,9 +80,23 @@ func (e refusalElement) appendJSON(b []byte, cursor string) []byte {
 	return appendDocument(b, e.Refusal, cursor)
 }
 
+// refusals is for administrators; refusalsOf is for others.
 func (g *Gateway) refusals(ctx context.Context, _ hub.Owner, f *filter) iter.Seq2[found, error] {
+	return refusalsFrom(f, func() ([]Refusal, error) { return g.deps.Administration.Refused(ctx), nil })
+}
+
+func (g *Gateway) refusalsOf(ctx context.Context, owner hub.Owner, f *filter) iter.Seq2[found, error] {
+	return refusalsFrom(f, func() ([]Refusal, error) { return g.deps.Administration.RefusedOf(ctx, owner) })
+}
+
+func refusalsFrom(f *filter, list func() ([]Refusal, error)) iter.Seq2[found, error] {
 	return func(yield func(found, error) bool) {
-		for _, r := range g.deps.Administration.Refused(ctx) {
+		all, err := list()
+		if err != nil {
+			yield(found{}, err)
+			return
+		}
+		for _, r := range all {
 			at := place{device: nobody, time: r.Time.UnixNano()}
 			if f.from.time != 0 && at.time >= f.from.time {
 				continue
@@ -95,7 +112,11 @@ func (g *Gateway) getRefusals(w http.ResponseWriter, r *request) error {
 	if g.deps.Administration == nil {
 		return errNoRoute
 	}
-	return g.writeList(w, r.simple(), listRefusals, &filter{}, g.refusals)
+	read := g.refusalsOf
+	if r.claims.Has(hub.ScopeAdmin) {
+		read = g.refusals
+	}
+	return g.writeList(w, r.simple(), listRefusals, &filter{}, read)
 }
 
 type accountElement struct{ Account }

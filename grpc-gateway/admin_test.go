@@ -60,6 +60,17 @@ type fakeAdministration struct {
 
 func (f *fakeAdministration) Refused(context.Context) []Refusal { return f.refused }
 
+func (f *fakeAdministration) RefusedOf(_ context.Context, owner hub.Owner) (out []Refusal, _ error) {
+	if owner == alice {
+		for _, r := range f.refused {
+			if r.Device == string(lampA) {
+				out = append(out, r)
+			}
+		}
+	}
+	return out, nil
+}
+
 func (f *fakeAdministration) Accounts(context.Context) ([]Account, error) {
 	if f.accounts == nil {
 		return nil, hub.NewError(hub.Precondition, "no-embedded-provider", "elsewhere")
@@ -150,6 +161,9 @@ func TestRefusalsOverTheAPI(t *testing.T) {
 	rest := w.do(t, "admin", "GET", "/api/v1/refusals?cursor="+rs[1]["cursor"].(string)).results()
 	want(t, "the rest", len(rest), 1)
 	want(t, "time", rest[0]["time"], any(time.Unix(0, t0-2).UTC().Format(time.RFC3339Nano)))
+	want(t, "an owner's", len(w.get(t, "/api/v1/refusals").results()), 1)
+	want(t, "who may read only", len(w.do(t, "reader", "GET", "/api/v1/refusals").results()), 1)
+	want(t, "another owner's", len(w.do(t, "bob", "GET", "/api/v1/refusals").results()), 0)
 	want(t, "cursor of another list", w.do(t, "admin", "GET", "/api/v1/audit?cursor="+rs[1]["cursor"].(string)).reason(), "cursor-invalid")
 }
 

@@ -36,6 +36,12 @@ type Deps struct {
 	Quarantine Quarantine
 	// PreSharedKeys gives devices keys. nil: its calls are 404.
 	PreSharedKeys PreSharedKeys
+	// Onboarding makes what devices need to sign up. nil: its call is 404.
+	Onboarding Onboarder
+	// Connections says how devices are attached. nil: its call is 404.
+	Connections Connections
+	// System is the hub itself, for administrators. nil: its calls are 404.
+	System System
 	// Enrolments is who gets an identity by himself. nil: its calls are 404.
 	Enrolments Enrolments
 	// Audit keeps which calls changed something. nil: nobody does.

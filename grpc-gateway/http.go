@@ -75,7 +75,7 @@ func canonicalHost(h string) string {
 // route finds the operation and runs it. What it does not know goes to Deps.Pages, unless its path is the API's.
 func (g *Gateway) route(rw http.ResponseWriter, r *http.Request) {
 	template, v, err := split(r.URL.EscapedPath())
-	page := g.deps.Pages != nil && template == "" && !ofAPI(r.URL.Path)
+	page := g.deps.Pages != nil && (template == "" && !ofAPI(r.URL.Path) || template == "/" && forPeople(r))
 	method := r.Method
 	if method == http.MethodHead { // net/http leaves the body away
 		method = http.MethodGet

@@ -3,6 +3,7 @@ package grpcgateway
 import (
 	"context"
 	"iter"
+	"net/http"
 	"strings"
 	"sync"
 
@@ -171,4 +172,69 @@ func (g *Gateway) candidate(ctx context.Context, owner hub.Owner, id hub.DeviceI
 	}
 	g.index.put(id, indexed{changes, owner, d.summary})
 	return d, nil
+}
+
+// deviceCounts is how many devices a caller's list of devices has, and how many of them are online.
+type deviceCounts struct {
+	Devices int `json:"devices"`
+	Online  int `json:"online"`
+}
+
+func (g *Gateway) getDevicesCounts(w http.ResponseWriter, r *request) error {
+	n, err := g.deviceCounts(r.Context(), r.claims.Owner)
+	if err != nil {
+		return err
+	}
+	return writeJSON(w, r, n)
+}
+
+// deviceCounts reads the devices that the index does not know all together, and no others.
+func (g *Gateway) deviceCounts(ctx context.Context, owner hub.Owner) (n deviceCounts, err error) {
+	count := func(d *summary) {
+		if d == nil {
+			return
+		}
+		n.Devices++
+		if d.online {
+			n.Online++
+		}
+	}
+	ids, err := g.deps.Identities.Devices(ctx, owner)
+	if err != nil {
+		return n, err
+	}
+	var unknown []hub.DeviceID
+	var changes []uint64 // of those, before they are read: see index
+	for _, id := range ids {
+		c := g.deps.Directory.Changes(id)
+		if d, ok := g.index.get(id, owner, c); ok {
+			count(d)
+			continue
+		}
+		unknown, changes = append(unknown, id), append(changes, c)
+	}
+	at := 0
+	upTo := func(id hub.DeviceID) { // those before it are not the owner's any more
+		for ; at < len(unknown) && unknown[at] < id; at++ {
+			g.index.put(unknown[at], indexed{changes[at], owner, nil})
+		}
+	}
+	for picture, err := range g.deps.Directory.Devices(ctx, owner, unknown) {
+		if err == nil {
+			err = ctx.Err()
+		}
+		if err != nil {
+			return n, err
+		}
+		upTo(picture.ID)
+		var d *summary
+		if e, ok := g.newDevice(picture); ok {
+			d = newSummary(&e)
+		}
+		count(d)
+		g.index.put(picture.ID, indexed{changes[at], owner, d})
+		at++
+	}
+	upTo("~") // behind all of them
+	return n, ctx.Err()
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"iter"
+	"slices"
 	"strings"
 	"testing"
 
@@ -195,5 +196,82 @@ func BenchmarkSearch(b *testing.B) {
 	find() // reads them all
 	for b.Loop() {
 		find()
+	}
+}
+
+// The numbers are those of the list of devices: what is in no list counts nowhere.
+func TestDevicesCounts(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	const path = "/api/v1/devices-counts"
+	online := 0
+	list := w.get(t, "/api/v1/devices").results()
+	for range w.get(t, "/api/v1/devices?statusFilter=ONLINE").results() {
+		online++
+	}
+	want(t, "alice's", w.get(t, path).Body.String(), fmt.Sprintf(`{"devices":%d,"online":%d}`+"\n", len(list), online))
+	want(t, "some are here, some not", online > 0 && online < len(list), true)
+	w.do(t, "alice", "DELETE", "/api/v1/devices/"+string(lampB))
+	want(t, "one less", w.get(t, path).Body.String(), fmt.Sprintf(`{"devices":%d,"online":%d}`+"\n", len(list)-1, online))
+	want(t, "who has none", w.do(t, "bob", "GET", path).Code, 200)
+	want(t, "a token is needed", w.do(t, "", "GET", path).reason(), "token-missing")
+}
+
+// Once the devices are known, only those are read to count them that changed.
+func TestCountingReadsWhatChanged(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	lamps := manyLamps(w, 50)
+	w.identities.devices = func(ctx context.Context, o hub.Owner) ([]hub.DeviceID, error) {
+		ids, err := lamps(ctx, o)
+		return slices.Insert(slices.Clone(ids), 20, "d1000000-0000-4000-8000-000000000013a"), err // it is gone, and the list does not know that yet
+	}
+	reads, changed := counted(w)
+	ask := func(what string, text string, n int) {
+		t.Helper()
+		*reads = 0
+		want(t, what, w.get(t, "/api/v1/devices-counts").Body.String(), text+"\n")
+		want(t, what+": reads", *reads, n)
+	}
+	ask("at first", `{"devices":50,"online":50}`, 51)
+	ask("again", `{"devices":50,"online":50}`, 0)
+	const one, first = "d1000000-0000-4000-8000-000000000007", "d1000000-0000-4000-8000-000000000000"
+	w.pictures[one] = lamp(one, "away", false)
+	delete(w.pictures, first)
+	changed(one)
+	changed(first)
+	ask("one went away, one left", `{"devices":49,"online":48}`, 2)
+	ask("again", `{"devices":49,"online":48}`, 0)
+	w.get(t, "/api/v1/devices?search=lamp")
+	ask("after a search", `{"devices":49,"online":48}`, 0)
+}
+
+// Counting 100 000 devices: at first, after 1 000 changed, and when none did.
+func BenchmarkDevicesCounts(b *testing.B) {
+	const all = 100_000
+	for _, changed := range []int{0, 1_000, all} {
+		b.Run(fmt.Sprintf("changed=%d", changed), func(b *testing.B) {
+			w := newWorld(b)
+			w.identities.devices = manyLamps(w, all)
+			ids, err := w.identities.devices(b.Context(), alice)
+			if err != nil {
+				b.Fatal(err)
+			}
+			number, round := map[hub.DeviceID]uint64{}, uint64(0)
+			w.directory.changes = func(id hub.DeviceID) uint64 { return number[id] }
+			ask := func() {
+				if a := w.get(b, "/api/v1/devices-counts"); a.Body.String() != `{"devices":100000,"online":100000}`+"\n" {
+					b.Fatal(a.Body)
+				}
+			}
+			ask()
+			for b.Loop() {
+				round++
+				for _, id := range ids[:changed] {
+					number[id] = round
+				}
+				ask()
+			}
+		})
 	}
 }

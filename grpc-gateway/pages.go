@@ -22,6 +22,16 @@ func pagesFor(w http.ResponseWriter, r *http.Request) http.ResponseWriter {
 	return w
 }
 
+// forPeople reports whether a browser asks for a page: at the root, where programs get the hub's name, that decides.
+func forPeople(r *http.Request) bool {
+	for _, accept := range r.Header.Values("Accept") {
+		if strings.Contains(accept, "text/html") {
+			return true
+		}
+	}
+	return false
+}
+
 func (p *pageErrors) Unwrap() http.ResponseWriter { return p.ResponseWriter }
 
 func (p *pageErrors) WriteHeader(status int) {

@@ -27,11 +27,16 @@ type PreSharedKeys interface {
 	ForgetKey(ctx context.Context, dev hub.DeviceID) error
 }
 
-// keyOf finds the caller's device.
+// keyOf finds the caller's device, where devices can have keys.
 func (g *Gateway) keyOf(r *request) (hub.DeviceID, error) {
 	if g.deps.PreSharedKeys == nil {
 		return "", errNoRoute
 	}
+	return g.owned(r)
+}
+
+// owned finds the device that the path names, of the caller's.
+func (g *Gateway) owned(r *request) (hub.DeviceID, error) {
 	id, err := hub.ParseDeviceID(r.vars.device)
 	if err != nil {
 		return "", errNotFound

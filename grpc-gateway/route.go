@@ -82,7 +82,7 @@ func split(path string) (template string, v vars, err error) {
 	kind, rest, more := strings.Cut(rest, "/")
 	template += "/" + kind
 	switch kind {
-	case "access", "labels", "metadata", "pre-shared-key", "quarantine", "pending-commands", "pending-metadata-updates", "events":
+	case "access", "connection", "labels", "metadata", "pre-shared-key", "quarantine", "pending-commands", "pending-metadata-updates", "events":
 		if more && kind == "pending-metadata-updates" && !strings.Contains(rest, "/") {
 			v.correlation, err = url.PathUnescape(rest)
 			if err != nil || rest == "" {
@@ -182,10 +182,18 @@ func init() { // not a literal: split reads what it leads to
 		"/api/v1/docs/docs.css":          {"GET": open("getDocsStyle", docsFile("docs.css"))},
 
 		"/api/v1/audit":                    {"GET": admin("getAudit", (*Gateway).getAudit)},
-		"/api/v1/refusals":                 {"GET": admin("getRefusals", (*Gateway).getRefusals)},
+		"/api/v1/refusals":                 {"GET": read("getRefusals", (*Gateway).getRefusals)},
 		"/api/v1/accounts":                 {"GET": admin("getAccounts", (*Gateway).getAccounts), "POST": admin("addAccount", (*Gateway).addAccount)},
 		"/api/v1/accounts/{name}/password": {"PUT": admin("putPassword", (*Gateway).putPassword)},
 		"/api/v1/accounts/{name}/roles":    {"PUT": admin("putRoles", (*Gateway).putRoles)},
+
+		"/api/v1/system":               {"GET": admin("getSystem", (*Gateway).getSystem)},
+		"/api/v1/system/parts":         {"GET": admin("getSystemParts", (*Gateway).getSystemParts)},
+		"/api/v1/system/metrics":       {"GET": admin("getSystemMetrics", (*Gateway).getSystemMetrics)},
+		"/api/v1/system/configuration": {"GET": admin("getSystemConfiguration", (*Gateway).getSystemConfiguration)},
+
+		"/api/v1/onboarding":     {"POST": write("onboard", (*Gateway).onboard)},
+		"/api/v1/devices-counts": {"GET": read("getDevicesCounts", (*Gateway).getDevicesCounts)},
 
 		"/api/v1/things":            {"GET": read("getThings", (*Gateway).getThings)},
 		"/api/v1/things/{deviceId}": {"GET": read("getThing", (*Gateway).getThing)},
@@ -196,6 +204,7 @@ func init() { // not a literal: split reads what it leads to
 			"GET": read("getPreSharedKey", (*Gateway).getPreSharedKey), "POST": write("newPreSharedKey", (*Gateway).newPreSharedKey),
 			"DELETE": write("deletePreSharedKey", (*Gateway).deletePreSharedKey),
 		},
+		device + "/connection": {"GET": read("getDeviceConnection", (*Gateway).getConnection)},
 		device + "/access":     {"GET": read("getDeviceAccess", (*Gateway).getAccess), "PUT": write("putDeviceAccess", (*Gateway).putAccess)},
 		device + "/quarantine": {"GET": read("getQuarantine", (*Gateway).getQuarantine)},
 		device + "/labels": {

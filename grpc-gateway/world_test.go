@@ -44,7 +44,7 @@ const (
 
 type fakeDirectory struct {
 	changes   func(hub.DeviceID) uint64 // nil: everything changes all the time
-	asked     uint64
+	asked     atomic.Uint64
 	setLabels func(context.Context, hub.Owner, hub.DeviceID, hub.LabelChange, string) (hub.Labels, error)
 	devices   func(context.Context, hub.Owner, []hub.DeviceID) iter.Seq2[*hub.Device, error]
 	deviceAt  func(context.Context, hub.Owner, hub.DeviceID, time.Time) (*hub.Device, error)
@@ -78,7 +78,7 @@ func (f *fakeDirectory) Changes(d hub.DeviceID) uint64 {
 	if f.changes != nil {
 		return f.changes(d)
 	}
-	return atomic.AddUint64(&f.asked, 1)
+	return f.asked.Add(1)
 }
 
 func (f *fakeDirectory) SetLabels(ctx context.Context, o hub.Owner, d hub.DeviceID, c hub.LabelChange, user string) (hub.Labels, error) {

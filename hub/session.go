@@ -85,6 +85,7 @@ type Session struct {
 	TwinEnabled bool
 	Commands    bool    // commands wait that the session may take
 	Contact     Contact // as it was known before
+	Former      string  // the Service of the session whose place it took; "" if the device was offline
 }
 
 // Stamp says which message of which session asks for a write. Writes of lower sessions than the device's current one are

@@ -136,6 +136,12 @@ func (c *Client) hearNews(ctx context.Context, all bool) (more bool, err error) 
 	for _, dev := range c.take(n, began) {
 		c.tell(dev)
 	}
+	for _, dev := range n.Keys {
+		c.tellKey(dev)
+	}
+	if n.All {
+		c.tellKey("")
+	}
 	c.moving.Lock()
 	c.at = n.At
 	close(c.moved)
@@ -331,5 +337,11 @@ func (c *Client) Deny(ctx context.Context, d hub.Denial) (hub.Denial, error) {
 // Undeny is Store's.
 func (c *Client) Undeny(ctx context.Context, of hub.DenialOf, value string) error {
 	_, err := c.decide(ctx, callUndeny, request{Denial: hub.Denial{Of: of, Value: value}})
+	return err
+}
+
+// EndKey is Store's.
+func (c *Client) EndKey(ctx context.Context, dev hub.DeviceID) error {
+	_, err := c.decide(ctx, callEndKey, request{Device: dev})
 	return err
 }

@@ -28,6 +28,7 @@ const (
 	callAdmits      bus.Method[request, answer] = "id.admits"
 	callDeny        bus.Method[request, answer] = "id.deny"
 	callUndeny      bus.Method[request, answer] = "id.undeny"
+	callEndKey      bus.Method[request, answer] = "id.endKey"
 	callChanges     bus.Method[asked, news]     = "id.changes"
 
 	changed bus.Note[struct{}] = "id.changed"
@@ -73,6 +74,8 @@ type news struct {
 	Denials  []hub.Denial `cbor:"5,keyasint,omitempty"`
 	Undenied []string     `cbor:"6,keyasint,omitempty"` // by denialKey
 	Owners   []hub.Owner  `cbor:"7,keyasint,omitempty"` // whose lists changed
+	// Keys is whose pre-shared keys have ended; with All it is not known whose.
+	Keys []hub.DeviceID `cbor:"8,keyasint,omitempty"`
 }
 
 // Serve has the Store share its documents with other Stores that serve, and with clients: from then on each of its changes is announced
@@ -135,6 +138,7 @@ func (s *Store) Serve(ctx context.Context, b *bus.Bus, log *slog.Logger) (*bus.S
 	handle(callUndeny, func(ctx context.Context, q request, _ *answer) error {
 		return s.Undeny(ctx, q.Denial.Of, q.Denial.Value)
 	})
+	handle(callEndKey, func(ctx context.Context, q request, _ *answer) error { return s.EndKey(ctx, q.Device) })
 	bus.Handle(srv, callChanges, s.news)
 	return srv, nil
 }
@@ -162,6 +166,9 @@ func (s *Store) news(ctx context.Context, q asked) (news, error) {
 		}
 		if c.Owner != "" {
 			n.Owners = append(n.Owners, c.Owner)
+		}
+		if c.Key != "" {
+			n.Keys = append(n.Keys, c.Key)
 		}
 	}
 	n.Devices, n.Denials, n.Undenied = s.standings(devs, denials)

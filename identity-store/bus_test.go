@@ -5,7 +5,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"net"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -46,6 +45,8 @@ type identities interface {
 	Deny(ctx context.Context, d hub.Denial) (hub.Denial, error)
 	Undeny(ctx context.Context, of hub.DenialOf, value string) error
 	Barred(f func(hub.DeviceID))
+	EndKey(ctx context.Context, dev hub.DeviceID) error
+	KeysEnded(f func(hub.DeviceID))
 	Run(ctx context.Context, ready func()) error
 }
 
@@ -98,8 +99,16 @@ func served(t *testing.T, url string, docs store.Documents, dir Directory) (s *S
 type listener struct {
 	*Client
 	stop func()
-	mu   sync.Mutex // guards told
+	mu   sync.Mutex // guards told and keys
 	told []hub.DeviceID
+	keys []hub.DeviceID
+}
+
+// ended reports whether it was told that a device's key has ended.
+func (l *listener) ended(dev hub.DeviceID) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.Contains(l.keys, dev)
 }
 
 func (l *listener) heard() []hub.DeviceID {
@@ -115,6 +124,11 @@ func client(t *testing.T, url string) *listener {
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		l.told = append(l.told, dev)
+	})
+	l.KeysEnded(func(dev hub.DeviceID) {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.keys = append(l.keys, dev)
 	})
 	l.stop = runs(t, l.Run)
 	return l
@@ -385,20 +399,63 @@ func TestNobodyIsWoken(t *testing.T) {
 	}
 	await(t, "the Store", func() bool { return code(second.Denied(lamp, nil)) == "device-disabled" })
 	await(t, "the client", func() bool { return code(c.Denied(lamp, nil)) == "device-disabled" })
+	if err := first.EndKey(t.Context(), lamp); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "the end of a key", func() bool { return c.ended(lamp) })
+}
+
+// The end of a pre-shared key is told to everybody, whichever Store was asked; who missed more than is kept is told that any may have ended.
+func TestEndedKeys(t *testing.T) {
+	t.Parallel()
+	_, _, stores, clients := apart(t)
+	if err := clients[0].EndKey(t.Context(), lamp); err != nil {
+		t.Fatal(err)
+	}
+	if !clients[0].ended(lamp) {
+		t.Error("who has ended it does not know yet")
+	}
+	await(t, "the other client", func() bool { return clients[1].ended(lamp) })
+	clients[1].mu.Lock()
+	clients[1].keys = nil
+	clients[1].mu.Unlock()
+	before := clients[1].last()
+	clients[1].stop()
+	for range slots + 1 {
+		if err := stores[1].announce(t.Context(), change{Owner: bob}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if clients[1].last() != before {
+		t.Fatal("it has not stopped")
+	}
+	if _, err := clients[1].hearNews(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	if !clients[1].ended("") {
+		t.Error("it does not know what it missed")
+	}
+	// With nobody to tell it is told here.
+	var told []hub.DeviceID
+	s := storeOn(t, storetest.NewMemory(), newDirectory())
+	s.KeysEnded(func(dev hub.DeviceID) { told = append(told, dev) })
+	if err := s.EndKey(t.Context(), lamp); err != nil || !slices.Equal(told, []hub.DeviceID{lamp}) {
+		t.Errorf("%v, %v", told, err)
+	}
 }
 
 // What is decided while the bus is away is heard when it is back.
 func TestTheBusComesBack(t *testing.T) {
 	t.Parallel()
 	docs, dir := storetest.NewMemory(), newDirectory()
-	first := bustest.Server(t, nil)
+	port := bustest.Port(t)
+	first := bustest.Server(t, func(o *server.Options) { o.Port = port })
 	s, _ := served(t, first.ClientURL(), docs, dir)
 	c := client(t, first.ClientURL())
 	signUp(t, s, lamp, alice)
 	if ids, err := c.Devices(t.Context(), alice); err != nil || len(ids) != 1 {
 		t.Fatalf("%v, %v", ids, err)
 	}
-	port := first.Addr().(*net.TCPAddr).Port
 	first.Shutdown()
 	first.WaitForShutdown()
 	await(t, "the bus to be away", func() bool { return c.bus.Health(t.Context()) != nil })

@@ -69,6 +69,7 @@ type change struct {
 	Device hub.DeviceID `json:"device,omitempty"` // how it stands
 	Owner  hub.Owner    `json:"owner,omitempty"`  // which devices are its own
 	Denial string       `json:"denial,omitempty"` // the entry of the deny list, by denialKey
+	Key    hub.DeviceID `json:"key,omitempty"`    // which of its sessions came with a pre-shared key that is its own no more
 }
 
 // numbered is a record.
@@ -344,7 +345,11 @@ func (s *Store) share(ctx context.Context, told func(), listen func(func()) (fun
 	c.told, c.listen, c.heard, c.follow = told, listen, s.hear, s.follow
 	c.reload = func(ctx context.Context) error {
 		s.lists.dropAll()
-		return s.keep(ctx)
+		if err := s.keep(ctx); err != nil {
+			return err
+		}
+		s.tellKey("")
+		return nil
 	}
 	began := time.Now()
 	if err := c.restart(ctx); err != nil {
@@ -374,6 +379,15 @@ func (s *Store) announce(ctx context.Context, c change) error {
 		return nil
 	}
 	return s.changes.announce(ctx, c)
+}
+
+// EndKey tells all who let devices in that a device's pre-shared key was replaced or forgotten, after that was stored: see KeysEnded.
+func (s *Store) EndKey(ctx context.Context, dev hub.DeviceID) error {
+	if s.changes == nil {
+		s.tellKey(dev)
+		return nil
+	}
+	return s.announce(ctx, change{Key: dev})
 }
 
 // settle announces what was decided on a device, if its record says that this is due.
@@ -438,6 +452,9 @@ func (s *Store) follow(ctx context.Context, cs []change) error {
 	for _, c := range cs {
 		if c.Owner != "" {
 			s.lists.drop(c.Owner)
+		}
+		if c.Key != "" {
+			s.tellKey(c.Key)
 		}
 		if c.Device != "" {
 			err := s.look(ctx, func() (set func() bool, err error) {

@@ -30,6 +30,7 @@ type kept struct {
 	apart    map[hub.DeviceID]uint64 // those in quarantine, with the generation of their owner
 	denied   map[string]hub.Denial   // by denialKey
 	told     func(hub.DeviceID)
+	keyless  func(hub.DeviceID)
 	version  uint64 // goes up with every change, so that what was read before one is not kept after it
 	// shared is that others change the documents, too: then all this holds as of heard, which is zero until it was compared first.
 	shared bool
@@ -64,6 +65,24 @@ func (k *kept) Barred(f func(hub.DeviceID)) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.told = f
+}
+
+// KeysEnded has f called when a device's pre-shared key has ended, or, with "", when it is not known whose have, since more was missed
+// than is kept. f must not block.
+func (k *kept) KeysEnded(f func(hub.DeviceID)) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.keyless = f
+}
+
+// tellKey says that a device's key has ended, or, if it is "", that somebody's has.
+func (k *kept) tellKey(dev hub.DeviceID) {
+	k.mu.RLock()
+	f := k.keyless
+	k.mu.RUnlock()
+	if f != nil {
+		f(dev)
+	}
 }
 
 // tell says that dev is not let in any more, or, if it is "", that somebody is not.

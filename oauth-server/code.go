@@ -85,10 +85,34 @@ func (s *Server) OnboardCode(ctx context.Context, owner hub.Owner, dev hub.Devic
 		Issued: now.UTC(), Expires: now.Add(ttl).UTC(),
 	}
 	text := newCode()
-	if err := write(ctx, s.docs, collCodes, fingerprint(text), 0, c); err != nil {
+	if err := write(ctx, s.docs, collCodes, fingerprint(text), 0, c, s.codeIndex(c)...); err != nil {
 		return "", time.Time{}, err
 	}
 	return text, c.Expires, nil
+}
+
+// codeIndex finds the codes for a device that are not used: one that is redeemed is written without it.
+func (s *Server) codeIndex(c code) []string {
+	if c.Device == "" || c.Client != s.cfg.Clients.Device.ID {
+		return nil
+	}
+	return []string{"awaited=" + c.Subject}
+}
+
+// Awaited returns the devices for which the owner has a code that was not used, also one whose time was over lately.
+func (s *Server) Awaited(ctx context.Context, owner hub.Owner) (map[hub.DeviceID]bool, error) {
+	out := map[hub.DeviceID]bool{}
+	for doc, err := range s.docs.Find(ctx, collCodes, "awaited="+string(owner)) {
+		if err != nil {
+			return nil, trouble("look for codes", err)
+		}
+		var c code
+		if err := decode(collCodes, doc, &c); err != nil {
+			return nil, err
+		}
+		out[c.Device] = true
+	}
+	return out, nil
 }
 
 func newCode() string { return base64.RawURLEncoding.EncodeToString(random(24)) }

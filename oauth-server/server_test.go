@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -119,6 +120,35 @@ func onboard(t *testing.T, s *Server, dev hub.DeviceID) string {
 		t.Fatalf("the code lives %s", d)
 	}
 	return text
+}
+
+// A device is awaited from its code to the code's use, and so long only.
+func TestAwaited(t *testing.T) {
+	t.Parallel()
+	s := newServer(t)
+	awaited := func(owner hub.Owner) []hub.DeviceID {
+		t.Helper()
+		all, err := s.Awaited(t.Context(), owner)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return slices.Sorted(maps.Keys(all))
+	}
+	onboard(t, s, "")
+	text := onboard(t, s, lamp)
+	onboard(t, s, meter)
+	if got := awaited(admin); !slices.Equal(got, []hub.DeviceID{lamp, meter}) {
+		t.Errorf("awaited: %v", got)
+	}
+	if got := awaited("bob"); len(got) > 0 {
+		t.Errorf("bob awaits %v", got)
+	}
+	if _, err := s.Exchange(t.Context(), lamp, "cert", text); err != nil {
+		t.Fatal(err)
+	}
+	if got := awaited(admin); !slices.Equal(got, []hub.DeviceID{meter}) {
+		t.Errorf("awaited, once it has come: %v", got)
+	}
 }
 
 func TestDeviceCodeGivesADevicesToken(t *testing.T) {

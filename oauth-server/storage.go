@@ -123,7 +123,7 @@ func (st storage) SaveAuthCode(ctx context.Context, id, text string) error {
 		Client: r.Client, Subject: r.Subject, Scopes: r.Scopes, Device: r.Device, AuthTime: r.AuthTime, AMR: r.GetAMR(),
 		Issued: s.clock.Now().UTC(), Expires: s.clock.Now().Add(lifetime).UTC(), RedirectURI: r.RedirectURI, Challenge: r.Challenge, Nonce: r.Nonce,
 	}
-	if err := write(ctx, s.docs, collCodes, fingerprint(text), 0, c); err != nil {
+	if err := write(ctx, s.docs, collCodes, fingerprint(text), 0, c, s.codeIndex(c)...); err != nil {
 		return refuse(ctx, err, oidc.ErrServerError())
 	}
 	return nil

@@ -349,7 +349,10 @@ func (d *Directory) watch(ctx context.Context, s *servers, ready func()) {
 	judged := map[string]bool{} // gateways that were found silent
 	for {
 		moved := a.members.Moved()
-		living := a.members.Living(Part)
+		var living []string
+		if a.members.Acquainted() { // else it would take all that belongs to those it has not heard of yet
+			living = a.members.Living(Part)
+		}
 		changed := a.share(living)
 		if now := a.members.Since(); now != since {
 			// It stood still, or was away, and others may have had its partitions meanwhile.

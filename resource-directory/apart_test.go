@@ -24,12 +24,12 @@ import (
 
 // town is directories and gateways in processes of their own, but for the store that they share.
 type town struct {
-	t   *testing.T
+	t   testing.TB
 	url string
 	st  store.Store
 }
 
-func newTown(t *testing.T) *town {
+func newTown(t testing.TB) *town {
 	s, err := pebblestore.Open(t.TempDir(), pebblestore.Options{MinFree: -1})
 	if err != nil {
 		t.Fatal(err)
@@ -660,6 +660,23 @@ func TestOldPictureDecidesNothing(t *testing.T) {
 	w.must(gw.c.Notify(t.Context(), from, []hub.Change{value("/light", 1)})) // as it remembers it, in a session that it does not know
 	if got := twinOf(t, w.device(gw, dev), "/light"); got != "1" {
 		t.Errorf("the last value was 1, and the twin has %s", got)
+	}
+}
+
+// A directory that comes does not take what belongs to others before it has heard of them: two would write the same devices, and one of
+// them show an old picture until it wrote again.
+func TestNewDirectoryTakesItsShare(t *testing.T) {
+	t.Parallel()
+	w := newTown(t)
+	w.directories(2)
+	all := 0
+	for i := range 3 {
+		if w.start(Part, fmt.Sprintf("late-%d", i)).d.Partitions() == partitions {
+			all++ // on a busy machine it may be told too late
+		}
+	}
+	if all == 3 {
+		t.Error("beside others it starts with all partitions")
 	}
 }
 

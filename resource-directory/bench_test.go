@@ -61,6 +61,45 @@ func BenchmarkNotify(b *testing.B) {
 	}
 }
 
+// BenchmarkNotifyApart is BenchmarkNotify over the bus: one gateway and two directories, which share a store that is synced to the
+// real disk. cpu-ns/op is of all of them and of the NATS server.
+func BenchmarkNotifyApart(b *testing.B) {
+	for _, devices := range []int{1, 64, 256} {
+		b.Run(fmt.Sprintf("under-way=%d", devices), func(b *testing.B) {
+			w := newTown(b)
+			w.directories(2)
+			gw := w.start(GatewayPart, "gw")
+			xs := make([]*guest, devices)
+			var wait sync.WaitGroup
+			for i := range xs {
+				wait.Go(func() {
+					dev := testID(i)
+					w.must(gw.c.Register(b.Context(), own(dev, alice, 1), ""))
+					xs[i] = w.signIn(gw, "gw", dev, fmt.Sprint("conn-", i))
+				})
+			}
+			wait.Wait()
+			var n atomic.Int64
+			b.ReportAllocs()
+			b.ResetTimer()
+			cpu := cpuTime(b)
+			for _, x := range xs {
+				wait.Go(func() {
+					for i := n.Add(1); i <= int64(b.N); i = n.Add(1) {
+						if err := gw.c.Notify(b.Context(), x.stamp(), []hub.Change{value("/temperature", i)}); err != nil {
+							b.Error(err)
+							return
+						}
+					}
+				})
+			}
+			wait.Wait()
+			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "events/s")
+			b.ReportMetric(float64(cpuTime(b)-cpu)/float64(b.N), "cpu-ns/op")
+		})
+	}
+}
+
 // switched is a store whose appends, once they are free, cost nothing and keep nothing.
 type switched struct {
 	store.Store

@@ -34,6 +34,8 @@ const (
 type Client struct {
 	*Reader
 	bus     *bus.Bus
+	writes  *bus.Batches
+	homes   atomic.Pointer[[partitions]string] // the directory that has a partition, as far as is known here: what goes together
 	service string
 	log     *slog.Logger
 	changed atomic.Uint64
@@ -69,7 +71,7 @@ type sessionKey struct {
 // members what it is a member by; "" and nil where no sessions are.
 func NewClient(b *bus.Bus, feed *Reader, service string, members *bus.Members, log *slog.Logger) *Client {
 	return &Client{
-		Reader: feed, bus: b, service: service, members: members, log: log,
+		Reader: feed, bus: b, writes: b.NewBatches(), service: service, members: members, log: log,
 		silent: make(chan struct{}, 1), sessions: map[sessionKey]*held{}, ends: map[sessionKey]hub.Stamp{}, doubts: map[string]hub.DeviceID{},
 		signing: map[hub.DeviceID]int{}, early: map[sessionKey]sessionTold{},
 	}
@@ -89,6 +91,7 @@ func (c *Client) Run(ctx context.Context, ready func()) error {
 	})
 	var again sync.WaitGroup
 	defer again.Wait()
+	again.Go(func() { c.follow(ctx) })
 	again.Go(func() {
 		tick := time.NewTicker(endAgain)
 		defer tick.Stop()
@@ -224,23 +227,59 @@ func (c *Client) announce(ctx context.Context) {
 	_ = under.Wait()
 }
 
-// change makes a call that may be repeated when no answer comes.
-func change[Req, Resp any](ctx context.Context, c *Client, m bus.Method[Req, Resp], dev hub.DeviceID, q Req) (resp Resp, err error) {
-	return repeated(ctx, c, m, writesOf(partitionOf(dev)), q)
+// follow keeps homes as the membership is, until ctx ends.
+func (c *Client) follow(ctx context.Context) {
+	tick := time.NewTicker(watchEvery)
+	defer tick.Stop()
+	var known []string
+	for {
+		moved := c.members.Moved()
+		if living := c.members.Living(Part); !slices.Equal(living, known) {
+			homes := new([partitions]string)
+			for p := range homes {
+				homes[p] = bus.Home(p, living)
+			}
+			known = living
+			c.homes.Store(homes)
+		}
+		select {
+		case <-moved:
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
-func read[Req, Resp any](ctx context.Context, c *Client, m bus.Method[Req, Resp], dev hub.DeviceID, q Req) (resp Resp, err error) {
-	return repeated(ctx, c, m, readsOf(partitionOf(dev)), q)
+// change makes a call that may be repeated when no answer comes. It goes together with others to the same directory; when that was the
+// wrong one, which says so, with those to the same partition, whoever has it.
+func change[Req, Resp any](ctx context.Context, c *Client, m bus.Method[Req, Resp], dev hub.DeviceID, q Req) (Resp, error) {
+	p := partitionOf(dev)
+	subject := writesOf(p)
+	lane := subject
+	if homes := c.homes.Load(); homes != nil && homes[p] != "" {
+		lane = homes[p]
+	}
+	return repeated(ctx, func(ctx context.Context) (Resp, error) {
+		resp, err := m.Join(ctx, c.writes, lane, subject, q)
+		lane = subject
+		return resp, err
+	})
 }
 
-func repeated[Req, Resp any](ctx context.Context, c *Client, m bus.Method[Req, Resp], subject string, q Req) (resp Resp, err error) {
+func read[Req, Resp any](ctx context.Context, c *Client, m bus.Method[Req, Resp], dev hub.DeviceID, q Req) (Resp, error) {
+	subject := readsOf(partitionOf(dev))
+	return repeated(ctx, func(ctx context.Context) (Resp, error) { return m.Call(ctx, c.bus, subject, q) })
+}
+
+func repeated[Resp any](ctx context.Context, call func(context.Context) (Resp, error)) (resp Resp, err error) {
 	ctx, cancel := bounded(ctx)
 	defer cancel()
 	var doubt error // an attempt of which nobody knows what became of it
 	err = persist(ctx, unknown, func(ctx context.Context) (err error) {
 		ctx, cancel := context.WithTimeout(ctx, attempt)
 		defer cancel()
-		resp, err = m.Call(ctx, c.bus, subject, q)
+		resp, err = call(ctx)
 		if unknown(err) && !bus.NotDone(err) {
 			doubt = err
 		}

@@ -36,7 +36,8 @@ type History struct {
 	// (7 days), at least 10m.
 	Retention time.Duration `json:"retention" yaml:"retention"`
 	// MaxBytes is how many bytes the store may take on disk; when it takes more, history gets shorter than its retention, with
-	// an alarm. 0: a tenth of the disk (whoever makes a Directory puts the number in; here 0 is no bound). Default 0.
+	// an alarm. 0: a tenth of the disk (whoever makes a Directory puts the number in; here 0 is no bound). Of MongoDB it is what the
+	// database takes of the servers' disks, counted once of all copies, and 0 is no bound. Default 0.
 	MaxBytes int64 `json:"maxBytes" yaml:"maxBytes"`
 }
 

@@ -54,13 +54,13 @@ func (f *fake) Put(ctx context.Context, collection string, doc store.Doc) (uint6
 	return f.Store.Put(ctx, collection, doc)
 }
 
-func (f *fake) DiskBytes() uint64 {
+func (f *fake) DiskBytes(context.Context) (uint64, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.bytes == nil {
-		return 0
+		return 0, nil
 	}
-	return f.bytes()
+	return f.bytes(), nil
 }
 
 // faked puts a fake in front of the store; the pointer is filled when the house starts.

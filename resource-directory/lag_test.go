@@ -239,3 +239,38 @@ func TestTrimmerFoldsWhatNobodyComesFor(t *testing.T) {
 		t.Errorf("the twin is %s", twinOf(t, d, "/light"))
 	}
 }
+
+// Whoever looks at a device whose documents lag sees it as it is once they have followed.
+func TestWholeDevicesOfDocumentsThatLag(t *testing.T) {
+	t.Parallel()
+	l := &late{}
+	h := open(t, lagged(l))
+	x := h.registered(lamp)
+	_, err := x.publish(link("/light"), link("/gone"))
+	h.must(err)
+	h.must(x.notify(value("/light", "old"), value("/gone", 1)))
+	l.settle()
+	st, err := l.Load(t.Context(), lamp)
+	h.must(err)
+	for i := range st.Docs {
+		st.Docs[i].Key = basePrefix + st.Docs[i].Key
+	}
+	h.must(l.Trim(t.Context(), lamp, st.LastSeq+1, st.Docs))
+	h.must(x.notify(value("/light", "new")))
+	_, err = h.d.Unpublish(t.Context(), x.stamp(), []hub.Href{"/gone"})
+	h.must(err)
+	w, err := NewWhole()
+	h.must(err)
+	docs, bases, last, err := w.Load(t.Context(), l, lamp)
+	h.must(err)
+	l.settle()
+	later, laterBases, laterLast, err := w.Load(t.Context(), l, lamp)
+	h.must(err)
+	same := func(a, b store.StateDoc) bool { return a.Key == b.Key && string(a.Value) == string(b.Value) }
+	if !slices.EqualFunc(docs, later, same) || !slices.EqualFunc(bases, laterBases, same) || last != laterLast || len(bases) != len(st.Docs) || len(docs) < 3 {
+		t.Errorf("while its documents lag the device is at %d\n%q %q, then at %d\n%q %q", last, docs, bases, laterLast, later, laterBases)
+	}
+	if st, err := l.Load(t.Context(), lamp); err != nil || len(st.Commits) > 0 {
+		t.Errorf("the documents did not follow: %+v, %v", st, err)
+	}
+}

@@ -77,7 +77,7 @@ func (t *trimmer) step(ctx context.Context, now time.Time, up time.Duration) err
 		return nil
 	}
 	if t.next == "" {
-		t.adapt(now)
+		t.adapt(ctx, now)
 		if err := t.feed(ctx, now); err != nil {
 			return err
 		}
@@ -115,7 +115,9 @@ func (t *trimmer) trusts(now time.Time, up time.Duration) bool {
 
 // adapt shortens what is kept while the store is over its limit, and lengthens it again when there is room. It runs between
 // passes, so that what one pass freed is seen before the next step.
-func (t *trimmer) adapt(now time.Time) {
+//
+// In a cluster each directory does so for the devices it serves, by the size of the whole store: all come to about the same.
+func (t *trimmer) adapt(ctx context.Context, now time.Time) {
 	if now.Sub(t.adapted) < adaptEvery {
 		return
 	}
@@ -125,7 +127,12 @@ func (t *trimmer) adapt(now time.Time) {
 	if limit == 0 || !ok {
 		return
 	}
-	size := int64(sizer.DiskBytes())
+	bytes, err := sizer.DiskBytes(ctx)
+	if err != nil {
+		t.d.log.Warn("the store does not say how large it is: history is kept as long as before", "error", err)
+		return
+	}
+	size := int64(bytes)
 	before := t.keep
 	switch {
 	case size > limit:

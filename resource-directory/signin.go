@@ -36,6 +36,9 @@ func (d *Directory) SignIn(
 		meta.Connection = conn
 		meta.Twin.State = outOfSync(meta.Twin)
 		sess = hub.Session{Device: own.Device, Owner: own.Owner, Number: s.seq + 1, TwinEnabled: meta.Twin.Enabled, Contact: meta.Contact}
+		if s.meta.Connection.Online {
+			sess.Former = s.meta.Connection.Service
+		}
 		sess.Commands = slices.ContainsFunc(s.commands, func(c *hub.Command) bool { return c.Session == 0 })
 		return append(s.endBound(sess.Number), hub.Event{
 			Kind: hub.MetadataUpdated, Session: sess.Number, Connection: conn.ID, User: user, Metadata: &meta,

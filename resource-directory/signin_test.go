@@ -32,6 +32,24 @@ func TestSessionNumberIsTheSeqOfTheSignInsCommit(t *testing.T) {
 	}
 }
 
+// A gateway learns whose place its session took.
+func TestSignInSaysWhereTheDeviceWas(t *testing.T) {
+	t.Parallel()
+	h := open(t)
+	x := h.registered(lamp)
+	if x.sess.Former != "" {
+		t.Errorf("a device that was offline was at %q", x.sess.Former)
+	}
+	y := h.signIn(lamp, alice, 1, "conn-2")
+	if y.sess.Former != "gateway-1" {
+		t.Errorf("it was at %q", y.sess.Former)
+	}
+	h.must(h.d.Offline(t.Context(), hub.Stamp{Device: lamp, Session: y.sess.Number, Message: 1}))
+	if z := h.signIn(lamp, alice, 1, "conn-3"); z.sess.Former != "" {
+		t.Errorf("a device that went was at %q", z.sess.Former)
+	}
+}
+
 func TestSignInNeedsTheCurrentOwnership(t *testing.T) {
 	t.Parallel()
 	h := open(t)

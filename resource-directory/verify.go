@@ -7,13 +7,12 @@ import (
 	"fmt"
 
 	"github.com/coaphub/coaphub/hub"
-	"github.com/coaphub/coaphub/internal/store"
 )
 
 // Verify rebuilds each device from its bases and its log and compares the result with the stored documents, byte by byte. It
 // reports what does not fit, device by device, and how many devices it looked at; err says that it could not look. It may run
 // beside a serving directory.
-func Verify(ctx context.Context, st store.Store, report func(dev hub.DeviceID, problem string)) (devices int, err error) {
+func Verify(ctx context.Context, st Kept, report func(dev hub.DeviceID, problem string)) (devices int, err error) {
 	k, err := newCodec()
 	if err != nil {
 		return 0, err
@@ -43,7 +42,7 @@ func Verify(ctx context.Context, st store.Store, report func(dev hub.DeviceID, p
 	return devices, nil
 }
 
-func verifyDevice(ctx context.Context, k codec, st store.Store, dev hub.DeviceID) (problems []string, err error) {
+func verifyDevice(ctx context.Context, k codec, st Kept, dev hub.DeviceID) (problems []string, err error) {
 	bad := func(format string, args ...any) { problems = append(problems, fmt.Sprintf(format, args...)) }
 	stored, err := st.Load(ctx, dev)
 	if err != nil {

@@ -91,33 +91,49 @@ func newRestore(p process) *cobra.Command {
 
 func newVerify(p process) *cobra.Command {
 	var asJSON bool
+	var file string
 	cmd := &cobra.Command{
 		Use:   "verify",
 		Short: "Check every invariant of the hub's data; exit code 1 if one is broken",
-		Long:  "verify checks the data folder's store, or a consistent copy of it when the hub runs, and prints each problem.",
-		Args:  none,
+		Long: "verify checks the data folder's store, or a consistent copy of it when the hub runs, and prints each problem. With the\n" +
+			"configuration of a cluster it checks its database. The digest is equal where the same is stored: devices' logs and\n" +
+			"states, documents and secrets, but not the feed and the keys of the certificate authority. A cluster that runs has none.",
+		Args: none,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, _, err := bundle.LoadConfig(file, p.env)
+			if err != nil {
+				return err
+			}
 			problems := []string{}
 			show := newProgress(p.err, "devices checked")
 			show.text = func(n int64) string { return strconv.FormatInt(n, 10) }
 			show.begin("checking the store")
-			devices, err := bundle.Verify(cmd.Context(), dataFlag(cmd), func(problem string) {
+			report := func(problem string) {
 				problems = append(problems, problem)
 				if !asJSON {
 					_, _ = fmt.Fprintln(p.out, plain(problem))
 				}
-			}, show.at)
+			}
+			var v bundle.Verified
+			if cfg.Shared() {
+				v, err = bundle.VerifyShared(cmd.Context(), cfg, report, show.at)
+			} else {
+				v, err = bundle.Verify(cmd.Context(), dataFlag(cmd), report, show.at)
+			}
 			show.end()
 			if err != nil {
 				return err
 			}
 			if asJSON {
 				err = printJSON(p.out, struct {
-					Devices  int      `json:"devices"`
+					bundle.Verified
 					Problems []string `json:"problems"`
-				}{devices, problems})
+				}{v, problems})
 			} else {
-				_, err = fmt.Fprintf(p.out, "%d devices, %d problems\n", devices, len(problems))
+				_, err = fmt.Fprintf(p.out, "%d devices, %d problems\n", v.Devices, len(problems))
+				if err == nil && v.Digest != "" {
+					_, err = fmt.Fprintln(p.out, v.Digest)
+				}
 			}
 			if err == nil && len(problems) > 0 {
 				err = errSaid
@@ -125,6 +141,7 @@ func newVerify(p process) *cobra.Command {
 			return err
 		},
 	}
+	cmd.Flags().StringVar(&file, "config", "", "configuration file of a cluster (YAML), to check its database")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return cmd
 }

@@ -164,7 +164,7 @@ func newRoot(p process) *cobra.Command {
 		newServe(p), newStatus(p), newParts(p), newAudit(p), newOnboard(p), newToken(p), newUser(p), newCA(p), newCerts(p), newDeny(p), newEnroll(p), newAgent(p), newDevices(p), newGet(p), newWatch(p),
 		newSet(p), newCreate(p), newDelete(p), newCommands(p),
 		newThings(p), newCall(p), newLogin(p), newLogout(p),
-		newHistory(p), newSimulate(p), newLoad(p), newConfig(p), newVerify(p), newBackup(p), newRestore(p), newVersion(p),
+		newHistory(p), newSimulate(p), newLoad(p), newConfig(p), newVerify(p), newBackup(p), newRestore(p), newMigrate(p), newVersion(p),
 	)
 	return root
 }

@@ -73,42 +73,58 @@ func (m Method[Req, Resp]) Call(ctx context.Context, b *Bus, subject string, req
 	if err != nil {
 		return resp, fmt.Errorf("encode %s: %w", m, err)
 	}
+	return answered[Resp](b, string(m), body, func() ([]byte, error) { return b.ask(ctx, b.prefix+subject, string(m), body) })
+}
+
+// answered asks and reads the answer.
+func answered[Resp any](b *Bus, method string, body []byte, ask func() ([]byte, error)) (resp Resp, err error) {
 	if len(body) > maxQuestion {
-		return resp, hub.NewError(hub.TooLarge, "", "").With(string(m), nil)
+		return resp, hub.NewError(hub.TooLarge, "", "").With(method, nil)
 	}
 	began := time.Now()
-	out, err := b.ask(ctx, b.prefix+subject, string(m), body)
-	b.metrics.asked(string(m), err, time.Since(began))
+	out, err := ask()
+	b.metrics.asked(method, err, time.Since(began))
 	if err != nil {
 		return resp, err
 	}
 	if err := decoding.Unmarshal(out, &resp); err != nil {
-		return resp, fmt.Errorf("decode the answer of %s: %w", m, err)
+		return resp, fmt.Errorf("decode the answer of %s: %w", method, err)
 	}
 	return resp, nil
 }
 
-// ask sends a question and collects the answer. Whatever goes beyond one message is sent, and asked for, part by part: who has asked for
-// a part has room for it, and nobody is sent more than that.
+// ask sends a question and collects the answer.
 func (b *Bus) ask(ctx context.Context, subject, method string, body []byte) ([]byte, error) {
-	if _, ok := ctx.Deadline(); !ok {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, patience)
-		defer cancel()
+	ctx, cancel := bounded(ctx)
+	defer cancel()
+	return b.talk(ctx, subject, method, body, nil)
+}
+
+// bounded is ctx, with an end.
+func bounded(ctx context.Context) (context.Context, context.CancelFunc) {
+	if _, ok := ctx.Deadline(); ok {
+		return ctx, func() {}
 	}
+	return context.WithTimeout(ctx, patience)
+}
+
+// talk goes on with a question, of which body is left, and with its answer, of which out came. Whatever goes beyond one message is sent,
+// and asked for, part by part: who has asked for a part has room for it, and nobody is sent more than that.
+func (b *Bus) talk(ctx context.Context, subject, method string, body, out []byte) ([]byte, error) {
 	deadline, _ := ctx.Deadline()
 	q := question{Version: version, Build: b.build, Method: method, Within: time.Until(deadline)}
-	var out []byte
 	for {
 		q.Part, body = cut(body)
 		q.More = len(body) > 0
 		a, err := b.send(ctx, subject, q)
-		if err != nil {
-			return nil, err
+		if err == nil && a.Failure != nil {
+			err = a.Failure.err(method)
 		}
 		switch {
-		case a.Failure != nil:
-			return nil, a.Failure.err(method)
+		case len(out) > 0 && NotDone(err):
+			return nil, partSilent.With(method, err) // it was done, and the rest of what became of it is lost
+		case err != nil:
+			return nil, err
 		case q.More && a.Next == "":
 			return nil, fmt.Errorf("%s: the other side took a part of the question for all of it", method)
 		case q.More:
@@ -136,20 +152,25 @@ func (b *Bus) send(ctx context.Context, subject string, q question) (answer, err
 		return answer{}, fmt.Errorf("encode a question: %w", err)
 	}
 	msg, err := b.conn.RequestWithContext(ctx, subject, data)
-	switch {
-	case err == nil:
-	case errors.Is(err, nats.ErrNoResponders):
-		return answer{}, partAway.With(q.Method, err)
-	case errors.Is(err, nats.ErrReconnectBufExceeded), errors.Is(err, nats.ErrConnectionClosed), errors.Is(err, nats.ErrConnectionDraining):
-		return answer{}, busAway.With(q.Method, err)
-	default: // its time is over, or the connection went in the middle
-		return answer{}, partSilent.With(q.Method, err)
+	if err != nil {
+		return answer{}, unsent(q.Method, err)
 	}
 	var a answer
 	if err := a.decode(msg.Data, b.build); err != nil {
 		return a, err
 	}
 	return a, nil
+}
+
+// unsent is what NATS's error says of a message that it did not answer.
+func unsent(method string, err error) error {
+	switch {
+	case errors.Is(err, nats.ErrNoResponders):
+		return partAway.With(method, err)
+	case errors.Is(err, nats.ErrReconnectBufExceeded), errors.Is(err, nats.ErrConnectionClosed), errors.Is(err, nats.ErrConnectionDraining):
+		return busAway.With(method, err)
+	}
+	return partSilent.With(method, err) // its time is over, or the connection went in the middle
 }
 
 // The kinds of not getting an answer.

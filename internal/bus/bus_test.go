@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -26,6 +25,7 @@ import (
 	"github.com/nats-io/nkeys"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/bus/bustest"
@@ -207,12 +207,8 @@ func await(t *testing.T, what string, is func() bool) {
 
 // Parts start in any order, and a bus that comes back is used again, by those who ask and by those who answer.
 func TestTheBusComesLaterAndAgain(t *testing.T) {
-	first := bustest.Server(t, nil)
-	port := first.Addr().(*net.TCPAddr).Port
-	cfg := Config{URLs: []string{first.ClientURL()}}
-	first.Shutdown()
-	first.WaitForShutdown()
-
+	port := bustest.Port(t)
+	cfg := Config{URLs: []string{fmt.Sprintf("nats://127.0.0.1:%d", port)}}
 	ask, answer := connect(t, cfg, "v1"), connect(t, cfg, "v1")
 	s := answer.Server(true, slog.New(slog.DiscardHandler), "echo")
 	Handle(s, echo, func(_ context.Context, q text) (text, error) { return q, nil })
@@ -283,44 +279,92 @@ func TestOverload(t *testing.T) {
 	all.Wait()
 }
 
-// Talks are bounded, and end when nobody goes on with them.
+// bare is a server without a bus.
+func bare() *Server {
+	return &Server{
+		bus: &Bus{metrics: newMetrics(prometheus.NewRegistry())}, methods: map[string]handler{}, talks: map[string]*talk{},
+		room: semaphore.NewWeighted(talking), log: slog.New(slog.DiscardHandler),
+	}
+}
+
+// Talks are bounded, and end when nobody goes on with them. What was done waits for room for its answer, and is never said to be refused.
 func TestTalksAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := &Server{bus: &Bus{metrics: newMetrics(prometheus.NewRegistry())}, methods: map[string]handler{}, talks: map[string]*talk{}}
+		s := bare()
+		const room = 4 * maxPart
+		s.room = semaphore.NewWeighted(room)
 		s.methods["long"] = func(context.Context, []byte) ([]byte, error) { return make([]byte, 3*maxPart), nil }
-		q := question{Version: version, Method: "long", Within: time.Second}
-		var last answer
-		for range talking {
-			if last = s.turn(t.Context(), "", q); last.Failure != nil || last.Next == "" {
-				t.Fatalf("got %+v", last.Failure)
-			}
+		ask := func(within time.Duration) answer {
+			return s.turn(t.Context(), &talk{q: question{Version: version, Method: "long", Within: within}}, nil, false)
 		}
-		if a := s.turn(t.Context(), "", q); a.Failure == nil || a.Failure.Code != "part-busy" {
-			t.Errorf("one more talk: %+v", a.Failure)
+		first := ask(time.Second)
+		if first.Failure != nil || len(first.Part) != maxPart || first.Next == "" {
+			t.Fatalf("got %d bytes, %+v", len(first.Part), first.Failure)
 		}
-		next := s.turn(t.Context(), last.Next, q)
-		if len(next.Part) != maxPart || next.Next == "" || next.Next == last.Next {
-			t.Errorf("the second part: %d bytes", len(next.Part))
+		if a := ask(time.Second); a.Failure == nil || a.Failure.Code != "part-silent" {
+			t.Errorf("an answer without room: %+v", a.Failure)
 		}
-		if a := s.turn(t.Context(), last.Next, q); a.Failure == nil || a.Failure.Code != "part-silent" {
-			t.Errorf("the same part again: %+v", a.Failure)
+		if a := s.turn(t.Context(), &talk{}, make([]byte, 2*maxPart), true); a.Failure == nil || a.Failure.Code != "part-busy" {
+			t.Errorf("a question without room: %+v", a.Failure)
+		}
+		second := make(chan answer, 1)
+		go func() { second <- ask(5 * time.Second) }()
+		synctest.Wait()
+		last := s.part(s.claim(first.Next))
+		if len(last.Part) != maxPart || last.Next == "" || last.Next == first.Next || s.claim(first.Next) != nil {
+			t.Errorf("the second part: %d bytes", len(last.Part))
+		}
+		if last = s.part(s.claim(last.Next)); last.Next != "" {
+			t.Error("there is a fourth part")
+		}
+		if a := <-second; a.Failure != nil || len(a.Part) != maxPart {
+			t.Errorf("an answer that waited for room: %+v", a.Failure)
 		}
 		time.Sleep(talkTime + time.Second)
 		synctest.Wait()
-		if len(s.talks) != 0 {
+		if len(s.talks) != 0 || !s.room.TryAcquire(room) {
 			t.Errorf("%d talks are left", len(s.talks))
 		}
-		last = answer{}
-		for i := 0; last.Failure == nil; i++ {
-			last = s.turn(t.Context(), last.Next, question{Version: version, Method: "long", Part: make([]byte, maxPart), More: true})
-			if (last.Failure != nil) != (i == maxQuestion/maxPart) {
-				t.Fatalf("part %d of a question: %+v", i, last.Failure)
+		s.room = semaphore.NewWeighted(talking)
+		asking := &talk{}
+		for i := 0; ; i++ {
+			a := s.turn(t.Context(), asking, make([]byte, maxPart), true)
+			if (a.Failure != nil) != (i == maxQuestion/maxPart) {
+				t.Fatalf("part %d of a question: %+v", i, a.Failure)
 			}
-		}
-		if last.Failure.Kind != "too-large" || len(s.talks) != 0 {
-			t.Errorf("a question that does not end: %+v, and %d talks", last.Failure, len(s.talks))
+			if a.Failure != nil {
+				if a.Failure.Kind != "too-large" || !s.room.TryAcquire(talking) {
+					t.Errorf("a question that does not end: %+v", a.Failure)
+				}
+				break
+			}
+			s.claim(a.Next)
 		}
 	})
+}
+
+// When the rest of an answer is lost it is not said that nothing was done.
+func TestLostInTheMiddle(t *testing.T) {
+	ask, answers := pair(t)
+	_, err := answers.conn.Subscribe(answers.prefix+"a", func(m *nats.Msg) {
+		var q question
+		_ = decoding.Unmarshal(m.Data, &q)
+		a := answer{Version: version, Part: []byte("x"), Next: answers.prefix + "inbox.nobody"}
+		if q.Version == batchVersion {
+			a = answer{Version: batchVersion, Batch: []outcome{{Part: a.Part, Next: a.Next}}}
+		}
+		_ = m.Respond(must(encoding.Marshal(a)))
+	})
+	if err == nil {
+		err = answers.conn.Flush()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = echo.Call(t.Context(), ask, "a", text{})
+	wantCode(t, err, "part-silent")
+	_, err = echo.Join(t.Context(), ask.NewBatches(), "a", "a", text{})
+	wantCode(t, err, "part-silent")
 }
 
 // Two versions that cannot talk say so, and the log names both.
@@ -449,11 +493,11 @@ func FuzzFrames(f *testing.F) {
 				t.Error("a failure is no error")
 			}
 		}
-		s := &Server{bus: &Bus{metrics: newMetrics(prometheus.NewRegistry())}, methods: map[string]handler{}, talks: map[string]*talk{}, log: slog.New(slog.DiscardHandler)}
+		s := bare()
 		Handle(s, echo, func(_ context.Context, q text) (text, error) { return q, nil })
 		var q question
 		if decoding.Unmarshal(data, &q) == nil {
-			s.turn(t.Context(), "", q)
+			s.turn(t.Context(), &talk{q: q}, q.Part, q.More)
 		}
 		for name := range s.talks {
 			s.claim(name)

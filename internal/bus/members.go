@@ -3,12 +3,15 @@ package bus
 import (
 	"cmp"
 	"context"
+	"fmt"
 	"hash/fnv"
 	"log/slog"
 	"maps"
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/coaphub/coaphub/hub"
 )
 
 const (
@@ -16,6 +19,9 @@ const (
 	beat, lost = time.Second, 5 * time.Second
 	// Patience is how long a part has heard itself without a gap before it says of others that they are silent.
 	Patience = 10 * time.Second
+	// answerIn is how soon a part says to one that has just come that it lives: once, if several come together. Who has heard itself for
+	// acquaint has heard of all who live.
+	answerIn, acquaint = 20 * time.Millisecond, 300 * time.Millisecond
 	// maxMembers bounds who is remembered; more instances than this are not told apart from noise.
 	maxMembers = 4096
 )
@@ -50,12 +56,14 @@ type Members struct {
 	load func() Load
 	log  *slog.Logger
 
-	mu    sync.Mutex // guards all below
-	seen  map[memberKey]heard
-	own   time.Time     // when it last heard itself
-	since time.Time     // since when it has heard itself without a gap
-	moved chan struct{} // closed when somebody came, left or went silent
-	left  bool
+	mu        sync.Mutex // guards all below
+	seen      map[memberKey]heard
+	own       time.Time     // when it last heard itself
+	since     time.Time     // since when it has heard itself without a gap
+	moved     chan struct{} // closed when somebody came, left or went silent
+	left      bool
+	strangers map[string]struct{} // the programs' versions of those that this one cannot read
+	answering bool                // it is about to say that it lives
 }
 
 // memberKey tells members apart: a process may have several parts, under the same name.
@@ -72,12 +80,98 @@ func (b *Bus) Members(self Member, load func() Load, log *slog.Logger) *Members 
 	if load == nil {
 		load = func() Load { return Load{} }
 	}
-	return &Members{bus: b, self: self, load: load, log: log, seen: map[memberKey]heard{}, moved: make(chan struct{})}
+	return &Members{bus: b, self: self, load: load, log: log, seen: map[memberKey]heard{}, moved: make(chan struct{}), strangers: map[string]struct{}{}}
 }
+
+// who asks those who cannot read it to say that they live, which they do at once.
+const who = Note[Member]("who")
+
+// meeting is for how long Meet waits for them.
+const meeting = 300 * time.Millisecond
+
+// Meet returns an error that names both versions if parts live that this one cannot talk to: the two would take each other's questions,
+// and answer them with nothing but that. It is asked before anything is served.
+func (m *Members) Meet(ctx context.Context) error {
+	met := make(chan error, 1)
+	stop, err := alive.listen(m.bus, "alive.>", func(Member) {}, func(n note) {
+		select {
+		case met <- strangersAt(m.bus.build, n):
+		default:
+		}
+	})
+	if err != nil {
+		return err
+	}
+	defer stop()
+	if m.bus.conn.IsConnected() {
+		if err := m.bus.conn.FlushTimeout(patience); err != nil {
+			m.log.Warn("the bus does not answer", "error", err)
+		}
+	}
+	if err := who.Send(m.bus, m.subject(), m.self); err != nil {
+		return nil // nobody can be met; while the bus is away nobody can be disturbed either
+	}
+	t := time.NewTimer(meeting)
+	defer t.Stop()
+	select {
+	case err := <-met:
+		return err
+	case <-t.C:
+	case <-ctx.Done():
+	}
+	return nil
+}
+
+func (m *Members) subject() string { return "alive." + m.self.Part + "." + m.self.Instance }
+
+func strangersAt(build string, n note) error {
+	return hub.NewError(hub.Precondition, "part-version", fmt.Sprintf(
+		"parts of the hub run that this one cannot talk to: this is coaphub %s, which speaks version %d, and they are coaphub %s, which speak version %d; stop them first",
+		build, version, n.Build, n.Version)).With("bus", nil)
+}
+
+// stranger takes note of one whose version this one cannot read: it says so once, and that it lives itself, so that a newcomer finds out.
+func (m *Members) stranger(n note) {
+	m.mu.Lock()
+	_, known := m.strangers[n.Build]
+	if known = known || len(m.strangers) >= maxStrangers; !known {
+		m.strangers[n.Build] = struct{}{}
+	}
+	if n.Name == string(who) {
+		m.answer()
+	}
+	m.mu.Unlock()
+	if !known {
+		m.log.Error("a part of another version lives, and cannot be talked to", "error", strangers(m.bus.build, n.Build, n.Version))
+	}
+}
+
+// answer has it say soon that it lives. m.mu is held.
+func (m *Members) answer() {
+	if m.answering {
+		return
+	}
+	m.answering = true
+	time.AfterFunc(answerIn, func() {
+		m.mu.Lock()
+		m.answering = false
+		m.mu.Unlock()
+		m.say()
+	})
+}
+
+// maxStrangers bounds the versions that are remembered.
+const maxStrangers = 64
 
 // Run says that the instance lives, and listens to the others, until ctx ends; then it says that it is gone.
 func (m *Members) Run(ctx context.Context, ready func()) error {
-	stop, err := alive.Listen(m.bus, "alive.>", func(o Member) { m.heard(o, time.Now()) })
+	stop, err := alive.listen(m.bus, "alive.>", func(o Member) {
+		if m.heard(o, time.Now()) {
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			m.answer()
+		}
+	}, m.stranger)
 	if err != nil {
 		return err
 	}
@@ -111,30 +205,37 @@ func (m *Members) say() {
 	self.Leaving = m.left
 	m.mu.Unlock()
 	self.Load = m.load()
-	if err := alive.Send(m.bus, "alive."+self.Part+"."+self.Instance, self); err != nil {
+	if err := alive.Send(m.bus, m.subject(), self); err != nil {
 		m.log.Debug("nobody is told that this part lives", "error", err)
 	}
 }
 
-// heard takes what a member said at now.
-func (m *Members) heard(o Member, now time.Time) {
+// heard takes what a member said at now. came: it may not have heard of this one.
+func (m *Members) heard(o Member, now time.Time) (came bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if o.Instance == m.self.Instance && o.Part == m.self.Part {
 		if now.Sub(m.own) > lost {
 			m.since = now
+			time.AfterFunc(acquaint, func() {
+				m.mu.Lock()
+				defer m.mu.Unlock()
+				m.move()
+			})
 		}
 		m.own = now
 	}
 	key := memberKey{o.Part, o.Instance}
 	old, known := m.seen[key]
 	if !known && len(m.seen) >= maxMembers {
-		return
+		return false
 	}
 	m.seen[key] = heard{o, now}
 	if !known || old.Leaving != o.Leaving || now.Sub(old.at) > lost {
 		m.move()
+		return key != (memberKey{m.self.Part, m.self.Instance})
 	}
+	return false
 }
 
 // sweep tells of those that went silent, and forgets them after an hour.
@@ -220,6 +321,14 @@ func (m *Members) silent(part, instance string, now time.Time) bool {
 		return now.Sub(h.at) > lost
 	}
 	return now.Sub(h.at) > Patience
+}
+
+// Acquainted reports whether the instance has heard itself for long enough to have heard of all who live.
+func (m *Members) Acquainted() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	now := time.Now()
+	return now.Sub(m.own) <= lost && now.Sub(m.since) >= acquaint
 }
 
 // Sure reports whether the instance has heard itself for long enough to say who is silent.

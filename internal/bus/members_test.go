@@ -1,12 +1,18 @@
 package bus
 
 import (
+	"bytes"
+	"context"
 	"fmt"
 	"log/slog"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
+
+	"github.com/coaphub/coaphub/hub"
 	"github.com/coaphub/coaphub/internal/bus/bustest"
 )
 
@@ -47,6 +53,68 @@ func TestMembersHearEachOther(t *testing.T) {
 	within(t, func() bool { return slices.Equal(all[0].Living("part"), []string{"0", "2"}) })
 	if all[0].Silent("part", "1") {
 		t.Error("who has just left is called silent")
+	}
+}
+
+// Those who cannot talk to each other find out at the start of the later one, and both name both versions.
+func TestStrangersMeet(t *testing.T) {
+	srv := bustest.Server(t, nil)
+	var logged bytes.Buffer
+	b := connect(t, Config{URLs: []string{srv.ClientURL()}}, "v1.2.3")
+	m := b.Members(Member{Part: "part", Instance: "0"}, nil, slog.New(slog.NewTextHandler(&logged, nil)))
+	if err := m.Meet(t.Context()); err != nil {
+		t.Fatalf("nobody is there, and it met %v", err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	over, ready := make(chan error, 1), make(chan struct{})
+	go func() { over <- m.Run(ctx, func() { close(ready) }) }()
+	<-ready
+	if err := b.Members(Member{Part: "part", Instance: "1"}, nil, slog.New(slog.DiscardHandler)).Meet(t.Context()); err != nil {
+		t.Errorf("it met one of its own version: %v", err)
+	}
+
+	conn, err := nats.Connect(srv.ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	// A stranger comes: it is answered by a word of who lives.
+	heard, err := conn.SubscribeSync(b.prefix + "alive.part.0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		if err := conn.Publish(b.prefix+"alive.part.9", must(encoding.Marshal(note{Version: 9, Build: "v9.9.9", Name: string(who)}))); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := heard.NextMsg(10 * time.Second); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// A stranger lives: who comes is refused.
+	_, err = conn.Subscribe(b.prefix+"alive.part.1", func(*nats.Msg) {
+		_ = conn.Publish(b.prefix+"alive.part.9", must(encoding.Marshal(note{Version: 9, Build: "v9.9.9", Name: string(alive)})))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := conn.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	err = b.Members(Member{Part: "part", Instance: "1"}, nil, slog.New(slog.DiscardHandler)).Meet(t.Context())
+	code, text := hub.Public(err)
+	if code != "part-version" || !hub.IsKind(err, hub.Precondition) || !strings.Contains(text, "v9.9.9") || !strings.Contains(text, "v1.2.3") {
+		t.Errorf("it met %v", err)
+	}
+	cancel()
+	if err := <-over; err != nil {
+		t.Error(err)
+	}
+	if s := logged.String(); strings.Count(s, "v9.9.9") != 1 || !strings.Contains(s, "v1.2.3") {
+		t.Errorf("the log says %s", s)
+	}
+	if who, _ := m.All(); len(who) != 1 {
+		t.Errorf("the members are %+v", who)
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 
 type metrics struct {
 	calls, answers *prometheus.HistogramVec
+	batch          prometheus.Histogram
 	disconnects    prometheus.Counter
 }
 
@@ -23,12 +24,16 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 			Name: "coaphub_bus_answer_seconds", Buckets: prometheus.ExponentialBuckets(0.0001, 4, 9),
 			Help: "Time that this part worked on calls of others by method and what came of them. internal: its log says what went wrong.",
 		}, []string{"method", "outcome"}),
+		batch: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "coaphub_bus_batch_questions", Buckets: prometheus.ExponentialBuckets(1, 2, 9),
+			Help: "Questions to other parts that went out in one message. It grows with what there is to ask; always 256: the part that is asked is too slow.",
+		}),
 		disconnects: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "coaphub_bus_disconnects_total",
 			Help: "How often the connection to the bus was lost. When it rises, look at the NATS servers and the network between.",
 		}),
 	}
-	reg.MustRegister(m.calls, m.answers, m.disconnects)
+	reg.MustRegister(m.calls, m.answers, m.batch, m.disconnects)
 	return m
 }
 
@@ -38,7 +43,7 @@ func (m *metrics) changed(connected bool) {
 	}
 }
 
-func outcome(err error) string {
+func result(err error) string {
 	if err == nil {
 		return "ok"
 	}
@@ -46,9 +51,9 @@ func outcome(err error) string {
 }
 
 func (m *metrics) asked(method string, err error, took time.Duration) {
-	m.calls.WithLabelValues(method, outcome(err)).Observe(took.Seconds())
+	m.calls.WithLabelValues(method, result(err)).Observe(took.Seconds())
 }
 
 func (m *metrics) answered(method string, err error, took time.Duration) {
-	m.answers.WithLabelValues(method, outcome(err)).Observe(took.Seconds())
+	m.answers.WithLabelValues(method, result(err)).Observe(took.Seconds())
 }

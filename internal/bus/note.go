@@ -45,9 +45,20 @@ func (n Note[T]) Send(b *Bus, subject string, v T) error {
 // Listen has f called with each note of this name to the subject, one at a time, until stop was called. The subject may have NATS's
 // wildcards. Notes of versions that this one cannot read are passed over, and those that f has no time for.
 func (n Note[T]) Listen(b *Bus, subject string, f func(T)) (stop func(), err error) {
+	return n.listen(b, subject, f, func(note) {})
+}
+
+// listen is Listen, and has other called with notes of versions that this one cannot read.
+func (n Note[T]) listen(b *Bus, subject string, f func(T), other func(note)) (stop func(), err error) {
 	sub, err := b.conn.Subscribe(b.prefix+subject, func(msg *nats.Msg) {
 		var got note
-		if decoding.Unmarshal(msg.Data, &got) != nil || got.Version != version || got.Name != string(n) {
+		switch {
+		case decoding.Unmarshal(msg.Data, &got) != nil:
+			return
+		case got.Version != version:
+			other(got)
+			return
+		case got.Name != string(n):
 			return
 		}
 		var v T

@@ -6,19 +6,23 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/coaphub/coaphub/hub"
 )
 
 const (
-	// working is how many questions of a server are worked on at a time, and talking how many that come or go in parts wait for the next.
-	working, talking = 1024, 256
+	// working is how many questions of a server are worked on at a time.
+	working = 1024
+	// talking bounds the bytes of questions and answers that come and go in parts and wait for the next.
+	talking = 128 << 20
 	// talkTime is how long a talk waits for its next part, and leaving how long questions have to be answered when the server ends: a
 	// process has five seconds for all that it does then.
 	talkTime, leaving = 10 * time.Second, 2 * time.Second
@@ -34,6 +38,7 @@ type Server struct {
 	log     *slog.Logger
 
 	slots  chan struct{} // has one for each question that is worked on
+	room   *semaphore.Weighted
 	under  sync.WaitGroup
 	talkTo string // the subject of talks, up to their names
 
@@ -50,7 +55,8 @@ type handler func(ctx context.Context, body []byte) ([]byte, error)
 type talk struct {
 	q     question
 	body  []byte // of the question, as far as it came
-	out   []byte // what is left of the answer
+	out   []byte // what is left of the answer; nil: the question is not worked on yet
+	taken int    // of the server's room
 	until *time.Timer
 }
 
@@ -58,7 +64,7 @@ type talk struct {
 // one of all servers of its subject, else by each of them.
 func (b *Bus) Server(shared bool, log *slog.Logger, subjects ...string) *Server {
 	s := &Server{
-		bus: b, shared: shared, methods: map[string]handler{}, log: log, slots: make(chan struct{}, working),
+		bus: b, shared: shared, methods: map[string]handler{}, log: log, slots: make(chan struct{}, working), room: semaphore.NewWeighted(talking),
 		talkTo: b.prefix + "inbox.talk." + rand.Text() + ".", talks: map[string]*talk{}, subs: map[string]*nats.Subscription{},
 	}
 	for _, subject := range subjects {
@@ -194,12 +200,15 @@ func (s *Server) end(work context.Context) {
 }
 
 // accept has a message worked on. It must not block: all messages of the subject wait for it.
-func (s *Server) accept(ctx context.Context, msg *nats.Msg, talk string) {
+func (s *Server) accept(ctx context.Context, msg *nats.Msg, name string) {
 	var q question
 	switch err := decoding.Unmarshal(msg.Data, &q); {
 	case err != nil:
 		s.log.Error("a question that cannot be read", "subject", msg.Subject, "error", err)
 		s.answer(msg, answer{Failure: failureOf(err)})
+		return
+	case q.Version == batchVersion && name == "":
+		s.batch(ctx, msg, q)
 		return
 	case q.Version != version:
 		err := strangers(s.bus.build, q.Build, q.Version)
@@ -207,37 +216,138 @@ func (s *Server) accept(ctx context.Context, msg *nats.Msg, talk string) {
 		s.answer(msg, answer{Failure: failureOf(err)})
 		return
 	}
+	var t *talk
+	if name != "" {
+		if t = s.claim(name); t == nil {
+			s.answer(msg, answer{Failure: failureOf(partSilent.With("talk", nil))}) // it took too long, or this was said before
+			return
+		}
+		if t.out != nil { // the work is done
+			s.under.Go(func() { s.answer(msg, s.part(t)) })
+			return
+		}
+	} else {
+		t = &talk{q: q}
+	}
 	select {
 	case s.slots <- struct{}{}:
 	default:
+		s.free(t)
 		s.answer(msg, answer{Failure: failureOf(partBusy)})
 		return
 	}
 	s.under.Go(func() {
 		defer func() { <-s.slots }()
-		s.answer(msg, s.turn(ctx, talk, q))
+		s.answer(msg, s.turn(ctx, t, q.Part, q.More))
 	})
 }
 
-// turn is one message's part in the conversation: it takes what came and says what goes back.
-func (s *Server) turn(ctx context.Context, name string, q question) answer {
-	t := &talk{q: q}
-	if name != "" {
-		if t = s.claim(name); t == nil {
-			return answer{Failure: failureOf(partSilent.With("talk", nil))} // it took too long, or this was said before
+// batch has the questions of a message worked on, each for itself. It must not block.
+func (s *Server) batch(ctx context.Context, msg *nats.Msg, q question) {
+	r := &outcomes{s: s, msg: msg}
+	for _, i := range q.Batch {
+		if !s.serves(msg, i.Subject) {
+			r.add(outcome{At: i.At, Failure: failureOf(partAway)})
+			continue
+		}
+		select {
+		case s.slots <- struct{}{}:
+		default:
+			r.add(outcome{At: i.At, Failure: failureOf(partBusy)})
+			continue
+		}
+		s.under.Go(func() {
+			defer func() { <-s.slots }()
+			a := s.turn(ctx, &talk{q: question{Build: q.Build, Method: i.Method, Within: i.Within}}, i.Body, false)
+			r.add(outcome{At: i.At, Part: a.Part, Next: a.Next, Failure: a.Failure})
+		})
+	}
+}
+
+// serves reports whether a question that came with a message is for this server.
+func (s *Server) serves(msg *nats.Msg, subject string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, is := s.subs[subject]
+	return is || msg.Subject == s.bus.prefix+subject
+}
+
+// outcomes is what is known of a batch and not answered. What becomes known at the same time goes into one message, and nothing waits for
+// what is not known.
+type outcomes struct {
+	s   *Server
+	msg *nats.Msg
+
+	mu      sync.Mutex // guards all below
+	known   []outcome
+	sending bool
+}
+
+func (r *outcomes) add(o outcome) {
+	r.mu.Lock()
+	r.known = append(r.known, o)
+	sending := r.sending
+	r.sending = true
+	r.mu.Unlock()
+	if sending {
+		return
+	}
+	for {
+		runtime.Gosched() // to those that are awake with an outcome, too: one append has ended for all of them
+		some := r.some()
+		if some == nil {
+			return
+		}
+		r.s.answer(r.msg, answer{Batch: some})
+	}
+}
+
+// some takes outcomes for a message; nil: there are none, and whoever has the next one sends.
+func (r *outcomes) some() []outcome {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	n, size := 0, 0
+	for ; n < len(r.known); n++ {
+		if size += len(r.known[n].Part) + 64; n > 0 && size > maxPart {
+			break
 		}
 	}
-	if t.out != nil {
-		return s.part(t)
+	out := r.known[:n:n]
+	r.known = r.known[n:]
+	r.sending = n > 0
+	if n == 0 {
+		return nil
 	}
-	if len(t.body)+len(q.Part) > maxQuestion {
+	return out
+}
+
+// turn takes a part of a question, and says what goes back: where the next part goes, or the answer to all of it.
+func (s *Server) turn(ctx context.Context, t *talk, part []byte, more bool) answer {
+	t.body = append(t.body, part...)
+	if len(t.body) > maxQuestion {
+		s.free(t)
 		return answer{Failure: failureOf(hub.NewError(hub.TooLarge, "", ""))}
 	}
-	t.body = append(t.body, q.Part...)
-	if q.More {
+	if more {
+		if !s.room.TryAcquire(int64(len(part))) {
+			s.free(t)
+			return answer{Failure: failureOf(partBusy)}
+		}
+		t.taken += len(part)
 		return s.keep(t, answer{})
 	}
-	out, err := s.work(ctx, t.q, t.body)
+	until, cancel := context.WithTimeout(ctx, min(t.q.Within, longest))
+	defer cancel()
+	out, err := s.work(until, t.q, t.body)
+	s.free(t)
+	if err == nil && len(out) > maxPart {
+		// From here on it is not "busy": it was done.
+		if err = s.room.Acquire(until, int64(min(len(out), talking))); err == nil {
+			t.taken = min(len(out), talking)
+		} else {
+			err = partSilent.With(t.q.Method, err)
+		}
+	}
 	if err != nil {
 		return answer{Failure: failureOf(err)}
 	}
@@ -250,9 +360,16 @@ func (s *Server) part(t *talk) answer {
 	var a answer
 	a.Part, t.out = cut(t.out)
 	if len(t.out) == 0 {
+		s.free(t)
 		return a
 	}
 	return s.keep(t, a)
+}
+
+// free gives back what a talk has taken of the room.
+func (s *Server) free(t *talk) {
+	s.room.Release(int64(t.taken))
+	t.taken = 0
 }
 
 // keep remembers a talk for what follows, and says where that goes.
@@ -260,11 +377,12 @@ func (s *Server) keep(t *talk, a answer) answer {
 	name := rand.Text()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.talks) >= talking {
-		return answer{Failure: failureOf(partBusy)}
-	}
 	s.talks[name] = t
-	t.until = time.AfterFunc(talkTime, func() { s.claim(name) })
+	t.until = time.AfterFunc(talkTime, func() {
+		if t := s.claim(name); t != nil {
+			s.free(t)
+		}
+	})
 	a.Next = s.talkTo + name
 	return a
 }
@@ -287,8 +405,6 @@ func (s *Server) work(ctx context.Context, q question, body []byte) (out []byte,
 	if !ok { // a newer one asks
 		return nil, hub.NewError(hub.Unsupported, "", "").With(q.Method, fmt.Errorf("coaphub %s asks for what coaphub %s does not have", q.Build, s.bus.build))
 	}
-	ctx, cancel := context.WithTimeout(ctx, min(q.Within, longest))
-	defer cancel()
 	began := time.Now()
 	defer func() {
 		if r := recover(); r != nil {
@@ -309,6 +425,9 @@ func (s *Server) work(ctx context.Context, q question, body []byte) (out []byte,
 
 func (s *Server) answer(msg *nats.Msg, a answer) {
 	a.Version, a.Build = version, s.bus.build
+	if a.Batch != nil {
+		a.Version = batchVersion
+	}
 	data, err := encoding.Marshal(a)
 	if err == nil {
 		err = msg.Respond(data)

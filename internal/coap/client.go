@@ -348,7 +348,7 @@ next:
 // slot waits for its turn among the outstanding requests, first come, first served.
 func (c *Conn) slot(ctx context.Context, op string) error {
 	c.mu.Lock()
-	if c.reason != nil {
+	if c.parting() {
 		c.mu.Unlock()
 		return errGone.With(op, nil)
 	}
@@ -470,7 +470,7 @@ func (c *Conn) attempt(ctx context.Context, op string, m *Message, x *exchange) 
 	}
 	key := string(m.Token)
 	c.mu.Lock()
-	if c.reason != nil {
+	if c.parting() {
 		c.mu.Unlock()
 		return nil, errGone.With(op, nil)
 	}
@@ -593,7 +593,7 @@ func (c *Conn) response(m *Message, f fault, room, settles bool) (item, verdict)
 		x.answer <- answer{msg: m, fault: f}
 		return item{}, isAnswer
 	}
-	if o == nil || c.reason != nil {
+	if o == nil || !c.reports() {
 		// RFC 8323 has no Reset: an answer that nobody waits for is dropped.
 		c.srv.metrics.dropped.WithLabelValues("late").Inc()
 		return item{}, isUnknown

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	mathrand "math/rand/v2"
 	"runtime/debug"
 	"sync"
@@ -76,6 +77,8 @@ type Conn struct {
 	later        int             // answers that are made beside the worker
 	reason       error           // not nil: the connection is closing
 	ours         bool            // the reason is from Close: the peer is there
+	has          bool            // the handler is there
+	released     bool            // the peer was sent elsewhere: it is about to close the connection, or we are
 	answered     time.Duration   // until when an answer that ends the connection has time to arrive; 0: there was none
 	ended        bool            // all is given back
 	drain        bool            // closing, but what is queued is still handled
@@ -222,6 +225,9 @@ func (c *Conn) begin(err error, drain, ours bool) {
 		c.mu.Unlock()
 		return
 	}
+	if c.released && (errors.Is(err, io.EOF) || errors.Is(err, ErrReleased)) {
+		err = ErrShutdown // the peer has done as it was told
+	}
 	c.reason, c.drain, c.ours = err, drain, ours
 	c.srv.wheel.set(&c.timer, c.srv.cfg.CloseTimeout)
 	idle := !c.working && !c.due()
@@ -271,7 +277,11 @@ func (c *Conn) end(err error) {
 
 // Closing reports whether the connection has begun to end: nothing new is sent to the peer then. Its context ends later, when
 // what is under way is over.
-func (c *Conn) Closing() bool { return c.ending() != nil }
+func (c *Conn) Closing() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.parting()
+}
 
 // ending returns why the connection is closing, nil while it is not.
 func (c *Conn) ending() error {
@@ -433,7 +443,7 @@ func (c *Conn) enqueue(it item, taken bool) error {
 	turn := false // something was handled while this waited
 	for {
 		c.mu.Lock()
-		if c.reason != nil {
+		if c.reason != nil && (it.observation == nil || !c.reports()) {
 			c.mu.Unlock()
 			if taken {
 				c.srv.budget.give(it.size)

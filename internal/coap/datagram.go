@@ -228,6 +228,7 @@ func (g *sessions) start(link packetLink) (*datagram, error) {
 	if closing { // it began to stop meanwhile, and may have missed us
 		c.shut(ErrShutdown, true)
 	}
+	c.begun()
 	return d, nil
 }
 

@@ -42,8 +42,10 @@ type DTLSConfig struct {
 	// with bad_certificate, with certificate_revoked if it is ErrRevoked, with access_denied if it is ErrDenied, or with
 	// handshake_failure if the peer has proven nothing. It is called once for each association. Nil takes everybody, also who has proven nothing.
 	Verify func(PeerCredential) error
-	// Gateway is the first part of all connection IDs, by which a load balancer can find this gateway.
+	// Gateway is the first part of all connection IDs, by which a load balancer can find this gateway. With a Relay it is the relay's.
 	Gateway uint16
+	// Relay reaches other gateways behind the same address, whose connection IDs begin otherwise. Nil: there are none.
+	Relay *Relay
 	// HandshakeTimeout ends a handshake that takes longer; slow radio needs its time. Default 120 s.
 	HandshakeTimeout time.Duration
 	// FlightInterval is the first time before an unanswered flight is sent again, doubled each time. RFC 7925, Section 11
@@ -259,9 +261,15 @@ func (s *Server) ServeDTLS(ctx context.Context, conn net.PacketConn, conf DTLSCo
 		byCID: make(map[connectionID]*association), open: make(map[endpoints]*association),
 		fresh: make(map[endpoints]*association), shaking: make(map[endpoints]*association),
 	}
+	if conf.Relay != nil {
+		l.conf.Gateway = conf.Relay.number
+		conf.Relay.listener.Store(l)
+		defer conf.Relay.listener.Store(nil)
+	}
 	l.ctx, l.stop = context.WithCancel(context.WithoutCancel(ctx))
+	defer s.list(l.sessions)()
 	ended := make(chan error, 1)
-	go func() { ended <- l.srv.readDatagrams(l.sock, l.route) }()
+	go func() { ended <- l.srv.readDatagrams(l.sock, l.take) }()
 	select {
 	case <-ctx.Done():
 		l.release() // the socket is read on: answers under way may need the peer's

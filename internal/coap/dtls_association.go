@@ -191,7 +191,7 @@ func (w wire) WriteTo(b []byte, _ net.Addr) (int, error) {
 
 // write sends a datagram, or loses it as the network may; that is no reason for anybody to give up.
 func (a *association) write(r *route, b []byte) {
-	if err := a.l.sock.write(b, r.control, r.ends); err != nil && !errors.Is(err, net.ErrClosed) {
+	if err := a.l.write(b, r.control, r.ends); err != nil && !errors.Is(err, net.ErrClosed) {
 		a.l.drop("unsent")
 	}
 }
@@ -494,7 +494,7 @@ func (a *association) alert(description byte) bool {
 	b, r := plainAlert(a.nextSeq, description), a.route
 	a.nextSeq++
 	a.mu.Unlock()
-	if a.l.sock.write(b, r.control, r.ends) != nil {
+	if a.l.write(b, r.control, r.ends) != nil {
 		a.l.drop("unsent")
 	}
 	return true

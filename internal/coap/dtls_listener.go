@@ -27,6 +27,7 @@ type dtlsListener struct {
 	wg       sync.WaitGroup // handshakes and drains
 	ctx      context.Context
 	stop     context.CancelFunc
+	taking   sync.Mutex // held by who brings a datagram; before all others in their order
 
 	mu       sync.Mutex
 	closing  bool
@@ -140,7 +141,11 @@ func Network(a netip.Addr) netip.Prefix {
 func (l *dtlsListener) drop(why string) { l.srv.metrics.dropped.WithLabelValues(why).Inc() }
 
 func (l *dtlsListener) newRoute(e endpoints) *route {
-	return &route{ends: e, control: l.sock.control(e), remote: net.UDPAddrFromAddrPort(e.remote)}
+	r := &route{ends: e, remote: net.UDPAddrFromAddrPort(e.remote)}
+	if e.via == 0 {
+		r.control = l.sock.control(e)
+	}
+	return r
 }
 
 // route brings the records of one datagram to their associations. b is the caller's.
@@ -180,7 +185,15 @@ func opensHandshake(r record) bool {
 
 func (l *dtlsListener) deliver(recs []record, e endpoints) {
 	r := recs[0]
+	if e.via != 0 && r.typ != recordCID { // nothing else is passed on
+		l.drop("record")
+		return
+	}
 	if opensHandshake(r) {
+		if l.srv.draining.Err() != nil { // its next one goes to another server
+			l.drop("closing")
+			return
+		}
 		l.hello(recs[:1], e)
 		return
 	}
@@ -206,6 +219,9 @@ func (l *dtlsListener) deliver(recs []record, e endpoints) {
 	}
 	l.mu.Unlock()
 	if to[0] == nil && to[1] == nil {
+		if r.typ == recordCID && l.foreign(recs, e) {
+			return
+		}
 		l.drop("unknown") // of an association that is gone, mostly; RFC 6347, Section 4.1.2.7: discarded silently
 		return
 	}

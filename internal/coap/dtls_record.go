@@ -44,6 +44,9 @@ const cidSize = 8
 // connectionID is one of our connection IDs.
 type connectionID [cidSize]byte
 
+// gateway is who has given it.
+func (id connectionID) gateway() uint16 { return binary.BigEndian.Uint16(id[:]) }
+
 // record is one record of a datagram (RFC 6347, Section 4.1).
 type record struct {
 	typ   byte

@@ -14,9 +14,10 @@ import (
 // code, the token, then options and payload, which is what the length counts.
 
 const (
-	maxHeader  = 6   // without the token
-	maxToken   = 8   // RFC 8323, Section 3.2
-	maxOptions = 256 // an option costs its sender one byte and us 32: more than any real message has
+	maxHeader     = 6 // without the token
+	maxToken      = 8 // RFC 8323, Section 3.2
+	maxBodyLength = 1<<31 - 1 - maxHeader - maxToken
+	maxOptions    = 256 // an option costs its sender one byte and us 32: more than any real message has
 )
 
 // header is the fixed part of a frame.
@@ -63,7 +64,8 @@ func parseHeader(b []byte) (h header, ok bool, err error) {
 	case 2:
 		h.body = int(binary.BigEndian.Uint16(b[1:])) + 269
 	case 4:
-		h.body = int(binary.BigEndian.Uint32(b[1:])) + 65805
+		// Bounded, so that whole() is right where an int has 32 bits, and over every limit.
+		h.body = int(min(uint64(binary.BigEndian.Uint32(b[1:]))+65805, maxBodyLength)) //nolint:gosec // see above
 	}
 	h.code = codes.Code(b[1+ext])
 	return h, true, nil

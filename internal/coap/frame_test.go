@@ -40,7 +40,7 @@ func TestParseHeader(t *testing.T) {
 		{"extended by two bytes, lowest", "e0 0000 45", header{code: codes.Content, size: 4, body: 269}, true, nil},
 		{"extended by two bytes, highest", "e0 ffff 45", header{code: codes.Content, size: 4, body: 65804}, true, nil},
 		{"extended by four bytes, lowest", "f0 00000000 45", header{code: codes.Content, size: 6, body: 65805}, true, nil},
-		{"extended by four bytes, highest", "f0 ffffffff 45", header{code: codes.Content, size: 6, body: 0xffffffff + 65805}, true, nil},
+		{"extended by four bytes, highest", "f0 ffffffff 45", header{code: codes.Content, size: 6, body: maxBodyLength}, true, nil},
 		{"extended and cut", "f0 0000", header{size: 6}, false, nil},
 		{"token length 9", "09 01", header{tkl: 9}, false, errTokenLength},
 		{"token length 15", "0f", header{tkl: 15}, false, errTokenLength},
@@ -49,6 +49,9 @@ func TestParseHeader(t *testing.T) {
 			h, ok, err := parseHeader(unhex(t, tc.in))
 			if ok != tc.ok || !errors.Is(err, tc.err) || ok && h != tc.want {
 				t.Fatalf("got %+v %v %v", h, ok, err)
+			}
+			if h.whole() < h.body {
+				t.Errorf("the whole frame has %d bytes", h.whole())
 			}
 		})
 	}

@@ -47,6 +47,7 @@ type handlerFuncs struct {
 	closed        func(error)
 	refused       func(*Message)
 	heard         func(time.Duration)
+	leave         func(gone func())
 }
 
 func (h handlerFuncs) Open(c *Conn) (ConnHandler, error) {
@@ -81,6 +82,14 @@ func (h handlerFuncs) Heard(silence time.Duration) {
 	if h.heard != nil {
 		h.heard(silence)
 	}
+}
+
+func (h handlerFuncs) Leave(gone func()) {
+	if h.leave == nil {
+		gone()
+		return
+	}
+	h.leave(gone)
 }
 
 func (h handlerFuncs) Closed(err error) {

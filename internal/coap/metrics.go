@@ -20,6 +20,7 @@ type Metrics struct {
 
 	retransmitted  prometheus.Counter
 	unacknowledged prometheus.Counter
+	relayed        *prometheus.CounterVec
 }
 
 // kind sorts messages for counting.
@@ -60,18 +61,19 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		bytesOut:     counter("sent_bytes_total", "Bytes of CoAP sent. A rise without more devices: look for large answers."),
 		queueFull:    counter("queue_full_total", "Times a connection was not read because its queue or the common buffer was full. Rising: the hub is overloaded, look at the store's latency."),
 		panics:       counter("panics_total", "Panics of handlers. Any: a fault of the hub, the log has the stack; report it."),
-		dropped:      vec("messages_dropped_total", "Messages dropped by reason. late: answers nobody waits for any more, raise time-outs; pong: peers that do not read; ring: more datagrams of one peer than its handshake, or the beginning of its session, can take; crowded: hellos that found no room, and must come again; unproven: a peer that moved and does not answer; others: broken devices, or strangers.", "reason"),
+		dropped:      vec("messages_dropped_total", "Messages dropped by reason. late: answers nobody waits for any more, raise time-outs; pong: peers that do not read; ring: more datagrams of one peer than its handshake, or the beginning of its session, can take; crowded: hellos that found no room, and must come again; unproven: a peer that moved and does not answer; relay: more than is passed on to other gateways; others: broken devices, or strangers.", "reason"),
 		buffered:     gauge("buffered_bytes", "Bytes queued and in block-wise transfers. Near maxBuffered: the hub is overloaded or somebody leaves transfers unfinished."),
 		acceptErrors: counter("accept_errors_total", "Failed accepts. Rising: the process has no file descriptors left, raise its limit."),
 	}
 	m.retransmitted = counter("retransmissions_total", "Confirmable messages sent again. Rising: lossy links, or devices that sleep without saying so.")
 	m.unacknowledged = counter("unacknowledged_total", "Confirmable messages given up after the last retransmission. Rising: devices went away, or are behind a NAT that forgot them.")
+	m.relayed = vec("relayed_total", "Datagrams of DTLS that reached another gateway than the one with their session. passed: to that one; taken: from others; answer: to devices, for others. Rising: the load balancer changes its mind; give it longer memory, or let it read connection IDs.", "way")
 	for k, name := range kindNames {
 		m.in[k], m.out[k] = in.WithLabelValues(name), out.WithLabelValues(name)
 	}
 	if reg != nil {
 		reg.MustRegister(m.connections, m.opened, m.closed, m.refused, m.handshakes, in, out, m.bytesIn, m.bytesOut,
-			m.queueFull, m.panics, m.dropped, m.buffered, m.acceptErrors, m.retransmitted, m.unacknowledged)
+			m.queueFull, m.panics, m.dropped, m.buffered, m.acceptErrors, m.retransmitted, m.unacknowledged, m.relayed)
 	}
 	return m
 }

@@ -27,6 +27,9 @@ type Server struct {
 	wheel   *wheel
 	budget  *budget
 
+	draining context.Context // over: nobody new is taken on
+	drain    context.CancelFunc
+
 	mu       sync.Mutex // guards what follows
 	serving  int        // listeners that serve; the wheel turns while there is one
 	stop     chan struct{}
@@ -36,6 +39,7 @@ type Server struct {
 	networks map[netip.Prefix]int // how many of shaking each has
 	shakeEnd chan struct{}        // closed when one ends; nil while nobody waits
 	unproven *list.List           // of *datagram: sessions over plain UDP, oldest first; some are proven meanwhile
+	listed   []lister             // that serve
 }
 
 // handshake is a connection that is not complete yet.
@@ -49,11 +53,13 @@ type handshake struct {
 
 // NewServer makes an engine that has no listener yet. log and m must not be nil.
 func NewServer(cfg Config, h Handler, log *slog.Logger, m *Metrics) *Server {
-	return &Server{
+	s := &Server{
 		cfg: cfg, handler: h, log: log, metrics: m, start: time.Now(), wheel: newWheel(), shaking: list.New(),
 		networks: make(map[netip.Prefix]int), unproven: list.New(),
 		budget: &budget{left: cfg.MaxBuffered, gauge: m.buffered},
 	}
+	s.draining, s.drain = context.WithCancel(context.Background())
+	return s
 }
 
 // now is the engine's clock: monotonic, so that nobody is silent because the wall clock was set, and never zero, which means
@@ -73,16 +79,22 @@ type listener struct {
 }
 
 // ServeTCP accepts CoAP over TCP (RFC 8323), inside TLS unless tlsConf is nil, until ctx ends; then it releases its
-// connections (7.04), closes them and the listener, waits for all their goroutines and returns nil. Another end of the
-// listener is an error.
+// connections (7.04), closes them and the listener, waits for all their goroutines and returns nil. Drain closes the listener before.
+// Another end of the listener is an error.
 func (s *Server) ServeTCP(ctx context.Context, ln net.Listener, tlsConf *tls.Config) error {
 	s.enter()
 	defer s.leave()
 	l := &listener{srv: s, tls: tlsConf, open: make(map[*Conn]struct{}), shaking: make(map[net.Conn]struct{})}
-	defer context.AfterFunc(ctx, func() { _ = ln.Close() })()
+	defer s.list(l)()
+	for _, ends := range []context.Context{ctx, s.draining} {
+		defer context.AfterFunc(ends, func() { _ = ln.Close() })()
+	}
 
 	err := l.accept(ctx, ln)
 	_ = ln.Close()
+	if s.draining.Err() != nil {
+		<-ctx.Done()
+	}
 	l.release()
 	l.wg.Wait()
 	if ctx.Err() != nil {
@@ -398,6 +410,7 @@ func (l *listener) serve(nc, raw net.Conn, ws *webSocket) {
 			s.wheel.set(&c.timer, min(s.cfg.FirstMessageTimeout, s.cfg.MessageTimeout/2, keepAliveHalf(s.cfg.KeepAlive)))
 		}
 		c.mu.Unlock()
+		c.begun()
 	}
 	st.run()
 }

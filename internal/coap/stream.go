@@ -222,7 +222,7 @@ func (s *stream) read() error {
 			continue
 		}
 		n := h.whole()
-		if n > s.c.srv.cfg.MaxMessageSize || n < 0 {
+		if n > s.c.srv.cfg.MaxMessageSize {
 			return fmt.Errorf("%w: %d bytes", ErrTooLarge, n)
 		}
 		var own []byte

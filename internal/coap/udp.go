@@ -24,6 +24,7 @@ type endpoints struct {
 	local  netip.Addr
 	ifc    int // the interface, for link-local addresses
 	remote netip.AddrPort
+	via    uint32 // the number of the gateway to whose socket the remote end speaks, plus one; 0: to ours
 }
 
 // socket reads and writes datagrams and knows which of our addresses each was for, so that the answer leaves from there: a
@@ -189,6 +190,7 @@ func (s *Server) ServeUDP(ctx context.Context, conn net.PacketConn) error {
 	s.enter()
 	defer s.leave()
 	l := &udpListener{srv: s, sock: sock, sessions: s.newSessions(), peers: make(map[endpoints]*udpLink)}
+	defer s.list(l.sessions)()
 	ended := make(chan error, 1)
 	go func() { ended <- l.srv.readDatagrams(l.sock, l.route) }()
 	select {
@@ -239,6 +241,10 @@ func (l *udpListener) route(b []byte, e endpoints) {
 	k := l.peers[e]
 	l.mu.Unlock()
 	if k != nil && k.session.deliver(b) {
+		return
+	}
+	if l.srv.draining.Err() != nil { // said by nobody: the next attempt goes to another server
+		l.srv.metrics.dropped.WithLabelValues("closing").Inc()
 		return
 	}
 	if !l.opens(b, e) {

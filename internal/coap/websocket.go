@@ -55,9 +55,14 @@ func (w *WebSocket) Serve(ctx context.Context, ready func()) {
 	defer w.srv.leave()
 	l := &listener{srv: w.srv, open: make(map[*Conn]struct{})}
 	w.set(l)
+	defer w.srv.list(l)()
 	ready()
-	<-ctx.Done()
+	select {
+	case <-ctx.Done():
+	case <-w.srv.draining.Done():
+	}
 	w.set(nil)
+	<-ctx.Done()
 	l.release()
 	l.wg.Wait()
 }
@@ -329,8 +334,8 @@ func (s *stream) readWebSocket() error {
 			continue
 		case f.op < opClose && (f.op == opContinuation) != open:
 			return fmt.Errorf("%w: %w", ErrMalformed, errFragment)
-		case f.op < opClose && len(own)+f.n > s.c.srv.cfg.MaxMessageSize: // before anything of it is kept
-			return fmt.Errorf("%w: %d bytes", ErrTooLarge, len(own)+f.n)
+		case f.op < opClose && f.n > s.c.srv.cfg.MaxMessageSize-len(own): // before anything of it is kept
+			return fmt.Errorf("%w: %d bytes and %d more", ErrTooLarge, len(own), f.n)
 		}
 		whole := f.size + f.n
 		if f.op >= opClose || f.fin && !open && whole <= bigBuffer {

@@ -636,6 +636,15 @@ func TestWebSocketMessageLimit(t *testing.T) {
 		p.wantClosed(statusTooBig)
 		wantReason(t, s.reason(t), ErrTooLarge)
 
+		for _, length := range []byte{0x00, 0x7f} { // what an int of 32 bits just holds, and what none holds, beside what is there
+			p = s.dial(t)
+			p.raw(masked(0x02, b[:1000]))
+			p.raw([]byte{0x80, 0xff, length, 0, 0, 0, 0x7f, 0xff, 0xff, 0xff, 1, 2, 3, 4})
+			wantCode(t, p.read(), codes.Abort)
+			p.wantClosed(statusTooBig)
+			wantReason(t, s.reason(t), ErrTooLarge)
+		}
+
 		p = s.dial(t)
 		p.raw(masked(0x82, append(b, 0))[:20])
 		wantCode(t, p.read(), codes.Abort)

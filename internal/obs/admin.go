@@ -4,6 +4,8 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"io"
 	"log/slog"
 	"maps"
 	"net"
@@ -15,6 +17,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"github.com/prometheus/common/expfmt"
 )
 
 // Health is whether the process lives and serves. The zero value lives and is not ready.
@@ -75,6 +78,21 @@ func AdminHandler(h *Health, g prometheus.Gatherer, log *slog.Logger) http.Handl
 		ErrorLog: promLog{log}, ErrorHandling: promhttp.ContinueOnError, MaxRequestsInFlight: 4, // more scrapers than four wait for nothing good
 	}))
 	return mux
+}
+
+// WriteMetrics writes what AdminHandler answers at /metrics to whoever names no other form: Prometheus' text format, version 0.0.4. What
+// cannot be gathered is left out, as there.
+func WriteMetrics(w io.Writer, g prometheus.Gatherer) error {
+	families, err := g.Gather()
+	if len(families) == 0 && err != nil {
+		return fmt.Errorf("gather metrics: %w", err)
+	}
+	for _, f := range families {
+		if _, err := expfmt.MetricFamilyToText(w, f); err != nil {
+			return fmt.Errorf("write metrics: %w", err)
+		}
+	}
+	return nil
 }
 
 type promLog struct{ log *slog.Logger }

@@ -70,10 +70,30 @@ type Log interface {
 	Trim(ctx context.Context, dev hub.DeviceID, below uint64, docs []StateDoc) error
 }
 
+// Archive is a store that nobody serves from, as those see it who check it or copy it from one back end to another.
+type Archive interface {
+	Documents
+	// Devices, Load, Commits and Trim are those of Log.
+	Devices(ctx context.Context, after hub.DeviceID) iter.Seq2[hub.DeviceID, error]
+	Load(ctx context.Context, dev hub.DeviceID) (State, error)
+	Commits(ctx context.Context, dev hub.DeviceID, from uint64) iter.Seq2[hub.Commit, error]
+	Trim(ctx context.Context, dev hub.DeviceID, below uint64, docs []StateDoc) error
+	// Collections returns the names of all collections that have documents, in order.
+	Collections(ctx context.Context) ([]string, error)
+	// ImportCommits stores commits of one device as another store has them, in seq order and without holes, durably on return. The
+	// first of all may have any seq, for logs are trimmed. They are in no feed: it begins behind them. It may be called again with
+	// the same commits; with others in their place the log is neither.
+	ImportCommits(ctx context.Context, commits []hub.Commit) error
+	// ImportDocs stores documents of a device as they are after all its commits, of which last is the newest. They may come in
+	// pieces, after the commits.
+	ImportDocs(ctx context.Context, dev hub.DeviceID, last uint64, docs []StateDoc) error
+}
+
 // Sizer is implemented by back ends that know what they take on disk. Without it history.maxBytes has no effect.
 type Sizer interface {
-	// DiskBytes returns about how many bytes log, feed and documents take on disk.
-	DiskBytes() uint64
+	// DiskBytes returns about how many bytes log and documents take on disk, and the feed where it is kept with them. Space that was
+	// given back for others of them to use does not count, whether or not the disk has it again.
+	DiskBytes(ctx context.Context) (uint64, error)
 }
 
 // FeedEntry is a commit with its place in the feed.
@@ -106,6 +126,11 @@ type PublishedFeed interface {
 	// Publish adds commits that are stored, durably on return, each by itself: the slice is as long as commits. A device's
 	// commits are added in their order, and if one of them fails the later ones of the call are not added.
 	Publish(ctx context.Context, commits []hub.Commit) []error
+	// Known is how far the feed is known to have come, by what this process has read or published; it asks nobody.
+	Known() hub.Position
+	// Remember tells how far it had come, as Known said to some process: a feed that is not as far has lost commits and would give
+	// their places to others. It becomes another log.
+	Remember(ctx context.Context, known hub.Position) error
 }
 
 // Doc is a document of a typed collection.

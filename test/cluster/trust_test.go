@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/hex"
+	"encoding/json"
 	"fmt"
 	"net/http"
 	"net/url"
@@ -140,6 +141,17 @@ func TestEndOfTrustInACluster(t *testing.T) {
 	for i, e := range ends {
 		guests = append(guests, w.enters(name("guest", i), 1+i%2, e.psk, ""))
 	}
+	for _, part := range w.order { // whoever is asked knows of all
+		var s bundle.Status
+		until(t, patience, part+" to count all devices", func() bool {
+			s, _ = told(part).Status(ctx)
+			return s.Online == len(guests)+len(bystanders)
+		})
+		if s.Devices != s.Online {
+			t.Errorf("%s says that of %d devices %d are online", part, s.Devices, s.Online)
+		}
+	}
+	w.shown(app, append(bystanders, guests...))
 	for i, e := range ends {
 		g, watch := guests[i], told("app-2")
 		began := time.Now() // the processes have the same clock
@@ -167,6 +179,45 @@ func TestEndOfTrustInACluster(t *testing.T) {
 	}
 	// Who was deleted may be somebody else's, at the other gateway.
 	w.enters(guests[1].id, 1, false, "bob")
+}
+
+// shown asks, in a process that has no gateway, how devices are attached that are at those of others, and how the hub is.
+func (w *world) shown(app *client.Client, guests []*guest) {
+	w.t.Helper()
+	ask := func(path string, answer any) {
+		w.t.Helper()
+		resp, err := app.Do(w.t.Context(), client.Request{Method: http.MethodGet, Path: path})
+		if err != nil {
+			w.t.Fatalf("%s: %v", path, err)
+		}
+		defer func() { _ = resp.Body.Close() }()
+		if err := json.NewDecoder(resp.Body).Decode(answer); err != nil {
+			w.t.Fatalf("%s: %v", path, err)
+		}
+	}
+	for _, g := range guests {
+		var d bundle.DeviceStatus
+		ask(client.DevicePath(g.id, "connection"), &d)
+		if !d.Online || d.Session != g.session || d.Remote == "" {
+			w.t.Errorf("a device is %+v", d)
+		}
+	}
+	var s bundle.Status
+	ask("/api/v1/system", &s)
+	if s.Online != len(guests) || s.Devices < len(guests) || len(s.NotReady) > 0 {
+		w.t.Errorf("the hub is %+v, with %d devices", s, len(guests))
+	}
+	gateways := 0
+	var ps []bundle.Part
+	ask("/api/v1/system/parts", &ps)
+	for _, p := range ps {
+		if p.Target == bundle.TargetCoAPGateway && p.State == bundle.PartServes {
+			gateways++
+		}
+	}
+	if gateways != 2 {
+		w.t.Errorf("the parts are %+v", ps)
+	}
 }
 
 func name(what string, i int) string {

@@ -3,10 +3,13 @@ package cluster_test
 import (
 	"bufio"
 	"bytes"
+	crand "crypto/rand"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -22,6 +25,12 @@ import (
 	"github.com/coaphub/coaphub/client"
 )
 
+// programsVariable tells a test that another one runs where the programs are.
+const programsVariable = "COAPHUB_TEST_PROGRAMS"
+
+// ours is the version that the programs say they are.
+const ours = "v1.0.0"
+
 // programs is the folder with the processes' programs: coaphub as a user builds it, without the race detector, and its servers.
 var programs string
 
@@ -35,23 +44,17 @@ func TestMain(m *testing.M) {
 }
 
 func build(run func() int) (int, error) {
-	// The tests' results count until one of these changes: go test notes which files are read.
-	files, err := filepath.Glob("../mongo/*")
-	for _, file := range files {
-		if _, readErr := os.ReadFile(file); readErr != nil {
-			err = readErr
-		}
+	if programs = os.Getenv(programsVariable); programs != "" {
+		return run(), nil
 	}
-	if err != nil {
-		return 0, err
-	}
+	var err error
 	if programs, err = os.MkdirTemp("", "coaphub-cluster"); err != nil {
 		return 0, err
 	}
 	defer os.RemoveAll(programs)
 	for _, args := range [][]string{
-		{"build", "-ldflags", "-s -w", "-o", programs, "github.com/coaphub/coaphub/cmd/coaphub", "github.com/coaphub/coaphub/test/nats"},
-		{"build", "-C", "../mongo", "-ldflags", "-s -w", "-o", filepath.Join(programs, "mongo"), "."},
+		{"build", "-ldflags", "-s -w -X main.version=" + ours, "-o", programs, "github.com/coaphub/coaphub/cmd/coaphub", "github.com/coaphub/coaphub/test/nats"},
+		{"run", "-C", "../mongo", "./build", filepath.Join(programs, "mongo")},
 	} {
 		if out, err := exec.Command("go", args...).CombinedOutput(); err != nil {
 			return 0, fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), err, out)
@@ -108,7 +111,12 @@ type process struct {
 
 func start(t *testing.T, log *buffer, prefix, program string, args ...string) *process {
 	t.Helper()
-	p := &process{cmd: exec.Command(filepath.Join(programs, program), args...), line: make(chan string, 1), log: log, ended: make(chan struct{})}
+	return startCommand(t, log, prefix, exec.Command(filepath.Join(programs, program), args...))
+}
+
+func startCommand(t *testing.T, log *buffer, prefix string, cmd *exec.Cmd) *process {
+	t.Helper()
+	p := &process{cmd: cmd, line: make(chan string, 1), log: log, ended: make(chan struct{})}
 	p.cmd.Stderr = log
 	in, err := p.cmd.StdinPipe()
 	if err != nil {
@@ -177,7 +185,12 @@ type door struct {
 
 func open(t *testing.T, to ...string) *door {
 	t.Helper()
-	l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	return openAt(t, "127.0.0.1", to...)
+}
+
+func openAt(t *testing.T, host string, to ...string) *door {
+	t.Helper()
+	l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", host+":0")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -210,6 +223,13 @@ func (d *door) close(cut bool) {
 			_ = c.Close()
 		}
 	}
+}
+
+// lead has the door lead somewhere else.
+func (d *door) lead(to string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.to, d.next = []string{to}, 0
 }
 
 // keep notes a connection; false if the door is closed.
@@ -269,6 +289,7 @@ type world struct {
 	http   string // of those for applications
 	parts  map[string]*part
 	order  []string
+	far    *namespace // where gw-1 runs; nil: here, as all do
 }
 
 // part is a process of the hub.
@@ -316,12 +337,35 @@ func freePort(t *testing.T) string {
 	return ""
 }
 
-// prepare writes the configuration of a cluster whose servers are not there yet.
-func prepare(t *testing.T) *world {
+// sources are of the programs that no import of the tests names.
+var sources = []string{"../mongo/*.*", "../mongo/build/*", "../nats/*", "../../cmd/coaphub/*.go"}
+
+// note has the tests' results count until one of the sources changes: go test notes which files a test reads.
+func note(t *testing.T) {
 	t.Helper()
+	for _, pattern := range sources {
+		files, err := filepath.Glob(pattern)
+		for _, file := range files {
+			_, readErr := os.ReadFile(file)
+			err = errors.Join(err, readErr)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// prepare writes the configuration of a cluster whose servers are not there yet; gw-1 will be in the namespace far, if there is one.
+func prepare(t *testing.T, far *namespace) *world {
+	t.Helper()
+	note(t)
+	store, nats := "127.0.0.1", "127.0.0.1:"
+	if far != nil {
+		store, nats = testSide, busTestSide+":"
+	}
 	w := &world{
-		t: t, dir: t.TempDir(), toNATS: "127.0.0.1:" + freePort(t), store: open(t, "127.0.0.1:1"), coap: freePort(t), http: freePort(t),
-		parts: map[string]*part{},
+		t: t, dir: t.TempDir(), toNATS: nats + freePort(t), store: openAt(t, store, "127.0.0.1:1"), coap: freePort(t), http: freePort(t),
+		parts: map[string]*part{}, far: far,
 	}
 	w.config = filepath.Join(w.dir, "coaphub.yaml")
 	text := fmt.Sprintf(`externalAddress: 127.0.0.1
@@ -329,12 +373,12 @@ cluster: {hubId: 7f8c3a52-3d1c-4b7e-9a41-0c9b8e7d6f5a, secret: 0123456789abcdef0
 bus: {urls: ["nats://%s"]}
 store:
   minFree: 0
-  mongodb: {uri: "mongodb://%s/", database: coaphub}
+  mongodb: {uri: "mongodb://%s/?directConnection=true", database: coaphub-test-%s}
   feed: {replicas: 1, maxBytes: 256MiB}
 coapGateway: {api: {coap: {address: "127.0.0.1:%s"}}}
 grpcGateway: {api: {http: {address: "127.0.0.1:%s"}, grpc: {address: "127.0.0.1:0"}}}
 admin: {api: {http: {address: ""}}}
-`, w.toNATS, w.store.addr(), w.coap, w.http)
+`, w.toNATS, w.store.addr(), strings.ToLower(crand.Text()[:8]), w.coap, w.http)
 	if err := os.WriteFile(w.config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -360,33 +404,40 @@ admin: {api: {http: {address: ""}}}
 
 func (w *world) startNATS() {
 	w.t.Helper()
-	_, port, _ := net.SplitHostPort(w.toNATS)
-	w.nats = start(w.t, &buffer{}, "nats://", "nats", filepath.Join(w.dir, "nats"), port)
+	w.nats = start(w.t, &buffer{}, "nats://", "nats", filepath.Join(w.dir, "nats"), w.toNATS)
 	w.nats.ready(w.t, time.Minute)
 }
 
+// startMongo starts a MongoDB server, or takes the one that COAPHUB_TEST_MONGODB_URI names, in which it leaves a database.
 func (w *world) startMongo() {
 	w.t.Helper()
+	if given := os.Getenv("COAPHUB_TEST_MONGODB_URI"); given != "" {
+		u, err := url.Parse(given)
+		if err != nil || u.User != nil {
+			w.t.Fatalf("COAPHUB_TEST_MONGODB_URI must name a primary that wants no login: %v", err)
+		}
+		w.store.lead(u.Host)
+		return
+	}
 	data := filepath.Join(w.dir, "mongo")
 	if err := os.MkdirAll(data, 0o700); err != nil {
 		w.t.Fatal(err)
 	}
 	w.mongo = start(w.t, &buffer{}, "mongodb://", "mongo", data)
-	at := strings.TrimSuffix(strings.TrimPrefix(w.mongo.ready(w.t, time.Minute), "mongodb://"), "/")
-	w.store.mu.Lock()
-	defer w.store.mu.Unlock()
-	w.store.to = []string{at}
+	w.store.lead(strings.TrimSuffix(strings.TrimPrefix(w.mongo.ready(w.t, time.Minute), "mongodb://"), "/"))
 }
 
 // begin starts all parts, and does not wait for them.
 func (w *world) begin() {
 	w.t.Helper()
-	for i, l := range layout {
+	for _, l := range layout {
 		p := &part{w: w, name: l.name, data: filepath.Join(w.dir, l.name), log: &buffer{}}
 		p.args = []string{"serve", "--config", w.config, "--data", p.data, "--target", l.target}
-		if host := "127.0.0." + l.name[len(l.name)-1:]; i >= 5 {
-			flag := map[string]string{"grpc-gateway": "--http-address=" + host + ":" + w.http, "coap-gateway": "--coap-address=" + host + ":" + w.coap}
-			p.args = append(p.args, flag[l.target])
+		switch n := l.name[len(l.name)-1] - '1'; l.target {
+		case "grpc-gateway":
+			p.args = append(p.args, "--http-address="+w.doors()[n])
+		case "coap-gateway":
+			p.args = append(p.args, "--coap-address="+w.gateways()[n])
 		}
 		w.parts[l.name] = p
 		w.order = append(w.order, l.name)
@@ -400,8 +451,27 @@ func (w *world) begin() {
 
 func (p *part) begin() {
 	p.w.t.Helper()
+	if n := p.w.far; n != nil && p.name == "gw-1" {
+		cmd := n.inside(append([]string{filepath.Join(programs, "coaphub")}, p.args...)...)
+		p.p = startCommand(p.w.t, p.log, "ready", exec.Command(cmd[0], cmd[1:]...))
+		return
+	}
 	p.p = start(p.w.t, p.log, "ready", "coaphub", p.args...)
 }
+
+func (p *part) ready() { p.w.t.Helper(); p.p.ready(p.w.t, patience) }
+
+// gateways is where devices find the gateways.
+func (w *world) gateways() []string {
+	first := "127.0.0.1"
+	if w.far != nil {
+		first = gatewaySide
+	}
+	return []string{first + ":" + w.coap, "127.0.0.2:" + w.coap}
+}
+
+// doors is where applications find theirs.
+func (w *world) doors() []string { return []string{"127.0.0.1:" + w.http, "127.0.0.2:" + w.http} }
 
 func (w *world) ready() {
 	w.t.Helper()
@@ -413,7 +483,12 @@ func (w *world) ready() {
 // run is a cluster that works.
 func run(t *testing.T) *world {
 	t.Helper()
-	w := prepare(t)
+	return runWith(t, nil)
+}
+
+func runWith(t *testing.T, far *namespace) *world {
+	t.Helper()
+	w := prepare(t, far)
 	w.startNATS()
 	w.startMongo()
 	w.begin()
@@ -434,7 +509,7 @@ func (w *world) token() string {
 // app is an application that prefers the ith gateway, and has the other one when that is away.
 func (w *world) app(i int, token string) *client.Client {
 	w.t.Helper()
-	hosts := []string{"127.0.0.1:" + w.http, "127.0.0.2:" + w.http}
+	hosts := w.doors()
 	d := open(w.t, hosts[i], hosts[1-i])
 	d.mu.Lock()
 	d.inTurn = false

@@ -67,6 +67,7 @@ const retransmits = 500 * time.Millisecond
 // Connect opens a connection to the hub, after closing the one before.
 func (d *Device) Connect(ctx context.Context) error {
 	d.Close()
+	d.released.Store(false)
 	open, patience := d.stream, dialTimeout
 	if d.over.datagrams {
 		open, patience = d.association, handshakeTimeout
@@ -77,9 +78,9 @@ func (d *Device) Connect(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("connect to the hub: %w", err)
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.conn, d.observers = cc, map[string]*observer{}
+	d.connMu.Lock()
+	defer d.connMu.Unlock()
+	d.conn = cc
 	return nil
 }
 
@@ -114,6 +115,12 @@ func (d *Device) stream(ctx context.Context) (conn, error) {
 		_ = raw.Close()
 		return nil, err
 	}
+	cc.SetTCPSignalReceivedHandler(func(code codes.Code) {
+		if code == codes.Release { // RFC 8323, 5.5
+			d.released.Store(true)
+			_ = cc.Close()
+		}
+	})
 	return cc, nil
 }
 

@@ -1,6 +1,7 @@
 package device
 
 import (
+	"context"
 	"net"
 	"testing"
 	"time"
@@ -113,5 +114,63 @@ func TestNotificationsOverUDP(t *testing.T) {
 	h.send(message.Message{Type: message.Reset, MessageID: m.MessageID})
 	if n := <-sent; n != 0 || d.Observed("/light/1") != 0 {
 		t.Errorf("%d notifications, %d observations after a Reset", n, d.Observed("/light/1"))
+	}
+}
+
+// Whoever finds the hub gone need not wait until a notification that nobody acknowledges is given up.
+func TestAHubThatIsGoneOverUDP(t *testing.T) {
+	t.Parallel()
+	sock, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer sock.Close()
+	h := &bareHub{t: t, sock: sock}
+	d, err := New(Config{ID: testID, HubAddr: "coap://" + sock.LocalAddr().String()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Connect(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	pinged := make(chan error, 1)
+	ping := func(within time.Duration) {
+		ctx, stop := context.WithTimeout(t.Context(), within)
+		defer stop()
+		pinged <- d.Ping(ctx)
+	}
+	go ping(10 * time.Second)
+	m := h.next()
+	h.send(message.Message{Type: message.Acknowledgement, MessageID: m.MessageID, Code: codes.Content, Token: m.Token})
+	if err := <-pinged; err != nil {
+		t.Fatal(err)
+	}
+	h.send(message.Message{
+		Type: message.Confirmable, MessageID: 7, Code: codes.GET, Token: []byte("o"),
+		Options: message.Options{{ID: message.Observe}, {ID: message.URIPath, Value: []byte("light")}, {ID: message.URIPath, Value: []byte("1")}},
+	})
+	m = h.next()
+	h.send(message.Message{Type: message.Acknowledgement, MessageID: m.MessageID})
+	until(t, "the observation", func() bool { return d.Observed("/light/1") == 1 })
+
+	sent := make(chan error, 1)
+	go func() {
+		_, err := d.Set("/light/1", map[string]any{"power": 1})
+		sent <- err
+	}()
+	h.next() // and nobody acknowledges it
+	ping(100 * time.Millisecond)
+	if err := <-pinged; err == nil {
+		t.Error("a hub that is gone answered")
+	}
+	select {
+	case <-sent:
+		t.Error("the notification was given up first")
+	default:
+	}
+	d.Close()
+	if err := <-sent; err != nil {
+		t.Error(err)
 	}
 }

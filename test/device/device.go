@@ -67,13 +67,17 @@ type Device struct {
 	addr  string // host:port
 	lost  string // code of a sign-up without answer; of Run's goroutine
 
+	released atomic.Bool // the hub released the connection
+
 	// Of UDP and DTLS: the ID of the message that the hub rejected last, and who sends again what it did not acknowledge.
 	rejected atomic.Int32
 	runners  sync.WaitGroup
 
+	connMu sync.Mutex // guards conn; whoever asks for it does not wait for what is just being written
+	conn   conn
+
 	mu        sync.Mutex  // guards all below; held while writing to the hub, for writeTimeout at most
 	tls       *tls.Config // with the certificate that it has now
-	conn      conn
 	creds     Credentials
 	resources map[string]*resource
 	order     []string // hrefs in the order they were made
@@ -169,16 +173,18 @@ func (d *Device) SetCredentials(c Credentials) {
 
 // Close closes the connection, if there is one, and waits for its end.
 func (d *Device) Close() {
-	d.mu.Lock()
+	d.connMu.Lock()
 	cc := d.conn
 	d.conn = nil
-	d.observers = map[string]*observer{}
-	d.mu.Unlock()
+	d.connMu.Unlock()
 	if cc != nil {
-		_ = cc.Close()
+		_ = cc.Close() // ends what is just being written to it
 		<-cc.Done()
 		d.runners.Wait()
 	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.observers = map[string]*observer{}
 }
 
 // Done is closed when the current connection has ended. Without a connection it is closed already.
@@ -192,8 +198,8 @@ func (d *Device) Done() <-chan struct{} {
 }
 
 func (d *Device) current() conn {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	d.connMu.Lock()
+	defer d.connMu.Unlock()
 	return d.conn
 }
 

@@ -137,8 +137,8 @@ func (d *Device) links(want func(*resource) bool) []map[string]any {
 		l := map[string]any{
 			"href": r.href, "rt": r.types, "if": r.interfaces, "anchor": "ocf://" + d.cfg.ID, "p": map[string]any{"bm": r.policy()},
 		}
-		if d.conn != nil {
-			l["eps"] = []any{map[string]any{"ep": fmt.Sprintf("%s://%s", d.over.name, d.conn.LocalAddr())}}
+		if cc := d.current(); cc != nil {
+			l["eps"] = []any{map[string]any{"ep": fmt.Sprintf("%s://%s", d.over.name, cc.LocalAddr())}}
 		}
 		out = append(out, l)
 	}

@@ -22,6 +22,9 @@ const (
 	settled = 30 * time.Second
 )
 
+// errEnded is the end of a connection that the hub closed.
+var errEnded = errors.New("the hub closed the connection")
+
 // errRefused is an answer that means: the credential is bad.
 var errRefused = errors.New("the hub refused the credential")
 
@@ -33,8 +36,8 @@ func (e laterError) Error() string {
 }
 
 // Run is a device's life until ctx ends: it connects, signs up with a code of its own when it has no credentials, refreshes
-// them when they are old or refused, signs in, publishes, pings, and comes back after every break, later and later with
-// jitter. code is asked each time the device has to sign up. It returns ctx's error.
+// them when they are old or refused, signs in, publishes, pings, and comes back after every break: at once when it was sent elsewhere,
+// else later and later with jitter. code is asked each time the device has to sign up. It returns ctx's error.
 func (d *Device) Run(ctx context.Context, code func(context.Context) (string, error)) error {
 	defer d.Close()
 	wait := firstRetry
@@ -59,6 +62,9 @@ func (d *Device) Run(ctx context.Context, code func(context.Context) (string, er
 		if e := (laterError{}); errors.As(err, &e) {
 			pause = max(pause, time.Duration(e.MaxAge)*time.Second)
 		}
+		if d.sentElsewhere(err) && time.Since(begin) > firstRetry {
+			pause = 0
+		}
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():
@@ -66,6 +72,12 @@ func (d *Device) Run(ctx context.Context, code func(context.Context) (string, er
 		}
 		wait = min(2*wait, lastRetry)
 	}
+}
+
+// sentElsewhere reports that the hub ended the session so that the device comes back to another one: it released the connection (RFC 8323,
+// 5.5), or, over DTLS, said close_notify.
+func (d *Device) sentElsewhere(err error) bool {
+	return d.released.Load() || d.over.datagrams && d.over.secure && errors.Is(err, errEnded)
 }
 
 // session is one connection from its begin to its end.
@@ -98,7 +110,7 @@ func (d *Device) session(ctx context.Context, code func(context.Context) (string
 			}
 			return ctx.Err()
 		case <-done:
-			return errors.New("the hub closed the connection")
+			return errEnded
 		case <-ping.C:
 			own, stop := context.WithTimeout(ctx, patience)
 			err := d.Ping(own)

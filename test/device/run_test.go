@@ -51,6 +51,21 @@ func TestRunComesBackAfterABreak(t *testing.T) {
 	}
 }
 
+// A hub that releases the connection (RFC 8323, 5.5) leaves it to the device to close it.
+func TestRunComesBackAfterARelease(t *testing.T) {
+	t.Parallel()
+	h := startHub(t)
+	d := newDevice(t, h)
+	runDevice(t, d, func(context.Context) (string, error) { return "code", nil })
+	until(t, "publish", func() bool { return d.Stats().Online.Load() == 1 })
+	m := pool.NewMessage(t.Context())
+	m.SetCode(codes.Release)
+	if err := h.conn().WriteMessage(m); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "second session", func() bool { return d.Stats().SignIns.Load() == 2 && d.Stats().Online.Load() == 1 })
+}
+
 func TestRunRefreshesARefusedToken(t *testing.T) {
 	t.Parallel()
 	h := startHub(t)

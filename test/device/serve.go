@@ -93,7 +93,7 @@ func (d *Device) serve(w mux.ResponseWriter, m *mux.Message) {
 		}
 		// The answer goes out first, then the notifications, as iotivity-lite does it: so the answer is written here.
 		w.Message().SetModified(false)
-		if err := d.write(d.conn, m.Token(), rep, -1); err != nil {
+		if err := d.write(d.current(), m.Token(), rep, -1); err != nil {
 			d.log.Debug("answer", "path", path, "error", err)
 			return
 		}
@@ -212,7 +212,7 @@ func (d *Device) observe(w mux.ResponseWriter, token message.Token, path string,
 		seq = int64(o.seq)
 		o.seq++
 	}
-	if err := d.write(d.conn, token, rep, seq); err != nil {
+	if err := d.write(d.current(), token, rep, seq); err != nil {
 		delete(d.observers, string(token))
 		d.log.Debug("answer", "path", path, "error", err)
 	}
@@ -259,14 +259,14 @@ func (d *Device) notify(r *resource) int {
 		default:
 			continue
 		}
-		switch err := d.write(d.conn, o.token, rep, int64(o.seq)); {
+		switch err := d.write(d.current(), o.token, rep, int64(o.seq)); {
 		case errors.Is(err, errRejected): // RFC 7641, 3.6: the hub does not observe it any more
 			delete(d.observers, string(o.token))
 			continue
 		case err != nil:
 			d.log.Debug("notify", "href", r.href, "error", err)
-			if d.conn != nil {
-				_ = d.conn.Close() // RFC 7641, 4.5: nobody is there; on a stream go-coap has done it already
+			if cc := d.current(); cc != nil {
+				_ = cc.Close() // RFC 7641, 4.5: nobody is there; on a stream go-coap has done it already
 			}
 			return n
 		}

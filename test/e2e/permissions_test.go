@@ -104,7 +104,7 @@ func mongodb(t *testing.T, dir string) string {
 		return uri
 	}
 	program, data := filepath.Join(dir, "mongo"), filepath.Join(dir, "mongo.data")
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-C", "../mongo", "-o", program, ".").CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(t.Context(), "go", "run", "-C", "../mongo", "./build", program).CombinedOutput(); err != nil {
 		t.Fatalf("build test/mongo: %v\n%s", err, out)
 	}
 	if err := os.Mkdir(data, 0o700); err != nil {

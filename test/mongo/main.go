@@ -2,7 +2,7 @@
 // names. It listens on a loopback port, prints its URI on one line, and ends when its standard input does. It is a module of its
 // own, so that FerretDB does not lift the product's versions.
 //
-// Every range scans its table: it proves what commands mean, not how long they take. Where FerretDB does not mean what MongoDB
+// It is built by build, which says why, and proves what commands mean, not how long they take. Where FerretDB does not mean what MongoDB
 // does, a relay in front of it makes up for that; see relay.go.
 //
 // It must not know the hub.

@@ -1,6 +1,6 @@
 // Command nats is a NATS server with JetStream for tests that need one as a process: what it keeps is in the folder that its argument
-// names. It listens on the loopback port that a second argument gives, or any, prints its URL on one line, and ends when its standard
-// input does.
+// names. It listens where a second argument says, HOST:PORT, or on any port of loopback, prints its URL on one line, and ends when its
+// standard input does.
 //
 // It must not know the hub.
 package main
@@ -9,8 +9,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"os"
-	"strconv"
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
@@ -25,17 +25,18 @@ func main() {
 
 func run(args []string) error {
 	if len(args) < 1 || len(args) > 2 {
-		return errors.New("usage: nats FOLDER [PORT]")
+		return errors.New("usage: nats FOLDER [HOST:PORT]")
 	}
-	port := server.RANDOM_PORT
+	host, port := "127.0.0.1", server.RANDOM_PORT
 	if len(args) == 2 {
-		var err error
-		if port, err = strconv.Atoi(args[1]); err != nil {
+		at, err := netip.ParseAddrPort(args[1])
+		if err != nil {
 			return err
 		}
+		host, port = at.Addr().String(), int(at.Port())
 	}
 	s, err := server.NewServer(&server.Options{
-		Host: "127.0.0.1", Port: port, NoLog: true, NoSigs: true, JetStream: true, StoreDir: args[0], SyncAlways: true,
+		Host: host, Port: port, NoLog: true, NoSigs: true, JetStream: true, StoreDir: args[0], SyncAlways: true,
 	})
 	if err != nil {
 		return err

@@ -160,5 +160,18 @@ func (v *view) WaitFeed(ctx context.Context, after hub.Position) error {
 	}
 }
 
+// Known implements store.PublishedFeed.
+func (v *view) Known() hub.Position {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if len(v.all) == 0 {
+		return hub.Position{}
+	}
+	return v.all[len(v.all)-1].Position
+}
+
+// Remember implements store.PublishedFeed: this feed is never set back.
+func (v *view) Remember(context.Context, hub.Position) error { return nil }
+
 // TrimFeed implements store.Feed; no seed lasts that long.
 func (v *view) TrimFeed(context.Context, uint32) error { return nil }

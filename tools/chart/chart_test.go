@@ -65,6 +65,15 @@ config:
   enrolmentGateway: {api: {coap: {address: ""}, http: {address: ""}}}
 devices: {type: NodePort, externalTrafficPolicy: Cluster}
 `,
+	"gateway": `
+config: {externalAddress: hub.example.com}
+gateway:
+  enabled: true
+  parents: [{name: edge, namespace: infra, sectionName: https}]
+  host: api.example.com
+  devices: {coaps-tcp: {name: edge, namespace: infra, sectionName: coaps-tcp}, coaps-udp: {name: edge, namespace: infra, sectionName: coaps-udp}}
+devices: {type: ClusterIP}
+`,
 	"cluster": cluster,
 	"cluster-full": overCluster + `
 image: {repository: registry.example.com/coaphub, tag: v1.2.3}
@@ -103,7 +112,16 @@ config: {store: {mongodb: {user: coaphub}}, coapGateway: {api: {coap: {externalA
 nats: {existingSecret: coaphub-nats}
 mongodb: {existingSecret: coaphub-mongodb}
 networkPolicy: {enabled: true}
+gateway: {enabled: true, parents: [{name: edge}, {name: inner, sectionName: https}], host: api.example.com, grpcHost: grpc.example.com, ca: coaphub-ca}
 `,
+}
+
+// gatewayAPI is where the version of the Gateway API lies that the chart is for.
+var gatewayAPI = sync.OnceValues(func() (string, error) { return moduleFolder("sigs.k8s.io/gateway-api") })
+
+func moduleFolder(module string) (string, error) {
+	out, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", module).Output()
+	return strings.TrimSpace(string(out)), err
 }
 
 // overCluster begins values that are put over values-cluster.yaml, and cluster is the least that must be said then. Several documents
@@ -254,11 +272,11 @@ func TestGolden(t *testing.T) {
 
 // TestKubernetesSchemas holds every object against the schemas of three releases of Kubernetes, and refuses fields that they do not know.
 func TestKubernetesSchemas(t *testing.T) {
-	out, err := exec.CommandContext(t.Context(), "go", "list", "-m", "-f", "{{.Dir}}", "sigs.k8s.io/kubectl-validate").Output()
+	folder, err := moduleFolder("sigs.k8s.io/kubectl-validate")
 	if err != nil {
 		t.Fatal(err)
 	}
-	schemas := filepath.Join(strings.TrimSpace(string(out)), "pkg/openapiclient/builtins")
+	schemas := filepath.Join(folder, "pkg/openapiclient/builtins")
 	for name, values := range cases {
 		files, err := render(t, values)
 		if err != nil {
@@ -268,7 +286,7 @@ func TestKubernetesSchemas(t *testing.T) {
 			checked := 0
 			for _, o := range objects(t, files) {
 				version, kind := o["apiVersion"].(string), o["kind"].(string)
-				if kind == "ServiceMonitor" { // not Kubernetes' own
+				if kind == "ServiceMonitor" || strings.HasPrefix(version, "gateway.networking.k8s.io/") { // not Kubernetes' own
 					continue
 				}
 				s, err := openAPI(filepath.Join(schemas, release), version)
@@ -295,6 +313,71 @@ func TestKubernetesSchemas(t *testing.T) {
 	}, "StatefulSet")
 	if len(wrong) != 3 { // a wrong type, an unknown field, serviceName is missing
 		t.Errorf("of three mistakes it finds %q", wrong)
+	}
+}
+
+// TestGatewayAPISchemas holds the routes against the definitions of the Gateway API, of the standard channel but for those of layer 4.
+func TestGatewayAPISchemas(t *testing.T) {
+	folder, err := gatewayAPI()
+	if err != nil {
+		t.Fatal(err)
+	}
+	channels := map[string]string{
+		"HTTPRoute": "standard", "GRPCRoute": "standard", "BackendTLSPolicy": "standard", "TCPRoute": "experimental", "UDPRoute": "experimental",
+	}
+	definition := func(kind, version string) *schema {
+		t.Helper()
+		plural := strings.TrimSuffix(strings.ToLower(kind), "y") + map[bool]string{true: "ies", false: "s"}[strings.HasSuffix(kind, "y")]
+		s, err := customResource(filepath.Join(folder, "config/crd", channels[kind], "gateway.networking.k8s.io_"+plural+".yaml"), version)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	checked := map[string]bool{}
+	for name, values := range cases {
+		files, err := render(t, values)
+		if err != nil {
+			t.Fatal(err)
+		}
+		services := map[string][]float64{}
+		var routes []map[string]any
+		for _, o := range objects(t, files) {
+			kind := o["kind"].(string)
+			if kind == "Service" {
+				for _, p := range at(o, "spec", "ports").([]any) {
+					s := at(o, "metadata", "name").(string)
+					services[s] = append(services[s], at(p, "port").(float64))
+				}
+			}
+			version, ok := strings.CutPrefix(o["apiVersion"].(string), "gateway.networking.k8s.io/")
+			if !ok {
+				continue
+			}
+			checked[kind] = true
+			for _, wrong := range (&document{}).check(definition(kind, version), o, kind) {
+				t.Errorf("%s: %s", name, wrong)
+			}
+			if kind != "BackendTLSPolicy" {
+				routes = append(routes, o)
+			}
+		}
+		for _, o := range routes {
+			to := at(at(o, "spec", "rules").([]any)[0], "backendRefs").([]any)[0]
+			if !slices.Contains(services[at(to, "name").(string)], at(to, "port").(float64)) {
+				t.Errorf("%s: %v leads nowhere: %v", name, at(o, "metadata", "name"), to)
+			}
+		}
+	}
+	if got, want := slices.Sorted(maps.Keys(checked)), slices.Sorted(maps.Keys(channels)); !slices.Equal(got, want) {
+		t.Errorf("there are %v, not %v", got, want)
+	}
+	// The test of the test.
+	wrong := (&document{}).check(definition("UDPRoute", "v1alpha2"), map[string]any{"spec": map[string]any{
+		"parentRefs": []any{map[string]any{"name": "edge", "section": "x"}}, "rules": []any{map[string]any{"backendRefs": []any{map[string]any{"port": 1.0}}}},
+	}}, "UDPRoute")
+	if len(wrong) != 2 { // an unknown field, the backend's name is missing
+		t.Errorf("of two mistakes it finds %q", wrong)
 	}
 }
 
@@ -376,7 +459,8 @@ func TestConfigReachesTheHub(t *testing.T) {
 				"coapGateway.api.coap.tls.clientCertificateRequired": "true", "coapGateway.api.coap.authorization.deviceIDClaim": "device",
 				"authorization.ownerClaim": "owner", "authorization.audience": "[hub]", "grpcGateway.api.http.hosts": "[api.example.com]",
 			},
-			"cluster-one-address": {"bus.nkeyFile": identityFolder + "/nats", "coapGateway.api.coap.externalAddress": ""},
+			"gateway":             {"grpcGateway.api.http.hosts": "[api.example.com]", "oauthServer.issuer": "https://api.example.com/oauth"},
+			"cluster-one-address": {"grpcGateway.api.http.hosts": "[api.example.com]", "bus.nkeyFile": identityFolder + "/nats", "coapGateway.api.coap.externalAddress": ""},
 			"closed-doors":        {"enrolmentGateway.api.http.address": "", "coapGateway.api.coap.address": "[::]:5684"},
 		}[name] {
 			if g := fmt.Sprint(at(got, strings.Split(key, ".")...)); g != want {
@@ -617,14 +701,21 @@ func TestMistakesAreRefused(t *testing.T) {
 		`replicas: 3`:               "replicas",
 		`replicaCount: 3`:           "replicaCount",
 		`config: {coapgateway: {}}`: "coapgateway",
-		`config: {grpcGateway: {api: {grpc: {address: ""}}}}`:                          "grpc",
-		`config: {externalAddress: https://x/}`:                                        "externalAddress",
-		`image: {pullPolicy: Sometimes}`:                                               "pullPolicy",
-		`storage: {size: much}`:                                                        "size",
-		`devices: {type: Loadbalancer}`:                                                "type",
-		`ingress: {enabled: true}`:                                                     "host",
-		`secrets: [A_B]`:                                                               "secrets",
-		`resources: {request: {cpu: 1}}`:                                               "request",
+		`config: {grpcGateway: {api: {grpc: {address: ""}}}}`:                         "grpc",
+		`config: {externalAddress: https://x/}`:                                       "externalAddress",
+		`image: {pullPolicy: Sometimes}`:                                              "pullPolicy",
+		`storage: {size: much}`:                                                       "size",
+		`devices: {type: Loadbalancer}`:                                               "type",
+		`ingress: {enabled: true}`:                                                    "host",
+		`gateway: {enabled: true, host: api.example.com}`:                             "parents",
+		`gateway: {enabled: true, parents: [{name: edge}]}`:                           "host",
+		`gateway: {enabled: true, parents: [{gateway: edge}], host: api.example.com}`: "name",
+		`gateway: {devices: {coaps: {name: edge, sectionName: x}}}`:                   "coaps",
+		`gateway: {devices: {coaps-udp: {name: edge}}}`:                               "sectionName",
+		"ingress: {enabled: true, host: api.example.com}\ngateway: {enabled: true, parents: [{name: edge}], host: api.example.com}":                                                  "/gateway/enabled",
+		"config: {enrolmentGateway: {api: {coap: {address: \"\"}}}}\ngateway: {enabled: true, parents: [{name: edge}], host: x, devices: {enrol-udp: {name: edge, sectionName: x}}}": "does not open",
+		`secrets: [A_B]`:                 "secrets",
+		`resources: {request: {cpu: 1}}`: "request",
 		`config: {admin: {api: {http: {address: "127.0.0.1:8081"}}}}`:                  "nobody would reach it",
 		`config: {admin: {api: {http: {address: ""}}}}`:                                "address",
 		`config: {grpcGateway: {api: {http: {address: "localhost:8080"}}}}`:            "nobody would reach it",

@@ -6,8 +6,11 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
+
+	"sigs.k8s.io/yaml"
 )
 
 // schema is a part of an OpenAPI document, as much of it as Kubernetes' own documents use.
@@ -21,6 +24,7 @@ type schema struct {
 	Items                *schema            `json:"items"`
 	AdditionalProperties json.RawMessage    `json:"additionalProperties"`
 	Enum                 []any              `json:"enum"`
+	Pattern              string             `json:"pattern"`
 	Kinds                []struct {
 		Group, Version, Kind string
 	} `json:"x-kubernetes-group-version-kind"`
@@ -59,6 +63,31 @@ func (d *document) kind(version, kind string) *schema {
 		}
 	}
 	return nil
+}
+
+// customResource is the schema of one version in a file of a CustomResourceDefinition.
+func customResource(file, version string) (*schema, error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	var d struct {
+		Spec struct {
+			Versions []struct {
+				Name   string
+				Schema struct{ OpenAPIV3Schema *schema }
+			}
+		}
+	}
+	if err := yaml.Unmarshal(b, &d); err != nil {
+		return nil, err
+	}
+	for _, v := range d.Spec.Versions {
+		if v.Name == version {
+			return v.Schema.OpenAPIV3Schema, nil
+		}
+	}
+	return nil, fmt.Errorf("%s has no version %s", file, version)
 }
 
 // check returns what of v the schema does not allow, as a cluster with strict validation would.
@@ -116,8 +145,10 @@ func (d *document) check(s *schema, v any, path string) (wrong []string) {
 			wrong = append(wrong, d.check(s.Items, item, fmt.Sprintf("%s[%d]", path, i))...)
 		}
 	case "string":
-		if _, ok := v.(string); !ok {
+		if text, ok := v.(string); !ok {
 			bad("%v is no text", v)
+		} else if s.Pattern != "" && !regexp.MustCompile(s.Pattern).MatchString(text) {
+			bad("%q is not like %s", text, s.Pattern)
 		}
 	case "boolean":
 		if _, ok := v.(bool); !ok {

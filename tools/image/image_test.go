@@ -198,6 +198,27 @@ func TestImageIsReproducible(t *testing.T) {
 	}
 }
 
+// TestThirtyTwoBits builds the program for the platform with the shortest words that the image is made for: of numbers that do not fit
+// them, the compiler finds the constants.
+func TestThirtyTwoBits(t *testing.T) {
+	p, err := v1.ParsePlatform("linux/arm/v7")
+	if err != nil {
+		t.Fatal(err)
+	}
+	file, err := compile(t.Context(), "../..", t.TempDir(), "v9.9.9", *p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := elf.Open(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if f.Class != elf.ELFCLASS32 || f.Machine != elf.EM_ARM {
+		t.Errorf("it is for %v, %v", f.Machine, f.Class)
+	}
+}
+
 // TestImageOfSeveralPlatforms looks whether each platform finds its own program.
 func TestImageOfSeveralPlatforms(t *testing.T) {
 	var programs []program

@@ -26,7 +26,7 @@ import (
 func main() {
 	root := flag.String("root", ".", "the repository")
 	out := flag.String("out", "bin", "folder that gets image/ and image.tar")
-	platforms := flag.String("platforms", "linux/amd64,linux/arm64", "what to build for, separated by commas")
+	platforms := flag.String("platforms", "linux/amd64,linux/arm64,linux/arm/v7", "what to build for, separated by commas")
 	push := flag.String("push", "", "reference of a registry to push to: host/name:tag")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)

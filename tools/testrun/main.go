@@ -81,6 +81,10 @@ type tally struct {
 	output                  map[string][]string
 }
 
+// alone are the packages of the root module whose tests have the machine for themselves, after all others: what they start are many
+// processes, and what they measure is how soon these are there again.
+var alone = []string{"test/cluster"}
+
 func testAll(ctx context.Context, root, timeout string) error {
 	mods, err := modules(root)
 	if err != nil {
@@ -92,19 +96,24 @@ func testAll(ctx context.Context, root, timeout string) error {
 	}
 	var leftOut []string
 	for _, dir := range mods {
-		want, err := packagesWithTests(ctx, dir)
+		all, want, err := packages(ctx, dir)
 		if err != nil {
 			return err
 		}
 		if len(want) == 0 {
 			continue
 		}
-		var more []string
+		args := slices.DeleteFunc(all, isAlone)
 		if dir != filepath.Clean(root) {
-			more = append(more, "-count=1") // go's cache does not see what such a module builds and runs of the product
+			args = append([]string{"-count=1"}, args...) // go's cache does not see what such a module builds and runs of the product
 		}
-		if err := sum.run(ctx, dir, timeout, "", append(more, "./...")...); err != nil {
+		if err := sum.run(ctx, dir, timeout, "", args...); err != nil {
 			return err
+		}
+		for _, p := range slices.DeleteFunc(slices.Clone(want), func(p string) bool { return !isAlone(p) }) {
+			if err := sum.run(ctx, dir, timeout, "", p); err != nil {
+				return err
+			}
 		}
 		for _, p := range want {
 			if !sum.ran[p] {
@@ -153,14 +162,25 @@ func (s *tally) verdict(leftOut, named []string, strict bool) error {
 	return nil
 }
 
-func packagesWithTests(ctx context.Context, dir string) ([]string, error) {
-	cmd := exec.CommandContext(ctx, "go", "list", "-f", "{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}", "./...")
+func isAlone(pkg string) bool {
+	return slices.ContainsFunc(alone, func(a string) bool { return strings.HasSuffix(pkg, "/"+a) })
+}
+
+// packages lists a module's packages, and those of them that have tests.
+func packages(ctx context.Context, dir string) (all, tested []string, err error) {
+	cmd := exec.CommandContext(ctx, "go", "list", "-f", "{{.ImportPath}}{{if or .TestGoFiles .XTestGoFiles}} tested{{end}}", "./...")
 	cmd.Dir, cmd.Stderr = dir, os.Stderr
 	out, err := cmd.Output()
 	if err != nil {
-		return nil, fmt.Errorf("list packages of %s: %w", dir, err)
+		return nil, nil, fmt.Errorf("list packages of %s: %w", dir, err)
 	}
-	return strings.Fields(string(out)), nil
+	for line := range strings.Lines(string(out)) {
+		p, has, _ := strings.Cut(strings.TrimSpace(line), " ")
+		if all = append(all, p); has != "" {
+			tested = append(tested, p)
+		}
+	}
+	return all, tested, nil
 }
 
 // run runs tests of one module, with arguments for go test, prints a line per package as it ends and the output of what failed. wiring

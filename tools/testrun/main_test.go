@@ -186,3 +186,15 @@ func TestEndedInTime(t *testing.T) {
 		}
 	}
 }
+
+func TestAloneIsThere(t *testing.T) {
+	for _, a := range alone {
+		tests, err := filepath.Glob(filepath.Join("../..", a, "*_test.go"))
+		if err != nil || len(tests) == 0 {
+			t.Errorf("%s has no tests: %v", a, err)
+		}
+	}
+	if !isAlone("github.com/coaphub/coaphub/test/cluster") || isAlone("github.com/coaphub/coaphub/test/e2e") {
+		t.Error("the wrong packages run alone")
+	}
+}

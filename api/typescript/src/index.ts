@@ -15,8 +15,11 @@ export type Event = Schemas["Event"];
 export type Told = Schemas["Told"];
 type Status = Schemas["Status"];
 
-/** An access token, or what gives one; that is asked before each request. */
-export type Token = string | (() => string | Promise<string>);
+/**
+ * An access token, or what gives one; that is asked before each request, and once more with `refused` when the hub refused the
+ * token it gave: for another one.
+ */
+export type Token = string | ((refused: boolean) => string | Promise<string>);
 
 /** What the hub refused. `code` is stable (docs/errors.md); `status` is that of HTTP, 0 for a failure in the middle of a list. */
 export class HubError extends Error {
@@ -64,47 +67,64 @@ export class Hub {
   /** Every call of the API, typed. An answer of 400 and above rejects with a HubError. */
   readonly api: Client<paths>;
   readonly #server: string;
-  readonly #token: () => Promise<string>;
+  readonly #token: (refused?: boolean) => Promise<string>;
 
   /** @param server base URL of the hub's HTTP API, such as https://hub.example:8080 */
   constructor(server: string, token: Token) {
     this.#server = server.replace(/\/+$/, "");
-    this.#token = async () => (typeof token === "function" ? token() : token);
+    this.#token = async (refused = false) => (typeof token === "function" ? token(refused) : token);
     this.api = createClient<paths>({ baseUrl: this.#server });
+    const copies = new WeakMap<Request, Request>();
     this.api.use({
       onRequest: async ({ request }) => {
         request.headers.set("Authorization", `Bearer ${await this.#token()}`);
+        if (typeof token === "function") copies.set(request, request.clone());
         return request;
       },
-      onResponse: async ({ response }) => {
+      onResponse: async ({ request, response: first }) => {
+        let response = first;
+        const copy = copies.get(request);
+        if (response.status === 401 && copy) { // the hub did nothing: it may be asked again
+          copy.headers.set("Authorization", `Bearer ${await this.#token(true)}`);
+          response = await fetch(copy);
+        }
         if (response.status >= 400) throw HubError.of(response.status, await response.json().catch(() => null));
+        return response;
       },
     });
   }
 
   /** Reads a list, page by page: each page is read whole before its first element is given. */
   async *list<P extends Lists>(path: P, parameters?: ParametersOf<P>): AsyncGenerator<Element<P>, void, undefined> {
-    const given = (parameters ?? {}) as { query?: Record<string, unknown>; path?: Record<string, unknown> };
-    const get = this.api.GET as unknown as (path: string, init: object) => Promise<{ response: Response; data?: ReadableStream<Uint8Array> }>;
+    const given = (parameters ?? {}) as { query?: Record<string, unknown> };
     for (let cursor: string | undefined; ; ) {
       const query = { limit: pageSize, ...given.query, ...(cursor ? { cursor } : {}) };
-      const { data } = await get(path, { params: { ...given, query }, parseAs: "stream" });
-      const page: (Element<P> & { cursor?: string })[] = [];
-      for await (const line of data ? lines(data) : []) {
-        if (line.trim() === "") continue;
-        const { result, error } = JSON.parse(line) as { result?: Element<P>; error?: Status };
-        if (error) {
-          yield* page;
-          throw HubError.of(0, error);
-        }
-        page.push(result as Element<P>);
-      }
-      const last = page.at(-1);
-      cursor = last?.cursor;
-      delete last?.cursor;
-      yield* page;
+      const page = await this.page(path, { ...given, query } as unknown as ParametersOf<P>);
+      yield* page.elements;
+      if (page.error) throw page.error;
+      cursor = page.cursor;
       if (!cursor || given.query?.["limit"]) return; // whoever asks for so many gets so many
     }
+  }
+
+  /**
+   * Reads one page of a list: what `query.limit` and `query.cursor` say, the whole list without. `cursor` is where the next page
+   * begins, absent behind the last; `error` is what broke the list off behind these elements.
+   */
+  async page<P extends Lists>(path: P, parameters?: ParametersOf<P>): Promise<{ elements: Element<P>[]; cursor?: string; error?: HubError }> {
+    const get = this.api.GET as unknown as (path: string, init: object) => Promise<{ response: Response; data?: ReadableStream<Uint8Array> }>;
+    const { data } = await get(path, { params: parameters ?? {}, parseAs: "stream" });
+    const elements: (Element<P> & { cursor?: string })[] = [];
+    for await (const line of data ? lines(data) : []) {
+      if (line.trim() === "") continue;
+      const { result, error } = JSON.parse(line) as { result?: Element<P>; error?: Status };
+      if (error) return { elements, error: HubError.of(0, error) };
+      elements.push(result as Element<P>);
+    }
+    const last = elements.at(-1);
+    const cursor = last?.cursor;
+    delete last?.cursor;
+    return { elements, ...(cursor ? { cursor } : {}) };
   }
 
   /**

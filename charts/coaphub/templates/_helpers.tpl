@@ -20,13 +20,13 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- if not $c.externalAddress -}}
 {{- $_ := set $c "externalAddress" (printf "%s.%s.svc" (include "coaphub.name" .) .Release.Namespace) -}}
 {{- end -}}
-{{- if .Values.ingress.enabled -}}
+{{- with .Values.ingress.enabled | ternary .Values.ingress.host (.Values.gateway.enabled | ternary .Values.gateway.host "") -}}
 {{- $http := $c.grpcGateway.api.http -}}
-{{- if not (has .Values.ingress.host ($http.hosts | default list)) -}}
-{{- $_ := set $http "hosts" (append ($http.hosts | default list) .Values.ingress.host) -}}
+{{- if not (has . ($http.hosts | default list)) -}}
+{{- $_ := set $http "hosts" (append ($http.hosts | default list) .) -}}
 {{- end -}}
 {{- if and (not (dig "authorization" "issuers" list $c)) (not (dig "oauthServer" "issuer" "" $c)) -}}
-{{- $_ := set $c "oauthServer" (merge (dict "issuer" (printf "https://%s/oauth" .Values.ingress.host)) ($c.oauthServer | default dict)) -}}
+{{- $_ := set $c "oauthServer" (merge (dict "issuer" (printf "https://%s/oauth" .)) ($c.oauthServer | default dict)) -}}
 {{- end -}}
 {{- end -}}
 {{- if .Values.parts -}}

@@ -3,10 +3,11 @@
 // process that listens follows the whole feed with one consumer; messages go to a subject for each of 1024 buckets of owners, so
 // that it may listen to some only, once that pays.
 //
-// What is lost is noticed by whoever knew of it: a stream that ends before what a process of the hub has read or published gets
-// another identity. When all processes end together with the servers, nobody is left who knew. So a stream of one replica needs
-// servers that write through (sync_interval: always), and a stream is never restored from a backup: where there is none, the
-// hub makes it anew.
+// What is lost is noticed by whoever knew of it: a stream that ends before what a process of the hub has read or published, or before
+// what one had when it wrote that down (Known, Remember), gets another identity. So a stream that is restored from a backup, or lost and
+// made anew, is another log for those who have a place in it. What was published after the last writing down, two seconds before all
+// processes ended, is not known of: a stream that ends between is taken for whole. So one of a single replica needs servers that write
+// through (sync_interval: always).
 //
 // It must not know who reads, what events mean, or which store has the commits; and it is no truth: what a lost stream had is
 // in the store, and readers whose place is gone are told that they lag.

@@ -52,7 +52,7 @@ type node struct {
 
 func startNode(tb testing.TB) *node {
 	tb.Helper()
-	n := &node{tb: tb, dir: tb.TempDir(), port: server.RANDOM_PORT}
+	n := &node{tb: tb, dir: tb.TempDir(), port: bustest.Port(tb)}
 	n.start()
 	return n
 }
@@ -66,7 +66,6 @@ func (n *node) start() {
 			o.Routes, o.Cluster = n.routes, server.ClusterOpts{Name: "test", Host: "127.0.0.1", Port: n.cluster}
 		}
 	})
-	n.port = n.srv.Addr().(*net.TCPAddr).Port
 }
 
 func (n *node) stop() { n.srv.Shutdown(); n.srv.WaitForShutdown() }
@@ -550,6 +549,50 @@ func TestStreamSetBack(t *testing.T) {
 	}
 }
 
+// A stream that was set back, or lost, while no process of the hub lived is noticed by the first one that is told how far it had come.
+func TestStreamSetBackWhileNobodyLived(t *testing.T) {
+	t.Parallel()
+	n := startNode(t)
+	short := func(f *Feed) { f.times.confirm = 2 }
+	f := openFeed(t, options(n.url()), short)
+	publish(t, f, 1, 1, 5)
+	n.stop()
+	backup := filepath.Join(t.TempDir(), "backup")
+	if err := os.CopyFS(backup, os.DirFS(n.dir)); err != nil {
+		t.Fatal(err)
+	}
+	n.start()
+	publish(t, f, 1, 6, 20)
+	all, _ := read(t, f, hub.Position{})
+	known, id := f.Known(), f.LogID()
+	for _, c := range [][2]string{{"as it was", n.dir}, {"set back", backup}, {"lost", t.TempDir()}} {
+		what, dir := c[0], c[1]
+		if err := f.Close(); err != nil {
+			t.Fatal(err)
+		}
+		n.stop()
+		n.dir = dir
+		n.start()
+		f = openFeed(t, options(n.url()), short)
+		if err := f.Remember(within(t), known); err != nil {
+			t.Fatal(err)
+		}
+		if what == "as it was" {
+			if rest, _ := read(t, f, all[9].Position); len(rest) != 10 || f.LogID() != id {
+				t.Errorf("%s: %d commits behind the tenth, and the log is %s", what, len(rest), f.LogID())
+			}
+			continue
+		}
+		if f.LogID() == id {
+			t.Errorf("%s: the log's ID is still %s", what, id)
+		}
+		publish(t, f, 2, 1, 40)
+		for _, at := range []hub.Position{all[0].Position, all[4].Position, all[10].Position, known} {
+			wantLagged(t, f, at)
+		}
+	}
+}
+
 // What was dropped while it was on its way is no hole that is passed over: in front of it a page ends, behind it a reader lags.
 func TestDroppedOnTheWay(t *testing.T) {
 	t.Parallel()
@@ -663,44 +706,47 @@ func TestBeyondTheEnd(t *testing.T) {
 	wantLagged(t, f, at)
 }
 
-// startCluster starts three servers that know each other.
-func startCluster(t *testing.T) []*node {
+// newCluster makes three servers that know each other.
+func newCluster(t *testing.T) []*node {
 	t.Helper()
 	var routes []*url.URL
 	nodes := make([]*node, 3)
 	for i := range nodes {
-		l, err := net.Listen("tcp", "127.0.0.1:0") // for its number
-		if err != nil {
-			t.Fatal(err)
-		}
-		n := &node{tb: t, dir: t.TempDir(), port: server.RANDOM_PORT, name: fmt.Sprintf("n%d", i), cluster: l.Addr().(*net.TCPAddr).Port}
-		l.Close()
-		routes = append(routes, &url.URL{Scheme: "nats", Host: fmt.Sprintf("127.0.0.1:%d", n.cluster)})
-		nodes[i] = n
+		nodes[i] = &node{tb: t, dir: t.TempDir(), port: bustest.Port(t), name: fmt.Sprintf("n%d", i), cluster: bustest.Port(t)}
+		routes = append(routes, &url.URL{Scheme: "nats", Host: fmt.Sprintf("127.0.0.1:%d", nodes[i].cluster)})
 	}
 	for _, n := range nodes {
 		n.routes = routes
-		n.start()
 	}
 	return nodes
+}
+
+// inCluster is for three copies of the stream in a cluster.
+func inCluster(nodes []*node) (Config, Options) {
+	cfg, o := testConfig(), options("")
+	cfg.Replicas, o.Bus.URLs = 3, nil
+	for _, n := range nodes {
+		o.Bus.URLs = append(o.Bus.URLs, n.url())
+	}
+	return cfg, o
 }
 
 // In a cluster servers come and go, the one that leads the stream too: what is published is there, in order, once, and places stay good.
 func TestCluster(t *testing.T) {
 	t.Parallel()
-	nodes := startCluster(t)
-	o := options(nodes[0].url())
-	o.Bus.URLs = nil
+	nodes := newCluster(t)
 	for _, n := range nodes {
-		o.Bus.URLs = append(o.Bus.URLs, n.url())
+		n.start()
 	}
-	cfg := testConfig()
-	cfg.Replicas = 3
+	cfg, o := inCluster(nodes)
 	f, err := Open(within(t), cfg, o)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
+	// How long elections take is the servers' and the machine's affair: what is tested is what comes of them.
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
 	id := f.LogID()
 	const writers, each, batch = 8, 10, 4
 	var stored atomic.Int64
@@ -712,11 +758,15 @@ func TestCluster(t *testing.T) {
 				for seq := first; seq < first+batch; seq++ {
 					left = append(left, storetest.Commit(storetest.Device(w), seq))
 				}
-				for len(left) > 0 && t.Context().Err() == nil {
-					errs := f.Publish(within(t), left)
+				for len(left) > 0 {
+					errs := f.Publish(ctx, left)
 					k := 0
 					for k < len(errs) && errs[k] == nil {
 						k++
+					}
+					if k < len(errs) && (!hub.IsKind(errs[k], hub.Unavailable) || ctx.Err() != nil) {
+						t.Errorf("publishing %d/%d: %v", w, left[k].Seq, errs[k])
+						return
 					}
 					left = left[k:]
 					stored.Add(int64(k))
@@ -728,15 +778,15 @@ func TestCluster(t *testing.T) {
 		all.Go(func() {
 			at, last, total := hub.Position{}, map[hub.DeviceID]uint64{}, 0
 			for total < writers*each*batch {
-				err := f.WaitFeed(within(t), at)
+				err := f.WaitFeed(ctx, at)
 				var entries []store.FeedEntry
 				var lagged bool
 				next := at
 				if err == nil {
-					entries, next, lagged, err = f.ReadFeed(within(t), at, 50)
+					entries, next, lagged, err = f.ReadFeed(ctx, at, 50)
 				}
-				if lagged || err != nil && !hub.IsKind(err, hub.Unavailable) {
-					t.Errorf("reading: lagged %v, %v", lagged, err)
+				if lagged || err != nil && (!hub.IsKind(err, hub.Unavailable) || ctx.Err() != nil) {
+					t.Errorf("reading behind %d of %d: lagged %v, %v", total, writers*each*batch, lagged, err)
 					return
 				}
 				for _, e := range entries {
@@ -768,6 +818,9 @@ func TestCluster(t *testing.T) {
 		}
 	}
 	all.Wait()
+	if t.Failed() {
+		return
+	}
 	if f.LogID() != id {
 		t.Errorf("the log's ID is %s, and was %s", f.LogID(), id)
 	}

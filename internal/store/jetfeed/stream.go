@@ -279,6 +279,28 @@ func (f *Feed) Head(ctx context.Context) (hub.Position, error) {
 	return f.position(max(st.last, f.start-1)), nil
 }
 
+// Known is how far the stream is known to have come.
+func (f *Feed) Known() hub.Position {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.position(f.seen)
+}
+
+// Remember tells how far the stream had come when a process of the hub lived that knew; store.PublishedFeed has the contract. Streams that
+// were made later begin behind that.
+func (f *Feed) Remember(ctx context.Context, known hub.Position) error {
+	ctx, leave, err := f.enter(ctx, "Remember")
+	if err != nil {
+		return err
+	}
+	defer leave()
+	f.mu.Lock()
+	f.seen = max(f.seen, known.N)
+	f.mu.Unlock()
+	_, err = again(ctx, f, "Remember", f.look)
+	return err
+}
+
 // position makes a position of a number. Its day is the one on which the stream was made, for all its commits: the times of
 // messages are those of whichever server leads, which may go back when another does, and a place must compare with another in
 // every process as the numbers do. mu is held.

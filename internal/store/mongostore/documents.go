@@ -8,7 +8,6 @@ import (
 	"iter"
 	"math/rand/v2"
 	"slices"
-	"strings"
 	"time"
 
 	"go.mongodb.org/mongo-driver/v2/bson"
@@ -34,7 +33,7 @@ func newRev() int64 { return 1 + rand.Int64N(1<<63-1) }
 func (d *document) doc(key string) (store.Doc, error) {
 	out := store.Doc{Key: key, Value: d.Value, Rev: uint64(d.Rev)}
 	for _, x := range d.Index {
-		_, x, ok := strings.Cut(x, separator)
+		_, x, ok := cutText(x)
 		ix, good := decodeText(x)
 		if !ok || !good {
 			return store.Doc{}, damaged(d.ID)

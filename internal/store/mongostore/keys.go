@@ -66,6 +66,19 @@ func decodeText(s string) (string, bool) {
 	return string(b), true
 }
 
+// cutText cuts off the first of several texts: a byte 1 that is the second of two separates nothing.
+func cutText(s string) (first, rest string, ok bool) {
+	for i := 0; i < len(s); i++ {
+		switch s[i] {
+		case 2:
+			i++
+		case 1:
+			return s[:i], s[i+1:], true
+		}
+	}
+	return s, "", false
+}
+
 // checkDevice accepts only the form that hub.ParseDeviceID gives: two texts of one device must not be two logs, and all are of
 // one length.
 func checkDevice(id hub.DeviceID) error {

@@ -64,9 +64,12 @@ type Store struct {
 
 	logID    string
 	writerID string // of this opening of the store
+	offline  bool   // it has no feed and does no work of its own: see Offline
+	existing bool   // a database that is nobody's is refused
 	name     string
 	feed     store.PublishedFeed
 	limits   limits
+	noted    uint64 // how far the feed had come by what was written down last; of the goroutine that beats, and then of Close
 
 	// room bounds what callers are just writing, in bytes.
 	room *semaphore.Weighted
@@ -91,7 +94,10 @@ type Store struct {
 	done sync.WaitGroup // of the store's own goroutines, work and beats
 }
 
-var _ store.Store = (*Store)(nil)
+var (
+	_ store.Store = (*Store)(nil)
+	_ store.Sizer = (*Store)(nil)
+)
 
 // lag is what is stored and not yet published and folded.
 type lag struct {
@@ -194,13 +200,30 @@ func (s *Store) start(ctx context.Context, opts Options, steps []func(context.Co
 	if err := s.identify(ctx, opts, steps); err != nil {
 		return s.explain(err)
 	}
-	if err := s.again(ctx, "Open", s.makeIndexes); err != nil {
-		return s.explain(err)
+	if !s.existing {
+		if err := s.again(ctx, "Open", s.makeIndexes); err != nil {
+			return s.explain(err)
+		}
 	}
-	if err := s.checkFeeds(ctx); err != nil {
-		return s.explain(err)
+	if !s.offline {
+		err := s.remember(ctx)
+		if err == nil {
+			err = s.checkFeeds(ctx)
+		}
+		if err == nil {
+			err = s.beat(ctx, 0)
+		}
+		if err == nil {
+			err = s.checkMarks(ctx)
+		}
+		if err != nil {
+			return s.explain(err)
+		}
 	}
 	s.life, s.kill = context.WithCancel(context.WithoutCancel(ctx))
+	if s.offline {
+		return nil
+	}
 	s.done.Go(s.work)
 	s.done.Go(s.beats)
 	return nil
@@ -217,7 +240,7 @@ func (s *Store) address() string {
 // explain turns an error of the start into one that says what to do.
 func (s *Store) explain(err error) error {
 	he := (*hub.Error)(nil)
-	if errors.As(err, &he) && he.Kind == hub.Precondition {
+	if errors.As(err, &he) && (he.Kind == hub.Precondition || he.Kind == hub.NotFound) {
 		return err
 	}
 	at := s.address()
@@ -306,6 +329,9 @@ func (s *Store) identify(ctx context.Context, opts Options, steps []func(context
 		if !errors.Is(err, mongo.ErrNoDocuments) {
 			return err
 		}
+		if s.existing {
+			return &hub.Error{Kind: hub.NotFound, Op: "mongostore.Open", Code: ErrNoHub, Text: "there is no hub in the database " + s.where() + ": check uri and database"}
+		}
 		// Whoever is first makes it; all read it back.
 		if _, err := s.hub.InsertOne(ctx, fresh); err != nil && !mongo.IsDuplicateKeyError(err) {
 			return err
@@ -391,7 +417,9 @@ func (s *Store) Close() error {
 	s.done.Wait()
 	end, cancel := context.WithTimeout(context.Background(), s.cfg.Timeout)
 	defer cancel()
-	if err := s.settleAll(end); err != nil {
+	if s.offline {
+		// Nothing is left to do.
+	} else if err := s.settleAll(end); err != nil {
 		s.log.Warn("documents could not be brought up to the log; whoever loads the devices next does so", "error", err)
 	} else if err := s.retire(end); err != nil {
 		s.log.Warn("the writer could not sign off; others will look after what it wrote", "error", err)

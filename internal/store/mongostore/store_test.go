@@ -3,6 +3,7 @@ package mongostore_test
 import (
 	"bufio"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"net/url"
@@ -59,16 +60,6 @@ func withServer(f func() int) (code int, err error) {
 		uri = u.String()
 		return f(), nil
 	}
-	// The tests' results count until one of these changes: go test notes which files are read.
-	sources, err := filepath.Glob("../../../test/mongo/*")
-	for _, file := range sources {
-		if _, readErr := os.ReadFile(file); readErr != nil {
-			err = readErr
-		}
-	}
-	if err != nil {
-		return 0, err
-	}
 	dir, err := os.MkdirTemp("", "coaphub-mongo-")
 	if err != nil {
 		return 0, err
@@ -79,7 +70,7 @@ func withServer(f func() int) (code int, err error) {
 		return 0, err
 	}
 	program := filepath.Join(dir, "mongo")
-	build := exec.Command("go", "build", "-C", "../../../test/mongo", "-o", program, ".")
+	build := exec.Command("go", "run", "-C", "../../../test/mongo", "./build", program)
 	if out, err := build.CombinedOutput(); err != nil {
 		return 0, fmt.Errorf("build test/mongo: %w\n%s", err, out)
 	}
@@ -109,6 +100,15 @@ var databases atomic.Int32
 // database returns the name of an empty database, which is dropped afterwards.
 func database(tb testing.TB) string {
 	tb.Helper()
+	// The tests' results count until one of these changes: go test notes which files a test reads.
+	for _, pattern := range []string{"../../../test/mongo/*.*", "../../../test/mongo/build/*"} {
+		sources, err := filepath.Glob(pattern)
+		for _, file := range sources {
+			_, readErr := os.ReadFile(file)
+			err = errors.Join(err, readErr)
+		}
+		must(tb, err)
+	}
 	name := fmt.Sprintf("coaphub-test-%d-%d", os.Getpid(), databases.Add(1))
 	tb.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
@@ -178,6 +178,30 @@ func TestConformance(t *testing.T) {
 		s := open(t, config(uri, database(t)), opts(storetest.NewFeed()), mongostore.Tuning{})
 		t.Cleanup(func() { closeStore(t, s) })
 		return s
+	})
+}
+
+// TestDiskBytes: what is trimmed no longer counts, whether or not the files get smaller.
+func TestDiskBytes(t *testing.T) {
+	t.Parallel()
+	s := open(t, config(uri, database(t)), opts(storetest.NewFeed()), fast)
+	defer closeStore(t, s)
+	const dev, commits, size = hub.DeviceID("d0000000-0000-4000-8000-000000000001"), 20, 100_000
+	for seq := range uint64(commits) {
+		e := entry(dev, seq+1)
+		e.Commit.Events[0].Content.Data = make([]byte, size)
+		_, _ = rand.Read(e.Commit.Events[0].Content.Data) // nothing to compress
+		must(t, s.Append(t.Context(), []store.Entry{e})[0])
+	}
+	takes := func() uint64 {
+		n, err := s.DiskBytes(t.Context())
+		must(t, err)
+		return n
+	}
+	eventually(t, "all is on disk", func() bool { return takes() > commits*size })
+	eventually(t, "all but the newest commit is trimmed", func() bool {
+		must(t, s.Trim(t.Context(), dev, commits, nil))
+		return takes() < commits*size/2
 	})
 }
 
@@ -270,4 +294,53 @@ func writers(tb testing.TB, database string) (all []writer) {
 	must(tb, err)
 	must(tb, cur.All(tb.Context(), &all))
 	return all
+}
+
+// told is a feed that says what it is told to remember.
+type told struct {
+	*storetest.Feed
+	known hub.Position
+}
+
+func (f *told) Remember(ctx context.Context, known hub.Position) error {
+	f.known = known
+	return f.Feed.Remember(ctx, known)
+}
+
+// Whoever opens the store tells the feed how far it had come, however the processes before have ended, so that one that was set back
+// meanwhile is another log.
+func TestFeedIsTold(t *testing.T) {
+	t.Parallel()
+	db, feed := database(t), &told{Feed: storetest.NewFeed()}
+	s := open(t, config(uri, db), opts(feed), mongostore.Tuning{Beat: time.Hour})
+	for seq := range uint64(3) {
+		must(t, add(t.Context(), s, storetest.Device(1), seq+1))
+	}
+	closeStore(t, s)
+	if feed.known.N != 0 {
+		t.Errorf("a feed that is new is told of %v", feed.known)
+	}
+	s = open(t, config(uri, db), opts(feed), fast)
+	if feed.known != feed.Known() || feed.known.N != 3 {
+		t.Errorf("after an orderly end the feed is told of %v, and was at %v", feed.known, feed.Known())
+	}
+	must(t, add(t.Context(), s, storetest.Device(1), 4))
+	eventually(t, "the fourth to be published and folded", s.Done)
+	done := writers(t, db)[0].Beat + 2 // a whole beat begins after it
+	eventually(t, "a beat", func() bool { return writers(t, db)[0].Beat >= done })
+	s.Kill()
+	id := s.LogID()
+	s = open(t, config(uri, db), opts(feed), fast)
+	if feed.known.N != 4 || s.LogID() != id {
+		t.Errorf("after a crash the feed is told of %v, and was at %v", feed.known, feed.Known())
+	}
+	s.Kill()
+
+	old := storetest.NewFeed() // has less
+	s = open(t, config(uri, db), opts(old), fast)
+	defer closeStore(t, s)
+	must(t, add(t.Context(), s, storetest.Device(2), 1))
+	if entries, _, lagged, err := s.ReadFeed(t.Context(), feed.known, 10); err != nil || !lagged {
+		t.Errorf("in a feed that was set back there are %d entries, lagged %v, %v", len(entries), lagged, err)
+	}
 }

@@ -112,3 +112,23 @@ func (s *Store) rebase(ctx context.Context, dev hub.DeviceID, seq uint64, docs b
 		return err
 	})
 }
+
+// DiskBytes is what the database takes on the servers' disks, once of all copies. Files of WiredTiger do not shrink when documents are
+// removed; what is free in them is used again, so it does not count.
+func (s *Store) DiskBytes(ctx context.Context) (uint64, error) {
+	if err := s.reading(ctx, "DiskBytes"); err != nil {
+		return 0, err
+	}
+	defer s.calls.Done()
+	var stats struct {
+		Total float64 `bson:"totalSize"` // collections and indexes
+		Free  float64 `bson:"totalFreeStorageSize"`
+	}
+	err := s.again(ctx, "DiskBytes", func(ctx context.Context) error {
+		return s.commits.Database().RunCommand(ctx, bson.D{{Key: "dbStats", Value: 1}, {Key: "freeStorage", Value: 1}}).Decode(&stats)
+	})
+	if err != nil {
+		return 0, err
+	}
+	return uint64(max(0, stats.Total-stats.Free)), nil
+}

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"go.mongodb.org/mongo-driver/v2/bson"
+	"go.mongodb.org/mongo-driver/v2/mongo"
 	"go.mongodb.org/mongo-driver/v2/mongo/options"
 
 	"github.com/coaphub/coaphub/hub"
@@ -68,8 +69,53 @@ func (s *Store) doneTo() (done uint64, all bool) {
 	return done, len(s.open) == 0
 }
 
+// reached is the document that says how far the feed was known to have come, so that one that was set back while no process lived is
+// noticed. It is behind by a beat at most, and so is done: what is not known to be in the feed is published again by others.
+type reached struct {
+	Day int32 `bson:"day"`
+	N   int64 `bson:"n"`
+}
+
+const nameReached = "feed"
+
+// remember tells the feed how far it had come.
+func (s *Store) remember(ctx context.Context) error {
+	var at reached
+	err := s.again(ctx, "Open", func(ctx context.Context) error {
+		_, err := s.hub.InsertOne(ctx, bson.D{{Key: "_id", Value: nameReached}, {Key: "day", Value: int32(0)}, {Key: "n", Value: int64(0)}})
+		if err != nil && !mongo.IsDuplicateKeyError(err) {
+			return err
+		}
+		return s.hub.FindOne(ctx, bson.D{{Key: "_id", Value: nameReached}}).Decode(&at)
+	})
+	if err != nil || at.N == 0 {
+		return err
+	}
+	return s.feed.Remember(ctx, hub.Position{Day: uint32(at.Day), N: uint64(at.N)})
+}
+
+// note writes down how far the feed has come; others may have written more.
+func (s *Store) note(ctx context.Context) error {
+	at := s.feed.Known()
+	if at.N == s.noted {
+		return nil
+	}
+	err := s.once(ctx, func(ctx context.Context) error {
+		_, err := s.hub.UpdateOne(ctx, bson.D{{Key: "_id", Value: nameReached}, {Key: "n", Value: bson.D{{Key: "$lt", Value: int64(at.N)}}}},
+			bson.D{{Key: "$set", Value: bson.D{{Key: "day", Value: int32(at.Day)}, {Key: "n", Value: int64(at.N)}}}})
+		return err
+	})
+	if err == nil {
+		s.noted = at.N
+	}
+	return err
+}
+
 func (s *Store) beat(ctx context.Context, beat int64) error {
 	done, _ := s.doneTo()
+	if err := s.note(ctx); err != nil {
+		return err
+	}
 	w := writer{s.writerID, s.name, s.feed.LogID(), int64(done), beat}
 	return s.once(ctx, func(ctx context.Context) error {
 		_, err := s.writers.ReplaceOne(ctx, bson.D{{Key: "_id", Value: w.ID}}, w, options.Replace().SetUpsert(true))
@@ -81,6 +127,9 @@ func (s *Store) beat(ctx context.Context, beat int64) error {
 func (s *Store) retire(ctx context.Context) error {
 	if _, all := s.doneTo(); !all {
 		return s.beat(ctx, -1)
+	}
+	if err := s.note(ctx); err != nil {
+		return err
 	}
 	return s.removeWriter(ctx, s.writerID)
 }

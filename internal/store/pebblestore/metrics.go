@@ -1,6 +1,8 @@
 package pebblestore
 
 import (
+	"context"
+
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/coaphub/coaphub/hub"
@@ -65,7 +67,10 @@ func newMetrics(reg prometheus.Registerer, s *Store) *metrics {
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "coaphub_store_disk_bytes",
 			Help: "Space the store takes on disk. When it rises towards history.maxBytes, history is cut there.",
-		}, func() float64 { return float64(s.DiskBytes()) }),
+		}, func() float64 {
+			n, _ := s.DiskBytes(context.Background()) // 0 once it is closed or failed
+			return float64(n)
+		}),
 	)
 	if reg != nil {
 		for _, c := range m.all {

@@ -5,6 +5,7 @@
 package pebblestore
 
 import (
+	"context"
 	"crypto/rand"
 	"encoding/binary"
 	"encoding/hex"
@@ -85,7 +86,10 @@ type Store struct {
 	committer chan struct{} // closed when the committer has ended
 }
 
-var _ store.Store = (*Store)(nil)
+var (
+	_ store.Store = (*Store)(nil)
+	_ store.Sizer = (*Store)(nil)
+)
 
 // Open opens the store in dir, and makes it if there is none. Errors of kind hub.Precondition: "data-folder-in-use" when
 // another process has it open, "data-too-new" when a newer version wrote it.
@@ -310,12 +314,12 @@ func (s *Store) Close() error {
 	return errors.Join(v.snap.Close(), s.db.Close(), s.lock.Close())
 }
 
-// DiskBytes is the space the store takes on disk, without the ballast; 0 once it is closed or failed.
-func (s *Store) DiskBytes() uint64 {
+// DiskBytes is the space the store takes on disk, without the ballast.
+func (s *Store) DiskBytes(context.Context) (uint64, error) {
 	v, err := s.acquire() // keeps the database open meanwhile
 	if err != nil {
-		return 0
+		return 0, err
 	}
 	defer func() { _ = s.release(v) }()
-	return s.db.Metrics().DiskSpaceUsage()
+	return s.db.Metrics().DiskSpaceUsage(), nil
 }

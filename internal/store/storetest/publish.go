@@ -30,6 +30,7 @@ var publishedTests = map[string]func(*testing.T, store.PublishedFeed){
 	"ManyPublishAndEachOrderHolds": manyPublishAndEachOrderHolds,
 	"AReaderReadsItsOwn":           aReaderReadsItsOwn,
 	"WaitFeedEndsForTheTrimmed":    waitFeedEndsForTheTrimmed,
+	"WhatWasKnownIsRemembered":     whatWasKnownIsRemembered,
 }
 
 // everything reads a feed from a position to its end.
@@ -191,5 +192,47 @@ func waitFeedEndsForTheTrimmed(t *testing.T, f store.PublishedFeed) {
 		if _, _, lagged, err := f.ReadFeed(ctx, at, 1); err != nil || !lagged {
 			t.Errorf("from %v: lagged %v, %v", at, lagged, err)
 		}
+	}
+}
+
+// A feed that is as far as it was known to be goes on; one that is not is another log, in which all that was known lags.
+func whatWasKnownIsRemembered(t *testing.T, f store.PublishedFeed) {
+	ctx := deadline(t)
+	one := func(seq uint64) {
+		t.Helper()
+		if err := errors.Join(f.Publish(ctx, []hub.Commit{Commit(Device(1), seq)})...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	one(1)
+	at, id := f.Known(), f.LogID()
+	if head, err := f.Head(ctx); err != nil || head != at {
+		t.Errorf("known up to %v, and the head is %v, %v", at, head, err)
+	}
+	if err := f.Remember(ctx, at); err != nil || f.LogID() != id {
+		t.Errorf("it is as far, and becomes another log: %v", err)
+	}
+	one(2)
+	if err := f.Remember(ctx, at); err != nil || f.LogID() != id {
+		t.Errorf("it is farther, and becomes another log: %v", err)
+	}
+	lost := hub.Position{Day: at.Day, N: f.Known().N + 10}
+	if err := f.Remember(ctx, lost); err != nil || f.LogID() == id {
+		t.Errorf("it has lost commits, and stays the same log: %v", err)
+	}
+	head, err := f.Head(ctx)
+	if err != nil || head.Compare(lost) < 0 {
+		t.Errorf("the head is %v, %v, and %v was known", head, err, lost)
+	}
+	for seq := range uint64(20) {
+		one(seq + 3)
+	}
+	for _, at := range []hub.Position{at, lost} {
+		if entries, _, lagged, err := f.ReadFeed(ctx, at, 10); err != nil || !lagged || len(entries) != 0 {
+			t.Errorf("from %v: %d entries, lagged %v, %v; it should lag", at, len(entries), lagged, err)
+		}
+	}
+	if n := len(everything(t, f, head)); n != 20 {
+		t.Errorf("%d commits behind the head, want 20", n)
 	}
 }

@@ -16,8 +16,8 @@ type Feed struct {
 	// Fail, when set, is asked before each commit is added.
 	Fail func(hub.Commit) error
 
-	id      string
 	mu      sync.Mutex // guards what follows
+	id      string
 	all     []store.FeedEntry
 	seen    map[[16]byte]bool
 	trimmed hub.Position
@@ -58,6 +58,23 @@ func (f *Feed) Publish(ctx context.Context, commits []hub.Commit) []error {
 	return errs
 }
 
+// Known implements store.PublishedFeed.
+func (f *Feed) Known() hub.Position {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.head
+}
+
+// Remember implements store.PublishedFeed.
+func (f *Feed) Remember(_ context.Context, known hub.Position) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if known.Compare(f.head) > 0 {
+		f.id, f.all, f.trimmed, f.head = rand.Text(), nil, hub.Position{Day: known.Day, N: known.N + 1}, hub.Position{Day: known.Day, N: known.N + 1}
+	}
+	return nil
+}
+
 // All returns everything that was published and not trimmed.
 func (f *Feed) All() []store.FeedEntry {
 	f.mu.Lock()
@@ -66,7 +83,11 @@ func (f *Feed) All() []store.FeedEntry {
 }
 
 // LogID implements store.Feed.
-func (f *Feed) LogID() string { return f.id }
+func (f *Feed) LogID() string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.id
+}
 
 // Head implements store.Feed.
 func (f *Feed) Head(context.Context) (hub.Position, error) {

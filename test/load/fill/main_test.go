@@ -135,9 +135,9 @@ func TestRefused(t *testing.T) {
 
 func verify(t *testing.T, data string, devices int) {
 	t.Helper()
-	n, err := bundle.Verify(context.Background(), data, func(p string) { t.Error(p) }, nil)
-	if err != nil || n != devices {
-		t.Errorf("verified %d devices, want %d: %v", n, devices, err)
+	v, err := bundle.Verify(context.Background(), data, func(p string) { t.Error(p) }, nil)
+	if err != nil || v.Devices != int64(devices) {
+		t.Errorf("verified %d devices, want %d: %v", v.Devices, devices, err)
 	}
 }
 
