@@ -730,6 +730,33 @@ func TestIndexIsNotRemembered(t *testing.T) {
 	}
 }
 
+// A gateway that tells again of a session that a newer one took over from is not written down as who has the device.
+func TestOldSessionIsNotIndexed(t *testing.T) {
+	w := newTown(t)
+	d := w.directories(1)[0].d
+	if err := d.Register(t.Context(), own(lamp, alice, 1), "user-1"); err != nil {
+		t.Fatal(err)
+	}
+	var first announced
+	for i := range 2 {
+		c := conn(fmt.Sprint("conn-", i))
+		c.Service = fmt.Sprint("gateway-", i)
+		sess, err := d.SignIn(t.Context(), own(lamp, alice, 1), c, "user-1", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if i == 0 {
+			first = announced{From: hub.Stamp{Device: lamp, Session: sess.Number}, Connection: c}
+		}
+	}
+	if is, err := d.announce(t.Context(), first); err != nil || is {
+		t.Errorf("the old session is the device's: %t, %v", is, err)
+	}
+	if doc, err := w.st.Get(t.Context(), onlineIndex, string(lamp)); err != nil || string(doc.Value) != "gateway-1" {
+		t.Errorf("the index has the device at %q: %v", doc.Value, err)
+	}
+}
+
 // A gateway that takes a device and is gone before anybody has heard of it leaves nobody online.
 func TestUnheardGatewayIsGone(t *testing.T) {
 	w := newTown(t)

@@ -302,6 +302,7 @@ func (d *Directory) announce(ctx context.Context, q announced) (is bool, _ error
 		}}, nil
 	}
 	err := d.do(ctx, r)
+	d.remark(ctx, q.From.Device) // also if it is not: then the index names a gateway that the device left
 	return is, err
 }
 

@@ -75,6 +75,27 @@ func (d *Directory) mark(ctx context.Context, index string, dev hub.DeviceID, as
 	}
 }
 
+// remark has the index name the gateway of the device's current session, where there are several: what marked the device before its commit
+// may have been overtaken by another's mark, and an old session that is told of again marks it too. Who commits last looks last.
+func (d *Directory) remark(ctx context.Context, dev hub.DeviceID) {
+	if d.apart == nil {
+		return
+	}
+	for {
+		s, err := d.read(ctx, dev)
+		if err == nil && s.meta.Connection.Online {
+			err = d.mark(ctx, onlineIndex, dev, d.keeper(s.meta.Connection.Service))
+		}
+		if err != nil {
+			d.log.Warn("nobody may notice when this device's gateway is gone", "device", dev, "error", err)
+			return
+		}
+		if now, err := d.read(ctx, dev); err != nil || now.session == s.session {
+			return
+		}
+	}
+}
+
 // former does what is to be done for the devices that those left in an index who are gone, as far as they are the directory's. It goes on
 // until all are done, also over an outage of the store.
 func (d *Directory) former(

@@ -54,6 +54,7 @@ func (d *Directory) SignIn(
 	if err := d.do(ctx, r); err != nil {
 		return hub.Session{}, err
 	}
+	d.remark(ctx, own.Device)
 	return sess, nil
 }
 

@@ -4,6 +4,8 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"testing"
@@ -13,6 +15,8 @@ import (
 
 var (
 	only  = flag.Uint64("seed", 0, "play this seed alone, and tell its story")
+	first = flag.Uint64("first", 0, "play the seeds from this one on")
+	last  = flag.Uint64("last", 0, "and up to this one")
 	story = flag.Bool("story", false, "tell the story of a seed that fails")
 )
 
@@ -23,15 +27,32 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
+// beside is how many seeds are played under the race detector, which costs six times the time; all others are played without.
+const beside = 5
+
 // Whatever happens, what design and decisions promise holds.
 func TestInvariants(t *testing.T) {
-	seeds := uint64(dose.Of(5, 50, 10000))
-	first := uint64(1)
-	if *only != 0 {
-		first, seeds = *only, 1
+	seeds := dose.Of[uint64](beside, 1000, 10_000)
+	from, to := uint64(1), uint64(beside)
+	switch {
+	case *only != 0:
+		from, to = *only, *only
+	case *first != 0:
+		from, to = *first, *last
 	}
-	for seed := first; seed < first+seeds && !t.Failed(); seed++ {
+	for seed := from; seed <= to && !t.Failed(); seed++ {
 		report(t, seed, simulate(t, seed, broken{}, *only != 0 || *story))
+	}
+	if *only != 0 || *first != 0 || seeds <= beside {
+		return
+	}
+	program := filepath.Join(t.TempDir(), "simulation.test")
+	if out, err := exec.CommandContext(t.Context(), "go", "test", "-c", "-o", program, ".").CombinedOutput(); err != nil {
+		t.Fatalf("build without the race detector: %v\n%s", err, out)
+	}
+	rest := exec.CommandContext(t.Context(), program, "-test.run=^TestInvariants$", "-test.timeout=0", "-story", fmt.Sprint("-first=", beside+1), fmt.Sprint("-last=", seeds))
+	if out, err := rest.CombinedOutput(); err != nil {
+		t.Errorf("%v\n%s", err, out)
 	}
 }
 

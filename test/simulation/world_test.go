@@ -25,6 +25,8 @@ const (
 	// quiet is how long they then go well before anything is looked at: ten seconds make a gateway silent, and what could not be looked
 	// after then is tried again every five.
 	quiet = 25 * time.Second
+	// heardFor is how long a gateway is there before it crashes for good, so that all have heard of it.
+	heardFor = 3 * time.Second
 	// maxTTL is how long commands wait at most, less than quiet.
 	maxTTL = 12 * time.Second
 )
@@ -388,6 +390,7 @@ func (w *world) play() {
 	var gone *process
 	if w.one(3) {
 		gone = w.slots[2].process()
+		time.Sleep(heardFor)
 		gone.crash()
 		w.tell("%s crashes at last", gone.name)
 	}
