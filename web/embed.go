@@ -13,6 +13,7 @@ import (
 	"mime"
 	"net/http"
 	"path"
+	"strconv"
 	"strings"
 )
 
@@ -125,10 +126,12 @@ func (c *Console) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		h.Set("Content-Encoding", "gzip")
 	}
 	h.Set("ETag", etag)
+	h.Set("Content-Length", strconv.Itoa(len(body)))
 	for tag := range strings.SplitSeq(r.Header.Get("If-None-Match"), ",") {
 		if strings.TrimPrefix(strings.TrimSpace(tag), "W/") == etag { // RFC 9110, Section 13.1.2: weak comparison
 			h.Del("Content-Type")
 			h.Del("Content-Encoding")
+			h.Del("Content-Length")
 			w.WriteHeader(http.StatusNotModified)
 			return
 		}

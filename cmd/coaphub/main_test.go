@@ -287,7 +287,7 @@ func TestAgainstARunningHub(t *testing.T) {
 	on("history", dev.ID, "--since", "2200-01-01T00:00:00Z").want(t, exitOK, `^TIME +EVENT +WHAT\n$`, "^no events since then\n$")
 	on("history", dev.ID, "--json").want(t, exitOK, `"resourceChanged":\{`, "^$")
 
-	on("verify").want(t, exitOK, `^2 devices, 0 problems\n$`, "^$")
+	on("verify").want(t, exitOK, `^2 devices, 0 problems\nsha256:[0-9a-f]{64}\n$`, "^$")
 	if v := as[map[string]any](t, on("verify", "--json")); v["devices"] != 2.0 {
 		t.Errorf("%v", v)
 	}
@@ -299,7 +299,7 @@ func TestAgainstARunningHub(t *testing.T) {
 	on("restore", target).want(t, exitFailure, "^$", "is not empty")
 	data := filepath.Join(t.TempDir(), "restored")
 	runs(t, "restore", target, "--data", data).want(t, exitOK, `^restored hub `+h.ID, "every device must be onboarded again")
-	runs(t, "verify", "--data", data).want(t, exitOK, `^2 devices, 0 problems\n$`, "^$")
+	runs(t, "verify", "--data", data).want(t, exitOK, `^2 devices, 0 problems\nsha256:[0-9a-f]{64}\n$`, "^$")
 	with := filepath.Join(t.TempDir(), "restored")
 	runs(t, "restore", target, "--data", with, "--with-keys", "--passphrase-file", phrase).want(t, exitOK, `^restored hub`, "^$")
 }

@@ -262,7 +262,16 @@ func wantAllReached(t *testing.T) {
 	for _, m := range pb.GrpcGateway_ServiceDesc.Streams {
 		all = append(all, "rpc "+m.StreamName)
 	}
-	missing := slices.DeleteFunc(all, func(op string) bool { _, ok := reached.Load(op); return ok })
+	// Whose answers differ from run to run in more than a script has words for: with the test that calls each.
+	elsewhere := map[string]string{
+		"GET /api/v1/devices/{deviceId}/connection": "TestOwnersOnboardTheirDevices",
+		"POST /api/v1/onboarding":                   "TestOwnersOnboardTheirDevices",
+		"GET /api/v1/system":                        "TestSystemOverTheAPI",
+		"GET /api/v1/system/parts":                  "TestSystemOverTheAPI",
+		"GET /api/v1/system/metrics":                "TestSystemOverTheAPI",
+		"GET /api/v1/system/configuration":          "TestSystemOverTheAPI",
+	}
+	missing := slices.DeleteFunc(all, func(op string) bool { _, ok := reached.Load(op); return ok || elsewhere[op] != "" })
 	if len(missing) > 0 {
 		t.Errorf("no script calls\n%s", strings.Join(missing, "\n"))
 	}
