@@ -14,9 +14,9 @@ test("screenshots", { timeout: 240_000 }, async () => {
   await w.start();
   try {
     await w.devices(24, "--rate", "6", "--seed", "screenshots");
+    const [id] = await w.ids();
     const stop = await w.devices(6, "--seed", "offline");
     await stop();
-    const [id] = await w.ids();
     const light = encodeURIComponent("/light/1");
     for (let power = 0; power < 60; power++) await w.call("PUT", `/api/v1/devices/${id}/resources/light/1`, { power: Math.round(50 + 45 * Math.sin(power / 5)) });
     const v = await w.visitor();
