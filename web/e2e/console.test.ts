@@ -53,13 +53,14 @@ describe("signing in", () => {
 
   test("the first view is small", async () => {
     const v = await w.visitor();
-    let bytes = 0;
+    const sizes = new Map<string, number>(); // the page is left for signing in, and what it had is in the browser's cache then
     v.context.on("response", (r) => {
       const { pathname } = new URL(r.url());
-      if (pathname.startsWith("/console/") || pathname === "/") bytes += Number(r.headers()["content-length"] ?? 0);
+      if (pathname.startsWith("/console/") || pathname === "/") sizes.set(pathname, Number(r.headers()["content-length"] ?? 0));
     });
     const page = await v.open();
     await page.getByRole("link", { name: /simulated/ }).first().waitFor();
+    const bytes = [...sizes.values()].reduce((a, b) => a + b, 0);
     expect(bytes).toBeGreaterThan(50_000);
     expect(bytes).toBeLessThan(350_000); // compressed
     await v.end();
@@ -154,25 +155,24 @@ describe("devices", () => {
     const v = await many.visitor();
     const page = await v.open();
     await page.getByText(t.devices.of(n.toLocaleString("en-US"), n.toLocaleString("en-US"))).waitFor({ timeout: 60_000 });
-    // Scrolled from top to bottom in a hundred steps, one a frame. A frame that the page itself was busy for is a task of
-    // 50 ms and more (Long Tasks API).
-    const { shown, busy } = await page.evaluate(async () => {
+    // Scrolled from top to bottom in a hundred steps. A step takes from the place that is set until a frame with it was painted; the
+    // machine may have other work, so the median counts.
+    const { shown, took } = await page.evaluate(async () => {
       const el = document.querySelector(".scroll")!;
-      let busy = 0;
-      const watch = new PerformanceObserver((l) => l.getEntries().forEach((e) => (busy = Math.max(busy, e.duration))));
-      watch.observe({ entryTypes: ["longtask"] });
       const step = (el.scrollHeight - el.clientHeight) / 100;
+      const took: number[] = [];
       let shown = 0;
       for (let i = 0; i <= 100; i++) {
+        const begun = performance.now();
         el.scrollTop = i * step;
         await new Promise((r) => requestAnimationFrame(() => requestAnimationFrame(r)));
+        took.push(performance.now() - begun);
         if (el.querySelectorAll("tbody a").length > 5) shown++;
       }
-      watch.disconnect();
-      return { shown, busy };
+      return { shown, took: took.sort((a, b) => a - b) };
     });
     expect(shown).toBe(101); // no step is blank
-    expect(busy).toBeLessThan(500);
+    expect(took[50]!, `${took.map((t) => t.toFixed(0)).join(" ")} ms`).toBeLessThan(100);
     expect(await page.locator("tbody tr").count()).toBeLessThan(80); // of which only those in sight are there
     expect(v.complaints).toEqual([]);
     await many.end();
