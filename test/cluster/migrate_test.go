@@ -163,8 +163,10 @@ func (m *move) begin(how int, limit int64, to, data string) (cmd *exec.Cmd, stdo
 	cmd = exec.CommandContext(m.t.Context(), filepath.Join(programs, "coaphub"), "migrate", to, "--json", "--config", m.through, "--data", data)
 	stdout, stderr, happened = &bytes.Buffer{}, &bytes.Buffer{}, make(chan struct{})
 	cmd.Stdout, cmd.Stderr = stdout, stderr
+	begun := make(chan struct{}) // the bytes may come before Start has returned
 	event := func() {
 		defer close(happened)
+		<-begun
 		if s := map[int]os.Signal{killed: syscall.SIGKILL, interrupted: syscall.SIGINT, asleep: syscall.SIGSTOP}[how]; s != nil {
 			_ = cmd.Process.Signal(s)
 		}
@@ -176,6 +178,7 @@ func (m *move) begin(how int, limit int64, to, data string) (cmd *exec.Cmd, stdo
 	if err := cmd.Start(); err != nil {
 		m.t.Fatal(err)
 	}
+	close(begun)
 	return cmd, stdout, stderr, happened
 }
 
