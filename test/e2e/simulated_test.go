@@ -146,7 +146,7 @@ type light struct {
 // until waits for what the hub comes to know in its own time.
 func (a *app) until(what string, ok func() bool) {
 	a.t.Helper()
-	a.within(30*time.Second, what, ok)
+	a.within(2*time.Minute, what, ok) // others may have the machine, and devices come back by themselves
 }
 
 func (a *app) within(limit time.Duration, what string, ok func() bool) {
