@@ -53,6 +53,12 @@ export function wrong(error: unknown): { text: string; code: string } {
   return { text: error instanceof Error ? error.message : String(error), code: "" };
 }
 
+/** Where certificates are listed and revoked. */
+export const records = "/certificate-authority/api/v1/signing/records";
+
+/** Why one is revoked (RFC 5280, Section 5.3.1). */
+export const reasons = ["unspecified", "keyCompromise", "superseded", "cessationOfOperation"] as const;
+
 /** What a list of devices shows of one. */
 export interface Row {
   id: string;

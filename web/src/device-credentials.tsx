@@ -1,7 +1,7 @@
 /** By what a device proves who it is: certificates, and its pre-shared key. */
 import { useQuery, useQueryClient } from "@tanstack/react-query";
 import { useState } from "react";
-import { all, HubError, millis, useApp, type components } from "./api";
+import { all, HubError, millis, reasons, records, useApp, type components } from "./api";
 import { time } from "./format";
 import { texts } from "./texts";
 import { Button, Choice, Copy, Facts, Failure, Loading, save, Window } from "./ui";
@@ -9,8 +9,6 @@ import { line } from "./visible";
 
 const t = texts.device.credentials;
 type Certificate = components["schemas"]["SigningRecord"];
-const records = "/certificate-authority/api/v1/signing/records";
-const reasons = ["unspecified", "keyCompromise", "superseded", "cessationOfOperation"] as const;
 
 export function Certificates({ id }: { id: string }) {
   const { hub, session } = useApp();

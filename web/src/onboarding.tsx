@@ -1,11 +1,13 @@
 /** "Add device": what a device needs to come, as text, as a QR code and as command lines; then the device arriving, or why it does not. */
 import { Link } from "@tanstack/react-router";
+import { encode } from "cborg";
 import qrcode from "qrcode-generator";
 import { useEffect, useMemo, useState } from "react";
 import { Tab, TabList, TabPanel, Tabs } from "react-aria-components";
 import { useApp, type components } from "./api";
+import { toHex } from "./cbor";
 import { texts } from "./texts";
-import { Button, Choice, Copy, Facts, Failure, Field, save } from "./ui";
+import { Button, Choice, Copy, Facts, Failure, Field, Reason, save } from "./ui";
 
 const t = texts.add;
 
@@ -149,15 +151,9 @@ function Arrival({ id, since, expires, again }: { id: string; since: number; exp
         <div role="alert">
           <h3>{t.refused}</h3>
           <ul>
-            {refusals.map((r) => {
-              const code = /^[a-z0-9-]+(?=:)/.exec(r.reason)?.[0];
-              return (
-                <li key={r.time + r.remote}>
-                  {r.what}{!r.device && ` (${t.nobody})`}: {r.reason} <small>{r.remote}</small>{" "}
-                  {code && <a href={`/console/errors.html#${code}`} target="_blank" rel="noreferrer">{texts.errors}</a>}
-                </li>
-              );
-            })}
+            {refusals.map((r) => (
+              <li key={r.time + r.remote}>{r.what}{!r.device && ` (${t.nobody})`}: <Reason of={r.reason} /> <small>{r.remote}</small></li>
+            ))}
           </ul>
         </div>
       )}
@@ -216,15 +212,7 @@ export function recipes(o: Onboarding): { name: string; text: string; command: s
   return out;
 }
 
-/** A map of texts in CBOR (RFC 8949), as hexadecimal digits: the body of a sign-up. */
-export function hex(map: Record<string, string>): string {
-  const bytes: number[] = [];
-  const head = (major: number, n: number) => bytes.push(...(n < 24 ? [(major << 5) | n] : n < 256 ? [(major << 5) | 24, n] : [(major << 5) | 25, n >> 8, n & 255]));
-  head(5, Object.keys(map).length);
-  for (const text of Object.entries(map).flat()) {
-    const b = new TextEncoder().encode(text);
-    head(3, b.length);
-    bytes.push(...b);
-  }
-  return bytes.map((b) => b.toString(16).padStart(2, "0")).join("");
+/** The body of a sign-up: CBOR (RFC 8949), as hexadecimal digits. */
+export function hex(body: Record<string, string>): string {
+  return toHex(encode(body)).replaceAll(" ", "");
 }

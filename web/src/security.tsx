@@ -4,9 +4,9 @@ import { useInfiniteQuery, useMutation, useQueryClient } from "@tanstack/react-q
 import { useMemo, useState, type ReactNode } from "react";
 import { Tab, TabList, TabPanel, Tabs } from "react-aria-components";
 import type { Element, Lists } from "@coaphub/client";
-import { millis, useApp, type components } from "./api";
+import { millis, reasons, records, useApp, type components } from "./api";
 import { texts } from "./texts";
-import { Button, Choice, Confirm, Copy, Failure, Field, Loading, Moment, Window } from "./ui";
+import { Button, Choice, Code, Confirm, Copy, Failure, Field, Loading, Moment, Reason, Window } from "./ui";
 
 const t = texts.security;
 type Schemas = components["schemas"];
@@ -73,8 +73,6 @@ function useAct<V>(path: Lists, act: (v: V) => Promise<unknown>) {
   return useMutation({ mutationFn: act, onSuccess: () => queries.invalidateQueries({ queryKey: [path] }) });
 }
 
-const records = "/certificate-authority/api/v1/signing/records";
-
 function Certificates() {
   const { hub, session } = useApp();
   const [device, setDevice] = useState("");
@@ -82,7 +80,7 @@ function Certificates() {
   const whole = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/.test(id);
   const list = useList(records, whole ? { deviceIdFilter: [id] } : {});
   const [revoking, setRevoking] = useState<Schemas["SigningRecord"] | undefined>();
-  const [reason, setReason] = useState<"unspecified" | "keyCompromise" | "superseded" | "cessationOfOperation">("unspecified");
+  const [reason, setReason] = useState<(typeof reasons)[number]>("unspecified");
   const queries = useQueryClient();
   const now = Date.now();
   const state = (r: Schemas["SigningRecord"]) => (r.revokedDate ? t.revoked : millis(r.credential.validUntilDate) < now ? t.ended : t.good);
@@ -101,7 +99,7 @@ function Certificates() {
       />
       <Confirm
         title={t.revoke} text={t.confirmRevoke(revoking?.id.slice(0, 8) ?? "")} word={revoking?.id.slice(0, 8) ?? ""} action={t.revoke} open={revoking !== undefined} onClose={() => setRevoking(undefined)}
-        more={<Choice label={t.reason} value={reason} onChange={setReason} options={(["unspecified", "keyCompromise", "superseded", "cessationOfOperation"] as const).map((r) => [r, t.reasons[r]!] as const)} />}
+        more={<Choice label={t.reason} value={reason} onChange={setReason} options={reasons.map((r) => [r, t.reasons[r]!] as const)} />}
         run={async () => {
           await hub.api.DELETE(records, { params: { query: { idFilter: [revoking!.id], reason } } });
           await queries.invalidateQueries({ queryKey: [records] });
@@ -138,7 +136,7 @@ function Enrolments() {
         list={list} label={t.enrolments} empty={t.noEnrolments} id={(e) => e.deviceId + e.method}
         columns={[
           [t.device, (e) => ofDevice(e.deviceId)],
-          [t.state, (e) => <>{t.states[e.state] ?? e.state}{e.waitsFor ? `: ${t.waitsFor[e.waitsFor] ?? e.waitsFor}` : ""}{e.problem && <> <a href={`/console/errors.html#${e.problem}`} target="_blank" rel="noreferrer"><code>{e.problem}</code></a></>}</>],
+          [t.state, (e) => <>{t.states[e.state] ?? e.state}{e.waitsFor ? `: ${t.waitsFor[e.waitsFor] ?? e.waitsFor}` : ""}{e.problem && <> <Code code={e.problem} /></>}</>],
           [t.how, (e) => e.method], [t.proof, (e) => e.proof ?? ""], [t.group, (e) => <code>{e.enrollmentGroupId ?? ""}</code>], [t.changed, (e) => <Moment at={millis(e.changeDate)} />], [t.by, (e) => e.decidedBy ?? ""],
           ...(session.may("write")
             ? [[texts.actions, (e) => e.state === "waiting" && e.waitsFor !== "terms" && (
@@ -232,10 +230,7 @@ function Refusals() {
       list={list} label={t.refusals} empty={t.noRefusals} id={(r) => `${r.time} ${r.remote} ${r.what}`}
       columns={[
         [t.when, (r) => <Moment at={Date.parse(r.time)} />], [t.device, (r) => ofDevice(r.device)], [t.what, (r) => r.what],
-        [t.reason, (r) => {
-          const code = /^[a-z0-9-]+(?=:)/.exec(r.reason)?.[0];
-          return <>{r.reason} {code && <a href={`/console/errors.html#${code}`} target="_blank" rel="noreferrer">{texts.errors}</a>}</>;
-        }],
+        [t.reason, (r) => <Reason of={r.reason} />],
         [t.remote, (r) => <code>{r.remote}</code>],
       ]}
     />
@@ -292,7 +287,7 @@ function Audit() {
       list={list} label={t.audit} empty={t.noAudit} id={(e) => e.number}
       columns={[
         [t.when, (e) => <Moment at={Date.parse(e.time)} />], [t.by, (e) => e.user], [t.call, (e) => e.call], [t.target, (e) => <code>{e.target ?? ""}</code>],
-        [t.outcome, (e) => (e.outcome === "ok" ? "ok" : <a href={`/console/errors.html#${e.outcome}`} target="_blank" rel="noreferrer"><code>{e.outcome}</code></a>)], [t.door, (e) => e.door],
+        [t.outcome, (e) => (e.outcome === "ok" ? "ok" : <Code code={e.outcome} />)], [t.door, (e) => e.door],
         [t.remote, (e) => <code>{e.remote ?? ""}</code>],
       ]}
     />

@@ -7,13 +7,24 @@ import { texts } from "./texts";
 
 export { Button } from "react-aria-components";
 
+/** Where a code is explained; the code itself is the text, unless another is given. */
+export function Code({ code, text }: { code: string; text?: string }) {
+  return <a href={`/console/errors.html#${code}`} target="_blank" rel="noreferrer" title={texts.errors}>{text ?? <code>{code}</code>}</a>;
+}
+
+/** Why somebody was refused, as the hub says it: a sentence with its code in front, which leads to what it means. */
+export function Reason({ of }: { of: string }) {
+  const code = /^[a-z0-9-]+(?=:)/.exec(of)?.[0];
+  return <>{of} {code && <Code code={code} text={texts.errors} />}</>;
+}
+
 /** The hub's own sentence, its code, and where that is explained. */
 export function Failure({ error, retry }: { error: unknown; retry?: () => void }) {
   if (!error) return null;
   const { text, code } = wrong(error);
   return (
     <div role="alert" className="failure">
-      <span>{text}</span> {code && <a href={`/console/errors.html#${code}`} target="_blank" rel="noreferrer" title={texts.errors}><code>{code}</code></a>}
+      <span>{text}</span> {code && <Code code={code} />}
       {retry && <Button className="small" onPress={retry}>{texts.retry}</Button>}
     </div>
   );

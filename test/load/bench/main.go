@@ -24,6 +24,7 @@ import (
 
 	"github.com/coaphub/coaphub/test/device"
 	"github.com/coaphub/coaphub/test/load"
+	"github.com/coaphub/coaphub/test/load/figures"
 )
 
 func main() {
@@ -40,7 +41,7 @@ func main() {
 	out := b.tables()
 	fmt.Print(out)
 	if err == nil && ctx.Err() == nil && *write != "" {
-		err = replace(*write, out)
+		err = figures.Replace(*write, "bench-full", out)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -352,20 +353,4 @@ func number(v float64) string {
 		return fmt.Sprintf("%.1f", v)
 	}
 	return fmt.Sprintf("%.3g", v)
-}
-
-const beginMark, endMark = "<!-- figures: written by make bench-full -->", "<!-- end of figures -->"
-
-// replace puts the tables between the marks of a file.
-func replace(path, tables string) error {
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return err
-	}
-	before, rest, ok := strings.Cut(string(b), beginMark)
-	_, after, ok2 := strings.Cut(rest, endMark)
-	if !ok || !ok2 {
-		return fmt.Errorf("%s has not the marks %q and %q", path, beginMark, endMark)
-	}
-	return os.WriteFile(path, []byte(before+beginMark+"\n\n"+tables+"\n"+endMark+after), 0o644)
 }

@@ -28,6 +28,7 @@ import (
 	"github.com/coaphub/coaphub/bundle"
 	"github.com/coaphub/coaphub/test/device"
 	"github.com/coaphub/coaphub/test/load"
+	"github.com/coaphub/coaphub/test/load/figures"
 )
 
 func main() {
@@ -44,7 +45,7 @@ func main() {
 	out := s.tables()
 	fmt.Print(out)
 	if err == nil && ctx.Err() == nil && *write != "" {
-		err = replace(*write, out)
+		err = figures.Replace(*write, "scaling", out)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -397,20 +398,4 @@ func cell(vs []float64, scale float64) string {
 		return number(vs[0])
 	}
 	return fmt.Sprintf("%s (%s–%s)", number(vs[len(vs)/2]), number(vs[0]), number(vs[len(vs)-1]))
-}
-
-const beginMark, endMark = "<!-- figures: written by make scaling -->", "<!-- end of figures -->"
-
-// replace puts the tables between the marks of a file.
-func replace(path, tables string) error {
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return err
-	}
-	before, rest, ok := strings.Cut(string(b), beginMark)
-	_, after, ok2 := strings.Cut(rest, endMark)
-	if !ok || !ok2 {
-		return fmt.Errorf("%s has not the marks %q and %q", path, beginMark, endMark)
-	}
-	return os.WriteFile(path, []byte(before+beginMark+"\n\n"+tables+"\n"+endMark+after), 0o644)
 }

@@ -1,1 +1,0 @@
-import{Ut as e,dn as t,mn as n}from"./ui-DHzluEu4.js";var r=n(t(),1);function i(t){let n=e();return r.useCallback(e=>n.navigate({...e,from:e.from??t?.from}),[t?.from,n])}export{i as t};

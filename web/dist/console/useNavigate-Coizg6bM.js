@@ -1,0 +1,1 @@
+import{hn as e,qt as t,vn as n}from"./ui-B7Ve4ao-.js";var r=n(e(),1);function i(e){let n=t();return r.useCallback(t=>n.navigate({...t,from:t.from??e?.from}),[e?.from,n])}export{i as t};

@@ -1,0 +1,1 @@
+import{n as e,t}from"./useBaseQuery-D6ZSqD3S.js";function n(n,r){return t(n,e,r)}export{n as t};
